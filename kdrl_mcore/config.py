@@ -1,0 +1,425 @@
+"""Typed configuration: every key, its meaning, and the ONE place where its default lives.
+
+The YAML files in `conf/` choose values for presets and experiments; they never restate a default. `load_config` composes
+them with Hydra, so the command line takes Hydra overrides (`key=value`, `group=choice`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdrl_mcore.errors import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives on disk."""
+
+    dir: str = "runs/default"  # the run directory: config, metrics, rollouts, checkpoints, final export
+
+
+@dataclass
+class TrainerConfig:
+    """Length and reproducibility of the run."""
+
+    steps: int = 100  # training steps (one rollout batch each); 0 only evaluates
+    seed: int = 1  # keys data order, sampling and evaluation: every draw is a function of (seed, step, sample)
+    deterministic: bool = False  # deterministic kernels: the same run gives the same bits
+    max_bad_updates: int = 3  # abort after this many updates in a row skipped for NaN or Inf
+    distributed_timeout_minutes: int = 30  # a collective that hangs longer ends the job
+
+
+@dataclass
+class ModelConfig:
+    """How Megatron-Core models are built, student and teacher alike."""
+
+    dtype: str = "float32"  # float32 or bfloat16
+    spec: str = "auto"  # layer spec: auto (Transformer Engine on CUDA where it imports, else local), local, transformer_engine
+
+
+@dataclass
+class StudentConfig:
+    """The model that learns."""
+
+    path: str | None = None  # an HF checkpoint directory
+
+
+@dataclass
+class TeacherParallelConfig:
+    """The teacher's own layout over the same ranks; its data-parallel size is what is left over."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+@dataclass
+class TeacherConfig:
+    """The model that only scores."""
+
+    path: str | None = None  # an HF checkpoint directory with the student's tokenizer
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    offload: bool = True  # keep the weights in host memory while the teacher is idle (CUDA only)
+
+
+@dataclass
+class ParallelConfig:
+    """The student's layout; its data-parallel size is world / (tensor * pipeline * context)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks per pipeline rank
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"  # activation recompute: none, selective or full
+    distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks (adam only)
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass
+class ScheduleConfig:
+    """A coefficient as a function of the optimizer step (METHOD: coefficient schedules)."""
+
+    kind: str = "constant"  # constant, linear, cosine, switch or adaptive
+    init: float = 0.0  # value at step 0
+    min: float = 0.0  # floor of linear, cosine and adaptive
+    max: float = 1.0  # ceiling of adaptive
+    delta: float = 0.0  # linear: subtracted per step
+    steps: int = 0  # cosine: length of the descent; switch: the step at which it switches
+    after: float = 0.0  # switch: value from that step on
+    target: float = 0.0  # adaptive: the KL per token to hold
+    eta: float = 0.1  # adaptive: gain of the controller
+
+
+@dataclass
+class DistillationConfig:
+    """The reverse KL to the teacher, on the student's own tokens."""
+
+    estimator: str = "k2"  # k1, k2, k3, exact, top_k or top_k_unbiased
+    placement: str = "loss"  # loss, advantage or reward
+    mask: str = "none"  # none, response (only incorrect responses) or group (only all-incorrect groups)
+    denominator: str = "all"  # tokens the KD loss is averaged over: all, or unmasked
+    correct_threshold: float = 0.5  # a response whose verified correctness exceeds this counts as correct
+    clamp: float | None = None  # clamp of |log T - log pi|; None leaves every gradient alive
+    top_k: int = 64  # support size of top_k and top_k_unbiased
+    top_k_support: str = "student"  # whose top-k: student or teacher
+    top_k_tail: str = "bucket"  # outside the support: truncate, renormalize or bucket
+
+
+@dataclass
+class SamplerCorrectionConfig:
+    """Correction of the GRPO term for a sampler that differs numerically from the trainer."""
+
+    kind: str = "none"  # none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound])
+    bound: float = 2.0
+
+
+@dataclass
+class ReferenceKLConfig:
+    """Optional KL to a frozen copy of the initial student."""
+
+    coefficient: float = 0.0
+    estimator: str = "k3"  # k2 or k3
+
+
+@dataclass
+class ObjectiveConfig:
+    """L = alpha_t * L_GRPO + beta_t * L_KD, or plain supervised fine-tuning."""
+
+    kind: str = "kdrl"  # kdrl or sft
+    alpha: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(init=1.0))
+    beta: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(init=0.0))
+    kd: DistillationConfig = field(default_factory=DistillationConfig)
+    aggregation: str = "token_mean"  # token_mean, sequence_mean or sequence_sum_norm
+    normalize_by_std: bool = True  # divide the group-centred reward by the group's standard deviation
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    sampler_correction: SamplerCorrectionConfig = field(default_factory=SamplerCorrectionConfig)
+    reference_kl: ReferenceKLConfig = field(default_factory=ReferenceKLConfig)
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled."""
+
+    engine: str = "megatron"  # megatron (the student itself), replay, or vllm
+    path: str | None = None  # replay: the rollout file (JSONL)
+    prompts_per_step: int = 16
+    responses_per_prompt: int = 8
+    max_prompt_tokens: int = 1024  # longer prompts are an error when the data is loaded
+    max_response_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1.0 is off; the log-probs are then those of the truncated distribution
+    max_sequences: int = 256  # responses one data-parallel replica decodes at once
+    max_log_prob_drift: float = 0.05  # largest |sampler - trainer| log-prob the start-up self-test allows
+
+
+@dataclass
+class RewardConfig:
+    """The rule-based verifier."""
+
+    kind: str = "math_verify"  # math_verify (\\boxed{} answers) or exact_match
+    correct: float = 1.0
+    incorrect: float = 0.0
+    format_bonus: float = 0.0  # added when the response ends properly and holds exactly one \\boxed{} answer
+    timeout: float = 5.0  # seconds for one answer; a verifier that takes longer is killed and the answer is incorrect
+    workers: int = 2  # verifier processes per data-parallel replica
+
+
+@dataclass
+class DataConfig:
+    """Prompts: JSONL or parquet files, or a hub id, with a prompt and an answer per row."""
+
+    train: str | None = None
+    eval: str | None = None
+    split: str = "train"  # for a hub id
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    response_key: str = "response"  # sft: the given response
+    template: str = "chat"  # chat (the tokenizer's chat template) or plain (`plain_template`)
+    plain_template: str = "{prompt}"
+    system_prompt: str | None = None
+    shuffle: bool = True
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on held-out prompts."""
+
+    every: int = 0  # steps between evaluations; 0 evaluates only at the end, -1 never
+    at_start: bool = False  # also before the first step
+    samples: int = 1  # k of avg@k
+    greedy: bool = True  # also report greedy accuracy
+    temperature: float = 1.0
+    max_prompts: int = 0  # 0 takes all
+
+
+@dataclass
+class BatchConfig:
+    """How a rollout batch becomes optimizer updates."""
+
+    micro_tokens: int = 8192  # most tokens (prompt + response) in one micro-batch of one rank
+    updates_per_step: int = 1  # optimizer updates per rollout batch; 1 is the paper's strictly on-policy setting
+
+
+@dataclass
+class OptimizerConfig:
+    """The student's optimizer."""
+
+    name: str = "adam"  # adam (AdamW) or sgd (no momentum)
+    lr: float = 1e-6
+    schedule: str = "constant"  # of the learning rate: constant, linear or cosine
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # global gradient norm; 0 is off
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+
+
+@dataclass
+class CheckpointConfig:
+    """Training checkpoints and the final export."""
+
+    every: int = 0  # steps between checkpoints; 0 saves only at the end, -1 never
+    resume: str = "auto"  # auto (the run's latest), never, or a checkpoint path
+    keep: int = 2  # newest checkpoints kept; 0 keeps all
+    export_hf: bool = True  # write the final student as an HF checkpoint in RUN/hf
+
+
+@dataclass
+class LoggingConfig:
+    """What the run shows and keeps."""
+
+    progress: bool = True  # live display on rank 0
+    tensorboard: bool = True
+    rollouts: bool = True  # write rollouts/step_*.jsonl
+
+
+@dataclass
+class ClusterConfig:
+    """The machine, for launch scripts and planning; training itself takes its size from torchrun."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+
+
+@dataclass
+class Config:
+    """The whole configuration, one field per group."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.spec": ("auto", "local", "transformer_engine"),
+    "parallel.recompute": ("none", "selective", "full"),
+    "objective.kind": ("kdrl", "sft"),
+    "objective.aggregation": ("token_mean", "sequence_mean", "sequence_sum_norm"),
+    "objective.alpha.kind": ("constant", "linear", "cosine", "switch", "adaptive"),
+    "objective.beta.kind": ("constant", "linear", "cosine", "switch", "adaptive"),
+    "objective.kd.estimator": ("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased"),
+    "objective.kd.placement": ("loss", "advantage", "reward"),
+    "objective.kd.mask": ("none", "response", "group"),
+    "objective.kd.denominator": ("all", "unmasked"),
+    "objective.kd.top_k_support": ("student", "teacher"),
+    "objective.kd.top_k_tail": ("truncate", "renormalize", "bucket"),
+    "objective.sampler_correction.kind": ("none", "truncate", "mask"),
+    "objective.reference_kl.estimator": ("k2", "k3"),
+    "rollout.engine": ("megatron", "replay", "vllm"),
+    "reward.kind": ("math_verify", "exact_match"),
+    "data.template": ("chat", "plain"),
+    "optimizer.name": ("adam", "sgd"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+}
+"""The allowed values of every key that is a choice."""
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra's YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose the configuration from `conf/` and command-line overrides (`key=value`, `group=choice`), and check it.
+
+    Raises:
+        ConfigError: an unknown key (naming the nearest one), an unknown group choice, or a value of the wrong type.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, overrides) from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that cannot work, before anything is built.
+
+    Raises:
+        ConfigError: naming the key and what to set instead.
+    """
+    flat = dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
+    positive = (
+        "parallel.tensor parallel.pipeline parallel.context parallel.expert teacher.parallel.tensor teacher.parallel.pipeline "
+        "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
+        "rollout.temperature batch.micro_tokens batch.updates_per_step reward.workers reward.timeout eval.samples"
+    )
+    for key in positive.split():
+        if flat[key] <= 0:
+            raise ConfigError(f"{key}={flat[key]} must be greater than 0")
+    if not 0 < config.rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be in (0, 1]")
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
+    if config.rollout.engine == "replay" and not config.rollout.path:
+        raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
+    _check_objective(config)
+
+
+def _check_objective(config: Config) -> None:
+    objective = config.objective
+    if objective.kind == "sft":
+        return
+    learns_from_reward = can_be_positive(objective.alpha)
+    if learns_from_reward and config.rollout.engine != "replay" and config.rollout.responses_per_prompt == 1:
+        raise ConfigError(
+            "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
+            "(or set objective.alpha.init=0 for plain distillation)"
+        )
+    if can_be_positive(objective.beta) and not config.teacher.path:
+        raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
+    if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2"):
+        raise ConfigError(
+            f"objective.kd.placement={objective.kd.placement} uses the log-ratio itself; "
+            f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
+        )
+
+
+def can_be_positive(schedule: ScheduleConfig) -> bool:
+    """Whether a coefficient schedule is above zero at some step."""
+    ends = {"switch": (schedule.init, schedule.after), "adaptive": (schedule.init, schedule.min)}
+    return max(ends.get(schedule.kind, (schedule.init, schedule.min))) > 0 if schedule.kind != "constant" else schedule.init > 0
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
+    keys = [key for key, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(Config())))]
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    sections = {key.split(".")[0] for key in keys}
+    for override in overrides:
+        if "=" not in override:
+            return ConfigError(f"'{override}' is not an override: write key=value or group=choice")
+        name, value = override.lstrip("+~").split("=", 1)
+        if name in groups:
+            choices = sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
+            if value not in choices and isinstance(error, MissingConfigException):
+                return ConfigError(f"{name}={value}: no such {name}; there are: {', '.join(choices)}{_nearest(value, choices)}")
+        elif name not in keys and not any(key.startswith(f"{name}.") for key in keys):
+            return ConfigError(f"unknown configuration key '{name}'{_nearest(name, [*keys, *sections, *groups])}")
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    return ConfigError(" ".join(str(cause).split()))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def describe_keys() -> str:
+    """Every configuration key with its default, as YAML: the `--help` of the command line."""
+    return yaml.safe_dump(OmegaConf.to_container(OmegaConf.structured(Config())), sort_keys=False)
