@@ -1,0 +1,214 @@
+"""The parts of a run, built once from the configuration and bound together: what `iteration.py` calls by the paper's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.config import Config, TeacherConfig, TeacherParallelConfig, can_be_positive
+from kdrl_mcore.data.prompts import load_prompts
+from kdrl_mcore.data.stream import PromptStream
+from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, load_tokenizer
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.experience import Experience, micro_batches
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.scoring import score_rollouts
+from kdrl_mcore.objective.joint import TokenBatch, joint_loss, sft_loss
+from kdrl_mcore.objective.schedules import Coefficient, learning_rate
+from kdrl_mcore.parallel.collect import gather_from_replicas
+from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.megatron import MegatronEngine
+from kdrl_mcore.rollout.replay import ReplayEngine
+from kdrl_mcore.student import Measures, Student, UpdateResult
+from kdrl_mcore.teacher import Teacher
+from kdrl_mcore.types import Prompt, Rollout, TokenFloats
+
+
+@dataclass
+class Job:
+    """Everything one rank needs to train. Methods are collective over the world unless they say otherwise."""
+
+    config: Config
+    student: Student
+    teacher: Teacher | None
+    reference: Teacher | None
+    engine: MegatronEngine | None
+    replay: ReplayEngine | None
+    verifier: Verifier | None
+    prompts: PromptStream | None
+    eval_prompts: list[Prompt]
+    alpha: Coefficient
+    beta: Coefficient
+
+    def sample(self, step: int) -> list[Rollout]:
+        """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file."""
+        if self.replay is not None:
+            return self.replay.rollouts()
+        assert self.engine is not None and self.prompts is not None
+        settings = self.config.rollout
+        sampling = Sampling(
+            settings.temperature, settings.top_p, settings.max_response_tokens, settings.responses_per_prompt, (self.config.trainer.seed, 0, step)
+        )
+        return self.engine.generate(self.prompts.next_batch(), sampling)
+
+    def verify(self, rollouts: Sequence[Rollout]) -> None:
+        """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have theirs."""
+        if self.replay is None:
+            verify_together(self.student, self.verifier, rollouts)
+
+    def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> list[TokenFloats | None]:
+        """log T of the response tokens, for the responses to distil; the teacher sees no others."""
+        wanted = distil_N.nonzero().squeeze(1).tolist()
+        result: list[TokenFloats | None] = [None] * len(rollouts)
+        if wanted:
+            assert self.teacher is not None
+            for index, log_probs in zip(wanted, self._score(self.teacher, [rollouts[i] for i in wanted]), strict=True):
+                result[index] = log_probs
+        return result
+
+    def split(self, rollouts: Sequence[Rollout], teacher_log_probs: list[TokenFloats | None], distil_N: Tensor) -> list[Experience]:
+        """The batches of the step's optimizer updates. More than one makes later ones off-policy: then pi_old is scored once, now."""
+        updates = self.config.batch.updates_per_step
+        old = None
+        if updates > 1:
+            scored = score_rollouts(
+                self.student.parts, rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens
+            )
+            old = [log_probs for log_probs, _ in scored]
+        reference = None if self.reference is None else self._score(self.reference, rollouts)
+        return Experience(rollouts, distil_N, teacher_log_probs, old, reference).split_by_group(updates)
+
+    def update(self, experience: Experience, alpha: float, beta: float) -> UpdateResult:
+        """One optimizer step on alpha * L_GRPO + beta * L_KD."""
+        bad = experience.bad_log_probs()
+        if bad is not None:
+            return UpdateResult({}, {}, float("nan"), bad)
+        return self._optimize(experience, partial(_joint, objective=self.config.objective, alpha=alpha, beta=beta))
+
+    def update_supervised(self, experience: Experience) -> UpdateResult:
+        """One optimizer step on -log pi(target)."""
+        return self._optimize(experience, _supervised)
+
+    def advance_schedules(self, update: UpdateResult) -> None:
+        """Move alpha and beta by one optimizer step; a skipped update does not count."""
+        if update.skipped is None:
+            tokens = update.sums.get("distilled_tokens", 0.0)
+            kl = update.sums["kl_k1"] / tokens if tokens else None
+            self.alpha.advance(kl)
+            self.beta.advance(kl)
+
+    def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
+        return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)
+
+    def _optimize(self, experience: Experience, loss: partial[tuple[Tensor, Measures]]) -> UpdateResult:
+        layout, config = self.student.groups.layout, self.config
+        batches = micro_batches(
+            experience,
+            loss,
+            data_rank=self.student.groups.data.rank(),
+            data_size=layout.data,
+            micro_tokens=config.batch.micro_tokens,
+            alignment=layout.token_alignment,
+            multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
+        )
+        total = config.trainer.steps * config.batch.updates_per_step
+        return self.student.update(batches, learning_rate(self.student.version, total, config.optimizer))
+
+
+def _joint(log_probs_T: Tensor, batch: TokenBatch, **settings: object) -> tuple[Tensor, Measures]:
+    loss_T, sums, maxima = joint_loss(log_probs_T, batch, **settings)  # type: ignore[arg-type]
+    return loss_T, (sums, maxima)
+
+
+def _supervised(log_probs_T: Tensor, batch: TokenBatch) -> tuple[Tensor, Measures]:
+    tokens = torch.tensor(float(len(log_probs_T)))
+    return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
+
+
+def verify_together(student: Student, verifier: Verifier | None, rollouts: Sequence[Rollout]) -> None:
+    """Score rollouts in place; the replicas' leaders share the work. Collective over the world."""
+    verdicts: list[tuple[int, float, bool]] = []
+    if verifier is not None:
+        mine = list(enumerate(rollouts))[student.groups.data.rank() :: student.groups.layout.data]
+        verifier.score([rollout for _, rollout in mine])
+        verdicts = [(index, rollout.reward, rollout.correct) for index, rollout in mine]
+    for index, reward, correct in gather_from_replicas(student.groups, verdicts):
+        rollouts[index].reward, rollouts[index].correct = reward, correct
+
+
+def build_job(config: Config) -> Job:
+    """Build every part of the run. Collective over the world.
+
+    Raises:
+        ConfigError, DataError, ModelError: before anything is trained, naming what to change.
+    """
+    if not config.student.path:
+        raise ConfigError("student.path is not set: name an HF model directory")
+    world = dist.get_world_size()
+    tokenizer, vocabulary = _vocabulary(config)
+    sft = config.objective.kind == "sft"
+    replays = config.rollout.engine == "replay"
+    train = eval_prompts = None
+    if not replays or sft:
+        if not config.data.train:
+            raise ConfigError("data.train is not set: name a JSONL or parquet file, or a hub id")
+        assert tokenizer is not None
+        train = load_prompts(config.data.train, config.data, tokenizer, config.rollout.max_prompt_tokens, with_targets=sft)
+    if config.data.eval and config.eval.every >= 0:
+        if tokenizer is None:
+            raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval needs")
+        eval_prompts = load_prompts(config.data.eval, config.data, tokenizer, config.rollout.max_prompt_tokens)
+        if config.eval.max_prompts:
+            eval_prompts = eval_prompts[: config.eval.max_prompts]
+    student = Student(config, world, vocabulary)
+    teacher = reference = None
+    if not sft and can_be_positive(config.objective.beta):
+        assert config.teacher.path is not None
+        teacher = Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary)
+    if not sft and config.objective.reference_kl.coefficient > 0:
+        layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline)
+        reference = Teacher(config.student.path, TeacherConfig(parallel=layout), config.model, world, vocabulary)
+    engine = None
+    if tokenizer is not None:
+        engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
+    samples = train is not None and not sft
+    verifier = Verifier(config.reward) if student.groups.is_replica_leader and (samples or eval_prompts) else None
+    return Job(
+        config=config,
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        engine=engine,
+        replay=ReplayEngine(Path(config.rollout.path)) if replays and not sft and config.rollout.path else None,
+        verifier=verifier,
+        prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle) if train else None,
+        eval_prompts=eval_prompts or [],
+        alpha=Coefficient(config.objective.alpha),
+        beta=Coefficient(config.objective.beta),
+    )
+
+
+def _vocabulary(config: Config) -> tuple[Tokenizer | None, int]:
+    """The tokenizer, and how many vocabulary columns exist for every softmax: the shared tokenizer's tokens.
+
+    A model directory without a tokenizer can still be trained on replayed token ids; then the smaller vocabulary of the models counts.
+    """
+    assert config.student.path is not None
+    paths = [config.student.path, *([config.teacher.path] if config.teacher.path else [])]
+    sizes = [read_architecture(path).vocab_size for path in paths]
+    have = [(Path(path) / "tokenizer.json").is_file() for path in paths]
+    if not have[0]:
+        if config.rollout.engine != "replay":
+            raise ConfigError(f"{paths[0]} has no tokenizer.json, which sampling needs")
+        return None, min(sizes)
+    tokenizer = load_tokenizer(paths[0])
+    if len(paths) > 1 and have[1]:
+        check_same_tokenizer(tokenizer, load_tokenizer(paths[1]))
+    return tokenizer, min(tokenizer.vocabulary_size, *sizes)

@@ -1,0 +1,141 @@
+"""Self-attention over packed sequences: rotary embedding by explicit positions, no padding, an optional KV cache.
+
+S tokens of the packed micro-batch (all of them, also under sequence parallelism: the QKV projection gathers them), N query heads
+and K key/value heads of this tensor-parallel rank, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdrl_mcore.parallel.packing import Run
+
+if TYPE_CHECKING:
+    from kdrl_mcore.model.kv_cache import KVCache
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """What attention needs to know of a packed micro-batch; a superset of what Transformer Engine's kernels take.
+
+    Attributes:
+        cos_SD, sin_SD: rotary factors of every token, [S, 1, D/2].
+        runs: the sequences, grouped by equal length.
+        cache: while generating, the keys and values so far.
+    """
+
+    cos_SD: Tensor = field(default_factory=lambda: torch.empty(0))
+    sin_SD: Tensor = field(default_factory=lambda: torch.empty(0))
+    runs: tuple[Run, ...] = ()
+    cache: KVCache | None = None
+
+
+def pack_attention(runs: tuple[Run, ...], positions_S: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> PackedSequences:
+    """Describe packed sequences to attention.
+
+    Args:
+        inverse_frequencies: [D/2], float32.
+        dtype: of the activations; the rotary angles are computed in float32.
+    """
+    angles = positions_S.float()[:, None, None] * inverse_frequencies
+    lengths = [run.length for run in runs for _ in range(run.count)]
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(positions_S.device)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        cos_SD=angles.cos().to(dtype),
+        sin_SD=angles.sin().to(dtype),
+        runs=runs,
+    )
+
+
+def apply_rotary(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    """Rotate each head's halves by its token's angles (the half-split convention of Llama and Qwen)."""
+    first, second = x_SHD.chunk(2, dim=-1)
+    return torch.cat((first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD), dim=-1)
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention (same parameters, same sharding) with a forward pass over packed sequences.
+
+    Works with explicit process groups throughout, so that student and teacher may have different layouts in one process. Where
+    there are more tensor-parallel ranks than key/value heads, ranks share a head as in Megatron (all-gather of the QKV output
+    over the tensor-parallel group; its backward is a reduce-scatter).
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[S (/tp under sequence parallelism), 1, H] -> (the same shape, bias). Needs `packed_seq_params`."""
+        packed: PackedSequences = kwargs["packed_seq_params"]
+        query, key, value = self._project(hidden_states)
+        query = apply_rotary(query, packed.cos_SD, packed.sin_SD)
+        key = apply_rotary(key, packed.cos_SD, packed.sin_SD)
+        if packed.cache is not None and packed.cache.decoding:
+            context = packed.cache.attend(self.layer_number, query, key, value)
+        else:
+            if packed.cache is not None:
+                packed.cache.fill(self.layer_number, key, value)
+            context = self.core_attention(
+                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, attention_bias=None, packed_seq_params=packed
+            )
+        return self.linear_proj(context.reshape(context.size(0), 1, -1))
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [S, N, D], key and value [S, K, D] of this rank's heads."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        head, groups, ranks = self.hidden_size_per_attention_head, self.config.num_query_groups, self.pg_collection.tp.size()
+        queries_per_group = self.config.num_attention_heads // groups
+        ranks_per_group = max(1, ranks // groups)
+        rank = self.pg_collection.tp.rank()
+        if ranks_per_group > 1:
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            width = mixed.size(-1) // groups
+            mixed = mixed.narrow(-1, rank // ranks_per_group * width, width)
+        mixed = mixed.view(mixed.size(0), -1, queries_per_group + 2, head)
+        query, key, value = mixed.split((queries_per_group, 1, 1), dim=2)
+        if ranks_per_group > 1:
+            share = queries_per_group // ranks_per_group
+            query = query.narrow(2, rank % ranks_per_group * share, share)
+        query, key = query.flatten(1, 2), key.flatten(1, 2)
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value.flatten(1, 2)
+
+
+class PackedDotProductAttention(nn.Module):
+    """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
+
+    Sequences of equal length are adjacent (packing sorts them) and share one call, as views: nothing is padded or copied in.
+    """
+
+    def __init__(self, config, softmax_scale: float | None = None, **_: object) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor, attention_mask: Tensor | None, *, packed_seq_params: PackedSequences, **_: object
+    ) -> Tensor:
+        """[S, N, D], [S, K, D], [S, K, D] -> [S, N, D]."""
+        outputs = []
+        for run in packed_seq_params.runs:
+            query, key, value = (
+                x.narrow(0, run.start, run.count * run.length).view(run.count, run.length, x.size(1), x.size(2)).transpose(1, 2)
+                for x in (query_SND, key_SKD, value_SKD)
+            )
+            context = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+            )
+            outputs.append(context.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)

@@ -1,0 +1,207 @@
+"""Build a Megatron-Core GPT model from an architecture: this rank's shard, its parameters still empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdrl_mcore.config import ModelConfig
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.norm import RMSNorm
+from kdrl_mcore.parallel import mcore
+from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.parallel.packing import PackedBatch, Run
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.vocab_parallel import VocabShard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LanguageModel(GPTModel):
+    """Megatron-Core's GPT model, ending in hidden states: log-probs and losses are formed from them by `vocab_parallel`.
+
+    Its last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages what the next one takes.
+    """
+
+    architecture: Architecture
+    shard: VocabShard
+
+    def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
+        """One packed micro-batch through this chunk's layers."""
+        return self(input_ids=tokens_S[None], position_ids=positions_S[None], attention_mask=None, packed_seq_params=packed)
+
+    def pack(self, runs: tuple[Run, ...], positions_S: Tensor) -> PackedSequences:
+        """Describe a packed micro-batch to this model's attention."""
+        return pack_attention(runs, positions_S, self.inverse_frequencies, self.config.params_dtype)
+
+    def run_batch(self, batch: PackedBatch) -> Tensor:
+        """`run` on a micro-batch."""
+        return self.run(batch.tokens_S, batch.positions_S, self.pack(batch.runs, batch.positions_S))
+
+    def head_weight(self) -> Tensor:
+        """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied)."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """This rank's share of a model: one chunk per virtual pipeline stage."""
+
+    chunks: list[LanguageModel]
+    config: TransformerConfig
+    architecture: Architecture
+    groups: ModelGroups
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of this rank."""
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """The vocabulary rounded up to what tensor-parallel ranks can share evenly."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def build_model(
+    architecture: Architecture, model: ModelConfig, groups: ModelGroups, *, vocabulary: int, recompute: str = "none", trainable: bool
+) -> ModelParts:
+    """Build this rank's chunks with uninitialised parameters.
+
+    Args:
+        vocabulary: the number of real tokens; columns beyond it do not exist for any softmax.
+        recompute: `full` recomputes each layer's activations in the backward pass.
+        trainable: False builds a model that only scores (no gradients).
+
+    Raises:
+        ConfigError: the layout does not fit the architecture.
+    """
+    _check_layout(architecture, groups)
+    config = transformer_config(architecture, model, groups, recompute)
+    layout = groups.layout
+    chunks = []
+    for stage in range(layout.virtual_pipeline or 1):
+        vp_stage = stage if layout.virtual_pipeline else None
+        first = groups.pipeline.rank() == 0 and stage == 0
+        last = groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1
+        chunk = LanguageModel(
+            config=config,
+            transformer_layer_spec=_block_spec(model, architecture, config, groups, vp_stage),
+            vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="none",
+            pg_collection=groups.groups,
+            vp_stage=vp_stage,
+        )
+        chunk.architecture = architecture
+        chunk.shard = vocab_shard(architecture, groups, vocabulary)
+        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device()) / architecture.head_dim
+        chunk.inverse_frequencies = 1.0 / architecture.rope_theta**exponents
+        chunk.requires_grad_(trainable)
+        chunks.append(chunk.to(device()))
+    return ModelParts(chunks, config, architecture, groups)
+
+
+def vocab_shard(architecture: Architecture, groups: ModelGroups, vocabulary: int) -> VocabShard:
+    """The columns of the vocabulary this tensor-parallel rank holds."""
+    share = padded_vocab_size(architecture.vocab_size, groups.layout.tensor) // groups.layout.tensor
+    start = groups.tensor.rank() * share
+    return VocabShard(group=groups.tensor, start=start, stop=start + share, size=vocabulary)
+
+
+def transformer_config(architecture: Architecture, model: ModelConfig, groups: ModelGroups, recompute: str) -> TransformerConfig:
+    """Megatron-Core's configuration of the model."""
+    layout, dtype = groups.layout, DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        qk_layernorm=architecture.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=torch.cuda.is_available(),
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=True,  # micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # the one that allows it
+        calculate_per_token_loss=True,  # the loss arrives normalised: Megatron sums it and divides by nothing
+        recompute_granularity="full" if recompute == "full" else None,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+
+
+def _block_spec(
+    model: ModelConfig, architecture: Architecture, config: TransformerConfig, groups: ModelGroups, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """This chunk's layers: Megatron's, with our packed attention and, without Transformer Engine, our norm and core attention."""
+    if model.spec == "transformer_engine" and not mcore.has_transformer_engine():
+        raise ConfigError("model.spec=transformer_engine, but Transformer Engine does not import here: use model.spec=auto")
+    use_te = model.spec != "local" and mcore.has_transformer_engine()
+    layer: ModuleSpec = mcore.layer_submodules(use_te, architecture.qk_norm)
+    attention = layer.submodules.self_attention
+    attention.module = PackedSelfAttention
+    final_norm = None
+    if use_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        final_norm = TENorm
+    else:
+        final_norm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention.submodules.core_attention = PackedDotProductAttention
+        if architecture.qk_norm:
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
+
+
+def _check_layout(architecture: Architecture, groups: ModelGroups) -> None:
+    layout = groups.layout
+    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
+    for name, size, by in (
+        ("attention heads", architecture.num_attention_heads, layout.tensor),
+        ("MLP width", architecture.ffn_hidden_size, layout.tensor),
+        ("layers", architecture.num_layers, chunks),
+    ):
+        if size % by:
+            raise ConfigError(f"the model's {name} ({size}) do not divide by {by}: change the tensor or pipeline parallel size")
+    kv, tensor = architecture.num_key_value_heads, layout.tensor
+    if kv % tensor and tensor % kv:
+        raise ConfigError(f"{kv} key/value heads do not fit tensor parallel size {tensor}: one must divide the other")

@@ -1,0 +1,27 @@
+"""RMSNorm on plain torch that knows sequence parallelism (Megatron's own torch norm does not)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight over the last dimension, statistics in float32.
+
+    Under sequence parallelism each tensor-parallel rank sees its own tokens only; `weight.sequence_parallel` tells Megatron to sum
+    the weight's gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_: object) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)

@@ -1,0 +1,151 @@
+"""The failure signatures of KDRL runs, as functions of the recent metrics.
+
+Each signature compares a mean over the last `window` steps with what the same run showed earlier, and says what to do.
+Values that are missing or not finite are left out (the trainer itself stops on those); below two windows nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+History = Sequence[Mapping[str, float]]
+"""The metrics of the steps so far, oldest first."""
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One failure signature that shows: its name, and a line saying what was seen and what to do."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class AlertThresholds:
+    """When a signature counts as seen. `window` is in steps; a `_ratio` compares with an earlier window of the run."""
+
+    window: int = 5
+    reward_ratio: float = 0.5  # collapse: the reward is below this share of the run's best window
+    reward_floor: float = 0.05  # ... and that best window was above this at all
+    length_ratio: float = 1.5  # explosion: responses are this many times as long as in the first window
+    truncated: float = 0.2  # ... and this share of them hits the length limit, more than in the first window
+    entropy_ratio: float = 0.1  # collapse: the entropy is below this share of the first window's
+    solved_accuracy: float = 0.95  # ... while the accuracy is below this (a solved task needs no entropy)
+    kl_ratio: float = 2.0  # blow-up: the KL to the teacher is this many times the run's lowest window
+    kl_floor: float = 0.1  # ... and above this, nats per token
+    drift_mean: float = 0.05  # sampler and trainer differ by more than this on average, nats per token
+    drift_max: float = 1.0  # ... or by more than this on one token, nats
+
+
+DEFAULT_THRESHOLDS = AlertThresholds()
+
+
+def reward_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The reward falls far below the best it had been (beta too high, or KD in the reward)."""
+    means = _window_means(history, "reward", thresholds.window)
+    if not means or max(means) <= thresholds.reward_floor or means[-1] >= thresholds.reward_ratio * max(means):
+        return None
+    return Alert(
+        "reward_collapse",
+        f"reward fell to {means[-1]:.3f} from {max(means):.3f}: lower objective.beta or optimizer.lr, "
+        "or use objective.kd.placement=loss",
+    )
+
+
+def length_explosion(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """Responses grow and hit the length limit (the student over-imitates the teacher's style)."""
+    lengths = _window_means(history, "response_length", thresholds.window)
+    clipped = _window_means(history, "truncated", thresholds.window)
+    if not lengths or not clipped or lengths[-1] < thresholds.length_ratio * lengths[0]:
+        return None
+    if clipped[-1] < thresholds.truncated or clipped[-1] <= clipped[0]:
+        return None
+    return Alert(
+        "length_explosion",
+        f"responses grew from {lengths[0]:.0f} to {lengths[-1]:.0f} tokens and {clipped[-1]:.0%} hit the limit: "
+        "lower objective.beta, anneal it, or raise rollout.max_response_tokens",
+    )
+
+
+def entropy_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The student stops exploring before the task is solved."""
+    entropies = _window_means(history, "entropy", thresholds.window)
+    accuracies = _window_means(history, "accuracy", thresholds.window)
+    if not entropies or entropies[-1] >= thresholds.entropy_ratio * entropies[0]:
+        return None
+    if accuracies and accuracies[-1] >= thresholds.solved_accuracy:
+        return None
+    return Alert(
+        "entropy_collapse",
+        f"entropy fell from {entropies[0]:.3f} to {entropies[-1]:.4f} nats per token: lower optimizer.lr or raise "
+        "objective.clip_high",
+    )
+
+
+def kl_blow_up(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The student moves away from the teacher it distils from."""
+    means = _window_means(history, "kl", thresholds.window)
+    if not means or means[-1] < thresholds.kl_floor or means[-1] < thresholds.kl_ratio * min(means):
+        return None
+    return Alert(
+        "kl_blow_up",
+        f"KL to the teacher rose to {means[-1]:.3f} from {min(means):.3f} nats per token: lower optimizer.lr, or check that "
+        "the teacher fits this student and these prompts",
+    )
+
+
+def sampler_drift(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The sampler's log-probs are not the trainer's: the run is no longer on-policy."""
+    mean, largest = (_window_means(history, name, thresholds.window) for name in ("drift_mean", "drift_max"))
+    worst_mean, worst_token = mean[-1] if mean else 0.0, largest[-1] if largest else 0.0
+    if worst_mean <= thresholds.drift_mean and worst_token <= thresholds.drift_max:
+        return None
+    return Alert(
+        "sampler_drift",
+        f"sampler and trainer log-probs differ by {worst_mean:.4f} on average and up to {worst_token:.3f} nats: check the "
+        "refit and the sampler's dtype, or set objective.sampler_correction.kind=truncate",
+    )
+
+
+SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
+    reward_collapse,
+    length_explosion,
+    entropy_collapse,
+    kl_blow_up,
+    sampler_drift,
+)
+
+
+def check_alerts(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> list[Alert]:
+    """Every failure signature that shows in `history` now."""
+    return [alert for signature in SIGNATURES if (alert := signature(history, thresholds)) is not None]
+
+
+class AlertWatch:
+    """Watches a run step by step and reports each signature when it begins to show, not again while it goes on."""
+
+    def __init__(self, history: History = (), thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> None:
+        """Start from the steps already done (`history`, for a resumed run)."""
+        self._history = list(history)
+        self._thresholds = thresholds
+        self._showing = {alert.name for alert in check_alerts(self._history, thresholds)}
+
+    def observe(self, metrics: Mapping[str, float]) -> list[Alert]:
+        """Take in one more step and return the signatures that were not showing before it."""
+        self._history.append(dict(metrics))
+        alerts = check_alerts(self._history, self._thresholds)
+        new = [alert for alert in alerts if alert.name not in self._showing]
+        self._showing = {alert.name for alert in alerts}
+        return new
+
+
+def _window_means(history: History, name: str, window: int) -> list[float]:
+    """Means of the metric over successive windows counted back from the newest step, oldest first; [] below two windows."""
+    values = [row[name] for row in history if name in row and math.isfinite(row[name])]
+    if len(values) < 2 * window:
+        return []
+    first = len(values) % window
+    return [fmean(values[start : start + window]) for start in range(first, len(values), window)]

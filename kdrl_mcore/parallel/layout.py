@@ -1,0 +1,127 @@
+"""Layouts and process groups: the student's and the teacher's differ, so each model carries its own.
+
+Ranks are laid out as Megatron lays them out: tensor fastest, then context, data, and pipeline slowest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from kdrl_mcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model is spread over the world. `data` is what is left of the world after the other sizes."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        model = self.tensor * self.pipeline * self.context
+        if self.world % model:
+            raise ConfigError(
+                f"{self.world} ranks cannot hold replicas of tensor {self.tensor} x pipeline {self.pipeline} x context "
+                f"{self.context} = {model} ranks: start a multiple of {model}, or change the parallel sizes"
+            )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def token_alignment(self) -> int:
+        """The number of tokens of a micro-batch is a multiple of this (sequence parallelism splits them evenly)."""
+        return self.tensor if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """One model's layout and its process groups, as Megatron-Core takes them."""
+
+    layout: Layout
+    groups: ProcessGroupCollection
+
+    @property
+    def tensor(self) -> dist.ProcessGroup:
+        """The group over which this rank's layers are split."""
+        return self.groups.tp
+
+    @property
+    def pipeline(self) -> dist.ProcessGroup:
+        """The group of this rank's pipeline stages."""
+        return self.groups.pp
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """The group of replicas that hold the same shard as this rank."""
+        return self.groups.dp
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output head."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """Whether this rank speaks for its replica: tensor rank 0 of the last pipeline stage."""
+        return self.is_last_stage and self.tensor.rank() == 0
+
+
+def create_student_groups(layout: Layout) -> ModelGroups:
+    """Create the student's groups as Megatron-Core's global state (its optimizer and checkpoints read that). Collective over the world."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+    )
+    # Nothing here draws random numbers (no dropout), but sequence parallelism and recomputation want the generators to exist.
+    model_parallel_cuda_manual_seed(0)
+    return ModelGroups(layout, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def create_scoring_groups(layout: Layout) -> ModelGroups:
+    """Create groups for a model that only scores, beside Megatron-Core's global state. Collective over the world."""
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    grid = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
+    groups = ProcessGroupCollection()
+    for name, dims in {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": ["dp", "cp"], "mp": ["tp", "pp"], "tp_cp": ["tp", "cp"]}.items():
+        setattr(groups, name, grid.create_pg(dims))
+    groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")])
+    groups.pos_embd = _own_group([ranks[:1] for ranks in grid.get_rank_enum("pp")])
+    # A scoring model reduces no expert gradients, so each rank is its own expert group.
+    alone = _own_group([[rank] for rank in range(layout.world)])
+    groups.ep = groups.expt_dp = alone
+    groups.expt_tp = groups.tp_ep = groups.tp
+    groups.tp_ep_pp = groups.mp
+    return ModelGroups(layout, groups)
+
+
+def _own_group(ranks_of_groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create all of these groups (collective over the world) and return the one this rank is in, if any."""
+    own = None
+    for ranks in ranks_of_groups:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            own = group
+    return own

@@ -1,0 +1,51 @@
+"""The one file that knows what differs between Megatron-Core versions (0.16 to 0.19) and between machines with and without its CUDA extras."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can serve: it imports, and there is a CUDA device."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_submodules(use_transformer_engine: bool, qk_norm: bool) -> Any:
+    """Megatron-Core's own transformer layer, as a spec whose submodules the caller may replace."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if use_transformer_engine:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    return gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_norm)
+
+
+def use_adam(adam: type[torch.optim.Optimizer]) -> None:
+    """Register the Adam that Megatron-Core's optimizers build where neither Transformer Engine nor Apex brings one."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if getattr(optimizer, "USING_PYTORCH_OPTIMIZER", True):
+        for module in (optimizer, distrib_optimizer):
+            module.Adam = adam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+
+
+def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
+    """Scale the main gradients so that their global norm `total_norm` becomes at most `max_norm`."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=total_norm)
+
+
+def forward_backward_function(pipeline_size: int, virtual_pipeline_size: int | None) -> Callable[..., list[Any]]:
+    """Megatron-Core's schedule for a pipeline of this size."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    return get_forward_backward_func(pp_size=pipeline_size, vp_size=virtual_pipeline_size)

@@ -1,0 +1,160 @@
+"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing.
+
+Megatron-Core assumes one CUDA device per rank: it allocates with device="cuda" or `torch.cuda.current_device()`, moves scalars
+with `.cuda()`, synchronises streams, keeps CUDA random states, and recognises dtypes by `Tensor.type()` strings. On a machine
+without CUDA `prepare_platform` maps each of these onto its CPU counterpart, once per process and before Megatron-Core is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "zeros_like", "empty_like")
+_prepared = False
+
+
+def device() -> torch.device:
+    """This rank's device: its CUDA device, or the CPU where there is no CUDA."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare_platform(deterministic: bool = False) -> None:
+    """Prepare this process for Megatron-Core. Idempotent; call it before importing anything from megatron.
+
+    Args:
+        deterministic: ask torch for deterministic kernels, so that the same run gives the same bits.
+    """
+    global _prepared
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=False)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if _prepared:
+        return
+    _prepared = True
+    # Megatron-Core warns at import about each optional CUDA package it does not find.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|transformer_engine).*")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    _map_factories_to_cpu()
+    _map_cuda_module_to_cpu()
+    _report_cuda_types()
+
+
+def initialize_distributed(timeout_minutes: int) -> bool:
+    """Join the job's world (torchrun's environment; alone without it). NCCL on CUDA with gloo beside it, gloo on CPU.
+
+    Returns:
+        Whether this call created the world (and so must destroy it).
+    """
+    if torch.distributed.is_initialized():
+        return False
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    return True
+
+
+def _is_cuda(where: Any) -> bool:
+    return (isinstance(where, str) and where.startswith("cuda")) or (isinstance(where, torch.device) and where.type == "cuda")
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The factory function with `device="cuda"` read as the CPU."""
+
+    @functools.wraps(function)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return factory
+
+
+def _map_factories_to_cpu() -> None:
+    # `with torch.device(...)` recognises factory functions by identity, from a list it makes once: it must hold the original ones.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    original_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: the CPU runs in order, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _do_nothing() -> Callable[..., None]:
+    """A new no-op each time: torch's compiler wants the functions of torch.cuda to be distinct objects."""
+    return lambda *args, **kwargs: None
+
+
+def _map_cuda_module_to_cpu() -> None:
+    cpu = torch.device("cpu")
+    replacements: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "set_device": _do_nothing(),
+        "synchronize": _do_nothing(),
+        "empty_cache": _do_nothing(),
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "current_stream": _NoStream,
+        "default_stream": _NoStream,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    setattr(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())  # noqa: B010
+    setattr(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))  # noqa: B010
+
+
+def _report_cuda_types() -> None:
+    """`Tensor.type()` says torch.cuda.*: the distributed optimizer recognises its parameters by these strings."""
+    original_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]

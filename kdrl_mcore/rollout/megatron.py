@@ -1,0 +1,182 @@
+"""The embedded engine: samples with the student itself, over its own tensor x pipeline layout. No second copy of the weights, no refit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.model.gpt import LanguageModel, ModelParts
+from kdrl_mcore.model.kv_cache import KVCache
+from kdrl_mcore.parallel.collect import gather_from_replicas
+from kdrl_mcore.parallel.packing import Run, pack, partition
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.sampling import sample, uniforms
+from kdrl_mcore.types import Prompt, Rollout
+
+_NO_IDS = np.empty(0, dtype=np.int64)
+_COMPACT_BELOW = 0.75  # share of the batch still running
+
+
+class MegatronEngine:
+    """Batched generation with a KV cache on the student's own shards.
+
+    Each data-parallel replica takes its share of the prompts, balanced by prompt length, and decodes up to `max_sequences` responses at once; a prompt's
+    responses share one forward pass over it. Finished sequences leave the batch.
+    """
+
+    def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
+        """Args:
+        weight_version: tells how many updates the student's weights have seen.
+        """
+        self._parts = parts
+        self._tokenizer = tokenizer
+        self._stop_ids = torch.tensor(sorted(tokenizer.eos_ids), device=device())
+        self._max_sequences = max_sequences
+        self._weight_version = weight_version
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine`. Collective over the world."""
+        groups = self._parts.groups
+        for chunk in self._parts.chunks:
+            chunk.eval()
+        mine = partition([len(prompt.token_ids) for prompt in prompts], groups.layout.data)[groups.data.rank()]
+        wave = max(1, self._max_sequences // sampling.copies)
+        rollouts: list[tuple[int, Rollout]] = []
+        for begin in range(0, len(mine), wave):
+            indices = mine[begin : begin + wave]
+            rollouts += self._generate_wave([prompts[i] for i in indices], indices, sampling)
+        for chunk in self._parts.chunks:
+            chunk.train()
+        gathered = sorted(gather_from_replicas(groups, rollouts), key=lambda item: item[0])
+        return [rollout for _, rollout in gathered]
+
+    def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
+        """(place in the global batch, rollout) of each response of these prompts."""
+        copies, limit = sampling.copies, sampling.max_response_tokens
+        alignment = self._parts.groups.layout.token_alignment
+        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).to(device())
+        order = [index for index, _, _ in packed.spans]
+        lengths = [len(prompts[i].token_ids) for i in order]
+        places = [indices[i] * copies + copy for i in order for copy in range(copies)]
+        random = uniforms(sampling.key, places, limit).to(device())
+        cache = KVCache(lengths, copies, limit, device())
+        ends = torch.tensor(lengths, device=device()).cumsum(0) - 1
+        hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
+        last_hidden = None if hidden is None else hidden[ends].repeat_interleave(copies, dim=0)
+        cache.begin_decoding()
+
+        slots = torch.arange(len(places), device=device())  # which response each cache slot belongs to
+        positions = torch.tensor(lengths, device=device()).repeat_interleave(copies)
+        tokens = torch.zeros(len(places), limit, dtype=torch.int64, device=device())
+        log_probs = torch.zeros(len(places), limit, device=device())
+        counts = torch.full((len(places),), limit, device=device())
+        stopped = torch.zeros(len(places), dtype=torch.bool, device=device())
+        for step in range(limit):
+            token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
+            tokens[slots, step], log_probs[slots, step] = token, log_prob
+            ended = slots[torch.isin(token, self._stop_ids) & ~stopped[slots]]
+            counts[ended] = step + 1
+            stopped[ended] = True
+            alive = (~stopped[slots]).nonzero().squeeze(1)
+            if len(alive) == 0 or step == limit - 1:
+                break
+            # Dropping finished sequences copies the cache, which costs about as much as a step; until then their tokens are not counted.
+            if len(alive) <= _COMPACT_BELOW * len(slots):
+                slots, positions, token = slots[alive], positions[alive], token[alive]
+                cache.keep(alive)
+            last_hidden = self._decode(token, positions, cache)
+            cache.advance()
+            positions = positions + 1
+        return self._rollouts([prompts[i] for i in order], places, copies, tokens, log_probs, counts, stopped)
+
+    def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """The next token and its log-prob for every slot: sampled on the last stage, sent to the others."""
+        groups, chunk = self._parts.groups, self._parts.chunks[-1]
+        answer = torch.empty(2, len(uniform_N), dtype=torch.float64, device=device())
+        if hidden is not None:
+            logits = F.linear(hidden, chunk.head_weight()).float()
+            token, log_prob = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
+            answer[0], answer[1] = token, log_prob
+        if groups.pipeline.size() > 1:
+            dist.broadcast(answer, dist.get_global_rank(groups.pipeline, groups.pipeline.size() - 1), group=groups.pipeline)
+        return answer[0].long(), answer[1].float()
+
+    def _decode(self, token_N: Tensor, position_N: Tensor, cache: KVCache) -> Tensor | None:
+        """Hidden states [N, H] of one new token per slot (last stage only)."""
+        count = len(token_N)
+        filler = -count % self._parts.groups.layout.token_alignment
+        hidden = self._forward(F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler)), (Run(0, count + filler, 1),), cache)
+        return None if hidden is None else hidden[:count]
+
+    def _forward(self, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache) -> Tensor | None:
+        """All layers over packed tokens: the final hidden states [S, H], whole, on the last stage, None on the others.
+
+        Collectives: send and receive along the pipeline, and under sequence parallelism an all-gather of the result.
+        """
+        groups, parts = self._parts.groups, self._parts
+        stages, stage = groups.pipeline.size(), groups.pipeline.rank()
+        rows = len(tokens_S) // groups.layout.token_alignment
+        hidden: Tensor | None = None
+        for number, chunk in enumerate(parts.chunks):
+            if not chunk.pre_process:
+                hidden = torch.empty(rows, 1, parts.config.hidden_size, dtype=parts.config.params_dtype, device=device())
+                dist.recv(hidden, dist.get_global_rank(groups.pipeline, (stage - 1) % stages), group=groups.pipeline)
+            hidden = self._run(chunk, tokens_S, positions_S, runs, cache, hidden)
+            if not (stage == stages - 1 and number == len(parts.chunks) - 1):
+                dist.send(hidden, dist.get_global_rank(groups.pipeline, (stage + 1) % stages), group=groups.pipeline)
+        if not groups.is_last_stage:
+            return None
+        assert hidden is not None
+        hidden = hidden.squeeze(1)
+        if groups.layout.sequence_parallel:
+            whole = hidden.new_empty(len(tokens_S), hidden.size(1))
+            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=groups.tensor)
+            return whole
+        return hidden
+
+    def _run(
+        self, chunk: LanguageModel, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache, hidden: Tensor | None
+    ) -> Tensor:
+        packed = chunk.pack(runs, positions_S)
+        packed.cache = cache
+        chunk.set_input_tensor(hidden)
+        return chunk.run(tokens_S, positions_S, packed)
+
+    def _rollouts(
+        self,
+        prompts: list[Prompt],
+        places: list[int],
+        copies: int,
+        tokens: Tensor,
+        log_probs: Tensor,
+        counts: Tensor,
+        stopped: Tensor,
+    ) -> list[tuple[int, Rollout]]:
+        token_rows, log_prob_rows = tokens.cpu().numpy(), log_probs.cpu().numpy()
+        version = self._weight_version()
+        result = []
+        for slot, (place, count, stop) in enumerate(zip(places, counts.tolist(), stopped.tolist(), strict=True)):
+            prompt = prompts[slot // copies]
+            ids = token_rows[slot, :count].copy()
+            rollout = Rollout(
+                prompt_id=prompt.prompt_id,
+                group_id=place // copies,
+                prompt_token_ids=prompt.token_ids,
+                response_token_ids=ids,
+                sampler_log_probs=log_prob_rows[slot, :count].copy(),
+                finish_reason="stop" if stop else "length",
+                weight_version=version,
+                prompt=prompt.text,
+                response=self._tokenizer.decode_response(ids),
+                answer=prompt.answer,
+            )
+            result.append((place, rollout))
+        return result

@@ -1,0 +1,227 @@
+"""The student: a Megatron model that learns, with Megatron's DDP, (distributed) optimizer and pipeline schedule."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from kdrl_mcore.config import Config
+from kdrl_mcore.convert.load import load_hf_weights
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
+from kdrl_mcore.parallel import mcore
+from kdrl_mcore.parallel.adam import Adam
+from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
+from kdrl_mcore.parallel.layout import Layout, create_student_groups
+from kdrl_mcore.parallel.packing import PackedBatch
+from kdrl_mcore.vocab_parallel import fused_head
+
+Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Scalars measured on some tokens: those that add up over tokens, and those of which the largest counts."""
+
+TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Measures]]
+"""(log-probs, entropies, which of the micro-batch's loss rows) -> (loss of each token, measures)."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer update.
+
+    Attributes:
+        sums, maxima: the measures, over every token of the global batch.
+        grad_norm: global norm of the gradient before clipping.
+        skipped: why the weights were left untouched (NaN or infinity somewhere), or None.
+    """
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    grad_norm: float
+    skipped: str | None
+
+
+class Student:
+    """The learning model of one rank."""
+
+    def __init__(self, config: Config, world: int, vocabulary: int) -> None:
+        """Build and load this rank's shard. Collective over the world.
+
+        Args:
+            vocabulary: the number of tokens of the tokenizer; further columns are masked out of the softmax.
+        """
+        parallel = config.parallel
+        layout = Layout(
+            world,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            context=parallel.context,
+            virtual_pipeline=parallel.virtual_pipeline,
+            sequence_parallel=parallel.sequence_parallel,
+        )
+        assert config.student.path is not None
+        self.groups = create_student_groups(layout)
+        self.parts: ModelParts = build_model(
+            read_architecture(config.student.path),
+            config.model,
+            self.groups,
+            vocabulary=vocabulary,
+            recompute=parallel.recompute,
+            trainable=True,
+        )
+        load_hf_weights(self.parts, config.student.path)
+        self.source = config.student.path
+        self.version = 0  # optimizer updates the weights have seen
+        self._clip_grad = config.optimizer.clip_grad
+        self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
+        self._distributed_optimizer = parallel.distributed_optimizer and config.optimizer.name == "adam"
+        self._build_optimizer(config)
+
+    def _build_optimizer(self, config: Config) -> None:
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            use_distributed_optimizer=self._distributed_optimizer,
+        )
+        self.ddp = [
+            DistributedDataParallel(self.parts.config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.parts.chunks)
+        ]
+        dtype = DTYPES[config.model.dtype]
+        settings = config.optimizer
+        mcore.use_adam(Adam)
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer=settings.name,
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.clip_grad,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                sgd_momentum=0.0,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=self._distributed_optimizer,
+            ),
+            self.ddp,
+        )
+        no_sync = [chunk.no_sync for chunk in self.ddp]
+        self.parts.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+        self.parts.config.finalize_model_grads_func = _reduce_gradients
+
+    def update(self, micro_batches: Sequence[tuple[PackedBatch, TokenLoss]], lr: float) -> UpdateResult:
+        """One optimizer step on the global batch. Collective over the world.
+
+        Each token's loss arrives already weighted by the global normaliser: gradients are summed over micro-batches and data-parallel ranks
+        and divided by nothing. If the loss, a measure or the gradient is NaN or infinite on any rank, all ranks leave their weights alone.
+
+        Args:
+            micro_batches: this data-parallel rank's, the same number on every rank.
+        """
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums, maxima = sum_over_replicas(self.groups, *_add_up(self._forward_backward(micro_batches)))
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = None
+        bad = [name for name, value in {**sums, **maxima}.items() if not math.isfinite(value)]
+        if any_rank(bool(bad) or not math.isfinite(grad_norm)):
+            skipped = f"{bad[0]} is not finite" if bad else "the gradient is not finite"
+        else:
+            if self._clip_grad > 0:
+                mcore.clip_gradients(self.optimizer, self._clip_grad, grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step_with_ready_grads()
+            self.version += 1
+        return UpdateResult(sums, maxima, grad_norm, skipped)
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded into."""
+        name = "model" if len(self.ddp) == 1 else "model{}"
+        model = {name.format(index): chunk.module.sharded_state_dict() for index, chunk in enumerate(self.ddp)}
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        return {**model, "optimizer": optimizer}
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
+        for index, chunk in enumerate(self.ddp):
+            chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _forward_backward(self, micro_batches: Sequence[tuple[PackedBatch, TokenLoss]]) -> list[Measures]:
+        """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
+        layout = self.groups.layout
+        return mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(micro_batches) for _ in self.ddp],
+            model=self.ddp,
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # only a hint: variable_seq_lengths sends each micro-batch's own shape
+            micro_batch_size=1,
+            p2p_communicator=P2PCommunicator(self.groups.pipeline, self.parts.config),
+            pg_collection=self.groups.groups,
+        )
+
+    def _forward_step(self, iterator: Iterator[tuple[PackedBatch, TokenLoss]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        batch, token_loss = next(iterator)
+        chunk = model.module
+        packed = chunk.pack(batch.runs, batch.positions_S)
+        hidden = model(input_ids=batch.tokens_S[None], position_ids=batch.positions_S[None], attention_mask=None, packed_seq_params=packed)
+        return hidden, partial(self._loss, chunk, batch, token_loss)
+
+    def _loss(self, chunk: Any, batch: PackedBatch, token_loss: TokenLoss, hidden: Tensor) -> tuple[Tensor, Tensor, Measures]:
+        measured: list[Measures] = []
+
+        def measured_loss(log_probs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+            loss_T, measures = token_loss(log_probs, entropy, rows)
+            measured.append(measures)
+            return loss_T
+
+        loss, _, entropy = fused_head(
+            hidden.squeeze(1),
+            chunk.head_weight(),
+            batch.rows_T,
+            batch.targets_T,
+            measured_loss,
+            chunk.shard,
+            temperature=self._temperature,
+            sequence_parallel=self.parts.config.sequence_parallel,
+        )
+        measured.append(({"loss": loss.detach(), "entropy": entropy.sum()}, {}))
+        sums, maxima = _merge(measured)
+        return loss, torch.zeros((), dtype=torch.int), (sums, maxima)
+
+
+def _reduce_gradients(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction without its division by tokens: the loss is normalised already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _merge(measured: Sequence[Measures]) -> Measures:
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    maxima: dict[str, Tensor] = {}
+    for added, largest in measured:
+        for name, value in added.items():
+            sums[name] = sums[name] + value if name in sums else value
+        for name, value in largest.items():
+            maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+    return dict(sums), maxima
+
+
+def _add_up(measured: Sequence[Measures]) -> tuple[dict[str, float], dict[str, float]]:
+    sums, maxima = _merge(measured)
+    return {name: float(value) for name, value in sums.items()}, {name: float(value) for name, value in maxima.items()}

@@ -1,0 +1,61 @@
+"""The teacher: a Megatron model that only scores. Any layout of its own, no optimizer, no gradient buffers, weights off the GPU while idle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from kdrl_mcore.config import ModelConfig, TeacherConfig
+from kdrl_mcore.convert.load import load_hf_weights
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.gpt import build_model
+from kdrl_mcore.model.scoring import score_rollouts
+from kdrl_mcore.parallel.layout import Layout, create_scoring_groups
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.types import Rollout, TokenFloats
+
+
+class Teacher:
+    """Scores given tokens; also serves as the frozen reference model."""
+
+    def __init__(self, path: str, teacher: TeacherConfig, model: ModelConfig, world: int, vocabulary: int) -> None:
+        """Build and load this rank's shard. Collective over the world.
+
+        Args:
+            path: an HF model directory.
+            vocabulary: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
+        """
+        layout = Layout(world, tensor=teacher.parallel.tensor, pipeline=teacher.parallel.pipeline)
+        architecture = read_architecture(path)
+        if architecture.vocab_size < vocabulary:
+            raise ConfigError(f"the teacher {path} has {architecture.vocab_size} vocabulary columns, fewer than the {vocabulary} tokens shared with the student")
+        self.parts = build_model(architecture, model, create_scoring_groups(layout), vocabulary=vocabulary, trainable=False)
+        load_hf_weights(self.parts, path)
+        self._offload = teacher.offload and torch.cuda.is_available()
+        self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if self._offload:
+            self._host = {p: p.data.cpu().pin_memory() for p in self.parts.parameters()}
+            self._leave_device()
+
+    def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
+        """log T(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""
+        if not rollouts:
+            return []
+        with self._on_device():
+            return [log_probs for log_probs, _ in score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        for parameter, host in self._host.items():
+            parameter.data = host.to(device(), non_blocking=True)
+        try:
+            yield
+        finally:
+            self._leave_device()
+
+    def _leave_device(self) -> None:
+        for parameter, host in self._host.items():
+            parameter.data = host

@@ -1,0 +1,54 @@
+"""Train: `torchrun --nproc-per-node N -m kdrl_mcore.train experiment=NAME key=value ...` (or plain python for one rank)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch.distributed as dist
+
+from kdrl_mcore.config import describe_keys, load_config
+from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
+
+USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
+
+Groups: experiment, objective, rollout, reward (see conf/). Every key with its default:
+"""
+
+
+def main(overrides: list[str]) -> int:
+    """Run a whole training job from Hydra overrides, in the existing torch.distributed world if there is one.
+
+    Returns:
+        The exit code: 0, or that of the error, which is printed on one line by the rank that has it.
+    """
+    if any(word in ("-h", "--help") for word in overrides):
+        print(USAGE + describe_keys())
+        return 0
+    try:
+        config = load_config(overrides)
+        prepare_platform(config.trainer.deterministic)
+        created = initialize_distributed(config.trainer.distributed_timeout_minutes)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("megatron").setLevel(logging.WARNING)
+        # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
+        from kdrl_mcore.job import build_job
+        from kdrl_mcore.trainer import Trainer
+
+        job = build_job(config)
+        try:
+            Trainer(job).run()
+        finally:
+            if job.verifier is not None:
+                job.verifier.close()
+    except KdrlError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if created:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""The loop around the iteration: resume, evaluate, train, log, save, export."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from kdrl_mcore.config import save_config
+from kdrl_mcore.convert.export import export_hf
+from kdrl_mcore.errors import CheckpointError, NumericalError
+from kdrl_mcore.evaluation.evaluate import evaluate
+from kdrl_mcore.iteration import run_iteration
+from kdrl_mcore.job import Job, verify_together
+from kdrl_mcore.monitoring.alerts import check_alerts
+from kdrl_mcore.monitoring.metrics import MetricsLog
+from kdrl_mcore.monitoring.progress import Progress
+from kdrl_mcore.rollout.files import write_rollouts
+from kdrl_mcore.supervised import run_supervised_iteration
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs a job for `trainer.steps` steps, from its latest checkpoint if there is one."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.config = job.config
+        self.run_dir = Path(self.config.run.dir)
+        self._is_main = dist.get_rank() == 0
+        self._bad_updates = 0  # skipped in a row
+        self._log: MetricsLog | None = None
+        self._progress: Progress | None = None
+        self._history: list[dict[str, float]] = []
+
+    def run(self) -> None:
+        """Train to the end and export the student. Collective over the world."""
+        config = self.config
+        step = self._resume()
+        if self._is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.run_dir / "config.yaml")
+            self._log = MetricsLog(self.run_dir, config.logging.tensorboard)
+            self._log.truncate_after(step)
+            self._progress = Progress(config.trainer.steps, enabled=config.logging.progress)
+            self._progress.start(step)
+        try:
+            if step == 0 and config.eval.at_start:
+                self._record(0, self._evaluate())
+            while step < config.trainer.steps:
+                step += 1
+                self._train_step(step)
+                if _is_due(step, config.checkpoint.every, config.trainer.steps):
+                    self._save(step)
+        finally:
+            if self._log is not None and self._progress is not None:
+                self._progress.close()
+                self._log.close()
+        if config.checkpoint.export_hf:
+            export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
+
+    def _train_step(self, step: int) -> None:
+        config = self.config
+        if config.objective.kind == "sft":
+            metrics = run_supervised_iteration(self.job)
+        else:
+            rollouts, metrics = run_iteration(self.job, step)
+            if self._is_main and config.logging.rollouts:
+                write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
+        if _is_due(step, config.eval.every, config.trainer.steps):
+            metrics.update(self._evaluate())
+        self._record(step, metrics)
+        self._count_bad_updates(step, int(metrics["skipped_updates"]))
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.job.eval_prompts:
+            return {}
+        assert self.job.engine is not None
+        return evaluate(
+            self.job.engine,
+            self.job.eval_prompts,
+            lambda rollouts: verify_together(self.job.student, self.job.verifier, rollouts),
+            self.config.eval,
+            self.config.rollout,
+            self.config.trainer.seed,
+        )
+
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        if self._log is None or self._progress is None:
+            return
+        self._log.write(step, metrics)
+        self._progress.update(step, metrics)
+        self._history.append(metrics)
+        for alert in check_alerts(self._history):
+            logger.warning("step %d: %s: %s", step, alert.name, alert.message)
+
+    def _count_bad_updates(self, step: int, skipped: int) -> None:
+        self._bad_updates = self._bad_updates + skipped if skipped else 0
+        if skipped:
+            logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
+        if self._bad_updates >= self.config.trainer.max_bad_updates:
+            raise NumericalError(
+                f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}): lower optimizer.lr or objective.beta, "
+                f"or look at {self.run_dir}/rollouts"
+            )
+
+    def _state(self, step: int) -> dict[str, Any]:
+        job = self.job
+        return {
+            "step": step,
+            "weight_version": job.student.version,
+            "alpha": job.alpha.state_dict(),
+            "beta": job.beta.state_dict(),
+            "prompts": job.prompts.state_dict() if job.prompts is not None else None,
+            "bad_updates": self._bad_updates,
+            "seed": self.config.trainer.seed,
+        }
+
+    def _save(self, step: int) -> None:
+        directory = self.run_dir / "checkpoints"
+        save_checkpoint(directory, step, self.job.student, self._state(step), self.config.checkpoint.keep)
+
+    def _resume(self) -> int:
+        """Restore the state of the checkpoint to resume from; returns the number of steps done."""
+        path = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint.resume)
+        if path is None:
+            return 0
+        job = self.job
+        state = load_checkpoint(path, job.student)
+        if state["seed"] != self.config.trainer.seed:
+            raise CheckpointError(f"{path} was made with trainer.seed={state['seed']}, this run has {self.config.trainer.seed}: use the same seed")
+        job.student.version = state["weight_version"]
+        job.alpha.load_state_dict(state["alpha"])
+        job.beta.load_state_dict(state["beta"])
+        if job.prompts is not None and state["prompts"] is not None:
+            job.prompts.load_state_dict(state["prompts"])
+        self._bad_updates = state["bad_updates"]
+        if self._is_main:
+            logger.info("resumed from %s after step %d", path, state["step"])
+        return int(state["step"])
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Whether something happens at this step: every so many steps (if positive), at the last one, or never (negative)."""
+    return every >= 0 and (step == last or (every > 0 and step % every == 0))
