@@ -15,7 +15,7 @@ from kdrl_mcore.errors import CheckpointError, NumericalError
 from kdrl_mcore.evaluation.evaluate import evaluate
 from kdrl_mcore.iteration import run_iteration
 from kdrl_mcore.job import Job, verify_together
-from kdrl_mcore.monitoring.alerts import check_alerts
+from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.rollout.files import write_rollouts
@@ -35,7 +35,7 @@ class Trainer:
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
-        self._history: list[dict[str, float]] = []
+        self._alerts = AlertWatch()
 
     def run(self) -> None:
         """Train to the end and export the student. Collective over the world."""
@@ -45,7 +45,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, self.run_dir / "config.yaml")
             self._log = MetricsLog(self.run_dir, config.logging.tensorboard)
-            self._log.truncate_after(step)
+            self._log.truncate_after(step if step else -1)
             self._progress = Progress(config.trainer.steps, enabled=config.logging.progress)
             self._progress.start(step)
         try:
@@ -94,9 +94,8 @@ class Trainer:
             return
         self._log.write(step, metrics)
         self._progress.update(step, metrics)
-        self._history.append(metrics)
-        for alert in check_alerts(self._history):
-            logger.warning("step %d: %s: %s", step, alert.name, alert.message)
+        for alert in self._alerts.observe(metrics):
+            self._progress.message(f"step {step}: {alert.name}: {alert.message}")
 
     def _count_bad_updates(self, step: int, skipped: int) -> None:
         self._bad_updates = self._bad_updates + skipped if skipped else 0

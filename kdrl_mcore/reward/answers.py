@@ -1,4 +1,4 @@
-"""Finding the answer in a text, and the comparisons that need no algebra. Pure functions on strings; linear in the text's length."""
+"""Finding the answer in a text, and the comparisons that need no algebra: pure functions, linear in the text's length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mathematical equality of two answers, by math-verify. Runs in the worker processes only: sympy may take any time or memory."""
+"""Mathematical equality of two answers, by math-verify. For worker processes only: it may take any time or memory."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class WorkerPool:
         """Whether each pair is equal, in order.
 
         Raises:
-            RewardError: a worker does not start, or fails on the trivial pair it is tested with at its start. After a crash the new
-                worker is tested like the first, so a broken installation is never taken for wrong answers.
+            RewardError: a worker does not start, or fails on the trivial pair it is tested with at its start. After a
+                crash the new worker is tested like the first, so a broken installation never passes for wrong answers.
         """
         verdicts = [False] * len(pairs)
         waiting = deque(range(len(pairs)))

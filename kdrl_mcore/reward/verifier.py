@@ -18,9 +18,9 @@ MATH_VERIFY = "kdrl_mcore.reward.equivalence:equivalent"
 class Verifier:
     r"""Gives rollouts their `reward` and `correct`, in place.
 
-    `math_verify`: correct if the content of the response's last `\boxed{}` equals the reference as mathematics. Plain integers and
-    identical strings are compared at once (`compare_plainly`); everything else goes to worker processes that are killed when they
-    take too long, and such an answer is incorrect and counted.
+    `math_verify`: correct if the content of the response's last `\boxed{}` equals the reference as mathematics. Plain
+    integers and identical strings are compared at once (`compare_plainly`); everything else goes to worker processes
+    that are killed when they take too long, and such an answer is incorrect and counted.
     `exact_match`: correct if the content of the last `\boxed{}`, or the whole response where it opens no box, is the
     reference character for character (runs of white space count as one space).
 
@@ -55,8 +55,8 @@ class Verifier:
     def score(self, rollouts: Sequence[Rollout]) -> None:
         r"""Set `reward` and `correct` of each rollout.
 
-        reward = (`reward.correct` or `reward.incorrect`) + `reward.format_bonus` if the response ended by itself and holds exactly
-        one `\boxed{}`. `correct` comes from the comparison alone, never from the reward's value.
+        reward = (`reward.correct` or `reward.incorrect`) + `reward.format_bonus` if the response ended by itself and
+        holds exactly one `\boxed{}`. `correct` comes from the comparison alone, never from the reward's value.
 
         Raises:
             RewardError: a rollout has no reference answer, or the worker processes do not work.

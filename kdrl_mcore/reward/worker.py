@@ -1,7 +1,8 @@
 """One verifier process: `python -m kdrl_mcore.reward.worker MODULE:FUNCTION MEMORY_BYTES TIME_LIMIT`.
 
 Reads one JSON pair `[reference, answer]` a line on standard input and answers each with one byte on standard output. It
-imports neither torch nor the configuration, so that it starts in under a second. It ends when its input ends, which is when its parent does.
+imports neither torch nor the configuration, so that it starts in about a second. It ends when its input does, which is when
+its parent ends.
 """
 
 from __future__ import annotations

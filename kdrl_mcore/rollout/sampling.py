@@ -88,9 +88,9 @@ def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:
     """[N] of every rank as [ranks, N]."""
     if shard.group is None or shard.group.size() == 1:
         return value_N[None]
-    gathered = value_N.new_empty(shard.group.size(), *value_N.shape)
+    gathered = value_N.new_empty(shard.group.size() * value_N.size(0), *value_N.shape[1:])
     dist.all_gather_into_tensor(gathered, value_N, group=shard.group)
-    return gathered
+    return gathered.view(shard.group.size(), *value_N.shape)
 
 
 def _gather_columns(logits_NV: Tensor, shard: VocabShard) -> Tensor:

@@ -1,0 +1,47 @@
+# `make` or `make help` lists what there is. Another Python: make setup PYTHON=/path/to/python3.12
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt
+
+.PHONY: help setup demo test check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
+
+demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
+	@$(BIN)/python examples/tiny/demo.py
+
+test: check ## set-up, checks, then every test
+	@$(BIN)/python -m pytest </dev/null
+
+check: $(INSTALLED) ## ruff (rules and format) and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean: ## remove caches and build output (keeps .venv and runs)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "error: '$(PYTHON)' is not Python 3.11 or newer: install one, or run make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v "$${CC:-cc}" >/dev/null \
+		|| { echo "error: no C compiler ('$${CC:-cc}'): install one (Debian, Ubuntu: apt-get install build-essential), or set CC" >&2; exit 1; }
+	@echo "[1/4] .venv with $$("$(PYTHON)" --version)"
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
+	@echo "[2/4] pip"
+	@$(PIP_INSTALL) --upgrade pip
+	@echo "[3/4] torch (the largest part: a minute or more)"
+	@$(PIP_INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "[4/4] kdrl_mcore, its dependencies and the test tools"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+	@echo "ready: $$($(BIN)/python -c 'import kdrl_mcore, torch; print(f"kdrl_mcore {kdrl_mcore.__version__}, torch {torch.__version__}")')"

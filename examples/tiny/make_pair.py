@@ -1,0 +1,161 @@
+"""Make the tiny student and teacher: data, random checkpoints, then supervised training with this project's own trainer.
+
+    python examples/tiny/make_pair.py
+
+The teacher is trained to the end on flawed answers, so it is good but wrong in a systematic way. The student is trained at a
+constant learning rate on correct answers, with an evaluation and a checkpoint every few steps; the checkpoint whose
+validation accuracy is nearest to `STUDENT_ACCURACY` becomes the student: one that is stopped half-way still has room to learn.
+Both train at once, one thread each. What exists is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from examples.tiny.jobs import ROOT, Job, follow, start_training
+from examples.tiny.task import TEACHER_SET, make_tokenizer, write_data
+from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.monitoring.metrics import read_metrics
+
+DEFAULT_DIR = Path("runs/tiny")
+SEED = 0
+FLAW_RATE = 0.8
+"""How often the teacher's data get the flawed addition wrong; the teacher's accuracy then ends between 80 % and 90 %."""
+STUDENT_ACCURACY = 0.45
+STUDENT_CHECKPOINT_EVERY = 25
+
+SIZES: dict[str, dict[str, int]] = {
+    "student": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "teacher": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+"""Both have 2 layers, 32 wide heads and a tied output head: 0.1M and 0.3M parameters."""
+
+
+def main() -> int:
+    """Make the pair where it does not exist; exit code 1 with one line when a step fails."""
+    parser = argparse.ArgumentParser(description="Make the tiny student and teacher of the CPU example.")
+    parser.add_argument("--output", type=Path, default=DEFAULT_DIR, help="folder of data and models (default: %(default)s)")
+    try:
+        make_pair(parser.parse_args().output)
+    except KdrlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def make_pair(directory: Path) -> None:
+    """Write `directory/{data,init_student,init_teacher,student,teacher}` (relative to the project root), keeping what exists.
+
+    Raises:
+        KdrlError: a training run or the export failed.
+    """
+    started, absolute = time.monotonic(), ROOT / directory
+    if not (absolute / "data").is_dir():
+        print(f"writing data to {directory / 'data'}", flush=True)
+        unfinished = absolute / "data.unfinished"
+        write_data(unfinished, FLAW_RATE, SEED)
+        unfinished.rename(absolute / "data")
+    missing = [name for name in SIZES if not (absolute / name).is_dir()]
+    for name in missing:
+        write_random_model(absolute / f"init_{name}", name)
+    if not missing:
+        return
+    print(f"training {' and '.join(missing)} (about two minutes on two cores)", flush=True)
+    follow([_start(name, directory) for name in missing])
+    for name in missing:
+        _finish(name, directory)
+    print(f"made {' and '.join(missing)} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def write_random_model(directory: Path, name: str) -> None:
+    """Write a randomly initialised student or teacher as an HF checkpoint with its tokenizer."""
+    transformers_logging.disable_progress_bar()
+    tokenizer = make_tokenizer()
+    torch.manual_seed(SEED)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            num_hidden_layers=2,
+            max_position_embeddings=256,
+            initializer_range=0.06,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **SIZES[name],
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _start(name: str, directory: Path) -> Job:
+    own = {
+        "student": [
+            f"data.train={directory}/data/sft.jsonl",
+            f"eval.every={STUDENT_CHECKPOINT_EVERY}",
+            f"checkpoint.every={STUDENT_CHECKPOINT_EVERY}",
+            "checkpoint.keep=0",
+            "checkpoint.export_hf=false",
+        ],
+        "teacher": [
+            f"data.train={directory}/data/{TEACHER_SET}.jsonl",
+            "trainer.steps=800",
+            "rollout.prompts_per_step=32",
+            "optimizer.lr=3e-3",
+            "optimizer.schedule=cosine",
+            "checkpoint.every=-1",
+        ],
+    }
+    return start_training(
+        name,
+        directory / f"sft_{name}",
+        [
+            "experiment=tiny_sft",
+            f"student.path={directory}/init_{name}",
+            f"data.eval={directory}/data/validation.jsonl",
+            f"trainer.seed={SEED}",
+            *own[name],
+        ],
+    )
+
+
+def _finish(name: str, directory: Path) -> None:
+    """Put the trained model into place; the folder appears only when it is complete."""
+    run_dir, unfinished = directory / f"sft_{name}", ROOT / directory / f"{name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if name == "teacher":
+        shutil.copytree(ROOT / run_dir / "hf", unfinished)
+    else:
+        step, accuracy = nearest_step(ROOT / run_dir)
+        print(f"student: step {step}, validation accuracy {accuracy:.1%}", flush=True)
+        _export(run_dir / "checkpoints" / f"step_{step:06d}", unfinished)
+    unfinished.rename(ROOT / directory / name)
+
+
+def nearest_step(run_dir: Path) -> tuple[int, float]:
+    """The step whose validation accuracy is nearest to `STUDENT_ACCURACY`, and that accuracy."""
+    accuracy = {int(row["step"]): row["eval/accuracy"] for row in read_metrics(run_dir) if "eval/accuracy" in row}
+    step = min(accuracy, key=lambda step: abs(accuracy[step] - STUDENT_ACCURACY))
+    return step, accuracy[step]
+
+
+def _export(checkpoint: Path, output: Path) -> None:
+    command = [sys.executable, "tools/convert_hf.py", "export", "--checkpoint", str(checkpoint), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise KdrlError(f"export of {checkpoint} failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
