@@ -44,7 +44,9 @@ class Experience:
 
     def with_weights(self, *, advantages_N: Tensor, policy_weights_N: Tensor, distillation_weights_N: Tensor) -> Experience:
         """The same batch with what `iteration.prepare` computed."""
-        return replace(self, advantages_N=advantages_N, policy_weights_N=policy_weights_N, distillation_weights_N=distillation_weights_N)
+        return replace(
+            self, advantages_N=advantages_N, policy_weights_N=policy_weights_N, distillation_weights_N=distillation_weights_N
+        )
 
     def split_by_group(self, parts: int) -> list[Experience]:
         """Whole groups dealt to `parts` batches, in order; empty batches are left out."""
@@ -64,7 +66,11 @@ class Experience:
         rollouts = pick(self.rollouts)
         assert rollouts is not None
         return Experience(
-            rollouts, self.distil_N[index], pick(self.teacher_log_probs), pick(self.old_log_probs), pick(self.reference_log_probs)
+            rollouts,
+            self.distil_N[index],
+            pick(self.teacher_log_probs),
+            pick(self.old_log_probs),
+            pick(self.reference_log_probs),
         )
 
     def bad_log_probs(self) -> str | None:

@@ -1,8 +1,8 @@
 """One iteration of KDRL (arXiv 2506.02208), in the order of the paper.
 
 The student samples its own answers; the verifier rewards them; the teacher scores the tokens that the mask keeps; one loss,
-alpha * L_GRPO + beta * L_KD, gives one update. Every rank calls these functions with the same arguments and holds the same rollouts; what is
-computed where is told in the function that does it. N responses, T response tokens.
+alpha * L_GRPO + beta * L_KD, gives one update. Every rank calls these functions with the same arguments and holds the same
+rollouts; what is computed where is told in the function that does it. N responses, T response tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def run_iteration(job: Job, step: int) -> tuple[list[Rollout], dict[str, float]]
         teacher_log_probs = job.score_with_teacher(rollouts, distil_N)  # log T(o_t | s_t), only where the mask keeps it
     with clock("train"):
         updates = [
-            job.update(prepare(job, batch, alpha, beta), alpha, beta) for batch in job.split(rollouts, teacher_log_probs, distil_N)
+            job.update(prepare(job, batch, alpha, beta), alpha, beta)
+            for batch in job.split(rollouts, teacher_log_probs, distil_N)
         ]
     for update in updates:
         job.advance_schedules(update)  # alpha_t and beta_t move with the optimizer step
@@ -58,13 +59,17 @@ def prepare(job: Job, batch: Experience, alpha: float, beta: float) -> Experienc
     if objective.kd.placement == "reward" and beta > 0:
         rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch), beta)
     advantages_N = (
-        group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std) if alpha > 0 else torch.zeros_like(rewards_N)
+        group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std)
+        if alpha > 0
+        else torch.zeros_like(rewards_N)
     )
     limit = job.config.rollout.max_response_tokens
     return batch.with_weights(
         advantages_N=advantages_N,
         policy_weights_N=response_weights(lengths_N, objective.aggregation, limit),
-        distillation_weights_N=distillation_weights(lengths_N, batch.distil_N, objective.aggregation, limit, objective.kd.denominator),
+        distillation_weights_N=distillation_weights(
+            lengths_N, batch.distil_N, objective.aggregation, limit, objective.kd.denominator
+        ),
     )
 
 

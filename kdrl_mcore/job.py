@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,12 +54,17 @@ class Job:
         assert self.engine is not None and self.prompts is not None
         settings = self.config.rollout
         sampling = Sampling(
-            settings.temperature, settings.top_p, settings.max_response_tokens, settings.responses_per_prompt, (self.config.trainer.seed, 0, step)
+            settings.temperature,
+            settings.top_p,
+            settings.max_response_tokens,
+            settings.responses_per_prompt,
+            (self.config.trainer.seed, 0, step),
         )
         return self.engine.generate(self.prompts.next_batch(), sampling)
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
-        """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have theirs."""
+        """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have
+        theirs."""
         if self.replay is None:
             verify_together(self.student, self.verifier, rollouts)
 
@@ -73,13 +78,19 @@ class Job:
                 result[index] = log_probs
         return result
 
-    def split(self, rollouts: Sequence[Rollout], teacher_log_probs: list[TokenFloats | None], distil_N: Tensor) -> list[Experience]:
-        """The batches of the step's optimizer updates. More than one makes later ones off-policy: then pi_old is scored once, now."""
+    def split(
+        self, rollouts: Sequence[Rollout], teacher_log_probs: list[TokenFloats | None], distil_N: Tensor
+    ) -> list[Experience]:
+        """The batches of the step's optimizer updates. More than one makes later ones off-policy: then pi_old is scored
+        once, now."""
         updates = self.config.batch.updates_per_step
         old = None
         if updates > 1:
             scored = score_rollouts(
-                self.student.parts, rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens
+                self.student.parts,
+                rollouts,
+                temperature=self.config.rollout.temperature,
+                micro_tokens=self.config.batch.micro_tokens,
             )
             old = [log_probs for log_probs, _ in scored]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
@@ -107,7 +118,7 @@ class Job:
     def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)
 
-    def _optimize(self, experience: Experience, loss: partial[tuple[Tensor, Measures]]) -> UpdateResult:
+    def _optimize(self, experience: Experience, loss: Callable[[Tensor, TokenBatch], tuple[Tensor, Measures]]) -> UpdateResult:
         layout, config = self.student.groups.layout, self.config
         batches = micro_batches(
             experience,
@@ -188,7 +199,9 @@ def build_job(config: Config) -> Job:
         engine=engine,
         replay=ReplayEngine(Path(config.rollout.path)) if replays and not sft and config.rollout.path else None,
         verifier=verifier,
-        prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle) if train else None,
+        prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
+        if train
+        else None,
         eval_prompts=eval_prompts or [],
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
@@ -198,7 +211,8 @@ def build_job(config: Config) -> Job:
 def _vocabulary(config: Config) -> tuple[Tokenizer | None, int]:
     """The tokenizer, and how many vocabulary columns exist for every softmax: the shared tokenizer's tokens.
 
-    A model directory without a tokenizer can still be trained on replayed token ids; then the smaller vocabulary of the models counts.
+    A model directory without a tokenizer can still be trained on replayed token ids; then the smaller vocabulary of the
+    models counts.
     """
     assert config.student.path is not None
     paths = [config.student.path, *([config.teacher.path] if config.teacher.path else [])]

@@ -38,11 +38,19 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         for name, value in update.sums.items():
             sums[name] = sums.get(name, 0.0) + value
     tokens, distilled = sums.get("tokens", 0.0), sums.get("distilled_tokens", 0.0)
-    metrics = {name: sums[name] / len(updates) for name in ("loss", "policy_loss", "kd_loss", "reference_loss") if name in sums}
+    metrics: dict[str, float] = {
+        name: sums[name] / len(updates) for name in ("loss", "policy_loss", "kd_loss", "reference_loss") if name in sums
+    }
     per_token = {"entropy": "entropy", "clipped_tokens": "clip_share", "drift": "drift_mean"}
     metrics.update({new: sums[name] / tokens for name, new in per_token.items() if name in sums and tokens})
     if distilled:
-        metrics.update({new: sums[name] / distilled for name, new in (("kl_k1", "kl"), ("kl_k2", "kl_k2"), ("kl_k3", "kl_k3")) if name in sums})
+        metrics.update(
+            {
+                new: sums[name] / distilled
+                for name, new in (("kl_k1", "kl"), ("kl_k2", "kl_k2"), ("kl_k3", "kl_k3"))
+                if name in sums
+            }
+        )
     for name in {name for update in updates for name in update.maxima}:
         metrics[name] = max(update.maxima.get(name, 0.0) for update in updates)
     metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))

@@ -123,8 +123,9 @@ class Student:
     def update(self, micro_batches: Sequence[tuple[PackedBatch, TokenLoss]], lr: float) -> UpdateResult:
         """One optimizer step on the global batch. Collective over the world.
 
-        Each token's loss arrives already weighted by the global normaliser: gradients are summed over micro-batches and data-parallel ranks
-        and divided by nothing. If the loss, a measure or the gradient is NaN or infinite on any rank, all ranks leave their weights alone.
+        Each token's loss arrives already weighted by the global normaliser: gradients are summed over micro-batches and
+        data-parallel ranks and divided by nothing. If the loss, a measure or the gradient is NaN or infinite on any rank,
+        all ranks leave their weights alone.
 
         Args:
             micro_batches: this data-parallel rank's, the same number on every rank.
@@ -149,7 +150,8 @@ class Student:
         return UpdateResult(sums, maxima, grad_norm, skipped)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded into."""
+        """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
+        into."""
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {name.format(index): chunk.module.sharded_state_dict() for index, chunk in enumerate(self.ddp)}
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -176,11 +178,15 @@ class Student:
             pg_collection=self.groups.groups,
         )
 
-    def _forward_step(self, iterator: Iterator[tuple[PackedBatch, TokenLoss]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, iterator: Iterator[tuple[PackedBatch, TokenLoss]], model: DistributedDataParallel
+    ) -> tuple[Tensor, Any]:
         batch, token_loss = next(iterator)
         chunk = model.module
         packed = chunk.pack(batch.runs, batch.positions_S)
-        hidden = model(input_ids=batch.tokens_S[None], position_ids=batch.positions_S[None], attention_mask=None, packed_seq_params=packed)
+        hidden = model(
+            input_ids=batch.tokens_S[None], position_ids=batch.positions_S[None], attention_mask=None, packed_seq_params=packed
+        )
         return hidden, partial(self._loss, chunk, batch, token_loss)
 
     def _loss(self, chunk: Any, batch: PackedBatch, token_loss: TokenLoss, hidden: Tensor) -> tuple[Tensor, Tensor, Measures]:

@@ -1,4 +1,5 @@
-"""One iteration of supervised fine-tuning: -log pi(target) on given responses, through the same batches, student and optimizer as KDRL."""
+"""One iteration of supervised fine-tuning: -log pi(target) on given responses, through the same batches, student and
+optimizer as KDRL."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def run_supervised_iteration(job: Job) -> dict[str, float]:
     with clock("train"):
         experience = Experience(rollouts, zeros_N.bool()).with_weights(
             advantages_N=zeros_N,
-            policy_weights_N=response_weights(lengths_N, job.config.objective.aggregation, job.config.rollout.max_response_tokens),
+            policy_weights_N=response_weights(
+                lengths_N, job.config.objective.aggregation, job.config.rollout.max_response_tokens
+            ),
             distillation_weights_N=zeros_N,
         )
         update = job.update_supervised(experience)

@@ -1,4 +1,5 @@
-"""The teacher: a Megatron model that only scores. Any layout of its own, no optimizer, no gradient buffers, weights off the GPU while idle."""
+"""The teacher: a Megatron model that only scores. Any layout of its own, no optimizer, no gradient buffers, weights off the
+GPU while idle."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ class Teacher:
         layout = Layout(world, tensor=teacher.parallel.tensor, pipeline=teacher.parallel.pipeline)
         architecture = read_architecture(path)
         if architecture.vocab_size < vocabulary:
-            raise ConfigError(f"the teacher {path} has {architecture.vocab_size} vocabulary columns, fewer than the {vocabulary} tokens shared with the student")
+            raise ConfigError(
+                f"the teacher {path} has {architecture.vocab_size} vocabulary columns, fewer than the {vocabulary} tokens "
+                "it shares with the student"
+            )
         self.parts = build_model(architecture, model, create_scoring_groups(layout), vocabulary=vocabulary, trainable=False)
         load_hf_weights(self.parts, path)
         self._offload = teacher.offload and torch.cuda.is_available()
@@ -45,7 +49,10 @@ class Teacher:
         if not rollouts:
             return []
         with self._on_device():
-            return [log_probs for log_probs, _ in score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)]
+            return [
+                log_probs
+                for log_probs, _ in score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)
+            ]
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

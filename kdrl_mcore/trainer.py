@@ -103,8 +103,8 @@ class Trainer:
             logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
         if self._bad_updates >= self.config.trainer.max_bad_updates:
             raise NumericalError(
-                f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}): lower optimizer.lr or objective.beta, "
-                f"or look at {self.run_dir}/rollouts"
+                f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}): lower optimizer.lr or "
+                f"objective.beta, or look at {self.run_dir}/rollouts"
             )
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -131,7 +131,9 @@ class Trainer:
         job = self.job
         state = load_checkpoint(path, job.student)
         if state["seed"] != self.config.trainer.seed:
-            raise CheckpointError(f"{path} was made with trainer.seed={state['seed']}, this run has {self.config.trainer.seed}: use the same seed")
+            raise CheckpointError(
+                f"{path} was made with trainer.seed={state['seed']}, this run has {self.config.trainer.seed}: use the same seed"
+            )
         job.student.version = state["weight_version"]
         job.alpha.load_state_dict(state["alpha"])
         job.beta.load_state_dict(state["beta"])

@@ -22,7 +22,8 @@ from kdrl_mcore.model.gpt import ModelParts
 def hf_tensors(parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's tensors under their HF names, whole, on tensor-parallel rank 0; nothing on the others.
 
-    Collectives: one gather over the tensor-parallel group per parameter, so all its ranks must iterate. At most one parameter is held
+    Collectives: one gather over the tensor-parallel group per parameter, so all its ranks must iterate. At most one
+        parameter is held
     in full at a time.
     """
     architecture, tensor = parts.architecture, parts.groups.tensor
@@ -49,8 +50,8 @@ def hf_tensors(parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
 def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write the model to `target`, with config and tokenizer from `source`. Collective over the world.
 
-    Each pipeline stage of one replica writes its own files, at most `max_shard_bytes` each (or one tensor). They are written aside: `target` is
-    replaced when all of them are complete, or left as it was.
+    Each pipeline stage of one replica writes its own files, at most `max_shard_bytes` each (or one tensor). They are written
+    aside: `target` is replaced when all of them are complete, or left as it was.
     """
     target = Path(target)
     aside = target.with_name(f".{target.name}.partial")

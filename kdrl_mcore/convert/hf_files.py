@@ -49,7 +49,11 @@ class HFWeights:
         single = "model.safetensors"
         if not (self.path / single).is_file():
             pickled = any(self.path.glob("*.bin")) or any(self.path.glob("*.pt"))
-            hint = "only pickled weights, which are never loaded: convert them to safetensors" if pickled else "no model.safetensors"
+            hint = (
+                "only pickled weights, which are never loaded: convert them to safetensors"
+                if pickled
+                else "no model.safetensors"
+            )
             raise ModelError(f"{self.path}: {hint}")
         return dict.fromkeys(self._open(single).keys(), single)
 
@@ -85,11 +89,16 @@ class HFWeights:
         self._files.clear()
 
 
-def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy everything but the weights of an HF directory, and name the weights' dtype in its config."""
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything but the weights of an HF directory: config, tokenizer, generation config, chat template."""
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy the side files, and name the weights' dtype in the config."""
+    copy_side_files(source, target)
     config = json.loads((target / "config.json").read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")

@@ -28,7 +28,9 @@ def load_hf_weights(parts: ModelParts, path: str | Path) -> None:
             for mapped in map_chunk(chunk, rules, tensor.rank(), tensor.size()):
                 for name, shape in zip(mapped.hf_names, hf_shapes(mapped.rule, architecture), strict=True):
                     if weights.shape(name) != shape:
-                        raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}")
+                        raise ModelError(
+                            f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}"
+                        )
                 covered = 0
                 for piece in mapped.pieces:
                     source = weights.read(piece.hf, piece.hf_start, piece.length, piece.dim)

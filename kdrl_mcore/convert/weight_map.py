@@ -1,6 +1,7 @@
 """The weight map at work: which slices of which HF tensors make up one rank's shard of one Megatron parameter.
 
-Every use (import, loading into a running trainer, export, verification, refit) walks the same list of pieces, in one direction or the other.
+Every use (import, loading into a running trainer, export, verification, refit) walks the same list of pieces, in one
+direction or the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` rows (or columns) of HF tensor `hf`, from `hf_start`, standing at `start` in the shard, along dimension `dim`."""
+    """`length` rows (or columns) of HF tensor `hf`, from `hf_start`, standing at `start` in the shard, along dimension
+    `dim`."""
 
     hf: str
     hf_start: int
@@ -48,7 +50,7 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
     """The shape of each HF tensor of a rule."""
     hidden, head = architecture.hidden_size, architecture.head_dim
     query, kv = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    rows_or_columns = {
+    rows_or_columns: dict[str, list[tuple[int, ...]]] = {
         "vocabulary": [(architecture.vocab_size, hidden)],
         "gate_up": [(architecture.ffn_hidden_size, hidden)] * 2,
     }
@@ -61,7 +63,9 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
     return [(head if "_layernorm" in rule.megatron and "self_attention" in rule.megatron else hidden,)]
 
 
-def pieces(rule: WeightRule, hf_names: tuple[str, ...], architecture: Architecture, rank: int, ranks: int, shard_size: int) -> list[Piece]:
+def pieces(
+    rule: WeightRule, hf_names: tuple[str, ...], architecture: Architecture, rank: int, ranks: int, shard_size: int
+) -> list[Piece]:
     """The slices that make up the shard of tensor-parallel rank `rank` of `ranks`.
 
     Args:
@@ -111,7 +115,11 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], rank: int, ranks: i
         hf_names = tuple(hf.format(layer=layer) for hf in rule.hf)
         shard_size = parameter.shape[1 if rule.kind == "row" else 0]
         yield MappedParameter(
-            generic.format(layer=layer), parameter, rule, hf_names, tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size))
+            generic.format(layer=layer),
+            parameter,
+            rule,
+            hf_names,
+            tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
         )
 
 

@@ -1,7 +1,7 @@
 """Self-attention over packed sequences: rotary embedding by explicit positions, no padding, an optional KV cache.
 
-S tokens of the packed micro-batch (all of them, also under sequence parallelism: the QKV projection gathers them), N query heads
-and K key/value heads of this tensor-parallel rank, D head dimension.
+S tokens of the packed micro-batch (all of them, also under sequence parallelism: the QKV projection gathers them), N query
+heads and K key/value heads of this tensor-parallel rank, D head dimension.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,9 @@ class PackedSequences(PackedSeqParams):
     cache: KVCache | None = None
 
 
-def pack_attention(runs: tuple[Run, ...], positions_S: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> PackedSequences:
+def pack_attention(
+    runs: tuple[Run, ...], positions_S: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype
+) -> PackedSequences:
     """Describe packed sequences to attention.
 
     Args:
@@ -74,7 +77,9 @@ class PackedSelfAttention(SelfAttention):
     over the tensor-parallel group; its backward is a reduce-scatter).
     """
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """[S (/tp under sequence parallelism), 1, H] -> (the same shape, bias). Needs `packed_seq_params`."""
         packed: PackedSequences = kwargs["packed_seq_params"]
         query, key, value = self._project(hidden_states)
@@ -86,7 +91,13 @@ class PackedSelfAttention(SelfAttention):
             if packed.cache is not None:
                 packed.cache.fill(self.layer_number, key, value)
             context = self.core_attention(
-                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, attention_bias=None, packed_seq_params=packed
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=self.attn_mask_type,
+                attention_bias=None,
+                packed_seq_params=packed,
             )
         return self.linear_proj(context.reshape(context.size(0), 1, -1))
 
@@ -120,12 +131,19 @@ class PackedDotProductAttention(nn.Module):
     Sequences of equal length are adjacent (packing sorts them) and share one call, as views: nothing is padded or copied in.
     """
 
-    def __init__(self, config, softmax_scale: float | None = None, **_: object) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor, attention_mask: Tensor | None, *, packed_seq_params: PackedSequences, **_: object
+        self,
+        query_SND: Tensor,
+        key_SKD: Tensor,
+        value_SKD: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSequences,
+        **_: object,
     ) -> Tensor:
         """[S, N, D], [S, K, D], [S, K, D] -> [S, N, D]."""
         outputs = []

@@ -30,7 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class LanguageModel(GPTModel):
     """Megatron-Core's GPT model, ending in hidden states: log-probs and losses are formed from them by `vocab_parallel`.
 
-    Its last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages what the next one takes.
+    Its last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages what the
+    next one takes.
     """
 
     architecture: Architecture
@@ -50,7 +51,9 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied)."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return hidden_states
@@ -77,7 +80,13 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def build_model(
-    architecture: Architecture, model: ModelConfig, groups: ModelGroups, *, vocabulary: int, recompute: str = "none", trainable: bool
+    architecture: Architecture,
+    model: ModelConfig,
+    groups: ModelGroups,
+    *,
+    vocabulary: int,
+    recompute: str = "none",
+    trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
 
@@ -125,7 +134,9 @@ def vocab_shard(architecture: Architecture, groups: ModelGroups, vocabulary: int
     return VocabShard(group=groups.tensor, start=start, stop=start + share, size=vocabulary)
 
 
-def transformer_config(architecture: Architecture, model: ModelConfig, groups: ModelGroups, recompute: str) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, groups: ModelGroups, recompute: str
+) -> TransformerConfig:
     """Megatron-Core's configuration of the model."""
     layout, dtype = groups.layout, DTYPES[model.dtype]
     return TransformerConfig(
@@ -170,7 +181,8 @@ def transformer_config(architecture: Architecture, model: ModelConfig, groups: M
 def _block_spec(
     model: ModelConfig, architecture: Architecture, config: TransformerConfig, groups: ModelGroups, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """This chunk's layers: Megatron's, with our packed attention and, without Transformer Engine, our norm and core attention."""
+    """This chunk's layers: Megatron's, with our packed attention and, without Transformer Engine, our norm and core
+    attention."""
     if model.spec == "transformer_engine" and not mcore.has_transformer_engine():
         raise ConfigError("model.spec=transformer_engine, but Transformer Engine does not import here: use model.spec=auto")
     use_te = model.spec != "local" and mcore.has_transformer_engine()

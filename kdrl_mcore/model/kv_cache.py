@@ -1,7 +1,7 @@
 """Keys and values of the sequences being generated, one slot each.
 
-Sequences are right-aligned at the end of their prompts: column `prompt_columns` holds the first response token of every slot, so that a
-decoding step writes one column for all. Columns before a short prompt are masked out.
+Sequences are right-aligned at the end of their prompts: column `prompt_columns` holds the first response token of every
+slot, so that a decoding step writes one column for all. Columns before a short prompt are masked out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 class KVCache:
     """The cache of one model chunk or several; layers are told apart by their number.
 
-    Usage: build it, run the packed prompts once (`fill`), then call `begin_decoding` and run one token per slot and step (`attend`),
+    Usage: build it, run the packed prompts once (`fill`), then call `begin_decoding` and run one token per slot and step
+        (`attend`),
     calling `advance` after each step and `keep` to drop finished slots.
     """
 

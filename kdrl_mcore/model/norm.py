@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,11 +11,11 @@ from torch.nn import functional as F
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dimension, statistics in float32.
 
-    Under sequence parallelism each tensor-parallel rank sees its own tokens only; `weight.sequence_parallel` tells Megatron to sum
-    the weight's gradient over the tensor-parallel group.
+    Under sequence parallelism each tensor-parallel rank sees its own tokens only; `weight.sequence_parallel` tells Megatron
+    to sum the weight's gradient over the tensor-parallel group.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_: object) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))

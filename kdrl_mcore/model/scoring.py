@@ -26,8 +26,8 @@ def score_rollouts(
 ) -> list[tuple[TokenFloats, TokenFloats]]:
     """Log-probs and entropies [response tokens] of every rollout under this model, on every rank.
 
-    The rollouts are balanced over the model's own data-parallel replicas. Collectives: the model's pipeline and tensor-parallel ones,
-    then `gather_from_replicas`. Every rank of the model's groups must call it with the same rollouts.
+    The rollouts are balanced over the model's own data-parallel replicas. Collectives: the model's pipeline and
+    tensor-parallel ones, then `gather_from_replicas`. Every rank of the model's groups must call it with the same rollouts.
     """
     if not rollouts:
         return []
@@ -35,7 +35,9 @@ def score_rollouts(
     lengths = [rollout.num_tokens for rollout in rollouts]
     plan = plan_micro_batches(lengths, layout.data, micro_tokens, layout.pipeline if layout.virtual_pipeline else 1)
     batches = [
-        pack([(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items], layout.token_alignment).to(device())
+        pack([(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items], layout.token_alignment).to(
+            device()
+        )
         for items in plan[parts.groups.data.rank()]
     ]
     scored = _run_forward(parts, batches, temperature)
@@ -43,7 +45,9 @@ def score_rollouts(
     return [by_index[index] for index in range(len(rollouts))]
 
 
-def _run_forward(parts: ModelParts, batches: list[PackedBatch], temperature: float) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+def _run_forward(
+    parts: ModelParts, batches: list[PackedBatch], temperature: float
+) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
     """(rollout index, (log-probs, entropies)) of this replica's micro-batches; empty on all but the last stage."""
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: LanguageModel) -> tuple[Tensor, Any]:
@@ -60,7 +64,11 @@ def _run_forward(parts: ModelParts, batches: list[PackedBatch], temperature: flo
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
         )
-        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), (batch.spans, log_probs.cpu().numpy(), entropy.cpu().numpy())
+        return (
+            hidden.new_zeros(()),
+            torch.zeros((), dtype=torch.int),
+            (batch.spans, log_probs.cpu().numpy(), entropy.cpu().numpy()),
+        )
 
     groups = parts.groups
     results = mcore.forward_backward_function(groups.layout.pipeline, groups.layout.virtual_pipeline)(

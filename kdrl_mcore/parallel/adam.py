@@ -11,8 +11,9 @@ import torch
 class Adam(torch.optim.Optimizer):
     """AdamW (decoupled weight decay, https://arxiv.org/abs/1711.05101) on torch's fused kernel.
 
-    torch's own AdamW keeps `step` in every parameter's state, which cannot be re-sharded with the flat parameter ranges of the distributed
-    optimizer. Apex and Transformer Engine keep it in the group; so does this class, and it serves where neither is installed.
+    torch's own AdamW keeps `step` in every parameter's state, which cannot be re-sharded with the flat parameter ranges of
+    the distributed optimizer. Apex and Transformer Engine keep it in the group; so does this class, and it serves where
+    neither is installed.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Adam(torch.optim.Optimizer):
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             torch._fused_adamw_(
                 params,
-                [p.grad for p in params],  # type: ignore[misc]
+                [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],

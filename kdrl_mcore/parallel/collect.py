@@ -1,4 +1,5 @@
-"""Small results that every rank needs: gathered from the replicas' leaders, so that no rank ever sees the whole world's copies."""
+"""Small results that every rank needs: gathered from the replicas' leaders, so that no rank ever sees the whole world's
+copies."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ T = TypeVar("T")
 def gather_from_replicas(groups: ModelGroups, items: list[T]) -> list[T]:
     """The lists of all data-parallel replicas, concatenated in rank order, on every rank.
 
-    Only each replica's leader's `items` count. Collectives: an all-gather over the leaders' data-parallel group, then a broadcast
-    within each replica (tensor x pipeline ranks).
+    Only each replica's leader's `items` count. Collectives: an all-gather over the leaders' data-parallel group, then a
+    broadcast within each replica (tensor x pipeline ranks).
     """
     shared: list[Any] = [None]
     if groups.is_replica_leader:
@@ -35,7 +36,9 @@ def leader_rank(groups: ModelGroups) -> int:
     return dist.get_global_rank(groups.groups.mp, index)
 
 
-def sum_over_replicas(groups: ModelGroups, sums: dict[str, float], maxima: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def sum_over_replicas(
+    groups: ModelGroups, sums: dict[str, float], maxima: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Sum and maximum over the data-parallel ranks of what the last stages measured, on every rank.
 
     Collectives: two all-reduces over the data-parallel group (last stage only), then a broadcast over the pipeline group.

@@ -80,7 +80,8 @@ class ModelGroups:
 
 
 def create_student_groups(layout: Layout) -> ModelGroups:
-    """Create the student's groups as Megatron-Core's global state (its optimizer and checkpoints read that). Collective over the world."""
+    """Create the student's groups as Megatron-Core's global state (its optimizer and checkpoints read that). Collective over
+    the world."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -105,7 +106,15 @@ def create_scoring_groups(layout: Layout) -> ModelGroups:
 
     grid = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
-    for name, dims in {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": ["dp", "cp"], "mp": ["tp", "pp"], "tp_cp": ["tp", "cp"]}.items():
+    for name, dims in {
+        "tp": "tp",
+        "cp": "cp",
+        "dp": "dp",
+        "pp": "pp",
+        "dp_cp": ["dp", "cp"],
+        "mp": ["tp", "pp"],
+        "tp_cp": ["tp", "cp"],
+    }.items():
         setattr(groups, name, grid.create_pg(dims))
     groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")])
     groups.pos_embd = _own_group([ranks[:1] for ranks in grid.get_rank_enum("pp")])

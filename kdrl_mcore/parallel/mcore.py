@@ -1,4 +1,5 @@
-"""The one file that knows what differs between Megatron-Core versions (0.16 to 0.19) and between machines with and without its CUDA extras."""
+"""The one file that knows what differs between Megatron-Core versions (0.16 to 0.19) and between machines with and without
+its CUDA extras."""
 
 from __future__ import annotations
 

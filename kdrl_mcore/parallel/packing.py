@@ -1,7 +1,7 @@
 """From rollouts to micro-batches: balanced over data-parallel ranks by tokens, packed without padding between sequences.
 
-S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Every function here is a pure function
-of the lengths, so every rank computes the same plan without communication.
+S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Every function here is a pure
+function of the lengths, so every rank computes the same plan without communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from kdrl_mcore.types import TokenIds
 
 @dataclass(frozen=True)
 class Run:
-    """`count` sequences of equal `length`, adjacent in the packed sequence from row `start`: one attention call serves them all."""
+    """`count` sequences of equal `length`, adjacent in the packed sequence from row `start`: one attention call serves them
+    all."""
 
     start: int
     count: int
@@ -48,7 +49,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same micro-batch on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens_S", "positions_S", "rows_T", "targets_T")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens_S", "positions_S", "rows_T", "targets_T")
+        }
         return PackedBatch(runs=self.runs, spans=self.spans, **moved)
 
 
@@ -67,7 +71,9 @@ def partition(weights: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(items) for items in result]
 
 
-def plan_micro_batches(lengths: Sequence[int], data_parallel: int, micro_tokens: int, multiple_of: int = 1) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: Sequence[int], data_parallel: int, micro_tokens: int, multiple_of: int = 1
+) -> list[list[list[int]]]:
     """Assign sequences to data-parallel ranks and micro-batches.
 
     Every rank gets the same number of micro-batches (its last ones may be empty), as pipelines and expert parallelism need.

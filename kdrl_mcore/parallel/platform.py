@@ -2,7 +2,8 @@
 
 Megatron-Core assumes one CUDA device per rank: it allocates with device="cuda" or `torch.cuda.current_device()`, moves scalars
 with `.cuda()`, synchronises streams, keeps CUDA random states, and recognises dtypes by `Tensor.type()` strings. On a machine
-without CUDA `prepare_platform` maps each of these onto its CPU counterpart, once per process and before Megatron-Core is imported.
+without CUDA `prepare_platform` maps each of these onto its CPU counterpart, once per process and before Megatron-Core is
+imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from typing import Any
 
 import torch
 
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "zeros_like", "empty_like")
+_FACTORIES = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "zeros_like",
+    "empty_like",
+)
 _prepared = False
 
 
@@ -36,7 +50,6 @@ def prepare_platform(deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=False)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     if _prepared:
         return
     _prepared = True
@@ -89,7 +102,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _map_factories_to_cpu() -> None:
-    # `with torch.device(...)` recognises factory functions by identity, from a list it makes once: it must hold the original ones.
+    # `with torch.device(...)` recognises factory functions by identity, from a list it makes once: it must hold the original
+    # ones.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
@@ -105,8 +119,8 @@ def _map_factories_to_cpu() -> None:
         return original_to(self, *args, **kwargs)
 
     torch.Tensor.to = to  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 class _NoStream:

@@ -1,4 +1,5 @@
-"""The embedded engine: samples with the student itself, over its own tensor x pipeline layout. No second copy of the weights, no refit."""
+"""The embedded engine: samples with the student itself, over its own tensor x pipeline layout. No second copy of the
+weights, no refit."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ _COMPACT_BELOW = 0.75  # share of the batch still running
 class MegatronEngine:
     """Batched generation with a KV cache on the student's own shards.
 
-    Each data-parallel replica takes its share of the prompts, balanced by prompt length, and decodes up to `max_sequences` responses at once; a prompt's
-    responses share one forward pass over it. Finished sequences leave the batch.
+    Each data-parallel replica takes its share of the prompts, balanced by prompt length, and decodes up to `max_sequences`
+    responses at once; a prompt's responses share one forward pass over it. Finished sequences leave the batch.
     """
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
@@ -88,7 +89,8 @@ class MegatronEngine:
             alive = (~stopped[slots]).nonzero().squeeze(1)
             if len(alive) == 0 or step == limit - 1:
                 break
-            # Dropping finished sequences copies the cache, which costs about as much as a step; until then their tokens are not counted.
+            # Dropping finished sequences copies the cache, which costs about as much as a step; until then their tokens are
+            # not counted.
             if len(alive) <= _COMPACT_BELOW * len(slots):
                 slots, positions, token = slots[alive], positions[alive], token[alive]
                 cache.keep(alive)
@@ -143,7 +145,13 @@ class MegatronEngine:
         return hidden
 
     def _run(
-        self, chunk: LanguageModel, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache, hidden: Tensor | None
+        self,
+        chunk: LanguageModel,
+        tokens_S: Tensor,
+        positions_S: Tensor,
+        runs: tuple[Run, ...],
+        cache: KVCache,
+        hidden: Tensor | None,
     ) -> Tensor:
         packed = chunk.pack(runs, positions_S)
         packed.cache = cache

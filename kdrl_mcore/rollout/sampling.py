@@ -1,7 +1,7 @@
 """Draw tokens from vocab-parallel logits without gathering them.
 
-One uniform number per token decides it by inversion of the cumulative distribution, so a sample depends on the seed, the step and its place in the
-batch, and not on the layout or on which other sequences are still running.
+One uniform number per token decides it by inversion of the cumulative distribution, so a sample depends on the seed, the
+step and its place in the batch, and not on the layout or on which other sequences are still running.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ _MASKED = -1e30
 
 
 def uniforms(key: tuple[int, ...], sequences: list[int], tokens: int) -> Tensor:
-    """Uniform numbers in [0, 1) for each sequence and token [sequences, tokens], float64, each row a function of (key, sequence) alone."""
-    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, sequence]))).random(tokens) for sequence in sequences]
+    """Uniform numbers in [0, 1) for each sequence and token [sequences, tokens], float64, each row a function of (key,
+    sequence) alone."""
+    rows = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, sequence]))).random(tokens) for sequence in sequences
+    ]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -29,11 +32,12 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
         temperature: divides the logits; 0 takes the most likely token (its log-prob is that of the unscaled distribution).
-        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are of that distribution.
+        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are of that
+            distribution.
 
     Returns:
-        (token ids [N], log-probs [N]) on every rank. Collectives over the shard's group: one MAX all-reduce, one all-gather of one number per row,
-        one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
+        (token ids [N], log-probs [N]) on every rank. Collectives over the shard's group: one MAX all-reduce, one all-gather
+        of one number per row, one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
     """
     if temperature > 0:
         logits_NV /= temperature

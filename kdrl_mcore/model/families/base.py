@@ -1,4 +1,5 @@
-"""What a family declares: the shape of its models, and where each HF tensor goes (one map for import, export, verify and refit)."""
+"""What a family declares: the shape of its models, and where each HF tensor goes (one map for import, export, verify and
+refit)."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ Kind = Literal["replicated", "column", "row", "vocabulary", "qkv", "gate_up"]
 class WeightRule:
     """One Megatron parameter and the HF tensors it is made of; `{layer}` stands for the global layer number.
 
-    Kinds: `replicated` on every tensor-parallel rank; `column` split on its first dimension; `row` on its second; `vocabulary` split on
-    its first after padding; `qkv` (query, key, value) interleaved by key/value head, then split on the first; `gate_up` (gate, up): every
-    rank holds its share of both, gate first.
+    Kinds: `replicated` on every tensor-parallel rank; `column` split on its first dimension; `row` on its second;
+        `vocabulary` split on
+    its first after padding; `qkv` (query, key, value) interleaved by key/value head, then split on the first; `gate_up`
+    (gate, up): every rank holds its share of both, gate first.
     """
 
     megatron: str
@@ -77,7 +79,9 @@ def dense_decoder_rules(architecture: Architecture) -> list[WeightRule]:
         WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
         WeightRule(layer + "input_layernorm.weight", ("model.layers.{layer}.input_layernorm.weight",), "replicated"),
         WeightRule(
-            layer + "self_attention.linear_qkv.weight", tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")), "qkv"
+            layer + "self_attention.linear_qkv.weight",
+            tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
+            "qkv",
         ),
         WeightRule(layer + "self_attention.linear_proj.weight", (f"{attention}o_proj.weight",), "row"),
         WeightRule(layer + "pre_mlp_layernorm.weight", ("model.layers.{layer}.post_attention_layernorm.weight",), "replicated"),
@@ -90,7 +94,9 @@ def dense_decoder_rules(architecture: Architecture) -> list[WeightRule]:
         rules.append(WeightRule(layer + "self_attention.linear_qkv.bias", names, "qkv"))
     if architecture.qk_norm:
         for name in ("q", "k"):
-            rules.append(WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), "replicated"))
+            rules.append(
+                WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), "replicated")
+            )
     if not architecture.tied_embeddings:
         rules.append(WeightRule("output_layer.weight", ("lm_head.weight",), "vocabulary"))
     return rules
