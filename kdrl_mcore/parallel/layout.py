@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch.distributed as dist
 
 from kdrl_mcore.errors import ConfigError
@@ -101,29 +102,30 @@ def create_student_groups(layout: Layout) -> ModelGroups:
 
 def create_scoring_groups(layout: Layout) -> ModelGroups:
     """Create groups for a model that only scores, beside Megatron-Core's global state. Collective over the world."""
-    from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    grid = HyperCommGrid([layout.tensor, layout.context, layout.data, layout.pipeline], ["tp", "cp", "dp", "pp"])
     groups = ProcessGroupCollection()
-    for name, dims in {
-        "tp": "tp",
-        "cp": "cp",
-        "dp": "dp",
-        "pp": "pp",
-        "dp_cp": ["dp", "cp"],
-        "mp": ["tp", "pp"],
-        "tp_cp": ["tp", "cp"],
-    }.items():
-        setattr(groups, name, grid.create_pg(dims))
-    groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")])
-    groups.pos_embd = _own_group([ranks[:1] for ranks in grid.get_rank_enum("pp")])
+    dims = {"tp": "t", "cp": "c", "dp": "d", "pp": "p", "dp_cp": "cd", "mp": "tp", "tp_cp": "tc"}
+    for name, axes in dims.items():
+        setattr(groups, name, _own_group(_ranks_along(layout, axes)))
+    pipelines = _ranks_along(layout, "p")
+    groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    groups.pos_embd = _own_group([ranks[:1] for ranks in pipelines])
     # A scoring model reduces no expert gradients, so each rank is its own expert group.
     alone = _own_group([[rank] for rank in range(layout.world)])
     groups.ep = groups.expt_dp = alone
     groups.expt_tp = groups.tp_ep = groups.tp
     groups.tp_ep_pp = groups.mp
     return ModelGroups(layout, groups)
+
+
+def _ranks_along(layout: Layout, axes: str) -> list[list[int]]:
+    """The rank lists of all groups that vary along these axes (t, c, d, p) and share the others, each ascending."""
+    order = "pdct"  # slowest first
+    grid = np.arange(layout.world).reshape(layout.pipeline, layout.data, layout.context, layout.tensor)
+    kept = [axis for axis in order if axis not in axes]
+    grid = grid.transpose([order.index(axis) for axis in [*kept, *(axis for axis in order if axis in axes)]])
+    return grid.reshape(-1, int(np.prod(grid.shape[len(kept) :]))).tolist()
 
 
 def _own_group(ranks_of_groups: list[list[int]]) -> dist.ProcessGroup | None:

@@ -133,7 +133,7 @@ class WorkerPool:
     def _receive(self, worker: _Worker, verdicts: list[bool]) -> None:
         reply = os.read(worker.replies, 1)
         if not worker.ready:
-            if reply != protocol.READY:
+            if not reply:
                 raise RewardError(
                     f"a verifier process does not start ({_last_error(worker)}): check the math-verify installation"
                 )
@@ -167,7 +167,7 @@ class WorkerPool:
 
 
 def _last_error(worker: _Worker) -> str:
-    """The last line a worker that ended wrote to its standard error."""
+    """The last line that a worker which ended wrote to its standard error."""
     assert worker.process.stderr is not None
     code = worker.process.wait()
     lines = worker.process.stderr.read().decode(errors="replace").split("\n")

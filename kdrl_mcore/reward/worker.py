@@ -55,22 +55,29 @@ def _limit_resources(memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _silence() -> int:
-    """Send everything printed from now on to nowhere, and forbid writing files; the descriptor of the old standard output."""
+def _keep_replies_apart() -> int:
+    """Send what is printed to standard error, where it is not taken for a reply; the old standard output's descriptor."""
     replies = os.dup(1)
+    os.dup2(2, 1)
+    return replies
+
+
+def _silence() -> None:
+    """Send everything printed from now on to nowhere, and forbid writing files."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    return replies
 
 
 def main(function: str, memory_bytes: str, time_limit: str) -> None:
     """Load the function and serve. A failure to load ends the process with its traceback on standard error."""
     _limit_resources(int(memory_bytes))
     logging.disable(logging.CRITICAL)
+    replies = _keep_replies_apart()
     compare = load(function)
-    serve(compare, _silence(), float(time_limit))
+    _silence()
+    serve(compare, replies, float(time_limit))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from kdrl_mcore.reward import verifier as verifier_module
 from kdrl_mcore.reward.pool import WorkerPool
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.types import FinishReason, Rollout
+
+OwnWorkers = Callable[[], list[psutil.Process]]
 
 HOSTILE_FUNCTION = '''
 import ctypes, os, sys, time
@@ -63,6 +65,13 @@ def workers_of(process: int) -> list[psutil.Process]:
 def verifier() -> Iterator[Verifier]:
     with Verifier(RewardConfig(timeout=2.0)) as verifier:
         yield verifier
+
+
+@pytest.fixture
+def own_workers() -> OwnWorkers:
+    """Tells which worker processes were started since the test began and still live."""
+    before = workers_of(os.getpid())
+    return lambda: [worker for worker in workers_of(os.getpid()) if worker not in before]
 
 
 @pytest.fixture
@@ -162,11 +171,11 @@ def test_reward_values_and_format_bonus_leave_correctness_alone() -> None:
         (r"Paris \boxed{", r"Paris \boxed{", False),
     ],
 )
-def test_exact_match(response: str, reference: str, correct: bool) -> None:
+def test_exact_match(own_workers: OwnWorkers, response: str, reference: str, correct: bool) -> None:
     one = rollout(response, reference)
     with Verifier(RewardConfig(kind="exact_match")) as verifier:
         verifier.score([one])
-        assert workers_of(os.getpid()) == []
+        assert own_workers() == []
     assert (one.correct, one.reward) == (correct, float(correct))
 
 
@@ -175,13 +184,13 @@ def test_a_missing_reference_is_an_error(verifier: Verifier) -> None:
         verifier.score([boxed("1", " ")])
 
 
-def test_plain_integers_cost_nothing() -> None:
+def test_plain_integers_cost_nothing(own_workers: OwnWorkers) -> None:
     some = [boxed(str(i), str(i + i % 2)) for i in range(128)]
     with Verifier(RewardConfig()) as verifier:
         begin = time.perf_counter()
         verifier.score(some)
         seconds = time.perf_counter() - begin
-        assert workers_of(os.getpid()) == []
+        assert own_workers() == []
     assert [one.correct for one in some] == [i % 2 == 0 for i in range(128)]
     assert seconds < 0.02
 
@@ -210,7 +219,7 @@ def test_hostile_answers_have_no_effect(verifier: Verifier, tmp_path: Path) -> N
 
 
 def test_the_verdicts_of_other_answers_survive_what_one_does_to_its_process(
-    hostile: str, monkeypatch: pytest.MonkeyPatch
+    hostile: str, own_workers: OwnWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verifier_module, "MATH_VERIFY", hostile)
     bad = ["loop", "hold the interpreter lock", "crash", "raise", "exit", "eat memory"]
@@ -219,13 +228,13 @@ def test_the_verdicts_of_other_answers_survive_what_one_does_to_its_process(
     with Verifier(RewardConfig(timeout=0.5)) as verifier:
         verifier.score(some)
         assert (verifier.timeouts, verifier.crashes) == (2, 4)
-        assert len(workers_of(os.getpid())) <= 2
+        assert len(own_workers()) <= 2
         again = [boxed("modules", "a"), boxed("x", "y")]
         verifier.score(again)
     assert time.monotonic() - begin < 20
     assert [one.correct for one in some] == [False] * 8 + [True] * 20
     assert [one.correct for one in again] == [True, False]
-    assert workers_of(os.getpid()) == []
+    assert own_workers() == []
 
 
 def test_other_answers_go_on_while_one_hangs(hostile: str) -> None:
@@ -239,10 +248,10 @@ def test_other_answers_go_on_while_one_hangs(hostile: str) -> None:
     assert seconds < 4
 
 
-def test_a_worker_killed_while_idle_is_replaced(hostile: str) -> None:
+def test_a_worker_killed_while_idle_is_replaced(hostile: str, own_workers: OwnWorkers) -> None:
     pool = WorkerPool(hostile, workers=1, timeout=5)
     assert pool.compare([("a", "modules")]) == [True]
-    (worker,) = workers_of(os.getpid())
+    (worker,) = own_workers()
     worker.kill()
     psutil.wait_procs([worker], timeout=5)
     assert pool.compare([("a", "modules")]) == [True]
@@ -260,14 +269,14 @@ def test_a_worker_killed_while_idle_is_replaced(hostile: str) -> None:
     ],
 )
 def test_a_verifier_that_does_not_work_is_an_error_not_a_zero_reward(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, cause: str
+    tmp_path: Path, own_workers: OwnWorkers, monkeypatch: pytest.MonkeyPatch, source: str, cause: str
 ) -> None:
     (tmp_path / "broken_function.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(verifier_module, "MATH_VERIFY", "broken_function:compare")
     with Verifier(RewardConfig()) as verifier, pytest.raises(RewardError, match=cause):
         verifier.score([boxed("1/2", "0.5")])
-    assert workers_of(os.getpid()) == []
+    assert own_workers() == []
 
 
 def test_a_verifier_that_breaks_later_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,128 @@
+"""Data sets of prompts: from rows with a prompt and an answer to templated token ids."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from kdrl_mcore.config import DataConfig
+from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.types import Prompt
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_prompts(
+    source: str, data: DataConfig, tokenizer: Tokenizer, max_prompt_tokens: int, with_targets: bool = False
+) -> list[Prompt]:
+    """Every row of a data set as a `Prompt`, in order. A `prompt_id` is the data set's name and the row's number (from 1).
+
+    Args:
+        source: a `.jsonl`, `.json` or `.parquet` file, or the id of a data set on the Hugging Face hub (its split is `data.split`).
+        data: the columns' names and the template.
+        tokenizer: turns the templated prompt into ids. With the plain template it adds its special tokens; a chat template holds them.
+        max_prompt_tokens: a longer prompt is an error.
+        with_targets: for supervised fine-tuning: also the response's ids, ended by the end of sequence. The answer's
+            column may then be missing.
+
+    Raises:
+        DataError: no such file or data set, a missing column, no rows, a row that is not text or has too long a prompt, or a
+            template that cannot be used; naming the row and what to change.
+    """
+    table = _read(source, data.split)
+    if len(table) == 0:
+        raise DataError(f"{source} holds no rows")
+    prompts = _texts(table, source, data.prompt_key, "data.prompt_key")
+    has_answers = not with_targets or data.answer_key in table.column_names
+    answers = _texts(table, source, data.answer_key, "data.answer_key", integers=True) if has_answers else [""] * len(table)
+    texts = _apply_template(prompts, source, data, tokenizer)
+    ids = tokenizer.encode(texts, special_tokens=data.template == "plain")
+    for row, token_ids in enumerate(ids, start=1):
+        if not 0 < len(token_ids) <= max_prompt_tokens:
+            raise DataError(
+                f"{source} row {row}: the prompt has {len(token_ids)} tokens, allowed are 1 to {max_prompt_tokens}: "
+                "raise rollout.max_prompt_tokens or remove the row"
+            )
+    targets: list[Any] = [None] * len(table)
+    if with_targets:
+        responses = _texts(table, source, data.response_key, "data.response_key")
+        targets = [np.append(target, tokenizer.eos_id) for target in tokenizer.encode(responses, special_tokens=False)]
+    name = Path(source).stem
+    rows = enumerate(zip(texts, ids, answers, targets, strict=True), start=1)
+    return [Prompt(f"{name}-{row}", text, token_ids, answer, target) for row, (text, token_ids, answer, target) in rows]
+
+
+def _read(source: str, split: str) -> datasets.Dataset:
+    """The rows of a file, or of a hub data set's split. A file leaves nothing in the data sets' cache."""
+    suffix = Path(source).suffix
+    is_hub_id = (
+        suffix not in _BUILDERS and not Path(source).exists() and source.count("/") <= 1 and not source.startswith((".", "/"))
+    )
+    if not is_hub_id and not Path(source).is_file():
+        raise DataError(f"{source} does not exist: name a {', '.join(_BUILDERS)} file, or the id of a data set on the hub")
+    if not is_hub_id and suffix not in _BUILDERS:
+        raise DataError(f"{source} is not a {', '.join(_BUILDERS)} file")
+    with _quietly():
+        try:
+            if is_hub_id:
+                return datasets.load_dataset(source, split=split)
+            if Path(source).stat().st_size == 0:
+                raise DataError(f"{source} is empty")
+            with tempfile.TemporaryDirectory() as cache:
+                return datasets.load_dataset(
+                    _BUILDERS[suffix], data_files=source, split="train", cache_dir=cache, keep_in_memory=True
+                )
+        except DataError:
+            raise
+        except Exception as error:  # the readers raise whatever their format's library does
+            cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+            where = f"the data set '{source}' (split {split})" if is_hub_id else source
+            raise DataError(f"{where} cannot be read: {cause}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the data sets' own progress bars and log lines; both are as before afterwards."""
+    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _texts(table: datasets.Dataset, source: str, column: str, key: str, integers: bool = False) -> list[str]:
+    """A column as non-empty texts; `integers` are written out."""
+    if column not in table.column_names:
+        raise DataError(f"{source} has no column '{column}' (it has: {', '.join(table.column_names)}): set {key}")
+    values = list(table[column])
+    for index, value in enumerate(values):
+        if integers and isinstance(value, int) and not isinstance(value, bool):
+            values[index] = str(value)
+        elif not isinstance(value, str) or not value.strip():
+            what = "empty" if value is None or isinstance(value, str) else f"{value!r}, not text"
+            raise DataError(f"{source} row {index + 1}: '{column}' is {what}: write it as a string, or set {key}")
+    return values
+
+
+def _apply_template(prompts: list[str], source: str, data: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    if data.template == "plain":
+        if data.system_prompt is not None:
+            raise DataError("data.system_prompt needs data.template=chat; with plain, write it into data.plain_template")
+        if "{prompt}" not in data.plain_template:
+            raise DataError(f"data.plain_template={data.plain_template!r} lacks {{prompt}}, the place of the prompt")
+        return [data.plain_template.replace("{prompt}", prompt) for prompt in prompts]
+    if not tokenizer.has_chat_template:
+        raise DataError(f"{tokenizer.path} has no chat template, which {source} needs: set data.template=plain")
+    system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
+    return [tokenizer.chat_text([*system, {"role": "user", "content": prompt}]) for prompt in prompts]

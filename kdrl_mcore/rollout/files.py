@@ -1,0 +1,181 @@
+"""Rollout files: JSONL, one response a line. Every training step writes one, and `rollout=replay` trains on one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.types import Rollout
+
+FINISH_REASONS = ("stop", "length")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "prompt_id": (str, int),
+    "group_id": int,
+    "prompt_token_ids": list,
+    "response_token_ids": list,
+    "sampler_log_probs": list,
+    "reward": (int, float),
+    "correct": bool,
+    "finish_reason": str,
+    "weight_version": int,
+}
+_TEXTS = ("prompt", "response", "answer")
+_WORDS = {str: "text", int: "an integer", list: "a list", bool: "true or false", float: "a number"}
+
+
+def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
+    """Write a rollout file. It appears whole or not at all: it is written aside and then moved into place.
+
+    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, and the keys of `extra`. A float32 log-prob is written with
+    the digits that give the same float32 back. Log-probs that are not finite are written as they are (`NaN`), as evidence;
+    `read_rollouts` refuses them.
+
+    Raises:
+        DataError: a key of `extra` is one of the file's own.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            for rollout in rollouts:
+                file.write(json.dumps(_to_row(rollout), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """Read a rollout file, and check every line.
+
+    The texts for people may be missing. A further key with a number goes to `extra`; further keys with anything else (such as the per-token
+    lists of `tools/score.py`) are not part of a rollout and are left out.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8; or a line is cut off, is not JSON, lacks a key or holds a wrong value. Names the
+            file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: name a rollout file (JSONL), such as RUN/rollouts/step_000001.jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): name a rollout file (JSONL)"
+        ) from error
+    ended = lines[-1] == ""
+    if ended:
+        lines.pop()
+    rollouts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rollouts.append(_from_row(json.loads(line)))
+        except json.JSONDecodeError as error:
+            cut = number == len(lines) and not ended
+            what = (
+                "is cut off: the file is incomplete, write or copy it again"
+                if cut
+                else f"is not JSON ({error.msg}): repair or remove it"
+            )
+            raise DataError(f"{path} line {number} {what}") from error
+        except _BadRow as error:
+            raise DataError(f"{path} line {number}: {error}") from error
+    if not rollouts:
+        raise DataError(f"{path} holds no rollouts")
+    return rollouts
+
+
+class _BadRow(Exception):
+    """What is wrong with a line."""
+
+
+def _to_row(rollout: Rollout) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt_id": rollout.prompt_id,
+        "group_id": rollout.group_id,
+        "prompt_token_ids": rollout.prompt_token_ids.tolist(),
+        "response_token_ids": rollout.response_token_ids.tolist(),
+        "sampler_log_probs": rollout.sampler_log_probs.tolist(),
+        "reward": rollout.reward,
+        "correct": rollout.correct,
+        "finish_reason": rollout.finish_reason,
+        "weight_version": rollout.weight_version,
+        "prompt": rollout.prompt,
+        "response": rollout.response,
+        "answer": rollout.answer,
+    }
+    taken = row.keys() & rollout.extra.keys()
+    if taken:
+        raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
+    return row | rollout.extra
+
+
+def _from_row(row: Any) -> Rollout:
+    if not isinstance(row, dict):
+        raise _BadRow("is not a JSON object: write one response a line")
+    for key, kind in _TYPES.items():
+        if key not in row:
+            raise _BadRow(f"lacks '{key}'; the keys are {', '.join(_TYPES)}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(row[key], kinds) or (isinstance(row[key], bool) and bool not in kinds):
+            raise _BadRow(f"'{key}' is {_shorten(row[key])}, it must be {' or '.join(_WORDS[each] for each in kinds)}")
+    for key in _TEXTS:
+        if not isinstance(row.get(key, ""), str):
+            raise _BadRow(f"'{key}' is {_shorten(row[key])}, it must be text")
+    if row["finish_reason"] not in FINISH_REASONS:
+        raise _BadRow(f"'finish_reason' is {_shorten(row['finish_reason'])}, it must be one of {', '.join(FINISH_REASONS)}")
+    if not math.isfinite(row["reward"]):
+        raise _BadRow("'reward' is not finite")
+    response = _token_ids(row, "response_token_ids")
+    return Rollout(
+        prompt_id=str(row["prompt_id"]),
+        group_id=row["group_id"],
+        prompt_token_ids=_token_ids(row, "prompt_token_ids"),
+        response_token_ids=response,
+        sampler_log_probs=_log_probs(row["sampler_log_probs"], len(response)),
+        finish_reason=row["finish_reason"],
+        weight_version=row["weight_version"],
+        reward=float(row["reward"]),
+        correct=row["correct"],
+        **{key: row.get(key, "") for key in _TEXTS},
+        extra={key: float(value) for key, value in row.items() if key not in _TYPES and _is_number(value)},
+    )
+
+
+def _token_ids(row: dict[str, Any], key: str) -> NDArray[np.int64]:
+    if not row[key]:
+        raise _BadRow(f"'{key}' is empty: it needs at least one token")
+    if not all(type(value) is int and 0 <= value < 2**31 for value in row[key]):
+        raise _BadRow(f"'{key}' must hold token ids, integers from 0")
+    return np.array(row[key], dtype=np.int64)
+
+
+def _log_probs(values: list[Any], num_tokens: int) -> NDArray[np.float32]:
+    if len(values) != num_tokens:
+        raise _BadRow(f"'sampler_log_probs' has {len(values)} values for {num_tokens} response tokens: it needs one for each")
+    if not all(map(_is_number, values)):
+        raise _BadRow("'sampler_log_probs' must hold numbers")
+    result = np.array(values, dtype=np.float32)
+    if not np.isfinite(result).all():
+        raise _BadRow(f"'sampler_log_probs' is not finite at token {int(np.flatnonzero(~np.isfinite(result))[0])}")
+    return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
