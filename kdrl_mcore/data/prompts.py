@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ import numpy as np
 
 from kdrl_mcore.config import DataConfig
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.errors import DataError
+from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.types import Prompt
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_prompts(
@@ -25,16 +27,19 @@ def load_prompts(
     """Every row of a data set as a `Prompt`, in order. A `prompt_id` is the data set's name and the row's number (from 1).
 
     Args:
-        source: a `.jsonl`, `.json` or `.parquet` file, or the id of a data set on the Hugging Face hub (its split is `data.split`).
+        source: a `.jsonl`, `.json` or `.parquet` file, or the id of a data set on the Hugging Face hub, of which
+            `data.split` is read.
         data: the columns' names and the template.
-        tokenizer: turns the templated prompt into ids. With the plain template it adds its special tokens; a chat template holds them.
+        tokenizer: turns the templated prompt into ids. With the plain template it adds its special tokens; a chat
+            template holds them already.
         max_prompt_tokens: a longer prompt is an error.
         with_targets: for supervised fine-tuning: also the response's ids, ended by the end of sequence. The answer's
             column may then be missing.
 
     Raises:
-        DataError: no such file or data set, a missing column, no rows, a row that is not text or has too long a prompt, or a
-            template that cannot be used; naming the row and what to change.
+        DataError: no such file or data set, a missing column, no rows, a row that is not text or has too long a prompt, or no
+            chat template; naming the row and what to change.
+        ConfigError: `data.plain_template` has no place for the prompt, or there is a system prompt with the plain template.
     """
     table = _read(source, data.split)
     if len(table) == 0:
@@ -60,44 +65,37 @@ def load_prompts(
 
 
 def _read(source: str, split: str) -> datasets.Dataset:
-    """The rows of a file, or of a hub data set's split. A file leaves nothing in the data sets' cache."""
-    suffix = Path(source).suffix
-    is_hub_id = (
-        suffix not in _BUILDERS and not Path(source).exists() and source.count("/") <= 1 and not source.startswith((".", "/"))
-    )
-    if not is_hub_id and not Path(source).is_file():
-        raise DataError(f"{source} does not exist: name a {', '.join(_BUILDERS)} file, or the id of a data set on the hub")
-    if not is_hub_id and suffix not in _BUILDERS:
-        raise DataError(f"{source} is not a {', '.join(_BUILDERS)} file")
-    with _quietly():
-        try:
-            if is_hub_id:
-                return datasets.load_dataset(source, split=split)
-            if Path(source).stat().st_size == 0:
-                raise DataError(f"{source} is empty")
-            with tempfile.TemporaryDirectory() as cache:
-                return datasets.load_dataset(
-                    _BUILDERS[suffix], data_files=source, split="train", cache_dir=cache, keep_in_memory=True
-                )
-        except DataError:
-            raise
-        except Exception as error:  # the readers raise whatever their format's library does
-            cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-            where = f"the data set '{source}' (split {split})" if is_hub_id else source
-            raise DataError(f"{where} cannot be read: {cause}") from error
+    """The rows of a file (which leaves nothing in the data sets' cache), or of a hub data set's split."""
+    path = Path(source)
+    kinds = ", ".join(_BUILDERS)
+    if path.is_file() and path.suffix in _BUILDERS:
+        if path.stat().st_size == 0:
+            raise DataError(f"{source} is empty")
+        with _quietly(source), tempfile.TemporaryDirectory() as cache:
+            builder = _BUILDERS[path.suffix]
+            return datasets.load_dataset(builder, data_files=source, split="train", cache_dir=cache, keep_in_memory=True)
+    if path.exists():
+        raise DataError(f"{source} is not a {kinds} file: name one, or the id of a data set on the hub")
+    if path.suffix in _BUILDERS or not _HUB_ID.fullmatch(source):
+        raise DataError(f"{source} does not exist: name a {kinds} file, or the id of a data set on the hub")
+    with _quietly(f"{source} (no such file, so taken for a hub id, split {split})"):
+        return datasets.load_dataset(source, split=split)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the data sets' own progress bars and log lines; both are as before afterwards."""
-    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+def _quietly(what: str) -> Iterator[None]:
+    """Read without progress bars and log lines (both are as before afterwards), and with one line for whatever goes wrong."""
+    bars_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
+    except Exception as error:  # each format's library raises its own
+        cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise DataError(f"{what} cannot be read: {cause}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if not bars:
+        if not bars_off:
             datasets.enable_progress_bars()
 
 
@@ -118,9 +116,9 @@ def _texts(table: datasets.Dataset, source: str, column: str, key: str, integers
 def _apply_template(prompts: list[str], source: str, data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     if data.template == "plain":
         if data.system_prompt is not None:
-            raise DataError("data.system_prompt needs data.template=chat; with plain, write it into data.plain_template")
+            raise ConfigError("data.system_prompt needs data.template=chat; with plain, write it into data.plain_template")
         if "{prompt}" not in data.plain_template:
-            raise DataError(f"data.plain_template={data.plain_template!r} lacks {{prompt}}, the place of the prompt")
+            raise ConfigError(f"data.plain_template={data.plain_template!r} lacks {{prompt}}, the place of the prompt")
         return [data.plain_template.replace("{prompt}", prompt) for prompt in prompts]
     if not tokenizer.has_chat_template:
         raise DataError(f"{tokenizer.path} has no chat template, which {source} needs: set data.template=plain")

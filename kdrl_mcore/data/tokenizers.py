@@ -1,7 +1,7 @@
 """Tokenizers, loaded so that they agree with their `tokenizer.json`, and the check that student and teacher share one.
 
-transformers may rebuild a tokenizer by its model type instead of reading `tokenizer.json`, and can then silently drop characters or give
-other ids than the model was trained with. So nothing is used before it has been compared with the file itself.
+transformers may rebuild a tokenizer by its model type instead of reading `tokenizer.json`, and can then silently drop
+characters or give other ids than the model was trained with. So nothing is used before it was compared with the file itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdrl_mcore.types import TokenIds
 PROBE = (
     "Solve 3x + 14 = 2,025.75 for x.\n\n  Step 1:\tsubtract 14\r\n"
     "\\[ x = \\frac{2011.75}{3} \\approx 670.58\\overline{3}, \\quad \\{x \\in \\mathbb{R} : x^2 \\le 10^{6}\\} \\]\n"
-    "1+2=3\n12345678901234567890 naïve café – “quoted” 数学 π≈3.14159 \\boxed{25}   \n"
+    "1+2=3\n12345678901234567890 naïve café \u2013 “quoted” 数学 π≈3.14159 \\boxed{25}   \n"
 )
 """Newlines, runs of spaces, digits, LaTeX and characters outside ASCII: what tokenizers that differ treat differently."""
 
@@ -52,7 +52,7 @@ class Tokenizer:
         self.has_chat_template = bool(backend.chat_template)
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenIds]:
-        """Token ids of each text; `special_tokens` adds what the tokenizer puts around a text (such as a beginning of sequence)."""
+        """Token ids of each text; `special_tokens` adds what the tokenizer puts around one, such as a beginning of sequence."""
         if not texts:
             return []
         rows = self._backend(list(texts), add_special_tokens=special_tokens)["input_ids"]
@@ -82,9 +82,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory, from local files only and without running code from them.
 
-    What transformers makes of the directory is compared with `tokenizer.json` on `PROBE` and on the added tokens: ids, and the
-    text decoded from them. If they differ, the generic tokenizer that reads `tokenizer.json` (with the special tokens and the chat
-    template of `tokenizer_config.json`) is compared and taken instead.
+    What transformers makes of the directory is compared with `tokenizer.json` on `PROBE` and on the added tokens: ids, and
+    the text decoded from them. If they differ, the generic tokenizer that reads `tokenizer.json` (with the special tokens
+    and the chat template of `tokenizer_config.json`) is compared and taken instead.
 
     Raises:
         DataError: `tokenizer.json` is missing or unreadable, or no way to load it agrees with it (naming the first difference).
@@ -99,6 +99,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(
             f"{file} is not a readable tokenizer ({_one_line(error)}): copy it from the original model again"
         ) from error
+    truth.no_truncation()
+    truth.no_padding()
     differences: list[str] = []
     for loader in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
@@ -135,10 +137,10 @@ def eos_token_ids(path: str | Path, tokenizer_eos: int | None) -> frozenset[int]
 def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
     """Check that both tokenizers give every shared id the same token, and return how many ids they share.
 
-    Shared are the ids below the smaller of both vocabularies: there, one token that differs, or that only one of them has, is an
-    error. Tokens that only the larger vocabulary adds behind them are not, as their columns are left out of both softmaxes; but
-    the student must be able to end its responses without them. Equal vocabularies must also cut `PROBE` into the same tokens,
-    or the teacher would score text in a form it has never seen.
+    Shared are the ids below the smaller of both vocabularies: there, one token that differs, or that only one of them has,
+    is an error. Tokens that only the larger vocabulary adds behind them are not, as their columns are left out of both
+    softmaxes; but the student must be able to end its responses without them. Both must also cut `PROBE` into the same
+    tokens, or the teacher would score text in a form it has never seen.
 
     Raises:
         DataError: naming the first difference.

@@ -33,6 +33,8 @@ def use_adam(adam: type[torch.optim.Optimizer]) -> None:
         for module in (optimizer, distrib_optimizer):
             module.Adam = adam
         optimizer.USING_PYTORCH_OPTIMIZER = False
+        # Its state has Apex's shape, so it is saved and loaded as Apex's would be.
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:

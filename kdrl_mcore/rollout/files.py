@@ -34,9 +34,9 @@ _WORDS = {str: "text", int: "an integer", list: "a list", bool: "true or false",
 def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
     """Write a rollout file. It appears whole or not at all: it is written aside and then moved into place.
 
-    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, and the keys of `extra`. A float32 log-prob is written with
-    the digits that give the same float32 back. Log-probs that are not finite are written as they are (`NaN`), as evidence;
-    `read_rollouts` refuses them.
+    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, and the keys of `extra`. A float32
+    log-prob is written with the digits that give the same float32 back. Log-probs that are not finite are written as they
+    are (`NaN`), as evidence; `read_rollouts` refuses them.
 
     Raises:
         DataError: a key of `extra` is one of the file's own.
@@ -45,7 +45,7 @@ def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate becomes its JSON escape
             for rollout in rollouts:
                 file.write(json.dumps(_to_row(rollout), ensure_ascii=False) + "\n")
             file.flush()
@@ -58,12 +58,12 @@ def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
 def read_rollouts(path: str | Path) -> list[Rollout]:
     """Read a rollout file, and check every line.
 
-    The texts for people may be missing. A further key with a number goes to `extra`; further keys with anything else (such as the per-token
-    lists of `tools/score.py`) are not part of a rollout and are left out.
+    The texts for people may be missing. A further key with a number goes to `extra`; further keys with anything else (such
+    as the per-token lists of `tools/score.py`) are not part of a rollout and are left out.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8; or a line is cut off, is not JSON, lacks a key or holds a wrong value. Names the
-            file and the line.
+        DataError: the file is missing, empty or not UTF-8; or a line is cut off, is not JSON, lacks a key or holds a wrong
+            value. Names the file and the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,15 +80,15 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     rollouts = []
     for number, line in enumerate(lines, start=1):
         try:
-            rollouts.append(_from_row(json.loads(line)))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except ValueError as error:
             cut = number == len(lines) and not ended
-            what = (
-                "is cut off: the file is incomplete, write or copy it again"
-                if cut
-                else f"is not JSON ({error.msg}): repair or remove it"
+            hint = (
+                "is cut off: the file is incomplete, write it again" if cut else f"is not JSON ({error}): repair or remove it"
             )
-            raise DataError(f"{path} line {number} {what}") from error
+            raise DataError(f"{path} line {number} {hint}") from error
+        try:
+            rollouts.append(_from_row(row))
         except _BadRow as error:
             raise DataError(f"{path} line {number}: {error}") from error
     if not rollouts:
@@ -107,8 +107,8 @@ def _to_row(rollout: Rollout) -> dict[str, Any]:
         "prompt_token_ids": rollout.prompt_token_ids.tolist(),
         "response_token_ids": rollout.response_token_ids.tolist(),
         "sampler_log_probs": rollout.sampler_log_probs.tolist(),
-        "reward": rollout.reward,
-        "correct": rollout.correct,
+        "reward": float(rollout.reward),
+        "correct": bool(rollout.correct),
         "finish_reason": rollout.finish_reason,
         "weight_version": rollout.weight_version,
         "prompt": rollout.prompt,
@@ -118,7 +118,7 @@ def _to_row(rollout: Rollout) -> dict[str, Any]:
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
-    return row | rollout.extra
+    return row | {key: float(value) for key, value in rollout.extra.items()}
 
 
 def _from_row(row: Any) -> Rollout:
@@ -135,8 +135,8 @@ def _from_row(row: Any) -> Rollout:
             raise _BadRow(f"'{key}' is {_shorten(row[key])}, it must be text")
     if row["finish_reason"] not in FINISH_REASONS:
         raise _BadRow(f"'finish_reason' is {_shorten(row['finish_reason'])}, it must be one of {', '.join(FINISH_REASONS)}")
-    if not math.isfinite(row["reward"]):
-        raise _BadRow("'reward' is not finite")
+    if not _is_number(row["reward"]) or not math.isfinite(row["reward"]):
+        raise _BadRow(f"'reward' is {_shorten(row['reward'])}, it must be finite")
     response = _token_ids(row, "response_token_ids")
     return Rollout(
         prompt_id=str(row["prompt_id"]),
@@ -166,14 +166,15 @@ def _log_probs(values: list[Any], num_tokens: int) -> NDArray[np.float32]:
         raise _BadRow(f"'sampler_log_probs' has {len(values)} values for {num_tokens} response tokens: it needs one for each")
     if not all(map(_is_number, values)):
         raise _BadRow("'sampler_log_probs' must hold numbers")
-    result = np.array(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused
+        result = np.array(values, dtype=np.float32)
     if not np.isfinite(result).all():
         raise _BadRow(f"'sampler_log_probs' is not finite at token {int(np.flatnonzero(~np.isfinite(result))[0])}")
     return result
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _shorten(value: object) -> str:
