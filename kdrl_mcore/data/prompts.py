@@ -92,6 +92,8 @@ def _quietly(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # each format's library raises its own
         cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        if "corresponds to no data" in cause:  # how the library says that a file has no rows
+            raise DataError(f"{what} holds no rows") from error
         raise DataError(f"{what} cannot be read: {cause}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)

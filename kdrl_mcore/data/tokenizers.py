@@ -82,9 +82,10 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory, from local files only and without running code from them.
 
-    What transformers makes of the directory is compared with `tokenizer.json` on `PROBE` and on the added tokens: ids, and
-    the text decoded from them. If they differ, the generic tokenizer that reads `tokenizer.json` (with the special tokens
-    and the chat template of `tokenizer_config.json`) is compared and taken instead.
+    What transformers makes of the directory is compared with `tokenizer.json`: the vocabulary (some classes add tokens of
+    their own, which the model has no row for), and on `PROBE` and the added tokens the ids and the text decoded from them.
+    If they differ, the generic tokenizer that reads `tokenizer.json` (with the special tokens and the chat template of
+    `tokenizer_config.json`) is compared and taken instead.
 
     Raises:
         DataError: `tokenizer.json` is missing or unreadable, or no way to load it agrees with it (naming the first difference).
@@ -169,14 +170,18 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
 
 
 def _first_difference(backend: Any, truth: tokenizers.Tokenizer) -> str | None:
-    """How a transformers tokenizer differs from `tokenizer.json`, on the probe and on each added token; None if it does not."""
+    """How a transformers tokenizer differs from `tokenizer.json`, in its vocabulary or on a text; None if it does not."""
+    vocabulary, true_vocabulary = backend.get_vocab(), truth.get_vocab(with_added_tokens=True)
+    if vocabulary != true_vocabulary:
+        index = min(index for _, index in vocabulary.items() ^ true_vocabulary.items())
+        return f"has {_name(backend.convert_ids_to_tokens(index))} instead of {_name(truth.id_to_token(index))} at id {index}"
     added = [token.content for _, token in sorted(truth.get_added_tokens_decoder().items())]
-    for text in (PROBE, *(f"{token}user\n{token}" for token in added)):
+    for text in (PROBE, *(f"{token} user\n{token}" for token in added)):
         ids, true_ids = backend.encode(text, add_special_tokens=False), truth.encode(text, add_special_tokens=False).ids
         place = _first_mismatch(ids, true_ids)
         if place is not None:
             got, expected = ((truth.id_to_token(row[place]) if place < len(row) else None) for row in (ids, true_ids))
-            return f"cuts {text[:40]!r} differently: token {place} is {_name(got)} instead of {_name(expected)}"
+            return f"cuts {text[:20]!r}... differently: token {place} is {_name(got)} instead of {_name(expected)}"
         decoded = backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         true_text = truth.decode(true_ids, skip_special_tokens=False)
         place = _first_mismatch(decoded, true_text)
