@@ -1,8 +1,9 @@
 """The fused output head: from hidden states to log-probs, entropies and a loss, at the memory of one chunk of logits.
 
-The loss is a sum over tokens, so each chunk of tokens can be finished at once: logits, log-probs, the caller's loss of each token, the gradient of
-that small vector, the gradient of the logits in their own buffer, and from it the chunk's part of dX and dW. Nothing is recomputed:
-6*T*H*V/tp FLOP for loss and gradients, 2*T*H*V/tp for scoring.
+The loss is a sum over tokens, so each chunk of tokens can be finished at once: logits, log-probs, the caller's loss of each
+token, the gradient of that small vector, the gradient of the logits in their own buffer, and from it the chunk's part of dX
+and dW. Nothing is
+recomputed: 6*T*H*V/tp FLOP for loss and gradients, 2*T*H*V/tp for scoring.
 
 S rows of the sequence, T loss rows, C rows of a chunk, H hidden, V vocabulary columns of this rank.
 """
@@ -47,8 +48,8 @@ def head_log_probs(
         hidden_SH: hidden states, or this rank's share of the rows under sequence parallelism.
         rows_T: the rows that predict the targets, counted in the whole sequence; no other row reaches the head.
 
-    Collectives over the shard's group, for each chunk: a MAX all-reduce of [C] and a SUM all-reduce of [3, C]; under sequence parallelism one
-    all-gather of the hidden states.
+    Collectives over the shard's group, for each chunk: a MAX all-reduce of [C] and a SUM all-reduce of [3, C]; under
+    sequence parallelism one all-gather of the hidden states.
     """
     with torch.no_grad():
         hidden_SH = _gather_sequence(hidden_SH, shard) if sequence_parallel else hidden_SH
@@ -70,15 +71,16 @@ def fused_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
-    `token_loss` is called once for each chunk, and once with empty tensors when T is 0; every rank of the shard's group calls it with the same values.
+    `token_loss` is called once for each chunk, and once with empty tensors when T is 0; every rank of the shard's group
+    calls it with the same values.
 
     Args: as for `head_log_probs`.
 
     Returns:
         (loss, log-probs [T], entropies [T]); the last two without gradient. The loss is the same on every rank of the group.
 
-    Collectives over the shard's group: those of `head_log_probs`, and in the backward pass one SUM all-reduce of the hidden states' gradient
-    (a reduce-scatter under sequence parallelism).
+    Collectives over the shard's group: those of `head_log_probs`, and in the backward pass one SUM all-reduce of the hidden
+    states' gradient (a reduce-scatter under sequence parallelism).
     """
     loss, log_probs, entropy = _FusedHead.apply(
         hidden_SH, weight_VH, rows_T, targets_T, token_loss, shard, temperature, sequence_parallel
@@ -115,7 +117,7 @@ class _FusedHead(torch.autograd.Function):
             loss += value.detach()
             log_probs.append(chunk.log_prob_C)
             entropies.append(chunk.entropy_C)
-            if g_C is None and h_C is None or len(targets_T) == 0:
+            if (g_C is None and h_C is None) or len(targets_T) == 0:
                 continue
             d_logits_CV = chunk.logits_gradient(g_C, h_C, shard, temperature).to(whole_SH.dtype)
             d_hidden_SH.index_add_(0, rows_T[rows], d_logits_CV @ weight_VH)

@@ -1,0 +1,43 @@
+"""Group-relative advantages (GRPO, https://arxiv.org/abs/2402.03300) and the reward-shaping placement of distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.errors import DataError
+
+STD_EPSILON = 1e-6
+
+
+def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, *, normalize_by_std: bool) -> Tensor:
+    """A_i = (r_i - mean of its group) / (std of its group + 1e-6), the standard deviation with n - 1; without the division
+    if asked.
+
+    Computed in float64. A group whose rewards are all equal gets exactly zero.
+
+    Raises:
+        DataError: a group of one response, which has nothing to be compared with.
+    """
+    rewards_N = rewards_N.double()
+    groups, index_N, counts = group_ids_N.unique(return_inverse=True, return_counts=True)
+    if (counts == 1).any():
+        group = int(groups[counts == 1][0])
+        raise DataError(
+            f"group {group} has a single response: GRPO compares the responses of a group, so it needs at least 2 "
+            "(set objective.alpha.init=0 for plain distillation)"
+        )
+    zeros = rewards_N.new_zeros(len(groups))
+    mean_N = (zeros.scatter_add(0, index_N, rewards_N) / counts)[index_N]
+    low = zeros.scatter_reduce(0, index_N, rewards_N, "amin", include_self=False)
+    high = zeros.scatter_reduce(0, index_N, rewards_N, "amax", include_self=False)
+    centred_N = torch.where((low == high)[index_N], 0.0, rewards_N - mean_N)
+    if not normalize_by_std:
+        return centred_N
+    std = (zeros.scatter_add(0, index_N, centred_N.square()) / (counts - 1)).sqrt()
+    return centred_N / (std[index_N] + STD_EPSILON)
+
+
+def shaped_rewards(rewards_N: Tensor, log_ratio_sums_N: Tensor, beta: float) -> Tensor:
+    """r_i + beta * sum_t (log T - log pi), before group normalisation: our reconstruction of the paper's reward shaping."""
+    return rewards_N.double() + beta * log_ratio_sums_N.double()

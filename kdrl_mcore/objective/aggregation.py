@@ -1,0 +1,44 @@
+"""From token losses to the batch loss: L = sum_i weight_i sum_t loss_it. The one place where sums are divided.
+
+Lengths are those of the WHOLE global batch, over every data-parallel rank and micro-batch, so the same data give the same
+loss in any layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def response_weights(lengths_N: Tensor, aggregation: str, max_response_tokens: int) -> Tensor:
+    """The weight of each response's tokens [N], float64.
+
+    `token_mean`: 1 / all tokens. `sequence_mean`: 1 / (N length_i). `sequence_sum_norm`: 1 / (N max_response_tokens).
+    """
+    return _weights(lengths_N, torch.ones_like(lengths_N, dtype=torch.bool), aggregation, max_response_tokens)
+
+
+def distillation_weights(
+    lengths_N: Tensor, distil_N: Tensor, aggregation: str, max_response_tokens: int, denominator: str
+) -> Tensor:
+    """`response_weights` for the distillation loss: zero on masked responses.
+
+    Args:
+        denominator: `all` divides by all responses, so that masking does not raise beta; `unmasked` by those that are
+            distilled.
+    """
+    counted_N = torch.ones_like(distil_N) if denominator == "all" else distil_N
+    return torch.where(distil_N, _weights(lengths_N, counted_N, aggregation, max_response_tokens), 0.0)
+
+
+def _weights(lengths_N: Tensor, counted_N: Tensor, aggregation: str, max_response_tokens: int) -> Tensor:
+    lengths_N = lengths_N.double()
+    num_sequences = counted_N.sum().clamp(min=1)
+    if aggregation == "token_mean":
+        total = lengths_N[counted_N].sum().clamp(min=1)
+        return (1.0 / total).expand(len(lengths_N)).clone()
+    if aggregation == "sequence_mean":
+        return 1.0 / (num_sequences * lengths_N.clamp(min=1))
+    if aggregation == "sequence_sum_norm":
+        return (1.0 / (num_sequences.double() * max_response_tokens)).expand(len(lengths_N)).clone()
+    raise ValueError(f"aggregation is token_mean, sequence_mean or sequence_sum_norm, not {aggregation}")

@@ -1,0 +1,39 @@
+"""Sampled estimators of the reverse KL, KL(pi || T), per token of the student's own responses.
+
+d = log T(o_t|s_t) - log pi(o_t|s_t); w = pi / mu, the importance weight of a token that mu sampled. See
+http://joschu.net/blog/kl-approx.html for the names k1, k2 and k3.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def log_ratio(teacher_log_probs_T: Tensor, log_probs_T: Tensor, clamp: float | None) -> Tensor:
+    """d, clamped to [-clamp, clamp] if asked (a clamped token has no gradient)."""
+    d_T = teacher_log_probs_T - log_probs_T
+    return d_T if clamp is None else d_T.clamp(-clamp, clamp)
+
+
+def importance_weight(log_probs_T: Tensor, sampler_log_probs_T: Tensor) -> Tensor:
+    """w = pi / mu, differentiable in the student's log-probs."""
+    return (log_probs_T - sampler_log_probs_T).exp()
+
+
+def k1(d_T: Tensor, w_T: Tensor) -> Tensor:
+    """-w sg(d): value and gradient unbiased. w must be differentiable: with a detached w the gradient's expectation is zero."""
+    return -w_T * d_T.detach()
+
+
+def k2(d_T: Tensor, w_T: Tensor) -> Tensor:
+    """sg(w) d^2 / 2 (the paper's): gradient unbiased, value biased. w must be detached."""
+    return 0.5 * w_T.detach() * d_T.square()
+
+
+def k3(d_T: Tensor, w_T: Tensor) -> Tensor:
+    """w (exp(d) - 1 - d): value unbiased; as an on-policy loss its gradient is biased. Off-policy w must be differentiable."""
+    return w_T * (d_T.expm1() - d_T)
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+"""The estimators by their configuration names."""

@@ -1,0 +1,116 @@
+"""The loss of each token, alpha * L_GRPO + beta * L_KD (arXiv 2506.02208), and of supervised fine-tuning.
+
+T tokens of a micro-batch, flat over its responses. Losses come weighted by the global normaliser (`aggregation`): their sum
+over all tokens of all ranks is the loss, and nothing divides it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.config import ObjectiveConfig
+from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, k2, k3, log_ratio
+from kdrl_mcore.objective.policy import sampler_correction, surrogate
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What the loss of each token needs, all [T] float32.
+
+    Attributes:
+        policy_weights, distillation_weights: the token's share of the global loss; 0 where a response is masked.
+        old_log_probs: None while strictly on-policy. teacher_log_probs: anything where masked. reference_log_probs: None
+            without it.
+    """
+
+    advantages: Tensor
+    policy_weights: Tensor
+    distillation_weights: Tensor
+    sampler_log_probs: Tensor
+    old_log_probs: Tensor | None = None
+    teacher_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> TokenBatch:
+        """Some of the tokens."""
+        return self._map(lambda value: value[rows])
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same tokens on `device`."""
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        return replace(self, **{f.name: change(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
+
+def joint_loss(
+    log_probs_T: Tensor,
+    batch: TokenBatch,
+    objective: ObjectiveConfig,
+    alpha: float,
+    beta: float,
+    divergence_T: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The weighted loss of each token, and what was measured.
+
+    With placement `loss` the KD term is added. With `advantage` the log-ratio joins the advantage, scaled so that the
+    on-policy gradient is the same as with `loss` and k2 (or k1). With `reward` it is in the advantages already.
+
+    Args:
+        divergence_T: a differentiable per-token reverse KL that replaces the sampled estimator (exact and top-k forms).
+
+    Returns:
+        (loss [T], sums, maxima): scalars to add up, and scalars to take the maximum of, over micro-batches and ranks. The
+        sums policy_loss, kd_loss and reference_loss are weighted, so they add up to the batch's values; kl_k1, kl_k2 and
+        kl_k3 are plain sums over the distilled tokens.
+    """
+    kd = objective.kd
+    w_T = importance_weight(log_probs_T, batch.sampler_log_probs)
+    distilled_T = batch.distillation_weights != 0
+    teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
+    # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can touch a gradient.
+    d_T = log_ratio(torch.where(distilled_T, teacher_T, log_probs_T.detach()), log_probs_T, kd.clamp)
+
+    advantages_T = alpha * batch.advantages * batch.policy_weights
+    if kd.placement == "advantage":
+        advantages_T = advantages_T + beta * d_T.detach() * batch.distillation_weights
+    policy_T, clipped_T = surrogate(log_probs_T, batch.old_log_probs, advantages_T, objective.clip_low, objective.clip_high)
+    old_T = log_probs_T if batch.old_log_probs is None else batch.old_log_probs
+    loss_T = policy_T * sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+
+    estimate_T = divergence_T if divergence_T is not None else ESTIMATORS[kd.estimator](d_T, w_T)
+    kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
+    if kd.placement == "loss" and beta:
+        loss_T = loss_T + beta * kd_T
+    sums = {
+        "policy_loss": surrogate(log_probs_T, batch.old_log_probs, batch.advantages, objective.clip_low, objective.clip_high)[0]
+        * batch.policy_weights,
+        "kd_loss": kd_T,
+        "kl_k1": -d_T,
+        "kl_k2": 0.5 * d_T.square(),
+        "kl_k3": d_T.expm1() - d_T,
+        "distilled_tokens": distilled_T,
+        "clipped_tokens": clipped_T,
+        "drift": (log_probs_T - batch.sampler_log_probs).abs(),
+        "tokens": torch.ones_like(log_probs_T),
+    }
+    if batch.reference_log_probs is not None:
+        reference_d_T = batch.reference_log_probs - log_probs_T
+        reference_T = (k2 if objective.reference_kl.estimator == "k2" else k3)(reference_d_T, w_T) * batch.policy_weights
+        loss_T = loss_T + objective.reference_kl.coefficient * reference_T
+        sums["reference_loss"] = reference_T
+    drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
+    return (
+        loss_T,
+        {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
+        {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
+    )
+
+
+def sft_loss(log_probs_T: Tensor, weights_T: Tensor) -> Tensor:
+    """-log pi(target), weighted [T]."""
+    return -log_probs_T * weights_T
