@@ -223,6 +223,7 @@ def _vocabulary(config: Config) -> tuple[Tokenizer | None, int]:
             raise ConfigError(f"{paths[0]} has no tokenizer.json, which sampling needs")
         return None, min(sizes)
     tokenizer = load_tokenizer(paths[0])
+    sizes.append(tokenizer.vocabulary_size)
     if len(paths) > 1 and have[1]:
-        check_same_tokenizer(tokenizer, load_tokenizer(paths[1]))
-    return tokenizer, min(tokenizer.vocabulary_size, *sizes)
+        sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(paths[1])))
+    return tokenizer, min(sizes)
