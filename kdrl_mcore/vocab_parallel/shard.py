@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,23 @@ class VocabShard:
     def real_columns(self) -> int:
         """How many of this rank's columns are real tokens; the padding comes last."""
         return max(0, min(self.size, self.stop) - self.start)
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """For global token ids of any shape: whether this rank holds each, and its local column (0 where it does not)."""
+        columns = ids - self.start
+        own = (columns >= 0) & (columns < self.real_columns)
+        return own, torch.where(own, columns, 0)
+
+    def check_targets(self, targets_T: Tensor) -> None:
+        """Raise ValueError if a target is not a real token.
+
+        On CUDA this would cost a synchronisation, so it is left out there: such a target's log-prob comes out NaN, which
+        every check on the loss sees.
+        """
+        if targets_T.device.type == "cpu" and len(targets_T):
+            low, high = torch.aminmax(targets_T)
+            if low < 0 or high >= self.size:
+                raise ValueError(
+                    f"target token ids reach from {int(low)} to {int(high)}, but the vocabulary has the ids 0 to "
+                    f"{self.size - 1}: check that the tokens come from this model's tokenizer"
+                )

@@ -1,0 +1,56 @@
+"""What the ranks that share a vocabulary say to each other. With a single rank every function returns its argument.
+Nothing is sent for an empty tensor: all ranks of a group always have the same number of tokens.
+
+C tokens, K numbers per token, R ranks, S rows of the sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+
+def sum_over_ranks(value: Tensor, shard: VocabShard) -> Tensor:
+    """One SUM all-reduce over the shard's group, in place."""
+    if shard.ranks > 1 and value.numel():
+        dist.all_reduce(value, group=shard.group)
+    return value
+
+
+def max_over_ranks(value: Tensor, shard: VocabShard) -> Tensor:
+    """One MAX all-reduce over the shard's group, in place."""
+    if shard.ranks > 1 and value.numel():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=shard.group)
+    return value
+
+
+def gather_columns(value_CK: Tensor, shard: VocabShard) -> Tensor:
+    """The ranks' [C, K] side by side in rank order, [C, R*K]. One all-gather over the shard's group."""
+    if shard.ranks == 1:
+        return value_CK
+    gathered_RCK = value_CK.new_empty(shard.ranks, *value_CK.shape)
+    if value_CK.numel():
+        dist.all_gather_into_tensor(gathered_RCK.flatten(0, 1), value_CK.contiguous(), group=shard.group)
+    return gathered_RCK.transpose(0, 1).flatten(1)
+
+
+def gather_sequence(value_SH: Tensor, shard: VocabShard) -> Tensor:
+    """The rows of all ranks in rank order. One all-gather over the shard's group."""
+    if shard.ranks == 1:
+        return value_SH
+    gathered = value_SH.new_empty(value_SH.size(0) * shard.ranks, value_SH.size(1))
+    if value_SH.numel():
+        dist.all_gather_into_tensor(gathered, value_SH.contiguous(), group=shard.group)
+    return gathered
+
+
+def reduce_scatter_sequence(value_SH: Tensor, shard: VocabShard) -> Tensor:
+    """This rank's rows of the sum over ranks. One reduce-scatter over the shard's group."""
+    if shard.ranks == 1:
+        return value_SH
+    part = value_SH.new_empty(value_SH.size(0) // shard.ranks, value_SH.size(1))
+    if value_SH.numel():
+        dist.reduce_scatter_tensor(part, value_SH.contiguous(), group=shard.group)
+    return part

@@ -1,0 +1,225 @@
+"""The one pass over the output head that every loss here shares, at the memory of one chunk of logits.
+
+The loss is a sum over tokens, so a chunk of tokens can be finished at once: its logits, the few numbers per token that the
+ranks must agree on, the caller's loss of each token, the derivative of that small vector, the derivative of the logits (in
+their own buffer) and from it the chunk's part of dX and dW. Nothing is recomputed: 6*T*H*V/tp FLOP for loss and gradients,
+2*T*H*V/tp without gradients, and 2*T*G*V/tp for a teacher. Memory: dX, dW and two buffers of one chunk, three with a teacher.
+
+S rows of the sequence, T loss rows, C rows of a chunk, H hidden, G the teacher's hidden, V vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdrl_mcore.vocab_parallel.chunk import Buffers, Chunk, ChunkLoss
+from kdrl_mcore.vocab_parallel.collectives import gather_sequence, reduce_scatter_sequence, sum_over_ranks
+from kdrl_mcore.vocab_parallel.comparison import Compare
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+CHUNK_BYTES = 64 * 2**20
+"""What one float32 buffer of a chunk may take, unless that is fewer rows than the matrix products need."""
+LEAST_CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+"""With fewer rows the products wait for the weight and dW to pass through memory."""
+
+
+def default_chunk_tokens(shard: VocabShard, device: torch.device) -> int:
+    """Rows per chunk: as many as `CHUNK_BYTES` holds of one rank's float32 logits, but at least `LEAST_CHUNK_ROWS`.
+
+    A function of the whole vocabulary and the number of ranks, not of this rank's columns: all ranks must cut alike.
+    """
+    columns = -(-shard.size // shard.ranks)
+    return max(LEAST_CHUNK_ROWS.get(device.type, 1024), CHUNK_BYTES // (4 * columns))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What gives the teacher's logits, and what to do with them.
+
+    Attributes:
+        hidden_TG: its last hidden states of the loss rows, finite even where the loss ignores them.
+        weight_VG: its head in the student's vocab-parallel layout; columns beyond the student's real ones are not used.
+        compare: the divergence.
+    """
+
+    hidden_TG: Tensor
+    weight_VG: Tensor
+    compare: Compare
+
+
+@dataclass(frozen=True)
+class HeadPass:
+    """One pass over the head: everything but the two tensors that get gradients.
+
+    Attributes:
+        chunk_tokens: None is `default_chunk_tokens`.
+        chunk_loss: None for log-probs and entropies alone.
+    """
+
+    rows_T: Tensor
+    targets_T: Tensor
+    shard: VocabShard
+    temperature: float
+    sequence_parallel: bool
+    chunk_tokens: int | None
+    chunk_loss: ChunkLoss | None = None
+    teacher: Teacher | None = None
+
+    def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, log-probs [T], entropy [T], divergence [T] or empty); only the loss can have a gradient.
+
+        Where grad mode is off or neither argument requires a gradient, only the forward work is done.
+
+        Collectives over the shard's group: those of `Chunk` for each chunk; under sequence parallelism an all-gather of the
+        hidden states; backward a SUM all-reduce of dX [T, H], under sequence parallelism a reduce-scatter of [S, H].
+
+        Raises:
+            ValueError: shapes, types or targets do not fit.
+        """
+        self._check(hidden_SH, weight_VH)
+        if torch.is_grad_enabled() and (hidden_SH.requires_grad or weight_VH.requires_grad):
+            return _FusedHead.apply(hidden_SH, weight_VH, self)
+        with torch.no_grad():
+            return _run(self, hidden_SH, weight_VH, (False, False))[0]
+
+    def _check(self, hidden_SH: Tensor, weight_VH: Tensor) -> None:
+        columns = self.shard.stop - self.shard.start
+        if hidden_SH.dim() != 2 or weight_VH.shape != (columns, hidden_SH.size(1)):
+            raise ValueError(
+                f"hidden states {tuple(hidden_SH.shape)} and head weight {tuple(weight_VH.shape)} do not fit: expected [S, H] "
+                f"and [{columns}, H], the columns {self.shard.start} to {self.shard.stop} of the shard"
+            )
+        if hidden_SH.dtype != weight_VH.dtype:
+            raise ValueError(f"hidden states are {hidden_SH.dtype} and the head weight is {weight_VH.dtype}: cast one of them")
+        if self.rows_T.dim() != 1 or self.rows_T.shape != self.targets_T.shape:
+            raise ValueError(
+                f"rows {tuple(self.rows_T.shape)} and targets {tuple(self.targets_T.shape)} must be vectors of one length"
+            )
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens}: it must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be positive")
+        self.shard.check_targets(self.targets_T)
+        if self.teacher is not None:
+            self._check_teacher(self.teacher.hidden_TG, self.teacher.weight_VG)
+
+    def _check_teacher(self, hidden_TG: Tensor, weight_VG: Tensor) -> None:
+        if len(hidden_TG) != len(self.rows_T) or hidden_TG.size(1) != weight_VG.size(1) or hidden_TG.dtype != weight_VG.dtype:
+            raise ValueError(
+                f"teacher hidden states {tuple(hidden_TG.shape)} {hidden_TG.dtype} and head {tuple(weight_VG.shape)} "
+                f"{weight_VG.dtype} do not fit: expected [{len(self.rows_T)}, G] and [columns, G] of one type"
+            )
+        if weight_VG.size(0) < self.shard.real_columns:
+            raise ValueError(
+                f"the teacher's head has {weight_VG.size(0)} columns on this rank, fewer than the student's "
+                f"{self.shard.real_columns}: load it in the student's vocab-parallel layout"
+            )
+
+
+@dataclass
+class _Gradients:
+    """dL/d(the hidden states of the loss rows), not yet summed over ranks, and dL/dweight; None where not wanted."""
+
+    rows_TH: Tensor | None
+    weight_VH: Tensor | None
+
+
+class _FusedHead(torch.autograd.Function):
+    """Forms dX and dW in the forward pass; backward multiplies them by the incoming gradient and sums dX over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, head: HeadPass) -> tuple[Tensor, ...]:
+        outputs, gradients = _run(head, hidden_SH, weight_VH, ctx.needs_input_grad[:2])
+        # Not the whole pass: it would keep the teacher's hidden states alive.
+        ctx.spread = partial(_spread_rows, head.rows_T, head.shard, head.sequence_parallel, len(hidden_SH))
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gradients: _Gradients | None = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("the fused head's gradient, formed in the forward pass, is used up: run the forward pass again")
+        # Scaled in place and handed over, so that dW never exists twice; hence one backward pass for each forward pass.
+        ctx.gradients = None
+        for gradient in (gradients.rows_TH, gradients.weight_VH):
+            if gradient is not None:
+                gradient.mul_(outputs[0])
+        d_hidden_SH = None if gradients.rows_TH is None else ctx.spread(gradients.rows_TH)
+        return d_hidden_SH, gradients.weight_VH, None
+
+
+def _spread_rows(rows_T: Tensor, shard: VocabShard, sequence_parallel: bool, rows: int, d_rows_TH: Tensor) -> Tensor:
+    """dL/dhidden of this rank's `rows` rows, from every rank's part of the loss rows."""
+    if not sequence_parallel:
+        d_rows_TH = sum_over_ranks(d_rows_TH, shard)
+        return d_rows_TH.new_zeros(rows, d_rows_TH.size(1)).index_add_(0, rows_T, d_rows_TH)
+    d_hidden_SH = d_rows_TH.new_zeros(rows * shard.ranks, d_rows_TH.size(1)).index_add_(0, rows_T, d_rows_TH)
+    return reduce_scatter_sequence(d_hidden_SH, shard)
+
+
+def _run(
+    head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], _Gradients]:
+    """All chunks. `wanted`: which of dX and dW to form. Without tokens one empty chunk is run, so that the loss is called."""
+    if head.sequence_parallel:
+        hidden_SH = gather_sequence(hidden_SH, head.shard)
+    num_tokens, real = len(head.rows_T), head.shard.real_columns
+    size = min(num_tokens, head.chunk_tokens or default_chunk_tokens(head.shard, weight_VH.device))
+    teacher = head.teacher
+    buffers = Buffers.allocate(
+        size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
+    )
+    wide = buffers.student_CV.dtype
+    gradients = _Gradients(
+        hidden_SH.new_zeros(num_tokens, hidden_SH.size(1)) if wanted[0] else None,
+        torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None,
+    )
+    loss = torch.zeros((), dtype=wide, device=weight_VH.device)
+    measured: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, max(num_tokens, 1), max(size, 1)):
+        rows = slice(start, min(start + size, num_tokens))
+        hidden_CH = hidden_SH[head.rows_T[rows]]
+        chunk = Chunk(
+            hidden_CH,
+            weight_VH[:real],
+            head.targets_T[rows],
+            head.shard,
+            head.temperature,
+            buffers.first(len(hidden_CH)),
+            None if teacher is None else (teacher.hidden_TG[rows], teacher.weight_VG[:real], teacher.compare),
+        )
+        if head.chunk_loss is not None:
+            value, d_logits_CV = chunk.loss(head.chunk_loss, rows, differentiate=any(wanted))
+            loss += value
+            if d_logits_CV is not None:
+                _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[:real], rows)
+        measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C))
+    if gradients.weight_VH is not None:
+        gradients.weight_VH = gradients.weight_VH.to(weight_VH.dtype)
+    log_probs_T, entropy_T, divergence_T = (torch.cat(parts) for parts in zip(*measured, strict=True))
+    return (loss, log_probs_T, entropy_T, divergence_T), gradients
+
+
+def _accumulate(gradients: _Gradients, d_logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, rows: slice) -> None:
+    """The chunk's dX, and its share of dW, which is added up in at least float32 without a second [V, H]."""
+    if gradients.rows_TH is not None:
+        torch.mm(d_logits_CV, weight_VH, out=gradients.rows_TH[rows])
+    if gradients.weight_VH is None:
+        return
+    d_weight_VH = gradients.weight_VH[: len(weight_VH)]
+    if d_weight_VH.dtype == hidden_CH.dtype:
+        d_weight_VH.addmm_(d_logits_CV.T, hidden_CH)
+        return
+    columns = max(1, CHUNK_BYTES // (hidden_CH.element_size() * hidden_CH.size(1)))
+    for start in range(0, len(weight_VH), columns):
+        block = slice(start, start + columns)
+        d_weight_VH[block] += d_logits_CV[:, block].T @ hidden_CH

@@ -1,0 +1,121 @@
+"""Log-probs and entropy of logits that are already there, differentiable, for small problems and for other people's models.
+
+T tokens, V vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+MASKED = -1e30
+"""The largest logit of a rank without real columns: finite, for 0 * infinity would be NaN."""
+
+
+def token_log_probs_and_entropy(
+    logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p[target] and the entropy -sum_v p_v log p_v of p = softmax(logits / temperature), in nats.
+
+    The whole [T, V] stays in memory; `fused_head` does not need it. The input is never overwritten. Columns beyond the real
+    vocabulary take no part and get zero gradient.
+
+    Args:
+        logits_TV: this rank's columns.
+        targets_T: token ids in [0, shard.size), the same on every rank of the group.
+
+    Returns:
+        (log-probs [T], entropy [T]), float32 (float64 of float64 logits), the same on every rank of the group. Both are
+        differentiable: d log p_t / dz_v = 1[v = t] - p_v, dH / dz_v = -p_v (log p_v + H), z the divided logits.
+
+    Raises:
+        ValueError: a target is not a token (on CUDA its log-prob is NaN instead), or shapes do not fit.
+
+    Collectives over the shard's group: a MAX all-reduce of [T] and a SUM all-reduce of [4, T]; none in the backward pass, as
+    the outputs' gradients are the same on every rank.
+    """
+    if logits_TV.shape != (len(targets_T), shard.stop - shard.start):
+        raise ValueError(
+            f"logits of shape {tuple(logits_TV.shape)} do not fit {len(targets_T)} targets and the columns "
+            f"{shard.start} to {shard.stop} of the shard"
+        )
+    shard.check_targets(targets_T)
+    log_probs_T, entropy_T = _LogProbsAndEntropy.apply(logits_TV, targets_T, shard, temperature)
+    return log_probs_T, entropy_T
+
+
+def local_peak(logits_CV: Tensor) -> Tensor:
+    """The largest logit of each row, `MASKED` where there are no columns."""
+    if logits_CV.size(1) == 0:
+        return logits_CV.new_full((logits_CV.size(0),), MASKED)
+    return logits_CV.amax(dim=1)
+
+
+def local_target(centred_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """(the targets' logits [C], 1.0 or 0.0 [C] for whether they are this rank's); the logit is 0 where they are not."""
+    own_C, column_C = shard.locate(targets_C)
+    held_C = own_C.to(centred_CV.dtype)
+    if centred_CV.size(1) == 0:
+        return held_C, held_C
+    return torch.where(own_C, centred_CV.gather(1, column_C[:, None]).squeeze(1), 0.0), held_C
+
+
+def known_or_nan(log_probs_C: Tensor, holders_C: Tensor) -> Tensor:
+    """The log-probs, NaN where no rank held the target."""
+    return torch.where(holders_C > 0, log_probs_C, torch.nan)
+
+
+class _LogProbsAndEntropy(torch.autograd.Function):
+    """Keeps the logits themselves for the backward pass, and two numbers per token."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        centred_TV = _scaled(logits_TV, shard, temperature)
+        peak_T = max_over_ranks(local_peak(centred_TV), shard)
+        centred_TV.sub_(peak_T[:, None])
+        weights_TV = centred_TV.exp()
+        target_T, held_T = local_target(centred_TV, targets_T, shard)
+        total_T, product_T, target_T, holders_T = sum_over_ranks(
+            torch.stack((weights_TV.sum(dim=1), weights_TV.mul_(centred_TV).sum(dim=1), target_T, held_T)), shard
+        )
+        log_total_T = total_T.log()
+        entropy_T = log_total_T - product_T / total_T
+        ctx.save_for_backward(logits_TV, targets_T, peak_T, log_total_T, entropy_T)
+        ctx.shard, ctx.temperature = shard, temperature
+        return known_or_nan(target_T - log_total_T, holders_T), entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_T: Tensor | None, h_T: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if g_T is None and h_T is None:
+            return None, None, None, None
+        logits_TV, targets_T, peak_T, log_total_T, entropy_T = ctx.saved_tensors
+        shard: VocabShard = ctx.shard
+        log_p_TV = _scaled(logits_TV, shard, ctx.temperature).sub_(peak_T[:, None]).sub_(log_total_T[:, None])
+        d_TV = log_p_TV.exp()
+        if h_T is None:
+            assert g_T is not None
+            d_TV.mul_(-g_T[:, None])
+        else:
+            factor_TV = log_p_TV.add_(entropy_T[:, None]).mul_(-h_T[:, None])
+            d_TV.mul_(factor_TV if g_T is None else factor_TV.sub_(g_T[:, None]))
+        if g_T is not None and shard.real_columns:
+            own_T, column_T = shard.locate(targets_T)
+            d_TV.scatter_add_(1, column_T[:, None], torch.where(own_T, g_T, 0.0)[:, None])
+        gradient_TV = torch.zeros_like(logits_TV)
+        torch.div(d_TV, ctx.temperature, out=d_TV)
+        gradient_TV[:, : shard.real_columns].copy_(d_TV)
+        return gradient_TV, None, None, None
+
+
+def _scaled(logits_TV: Tensor, shard: VocabShard, temperature: float) -> Tensor:
+    """A copy of the real columns over the temperature, at least float32."""
+    real_TV = logits_TV[:, : shard.real_columns]
+    return real_TV.to(torch.promote_types(logits_TV.dtype, torch.float32), copy=True).div_(temperature)

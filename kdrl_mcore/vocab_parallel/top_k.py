@@ -1,0 +1,274 @@
+"""Reverse KL to a teacher restricted to a top-k set of tokens, in the same pass over the head as log-probs and entropy.
+
+The set S is the student's or the teacher's k most likely tokens. Nothing differentiates the choice of S; on it every form is a
+function of the k log-probs log p_v, v in S, whose derivatives the pass spreads over the columns as it does the target's.
+
+S rows of the sequence, T loss rows, C rows of a chunk, H hidden, G the teacher's hidden, V vocabulary columns of this rank,
+K = k tokens of a set, M candidates, R ranks.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel.collectives import gather_columns
+from kdrl_mcore.vocab_parallel.comparison import Comparison, LogitsTerms, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import DivergenceLoss, fused_divergence
+from kdrl_mcore.vocab_parallel.engine import Teacher
+from kdrl_mcore.vocab_parallel.logits import MASKED
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+Support = Literal["student", "teacher"]
+Tail = Literal["truncate", "renormalize", "bucket"]
+
+
+def fused_top_k_reverse_kl(
+    hidden_SH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_TG: Tensor,
+    teacher_weight_VG: Tensor,
+    rows_T: Tensor,
+    targets_T: Tensor,
+    token_loss: DivergenceLoss,
+    shard: VocabShard,
+    *,
+    top_k: int,
+    support: Support,
+    tail: Tail,
+    temperature: float,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fused_exact_reverse_kl` with a top-k set in place of the vocabulary.
+
+    `tail` says what becomes of the tokens outside S:
+    `truncate`: they are left out, sum_S p (log p - log q), which may be negative;
+    `renormalize`: p and q are scaled to sum to 1 on S;
+    `bucket`: together they are one more token, p_out (log p_out - log q_out) with p_out = sum_{v not in S} p_v.
+
+    Args:
+        top_k: the size of S. Of equal logits the lower token ids are chosen, whatever the layout.
+        support: whose most likely tokens.
+        The others: as for `fused_exact_reverse_kl`.
+
+    Raises:
+        ValueError: as there; or top_k is not in 1 to shard.size, or support or tail is unknown.
+
+    Collectives over the shard's group: those of `fused_exact_reverse_kl`, and for each chunk an all-gather of [C, 3*k]. On CUDA
+    the choice of S waits for the device once per chunk.
+    """
+    if tail not in ("truncate", "renormalize", "bucket"):
+        raise ValueError(f"tail is '{tail}': it must be truncate, renormalize or bucket")
+    compare = partial(_TopKReverseKL, top_k=_checked(top_k, support, shard), support=support, tail=tail)
+    return fused_divergence(
+        hidden_SH,
+        weight_VH,
+        Teacher(teacher_hidden_TG, teacher_weight_VG, compare),
+        rows_T,
+        targets_T,
+        token_loss,
+        shard,
+        temperature=temperature,
+        sequence_parallel=sequence_parallel,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def fused_top_k_unbiased(
+    hidden_SH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_TG: Tensor,
+    teacher_weight_VG: Tensor,
+    rows_T: Tensor,
+    targets_T: Tensor,
+    token_loss: DivergenceLoss,
+    shard: VocabShard,
+    *,
+    top_k: int,
+    sampler_log_probs_T: Tensor | None,
+    temperature: float,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A surrogate of the reverse KL whose gradient is unbiased: exact on the student's top-k set, sampled outside.
+
+    sum_{v in S} sg(p_v (log p_v - log q_v)) log p_v + 1[target not in S] sg(w) (log q_target - log p_target)^2 / 2 with
+    w = p_target / mu_target. Its value is not a divergence; its gradient, averaged over targets drawn from mu, is dD/dz.
+
+    Args:
+        sampler_log_probs_T: log mu of the targets, for w; None where the student itself sampled them (w = 1).
+        The others: as for `fused_top_k_reverse_kl`, collectives and errors as well.
+    """
+    compare = partial(_TopKUnbiased, top_k=_checked(top_k, "student", shard), sampler_log_probs_T=sampler_log_probs_T)
+    return fused_divergence(
+        hidden_SH,
+        weight_VH,
+        Teacher(teacher_hidden_TG, teacher_weight_VG, compare),
+        rows_T,
+        targets_T,
+        token_loss,
+        shard,
+        temperature=temperature,
+        sequence_parallel=sequence_parallel,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
+    """The columns [C, min(top_k, V)] of the largest logits, largest first, of equal logits the lower column first.
+
+    `torch.topk` leaves open which of equal logits it returns. Here it only finds the threshold; every column that reaches it is
+    a candidate, and a stable sort of the few candidates decides.
+    """
+    top_k = min(top_k, logits_CV.size(1))
+    if top_k == 0 or len(logits_CV) == 0:
+        return torch.empty(len(logits_CV), top_k, dtype=torch.long, device=logits_CV.device)
+    threshold_C = logits_CV.topk(top_k, dim=1, sorted=False).values.amin(dim=1)
+    # "not below" rather than "at least": a row of NaN keeps its columns, and its loss shows the NaN.
+    row_M, column_M = (logits_CV < threshold_C[:, None]).logical_not_().nonzero(as_tuple=True)
+    count_C = torch.bincount(row_M, minlength=len(logits_CV))
+    place_M = torch.arange(len(row_M), device=row_M.device) - (count_C.cumsum(0) - count_C)[row_M]
+    widest = int(count_C.max())
+    value_CM = logits_CV.new_full((len(logits_CV), widest), -torch.inf)
+    column_CM = torch.zeros_like(value_CM, dtype=torch.long)
+    value_CM[row_M, place_M] = logits_CV[row_M, column_M]
+    column_CM[row_M, place_M] = column_M
+    order_CK = value_CM.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return column_CM.gather(1, order_CK)
+
+
+def _checked(top_k: int, support: str, shard: VocabShard) -> int:
+    if not 1 <= top_k <= shard.size:
+        raise ValueError(f"top_k is {top_k}: it must be between 1 and the vocabulary's {shard.size} tokens")
+    if support not in ("student", "teacher"):
+        raise ValueError(f"support is '{support}': it must be student or teacher")
+    return top_k
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Tokens with the centred logits of both models, all [C, K]."""
+
+    ids: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+def _choose(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard, top_k: int, support: str) -> _Candidates:
+    """The set S of each row, the same on every rank. One all-gather of [C, 3*top_k] over the shard's group.
+
+    Ids travel as floats, which are exact up to 2^24. Ranks stand in column order, so the stable sort over all candidates again
+    prefers lower ids.
+    """
+    column_CK = local_top_k(student_CV if support == "student" else teacher_CV, top_k)
+    missing = top_k - column_CK.size(1)
+    local = (column_CK + shard.start, student_CV.gather(1, column_CK), teacher_CV.gather(1, column_CK))
+    padded = [torch.nn.functional.pad(part.to(student_CV.dtype), (0, missing), value=MASKED) for part in local]
+    gathered_CR3K = gather_columns(torch.cat(padded, dim=1), shard).unflatten(1, (shard.ranks, 3, top_k))
+    ids_CM, student_CM, teacher_CM = (gathered_CR3K[:, :, i].flatten(1) for i in range(3))
+    ranked_CM = student_CM if support == "student" else teacher_CM
+    order_CK = ranked_CM.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return _Candidates(*(part.gather(1, order_CK) for part in (ids_CM, student_CM, teacher_CM)))
+
+
+class _TopK(Comparison):
+    """The leaf is log p of the set, [C, K]."""
+
+    def __init__(
+        self, student_CV: Tensor, teacher_CV: Tensor, exp_CV: Tensor, shard: VocabShard, *, top_k: int, support: str
+    ) -> None:
+        self._set = _choose(student_CV, teacher_CV, shard, top_k, support)
+        self._ids_CK = self._set.ids.long()
+        self.sums_KC = student_CV.new_empty(0, len(student_CV))
+
+    def divergence(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p_CK = (self._set.student - tokens.log_total[:, None]).requires_grad_()
+        log_q_CK = self._set.teacher - tokens.teacher_log_total[:, None]
+        return log_p_CK, self._value(log_p_CK, log_q_CK, sums_KC, tokens, targets_C, rows)
+
+    def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
+        return LogitsTerms(-d_leaf.sum(dim=1), one_hot=(self._ids_CK, d_leaf))
+
+    @abstractmethod
+    def _value(
+        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
+    ) -> Tensor:
+        """The divergence [C] from the set's log-probs."""
+
+
+class _TopKReverseKL(_TopK):
+    def __init__(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor,
+        exp_CV: Tensor,
+        shard: VocabShard,
+        *,
+        top_k: int,
+        support: str,
+        tail: str,
+    ) -> None:
+        super().__init__(student_CV, teacher_CV, exp_CV, shard, top_k=top_k, support=support)
+        self._tail = tail
+        if tail == "bucket":
+            self.sums_KC = self._sums_outside(teacher_CV, exp_CV, shard)
+
+    def _sums_outside(self, teacher_CV: Tensor, exp_CV: Tensor, shard: VocabShard) -> Tensor:
+        """sum_{v not in S} e_v of student and teacher: 1 - sum_S p would lose a small rest to rounding. Uses up the teacher."""
+        columns = exp_CV.size(1)
+        own_CK, column_CK = shard.locate(self._ids_CK)
+        # Tokens of other ranks point at a spare column.
+        outside_CV = torch.ones(len(exp_CV), columns + 1, dtype=torch.bool, device=exp_CV.device)
+        outside_CV = outside_CV.scatter_(1, torch.where(own_CK, column_CK, columns), False)[:, :columns]
+        teacher_C = teacher_CV.exp_().mul_(outside_CV).sum(dim=1)
+        student_C = torch.mul(exp_CV, outside_CV, out=teacher_CV).sum(dim=1)
+        return torch.stack((student_C, teacher_C))
+
+    def _value(
+        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
+    ) -> Tensor:
+        if self._tail == "renormalize":
+            log_p_CK = log_p_CK - log_p_CK.logsumexp(dim=1, keepdim=True)
+            log_q_CK = log_q_CK - log_q_CK.logsumexp(dim=1, keepdim=True)
+        inside_C = (log_p_CK.exp() * (log_p_CK - log_q_CK)).sum(dim=1)
+        if self._tail != "bucket":
+            return inside_C
+        tiny = torch.finfo(log_p_CK.dtype).tiny
+        p_inside_C = log_p_CK.exp().sum(dim=1)
+        # The value comes from the sum outside S, the derivative from p_out = 1 - sum_S p, of which it is the exact one.
+        p_out_C = (sums_KC[0] / tokens.log_total.exp()).clamp_min(tiny) - (p_inside_C - p_inside_C.detach())
+        q_out_C = (sums_KC[1] / tokens.teacher_log_total.exp()).clamp_min(tiny)
+        return inside_C + p_out_C * (p_out_C.log() - q_out_C.log())
+
+
+class _TopKUnbiased(_TopK):
+    def __init__(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor,
+        exp_CV: Tensor,
+        shard: VocabShard,
+        *,
+        top_k: int,
+        sampler_log_probs_T: Tensor | None,
+    ) -> None:
+        super().__init__(student_CV, teacher_CV, exp_CV, shard, top_k=top_k, support="student")
+        self._sampler_log_probs_T = sampler_log_probs_T
+
+    def _value(
+        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
+    ) -> Tensor:
+        factor_CK = (log_p_CK.exp() * (log_p_CK - log_q_CK)).detach()
+        inside_C = (factor_CK * log_p_CK).sum(dim=1)
+        d_C = tokens.teacher_log_prob - tokens.log_prob
+        outside_C = (self._ids_CK != targets_C[:, None]).all(dim=1)
+        sampled_C = 0.5 * d_C.square()
+        if self._sampler_log_probs_T is not None:
+            sampled_C = (tokens.log_prob.detach() - self._sampler_log_probs_T[rows]).exp() * sampled_C
+        return inside_C + torch.where(outside_C, sampled_C, 0.0)

@@ -1,0 +1,236 @@
+"""A pool of ranks: processes joined in one torch.distributed world (gloo), kept alive and reused by many tests.
+
+Starting a rank costs seconds of imports; running a function on a started pool costs nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+START_TIMEOUT = 180.0  # seconds for all ranks to import torch and join the world
+GRACE = 5.0  # seconds the other ranks get to answer after one has failed
+
+
+class RankError(RuntimeError):
+    """A rank failed with an exception that cannot be sent to the test; the message is its traceback."""
+
+
+class RankDiedError(RuntimeError):
+    """A rank's process ended while it was running a function."""
+
+
+class RankTimeoutError(TimeoutError):
+    """Some ranks did not finish in time; their stacks are on stderr."""
+
+
+@dataclass
+class _Answer:
+    """What one rank sent back: a result, or an exception (None if it cannot be pickled) with its traceback."""
+
+    result: Any = None
+    failed: bool = False
+    exception: BaseException | None = None
+    trace: str = ""
+
+
+@dataclass
+class _Rank:
+    process: SpawnProcess
+    connection: Connection
+
+
+class RankPool:
+    """`world_size` processes that run functions together, each with torch.distributed initialised and torchrun's environment.
+
+    Processes start at the first `run`. After a timeout, a dead rank, or an exception that only some ranks had, they are
+    killed, and the next `run` starts new ones: a failure stays in the test it belongs to.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._ranks: list[_Rank] = []
+        self._store: dist.TCPStore | None = None
+        atexit.register(self.close)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the running ranks, in order; empty when the pool is not started."""
+        return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Call `function(*args)` on every rank at once and return the results by rank.
+
+        Args:
+            function: importable by name in another process (defined at a module's top level); arguments and results are
+                pickled.
+            timeout: seconds, not counting the start of the pool.
+
+        Raises:
+            Exception: what the lowest failed rank raised, with that rank's traceback as a note.
+            RankDiedError: a rank's process ended.
+            RankTimeoutError: not all ranks finished in time.
+        """
+        task = pickle.dumps((function, args))
+        try:
+            self._start()
+            for rank in self._ranks:
+                rank.connection.send_bytes(task)
+            answers = self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+        except BaseException:
+            self.close()
+            raise
+        failed = {rank: answer for rank, answer in answers.items() if answer.failed}
+        if not failed:
+            return [answers[rank].result for rank in range(self.world_size)]
+        # Ranks that all stopped with one kind of error are in step with each other; anything else may have left half a
+        # collective behind.
+        if len(failed) < self.world_size or len({type(answer.exception) for answer in failed.values()}) > 1:
+            self.close()
+        first = min(failed)
+        raise _exception_of(first, failed[first])
+
+    def close(self) -> None:
+        """Kill the ranks and everything they started. The next `run` starts anew."""
+        for rank in self._ranks:
+            _kill(rank.process)
+            rank.connection.close()
+        self._ranks, self._store = [], None
+
+    def _start(self) -> None:
+        if self._ranks and all(rank.process.is_alive() for rank in self._ranks):
+            return
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        # The store lives in this process, as in torchrun's agent: its port is known to be free and ranks only connect.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for index in range(self.world_size):
+            ours, theirs = context.Pipe()
+            # Not a daemon: daemons may not have children, and checkpoint writers and verifiers are such.
+            process = context.Process(target=_serve, args=(index, self.world_size, self._store.port, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self._ranks.append(_Rank(process, ours))
+        answers = self._collect("starting", START_TIMEOUT)
+        for index, answer in answers.items():
+            if answer.failed:
+                raise _exception_of(index, answer)
+
+    def _collect(self, what: str, timeout: float) -> dict[int, _Answer]:
+        """The answers of the ranks: all of them, or those that came soon enough after the first failure."""
+        deadline = time.monotonic() + timeout
+        answers: dict[int, _Answer] = {}
+        dead: dict[int, int | None] = {}
+        hurried = False
+        while len(answers) + len(dead) < self.world_size:
+            silent = {index: rank for index, rank in enumerate(self._ranks) if index not in answers and index not in dead}
+            handles = [handle for rank in silent.values() for handle in (rank.connection, rank.process.sentinel)]
+            ready = wait(handles, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for index, rank in silent.items():
+                if rank.connection in ready or rank.process.sentinel in ready:
+                    try:
+                        answers[index] = pickle.loads(rank.connection.recv_bytes())
+                    except (EOFError, ConnectionError):
+                        rank.process.join(1)
+                        dead[index] = rank.process.exitcode
+            if not hurried and (dead or any(answer.failed for answer in answers.values())):
+                hurried, deadline = True, min(deadline, time.monotonic() + GRACE)
+        if dead:
+            index, code = min(dead.items())
+            raise RankDiedError(f"rank {index} of {self.world_size} died in {what} (exit code {code})")
+        if len(answers) < self.world_size and not hurried:
+            late = [index for index in range(self.world_size) if index not in answers]
+            for index in late:
+                os.kill(self.pids[index], signal.SIGUSR1)
+            time.sleep(0.5)  # for the stacks to be written
+            raise RankTimeoutError(f"ranks {late} of {self.world_size} did not finish {what} in {timeout:g} s")
+        return answers
+
+
+def _exception_of(rank: int, answer: _Answer) -> BaseException:
+    if answer.exception is None:
+        return RankError(f"rank {rank} raised\n{answer.trace}")
+    answer.exception.add_note(f"raised on rank {rank}\n{answer.trace}")
+    return answer.exception
+
+
+def _kill(process: SpawnProcess) -> None:
+    """End a rank and the processes it started, which share its process group."""
+    if process.pid is not None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    """The life of a rank: join the world, then run what arrives until killed."""
+    os.setsid()  # a process group of its own, so that what it starts dies with it
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    connection.send_bytes(_answer(dist.init_process_group, "gloo"))
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_answer(_call, task))
+
+
+def _call(task: bytes) -> Any:
+    function, args = pickle.loads(task)
+    return function(*args)
+
+
+def _answer(function: Callable[..., Any], *args: Any) -> bytes:
+    """The pickled answer; a result that cannot be pickled is a failure like any other."""
+    try:
+        return pickle.dumps(_Answer(result=function(*args)))
+    except BaseException as error:  # SystemExit too: the test must see it, and the rank lives on
+        trace = "".join(traceback.format_exception(error))
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        try:
+            answer = pickle.dumps(_Answer(failed=True, exception=error, trace=trace))
+            pickle.loads(answer)
+            return answer
+        except Exception:  # an exception class that cannot be pickled, or not be made again
+            return pickle.dumps(_Answer(failed=True, trace=trace))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    sys.stderr.flush()
+    os.killpg(0, signal.SIGKILL)

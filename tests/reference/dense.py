@@ -1,0 +1,331 @@
+"""KDRL computed the plain way: one process, one unpadded sequence at a time, full logits, transformers and autograd.
+
+It follows the method's definitions line by line and shares no code with kdrl_mcore. Axis letters: N responses,
+T response tokens of one response, V vocabulary. The update is strictly on-policy: pi_old is pi, so rho = pi / pi_old is 1 in
+value and only carries the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+Row = dict[str, Any]
+"""One line of a rollout file."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The objective, in the method's words.
+
+    Attributes:
+        alpha, beta: coefficients of the GRPO and the distillation loss.
+        estimator: k1, k2, k3, exact, top_k or top_k_unbiased.
+        placement: where distillation enters: loss, advantage or reward.
+        mask: which responses are distilled: none (all), response (incorrect), group (of groups without a correct one).
+        denominator: what the distillation loss is averaged over: all responses or the unmasked ones.
+        aggregation: token_mean, sequence_mean or sequence_sum_norm (divided by `max_response_tokens`, a constant).
+        normalize_by_std: divide the group-centred reward by the group's standard deviation.
+        clip_low, clip_high: the clip range of rho.
+        correction: of the GRPO loss for the sampler: none, truncate or mask, with its `correction_bound`.
+        temperature: the logits of both models are divided by it.
+        vocabulary: tokens that exist for both softmaxes; None takes the smaller model's columns.
+        top_k, top_k_support, top_k_tail: of the top-k estimators.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    estimator: str = "k2"
+    placement: str = "loss"
+    mask: str = "none"
+    denominator: str = "all"
+    aggregation: str = "token_mean"
+    max_response_tokens: int = 64
+    normalize_by_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    correction: str = "none"
+    correction_bound: float = 2.0
+    temperature: float = 1.0
+    vocabulary: int | None = None
+    top_k: int = 64
+    top_k_support: str = "student"
+    top_k_tail: str = "bucket"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one update is made of.
+
+    Attributes:
+        loss, policy_loss, kd_loss: L, L_GRPO and L_KD (with placement advantage or reward there is no L_KD: it is 0).
+        gradients: dL/dw by HF parameter name; a tied output head has none of its own.
+        log_probs, entropies, teacher_log_probs: [T] per response, all at the temperature. teacher_log_probs is empty
+            without a teacher.
+        advantages: A_i [N].
+        distilled: whether response i is distilled [N].
+    """
+
+    loss: float
+    policy_loss: float
+    kd_loss: float
+    gradients: dict[str, Tensor]
+    log_probs: list[Tensor]
+    entropies: list[Tensor]
+    teacher_log_probs: list[Tensor]
+    advantages: Tensor
+    distilled: Tensor
+
+    @property
+    def grad_norm(self) -> float:
+        """The global norm of the gradient."""
+        return float(torch.stack([gradient.double().norm() for gradient in self.gradients.values()]).norm())
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float64) -> Any:
+    """The HF causal language model of a directory, with exact attention."""
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def vocabulary_size(*models: Any) -> int:
+    """The columns that all models have."""
+    return min(model.config.vocab_size for model in models)
+
+
+def response_logits(model: Any, row: Row, vocabulary: int, temperature: float) -> Tensor:
+    """The logits [T, V] that predict each response token, at the temperature, without columns beyond the vocabulary."""
+    prompt, response = row["prompt_token_ids"], row["response_token_ids"]
+    logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1, :vocabulary] / temperature
+
+
+def log_prob_of(log_p_T_V: Tensor, row: Row) -> Tensor:
+    """The log-prob of each response token [T]."""
+    return log_p_T_V.gather(1, torch.tensor(row["response_token_ids"])[:, None]).squeeze(1)
+
+
+def entropy_of(log_p_T_V: Tensor) -> Tensor:
+    """-sum_v p_v log p_v [T]."""
+    return -(log_p_T_V.exp() * log_p_T_V).sum(1)
+
+
+def kdrl(
+    student_path: str | Path,
+    teacher_path: str | Path | None,
+    rows: Sequence[Row],
+    settings: Settings,
+    dtype: torch.dtype = torch.float64,
+) -> Result:
+    """The loss and the gradient of one KDRL update on a rollout batch.
+
+    Raises:
+        ValueError: a group of one response while alpha > 0; beta > 0 without a teacher; an unknown setting.
+    """
+    student = load_model(student_path, dtype)
+    teacher = None if teacher_path is None else load_model(teacher_path, dtype)
+    return kdrl_of_models(student, teacher, rows, settings)
+
+
+def kdrl_of_models(student: Any, teacher: Any | None, rows: Sequence[Row], settings: Settings) -> Result:
+    """`kdrl` on loaded models; the student's gradients are left in its parameters too."""
+    if settings.beta > 0 and teacher is None:
+        raise ValueError("beta > 0 needs a teacher")
+    models = [student] if teacher is None else [student, teacher]
+    vocabulary = settings.vocabulary or vocabulary_size(*models)
+
+    # log p and log q over the vocabulary [T, V], and of the tokens o_t [T], per response
+    log_p = [torch.log_softmax(response_logits(student, row, vocabulary, settings.temperature), -1) for row in rows]
+    log_pi = [log_prob_of(each, row) for each, row in zip(log_p, rows, strict=True)]
+    log_q: list[Tensor] = []
+    if teacher is not None:
+        with torch.no_grad():
+            log_q = [torch.log_softmax(response_logits(teacher, row, vocabulary, settings.temperature), -1) for row in rows]
+    log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
+    log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
+
+    distilled = distillation_mask(rows, settings.mask) & (settings.beta > 0)
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=student.dtype)
+    if settings.placement == "reward" and settings.beta > 0:  # r_i + beta sum_t d, before group normalisation
+        d_sum = torch.stack([(log_teacher[i] - log_pi[i]).detach().sum() for i in range(len(rows))])
+        rewards = rewards + settings.beta * torch.where(distilled, d_sum, 0.0)
+    advantages = torch.zeros_like(rewards)
+    if settings.alpha > 0:
+        advantages = group_advantages(rewards, [row["group_id"] for row in rows], settings.normalize_by_std)
+
+    everything = torch.ones(len(rows), dtype=torch.bool)
+    counted = everything if settings.denominator == "all" else distilled
+    policy_terms = [
+        surrogate(log_pi[i], advantages[i], settings) * sampler_weight(log_pi[i], log_mu[i], settings) for i in range(len(rows))
+    ]
+    policy_loss = aggregate(policy_terms, everything, everything, settings)
+    loss = settings.alpha * policy_loss
+    kd_loss = torch.zeros_like(loss)
+    if settings.beta > 0 and settings.placement == "loss":
+        kd_terms = [
+            reverse_kl(log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings) for i in range(len(rows))
+        ]
+        kd_loss = aggregate(kd_terms, distilled, counted, settings)
+        loss = loss + settings.beta * kd_loss
+    if settings.beta > 0 and settings.placement == "advantage":  # alpha A + beta sg(d): linear in A, so a second surrogate
+        kd_terms = [
+            surrogate(log_pi[i], (log_teacher[i] - log_pi[i]).detach(), settings)
+            * sampler_weight(log_pi[i], log_mu[i], settings)
+            for i in range(len(rows))
+        ]
+        loss = loss + settings.beta * aggregate(kd_terms, distilled, counted, settings)
+
+    return Result(
+        loss=float(loss),
+        policy_loss=float(policy_loss),
+        kd_loss=float(kd_loss),
+        gradients=gradients_of(student, loss),
+        log_probs=[each.detach() for each in log_pi],
+        entropies=[entropy_of(each.detach()) for each in log_p],
+        teacher_log_probs=log_teacher,
+        advantages=advantages,
+        distilled=distilled,
+    )
+
+
+def sft(
+    student_path: str | Path,
+    rows: Sequence[Row],
+    *,
+    aggregation: str = "token_mean",
+    vocabulary: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[float, dict[str, Tensor]]:
+    """-log pi(target) on given responses at temperature 1, and its gradient by HF parameter name."""
+    student = load_model(student_path, dtype)
+    columns = vocabulary or vocabulary_size(student)
+    terms = [-log_prob_of(torch.log_softmax(response_logits(student, row, columns, 1.0), -1), row) for row in rows]
+    everything = torch.ones(len(rows), dtype=torch.bool)
+    loss = aggregate(terms, everything, everything, Settings(aggregation=aggregation))
+    return float(loss), gradients_of(student, loss)
+
+
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """dL/dw by parameter name; zero where the loss does not depend on the parameter."""
+    model.zero_grad(set_to_none=True)
+    if loss.requires_grad:
+        loss.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def distillation_mask(rows: Sequence[Row], mask: str) -> Tensor:
+    """Which responses are distilled [N]: `response` the incorrect ones, `group` those of all-incorrect groups."""
+    if mask == "none":
+        keep = [True for _ in rows]
+    elif mask == "response":
+        keep = [not row["correct"] for row in rows]
+    elif mask == "group":
+        solved = {row["group_id"] for row in rows if row["correct"]}
+        keep = [row["group_id"] not in solved for row in rows]
+    else:
+        raise ValueError(f"mask {mask}")
+    return torch.tensor(keep)
+
+
+def group_advantages(rewards: Tensor, groups: Sequence[int], normalize_by_std: bool) -> Tensor:
+    """A_i = (r_i - mean_group r) / (std_group r + 1e-6), std with n - 1; exactly zero where a group's rewards are equal."""
+    advantages = torch.zeros_like(rewards)
+    for group in set(groups):
+        members = torch.tensor([i for i, other in enumerate(groups) if other == group])
+        r = rewards[members]
+        if len(members) == 1:
+            raise ValueError(f"group {group} has a single response")
+        if r.min() == r.max():
+            continue
+        centred = r - r.mean()
+        advantages[members] = centred / (r.std(unbiased=True) + 1e-6) if normalize_by_std else centred
+    return advantages
+
+
+def surrogate(log_pi_T: Tensor, advantage: Tensor, settings: Settings) -> Tensor:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = pi / sg(pi) [T]."""
+    rho_T = (log_pi_T - log_pi_T.detach()).exp()
+    return -torch.minimum(rho_T * advantage, rho_T.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantage)
+
+
+def sampler_weight(log_pi_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
+    """sg(min(pi_old / mu, C)); or 0 for tokens outside [1/C, C] and 1 inside; or 1 [T]."""
+    ratio_T, bound = (log_pi_T - log_mu_T).detach().exp(), settings.correction_bound
+    if settings.correction == "truncate":
+        return torch.minimum(ratio_T, torch.full_like(ratio_T, bound))
+    if settings.correction == "mask":
+        return ((1 / bound <= ratio_T) & (ratio_T <= bound)).to(ratio_T)
+    if settings.correction == "none":
+        return torch.ones_like(ratio_T)
+    raise ValueError(f"correction {settings.correction}")
+
+
+def reverse_kl(
+    log_p: Tensor, log_q: Tensor, log_pi_T: Tensor, log_teacher_T: Tensor, log_mu_T: Tensor, row: Row, settings: Settings
+) -> Tensor:
+    """The per-token term of the distillation loss [T]; log_p and log_q are the student's and the teacher's [T, V]."""
+    d = log_teacher_T - log_pi_T
+    w = (log_pi_T - log_mu_T).exp()
+    p = log_p.exp()
+    if settings.estimator == "k1":
+        return -w * d.detach()
+    if settings.estimator == "k2":
+        return w.detach() * 0.5 * d**2
+    if settings.estimator == "k3":
+        return w * (d.exp() - 1 - d)
+    if settings.estimator == "exact":
+        return (p * (log_p - log_q)).sum(1)
+    ranking = log_q if settings.estimator == "top_k" and settings.top_k_support == "teacher" else log_p.detach()
+    support = ranking.topk(min(settings.top_k, log_p.shape[1]), dim=1).indices
+    if settings.estimator == "top_k":
+        return top_k_kl(log_p, log_q, support, settings.top_k_tail)
+    if settings.estimator == "top_k_unbiased":
+        inside = ((p * (log_p - log_q)).detach() * log_p).gather(1, support).sum(1)
+        outside = (support != torch.tensor(row["response_token_ids"])[:, None]).all(1)
+        return inside + outside * w.detach() * 0.5 * d**2
+    raise ValueError(f"estimator {settings.estimator}")
+
+
+def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor:
+    """sum over the support of p (log p - log q) [T].
+
+    The tail: `truncate` leaves the rest out, `renormalize` makes p and q distributions on the support, `bucket` adds the
+    rest of both as one more token.
+    """
+    log_p_S, log_q_S = log_p.gather(1, support), log_q.gather(1, support)
+    if tail == "renormalize":
+        log_p_S, log_q_S = log_p_S.log_softmax(1), log_q_S.log_softmax(1)
+    inside = (log_p_S.exp() * (log_p_S - log_q_S)).sum(1)
+    if tail in ("truncate", "renormalize") or support.shape[1] == log_p.shape[1]:
+        return inside
+    if tail == "bucket":
+        in_support = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, support, True)
+        log_p_rest = log_p.masked_fill(in_support, -torch.inf).logsumexp(1)
+        log_q_rest = log_q.masked_fill(in_support, -torch.inf).logsumexp(1)
+        return inside + log_p_rest.exp() * (log_p_rest - log_q_rest)
+    raise ValueError(f"tail {tail}")
+
+
+def aggregate(terms: Sequence[Tensor], kept: Tensor, counted: Tensor, settings: Settings) -> Tensor:
+    """From per-token terms to the batch's loss: the kept responses are summed, the counted ones make the denominator."""
+    zero = terms[0].sum() * 0.0
+    sums = [term.sum() if kept[i] else zero for i, term in enumerate(terms)]
+    lengths = [len(term) for term in terms]
+    num_counted = int(counted.sum())
+    if num_counted == 0:
+        return zero
+    if settings.aggregation == "token_mean":
+        return torch.stack(sums).sum() / sum(length for i, length in enumerate(lengths) if counted[i])
+    if settings.aggregation == "sequence_mean":
+        return torch.stack([total / length for total, length in zip(sums, lengths, strict=True)]).sum() / num_counted
+    if settings.aggregation == "sequence_sum_norm":
+        return torch.stack(sums).sum() / (num_counted * settings.max_response_tokens)
+    raise ValueError(f"aggregation {settings.aggregation}")

@@ -1,0 +1,179 @@
+"""Small random models, tokenizers and rollouts, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.reference.dense import Row, load_model, log_prob_of, response_logits
+
+EOS = "<|end|>"
+# Every byte of ASCII text that the tests use, in the spelling of byte-level BPE: newline is U+010A, space U+0120.
+CHARACTERS = "\u010a\u01200123456789+-*/=()[]{}\\.,:;?!_^<>abcdefghijklmnopqrstuvwxyz"
+
+
+def make_qwen2(
+    path: str | Path,
+    *,
+    seed: int,
+    vocab_size: int = 67,
+    hidden_size: int = 64,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int = 96,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a random Qwen2 checkpoint (safetensors) and return its directory.
+
+    Every tensor is random, biases and norms too, so that one that is lost, swapped or transposed shows.
+
+    Args:
+        max_shard_size: a small one, such as "50KB", gives several files and an index.
+    """
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+    model.to(dtype).save_pretrained(str(path), max_shard_size=max_shard_size)
+    return Path(path)
+
+
+def make_tokenizer(path: str | Path, *, extra_tokens: Sequence[str] = (), all_bytes: bool = False) -> int:
+    """Write a byte-level BPE tokenizer without merges into a model directory and return its number of tokens.
+
+    Token 0 ends a response. Then come `CHARACTERS` (64 tokens), or all 256 bytes, then `extra_tokens`.
+    """
+    pieces = [EOS, *(sorted(pre_tokenizers.ByteLevel.alphabet()) if all_bytes else CHARACTERS), *extra_tokens]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, *extra_tokens])
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(pieces)
+
+
+def make_rollouts(
+    student_path: str | Path,
+    *,
+    seed: int,
+    num_groups: int = 3,
+    group_size: int = 4,
+    vocabulary: int = 64,
+    max_prompt_tokens: int = 9,
+    max_response_tokens: int = 17,
+    temperature: float = 1.0,
+    noise: float = 0.0,
+    correct: Sequence[bool] | None = None,
+    rewards: Sequence[float] | None = None,
+) -> list[Row]:
+    """Random rollouts of uneven lengths, the first response of a single token.
+
+    Args:
+        vocabulary: token ids are below it, and it is the size of the softmax behind the log-probs.
+        noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 is the same policy.
+        correct: per response; by default random, with both kinds in the first group and the last group all incorrect.
+        rewards: per response; by default 1 for correct and 0 for incorrect.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, count: int = 1) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    number = num_groups * group_size
+    if correct is None:
+        flags = [bool(value) for value in draw(0, 2, number)]
+        flags[-group_size:] = [False] * group_size
+        flags[0], flags[group_size - 1] = True, False
+        correct = flags
+    if rewards is None:
+        rewards = [float(flag) for flag in correct]
+    if len(correct) != number or len(rewards) != number:
+        raise ValueError(f"correct and rewards need {number} values")
+    student = load_model(student_path)
+    rows: list[Row] = []
+    for group in range(num_groups):
+        prompt = draw(1, vocabulary, draw(1, max_prompt_tokens + 1)[0])
+        for _ in range(group_size):
+            index = len(rows)
+            length = 1 if index == 0 else draw(2, max_response_tokens + 1)[0]
+            response = draw(1, vocabulary, length)
+            stops = bool(draw(0, 2)[0])
+            if stops:
+                response[-1] = 0
+            row: Row = {
+                "prompt_id": f"p{group}",
+                "group_id": group,
+                "prompt_token_ids": prompt,
+                "response_token_ids": response,
+                "sampler_log_probs": [],
+                "reward": rewards[index],
+                "correct": correct[index],
+                "finish_reason": "stop" if stops else "length",
+                "weight_version": 0,
+            }
+            with torch.no_grad():
+                true = log_prob_of(response_logits(student, row, vocabulary, temperature).log_softmax(-1), row)
+            mu = true + noise * torch.randn(length, generator=generator, dtype=true.dtype)
+            row["sampler_log_probs"] = mu.float().tolist()
+            rows.append(row)
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Row]) -> Path:
+    """Write rows as JSONL, one a line."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(path)
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_hf_weights(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of an HF directory by name, from one safetensors file or several."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no safetensors file")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        tensors = load_file(file)
+        if twice := weights.keys() & tensors.keys():
+            raise ValueError(f"{file} repeats {min(twice)}")
+        weights.update(tensors)
+    return weights
