@@ -19,8 +19,8 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 ROW_ALIGNMENT_BYTES = 64
 """Rows of logits start at multiples of this: matrix products on GPUs are slow with odd row strides."""
 
-ChunkLoss = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
-"""(log-probs [C], entropies [C], divergences [C] or None, which of the T rows) -> loss of each token [C]."""
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
+"""(log-probs [C], entropies [C], divergences [C], which of the T rows) -> loss of each token [C]."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chunk:
 
     Attributes:
         log_prob_C, entropy_C: of the target and of the student's distribution, the same on every rank.
-        divergence_C: from `differentiate` on; empty without a comparison.
+        divergence_C: from `loss` on; 0 without a teacher.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Chunk:
         four (six with a teacher, and the comparison's), and the comparison's own.
         """
         self._buffers, self._targets_C, self._shard, self._temperature = buffers, targets_C, shard, temperature
-        z_CV, e_CV, y_CV = buffers.student_CV, buffers.exp_CV, buffers.teacher_CV
+        z_CV, e_CV = buffers.student_CV, buffers.exp_CV
+        y_CV = None if teacher is None else buffers.teacher_CV
         _project(hidden_CH, weight_VH, temperature, z_CV, buffers.low_CV)
         peaks = [local_peak(z_CV)]
         sums: list[Tensor] = []
@@ -120,7 +121,7 @@ class Chunk:
         self._teacher_sums_KC, self._comparison_sums_KC = sums_KC[4 : 4 + len(sums)], sums_KC[4 + len(sums) :]
         self.log_prob_C = known_or_nan(target_C - self._log_total_C, holders_C)
         self.entropy_C = self._log_total_C - product_C / self._total_C
-        self.divergence_C = z_CV.new_empty(0)
+        self.divergence_C = torch.zeros_like(self.log_prob_C)
 
     def loss(self, chunk_loss: ChunkLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """(sum of the tokens' losses, dL/dlogits [C, V] or None where it is zero): of the logits before the temperature, in the
@@ -135,7 +136,7 @@ class Chunk:
             ValueError: `chunk_loss` returned anything but one number per token.
         """
         log_prob_C, entropy_C = self.log_prob_C.clone().requires_grad_(), self.entropy_C.clone().requires_grad_()
-        leaves, divergence_C = [log_prob_C, entropy_C], None
+        leaves, divergence_C = [log_prob_C, entropy_C], self.divergence_C
         with torch.set_grad_enabled(differentiate):
             if self._comparison is not None:
                 log_total_C = self._teacher_sums_KC[0].log()

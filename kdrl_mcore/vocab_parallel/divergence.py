@@ -4,7 +4,8 @@ With z, y the centred logits of student and teacher and lse their log sums of ex
 
     D = sum_v p_v (log p_v - log q_v) = E_p[z - y] - lse_p + lse_q,     dD/dz_v = p_v (z_v - y_v - lse_p + lse_q - D).
 
-S rows of the sequence, T loss rows, C rows of a chunk, H hidden, G the teacher's hidden, V vocabulary columns of this rank.
+S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
+V vocabulary columns of this rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DivergenceLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 def fused_exact_reverse_kl(
     hidden_SH: Tensor,
     weight_VH: Tensor,
-    teacher_hidden_TG: Tensor,
+    teacher_hidden_DG: Tensor,
     teacher_weight_VG: Tensor,
     rows_T: Tensor,
     targets_T: Tensor,
@@ -37,12 +38,12 @@ def fused_exact_reverse_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_head` with the exact reverse KL to a teacher: the joint loss, GRPO on log-probs and beta * D, is one pass.
 
-    (6*H + 2*G) FLOP per token and column; no sampling variance; the teacher's logits are never stored or sent, and get no
-    gradient. Both softmaxes are over the shard's real columns and at the same temperature.
+    6*H FLOP per token and column, and 2*G where there is a teacher; no sampling variance; the teacher's logits are never
+    stored or sent, and get no gradient. Both softmaxes are over the shard's real columns and at the same temperature.
 
     Args:
-        teacher_hidden_TG: the teacher's last hidden states of the T rows, on every rank. Where the loss ignores the divergence
-            they may be anything finite, such as zeros.
+        teacher_hidden_DG: the teacher's last hidden states of the first D of the T rows, on every rank; D may be 0. The other
+            rows have no teacher: their divergence is 0 with no gradient, and costs nothing.
         teacher_weight_VG: the teacher's head in the student's vocab-parallel layout: its first rows are the shard's real
             columns, further rows (the teacher's own padding) are ignored.
         token_loss: gets the divergences (nats) as well.
@@ -54,12 +55,13 @@ def fused_exact_reverse_kl(
     Raises:
         ValueError: as `fused_head`; or the teacher's tensors do not fit.
 
-    Collectives over the shard's group: those of `fused_head`, with [2, C] in the MAX and [7, C] in the SUM all-reduce.
+    Collectives over the shard's group: those of `fused_head`, with [2, C] in the MAX and [7, C] in the SUM all-reduce
+    of chunks with a teacher. D and T are the same on every rank.
     """
     return fused_divergence(
         hidden_SH,
         weight_VH,
-        Teacher(teacher_hidden_TG, teacher_weight_VG, _ExactReverseKL),
+        Teacher(teacher_hidden_DG, teacher_weight_VG, _ExactReverseKL),
         rows_T,
         targets_T,
         token_loss,
@@ -84,12 +86,7 @@ def fused_divergence(
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_head` with any divergence that `teacher.compare` computes; see `fused_exact_reverse_kl`."""
-
-    def chunk_loss(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> Tensor:
-        assert divergence_C is not None
-        return token_loss(log_probs_C, entropy_C, divergence_C, rows)
-
-    return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, chunk_loss, teacher).run(
+    return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher).run(
         hidden_SH, weight_VH
     )
 

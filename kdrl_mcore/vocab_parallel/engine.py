@@ -3,15 +3,17 @@
 The loss is a sum over tokens, so a chunk of tokens can be finished at once: its logits, the few numbers per token that the
 ranks must agree on, the caller's loss of each token, the derivative of that small vector, the derivative of the logits (in
 their own buffer) and from it the chunk's part of dX and dW. Nothing is recomputed: 6*T*H*V/tp FLOP for loss and gradients,
-2*T*H*V/tp without gradients, and 2*T*G*V/tp for a teacher. Memory: dX, dW and two buffers of one chunk, three with a teacher.
+2*T*H*V/tp without gradients, and 2*D*G*V/tp for a teacher. Memory: dX, dW and two buffers of one chunk, three with a teacher.
 
-S rows of the sequence, T loss rows, C rows of a chunk, H hidden, G the teacher's hidden, V vocabulary columns of this rank.
+S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
+V vocabulary columns of this rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,12 +45,12 @@ class Teacher:
     """What gives the teacher's logits, and what to do with them.
 
     Attributes:
-        hidden_TG: its last hidden states of the loss rows, finite even where the loss ignores them.
+        hidden_DG: its last hidden states of the first D loss rows. The divergence of the other rows is 0 and costs nothing.
         weight_VG: its head in the student's vocab-parallel layout; columns beyond the student's real ones are not used.
         compare: the divergence.
     """
 
-    hidden_TG: Tensor
+    hidden_DG: Tensor
     weight_VG: Tensor
     compare: Compare
 
@@ -72,7 +74,7 @@ class HeadPass:
     teacher: Teacher | None = None
 
     def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, log-probs [T], entropy [T], divergence [T] or empty); only the loss can have a gradient.
+        """(loss, log-probs [T], entropy [T], divergence [T], 0 without a teacher); only the loss can have a gradient.
 
         Where grad mode is off or neither argument requires a gradient, only the forward work is done.
 
@@ -107,13 +109,13 @@ class HeadPass:
             raise ValueError(f"temperature is {self.temperature}: it must be positive")
         self.shard.check_targets(self.targets_T)
         if self.teacher is not None:
-            self._check_teacher(self.teacher.hidden_TG, self.teacher.weight_VG)
+            self._check_teacher(self.teacher.hidden_DG, self.teacher.weight_VG)
 
-    def _check_teacher(self, hidden_TG: Tensor, weight_VG: Tensor) -> None:
-        if len(hidden_TG) != len(self.rows_T) or hidden_TG.size(1) != weight_VG.size(1) or hidden_TG.dtype != weight_VG.dtype:
+    def _check_teacher(self, hidden_DG: Tensor, weight_VG: Tensor) -> None:
+        if len(hidden_DG) > len(self.rows_T) or hidden_DG.size(1) != weight_VG.size(1) or hidden_DG.dtype != weight_VG.dtype:
             raise ValueError(
-                f"teacher hidden states {tuple(hidden_TG.shape)} {hidden_TG.dtype} and head {tuple(weight_VG.shape)} "
-                f"{weight_VG.dtype} do not fit: expected [{len(self.rows_T)}, G] and [columns, G] of one type"
+                f"teacher hidden states {tuple(hidden_DG.shape)} {hidden_DG.dtype} and head {tuple(weight_VG.shape)} "
+                f"{weight_VG.dtype} do not fit: expected [at most {len(self.rows_T)}, G] and [columns, G] of one type"
             )
         if weight_VG.size(0) < self.shard.real_columns:
             raise ValueError(
@@ -166,6 +168,14 @@ def _spread_rows(rows_T: Tensor, shard: VocabShard, sequence_parallel: bool, row
     return reduce_scatter_sequence(d_hidden_SH, shard)
 
 
+def _cut(num_taught: int, num_tokens: int, size: int) -> list[slice]:
+    """The chunks' rows: a chunk has a teacher in all of its rows or in none. Without tokens one empty chunk."""
+    if num_tokens == 0:
+        return [slice(0, 0)]
+    starts = [*range(0, num_taught, size), *range(num_taught, num_tokens, size)]
+    return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
+
+
 def _run(
     head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], _Gradients]:
@@ -174,7 +184,8 @@ def _run(
         hidden_SH = gather_sequence(hidden_SH, head.shard)
     num_tokens, real = len(head.rows_T), head.shard.real_columns
     size = min(num_tokens, head.chunk_tokens or default_chunk_tokens(head.shard, weight_VH.device))
-    teacher = head.teacher
+    teacher = head.teacher if head.teacher is not None and len(head.teacher.hidden_DG) else None
+    num_taught = 0 if teacher is None else len(teacher.hidden_DG)
     buffers = Buffers.allocate(
         size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
     )
@@ -185,8 +196,7 @@ def _run(
     )
     loss = torch.zeros((), dtype=wide, device=weight_VH.device)
     measured: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, max(num_tokens, 1), max(size, 1)):
-        rows = slice(start, min(start + size, num_tokens))
+    for rows in _cut(num_taught, num_tokens, size):
         hidden_CH = hidden_SH[head.rows_T[rows]]
         chunk = Chunk(
             hidden_CH,
@@ -195,7 +205,9 @@ def _run(
             head.shard,
             head.temperature,
             buffers.first(len(hidden_CH)),
-            None if teacher is None else (teacher.hidden_TG[rows], teacher.weight_VG[:real], teacher.compare),
+            (teacher.hidden_DG[rows], teacher.weight_VG[:real], teacher.compare)
+            if teacher is not None and rows.stop <= num_taught
+            else None,
         )
         if head.chunk_loss is not None:
             value, d_logits_CV = chunk.loss(head.chunk_loss, rows, differentiate=any(wanted))

@@ -3,8 +3,8 @@
 The set S is the student's or the teacher's k most likely tokens. Nothing differentiates the choice of S; on it every form is a
 function of the k log-probs log p_v, v in S, whose derivatives the pass spreads over the columns as it does the target's.
 
-S rows of the sequence, T loss rows, C rows of a chunk, H hidden, G the teacher's hidden, V vocabulary columns of this rank,
-K = k tokens of a set, M candidates, R ranks.
+S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
+V vocabulary columns of this rank, K = k tokens of a set, M candidates, R ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Tail = Literal["truncate", "renormalize", "bucket"]
 def fused_top_k_reverse_kl(
     hidden_SH: Tensor,
     weight_VH: Tensor,
-    teacher_hidden_TG: Tensor,
+    teacher_hidden_DG: Tensor,
     teacher_weight_VG: Tensor,
     rows_T: Tensor,
     targets_T: Tensor,
@@ -69,7 +69,7 @@ def fused_top_k_reverse_kl(
     return fused_divergence(
         hidden_SH,
         weight_VH,
-        Teacher(teacher_hidden_TG, teacher_weight_VG, compare),
+        Teacher(teacher_hidden_DG, teacher_weight_VG, compare),
         rows_T,
         targets_T,
         token_loss,
@@ -83,7 +83,7 @@ def fused_top_k_reverse_kl(
 def fused_top_k_unbiased(
     hidden_SH: Tensor,
     weight_VH: Tensor,
-    teacher_hidden_TG: Tensor,
+    teacher_hidden_DG: Tensor,
     teacher_weight_VG: Tensor,
     rows_T: Tensor,
     targets_T: Tensor,
@@ -109,7 +109,7 @@ def fused_top_k_unbiased(
     return fused_divergence(
         hidden_SH,
         weight_VH,
-        Teacher(teacher_hidden_TG, teacher_weight_VG, compare),
+        Teacher(teacher_hidden_DG, teacher_weight_VG, compare),
         rows_T,
         targets_T,
         token_loss,
