@@ -1,23 +1,31 @@
 """A rollout batch with everything the update needs, per response, and its cut into micro-batches of tokens.
 
-N responses of the global batch, T loss rows of a micro-batch. Every rank holds the same `Experience` and cuts its own part.
+N responses of the global batch, T loss rows of a micro-batch, C of a chunk of it, D of distilled responses, G the teacher's
+hidden size. Every rank holds the same `Experience` and cuts its own part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.objective.joint import TokenBatch
-from kdrl_mcore.parallel.packing import PackedBatch, pack, plan_micro_batches
+from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.parallel.packing import Span, pack, place_rows, plan_micro_batches
 from kdrl_mcore.parallel.platform import device
-from kdrl_mcore.student import Measures, TokenLoss
+from kdrl_mcore.student import Measures, MicroBatch
 from kdrl_mcore.types import Rollout, TokenFloats
+
+BatchLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, Measures]]
+"""(log-probs [C], divergences [C] or None, those tokens' batch) -> (loss of each token [C], measures)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,9 @@ class Experience:
 
     Attributes:
         distil_N: which responses are distilled.
+        on_policy: the student's present weights sampled the rollouts.
         teacher_log_probs: log T [T] per response, None where the teacher was not asked.
+        teacher_hidden: the teacher's hidden states instead, for a divergence over the vocabulary.
         old_log_probs: log pi_old [T] per response, or None while strictly on-policy.
         reference_log_probs: log pi_ref [T] per response, or None without a reference KL.
         advantages_N: group-relative advantages.
@@ -35,7 +45,9 @@ class Experience:
 
     rollouts: Sequence[Rollout]
     distil_N: Tensor
+    on_policy: bool = False
     teacher_log_probs: Sequence[TokenFloats | None] | None = None
+    teacher_hidden: HiddenStates | None = None
     old_log_probs: Sequence[TokenFloats] | None = None
     reference_log_probs: Sequence[TokenFloats] | None = None
     advantages_N: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -68,7 +80,9 @@ class Experience:
         return Experience(
             rollouts,
             self.distil_N[index],
+            self.on_policy,
             pick(self.teacher_log_probs),
+            None if self.teacher_hidden is None else self.teacher_hidden.select(index),
             pick(self.old_log_probs),
             pick(self.reference_log_probs),
         )
@@ -87,10 +101,10 @@ class Experience:
                     return f"a {name} log-prob of prompt {rollout.prompt_id} is not finite"
         return None
 
-    def token_batch(self, spans: Sequence[tuple[int, int, int]]) -> TokenBatch:
-        """The loss rows of one micro-batch: `spans` are (response, first row, last row + 1), adjacent."""
-        indices = [index for index, _, _ in spans]
-        counts = torch.tensor([stop - start for _, start, stop in spans])
+    def token_batch(self, spans: Sequence[Span]) -> TokenBatch:
+        """The loss rows of one micro-batch."""
+        indices = [span.rollout for span in spans]
+        counts = torch.tensor([span.stop - span.start for span in spans], dtype=torch.long)
 
         def spread(values_N: Tensor) -> Tensor:
             return values_N[indices].float().repeat_interleave(counts)
@@ -98,7 +112,10 @@ class Experience:
         def join(values: Sequence[TokenFloats | None] | None) -> Tensor | None:
             if values is None:
                 return None
-            rows = [np.zeros(stop - start, np.float32) if (v := values[i]) is None else v for i, start, stop in spans]
+            rows = [
+                np.zeros(stop - start, np.float32) if (value := values[index]) is None else value[start:stop]
+                for index, start, stop in spans
+            ]
             return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0)
 
         sampler = join([rollout.sampler_log_probs for rollout in self.rollouts])
@@ -108,33 +125,77 @@ class Experience:
             policy_weights=spread(self.policy_weights_N),
             distillation_weights=spread(self.distillation_weights_N),
             sampler_log_probs=sampler,
+            on_policy=self.on_policy,
             old_log_probs=join(self.old_log_probs),
             teacher_log_probs=join(self.teacher_log_probs),
             reference_log_probs=join(self.reference_log_probs),
         )
 
 
-def micro_batches(
-    experience: Experience,
-    loss: Callable[[Tensor, TokenBatch], tuple[Tensor, Measures]],
-    *,
-    data_rank: int,
-    data_size: int,
-    micro_tokens: int,
-    alignment: int,
-    multiple_of: int,
-) -> list[tuple[PackedBatch, TokenLoss]]:
-    """This data-parallel rank's micro-batches, each with the loss of its tokens. Pure: every rank computes the same plan."""
-    rollouts = experience.rollouts
-    plan = plan_micro_batches([rollout.num_tokens for rollout in rollouts], data_size, micro_tokens, multiple_of)
+def micro_batches(experience: Experience, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
+    """This rank's micro-batches, each with the loss of its tokens.
+
+    Every rank computes the same plan. Collective over the world where there are hidden states of the teacher: they are
+    delivered, then broadcast over the tensor-parallel group; else no communication.
+    """
+    rollouts, layout = experience.rollouts, groups.layout
+    distilled = set(experience.distil_N.nonzero().squeeze(1).tolist())
+    plan = plan_micro_batches(
+        [rollout.num_tokens for rollout in rollouts],
+        layout.data,
+        micro_tokens,
+        layout.pipeline if layout.virtual_pipeline else 1,
+    )
     result = []
-    for items in plan[data_rank]:
-        sequences = [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items]
-        batch = pack(sequences, alignment).to(device())
+    for number, items in enumerate(plan[groups.data.rank()]):
+        batch = pack(
+            [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
+            layout.token_alignment,
+            distilled=distilled,
+            context_rank=groups.context.rank(),
+            context_size=layout.context,
+        )
+        hidden_DG = None
+        if experience.teacher_hidden is not None:
+            hidden_DG = _deliver(experience, experience.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
         tokens = experience.token_batch(batch.spans).to(device())
-        result.append((batch, _bind(loss, tokens)))
+        result.append(MicroBatch(batch, partial(_loss_of_rows, loss, tokens), tokens.sampler_log_probs, hidden_DG))
     return result
 
 
-def _bind(loss: Callable[[Tensor, TokenBatch], tuple[Tensor, Measures]], tokens: TokenBatch) -> TokenLoss:
-    return lambda log_probs, entropy, rows: loss(log_probs, tokens[rows])
+def _loss_of_rows(
+    loss: BatchLoss, tokens: TokenBatch, log_probs_C: Tensor, _: Tensor, divergence_C: Tensor | None, rows: slice
+) -> tuple[Tensor, Measures]:
+    return loss(log_probs_C, divergence_C, tokens[rows])
+
+
+def _deliver(
+    experience: Experience,
+    hidden: HiddenStates,
+    items_of_rank: Sequence[Sequence[int]],
+    distilled: set[int],
+    groups: ModelGroups,
+) -> Tensor | None:
+    """The teacher's hidden states [D, G] of this rank's distilled loss rows, in host memory; None off the last stage."""
+    layout, last = groups.layout, groups.layout.pipeline - 1
+    wanted: dict[int, list[Span]] = {}
+    for data, items in enumerate(items_of_rank):
+        shapes = [
+            (i, len(experience.rollouts[i].prompt_token_ids), len(experience.rollouts[i].response_token_ids)) for i in items
+        ]
+        for context in range(layout.context):
+            places = place_rows(
+                shapes, layout.token_alignment, distilled=distilled, context_rank=context, context_size=layout.context
+            )
+            spans = [span for span, _ in places.spans if span.rollout in distilled]
+            wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
+    states = hidden.deliver(wanted)
+    if not groups.is_last_stage:
+        return None
+    if layout.tensor > 1:
+        leader = dist.get_global_rank(groups.tensor, 0)
+        spans = wanted[leader]
+        if groups.tensor.rank() > 0:
+            states = states.new_empty(sum(stop - start for _, start, stop in spans), hidden.size)
+        dist.broadcast(states, leader, group=groups.tensor)
+    return states.cpu()

@@ -32,11 +32,10 @@ def run_iteration(job: Job, step: int) -> tuple[list[Rollout], dict[str, float]]
         job.verify(rollouts)  # r_i, and whether the answer is correct
     distil_N = mask_responses(job, rollouts, beta)  # which responses the teacher teaches
     with clock("teacher"):
-        teacher_log_probs = job.score_with_teacher(rollouts, distil_N)  # log T(o_t | s_t), only where the mask keeps it
+        teacher = job.score_with_teacher(rollouts, distil_N)  # T( . | s_t), only where the mask keeps it
     with clock("train"):
         updates = [
-            job.update(prepare(job, batch, alpha, beta), alpha, beta)
-            for batch in job.split(rollouts, teacher_log_probs, distil_N)
+            job.update(prepare(job, batch, alpha, beta), alpha, beta) for batch in job.split(rollouts, teacher, distil_N)
         ]
     for update in updates:
         job.advance_schedules(update)  # alpha_t and beta_t move with the optimizer step

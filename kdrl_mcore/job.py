@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdrl_mcore.config import Config, TeacherConfig, TeacherParallelConfig, can_be_positive
+from kdrl_mcore.config import Config, ObjectiveConfig, TeacherConfig, TeacherParallelConfig, can_be_positive
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.experience import Experience, micro_batches
+from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
+from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, joint_loss, sft_loss
@@ -28,7 +29,21 @@ from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
 from kdrl_mcore.student import Measures, Student, UpdateResult
 from kdrl_mcore.teacher import Teacher
+from kdrl_mcore.teacher_head import OVER_THE_VOCABULARY, TeacherHead
 from kdrl_mcore.types import Prompt, Rollout, TokenFloats
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What the teacher says of a rollout batch: log-probs of the sampled tokens, or hidden states, or nothing (both None).
+
+    Attributes:
+        log_probs: log T [T] per response, None where the teacher was not asked.
+        hidden: its last hidden states, for a divergence over the vocabulary.
+    """
+
+    log_probs: list[TokenFloats | None] | None = None
+    hidden: HiddenStates | None = None
 
 
 @dataclass
@@ -68,19 +83,18 @@ class Job:
         if self.replay is None:
             verify_together(self.student, self.verifier, rollouts)
 
-    def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> list[TokenFloats | None]:
-        """log T of the response tokens, for the responses to distil; the teacher sees no others."""
-        wanted = distil_N.nonzero().squeeze(1).tolist()
-        result: list[TokenFloats | None] = [None] * len(rollouts)
-        if wanted:
-            assert self.teacher is not None
-            for index, log_probs in zip(wanted, self._score(self.teacher, [rollouts[i] for i in wanted]), strict=True):
-                result[index] = log_probs
-        return result
+    def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
+        """What the teacher says of the responses to distil; it sees no others."""
+        wanted = {index: rollouts[index] for index in distil_N.nonzero().squeeze(1).tolist()}
+        if not wanted:
+            return TeacherScores()
+        assert self.teacher is not None
+        if self.config.objective.kd.estimator in OVER_THE_VOCABULARY:
+            return TeacherScores(hidden=self.teacher.hidden_states(wanted, micro_tokens=self.config.batch.micro_tokens))
+        scored = dict(zip(wanted, self._score(self.teacher, list(wanted.values())), strict=True))
+        return TeacherScores(log_probs=[scored.get(index) for index in range(len(rollouts))])
 
-    def split(
-        self, rollouts: Sequence[Rollout], teacher_log_probs: list[TokenFloats | None], distil_N: Tensor
-    ) -> list[Experience]:
+    def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[Experience]:
         """The batches of the step's optimizer updates. More than one makes later ones off-policy: then pi_old is scored
         once, now."""
         updates = self.config.batch.updates_per_step
@@ -94,7 +108,9 @@ class Job:
             )
             old = [log_probs for log_probs, _ in scored]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
-        return Experience(rollouts, distil_N, teacher_log_probs, old, reference).split_by_group(updates)
+        on_policy = updates == 1 and self.replay is None
+        experience = Experience(rollouts, distil_N, on_policy, teacher.log_probs, teacher.hidden, old, reference)
+        return experience.split_by_group(updates)
 
     def update(self, experience: Experience, alpha: float, beta: float) -> UpdateResult:
         """One optimizer step on alpha * L_GRPO + beta * L_KD."""
@@ -118,27 +134,27 @@ class Job:
     def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)
 
-    def _optimize(self, experience: Experience, loss: Callable[[Tensor, TokenBatch], tuple[Tensor, Measures]]) -> UpdateResult:
-        layout, config = self.student.groups.layout, self.config
-        batches = micro_batches(
-            experience,
-            loss,
-            data_rank=self.student.groups.data.rank(),
-            data_size=layout.data,
-            micro_tokens=config.batch.micro_tokens,
-            alignment=layout.token_alignment,
-            multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
-        )
+    def _optimize(self, experience: Experience, loss: BatchLoss) -> UpdateResult:
+        config = self.config
+        batches = micro_batches(experience, loss, self.student.groups, config.batch.micro_tokens)
         total = config.trainer.steps * config.batch.updates_per_step
         return self.student.update(batches, learning_rate(self.student.version, total, config.optimizer))
 
 
-def _joint(log_probs_T: Tensor, batch: TokenBatch, **settings: object) -> tuple[Tensor, Measures]:
-    loss_T, sums, maxima = joint_loss(log_probs_T, batch, **settings)  # type: ignore[arg-type]
+def _joint(
+    log_probs_T: Tensor,
+    divergence_T: Tensor | None,
+    batch: TokenBatch,
+    *,
+    objective: ObjectiveConfig,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Measures]:
+    loss_T, sums, maxima = joint_loss(log_probs_T, batch, objective, alpha, beta, divergence_T)
     return loss_T, (sums, maxima)
 
 
-def _supervised(log_probs_T: Tensor, batch: TokenBatch) -> tuple[Tensor, Measures]:
+def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Measures]:
     tokens = torch.tensor(float(len(log_probs_T)))
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
 
@@ -147,7 +163,8 @@ def verify_together(student: Student, verifier: Verifier | None, rollouts: Seque
     """Score rollouts in place; the replicas' leaders share the work. Collective over the world."""
     verdicts: list[tuple[int, float, bool]] = []
     if verifier is not None:
-        mine = list(enumerate(rollouts))[student.groups.data.rank() :: student.groups.layout.data]
+        replicas = student.groups.replicas
+        mine = list(enumerate(rollouts))[replicas.rank() :: replicas.size()]
         verifier.score([rollout for _, rollout in mine])
         verdicts = [(index, rollout.reward, rollout.correct) for index, rollout in mine]
     for index, reward, correct in gather_from_replicas(student.groups, verdicts):
@@ -183,6 +200,9 @@ def build_job(config: Config) -> Job:
     if not sft and can_be_positive(config.objective.beta):
         assert config.teacher.path is not None
         teacher = Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary)
+        if config.objective.kd.estimator in OVER_THE_VOCABULARY and student.groups.is_last_stage:
+            shard = student.parts.chunks[-1].shard
+            student.teacher_head = TeacherHead(config.teacher.path, shard, config.model.dtype, config.objective.kd)
     if not sft and config.objective.reference_kl.coefficient > 0:
         layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline)
         reference = Teacher(config.student.path, TeacherConfig(parallel=layout), config.model, world, vocabulary)

@@ -25,13 +25,32 @@ from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
 from kdrl_mcore.parallel.layout import Layout, create_student_groups
 from kdrl_mcore.parallel.packing import PackedBatch
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.teacher_head import TeacherHead
 from kdrl_mcore.vocab_parallel import fused_head
 
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scalars measured on some tokens: those that add up over tokens, and those of which the largest counts."""
 
-TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Measures]]
-"""(log-probs, entropies, which of the micro-batch's loss rows) -> (loss of each token, measures)."""
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None, slice], tuple[Tensor, Measures]]
+"""(log-probs, entropies, divergences from the teacher or None, which of the micro-batch's loss rows) -> (loss of each token,
+measures)."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass needs.
+
+    Attributes:
+        sampler_log_probs_T: log mu of the loss rows.
+        teacher_hidden_DG: the teacher's hidden states of the first D loss rows in host memory, where the loss compares the
+            student with it over the vocabulary.
+    """
+
+    packed: PackedBatch
+    token_loss: TokenLoss
+    sampler_log_probs_T: Tensor
+    teacher_hidden_DG: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Student:
         self._clip_grad = config.optimizer.clip_grad
         self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
         self._distributed_optimizer = parallel.distributed_optimizer and config.optimizer.name == "adam"
+        self.teacher_head: TeacherHead | None = None  # set where the loss compares with a teacher over the vocabulary
         self._build_optimizer(config)
 
     def _build_optimizer(self, config: Config) -> None:
@@ -120,7 +140,7 @@ class Student:
         self.parts.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self.parts.config.finalize_model_grads_func = _reduce_gradients
 
-    def update(self, micro_batches: Sequence[tuple[PackedBatch, TokenLoss]], lr: float) -> UpdateResult:
+    def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:
         """One optimizer step on the global batch. Collective over the world.
 
         Each token's loss arrives already weighted by the global normaliser: gradients are summed over micro-batches and
@@ -164,7 +184,7 @@ class Student:
             chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _forward_backward(self, micro_batches: Sequence[tuple[PackedBatch, TokenLoss]]) -> list[Measures]:
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
         layout = self.groups.layout
         return mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
@@ -178,38 +198,50 @@ class Student:
             pg_collection=self.groups.groups,
         )
 
-    def _forward_step(
-        self, iterator: Iterator[tuple[PackedBatch, TokenLoss]], model: DistributedDataParallel
-    ) -> tuple[Tensor, Any]:
-        batch, token_loss = next(iterator)
-        chunk = model.module
-        packed = chunk.pack(batch.runs, batch.positions_S)
+    def _forward_step(self, iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        micro = next(iterator)
+        chunk, batch = model.module, micro.packed
         hidden = model(
-            input_ids=batch.tokens_S[None], position_ids=batch.positions_S[None], attention_mask=None, packed_seq_params=packed
+            input_ids=batch.tokens_S[None],
+            position_ids=batch.positions_S[None],
+            attention_mask=None,
+            packed_seq_params=chunk.pack_batch(batch),
         )
-        return hidden, partial(self._loss, chunk, batch, token_loss)
+        return hidden, partial(self._loss, chunk, micro)
 
-    def _loss(self, chunk: Any, batch: PackedBatch, token_loss: TokenLoss, hidden: Tensor) -> tuple[Tensor, Tensor, Measures]:
+    def _loss(self, chunk: Any, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Measures]:
         measured: list[Measures] = []
 
-        def measured_loss(log_probs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
-            loss_T, measures = token_loss(log_probs, entropy, rows)
+        def measured_loss(log_probs: Tensor, entropy: Tensor, divergence: Tensor | None, rows: slice) -> Tensor:
+            loss_T, measures = micro.token_loss(log_probs, entropy, divergence, rows)
             measured.append(measures)
             return loss_T
 
-        loss, _, entropy = fused_head(
-            hidden.squeeze(1),
-            chunk.head_weight(),
-            batch.rows_T,
-            batch.targets_T,
-            measured_loss,
-            chunk.shard,
-            temperature=self._temperature,
-            sequence_parallel=self.parts.config.sequence_parallel,
-        )
+        head: dict[str, Any] = {
+            "hidden_SH": hidden.squeeze(1),
+            "weight_VH": chunk.head_weight(),
+            "rows_T": micro.packed.rows_T,
+            "targets_T": micro.packed.targets_T,
+            "shard": chunk.shard,
+            "temperature": self._temperature,
+            "sequence_parallel": self.parts.config.sequence_parallel,
+        }
+        if micro.teacher_hidden_DG is None:
+            loss, _, entropy = fused_head(token_loss=partial(_without_teacher, measured_loss), **head)
+        else:
+            assert self.teacher_head is not None
+            loss, _, entropy, _ = self.teacher_head.compare(
+                micro.teacher_hidden_DG.to(device()), micro.sampler_log_probs_T, token_loss=measured_loss, **head
+            )
         measured.append(({"loss": loss.detach(), "entropy": entropy.sum()}, {}))
         sums, maxima = _merge(measured)
         return loss, torch.zeros((), dtype=torch.int), (sums, maxima)
+
+
+def _without_teacher(
+    loss: Callable[[Tensor, Tensor, Tensor | None, slice], Tensor], log_probs: Tensor, entropy: Tensor, rows: slice
+) -> Tensor:
+    return loss(log_probs, entropy, None, rows)
 
 
 def _reduce_gradients(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:

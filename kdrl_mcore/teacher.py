@@ -3,18 +3,21 @@ GPU while idle."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from kdrl_mcore.config import ModelConfig, TeacherConfig
 from kdrl_mcore.convert.load import load_hf_weights
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.model.gpt import build_model
-from kdrl_mcore.model.scoring import score_rollouts
+from kdrl_mcore.model.gpt import LanguageModel, build_model
+from kdrl_mcore.model.scoring import run_forward, score_rollouts, scoring_plan, span_rows
 from kdrl_mcore.parallel.layout import Layout, create_scoring_groups
+from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.types import Rollout, TokenFloats
 
@@ -43,6 +46,29 @@ class Teacher:
         if self._offload:
             self._host = {p: p.data.cpu().pin_memory() for p in self.parts.parameters()}
             self._leave_device()
+
+    def hidden_states(self, rollouts: Mapping[int, Rollout], *, micro_tokens: int) -> HiddenStates:
+        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary. Collective over
+        the world."""
+        indices, wanted = list(rollouts), list(rollouts.values())
+        layout, leader = self.parts.groups.layout, self.parts.groups.is_replica_leader
+
+        def keep(_: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[int, Tensor]]:
+            if not leader:
+                return []
+            states = hidden_SH[batch.rows_T].cpu()
+            return [(indices[span.rollout], states[rows]) for span, rows in span_rows(batch.spans)]
+
+        with self._on_device():
+            local = dict(run_forward(self.parts, wanted, micro_tokens, keep) if wanted else ())
+        plan = scoring_plan(self.parts, wanted, micro_tokens)
+        owner = {
+            indices[item]: layout.rank(pipeline=layout.pipeline - 1, data=data)
+            for data, batches in enumerate(plan)
+            for items in batches
+            for item in items
+        }
+        return HiddenStates(self.parts.config.hidden_size, self.parts.config.params_dtype, owner, local)
 
     def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
         """log T(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""

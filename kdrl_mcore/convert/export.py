@@ -61,7 +61,7 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
     dist.barrier()
     written: dict[str, list[str]] = {}
     total = 0
-    if parts.groups.data.rank() == 0:
+    if parts.groups.replicas.rank() == 0:
         pending: dict[str, Tensor] = {}
         size = 0
 

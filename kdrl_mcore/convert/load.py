@@ -9,7 +9,7 @@ import torch
 from kdrl_mcore.convert.hf_files import HFWeights
 from kdrl_mcore.convert.weight_map import hf_shapes, map_chunk
 from kdrl_mcore.errors import ModelError
-from kdrl_mcore.model.families import FAMILIES
+from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.gpt import ModelParts
 
 
@@ -47,3 +47,18 @@ def _check_names(weights: HFWeights, rules: list, num_layers: int, tied: bool) -
     unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if unexpected:
         raise ModelError(f"{weights.path} has a tensor its architecture does not: {unexpected[0]} ({len(unexpected)} such)")
+
+
+def load_head(path: str | Path, start: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [start, start + columns) of a model's output head [columns, hidden size], whatever layout the model itself has.
+
+    Raises:
+        ModelError: the model has no such rows, or its files are damaged.
+    """
+    architecture = read_architecture(path)
+    if start + columns > architecture.vocab_size:
+        raise ModelError(f"{path} has {architecture.vocab_size} vocabulary columns, fewer than the {start + columns} asked for")
+    name = "output_layer.weight" if not architecture.tied_embeddings else "embedding.word_embeddings.weight"
+    rule = next(rule for rule in FAMILIES[architecture.family].rules(architecture) if rule.megatron == name)
+    with HFWeights(path) as weights:
+        return weights.read(rule.hf[0], start, columns, 0).to(dtype)

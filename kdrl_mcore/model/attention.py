@@ -1,7 +1,7 @@
-"""Self-attention over packed sequences: rotary embedding by explicit positions, no padding, an optional KV cache.
+"""Self-attention over packed sequences: rotary embedding by explicit positions, no padding, context parallelism, a KV cache.
 
-S tokens of the packed micro-batch (all of them, also under sequence parallelism: the QKV projection gathers them), N query
-heads and K key/value heads of this tensor-parallel rank, D head dimension.
+S tokens of the packed micro-batch that this rank holds (under sequence parallelism the QKV projection gathers them), N query
+heads and K key/value heads of this tensor-parallel rank, D head dimension, F tokens of all context-parallel ranks together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
+from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.packing import Run
 
 if TYPE_CHECKING:
@@ -29,18 +31,24 @@ class PackedSequences(PackedSeqParams):
 
     Attributes:
         cos_SD, sin_SD: rotary factors of every token, [S, 1, D/2].
-        runs: the sequences, grouped by equal length.
+        runs: what attends to what.
+        context: who holds the other tokens, under context parallelism.
         cache: while generating, the keys and values so far.
     """
 
     cos_SD: Tensor = field(default_factory=lambda: torch.empty(0))
     sin_SD: Tensor = field(default_factory=lambda: torch.empty(0))
     runs: tuple[Run, ...] = ()
+    context: ContextShard | None = None
     cache: KVCache | None = None
 
 
 def pack_attention(
-    runs: tuple[Run, ...], positions_S: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype
+    runs: tuple[Run, ...],
+    positions_S: Tensor,
+    inverse_frequencies: Tensor,
+    dtype: torch.dtype,
+    context: ContextShard | None = None,
 ) -> PackedSequences:
     """Describe packed sequences to attention.
 
@@ -60,6 +68,7 @@ def pack_attention(
         cos_SD=angles.cos().to(dtype),
         sin_SD=angles.sin().to(dtype),
         runs=runs,
+        context=context,
     )
 
 
@@ -129,6 +138,8 @@ class PackedDotProductAttention(nn.Module):
     """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
 
     Sequences of equal length are adjacent (packing sorts them) and share one call, as views: nothing is padded or copied in.
+    Under context parallelism the keys and values of all ranks are gathered first (a rank needs all tokens before its own, and
+    with grouped heads they are few times smaller than the queries).
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
@@ -145,15 +156,34 @@ class PackedDotProductAttention(nn.Module):
         packed_seq_params: PackedSequences,
         **_: object,
     ) -> Tensor:
-        """[S, N, D], [S, K, D], [S, K, D] -> [S, N, D]."""
+        """[S, N, D], [S, K, D], [S, K, D] -> [S, N, D].
+
+        Collectives over the context-parallel group, where there is one: an all-gather of keys and values, and a reduce-scatter
+        of their gradients.
+        """
+        if packed_seq_params.context is not None:
+            key_FKD, value_FKD = packed_seq_params.context.gather(torch.stack((key_SKD, value_SKD), dim=1)).unbind(dim=1)
+        else:
+            key_FKD, value_FKD = key_SKD, value_SKD
         outputs = []
         for run in packed_seq_params.runs:
-            query, key, value = (
-                x.narrow(0, run.start, run.count * run.length).view(run.count, run.length, x.size(1), x.size(2)).transpose(1, 2)
-                for x in (query_SND, key_SKD, value_SKD)
-            )
+            query = _split(query_SND, run.start, run.count, run.length)
+            key, value = (_split(x, run.key_start, run.count, run.key_length) for x in (key_FKD, value_FKD))
+            square = run.length == run.key_length
             context = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+                query,
+                key,
+                value,
+                attn_mask=None if square else causal_lower_right(run.length, run.key_length),
+                is_causal=square,
+                scale=self.softmax_scale,
+                enable_gqa=query.size(1) != key.size(1),
             )
             outputs.append(context.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)
+
+
+def _split(x_SHD: Tensor, start: int, count: int, length: int) -> Tensor:
+    """`count` stretches of `length` rows from `start`: a view [count, heads, length, D]."""
+    rows = x_SHD.narrow(0, start, count * length)
+    return rows.view(count, length, x_SHD.size(1), x_SHD.size(2)).transpose(1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -19,6 +20,7 @@ from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAtte
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.parallel import mcore
+from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.parallel.packing import PackedBatch, Run
 from kdrl_mcore.parallel.platform import device
@@ -36,18 +38,27 @@ class LanguageModel(GPTModel):
 
     architecture: Architecture
     shard: VocabShard
+    context_group: dist.ProcessGroup | None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
         """One packed micro-batch through this chunk's layers."""
         return self(input_ids=tokens_S[None], position_ids=positions_S[None], attention_mask=None, packed_seq_params=packed)
 
     def pack(self, runs: tuple[Run, ...], positions_S: Tensor) -> PackedSequences:
-        """Describe a packed micro-batch to this model's attention."""
+        """Describe packed sequences that this rank holds whole to this model's attention."""
         return pack_attention(runs, positions_S, self.inverse_frequencies, self.config.params_dtype)
+
+    def pack_batch(self, batch: PackedBatch) -> PackedSequences:
+        """Describe a micro-batch, or this context-parallel rank's part of it, to this model's attention."""
+        context = None
+        if batch.context_rows is not None:
+            assert self.context_group is not None
+            context = ContextShard(self.context_group, batch.context_rows)
+        return pack_attention(batch.runs, batch.positions_S, self.inverse_frequencies, self.config.params_dtype, context)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""
-        return self.run(batch.tokens_S, batch.positions_S, self.pack(batch.runs, batch.positions_S))
+        return self.run(batch.tokens_S, batch.positions_S, self.pack_batch(batch))
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied)."""
@@ -120,6 +131,7 @@ def build_model(
         )
         chunk.architecture = architecture
         chunk.shard = vocab_shard(architecture, groups, vocabulary)
+        chunk.context_group = groups.context if layout.context > 1 else None
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device()) / architecture.head_dim
         chunk.inverse_frequencies = 1.0 / architecture.rope_theta**exponents
         chunk.requires_grad_(trainable)
@@ -197,9 +209,11 @@ def _block_spec(
     else:
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention.submodules.core_attention = PackedDotProductAttention
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    # Transformer Engine's context parallelism wants every sequence padded; ours cuts the packed sequence.
+    if not use_te or groups.layout.context > 1:
+        attention.submodules.core_attention = PackedDotProductAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
 

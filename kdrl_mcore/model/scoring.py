@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_from_replicas
-from kdrl_mcore.parallel.packing import PackedBatch, pack, plan_micro_batches
+from kdrl_mcore.parallel.packing import PackedBatch, Span, pack, plan_micro_batches
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.types import Rollout, TokenFloats
 from kdrl_mcore.vocab_parallel import head_log_probs
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -26,37 +28,15 @@ def score_rollouts(
 ) -> list[tuple[TokenFloats, TokenFloats]]:
     """Log-probs and entropies [response tokens] of every rollout under this model, on every rank.
 
-    The rollouts are balanced over the model's own data-parallel replicas. Collectives: the model's pipeline and
-    tensor-parallel ones, then `gather_from_replicas`. Every rank of the model's groups must call it with the same rollouts.
+    The rollouts are balanced over the model's own data-parallel replicas. Collectives: the model's pipeline, tensor- and
+    context-parallel ones, then `gather_from_replicas`. Every rank of the world must call it with the same rollouts.
     """
     if not rollouts:
         return []
-    layout = parts.groups.layout
-    lengths = [rollout.num_tokens for rollout in rollouts]
-    plan = plan_micro_batches(lengths, layout.data, micro_tokens, layout.pipeline if layout.virtual_pipeline else 1)
-    batches = [
-        pack([(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items], layout.token_alignment).to(
-            device()
-        )
-        for items in plan[parts.groups.data.rank()]
-    ]
-    scored = _run_forward(parts, batches, temperature)
-    by_index = dict(gather_from_replicas(parts.groups, scored))
-    return [by_index[index] for index in range(len(rollouts))]
 
-
-def _run_forward(
-    parts: ModelParts, batches: list[PackedBatch], temperature: float
-) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-    """(rollout index, (log-probs, entropies)) of this replica's micro-batches; empty on all but the last stage."""
-
-    def forward_step(iterator: Iterator[PackedBatch], chunk: LanguageModel) -> tuple[Tensor, Any]:
-        batch = next(iterator)
-        return chunk.run_batch(batch), partial(collect, chunk, batch)
-
-    def collect(chunk: LanguageModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-        log_probs, entropy = head_log_probs(
-            hidden.squeeze(1),
+    def log_probs_and_entropy(chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[Span, Any]]:
+        values = head_log_probs(
+            hidden_SH,
             chunk.head_weight(),
             batch.rows_T,
             batch.targets_T,
@@ -64,14 +44,51 @@ def _run_forward(
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
         )
-        return (
-            hidden.new_zeros(()),
-            torch.zeros((), dtype=torch.int),
-            (batch.spans, log_probs.cpu().numpy(), entropy.cpu().numpy()),
-        )
+        log_probs_T, entropy_T = (value.float().cpu().numpy() for value in values)
+        return [(span, (log_probs_T[rows], entropy_T[rows])) for span, rows in span_rows(batch.spans)]
 
-    groups = parts.groups
-    results = mcore.forward_backward_function(groups.layout.pipeline, groups.layout.virtual_pipeline)(
+    scored = gather_from_replicas(parts.groups, run_forward(parts, rollouts, micro_tokens, log_probs_and_entropy))
+    shape = [len(rollout.response_token_ids) for rollout in rollouts]
+    log_probs, entropies = ([np.zeros(length, np.float32) for length in shape] for _ in range(2))
+    for span, values in scored:
+        log_probs[span.rollout][span.start : span.stop], entropies[span.rollout][span.start : span.stop] = values
+    return list(zip(log_probs, entropies, strict=True))
+
+
+@torch.no_grad()
+def run_forward(
+    parts: ModelParts,
+    rollouts: Sequence[Rollout],
+    micro_tokens: int,
+    collect: Callable[[LanguageModel, PackedBatch, Tensor], list[T]],
+) -> list[T]:
+    """Megatron's forward-only schedule over this replica's share of the rollouts.
+
+    Args:
+        collect: (last chunk, micro-batch, its final hidden states [S (/tp under sequence parallelism), H]) -> results.
+
+    Returns:
+        All results of `collect` on the ranks of the last pipeline stage, nothing on the others.
+    """
+    groups, layout = parts.groups, parts.groups.layout
+    batches = [
+        pack(
+            [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
+            layout.token_alignment,
+            context_rank=groups.context.rank(),
+            context_size=layout.context,
+        )
+        for items in scoring_plan(parts, rollouts, micro_tokens)[groups.data.rank()]
+    ]
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: LanguageModel) -> tuple[Tensor, Any]:
+        batch = next(iterator).to(device())
+        return chunk.run_batch(batch), partial(finish, chunk, batch)
+
+    def finish(chunk: LanguageModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, list[T]]:
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), collect(chunk, batch, hidden.squeeze(1))
+
+    results = mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in parts.chunks],
         model=parts.chunks,
@@ -82,8 +99,19 @@ def _run_forward(
         p2p_communicator=P2PCommunicator(groups.pipeline, parts.config),
         pg_collection=groups.groups,
     )
-    return [
-        (index, (log_probs[start:stop], entropy[start:stop]))
-        for spans, log_probs, entropy in results
-        for index, start, stop in spans
-    ]
+    return [item for result in results for item in result]
+
+
+def scoring_plan(parts: ModelParts, rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[list[int]]]:
+    """plan[data-parallel rank][micro-batch] = the rollouts that `run_forward` gives it."""
+    layout = parts.groups.layout
+    multiple_of = layout.pipeline if layout.virtual_pipeline else 1
+    return plan_micro_batches([rollout.num_tokens for rollout in rollouts], layout.data, micro_tokens, multiple_of)
+
+
+def span_rows(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:
+    """Each span with its loss rows in the micro-batch."""
+    start = 0
+    for span in spans:
+        yield span, slice(start, start + span.stop - span.start)
+        start += span.stop - span.start

@@ -20,6 +20,13 @@ def importance_weight(log_probs_T: Tensor, sampler_log_probs_T: Tensor) -> Tenso
     return (log_probs_T - sampler_log_probs_T).exp()
 
 
+def on_policy_weight(log_probs_T: Tensor, estimator: str) -> Tensor:
+    """w of tokens that the student itself sampled: 1. For k1 it carries the gradient of log pi, which is all that k1 learns
+    from; for the others it is a constant, the paper's form (so k3's gradient is the biased one of the paper's ablation)."""
+    w_T = (log_probs_T - log_probs_T.detach()).exp()
+    return w_T if estimator == "k1" else w_T.detach()
+
+
 def k1(d_T: Tensor, w_T: Tensor) -> Tensor:
     """-w sg(d): value and gradient unbiased. w must be differentiable: with a detached w the gradient's expectation is zero."""
     return -w_T * d_T.detach()
@@ -31,7 +38,8 @@ def k2(d_T: Tensor, w_T: Tensor) -> Tensor:
 
 
 def k3(d_T: Tensor, w_T: Tensor) -> Tensor:
-    """w (exp(d) - 1 - d): value unbiased; as an on-policy loss its gradient is biased. Off-policy w must be differentiable."""
+    """w (exp(d) - 1 - d): value unbiased. With w = 1 on-policy its gradient, (1 - exp(d)) grad log pi, is biased; with a
+    differentiable w off-policy it is -w d grad log pi, as unbiased as k2's."""
     return w_T * (d_T.expm1() - d_T)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdrl_mcore.config import ObjectiveConfig
-from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, k2, k3, log_ratio
+from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, k2, k3, log_ratio, on_policy_weight
 from kdrl_mcore.objective.policy import sampler_correction, surrogate
 
 
@@ -23,6 +24,7 @@ class TokenBatch:
 
     Attributes:
         policy_weights, distillation_weights: the token's share of the global loss; 0 where a response is masked.
+        on_policy: the student's present weights sampled the tokens: mu is pi, and importance weights are 1.
         old_log_probs: None while strictly on-policy. teacher_log_probs: anything where masked. reference_log_probs: None
             without it.
     """
@@ -31,6 +33,7 @@ class TokenBatch:
     policy_weights: Tensor
     distillation_weights: Tensor
     sampler_log_probs: Tensor
+    on_policy: bool = False
     old_log_probs: Tensor | None = None
     teacher_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
@@ -44,7 +47,8 @@ class TokenBatch:
         return self._map(lambda value: value.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        return replace(self, **{f.name: change(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+        changed: dict[str, Any] = {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
 
 
 def joint_loss(
@@ -69,7 +73,11 @@ def joint_loss(
         kl_k3 are plain sums over the distilled tokens.
     """
     kd = objective.kd
-    w_T = importance_weight(log_probs_T, batch.sampler_log_probs)
+    w_T = (
+        on_policy_weight(log_probs_T, kd.estimator)
+        if batch.on_policy
+        else importance_weight(log_probs_T, batch.sampler_log_probs)
+    )
     distilled_T = batch.distillation_weights != 0
     teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
     # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can touch a gradient.

@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 def gather_from_replicas(groups: ModelGroups, items: list[T]) -> list[T]:
-    """The lists of all data-parallel replicas, concatenated in rank order, on every rank.
+    """The lists of all replicas of the model (data x context parallel), concatenated in rank order, on every rank.
 
-    Only each replica's leader's `items` count. Collectives: an all-gather over the leaders' data-parallel group, then a
-    broadcast within each replica (tensor x pipeline ranks).
+    Only each replica's leader's `items` count. Collectives: an all-gather over the leaders of the replicas, then a broadcast
+    within each replica (tensor x pipeline ranks).
     """
     shared: list[Any] = [None]
     if groups.is_replica_leader:
-        gathered: list[Any] = [None] * groups.data.size()
-        dist.all_gather_object(gathered, items, group=groups.data)
+        gathered: list[Any] = [None] * groups.replicas.size()
+        dist.all_gather_object(gathered, items, group=groups.replicas)
         shared = [[item for part in gathered for item in part]]
     if groups.groups.mp.size() > 1:
         dist.broadcast_object_list(shared, src=leader_rank(groups), group=groups.groups.mp)
@@ -39,16 +39,16 @@ def leader_rank(groups: ModelGroups) -> int:
 def sum_over_replicas(
     groups: ModelGroups, sums: dict[str, float], maxima: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum and maximum over the data-parallel ranks of what the last stages measured, on every rank.
+    """Sum and maximum over the replicas (data x context parallel) of what the last stages measured, on every rank.
 
-    Collectives: two all-reduces over the data-parallel group (last stage only), then a broadcast over the pipeline group.
+    Collectives: two all-reduces over the replicas' group (last stage only), then a broadcast over the pipeline group.
     """
     values: list[Any] = [None]
     if groups.is_last_stage:
         total = torch.tensor(list(sums.values()), dtype=torch.float64, device=device())
         largest = torch.tensor(list(maxima.values()), dtype=torch.float64, device=device())
-        dist.all_reduce(total, group=groups.groups.dp_cp)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.groups.dp_cp)
+        dist.all_reduce(total, group=groups.replicas)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.replicas)
         values = [(dict(zip(sums, total.tolist(), strict=True)), dict(zip(maxima, largest.tolist(), strict=True)))]
     if groups.pipeline.size() > 1:
         last = dist.get_global_rank(groups.pipeline, groups.pipeline.size() - 1)

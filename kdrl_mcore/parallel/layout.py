@@ -41,9 +41,18 @@ class Layout:
         """Data-parallel size."""
         return self.world // (self.tensor * self.pipeline * self.context)
 
+    def rank(self, *, pipeline: int, data: int, context: int = 0, tensor: int = 0) -> int:
+        """The global rank at these places."""
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
+
     @property
     def token_alignment(self) -> int:
-        """The number of tokens of a micro-batch is a multiple of this (sequence parallelism splits them evenly)."""
+        """The number of tokens of a micro-batch is a multiple of this (context and sequence parallelism split them evenly)."""
+        return (2 * self.context if self.context > 1 else 1) * self.replica_alignment
+
+    @property
+    def replica_alignment(self) -> int:
+        """The same where each context-parallel rank works on tokens of its own, as in generation."""
         return self.tensor if self.sequence_parallel else 1
 
 
@@ -66,8 +75,18 @@ class ModelGroups:
 
     @property
     def data(self) -> dist.ProcessGroup:
-        """The group of replicas that hold the same shard as this rank."""
+        """The group of the ranks that hold the same shard as this one and train on other sequences."""
         return self.groups.dp
+
+    @property
+    def context(self) -> dist.ProcessGroup:
+        """The group of the ranks that hold the same shard and train on other tokens of the same sequences."""
+        return self.groups.cp
+
+    @property
+    def replicas(self) -> dist.ProcessGroup:
+        """The group of all ranks that hold the same shard (data x context): each belongs to one replica of the model."""
+        return self.groups.dp_cp
 
     @property
     def is_last_stage(self) -> bool:

@@ -7,11 +7,13 @@ function of the lengths, so every rank computes the same plan without communicat
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdrl_mcore.types import TokenIds
@@ -19,25 +21,46 @@ from kdrl_mcore.types import TokenIds
 
 @dataclass(frozen=True)
 class Run:
-    """`count` sequences of equal `length`, adjacent in the packed sequence from row `start`: one attention call serves them
-    all."""
+    """`count` stretches of `length` queries each, adjacent from row `start`: one attention call serves them all.
+
+    The stretch attends to `key_length` keys, from row `key_start` on for the first one; its last query sees all of them. Keys
+    stand in the order of the whole micro-batch. Without context parallelism queries and keys are the same rows.
+    """
 
     start: int
     count: int
     length: int
+    key_start: int
+    key_length: int
+
+    @classmethod
+    def whole(cls, start: int, count: int, length: int) -> Run:
+        """`count` whole sequences of one length."""
+        return cls(start, count, length, start, length)
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of the response of a rollout, by its index in the global batch."""
+
+    rollout: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: whole sequences, shortest first, one after the other.
+    """One micro-batch, or a context-parallel rank's part of it: whole sequences, shortest first, one after the other.
 
     Attributes:
         tokens_S: token ids; the tail that aligns S is a sequence of its own that no loss row refers to.
         positions_S: position of each token in its sequence.
-        runs: the sequences, grouped by equal length.
+        runs: what attends to what.
         rows_T: the row whose hidden state predicts each response token.
         targets_T: the response tokens.
-        spans: for each rollout in the micro-batch, (index in the global batch, first and last + 1 of its loss rows).
+        spans: the loss rows in order, as stretches of responses.
+        num_distilled: the first so many loss rows are those of distilled responses.
+        order: the rollouts, as they stand in the packed sequence.
+        context_rows: rows of the packed sequence in the order in which context-parallel ranks hold them; None without.
     """
 
     tokens_S: Tensor
@@ -45,15 +68,16 @@ class PackedBatch:
     runs: tuple[Run, ...]
     rows_T: Tensor
     targets_T: Tensor
-    spans: tuple[tuple[int, int, int], ...]
+    spans: tuple[Span, ...]
+    num_distilled: int
+    order: tuple[int, ...]
+    context_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same micro-batch on `device`."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens_S", "positions_S", "rows_T", "targets_T")
-        }
-        return PackedBatch(runs=self.runs, spans=self.spans, **moved)
+        names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows")
+        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def partition(weights: Sequence[int], bins: int) -> list[list[int]]:
@@ -81,6 +105,7 @@ def plan_micro_batches(
 
     Args:
         lengths: prompt + response tokens of each sequence.
+        micro_tokens: of a whole micro-batch: with context parallelism, its ranks' together.
         multiple_of: round the number of micro-batches up to a multiple of this (interleaved pipelines).
 
     Returns:
@@ -105,38 +130,139 @@ def plan_micro_batches(
     return [bins + [[] for _ in range(count - len(bins))] for bins in per_rank]
 
 
-def pack(sequences: Sequence[tuple[int, TokenIds, TokenIds]], alignment: int) -> PackedBatch:
+def pack(
+    sequences: Sequence[tuple[int, TokenIds, TokenIds]],
+    alignment: int,
+    *,
+    distilled: Collection[int] = (),
+    context_rank: int = 0,
+    context_size: int = 1,
+) -> PackedBatch:
     """Pack (index in the global batch, prompt ids, response ids) into one micro-batch.
 
-    Args:
-        alignment: S is filled up to a multiple of this; an empty micro-batch still has one aligned filler sequence, so that a
-            rank with nothing to do stays in every collective.
-    """
-    ordered = sorted(sequences, key=lambda item: (len(item[1]) + len(item[2]), item[0]))
-    tokens, positions, rows, targets = [], [], [], []
-    runs: list[Run] = []
-    spans: list[tuple[int, int, int]] = []
-    start = num_rows = 0
-    for index, prompt, response in ordered:
-        length = len(prompt) + len(response)
-        tokens += [prompt, response]
-        positions.append(np.arange(length))
-        rows.append(np.arange(start + len(prompt) - 1, start + length - 1))
-        targets.append(response)
-        spans.append((index, num_rows, num_rows + len(response)))
-        num_rows += len(response)
-        if runs and runs[-1].length == length:
-            runs[-1] = Run(runs[-1].start, runs[-1].count + 1, length)
-        else:
-            runs.append(Run(start, 1, length))
-        start += length
-    filler = -start % alignment if start else alignment
-    if filler:
-        tokens.append(np.zeros(filler, dtype=np.int64))
-        positions.append(np.arange(filler))
-        runs.append(Run(start, 1, filler))
+    With context parallelism the packed sequence, not each sequence in it, is cut into 2 * `context_size` equal parts, and rank
+    r holds parts r and 2 * context_size - 1 - r: since later parts see more keys, this balances attention over the ranks, and
+    no sequence needs padding.
 
-    def flat(parts: list[np.ndarray]) -> Tensor:
+    Args:
+        alignment: S is filled up to a multiple of this (with context parallelism a multiple of 2 * `context_size`); an empty
+            micro-batch still has one aligned filler sequence, so that a rank with nothing to do stays in every collective.
+        distilled: the indices whose loss rows come first.
+    """
+    by_index = {index: (prompt, response) for index, prompt, response in sequences}
+    rows = place_rows(
+        [(index, len(prompt), len(response)) for index, prompt, response in sequences],
+        alignment,
+        distilled=distilled,
+        context_rank=context_rank,
+        context_size=context_size,
+    )
+    filler = np.zeros(rows.lengths[-1] if len(rows.lengths) > len(rows.order) else 0, dtype=np.int64)
+    tokens = np.concatenate([*(part for index in rows.order for part in by_index[index]), filler])
+    positions = np.concatenate([np.arange(length) for length in rows.lengths])
+    mine = _context_rows(len(tokens), context_rank, context_size)
+
+    def flat(parts: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
 
-    return PackedBatch(flat(tokens), flat(positions), tuple(runs), flat(rows), flat(targets), tuple(spans))
+    return PackedBatch(
+        tokens_S=flat([tokens[mine]]),
+        positions_S=flat([positions[mine]]),
+        runs=tuple(_runs(rows.lengths, context_rank, context_size)),
+        rows_T=flat([np.arange(row, row + stop - start) for (_, start, stop), row in rows.spans]),
+        targets_T=flat([by_index[index][1][start:stop] for (index, start, stop), _ in rows.spans]),
+        spans=tuple(span for span, _ in rows.spans),
+        num_distilled=sum(span.stop - span.start for span, _ in rows.spans if span.rollout in distilled),
+        order=rows.order,
+        context_rows=flat([_context_rows(len(tokens), rank, context_size) for rank in range(context_size)])
+        if context_size > 1
+        else None,
+    )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a micro-batch's tokens stand.
+
+    Attributes:
+        order: the rollouts as they stand in the packed sequence.
+        lengths: of the sequences in it, the filler included.
+        spans: the loss rows that a context-parallel rank holds: a stretch of a response, and the rank's row of its first.
+    """
+
+    order: tuple[int, ...]
+    lengths: tuple[int, ...]
+    spans: tuple[tuple[Span, int], ...]
+
+
+def place_rows(
+    shapes: Sequence[tuple[int, int, int]],
+    alignment: int,
+    *,
+    distilled: Collection[int] = (),
+    context_rank: int = 0,
+    context_size: int = 1,
+) -> Places:
+    """What `pack` does with sequences of these (index, prompt tokens, response tokens), without the tokens."""
+    ordered = sorted(shapes, key=lambda shape: (shape[1] + shape[2], shape[0]))
+    lengths = [prompt + response for _, prompt, response in ordered]
+    total = sum(lengths)
+    filler = -total % alignment if total else alignment
+    starts = dict(zip((shape[0] for shape in ordered), np.cumsum([0, *lengths]).tolist(), strict=False))
+    if filler:
+        lengths.append(filler)
+    place = np.full(total + filler, -1)  # where this rank holds a row of the packed sequence; -1 is elsewhere
+    mine = _context_rows(len(place), context_rank, context_size)
+    place[mine] = np.arange(len(mine))
+    spans: list[tuple[Span, int]] = []
+    for index, prompt, response in sorted(ordered, key=lambda shape: shape[0] not in distilled):
+        first = starts[index] + prompt - 1
+        predictors = place[first : first + response]
+        spans += [(Span(index, start, stop), int(predictors[start])) for start, stop in _stretches(predictors >= 0)]
+    return Places(tuple(shape[0] for shape in ordered), tuple(lengths), tuple(spans))
+
+
+def _context_parts(rows: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """The parts [start, stop) of the packed sequence that a context-parallel rank holds."""
+    if size == 1:
+        return [(0, rows)]
+    length = rows // (2 * size)
+    return [(part * length, (part + 1) * length) for part in (rank, 2 * size - 1 - rank)]
+
+
+def _context_rows(rows: int, rank: int, size: int) -> NDArray[np.int64]:
+    return np.concatenate([np.arange(start, stop) for start, stop in _context_parts(rows, rank, size)])
+
+
+def _runs(lengths: Sequence[int], rank: int, size: int) -> list[Run]:
+    """The stretches of sequences in this rank's parts; adjacent whole sequences of one length are one run."""
+    starts = np.cumsum([0, *lengths])
+    runs: list[Run] = []
+    offset = 0  # of the part in this rank's rows
+    for part_start, part_stop in _context_parts(int(starts[-1]), rank, size):
+        first = int(np.searchsorted(starts, part_start, side="right")) - 1
+        for begin, end in zip(starts[first:-1].tolist(), starts[first + 1 :].tolist(), strict=True):
+            if begin >= part_stop:
+                break
+            low, high = max(begin, part_start), min(end, part_stop)
+            run = Run(offset + low - part_start, 1, high - low, begin, high - begin)
+            previous = runs[-1] if runs else None
+            whole = run.length == run.key_length
+            if (
+                previous is not None
+                and whole
+                and (previous.length, previous.key_length) == (run.length, run.length)
+                and previous.start + previous.count * run.length == run.start
+                and previous.key_start + previous.count * run.length == run.key_start
+            ):
+                runs[-1] = replace(previous, count=previous.count + 1)
+            else:
+                runs.append(run)
+        offset += part_stop - part_start
+    return runs
+
+
+def _stretches(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """[start, stop) of each stretch of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False]))))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -28,8 +28,9 @@ _COMPACT_BELOW = 0.75  # share of the batch still running
 class MegatronEngine:
     """Batched generation with a KV cache on the student's own shards.
 
-    Each data-parallel replica takes its share of the prompts, balanced by prompt length, and decodes up to `max_sequences`
-    responses at once; a prompt's responses share one forward pass over it. Finished sequences leave the batch.
+    Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
+    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Finished sequences
+    leave the batch.
     """
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
@@ -48,7 +49,7 @@ class MegatronEngine:
         groups = self._parts.groups
         for chunk in self._parts.chunks:
             chunk.eval()
-        mine = partition([len(prompt.token_ids) for prompt in prompts], groups.layout.data)[groups.data.rank()]
+        mine = partition([len(prompt.token_ids) for prompt in prompts], groups.replicas.size())[groups.replicas.rank()]
         wave = max(1, self._max_sequences // sampling.copies)
         rollouts: list[tuple[int, Rollout]] = []
         for begin in range(0, len(mine), wave):
@@ -62,9 +63,9 @@ class MegatronEngine:
     def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
         """(place in the global batch, rollout) of each response of these prompts."""
         copies, limit = sampling.copies, sampling.max_response_tokens
-        alignment = self._parts.groups.layout.token_alignment
+        alignment = self._parts.groups.layout.replica_alignment
         packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).to(device())
-        order = [index for index, _, _ in packed.spans]
+        order = packed.order
         lengths = [len(prompts[i].token_ids) for i in order]
         places = [indices[i] * copies + copy for i in order for copy in range(copies)]
         random = uniforms(sampling.key, places, limit).to(device())
@@ -114,8 +115,10 @@ class MegatronEngine:
     def _decode(self, token_N: Tensor, position_N: Tensor, cache: KVCache) -> Tensor | None:
         """Hidden states [N, H] of one new token per slot (last stage only)."""
         count = len(token_N)
-        filler = -count % self._parts.groups.layout.token_alignment
-        hidden = self._forward(F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler)), (Run(0, count + filler, 1),), cache)
+        filler = -count % self._parts.groups.layout.replica_alignment
+        hidden = self._forward(
+            F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler)), (Run.whole(0, count + filler, 1),), cache
+        )
         return None if hidden is None else hidden[:count]
 
     def _forward(self, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache) -> Tensor | None:
@@ -125,7 +128,7 @@ class MegatronEngine:
         """
         groups, parts = self._parts.groups, self._parts
         stages, stage = groups.pipeline.size(), groups.pipeline.rank()
-        rows = len(tokens_S) // groups.layout.token_alignment
+        rows = len(tokens_S) // groups.layout.replica_alignment
         hidden: Tensor | None = None
         for number, chunk in enumerate(parts.chunks):
             if not chunk.pre_process:

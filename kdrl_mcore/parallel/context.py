@@ -1,0 +1,47 @@
+"""Context parallelism: the ranks that share one packed micro-batch, and the gather of what every one of them needs of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """This rank's part of a packed sequence.
+
+    Attributes:
+        group: the ranks that share it.
+        rows_F: rows of the packed sequence in the order in which the ranks hold them, rank after rank.
+    """
+
+    group: dist.ProcessGroup
+    rows_F: Tensor
+
+    def gather(self, local: Tensor) -> Tensor:
+        """All ranks' rows [F, ...] in the order of the packed sequence, from this rank's [F / ranks, ...].
+
+        Collectives over the group: an all-gather; backward a reduce-scatter (each rank's rows get the sum of all gradients).
+        """
+        return _Gather.apply(local, self)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shard: ContextShard) -> Tensor:
+        ctx.shard = shard
+        gathered = local.new_empty(local.size(0) * shard.group.size(), *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=shard.group)
+        return torch.empty_like(gathered).index_copy_(0, shard.rows_F, gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        shard: ContextShard = ctx.shard
+        by_rank = gradients[0].index_select(0, shard.rows_F)
+        local = by_rank.new_empty(by_rank.size(0) // shard.group.size(), *by_rank.shape[1:])
+        dist.reduce_scatter_tensor(local, by_rank, group=shard.group)
+        return local, None
