@@ -36,6 +36,7 @@ class TrainerConfig:
 
     steps: int = 100  # training steps (one rollout batch each); 0 only evaluates
     seed: int = 1  # keys data order, sampling and evaluation: every draw is a function of (seed, step, sample)
+    self_test: bool = True  # seconds at the start: KL of the student to itself is 0, sampler and trainer agree
     deterministic: bool = False  # deterministic kernels: the same run gives the same bits
     max_bad_updates: int = 3  # abort after this many updates in a row skipped for NaN or Inf
     distributed_timeout_minutes: int = 30  # a collective that hangs longer ends the job
@@ -164,7 +165,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0  # 1.0 is off; the log-probs are then those of the truncated distribution
     max_sequences: int = 256  # responses one data-parallel replica decodes at once
-    max_log_prob_drift: float = 0.05  # largest |sampler - trainer| log-prob the start-up self-test allows
+    max_log_prob_drift: float | None = None  # largest |sampler - trainer| log-prob that is rounding; None goes by model.dtype
 
 
 @dataclass

@@ -14,11 +14,10 @@ from torch import Tensor
 from kdrl_mcore.config import Config, ObjectiveConfig, TeacherConfig, TeacherParallelConfig, can_be_positive
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.stream import PromptStream
-from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, load_tokenizer
+from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
 from kdrl_mcore.hidden_states import HiddenStates
-from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
@@ -180,7 +179,9 @@ def build_job(config: Config) -> Job:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     world = dist.get_world_size()
-    tokenizer, vocabulary = _vocabulary(config)
+    tokenizer, vocabulary = shared_vocabulary(config.student.path, config.teacher.path)
+    if tokenizer is None and config.rollout.engine != "replay":
+        raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
     sft = config.objective.kind == "sft"
     replays = config.rollout.engine == "replay"
     train = eval_prompts = None
@@ -226,24 +227,3 @@ def build_job(config: Config) -> Job:
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
     )
-
-
-def _vocabulary(config: Config) -> tuple[Tokenizer | None, int]:
-    """The tokenizer, and how many vocabulary columns exist for every softmax: the shared tokenizer's tokens.
-
-    A model directory without a tokenizer can still be trained on replayed token ids; then the smaller vocabulary of the
-    models counts.
-    """
-    assert config.student.path is not None
-    paths = [config.student.path, *([config.teacher.path] if config.teacher.path else [])]
-    sizes = [read_architecture(path).vocab_size for path in paths]
-    have = [(Path(path) / "tokenizer.json").is_file() for path in paths]
-    if not have[0]:
-        if config.rollout.engine != "replay":
-            raise ConfigError(f"{paths[0]} has no tokenizer.json, which sampling needs")
-        return None, min(sizes)
-    tokenizer = load_tokenizer(paths[0])
-    sizes.append(tokenizer.vocabulary_size)
-    if len(paths) > 1 and have[1]:
-        sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(paths[1])))
-    return tokenizer, min(sizes)

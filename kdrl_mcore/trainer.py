@@ -19,6 +19,7 @@ from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.rollout.files import write_rollouts
+from kdrl_mcore.self_test import run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Trainer:
         """Train to the end and export the student. Collective over the world."""
         config = self.config
         step = self._resume()
+        if config.trainer.self_test:
+            run_self_test(self.job)
         if self._is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, self.run_dir / "config.yaml")

@@ -35,6 +35,10 @@ class PromptStream:
         self._given += self._batch_size
         return batch
 
+    def first(self, count: int) -> list[Prompt]:
+        """The first prompts of the data set, at most `count`; the stream itself does not move."""
+        return list(self._prompts[:count])
+
     def state_dict(self) -> dict[str, int]:
         """The cursor: how many prompts were given, and of how large a data set."""
         return {"given": self._given, "num_prompts": len(self._prompts)}

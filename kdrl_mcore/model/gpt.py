@@ -182,6 +182,9 @@ def transformer_config(
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,  # micro-batches differ in length
+        # With two interleaved stages the next rank is the previous one too: only the separate sends tell their messages apart.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         moe_token_dispatcher_type="alltoall",  # the one that allows it
         calculate_per_token_loss=True,  # the loss arrives normalised: Megatron sums it and divides by nothing
         recompute_granularity="full" if recompute == "full" else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_mcore.errors import DataError
-from kdrl_mcore.types import Rollout
+from kdrl_mcore.types import Rollout, TokenFloats
 
 FINISH_REASONS = ("stop", "length")
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -31,12 +31,17 @@ _TEXTS = ("prompt", "response", "answer")
 _WORDS = {str: "text", int: "an integer", list: "a list", bool: "true or false", float: "a number"}
 
 
-def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
+def write_rollouts(
+    path: str | Path, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[TokenFloats]] | None = None
+) -> None:
     """Write a rollout file. It appears whole or not at all: it is written aside and then moved into place.
 
     Each line holds the contract's keys, `prompt`, `response` and `answer` for people, and the keys of `extra`. A float32
     log-prob is written with the digits that give the same float32 back. Log-probs that are not finite are written as they
     are (`NaN`), as evidence; `read_rollouts` refuses them.
+
+    Args:
+        scores: further lists with one number for each response token, by their key: what makes it a scored file.
 
     Raises:
         DataError: a key of `extra` is one of the file's own.
@@ -46,8 +51,9 @@ def write_rollouts(path: str | Path, rollouts: Sequence[Rollout]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate becomes its JSON escape
-            for rollout in rollouts:
-                file.write(json.dumps(_to_row(rollout), ensure_ascii=False) + "\n")
+            for index, rollout in enumerate(rollouts):
+                row = _to_row(rollout) | {key: values[index].tolist() for key, values in (scores or {}).items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -65,6 +71,12 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
         DataError: the file is missing, empty or not UTF-8; or a line is cut off, is not JSON, lacks a key or holds a wrong
             value. Names the file and the line.
     """
+    return [rollout for rollout, _ in read_scored(path)]
+
+
+def read_scored(path: str | Path) -> list[tuple[Rollout, dict[str, TokenFloats]]]:
+    """`read_rollouts`, and of each line the lists with one number for each response token, by their key (`sampler_log_probs`
+    among them)."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a rollout file (JSONL), such as RUN/rollouts/step_000001.jsonl")
@@ -88,7 +100,8 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
             )
             raise DataError(f"{path} line {number} {hint}") from error
         try:
-            rollouts.append(_from_row(row))
+            rollout = _from_row(row)
+            rollouts.append((rollout, _scores(row, len(rollout.response_token_ids))))
         except _BadRow as error:
             raise DataError(f"{path} line {number}: {error}") from error
     if not rollouts:
@@ -151,6 +164,18 @@ def _from_row(row: Any) -> Rollout:
         **{key: row.get(key, "") for key in _TEXTS},
         extra={key: float(value) for key, value in row.items() if key not in _TYPES and _is_number(value)},
     )
+
+
+def _scores(row: dict[str, Any], num_tokens: int) -> dict[str, TokenFloats]:
+    """Every list of as many numbers as there are response tokens."""
+    return {
+        key: np.array(value, dtype=np.float32)
+        for key, value in row.items()
+        if key not in ("prompt_token_ids", "response_token_ids")
+        and isinstance(value, list)
+        and len(value) == num_tokens
+        and all(map(_is_number, value))
+    }
 
 
 def _token_ids(row: dict[str, Any], key: str) -> NDArray[np.int64]:

@@ -1,0 +1,135 @@
+"""Score the tokens of a rollout file under a model (and a teacher), in any layout; compare two scored files.
+
+torchrun --nproc-per-node 4 tools/score.py --model DIR --input R.jsonl --output S.jsonl --tensor-parallel 2 --pipeline-parallel 2
+python tools/score.py --input S.jsonl --compare OTHER.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from kdrl_mcore.config import CHOICES, Config, ModelConfig
+from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
+from kdrl_mcore.rollout.comparison import Comparison, compare_scores
+from kdrl_mcore.rollout.files import read_rollouts, read_scored, write_rollouts
+from kdrl_mcore.types import Rollout, TokenFloats
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code: 1 where a comparison exceeds `--tolerance`."""
+    options = _parser().parse_args(arguments)
+    created = False
+    try:
+        if options.model is None and options.compare is None:
+            raise ConfigError("nothing to do: name a model to score with (--model), or a file to compare with (--compare)")
+        if options.model is not None:
+            if options.output is None:
+                raise ConfigError("--model needs --output, the scored file to write")
+            prepare_platform()
+            created = initialize_distributed(Config().trainer.distributed_timeout_minutes)
+            score(options)
+        if options.compare is not None and (options.model is None or dist.get_rank() == 0):
+            left = read_scored(options.output if options.model is not None else options.input)
+            comparisons = compare_scores(left, read_scored(options.compare))
+            show(comparisons)
+            if options.tolerance is not None and max(each.largest for each in comparisons) > options.tolerance:
+                raise KdrlError(f"the largest difference exceeds --tolerance {options.tolerance:g}")
+    except KdrlError as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        if created and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def score(options: argparse.Namespace) -> None:
+    """Write `log_probs` and `entropy` of every response token, and with a teacher `teacher_log_probs`. Collective over the
+    world: rank 0 writes."""
+    # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
+    from kdrl_mcore.data.vocabulary import shared_vocabulary
+
+    rollouts = read_rollouts(options.input)
+    _, vocabulary = shared_vocabulary(options.model, options.teacher)
+    layout = (options.tensor_parallel, options.pipeline_parallel)
+    log_probs, entropies = _score_with(options, options.model, layout, rollouts, vocabulary)
+    scores = {"log_probs": log_probs, "entropy": entropies}
+    if options.teacher is not None:
+        teacher_layout = (options.teacher_tensor_parallel or layout[0], options.teacher_pipeline_parallel or layout[1])
+        scores["teacher_log_probs"], _ = _score_with(options, options.teacher, teacher_layout, rollouts, vocabulary)
+    if dist.get_rank() == 0:
+        write_rollouts(options.output, rollouts, scores)
+        print(f"scored {len(rollouts)} responses: {options.output}")
+
+
+def _score_with(
+    options: argparse.Namespace, path: Path, layout: tuple[int, int], rollouts: list[Rollout], vocabulary: int
+) -> tuple[list[TokenFloats], list[TokenFloats]]:
+    from kdrl_mcore.convert.load import load_hf_weights
+    from kdrl_mcore.model.families import read_architecture
+    from kdrl_mcore.model.gpt import build_model
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.parallel.layout import Layout, create_scoring_groups
+
+    groups = create_scoring_groups(Layout(dist.get_world_size(), tensor=layout[0], pipeline=layout[1]))
+    model = ModelConfig(dtype=options.dtype)
+    parts = build_model(read_architecture(path), model, groups, vocabulary=vocabulary, trainable=False)
+    load_hf_weights(parts, path)
+    scored = score_rollouts(parts, rollouts, temperature=options.temperature, micro_tokens=options.micro_tokens)
+    return [log_probs for log_probs, _ in scored], [entropy for _, entropy in scored]
+
+
+def show(comparisons: list[Comparison]) -> None:
+    """Print the largest and the mean difference of each kind of score, and the worst tokens."""
+    console = Console()
+    table = Table("score", "tokens", "largest", "mean", title="absolute differences, nats")
+    for each in comparisons:
+        table.add_row(each.name, f"{each.num_tokens:,}", f"{each.largest:.3g}", f"{each.mean:.3g}")
+    console.print(table)
+    worst = Table("score", "line", "prompt", "token", "id", "left", "right", "difference", title="worst tokens")
+    for each in comparisons:
+        for token in each.worst:
+            worst.add_row(
+                each.name,
+                str(token.line),
+                token.prompt_id,
+                str(token.place),
+                str(token.token_id),
+                f"{token.left:.6f}",
+                f"{token.right:.6f}",
+                f"{token.size:.3g}",
+            )
+    console.print(worst)
+
+
+def _parser() -> argparse.ArgumentParser:
+    rollout, batch = Config().rollout, Config().batch
+    parser = argparse.ArgumentParser(description="Score the tokens of a rollout file under a model; compare scored files.")
+    parser.add_argument("--model", type=Path, help="model directory")
+    parser.add_argument("--teacher", type=Path, help="also score with this model, as teacher_log_probs")
+    parser.add_argument("--input", type=Path, required=True, help="rollout file (JSONL), or the scored file to compare")
+    parser.add_argument("--output", type=Path, help="scored file to write")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="report the differences to this scored or rollout file")
+    parser.add_argument("--tolerance", type=float, help="with --compare: exit with 1 if a difference is larger")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--teacher-tensor-parallel", type=int, help="default: the model's")
+    parser.add_argument("--teacher-pipeline-parallel", type=int, help="default: the model's")
+    parser.add_argument("--temperature", type=float, default=rollout.temperature, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], default=ModelConfig().dtype, help="default: %(default)s")
+    parser.add_argument(
+        "--micro-tokens", type=int, default=batch.micro_tokens, help="most tokens in one micro-batch (default: %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
