@@ -1,6 +1,6 @@
 """Score the tokens of a rollout file under a model (and a teacher), in any layout; compare two scored files.
 
-torchrun --nproc-per-node 4 tools/score.py --model DIR --input R.jsonl --output S.jsonl --tensor-parallel 2 --pipeline-parallel 2
+    torchrun --nproc-per-node 2 tools/score.py --model DIR --input R.jsonl --output S.jsonl --tensor-parallel 2
 python tools/score.py --input S.jsonl --compare OTHER.jsonl
 """
 
