@@ -50,7 +50,8 @@ def fused_top_k_reverse_kl(
     `tail` says what becomes of the tokens outside S:
     `truncate`: they are left out, sum_S p (log p - log q), which may be negative;
     `renormalize`: p and q are scaled to sum to 1 on S;
-    `bucket`: together they are one more token, p_out (log p_out - log q_out) with p_out = sum_{v not in S} p_v.
+    `bucket`: together they are one more token, p_out (log p_out - log q_out) with p_out = sum_{v not in S} p_v; a mass
+    below the smallest normal number of the statistics' type counts as that number in the logarithms.
 
     Args:
         top_k: the size of S. Of equal logits the lower token ids are chosen, whatever the layout.
