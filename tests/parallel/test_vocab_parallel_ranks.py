@@ -11,7 +11,7 @@ from tests.ranks import RankPool
 from tests.reference import vocabulary
 from tests.reference.vocabulary import KINDS, Layout, Problem, answer, assert_same, dense, make_problem
 
-EXACT = dict(rtol=1e-10, atol=1e-11)
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
 FUSED = [kind for kind in KINDS if kind != "logits"]
 TAUGHT = [kind for kind in FUSED if kind != "head"]
 
@@ -102,8 +102,8 @@ def test_float32(pool: RankPool, layout: Layout) -> None:
 
 
 def test_bfloat16_agrees_with_one_rank(pool: RankPool, layout: Layout) -> None:
-    """The logits of each column are the same product on any layout, so the log-probs agree far below bfloat16's precision; dX is
-    the sum of the ranks' rounded parts."""
+    """The logits of each column are the same product on any layout, so the log-probs agree far below bfloat16's
+    precision; dX is the sum of the ranks' rounded parts."""
     problem, kinds = make_problem(scale=0.3).to(torch.bfloat16), fits(["head", "exact"], layout)
     by_rank = pool.run(answers, [problem], kinds, layout)
     for i, kind in enumerate(kinds):

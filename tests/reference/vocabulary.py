@@ -2,8 +2,8 @@
 
 The reference is dense float64 autograd on whole logits and shares no code with kdrl_mcore.
 
-S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens, P columns
-with padding.
+S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens,
+P columns with padding.
 """
 
 from __future__ import annotations
@@ -178,9 +178,11 @@ def call(
         log_probs_T, entropy_T = token_log_probs_and_entropy(logits_TP, p.targets_T, shard, p.temperature)
         divergence_T = torch.zeros_like(log_probs_T)
         return p.loss(log_probs_T, entropy_T, divergence_T, slice(None)).sum(), log_probs_T, entropy_T, divergence_T
-    options: dict[str, Any] = dict(
-        temperature=p.temperature, sequence_parallel=layout.sequence_parallel, chunk_tokens=layout.chunk_tokens
-    )
+    options: dict[str, Any] = {
+        "temperature": p.temperature,
+        "sequence_parallel": layout.sequence_parallel,
+        "chunk_tokens": layout.chunk_tokens,
+    }
     if kind == "head":
         loss, log_probs_T, entropy_T = fused_head(
             hidden_SH,
@@ -216,7 +218,7 @@ def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
 
 
 def assert_same(answers: list[Answer], expected: Answer, layout: Layout, **tolerance: float) -> None:
-    """Every rank's numbers are the expected ones, the ranks' parts of the gradients put together as well, and padding got none."""
+    """Every rank has the expected numbers, the gradients put together are the expected ones, and padding got none."""
     for one in answers:
         for name in ("loss", "log_probs_T", "entropy_T", "divergence_T"):
             torch.testing.assert_close(getattr(one, name).double(), getattr(expected, name), **tolerance)

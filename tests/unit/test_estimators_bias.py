@@ -1,7 +1,7 @@
 """Which estimators of the reverse KL have the right gradient in expectation, and how much they scatter.
 
-The expectation is exact: every token of the vocabulary is once the target, weighed by mu, the policy that sampled. The estimators are
-the trainer's, on log-probs from the vocab-parallel head. Off-policy mu differs from the student pi.
+The expectation is exact: every token of the vocabulary is once the target, weighed by mu, the policy that sampled. The
+estimators are the trainer's, on log-probs from the vocab-parallel head. Off-policy mu differs from the student pi.
 
 N prefixes, V tokens; T = N * V rows, each prefix once with every token. H hidden.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kdrl_mcore.objective.divergences import importance_weight, k1, k2, k3
 from kdrl_mcore.vocab_parallel import VocabShard, fused_head, fused_top_k_unbiased
-from tests.ranks import RankPool
 
 N, V, H, TOP_K = 3, 21, 6, 5
 RANKS = [1, 2]
