@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -61,8 +60,8 @@ class StudentConfig:
 class TeacherParallelConfig:
     """The teacher's own layout over the same ranks; its data-parallel size is what is left over."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # ranks that split each of its layers
+    pipeline: int = 1  # stages of its layers
 
 
 @dataclass
@@ -78,16 +77,16 @@ class TeacherConfig:
 class ParallelConfig:
     """The student's layout; its data-parallel size is world / (tensor * pipeline * context)."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # ranks that split each layer
+    pipeline: int = 1  # stages of layers
     virtual_pipeline: int | None = None  # model chunks per pipeline rank
-    context: int = 1
-    expert: int = 1
-    sequence_parallel: bool = False
+    context: int = 1  # ranks that split the tokens of a micro-batch
+    expert: int = 1  # ranks that split the experts of a mixture
+    sequence_parallel: bool = False  # tensor-parallel ranks also split norms and residuals, by tokens
     recompute: str = "none"  # activation recompute: none, selective or full
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks (adam only)
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass goes on
+    overlap_param_gather: bool = False  # gather updated parameters while the forward pass goes on
 
 
 @dataclass
@@ -125,14 +124,14 @@ class SamplerCorrectionConfig:
     """Correction of the GRPO term for a sampler that differs numerically from the trainer."""
 
     kind: str = "none"  # none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound])
-    bound: float = 2.0
+    bound: float = 2.0  # C of truncated importance sampling
 
 
 @dataclass
 class ReferenceKLConfig:
     """Optional KL to a frozen copy of the initial student."""
 
-    coefficient: float = 0.0
+    coefficient: float = 0.0  # 0 is off, and no reference model is loaded
     estimator: str = "k3"  # k2 or k3
 
 
@@ -146,8 +145,8 @@ class ObjectiveConfig:
     kd: DistillationConfig = field(default_factory=DistillationConfig)
     aggregation: str = "token_mean"  # token_mean, sequence_mean or sequence_sum_norm
     normalize_by_std: bool = True  # divide the group-centred reward by the group's standard deviation
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = 0.2  # the policy ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2  # see clip_low
     sampler_correction: SamplerCorrectionConfig = field(default_factory=SamplerCorrectionConfig)
     reference_kl: ReferenceKLConfig = field(default_factory=ReferenceKLConfig)
 
@@ -158,11 +157,11 @@ class RolloutConfig:
 
     engine: str = "megatron"  # megatron (the student itself), replay, or vllm
     path: str | None = None  # replay: the rollout file (JSONL)
-    prompts_per_step: int = 16
-    responses_per_prompt: int = 8
+    prompts_per_step: int = 16  # P
+    responses_per_prompt: int = 8  # G, the size of a group
     max_prompt_tokens: int = 1024  # longer prompts are an error when the data is loaded
-    max_response_tokens: int = 64
-    temperature: float = 1.0
+    max_response_tokens: int = 64  # a longer response is cut off (finish reason "length")
+    temperature: float = 1.0  # of sampling, and of every log-prob of student and teacher in training
     top_p: float = 1.0  # 1.0 is off; the log-probs are then those of the truncated distribution
     max_sequences: int = 256  # responses one data-parallel replica decodes at once
     max_log_prob_drift: float | None = None  # largest |sampler - trainer| log-prob that is rounding; None goes by model.dtype
@@ -173,8 +172,8 @@ class RewardConfig:
     """The rule-based verifier."""
 
     kind: str = "math_verify"  # math_verify (\\boxed{} answers) or exact_match
-    correct: float = 1.0
-    incorrect: float = 0.0
+    correct: float = 1.0  # reward of a correct response
+    incorrect: float = 0.0  # reward of an incorrect one
     format_bonus: float = 0.0  # added when the response ends properly and holds exactly one \\boxed{} answer
     timeout: float = 5.0  # seconds for one answer; a verifier that takes longer is killed and the answer is incorrect
     workers: int = 2  # verifier processes per data-parallel replica
@@ -184,16 +183,16 @@ class RewardConfig:
 class DataConfig:
     """Prompts: JSONL or parquet files, or a hub id, with a prompt and an answer per row."""
 
-    train: str | None = None
-    eval: str | None = None
+    train: str | None = None  # prompts to train on: a JSONL or parquet file, or a hub id
+    eval: str | None = None  # held-out prompts, likewise
     split: str = "train"  # for a hub id
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
+    prompt_key: str = "prompt"  # column of the problem
+    answer_key: str = "answer"  # column of the reference answer
     response_key: str = "response"  # sft: the given response
     template: str = "chat"  # chat (the tokenizer's chat template) or plain (`plain_template`)
-    plain_template: str = "{prompt}"
-    system_prompt: str | None = None
-    shuffle: bool = True
+    plain_template: str = "{prompt}"  # where the problem stands in the text
+    system_prompt: str | None = None  # chat template only
+    shuffle: bool = True  # a new order in each epoch, a function of the seed
 
 
 @dataclass
@@ -204,7 +203,7 @@ class EvalConfig:
     at_start: bool = False  # also before the first step
     samples: int = 1  # k of avg@k
     greedy: bool = True  # also report greedy accuracy
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the sampled responses
     max_prompts: int = 0  # 0 takes all
 
 
@@ -221,15 +220,15 @@ class OptimizerConfig:
     """The student's optimizer."""
 
     name: str = "adam"  # adam (AdamW) or sgd (no momentum)
-    lr: float = 1e-6
+    lr: float = 1e-6  # peak learning rate
     schedule: str = "constant"  # of the learning rate: constant, linear or cosine
-    warmup_steps: int = 0
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
+    warmup_steps: int = 0  # linear warm-up of the learning rate
+    min_lr: float = 0.0  # where linear and cosine end
+    weight_decay: float = 0.0  # decoupled (AdamW)
     clip_grad: float = 1.0  # global gradient norm; 0 is off
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.95  # decay of the second moment
+    adam_eps: float = 1e-8  # added to the root of the second moment
 
 
 @dataclass
@@ -247,7 +246,7 @@ class LoggingConfig:
     """What the run shows and keeps."""
 
     progress: bool = True  # live display on rank 0
-    tensorboard: bool = True
+    tensorboard: bool = True  # write tensorboard/ beside metrics.jsonl
     rollouts: bool = True  # write rollouts/step_*.jsonl
 
 
@@ -255,8 +254,8 @@ class LoggingConfig:
 class ClusterConfig:
     """The machine, for launch scripts and planning; training itself takes its size from torchrun."""
 
-    nodes: int = 1
-    gpus_per_node: int = 8
+    nodes: int = 1  # machines of the job
+    gpus_per_node: int = 8  # ranks on each
 
 
 @dataclass
@@ -419,8 +418,3 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
 def _nearest(word: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean '{matches[0]}'?" if matches else ""
-
-
-def describe_keys() -> str:
-    """Every configuration key with its default, as YAML: the `--help` of the command line."""
-    return yaml.safe_dump(OmegaConf.to_container(OmegaConf.structured(Config())), sort_keys=False)

@@ -7,13 +7,15 @@ import sys
 
 import torch.distributed as dist
 
-from kdrl_mcore.config import describe_keys, load_config
+from kdrl_mcore.config import load_config
+from kdrl_mcore.config_help import help_text
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
 
 USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
 
 Groups: experiment, objective, rollout, reward (see conf/). Every key with its default:
+
 """
 
 
@@ -24,7 +26,7 @@ def main(overrides: list[str]) -> int:
         The exit code: 0, or that of the error, which is printed on one line by the rank that has it.
     """
     if any(word in ("-h", "--help") for word in overrides):
-        print(USAGE + describe_keys())
+        print(USAGE + help_text())
         return 0
     try:
         config = load_config(overrides)
