@@ -35,6 +35,8 @@ class Measurement:
 
     Attributes:
         seconds: the median of the repeats, of the slowest rank.
+        cpu_seconds: likewise, of the CPU time of a rank's process. On a quiet machine about seconds times threads; where others
+            compute as well, the better measure.
         extra_bytes: peak memory above the inputs, of the largest rank; the gradients are part of it.
         difference: largest difference of loss, dX or dW to the first variant's, relative to the largest element; None for that
             variant itself and for the bare products.
@@ -42,7 +44,9 @@ class Measurement:
 
     variant: str
     seconds: float
+    cpu_seconds: float
     all_seconds: list[float]
+    all_cpu_seconds: list[float]
     extra_bytes: float
     difference: float | None
 
@@ -111,7 +115,7 @@ def vocab_parallel(options: argparse.Namespace) -> None:
 
 
 def measure(problem: Problem, repeats: int, console: Console) -> list[Measurement]:
-    """All variants on one problem: the first run of each for its memory, then in turn for time, then once for equality."""
+    """All variants on one problem: the first run of each for memory and equality, then in turn for time."""
     names = [name for name in VARIANTS if name != "materialised" or _fits(problem, console)]
     references = [Reference.empty(problem) for _ in range(problem.tp)]
     with ExitStack() as stack:
@@ -121,19 +125,29 @@ def measure(problem: Problem, repeats: int, console: Console) -> list[Measuremen
             ranks[name] = Ranks(name, problem, references, folder)
             stack.callback(ranks[name].close)
         status = stack.enter_context(console.status(""))
-        status.update(f"{_title(problem)}: memory")
-        memory = {name: ranks[name].ask("memory") for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        status.update(f"{_title(problem)}: first runs")
+        first = {name: ranks[name].ask("publish" if name == names[0] else "first") for name in names}
+        runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in names}
         for repeat in range(repeats):
             for name in names:
                 status.update(f"{_title(problem)}: {name}, {repeat + 1} of {repeats}")
-                seconds[name].append(ranks[name].ask("time"))
-        status.update(f"{_title(problem)}: equality")
-        difference: dict[str, float | None] = dict.fromkeys(names)
-        ranks[names[0]].ask("publish")
-        for name in names[1:-1]:
-            difference[name] = ranks[name].ask("compare")
-    return [Measurement(name, median(seconds[name]), seconds[name], memory[name], difference[name]) for name in names]
+                runs[name].append(ranks[name].ask("time"))
+    return [_measurement(name, first[name], runs[name]) for name in names]
+
+
+def _measurement(variant: str, first: list[dict[str, float]], runs: list[list[dict[str, float]]]) -> Measurement:
+    """From the answers of each rank, and of each rank in each repeat."""
+    seconds, cpu_seconds = ([max(rank[key] for rank in run) for run in runs] for key in ("seconds", "cpu_seconds"))
+    differences = [rank["difference"] for rank in first if "difference" in rank]
+    return Measurement(
+        variant,
+        median(seconds),
+        median(cpu_seconds),
+        seconds,
+        cpu_seconds,
+        max(rank["extra_bytes"] for rank in first),
+        max(differences, default=None),
+    )
 
 
 def table(problem: Problem, measured: list[Measurement]) -> Table:
@@ -142,23 +156,20 @@ def table(problem: Problem, measured: list[Measurement]) -> Table:
     bare, materialised = by_name["bare products"], by_name.get("materialised")
     result = Table(title=_title(problem), title_justify="left")
     result.add_column("variant", no_wrap=True)
-    for name in ("time", "/ bare", "/ materialised", "TFLOP/s", "extra memory", "/ materialised", "difference"):
+    for name in ("time", "/ bare", "/ mat.", "CPU time", "/ bare", "/ mat.", "TFLOP/s", "extra memory", "/ mat.", "difference"):
         result.add_column(name, justify="right")
     for one in measured:
-        against = ("-", "-")
-        if materialised is not None:
-            against = (
-                f"{one.seconds / materialised.seconds:.2f}",
-                f"1/{materialised.extra_bytes / max(one.extra_bytes, 1.0):.1f}",
-            )
         result.add_row(
             one.variant,
             f"{one.seconds:.3f} s",
             f"{one.seconds / bare.seconds:.2f}",
-            against[0],
+            "-" if materialised is None else f"{one.seconds / materialised.seconds:.2f}",
+            f"{one.cpu_seconds:.3f} s",
+            f"{one.cpu_seconds / bare.cpu_seconds:.2f}",
+            "-" if materialised is None else f"{one.cpu_seconds / materialised.cpu_seconds:.2f}",
             f"{problem.flop / one.seconds / 1e12:.3f}",
             f"{one.extra_bytes / 2**20:.0f} MiB",
-            against[1],
+            "-" if materialised is None else f"1/{materialised.extra_bytes / max(one.extra_bytes, 1.0):.1f}",
             "-" if one.difference is None else f"{one.difference:.1e}",
         )
     return result

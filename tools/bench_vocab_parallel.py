@@ -274,15 +274,15 @@ class Ranks:
             theirs.close()
             self._members.append((process, connection))
 
-    def ask(self, command: str) -> float:
-        """Run a command on every rank; the largest of their answers.
+    def ask(self, command: str) -> list[dict[str, float]]:
+        """Run a command on every rank; their answers.
 
         Raises:
             KdrlError: a rank failed or died.
         """
         for _, connection in self._members:
             connection.send(command)
-        answers: list[float] = []
+        answers: list[dict[str, float]] = []
         for rank, (process, connection) in enumerate(self._members):
             try:
                 answer = connection.recv() if connection.poll(TIMEOUT) else f"no answer in {TIMEOUT:g} s"
@@ -292,7 +292,7 @@ class Ranks:
             if isinstance(answer, str):
                 raise KdrlError(f"{self._variant}, rank {rank}, {command}: {answer}")
             answers.append(answer)
-        return max(answers)
+        return answers
 
     def close(self) -> None:
         """End the processes."""
@@ -302,8 +302,8 @@ class Ranks:
 
 
 def _serve(variant: str, problem: Problem, rank: int, store: Path, reference: Reference, connection: Connection) -> None:
-    """The life of one rank. Commands: `memory` (bytes above the inputs, of the first run), `time` (seconds), `compare` (the
-    largest difference to the reference relative to its largest element), `publish` (become the reference)."""
+    """The life of one rank. Commands: `first`, the untimed first run: `extra_bytes` at its peak, and `difference` to the
+    reference; `publish`, the same, and its results become the reference; `time`: `seconds` that passed and `cpu_seconds`."""
     try:
         torch.set_num_threads(problem.threads)
         if problem.device == "cuda":
@@ -313,12 +313,10 @@ def _serve(variant: str, problem: Problem, rank: int, store: Path, reference: Re
             address = f"file://{store}"
             dist.init_process_group(backend, address, timedelta(seconds=TIMEOUT), world_size=problem.tp, rank=rank)
         inputs = make_inputs(problem, rank, dist.group.WORLD if problem.tp > 1 else None)
-        run = partial(VARIANTS[variant], inputs)
         commands = {
-            "memory": partial(_extra_memory, variant, inputs),
-            "time": partial(_seconds, run, inputs),
-            "publish": partial(_publish, run, inputs, reference),
-            "compare": partial(_compare, run, inputs, reference),
+            "publish": partial(_first, variant, inputs, reference, publish=True),
+            "first": partial(_first, variant, inputs, reference, publish=False),
+            "time": partial(_time, partial(VARIANTS[variant], inputs), inputs),
         }
         while True:
             command = connection.recv()
@@ -330,21 +328,37 @@ def _serve(variant: str, problem: Problem, rank: int, store: Path, reference: Re
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _extra_memory(variant: str, inputs: Inputs) -> float:
-    """Code and thread pools are warmed by a run with few tokens first. CPU: the resident set's peak."""
+def _first(variant: str, inputs: Inputs, reference: Reference, *, publish: bool) -> dict[str, float]:
+    """Code and thread pools are warmed by a run with few tokens, so that they do not count as memory."""
     VARIANTS[variant](inputs.first(WARM_UP_TOKENS))
     inputs.weight_VH.grad = None
     gc.collect()
+    extra_bytes, loss = _extra_memory(partial(VARIANTS[variant], inputs), inputs)
+    if loss is None:
+        return {"extra_bytes": extra_bytes}
+    assert inputs.hidden_TH.grad is not None and inputs.weight_VH.grad is not None
+    results = loss.reshape(1), inputs.hidden_TH.grad, inputs.weight_VH.grad
+    if publish:
+        for kept, value in zip(reference.tensors(), results, strict=True):
+            kept.copy_(value)
+        return {"extra_bytes": extra_bytes}
+    pairs = [(value.float().cpu(), kept) for value, kept in zip(results, reference.tensors(), strict=True)]
+    difference = max(float((value - kept).abs().max() / kept.abs().max()) for value, kept in pairs)
+    return {"extra_bytes": extra_bytes, "difference": difference}
+
+
+def _extra_memory(run: Callable[[], Tensor | None], inputs: Inputs) -> tuple[float, Tensor | None]:
+    """(bytes at the run's peak above what was there before, the run's result). CPU: of the resident set."""
     if inputs.hidden_TH.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        VARIANTS[variant](inputs)
-        return float(torch.cuda.max_memory_allocated() - before)
+        loss = run()
+        return float(torch.cuda.max_memory_allocated() - before), loss
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
     before = _status_bytes("VmRSS")
-    VARIANTS[variant](inputs)
-    return float(_status_bytes("VmHWM") - before)
+    loss = run()
+    return float(_status_bytes("VmHWM") - before), loss
 
 
 def _status_bytes(name: str) -> int:
@@ -354,33 +368,16 @@ def _status_bytes(name: str) -> int:
     raise KdrlError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
 
 
-def _seconds(run: Callable[[], Any], inputs: Inputs) -> float:
+def _time(run: Callable[[], Any], inputs: Inputs) -> dict[str, float]:
     if inputs.shard.ranks > 1:
         dist.barrier()
     _synchronize(inputs)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     run()
     _synchronize(inputs)
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
 
 
 def _synchronize(inputs: Inputs) -> None:
     if inputs.hidden_TH.is_cuda:
         torch.cuda.synchronize()
-
-
-def _results(run: Callable[[], Any], inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    loss = run()
-    assert inputs.hidden_TH.grad is not None and inputs.weight_VH.grad is not None
-    return loss.reshape(1).float().cpu(), inputs.hidden_TH.grad.float().cpu(), inputs.weight_VH.grad.float().cpu()
-
-
-def _publish(run: Callable[[], Any], inputs: Inputs, reference: Reference) -> float:
-    for kept, value in zip(reference.tensors(), _results(run, inputs), strict=True):
-        kept.copy_(value)
-    return 0.0
-
-
-def _compare(run: Callable[[], Any], inputs: Inputs, reference: Reference) -> float:
-    pairs = zip(reference.tensors(), _results(run, inputs), strict=True)
-    return max(float((value - kept).abs().max() / kept.abs().max()) for kept, value in pairs)

@@ -14,8 +14,9 @@ from torch import Tensor
 from kdrl_mcore.vocab_parallel.logits import MASKED
 
 STATISTICS_BLOCK = 4096
+TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
-"""Columns that one program handles at a time."""
+"""Columns that one program handles at a time: as many as keep its sums in registers with four programs on a multiprocessor."""
 WARPS = 8
 
 
@@ -26,7 +27,7 @@ def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
     rows, columns = z_CV.shape
     out_KC = torch.empty(3 if y_CV is None else 6, rows, dtype=torch.float32, device=z_CV.device)
     if rows:
-        block = min(STATISTICS_BLOCK, triton.next_power_of_2(max(columns, 1)))
+        block = min(STATISTICS_BLOCK if y_CV is None else TEACHER_STATISTICS_BLOCK, triton.next_power_of_2(max(columns, 1)))
         with torch.cuda.device_of(z_CV):
             _statistics[(rows,)](
                 z_CV,
