@@ -5,7 +5,9 @@ C rows of the chunk, H hidden, G the teacher's hidden, V real vocabulary columns
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -21,7 +23,6 @@ from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """(log-probs [C], entropies [C], divergences [C], which of the T rows) -> loss of each token [C]."""
-
 
 Kernels = Literal["auto", "torch", "triton"]
 """What computes a chunk: `auto` is Triton's kernels on CUDA where triton can be imported and no type is float64, else torch."""
@@ -40,12 +41,23 @@ def logits_memory(
     wide = torch.float64 in (dtype, teacher_dtype)
     if kernels == "triton" and wide:
         raise ValueError("Triton's kernels add up in float32 and would lose float64's precision: use kernels='torch'")
-    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and not wide and find_spec("triton") is not None):
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and not wide and _has_triton()):
         # Not at the top: triton is optional, and on CPU only its interpreter could run.
         from kdrl_mcore.vocab_parallel.triton_logits import TritonLogits
 
         return TritonLogits.allocate(rows, columns, dtype, teacher_dtype, device)
     return TorchLogits.allocate(rows, columns, dtype, teacher_dtype, device)
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether triton can be imported; logs it once if not."""
+    found = find_spec("triton") is not None
+    if not found:
+        logging.getLogger(__name__).warning(
+            "triton is not installed: the output head runs in plain torch, slower and with more memory"
+        )
+    return found
 
 
 class Chunk:
