@@ -5,61 +5,59 @@ C rows of the chunk, H hidden, G the teacher's hidden, V real vocabulary columns
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
-from kdrl_mcore.vocab_parallel.comparison import Compare, LogitsTerms, TokenSums
-from kdrl_mcore.vocab_parallel.logits import known_or_nan, local_peak, local_target
+from kdrl_mcore.vocab_parallel.comparison import Compare, TokenSums
+from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-
-ROW_ALIGNMENT_BYTES = 64
-"""Rows of logits start at multiples of this: matrix products on GPUs are slow with odd row strides."""
+from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """(log-probs [C], entropies [C], divergences [C], which of the T rows) -> loss of each token [C]."""
 
+Kernels = Literal["auto", "torch", "triton"]
+"""What computes a chunk: `auto` is Triton's kernels on CUDA where triton can be imported and no type is float64, else torch."""
 
-@dataclass(frozen=True)
-class Buffers:
-    """Memory that every chunk uses again: `student_CV`, `exp_CV` and `teacher_CV` in at least float32, and the matrix products'
-    own precision where that is lower."""
 
-    student_CV: Tensor
-    exp_CV: Tensor
-    teacher_CV: Tensor | None
-    low_CV: Tensor | None
-    teacher_low_CV: Tensor | None
+def logits_memory(
+    kernels: Kernels, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
+) -> ChunkLogits:
+    """Memory for chunks of up to `rows` rows, with the chosen way to compute; `teacher_dtype` is None without a teacher.
 
-    @classmethod
-    def allocate(
-        cls, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
-    ) -> Buffers:
-        """Buffers for chunks of up to `rows` rows; `teacher_dtype` is None without a teacher."""
-        wide = torch.promote_types(dtype, torch.float32)
+    Raises:
+        ValueError: `kernels` is unknown, or is `triton` and a type is float64.
+    """
+    if kernels not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels is '{kernels}': it must be auto, torch or triton")
+    wide = torch.float64 in (dtype, teacher_dtype)
+    if kernels == "triton" and wide:
+        raise ValueError("Triton's kernels add up in float32 and would lose float64's precision: use kernels='torch'")
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and not wide and _has_triton()):
+        # Not at the top: triton is optional, and on CPU only its interpreter could run.
+        from kdrl_mcore.vocab_parallel.triton_logits import TritonLogits
 
-        def empty(dtype: torch.dtype) -> Tensor:
-            aligned = ROW_ALIGNMENT_BYTES // dtype.itemsize
-            return torch.empty(rows, -(-columns // aligned) * aligned, dtype=dtype, device=device)[:, :columns]
+        return TritonLogits.allocate(rows, columns, dtype, teacher_dtype, device)
+    return TorchLogits.allocate(rows, columns, dtype, teacher_dtype, device)
 
-        low_CV = None if dtype == wide else empty(dtype)
-        teacher_low_CV = None
-        if teacher_dtype is not None and teacher_dtype != wide:
-            teacher_low_CV = low_CV if teacher_dtype == dtype else empty(teacher_dtype)
-        return cls(empty(wide), empty(wide), None if teacher_dtype is None else empty(wide), low_CV, teacher_low_CV)
 
-    def first(self, rows: int) -> Buffers:
-        """The first rows of each."""
-
-        def cut(buffer: Tensor | None) -> Tensor | None:
-            return None if buffer is None else buffer[:rows]
-
-        return Buffers(
-            self.student_CV[:rows], self.exp_CV[:rows], cut(self.teacher_CV), cut(self.low_CV), cut(self.teacher_low_CV)
+@cache
+def _has_triton() -> bool:
+    """Whether triton can be imported; logs it once if not."""
+    found = find_spec("triton") is not None
+    if not found:
+        logging.getLogger(__name__).warning(
+            "triton is not installed: the output head runs in plain torch, slower and with more memory"
         )
+    return found
 
 
 class Chunk:
@@ -77,7 +75,7 @@ class Chunk:
         targets_C: Tensor,
         shard: VocabShard,
         temperature: float,
-        buffers: Buffers,
+        logits: ChunkLogits,
         teacher: tuple[Tensor, Tensor, Compare] | None,
     ) -> None:
         """Logits and statistics.
@@ -89,36 +87,21 @@ class Chunk:
         Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
         four (six with a teacher, and the comparison's), and the comparison's own.
         """
-        self._buffers, self._targets_C, self._shard, self._temperature = buffers, targets_C, shard, temperature
-        z_CV, e_CV = buffers.student_CV, buffers.exp_CV
-        y_CV = None if teacher is None else buffers.teacher_CV
-        _project(hidden_CH, weight_VH, temperature, z_CV, buffers.low_CV)
-        peaks = [local_peak(z_CV)]
-        sums: list[Tensor] = []
-        if teacher is not None:
-            assert y_CV is not None
-            _project(*teacher[:2], temperature, y_CV, buffers.teacher_low_CV)
-            peaks.append(local_peak(y_CV))
-        peaks_KC = max_over_ranks(torch.stack(peaks), shard)
-        if y_CV is not None:
-            y_CV.sub_(peaks_KC[1][:, None])
-            torch.exp(y_CV, out=e_CV)
-            sums += [e_CV.sum(dim=1), local_target(y_CV, targets_C, shard)[0]]
-        z_CV.sub_(peaks_KC[0][:, None])
-        torch.exp(z_CV, out=e_CV)
-        target_C, held_C = local_target(z_CV, targets_C, shard)
-        self._comparison = None
-        more_KC = z_CV.new_empty(0, len(targets_C))
-        if teacher is not None and y_CV is not None:
-            self._comparison = teacher[2](z_CV, y_CV, e_CV, shard)
-            more_KC = self._comparison.sums_KC
-        total_C = e_CV.sum(dim=1)
-        # From here on the student's buffer holds e_v z_v: all that the entropy, and later its derivative, needs.
-        product_C = z_CV.mul_(e_CV).sum(dim=1)
-        sums_KC = sum_over_ranks(torch.cat((torch.stack((total_C, product_C, target_C, held_C, *sums)), more_KC)), shard)
-        self._total_C, product_C, target_C, holders_C = sums_KC[:4]
+        self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
+        peaks_KC = logits.project(hidden_CH, weight_VH, None if teacher is None else teacher[:2], temperature)
+        logits.centre(max_over_ranks(peaks_KC, shard))
+        own_C, column_C = shard.locate(targets_C)
+        targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
+        held_C = own_C.to(peaks_KC.dtype)
+        self._comparison = None if teacher is None else teacher[2](logits, shard)
+        more_KC = peaks_KC.new_empty(0, len(targets_C)) if self._comparison is None else self._comparison.sums_KC
+        parts = logits.totals(), torch.stack((*targets, held_C)), more_KC
+        sums_KC = sum_over_ranks(torch.cat(parts), shard)
+        models = len(targets)
+        self._total_C, product_C, *self._teacher_total = sums_KC[: models + 1]
+        target_C, *self._teacher_target = sums_KC[models + 1 : 2 * models + 1]
+        holders_C, self._comparison_sums_KC = sums_KC[2 * models + 1], sums_KC[2 * models + 2 :]
         self._log_total_C = self._total_C.log()
-        self._teacher_sums_KC, self._comparison_sums_KC = sums_KC[4 : 4 + len(sums)], sums_KC[4 + len(sums) :]
         self.log_prob_C = known_or_nan(target_C - self._log_total_C, holders_C)
         self.entropy_C = self._log_total_C - product_C / self._total_C
         self.divergence_C = torch.zeros_like(self.log_prob_C)
@@ -127,7 +110,7 @@ class Chunk:
         """(sum of the tokens' losses, dL/dlogits [C, V] or None where it is zero): of the logits before the temperature, in the
         parameters' precision.
 
-        The derivative stands in the chunk's buffers, whose contents are used up. No communication.
+        The derivative stands in the chunk's memory of logits, which are used up. No communication.
 
         Args:
             differentiate: whether to form the derivative at all.
@@ -139,8 +122,8 @@ class Chunk:
         leaves, divergence_C = [log_prob_C, entropy_C], self.divergence_C
         with torch.set_grad_enabled(differentiate):
             if self._comparison is not None:
-                log_total_C = self._teacher_sums_KC[0].log()
-                tokens = TokenSums(log_prob_C, self._log_total_C, self._teacher_sums_KC[1] - log_total_C, log_total_C)
+                log_total_C = self._teacher_total[0].log()
+                tokens = TokenSums(log_prob_C, self._log_total_C, self._teacher_target[0] - log_total_C, log_total_C)
                 leaf, divergence_C = self._comparison.divergence(self._comparison_sums_KC, tokens, self._targets_C, rows)
                 leaves.append(leaf)
                 self.divergence_C = divergence_C.detach()
@@ -158,36 +141,18 @@ class Chunk:
         return value.detach(), self._logits_gradient(*gradients)
 
     def _logits_gradient(self, g_C: Tensor | None, h_C: Tensor | None, d_leaf: Tensor | None = None) -> Tensor:
-        """dL/dlogits in place of e (then in the products' precision), from the derivatives in log-prob (g), entropy (h) and the
+        """dL/dlogits from the derivatives in log-prob (g), entropy (h) and the
         comparison's leaf.
 
         d log p_t / dz_v = 1[v = t] - p_v; dH / dz_v = -p_v (log p_v + H) with p_v = e_v / s.
         """
         terms: list[LogitsTerms] = []
         if g_C is not None:
-            terms.append(LogitsTerms(-g_C, one_hot=(self._targets_C[:, None], g_C[:, None])))
+            terms.append(LogitsTerms(-g_C))
         if h_C is not None:
-            row_C = h_C * (self._log_total_C - self.entropy_C)
-            terms.append(LogitsTerms(row_C, products=(self._buffers.student_CV, -h_C)))
+            terms.append(LogitsTerms(h_C * (self._log_total_C - self.entropy_C), product_row_C=-h_C))
         if d_leaf is not None:
             assert self._comparison is not None
             terms.append(self._comparison.logits_terms(d_leaf))
-        d_CV = self._buffers.exp_CV
-        scale_C = 1.0 / (self._total_C * self._temperature)
-        row_C = torch.stack([term.row_C for term in terms]).sum(dim=0)
-        d_CV.mul_((row_C * scale_C)[:, None])
-        for term in terms:
-            if term.products is not None:
-                d_CV.addcmul_(term.products[0], (term.products[1] * scale_C)[:, None])
-            if term.one_hot is not None and d_CV.size(1):
-                own_CK, columns_CK = self._shard.locate(term.one_hot[0])
-                d_CV.scatter_add_(1, columns_CK, torch.where(own_CK, term.one_hot[1] / self._temperature, 0.0).to(d_CV.dtype))
-        return d_CV if self._buffers.low_CV is None else self._buffers.low_CV.copy_(d_CV)
-
-
-def _project(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CV: Tensor, low_CV: Tensor | None) -> None:
-    """hidden @ weight^T / temperature, multiplied in the parameters' precision, then widened."""
-    product_CV = out_CV if low_CV is None else low_CV
-    torch.addmm(product_CV, hidden_CH, weight_VH.T, beta=0.0, alpha=1.0 / temperature, out=product_CV)
-    if low_CV is not None:
-        out_CV.copy_(low_CV)
+        targets = None if g_C is None else (self._targets_C, g_C)
+        return self._logits.gradient(terms, targets, self._total_C, self._temperature, self._shard)

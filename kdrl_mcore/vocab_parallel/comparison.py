@@ -1,8 +1,5 @@
 """What a divergence between student and teacher must offer so that the one pass over the head can include it.
 
-With z the student's logits over the temperature minus their largest over all ranks, e_v = exp(z_v) and s = sum_v e_v, the
-derivative of every loss here is rows of numbers times buffers that are already there, plus a few single columns: `LogitsTerms`.
-
 C rows of a chunk, V vocabulary columns of this rank, K numbers (or further tokens) per row.
 """
 
@@ -14,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
@@ -31,20 +29,6 @@ class TokenSums:
     log_total: Tensor
     teacher_log_prob: Tensor
     teacher_log_total: Tensor
-
-
-@dataclass(frozen=True)
-class LogitsTerms:
-    """Part of dL/dz_v: e_v / s * row_C + products_CV / s * product_row_C + sum_k values_CK 1[v = ids_CK].
-
-    Attributes:
-        products: (products_CV, product_row_C): a buffer that holds e_v times something, and its factor.
-        one_hot: (ids_CK, values_CK): global token ids, distinct within a row.
-    """
-
-    row_C: Tensor
-    products: tuple[Tensor, Tensor] | None = None
-    one_hot: tuple[Tensor, Tensor] | None = None
 
 
 class Comparison(ABC):
@@ -67,9 +51,5 @@ class Comparison(ABC):
         """What dL/dleaf adds to dL/dz. Called after `divergence`."""
 
 
-Compare = Callable[[Tensor, Tensor, Tensor, VocabShard], Comparison]
-"""(centred student logits [C, V], centred teacher logits [C, V], e [C, V], shard) -> Comparison.
-
-The teacher's buffer is the comparison's to overwrite and to keep until the chunk is done; the student's two must be left as
-they are. Collectives, if any, over the shard's group.
-"""
+Compare = Callable[[ChunkLogits, VocabShard], Comparison]
+"""(the chunk's centred logits of both models, shard) -> Comparison. Collectives, if any, over the shard's group."""

@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.comparison import Comparison, LogitsTerms, TokenSums
+from kdrl_mcore.vocab_parallel.chunk import Kernels
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
+from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
 from kdrl_mcore.vocab_parallel.engine import HeadPass, Teacher
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -35,6 +37,7 @@ def fused_exact_reverse_kl(
     temperature: float,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_head` with the exact reverse KL to a teacher: the joint loss, GRPO on log-probs and beta * D, is one pass.
 
@@ -69,6 +72,7 @@ def fused_exact_reverse_kl(
         temperature=temperature,
         sequence_parallel=sequence_parallel,
         chunk_tokens=chunk_tokens,
+        kernels=kernels,
     )
 
 
@@ -84,19 +88,19 @@ def fused_divergence(
     temperature: float,
     sequence_parallel: bool,
     chunk_tokens: int | None,
+    kernels: Kernels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_head` with any divergence that `teacher.compare` computes; see `fused_exact_reverse_kl`."""
-    return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher).run(
+    return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels).run(
         hidden_SH, weight_VH
     )
 
 
 class _ExactReverseKL(Comparison):
-    """Keeps e_v (y_v - z_v) in the teacher's buffer: its sum gives D, and it is all that dD/dz needs."""
+    """The leaf is D itself."""
 
-    def __init__(self, student_CV: Tensor, teacher_CV: Tensor, exp_CV: Tensor, shard: VocabShard) -> None:
-        self._products_CV = teacher_CV.sub_(student_CV).mul_(exp_CV)
-        self.sums_KC = self._products_CV.sum(dim=1)[None]
+    def __init__(self, logits: ChunkLogits, shard: VocabShard) -> None:
+        self.sums_KC = logits.difference_C()[None]
 
     def divergence(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         self._lse_difference_C = tokens.teacher_log_total - tokens.log_total
@@ -106,4 +110,4 @@ class _ExactReverseKL(Comparison):
         return leaf, leaf
 
     def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
-        return LogitsTerms(d_leaf * (self._lse_difference_C - self._value_C), products=(self._products_CV, -d_leaf))
+        return LogitsTerms(d_leaf * (self._lse_difference_C - self._value_C), difference_row_C=-d_leaf)

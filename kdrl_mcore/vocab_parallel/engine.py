@@ -3,7 +3,7 @@
 The loss is a sum over tokens, so a chunk of tokens can be finished at once: its logits, the few numbers per token that the
 ranks must agree on, the caller's loss of each token, the derivative of that small vector, the derivative of the logits (in
 their own buffer) and from it the chunk's part of dX and dW. Nothing is recomputed: 6*T*H*V/tp FLOP for loss and gradients,
-2*T*H*V/tp without gradients, and 2*D*G*V/tp for a teacher. Memory: dX, dW and two buffers of one chunk, three with a teacher.
+2*T*H*V/tp without gradients, and 2*D*G*V/tp for a teacher. Memory: dX, dW and a few buffers of one chunk.
 
 S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
 V vocabulary columns of this rank.
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdrl_mcore.vocab_parallel.chunk import Buffers, Chunk, ChunkLoss
+from kdrl_mcore.vocab_parallel.chunk import Chunk, ChunkLoss, Kernels, logits_memory
 from kdrl_mcore.vocab_parallel.collectives import gather_sequence, reduce_scatter_sequence, sum_over_ranks
 from kdrl_mcore.vocab_parallel.comparison import Compare
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 CHUNK_BYTES = 64 * 2**20
 """What one float32 buffer of a chunk may take, unless that is fewer rows than the matrix products need."""
-LEAST_CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
-"""With fewer rows the products wait for the weight and dW to pass through memory."""
+LEAST_CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
+"""With fewer rows the products wait for the weight and dW to pass through memory: dW takes 12 bytes of traffic per element and
+chunk against 6*C FLOP, which an H100 balances at about 600 rows."""
 
 
 def default_chunk_tokens(shard: VocabShard, device: torch.device) -> int:
@@ -37,7 +38,7 @@ def default_chunk_tokens(shard: VocabShard, device: torch.device) -> int:
     A function of the whole vocabulary and the number of ranks, not of this rank's columns: all ranks must cut alike.
     """
     columns = -(-shard.size // shard.ranks)
-    return max(LEAST_CHUNK_ROWS.get(device.type, 1024), CHUNK_BYTES // (4 * columns))
+    return max(LEAST_CHUNK_ROWS.get(device.type, 4096), CHUNK_BYTES // (4 * columns))
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class HeadPass:
     chunk_tokens: int | None
     chunk_loss: ChunkLoss | None = None
     teacher: Teacher | None = None
+    kernels: Kernels = "auto"
 
     def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, log-probs [T], entropy [T], divergence [T], 0 without a teacher); only the loss can have a gradient.
@@ -186,10 +188,10 @@ def _run(
     size = min(num_tokens, head.chunk_tokens or default_chunk_tokens(head.shard, weight_VH.device))
     teacher = head.teacher if head.teacher is not None and len(head.teacher.hidden_DG) else None
     num_taught = 0 if teacher is None else len(teacher.hidden_DG)
-    buffers = Buffers.allocate(
-        size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
+    memory = logits_memory(
+        head.kernels, size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
     )
-    wide = buffers.student_CV.dtype
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
     gradients = _Gradients(
         hidden_SH.new_zeros(num_tokens, hidden_SH.size(1)) if wanted[0] else None,
         torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None,
@@ -204,7 +206,7 @@ def _run(
             head.targets_T[rows],
             head.shard,
             head.temperature,
-            buffers.first(len(hidden_CH)),
+            memory.first(len(hidden_CH)),
             (teacher.hidden_DG[rows], teacher.weight_VG[:real], teacher.compare)
             if teacher is not None and rows.stop <= num_taught
             else None,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kdrl_mcore.vocab_parallel.chunk import Kernels
 from kdrl_mcore.vocab_parallel.engine import HeadPass
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -28,6 +29,7 @@ def fused_head(
     temperature: float,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
@@ -42,6 +44,7 @@ def fused_head(
         rows_T: the rows that predict the targets, counted in the whole sequence; no other row reaches the head.
         targets_T: token ids in [0, shard.size).
         chunk_tokens: rows per chunk, the same on every rank; None is `engine.default_chunk_tokens`.
+        kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` takes Triton where it can.
 
     Returns:
         (loss, log-probs [T], entropies [T]), float32 (float64 of float64), the same on every rank of the group. The last two
@@ -63,6 +66,7 @@ def fused_head(
         sequence_parallel,
         chunk_tokens,
         lambda log_probs_C, entropy_C, _, rows: token_loss(log_probs_C, entropy_C, rows),
+        kernels=kernels,
     ).run(hidden_SH, weight_VH)
     return loss, log_probs_T, entropy_T
 
@@ -78,11 +82,12 @@ def head_log_probs(
     temperature: float,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """log p[target] and the entropy of p = softmax(h W^T / temperature), [T] each, without gradient.
 
     Arguments, errors and collectives are those of `fused_head`'s forward pass.
     """
-    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens)
+    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, kernels=kernels)
     _, log_probs_T, entropy_T, _ = head.run(hidden_SH, weight_VH)
     return log_probs_T, entropy_T

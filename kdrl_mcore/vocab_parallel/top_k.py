@@ -17,8 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kdrl_mcore.vocab_parallel.chunk import Kernels
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import gather_columns
-from kdrl_mcore.vocab_parallel.comparison import Comparison, LogitsTerms, TokenSums
+from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
 from kdrl_mcore.vocab_parallel.divergence import DivergenceLoss, fused_divergence
 from kdrl_mcore.vocab_parallel.engine import Teacher
 from kdrl_mcore.vocab_parallel.logits import MASKED
@@ -44,6 +46,7 @@ def fused_top_k_reverse_kl(
     temperature: float,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_exact_reverse_kl` with a top-k set in place of the vocabulary.
 
@@ -78,6 +81,7 @@ def fused_top_k_reverse_kl(
         temperature=temperature,
         sequence_parallel=sequence_parallel,
         chunk_tokens=chunk_tokens,
+        kernels=kernels,
     )
 
 
@@ -96,6 +100,7 @@ def fused_top_k_unbiased(
     temperature: float,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A surrogate of the reverse KL whose gradient is unbiased: exact on the student's top-k set, sampled outside.
 
@@ -118,6 +123,7 @@ def fused_top_k_unbiased(
         temperature=temperature,
         sequence_parallel=sequence_parallel,
         chunk_tokens=chunk_tokens,
+        kernels=kernels,
     )
 
 
@@ -161,16 +167,18 @@ class _Candidates:
     teacher: Tensor
 
 
-def _choose(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard, top_k: int, support: str) -> _Candidates:
+def _choose(logits: ChunkLogits, shard: VocabShard, top_k: int, support: Support) -> _Candidates:
     """The set S of each row, the same on every rank. One all-gather of [C, 3*top_k] over the shard's group.
 
     Ids travel as floats, which are exact up to 2^24. Ranks stand in column order, so the stable sort over all candidates again
     prefers lower ids.
     """
-    column_CK = local_top_k(student_CV if support == "student" else teacher_CV, top_k)
+    column_CK = local_top_k(logits.ordered(support), top_k)
     missing = top_k - column_CK.size(1)
-    local = (column_CK + shard.start, student_CV.gather(1, column_CK), teacher_CV.gather(1, column_CK))
-    padded = [torch.nn.functional.pad(part.to(student_CV.dtype), (0, missing), value=MASKED) for part in local]
+    student_CK, teacher_CK = logits.at(column_CK)
+    assert teacher_CK is not None
+    local = ((column_CK + shard.start).to(student_CK.dtype), student_CK, teacher_CK)
+    padded = [torch.nn.functional.pad(part, (0, missing), value=MASKED) for part in local]
     gathered_CR3K = gather_columns(torch.cat(padded, dim=1), shard).unflatten(1, (shard.ranks, 3, top_k))
     ids_CM, student_CM, teacher_CM = (gathered_CR3K[:, :, i].flatten(1) for i in range(3))
     ranked_CM = student_CM if support == "student" else teacher_CM
@@ -181,12 +189,10 @@ def _choose(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard, top_k: in
 class _TopK(Comparison):
     """The leaf is log p of the set, [C, K]."""
 
-    def __init__(
-        self, student_CV: Tensor, teacher_CV: Tensor, exp_CV: Tensor, shard: VocabShard, *, top_k: int, support: str
-    ) -> None:
-        self._set = _choose(student_CV, teacher_CV, shard, top_k, support)
+    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, support: Support) -> None:
+        self._set = _choose(logits, shard, top_k, support)
         self._ids_CK = self._set.ids.long()
-        self.sums_KC = student_CV.new_empty(0, len(student_CV))
+        self.sums_KC = self._set.student.new_empty(0, len(self._ids_CK))
 
     def divergence(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p_CK = (self._set.student - tokens.log_total[:, None]).requires_grad_()
@@ -204,32 +210,12 @@ class _TopK(Comparison):
 
 
 class _TopKReverseKL(_TopK):
-    def __init__(
-        self,
-        student_CV: Tensor,
-        teacher_CV: Tensor,
-        exp_CV: Tensor,
-        shard: VocabShard,
-        *,
-        top_k: int,
-        support: str,
-        tail: str,
-    ) -> None:
-        super().__init__(student_CV, teacher_CV, exp_CV, shard, top_k=top_k, support=support)
+    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, support: Support, tail: Tail) -> None:
+        super().__init__(logits, shard, top_k=top_k, support=support)
         self._tail = tail
         if tail == "bucket":
-            self.sums_KC = self._sums_outside(teacher_CV, exp_CV, shard)
-
-    def _sums_outside(self, teacher_CV: Tensor, exp_CV: Tensor, shard: VocabShard) -> Tensor:
-        """sum_{v not in S} e_v of student and teacher: 1 - sum_S p would lose a small rest to rounding. Uses up the teacher."""
-        columns = exp_CV.size(1)
-        own_CK, column_CK = shard.locate(self._ids_CK)
-        # Tokens of other ranks point at a spare column.
-        outside_CV = torch.ones(len(exp_CV), columns + 1, dtype=torch.bool, device=exp_CV.device)
-        outside_CV = outside_CV.scatter_(1, torch.where(own_CK, column_CK, columns), False)[:, :columns]
-        teacher_C = teacher_CV.exp_().mul_(outside_CV).sum(dim=1)
-        student_C = torch.mul(exp_CV, outside_CV, out=teacher_CV).sum(dim=1)
-        return torch.stack((student_C, teacher_C))
+            # 1 - sum_S p would lose a small rest to rounding.
+            self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
 
     def _value(
         self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
@@ -249,17 +235,8 @@ class _TopKReverseKL(_TopK):
 
 
 class _TopKUnbiased(_TopK):
-    def __init__(
-        self,
-        student_CV: Tensor,
-        teacher_CV: Tensor,
-        exp_CV: Tensor,
-        shard: VocabShard,
-        *,
-        top_k: int,
-        sampler_log_probs_T: Tensor | None,
-    ) -> None:
-        super().__init__(student_CV, teacher_CV, exp_CV, shard, top_k=top_k, support="student")
+    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, sampler_log_probs_T: Tensor | None) -> None:
+        super().__init__(logits, shard, top_k=top_k, support="student")
         self._sampler_log_probs_T = sampler_log_probs_T
 
     def _value(

@@ -1,0 +1,114 @@
+"""What one chunk needs from its logits on this rank, whatever computes it: torch on any device, Triton's kernels on CUDA.
+
+Z are the student's logits, y the teacher's, both over the temperature and, from `centre` on, minus their largest over all
+ranks; e_v = exp(z_v). C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H and G hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+ROW_ALIGNMENT_BYTES = 64
+"""Rows of logits start at multiples of this: matrix products on GPUs are slow with odd row strides."""
+
+Model = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class LogitsTerms:
+    """Part of dL/dz_v: e_v / s * (row_C + z_v product_row_C + (y_v - z_v) difference_row_C) + sum_k values_CK 1[v = ids_CK].
+
+    Attributes:
+        one_hot: (ids_CK, values_CK): global token ids, distinct within a row.
+    """
+
+    row_C: Tensor
+    product_row_C: Tensor | None = None
+    difference_row_C: Tensor | None = None
+    one_hot: tuple[Tensor, Tensor] | None = None
+
+
+class ChunkLogits(ABC):
+    """The logits of one chunk, in memory that every chunk uses again. No method communicates.
+
+    The order of calls: `project`, `centre`, any of `at`, `ordered`, `difference_C` (once) and `outside` (after `at`), `totals`,
+    and `gradient`, after which the logits are gone.
+    """
+
+    @classmethod
+    @abstractmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
+    ) -> Self:
+        """Memory for chunks of up to `rows` rows; `teacher_dtype` is None without a teacher."""
+
+    @abstractmethod
+    def first(self, rows: int) -> Self:
+        """The first rows of the memory."""
+
+    @abstractmethod
+    def project(
+        self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
+    ) -> Tensor:
+        """The logits hidden @ weight^T / temperature, formed in the arguments' precision; `teacher` is (hidden [C, G], weight
+        [V, G]). Returns this rank's largest of each row, [1, C], or [2, C] with a teacher."""
+
+    @abstractmethod
+    def centre(self, peaks_KC: Tensor) -> None:
+        """Subtract the ranks' largest."""
+
+    @abstractmethod
+    def at(self, column_CK: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z, y) of local columns, [C, K] each in at least float32; y is None without a teacher. Zeros on a rank without
+        columns."""
+
+    @abstractmethod
+    def ordered(self, model: Model) -> Tensor:
+        """A [C, V] tensor whose rows are ordered as the model's logits are."""
+
+    @abstractmethod
+    def difference_C(self) -> Tensor:
+        """sum_v e_v (y_v - z_v), [C]."""
+
+    @abstractmethod
+    def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
+        """(sum_v e_v, sum_v exp(y_v)) over all columns but `column_CK`, [2, C]; entries that are not `own_CK` are ignored."""
+
+    @abstractmethod
+    def totals(self) -> Tensor:
+        """(sum_v e_v, sum_v e_v z_v), and with a teacher sum_v exp(y_v): [2, C] or [3, C]."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        terms: Sequence[LogitsTerms],
+        targets: tuple[Tensor, Tensor] | None,
+        total_C: Tensor,
+        temperature: float,
+        shard: VocabShard,
+    ) -> Tensor:
+        """dL/d(logits before the temperature), [C, V], in the matrix products' precision, in the chunk's own memory.
+
+        Args:
+            targets: (token ids [C], what to add to dL/dz there [C]).
+            total_C: s, the ranks' sum of e_v.
+        """
+
+
+def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, columns] whose rows start aligned."""
+    aligned = ROW_ALIGNMENT_BYTES // dtype.itemsize
+    return torch.empty(rows, -(-columns // aligned) * aligned, dtype=dtype, device=device)[:, :columns]
+
+
+def multiply(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CV: Tensor) -> None:
+    """hidden @ weight^T / temperature in the precision of all three."""
+    torch.addmm(out_CV, hidden_CH, weight_VH.T, beta=0.0, alpha=1.0 / temperature, out=out_CV)

@@ -1,0 +1,137 @@
+"""A chunk's logits through Triton's kernels: they are read once for all statistics and turned into their derivative in place.
+
+The matrix products' own output is the only [C, V] there is (one more for a teacher); nothing is widened, centred or
+exponentiated in memory. Imported only where Triton can run: on CUDA, or on CPU under Triton's interpreter.
+
+C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel import triton_kernels
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms, Model, empty_rows, multiply
+from kdrl_mcore.vocab_parallel.logits import MASKED
+from kdrl_mcore.vocab_parallel.shard import VocabShard
+
+
+class TritonLogits(ChunkLogits):
+    """Holds the logits as the products wrote them; `centre` only corrects the rows' sums for the ranks' largest logit."""
+
+    def __init__(self, student_CV: Tensor, teacher_CV: Tensor | None) -> None:
+        self._student_CV, self._teacher_buffer_CV = student_CV, teacher_CV
+        self._teacher_CV: Tensor | None = None
+        """The teacher's buffer where this chunk has a teacher."""
+
+    @classmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
+    ) -> Self:
+        return cls(
+            empty_rows(rows, columns, dtype, device),
+            None if teacher_dtype is None else empty_rows(rows, columns, teacher_dtype, device),
+        )
+
+    def first(self, rows: int) -> Self:
+        teacher_CV = self._teacher_buffer_CV
+        return type(self)(self._student_CV[:rows], None if teacher_CV is None else teacher_CV[:rows])
+
+    def project(
+        self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
+    ) -> Tensor:
+        multiply(hidden_CH, weight_VH, temperature, self._student_CV)
+        if teacher is not None:
+            assert self._teacher_buffer_CV is not None
+            self._teacher_CV = self._teacher_buffer_CV
+            multiply(*teacher, temperature, self._teacher_CV)
+        self._local_KC = triton_kernels.statistics(self._student_CV, self._teacher_CV)
+        return self._local_KC[::3].clone()  # the ranks' largest will overwrite it
+
+    def centre(self, peaks_KC: Tensor) -> None:
+        self._peaks_KC = peaks_KC
+        peak_C, total_C, product_C, *teacher = self._local_KC
+        shift_C = peak_C - peaks_KC[0]
+        scale_C = shift_C.exp()
+        self._totals_KC = torch.stack((total_C, product_C + shift_C * total_C)) * scale_C
+        if teacher:
+            teacher_peak_C, teacher_total_C, difference_C = teacher
+            teacher_shift_C = teacher_peak_C - peaks_KC[1]
+            self._totals_KC = torch.cat((self._totals_KC, (teacher_total_C * teacher_shift_C.exp())[None]))
+            self._difference_C = scale_C * (difference_C + (teacher_shift_C - shift_C) * total_C)
+
+    def at(self, column_CK: Tensor) -> tuple[Tensor, Tensor | None]:
+        def gather(logits_CV: Tensor, peak_C: Tensor) -> Tensor:
+            if logits_CV.size(1) == 0:
+                return peak_C.new_zeros(column_CK.shape)
+            return logits_CV.gather(1, column_CK).float() - peak_C[:, None]
+
+        student_CK = gather(self._student_CV, self._peaks_KC[0])
+        return student_CK, None if self._teacher_CV is None else gather(self._teacher_CV, self._peaks_KC[1])
+
+    def ordered(self, model: Model) -> Tensor:
+        if model == "student":
+            return self._student_CV
+        assert self._teacher_CV is not None
+        return self._teacher_CV
+
+    def difference_C(self) -> Tensor:
+        return self._difference_C
+
+    def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
+        """A second read, with the columns masked for its duration."""
+        assert self._teacher_CV is not None
+        buffers = (self._student_CV, self._teacher_CV)
+        kept = [buffer_CV.gather(1, column_CK).float() for buffer_CV in buffers if buffer_CV.size(1)]
+        for buffer_CV in buffers:
+            masked_CK = torch.full(column_CK.shape, MASKED, device=buffer_CV.device)
+            triton_kernels.overwrite(buffer_CV, column_CK, own_CK, masked_CK)
+        peak_C, total_C, _, teacher_peak_C, teacher_total_C, _ = triton_kernels.statistics(*buffers)
+        for buffer_CV, kept_CK in zip(buffers, kept, strict=False):
+            triton_kernels.overwrite(buffer_CV, column_CK, own_CK, kept_CK)
+        peaks_KC, totals_KC = torch.stack((peak_C, teacher_peak_C)), torch.stack((total_C, teacher_total_C))
+        return totals_KC * (peaks_KC - self._peaks_KC).exp()
+
+    def totals(self) -> Tensor:
+        return self._totals_KC
+
+    def gradient(
+        self,
+        terms: Sequence[LogitsTerms],
+        targets: tuple[Tensor, Tensor] | None,
+        total_C: Tensor,
+        temperature: float,
+        shard: VocabShard,
+    ) -> Tensor:
+        """In place of the student's logits. In a top-k set's columns the derivative nearly cancels, so there it is formed in
+        float32 and rounded once."""
+        scale_C = 1.0 / (total_C * temperature)
+        zero_C = torch.zeros_like(scale_C)
+        row_C, product_C, difference_C = (
+            sum((part for part in parts if part is not None), start=zero_C) * scale_C
+            for parts in zip(*((term.row_C, term.product_row_C, term.difference_row_C) for term in terms), strict=True)
+        )
+        ids_C, g_C = (torch.full_like(scale_C, -1, dtype=torch.long), zero_C) if targets is None else targets
+        own_C, column_C = shard.locate(ids_C)
+        g_C = g_C / temperature
+        spread = []
+        for ids_CK, values_CK in (term.one_hot for term in terms if term.one_hot is not None):
+            own_CK, column_CK = shard.locate(ids_CK)
+            z_CK, y_CK = self.at(column_CK)
+            factor_CK = row_C[:, None] + product_C[:, None] * z_CK
+            if y_CK is not None:
+                factor_CK += difference_C[:, None] * (y_CK - z_CK)
+            at_target_CK = torch.where(ids_CK == ids_C[:, None], g_C[:, None], 0.0)
+            spread.append((column_CK, own_CK, z_CK.exp() * factor_CK + values_CK / temperature + at_target_CK))
+        numbers = [self._peaks_KC[0], row_C, product_C, g_C]
+        teacher_CV = self._teacher_CV if any(term.difference_row_C is not None for term in terms) else None
+        if teacher_CV is not None:
+            numbers += [self._peaks_KC[1], difference_C]
+        triton_kernels.differentiate(self._student_CV, teacher_CV, torch.where(own_C, column_C, -1), torch.stack(numbers))
+        for arguments in spread:
+            triton_kernels.overwrite(self._student_CV, *arguments)
+        return self._student_CV
