@@ -83,7 +83,7 @@ def check_divergence(job: Job, rollouts: Sequence[Rollout]) -> None:
     def divergences(chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[float]:
         sequence_parallel = parts.config.sequence_parallel
         whole_SH = gather_sequence(hidden_SH, chunk.shard) if sequence_parallel else hidden_SH
-        *_, divergence_T = fused_exact_reverse_kl(
+        outputs = fused_exact_reverse_kl(
             hidden_SH,
             chunk.head_weight(),
             whole_SH[batch.rows_T],
@@ -95,7 +95,7 @@ def check_divergence(job: Job, rollouts: Sequence[Rollout]) -> None:
             temperature=temperature,
             sequence_parallel=sequence_parallel,
         )
-        return [float(divergence_T.abs().amax())] if len(divergence_T) else []
+        return [float(outputs.divergences.abs().amax())] if len(batch.rows_T) else []
 
     found = gather_from_replicas(parts.groups, run_forward(parts, rollouts, job.config.batch.micro_tokens, divergences))
     largest = max(found, default=0.0)

@@ -20,6 +20,7 @@ from kdrl_mcore.config import Config
 from kdrl_mcore.convert.load import load_hf_weights
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
+from kdrl_mcore.objective.joint import measured_divergences
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
@@ -230,9 +231,13 @@ class Student:
             loss, _, entropy = fused_head(token_loss=partial(_without_teacher, measured_loss), **head)
         else:
             assert self.teacher_head is not None
-            loss, _, entropy, _ = self.teacher_head.compare(
+            outputs = self.teacher_head.compare(
                 micro.teacher_hidden_DG.to(device()), micro.sampler_log_probs_T, token_loss=measured_loss, **head
             )
+            loss, entropy = outputs.loss, outputs.entropies
+            distilled = slice(0, micro.packed.num_distilled)
+            d_D = outputs.teacher_log_probs[distilled] - outputs.log_probs[distilled]
+            measured.append((measured_divergences(d_D, outputs.divergences[distilled]), {}))
         measured.append(({"loss": loss.detach(), "entropy": entropy.sum()}, {}))
         sums, maxima = _merge(measured)
         return loss, torch.zeros((), dtype=torch.int), (sums, maxima)

@@ -11,7 +11,13 @@ from kdrl_mcore.convert.load import load_head
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import DTYPES
 from kdrl_mcore.parallel.platform import device
-from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_top_k_reverse_kl, fused_top_k_unbiased
+from kdrl_mcore.vocab_parallel import (
+    HeadOutputs,
+    VocabShard,
+    fused_exact_reverse_kl,
+    fused_top_k_reverse_kl,
+    fused_top_k_unbiased,
+)
 
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's distribution, not only its log-probs of the sampled tokens."""
@@ -31,7 +37,7 @@ class TeacherHead:
         self.weight_VG = load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device())
         self._kd = kd
 
-    def compare(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor, **head: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def compare(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor, **head: Any) -> HeadOutputs:
         """The pass over both heads that `objective.kd.estimator` names; `head` are the arguments of `fused_head`.
 
         Collectives: those of `fused_exact_reverse_kl` or its top-k sisters.

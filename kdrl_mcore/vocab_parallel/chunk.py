@@ -65,6 +65,7 @@ class Chunk:
 
     Attributes:
         log_prob_C, entropy_C: of the target and of the student's distribution, the same on every rank.
+        teacher_log_prob_C: the teacher's, of the target; 0 without a teacher.
         divergence_C: from `loss` on; 0 without a teacher.
     """
 
@@ -98,13 +99,16 @@ class Chunk:
         parts = logits.totals(), torch.stack((*targets, held_C)), more_KC
         sums_KC = sum_over_ranks(torch.cat(parts), shard)
         models = len(targets)
-        self._total_C, product_C, *self._teacher_total = sums_KC[: models + 1]
-        target_C, *self._teacher_target = sums_KC[models + 1 : 2 * models + 1]
+        self._total_C, product_C, *teacher_total = sums_KC[: models + 1]
+        target_C, *teacher_target = sums_KC[models + 1 : 2 * models + 1]
         holders_C, self._comparison_sums_KC = sums_KC[2 * models + 1], sums_KC[2 * models + 2 :]
         self._log_total_C = self._total_C.log()
         self.log_prob_C = known_or_nan(target_C - self._log_total_C, holders_C)
         self.entropy_C = self._log_total_C - product_C / self._total_C
-        self.divergence_C = torch.zeros_like(self.log_prob_C)
+        self.divergence_C = self.teacher_log_prob_C = torch.zeros_like(self.log_prob_C)
+        if self._comparison is not None:
+            self._teacher_log_total_C = teacher_total[0].log()
+            self.teacher_log_prob_C = teacher_target[0] - self._teacher_log_total_C
 
     def loss(self, chunk_loss: ChunkLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """(sum of the tokens' losses, dL/dlogits [C, V] or None where it is zero): of the logits before the temperature, in the
@@ -122,8 +126,7 @@ class Chunk:
         leaves, divergence_C = [log_prob_C, entropy_C], self.divergence_C
         with torch.set_grad_enabled(differentiate):
             if self._comparison is not None:
-                log_total_C = self._teacher_total[0].log()
-                tokens = TokenSums(log_prob_C, self._log_total_C, self._teacher_target[0] - log_total_C, log_total_C)
+                tokens = TokenSums(log_prob_C, self._log_total_C, self.teacher_log_prob_C, self._teacher_log_total_C)
                 leaf, divergence_C = self._comparison.divergence(self._comparison_sums_KC, tokens, self._targets_C, rows)
                 leaves.append(leaf)
                 self.divergence_C = divergence_C.detach()
@@ -141,8 +144,7 @@ class Chunk:
         return value.detach(), self._logits_gradient(*gradients)
 
     def _logits_gradient(self, g_C: Tensor | None, h_C: Tensor | None, d_leaf: Tensor | None = None) -> Tensor:
-        """dL/dlogits from the derivatives in log-prob (g), entropy (h) and the
-        comparison's leaf.
+        """dL/dlogits from the derivatives in log-prob (g), entropy (h) and the comparison's leaf.
 
         d log p_t / dz_v = 1[v = t] - p_v; dH / dz_v = -p_v (log p_v + H) with p_v = e_v / s.
         """

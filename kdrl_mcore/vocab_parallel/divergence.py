@@ -17,7 +17,7 @@ from torch import Tensor
 from kdrl_mcore.vocab_parallel.chunk import Kernels
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
-from kdrl_mcore.vocab_parallel.engine import HeadPass, Teacher
+from kdrl_mcore.vocab_parallel.engine import HeadOutputs, HeadPass, Teacher
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 DivergenceLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
@@ -38,7 +38,7 @@ def fused_exact_reverse_kl(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> HeadOutputs:
     """`fused_head` with the exact reverse KL to a teacher: the joint loss, GRPO on log-probs and beta * D, is one pass.
 
     6*H FLOP per token and column, and 2*G where there is a teacher; no sampling variance; the teacher's logits are never
@@ -53,7 +53,7 @@ def fused_exact_reverse_kl(
         The others: as for `fused_head`.
 
     Returns:
-        (loss, log-probs [T], entropies [T], divergences [T]); the last three have no gradient.
+        Loss, log-probs, entropies, divergences and the teacher's log-probs of the targets; all but the loss without gradient.
 
     Raises:
         ValueError: as `fused_head`; or the teacher's tensors do not fit.
@@ -89,7 +89,7 @@ def fused_divergence(
     sequence_parallel: bool,
     chunk_tokens: int | None,
     kernels: Kernels,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> HeadOutputs:
     """`fused_head` with any divergence that `teacher.compare` computes; see `fused_exact_reverse_kl`."""
     return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels).run(
         hidden_SH, weight_VH

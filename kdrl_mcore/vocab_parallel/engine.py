@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,20 @@ class Teacher:
     compare: Compare
 
 
+class HeadOutputs(NamedTuple):
+    """What a pass over the head gives; only the loss can have a gradient.
+
+    Attributes:
+        log_probs, entropies, divergences, teacher_log_probs: [T]; the last two are 0 where there is no teacher.
+    """
+
+    loss: Tensor
+    log_probs: Tensor
+    entropies: Tensor
+    divergences: Tensor
+    teacher_log_probs: Tensor
+
+
 @dataclass(frozen=True)
 class HeadPass:
     """One pass over the head: everything but the two tensors that get gradients.
@@ -75,8 +89,8 @@ class HeadPass:
     teacher: Teacher | None = None
     kernels: Kernels = "auto"
 
-    def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, log-probs [T], entropy [T], divergence [T], 0 without a teacher); only the loss can have a gradient.
+    def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> HeadOutputs:
+        """Run all chunks.
 
         Where grad mode is off or neither argument requires a gradient, only the forward work is done.
 
@@ -88,7 +102,7 @@ class HeadPass:
         """
         self._check(hidden_SH, weight_VH)
         if torch.is_grad_enabled() and (hidden_SH.requires_grad or weight_VH.requires_grad):
-            return _FusedHead.apply(hidden_SH, weight_VH, self)
+            return HeadOutputs(*_FusedHead.apply(hidden_SH, weight_VH, self))
         with torch.no_grad():
             return _run(self, hidden_SH, weight_VH, (False, False))[0]
 
@@ -144,7 +158,7 @@ class _FusedHead(torch.autograd.Function):
         ctx.spread = partial(_spread_rows, head.rows_T, head.shard, head.sequence_parallel, len(hidden_SH))
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -180,7 +194,7 @@ def _cut(num_taught: int, num_tokens: int, size: int) -> list[slice]:
 
 def _run(
     head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], _Gradients]:
+) -> tuple[HeadOutputs, _Gradients]:
     """All chunks. `wanted`: which of dX and dW to form. Without tokens one empty chunk is run, so that the loss is called."""
     if head.sequence_parallel:
         hidden_SH = gather_sequence(hidden_SH, head.shard)
@@ -197,7 +211,7 @@ def _run(
         torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None,
     )
     loss = torch.zeros((), dtype=wide, device=weight_VH.device)
-    measured: list[tuple[Tensor, Tensor, Tensor]] = []
+    measured: list[tuple[Tensor, ...]] = []
     for rows in _cut(num_taught, num_tokens, size):
         hidden_CH = hidden_SH[head.rows_T[rows]]
         chunk = Chunk(
@@ -216,11 +230,10 @@ def _run(
             loss += value
             if d_logits_CV is not None:
                 _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[:real], rows)
-        measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C))
+        measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C, chunk.teacher_log_prob_C))
     if gradients.weight_VH is not None:
         gradients.weight_VH = gradients.weight_VH.to(weight_VH.dtype)
-    log_probs_T, entropy_T, divergence_T = (torch.cat(parts) for parts in zip(*measured, strict=True))
-    return (loss, log_probs_T, entropy_T, divergence_T), gradients
+    return HeadOutputs(loss, *(torch.cat(parts) for parts in zip(*measured, strict=True))), gradients
 
 
 def _accumulate(gradients: _Gradients, d_logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, rows: slice) -> None:

@@ -58,7 +58,7 @@ def fused_head(
     parallelism an all-gather of the hidden states; backward a SUM all-reduce of [T, H], under sequence parallelism a
     reduce-scatter of [S, H].
     """
-    loss, log_probs_T, entropy_T, _ = HeadPass(
+    outputs = HeadPass(
         rows_T,
         targets_T,
         shard,
@@ -68,7 +68,7 @@ def fused_head(
         lambda log_probs_C, entropy_C, _, rows: token_loss(log_probs_C, entropy_C, rows),
         kernels=kernels,
     ).run(hidden_SH, weight_VH)
-    return loss, log_probs_T, entropy_T
+    return outputs.loss, outputs.log_probs, outputs.entropies
 
 
 @torch.no_grad()
@@ -89,5 +89,5 @@ def head_log_probs(
     Arguments, errors and collectives are those of `fused_head`'s forward pass.
     """
     head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, kernels=kernels)
-    _, log_probs_T, entropy_T, _ = head.run(hidden_SH, weight_VH)
-    return log_probs_T, entropy_T
+    outputs = head.run(hidden_SH, weight_VH)
+    return outputs.log_probs, outputs.entropies

@@ -22,7 +22,7 @@ from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import gather_columns
 from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
 from kdrl_mcore.vocab_parallel.divergence import DivergenceLoss, fused_divergence
-from kdrl_mcore.vocab_parallel.engine import Teacher
+from kdrl_mcore.vocab_parallel.engine import HeadOutputs, Teacher
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -47,7 +47,7 @@ def fused_top_k_reverse_kl(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> HeadOutputs:
     """`fused_exact_reverse_kl` with a top-k set in place of the vocabulary.
 
     `tail` says what becomes of the tokens outside S:
@@ -101,7 +101,7 @@ def fused_top_k_unbiased(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> HeadOutputs:
     """A surrogate of the reverse KL whose gradient is unbiased: exact on the student's top-k set, sampled outside.
 
     sum_{v in S} sg(p_v (log p_v - log q_v)) log p_v + 1[target not in S] sg(w) (log q_target - log p_target)^2 / 2 with
