@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from tests.ranks import RankPool
 from tests.reference import dense
-from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, write_jsonl
+from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
 
 TOKENS = 61  # of the tokenizer; the models have more columns
 
@@ -31,8 +30,9 @@ class Zoo:
         return self.folder / name
 
     def rollouts(self, name: str) -> Path:
-        """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `two` (one group of 2), `one`, `all_correct` (every
-        reward and verdict the same, so that GRPO and a response mask leave nothing)."""
+        """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
+        others' sampler log-probs are noisy), `two` (one group of 2), `one`, `all_correct` (every reward and verdict the
+        same, so that GRPO and a response mask leave nothing)."""
         return self.folder / f"{name}.jsonl"
 
     def rows(self, name: str) -> list[dense.Row]:
@@ -49,8 +49,6 @@ class Zoo:
 
 @cache
 def _rows(path: Path) -> list[dense.Row]:
-    from tests.reference.tiny_models import read_jsonl
-
     return read_jsonl(path)
 
 
@@ -76,13 +74,15 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
             assert make_tokenizer(folder / name) == TOKENS
     batches: dict[str, dict[str, object]] = {
         "uneven": {},
+        "exact_mu": {"noise": 0.0},
         "two": {"num_groups": 1, "group_size": 2},
         "one": {"num_groups": 1, "group_size": 1, "correct": [False], "max_response_tokens": 9},
         "all_correct": {"num_groups": 2, "group_size": 3, "correct": [True] * 6},
     }
     for name, shape in batches.items():
         # The noise makes them off-policy: importance weights are not 1.
-        rows = make_rollouts(folder / "untied", seed=5, vocabulary=TOKENS, noise=0.2, **shape)  # type: ignore[arg-type]
+        shape = {"noise": 0.2, **shape}
+        rows = make_rollouts(folder / "untied", seed=5, vocabulary=TOKENS, **shape)  # type: ignore[arg-type]
         write_jsonl(folder / f"{name}.jsonl", rows)
     return Zoo(folder)
 
@@ -91,8 +91,3 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
     """The pools of ranks by their size."""
     return {1: ranks1, 2: ranks2, 4: ranks4}
-
-
-def split(overrides: str) -> Sequence[str]:
-    """Overrides written in one line."""
-    return overrides.split()
