@@ -218,7 +218,7 @@ def build_job(config: Config) -> Job:
         teacher=teacher,
         reference=reference,
         engine=engine,
-        replay=ReplayEngine(Path(config.rollout.path)) if replays and not sft and config.rollout.path else None,
+        replay=ReplayEngine(config.rollout.path, vocabulary) if replays and not sft and config.rollout.path else None,
         verifier=verifier,
         prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
         if train
