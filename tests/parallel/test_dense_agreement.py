@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.conftest import Zoo
 from tests.ranks import RankPool
 from tests.reference.dense import Result, Settings
 from tests.reference.tiny_models import read_hf_weights
 from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, score_and_train_on_rank
+from tests.zoo import Zoo
 
 TOLERANCE = 1e-4
 NOISE_FLOOR = 1e-3  # a parameter whose gradient is a smaller share of the whole is compared with this share of it

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.parallel.conftest import TOKENS, Zoo
 from tests.ranks import RankPool
 from tests.reference import dense
 from tests.training import QUIET
+from tests.zoo import TOKENS, Zoo
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
 LIMIT = 20

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.conftest import TOKENS, Zoo
 from tests.parallel.test_dense_agreement import JOINT, Case, about, assert_gradients, check
 from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.dense import Settings
 from tests.reference.tiny_models import CHARACTERS, read_hf_weights
 from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, train_on_rank
+from tests.zoo import TOKENS, Zoo
 
 TP2 = "parallel.tensor=2 "
 SP = TP2 + "parallel.sequence_parallel=true batch.micro_tokens=60 "

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.conftest import TOKENS, Zoo
 from tests.parallel.test_dense_agreement import JOINT, about, assert_gradients
 from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.tiny_models import read_hf_weights
 from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, train_on_rank
+from tests.zoo import TOKENS, Zoo
 
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),

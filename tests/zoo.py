@@ -1,4 +1,4 @@
-"""Models and rollouts that the tests of this folder train with, written once per session."""
+"""Random models and rollouts that many tests train with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
-
-from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
 
@@ -57,9 +54,8 @@ def _reference(student: Path, teacher: Path | None, rollouts: Path, settings: de
     return dense.kdrl(student, teacher, _rows(rollouts), settings)
 
 
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    folder = tmp_path_factory.mktemp("zoo")
+def make_zoo(folder: Path) -> Zoo:
+    """Write all models and rollouts into `folder`."""
     shapes = {
         "untied": {"seed": 1},
         "no_tokenizer": {"seed": 1},
@@ -85,9 +81,3 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
         rows = make_rollouts(folder / "untied", seed=5, vocabulary=TOKENS, **shape)  # type: ignore[arg-type]
         write_jsonl(folder / f"{name}.jsonl", rows)
     return Zoo(folder)
-
-
-@pytest.fixture(scope="session")
-def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
-    """The pools of ranks by their size."""
-    return {1: ranks1, 2: ranks2, 4: ranks4}
