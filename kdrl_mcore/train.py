@@ -12,7 +12,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import load_config
 from kdrl_mcore.config_help import help_text
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
+from kdrl_mcore.parallel.platform import destroy_groups, initialize_distributed, prepare_platform
 
 USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
 
@@ -43,6 +43,7 @@ def main(overrides: list[str]) -> int:
         from kdrl_mcore.job import build_job
         from kdrl_mcore.trainer import Trainer
 
+        kept = set() if created else set(dist.distributed_c10d._world.pg_map)
         job = build_job(config)
         try:
             Trainer(job).run()
@@ -55,6 +56,9 @@ def main(overrides: list[str]) -> int:
         return error.exit_code
     if created:
         dist.destroy_process_group()
+    else:
+        del job
+        destroy_groups(kept)
     return 0
 
 
