@@ -84,7 +84,8 @@ def joint_loss(
         advantages_T = advantages_T + beta * d_T.detach() * batch.distillation_weights
     policy_T, clipped_T = surrogate(log_probs_T, batch.old_log_probs, advantages_T, objective.clip_low, objective.clip_high)
     old_T = log_probs_T if batch.old_log_probs is None else batch.old_log_probs
-    loss_T = policy_T * sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+    correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+    loss_T = policy_T * correction_T
 
     estimate_T = divergence_T if divergence_T is not None else ESTIMATORS[kd.estimator](d_T, w_T)
     kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
@@ -92,6 +93,7 @@ def joint_loss(
         loss_T = loss_T + beta * kd_T
     sums = {
         "policy_loss": surrogate(log_probs_T, batch.old_log_probs, batch.advantages, objective.clip_low, objective.clip_high)[0]
+        * correction_T
         * batch.policy_weights,
         "kd_loss": kd_T,
         "kl_k1": -d_T,
