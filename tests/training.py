@@ -16,6 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
+FAST = (*QUIET, "trainer.self_test=false")
+"""The log-probs are compared anyway."""
 PROBE_LR = 2.0**14
 """Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
 digits, and a power of two, so that dividing by it loses none."""

@@ -68,6 +68,14 @@ def not_safetensors(zoo: Zoo, folder: Path) -> dict[str, str]:
     return {"teacher.path": str(model)}
 
 
+def with_a_nan(zoo: Zoo, folder: Path) -> dict[str, str]:
+    model = copy_of(zoo, "untied", folder)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return {"student.path": str(model)}
+
+
 def with_another_tokenizer(zoo: Zoo, folder: Path) -> dict[str, str]:
     model = copy_of(zoo, "teacher", folder)
     file = model / "tokenizer.json"
@@ -154,6 +162,7 @@ SPOILED: dict[str, tuple[Change, int, list[str]]] = {
     "another shape than the config": (with_another_shape, 1, ["teacher", "config.json", "shape"]),
     "safetensors cut short": (cut_short, 1, ["model.safetensors", "cut short"]),
     "not safetensors": (not_safetensors, 1, ["model.safetensors", "damaged"]),
+    "a NaN in the student": (with_a_nan, 1, ["self-test", "not finite"]),
     "no checkpoint there": (fixed(checkpoint__resume="/no/such/step_000001"), 1, ["/no/such/step_000001", "checkpoint"]),
 }
 

@@ -15,7 +15,7 @@ import torch
 from tests.ranks import RankPool
 from tests.reference.dense import Result, Settings
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, score_and_train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, score_and_train_on_rank
 from tests.zoo import Zoo
 
 TOLERANCE = 1e-4
@@ -141,7 +141,7 @@ def check(case: Case, zoo: Zoo, pool: RankPool, run: Path) -> None:
         f"rollout.temperature={settings.temperature}",
         f"rollout.max_response_tokens={settings.max_response_tokens}",
         *PROBE,
-        *QUIET,
+        *FAST,
         *case.overrides.split(),
     ]
     outcomes = pool.run(score_and_train_on_rank, overrides)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.ranks import RankPool
 from tests.reference import dense
-from tests.training import QUIET
+from tests.training import FAST
 from tests.zoo import TOKENS, Zoo
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
@@ -76,7 +76,7 @@ def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, 
         "rollout=replay",
         f"rollout.path={zoo.rollouts('one')}",
         "objective=grpo",
-        *QUIET,
+        *FAST,
         *layout.split(),
     ]
     results = pool.run(generate_on_rank, overrides, PROMPTS, SAMPLINGS)

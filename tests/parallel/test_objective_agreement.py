@@ -15,7 +15,7 @@ from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.dense import Settings
 from tests.reference.tiny_models import CHARACTERS, read_hf_weights
-from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
 from tests.zoo import TOKENS, Zoo
 
 TP2 = "parallel.tensor=2 "
@@ -137,7 +137,7 @@ def test_two_updates_on_one_batch_clip_against_its_first_policy(
         "batch.updates_per_step=2",
         *PROBE,
         f"optimizer.lr={LR}",
-        *QUIET,
+        *FAST,
         layout,
     ]
     outcomes = ranks2.run(train_on_rank, overrides)
@@ -176,7 +176,7 @@ def test_supervised_fine_tuning_is_the_cross_entropy_of_the_responses(
         f"rollout.prompts_per_step={len(pairs)}",
         "rollout.temperature=0.5",  # of sampling: the targets are not sampled
         *PROBE,
-        *QUIET,
+        *FAST,
         *layout.split(),
     ]
     outcomes = ranks2.run(train_on_rank, overrides)

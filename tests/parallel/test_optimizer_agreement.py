@@ -12,7 +12,7 @@ from tests.parallel.test_dense_agreement import JOINT, about, assert_gradients
 from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import PROBE, PROBE_LR, QUIET, metrics_of, train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
 from tests.zoo import TOKENS, Zoo
 
 LAYOUTS = {
@@ -32,7 +32,7 @@ def overrides_of(zoo: Zoo, run: Path, student: str) -> list[str]:
         "rollout=replay",
         f"rollout.path={zoo.rollouts('uneven')}",
         f"objective.beta.init={SETTINGS.beta}",
-        *QUIET,
+        *FAST,
     ]
 
 
