@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -218,7 +217,7 @@ def build_job(config: Config) -> Job:
         teacher=teacher,
         reference=reference,
         engine=engine,
-        replay=ReplayEngine(Path(config.rollout.path)) if replays and not sft and config.rollout.path else None,
+        replay=ReplayEngine(config.rollout.path, vocabulary) if replays and not sft and config.rollout.path else None,
         verifier=verifier,
         prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
         if train

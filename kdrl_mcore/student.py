@@ -159,7 +159,7 @@ class Student:
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = None
         bad = [name for name, value in {**sums, **maxima}.items() if not math.isfinite(value)]
-        if any_rank(bool(bad) or not math.isfinite(grad_norm)):
+        if any_rank(bool(bad) or not math.isfinite(grad_norm) or not self._gradient_is_finite()):
             skipped = f"{bad[0]} is not finite" if bad else "the gradient is not finite"
         else:
             if self._clip_grad > 0:
@@ -184,6 +184,12 @@ class Student:
         for index, chunk in enumerate(self.ddp):
             chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether every gradient that this rank holds is finite. The global norm alone does not tell: of a weight that
+        tensor-parallel ranks hold in common it counts rank 0's gradient."""
+        buffers = [buffer for chunk in self.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        return all(bool(buffer.grad_data.norm().isfinite()) for buffer in buffers)
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import sys
 
 import torch.distributed as dist
@@ -10,21 +12,24 @@ import torch.distributed as dist
 from kdrl_mcore.config import load_config
 from kdrl_mcore.config_help import help_text
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
+from kdrl_mcore.parallel.platform import destroy_groups, initialize_distributed, prepare_platform
 
 USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
 
 Groups: experiment, objective, rollout, reward (see conf/). Every key with its default:
 
 """
+_runs = itertools.count()  # runs of this process: the same number on every rank
 
 
 def main(overrides: list[str]) -> int:
     """Run a whole training job from Hydra overrides, in the existing torch.distributed world if there is one.
 
     Returns:
-        The exit code: 0, or that of the error, which is printed on one line by the rank that has it.
+        The exit code: 0, or that of the error, which is printed on one line by the first rank that has it. A rank without
+        the error may wait for the others in a collective; torchrun ends it.
     """
+    run = next(_runs)
     if any(word in ("-h", "--help") for word in overrides):
         print(USAGE + help_text())
         return 0
@@ -38,6 +43,7 @@ def main(overrides: list[str]) -> int:
         from kdrl_mcore.job import build_job
         from kdrl_mcore.trainer import Trainer
 
+        kept = set() if created else set(dist.distributed_c10d._world.pg_map)
         job = build_job(config)
         try:
             Trainer(job).run()
@@ -45,11 +51,22 @@ def main(overrides: list[str]) -> int:
             if job.verifier is not None:
                 job.verifier.close()
     except KdrlError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if _is_first(run):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     if created:
         dist.destroy_process_group()
+    else:
+        del job
+        destroy_groups(kept)
     return 0
+
+
+def _is_first(run: int) -> bool:
+    """Whether no rank has reported an error of this run yet. Before there is a world, every rank has the same error."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    return dist.distributed_c10d._get_default_store().add(f"kdrl_mcore/errors/{run}", 1) == 1
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Trainer:
 
     def _count_bad_updates(self, step: int, skipped: int) -> None:
         self._bad_updates = self._bad_updates + skipped if skipped else 0
-        if skipped:
+        if skipped and self._is_main:
             logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
         if self._bad_updates >= self.config.trainer.max_bad_updates:
             raise NumericalError(

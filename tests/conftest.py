@@ -1,4 +1,4 @@
-"""What all tests share: pools of ranks, started when first used and kept for the session."""
+"""What all tests share, made when first used and kept for the session: pools of ranks, and models to train with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.ranks import RankPool
+from tests.zoo import Zoo, make_zoo
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
@@ -31,3 +32,15 @@ def ranks2() -> Iterator[RankPool]:
 def ranks4() -> Iterator[RankPool]:
     """A world of four ranks."""
     yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
+    """The pools of ranks by their size."""
+    return {1: ranks1, 2: ranks2, 4: ranks4}
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Models and rollouts."""
+    return make_zoo(tmp_path_factory.mktemp("zoo"))

@@ -135,6 +135,7 @@ def build_model(
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device()) / architecture.head_dim
         chunk.inverse_frequencies = 1.0 / architecture.rope_theta**exponents
         chunk.requires_grad_(trainable)
+        mcore.mark_tensor_parallel(chunk)
         chunks.append(chunk.to(device()))
     return ModelParts(chunks, config, architecture, groups)
 

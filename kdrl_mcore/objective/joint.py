@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import ObjectiveConfig
-from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, k2, k3, log_ratio, on_policy_weight
+from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
 from kdrl_mcore.objective.policy import sampler_correction, surrogate
 
 
@@ -73,11 +73,7 @@ def joint_loss(
         kl_k3 are plain sums over the distilled tokens.
     """
     kd = objective.kd
-    w_T = (
-        on_policy_weight(log_probs_T, kd.estimator)
-        if batch.on_policy
-        else importance_weight(log_probs_T, batch.sampler_log_probs)
-    )
+    w_T = _weight(log_probs_T, batch, kd.estimator)
     distilled_T = batch.distillation_weights != 0
     teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
     # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can touch a gradient.
@@ -88,7 +84,8 @@ def joint_loss(
         advantages_T = advantages_T + beta * d_T.detach() * batch.distillation_weights
     policy_T, clipped_T = surrogate(log_probs_T, batch.old_log_probs, advantages_T, objective.clip_low, objective.clip_high)
     old_T = log_probs_T if batch.old_log_probs is None else batch.old_log_probs
-    loss_T = policy_T * sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+    correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+    loss_T = policy_T * correction_T
 
     estimate_T = divergence_T if divergence_T is not None else ESTIMATORS[kd.estimator](d_T, w_T)
     kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
@@ -96,6 +93,7 @@ def joint_loss(
         loss_T = loss_T + beta * kd_T
     sums = {
         "policy_loss": surrogate(log_probs_T, batch.old_log_probs, batch.advantages, objective.clip_low, objective.clip_high)[0]
+        * correction_T
         * batch.policy_weights,
         "kd_loss": kd_T,
         "kl_k1": -d_T,
@@ -107,8 +105,8 @@ def joint_loss(
         "tokens": torch.ones_like(log_probs_T),
     }
     if batch.reference_log_probs is not None:
-        reference_d_T = batch.reference_log_probs - log_probs_T
-        reference_T = (k2 if objective.reference_kl.estimator == "k2" else k3)(reference_d_T, w_T) * batch.policy_weights
+        reference_d_T, form = batch.reference_log_probs - log_probs_T, objective.reference_kl.estimator
+        reference_T = ESTIMATORS[form](reference_d_T, _weight(log_probs_T, batch, form)) * batch.policy_weights
         loss_T = loss_T + objective.reference_kl.coefficient * reference_T
         sums["reference_loss"] = reference_T
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
@@ -117,6 +115,13 @@ def joint_loss(
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
     )
+
+
+def _weight(log_probs_T: Tensor, batch: TokenBatch, estimator: str) -> Tensor:
+    """w of an estimator: 1 on-policy, else pi / mu."""
+    if batch.on_policy:
+        return on_policy_weight(log_probs_T, estimator)
+    return importance_weight(log_probs_T, batch.sampler_log_probs)
 
 
 def sft_loss(log_probs_T: Tensor, weights_T: Tensor) -> Tensor:

@@ -37,6 +37,26 @@ def use_adam(adam: type[torch.optim.Optimizer]) -> None:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark the weights that tensor-parallel ranks split, as Megatron-Core itself does only where it initialises them.
+
+    Its gradient norm takes an unmarked weight for one that every rank holds whole, and counts tensor rank 0's share alone.
+    """
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        set_tensor_model_parallel_attributes,
+    )
+
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                dimension = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
+
+
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
     """Scale the main gradients so that their global norm `total_norm` becomes at most `max_norm`."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -83,6 +84,20 @@ def initialize_distributed(timeout_minutes: int) -> bool:
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
     return True
+
+
+def destroy_groups(kept: set[Any]) -> None:
+    """End a job in a world that lives on: destroy its process groups (all but `kept`), each of which holds threads and sockets.
+
+    Collective over the world: a barrier, so that no group is closed while another rank still uses it.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.barrier()
+    for group in set(torch.distributed.distributed_c10d._world.pg_map) - kept:
+        torch.distributed.destroy_process_group(group)
+    gc.collect()  # models refer to their groups in cycles
 
 
 def _is_cuda(where: Any) -> bool:

@@ -1,8 +1,8 @@
 """KDRL computed the plain way: one process, one unpadded sequence at a time, full logits, transformers and autograd.
 
 It follows the method's definitions line by line and shares no code with kdrl_mcore. Axis letters: N responses,
-T response tokens of one response, V vocabulary. The update is strictly on-policy: pi_old is pi, so rho = pi / pi_old is 1 in
-value and only carries the gradient.
+T response tokens of one response, V vocabulary. Without log-probs of pi_old the update is the first on its rollouts: pi_old is
+pi, so rho = pi / pi_old is 1 in value and only carries the gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Settings:
         normalize_by_std: divide the group-centred reward by the group's standard deviation.
         clip_low, clip_high: the clip range of rho.
         correction: of the GRPO loss for the sampler: none, truncate or mask, with its `correction_bound`.
-        temperature: the logits of both models are divided by it.
+        on_policy: the student's own weights sampled the tokens, so w = pi / mu is 1: a constant for k2 and k3, and with the
+            gradient of log pi for k1, which learns from nothing else. If not, w is what it says.
+        reference, reference_estimator: coefficient and form (k2 or k3) of the KL to a frozen model, where one is given.
+        temperature: the logits of all models are divided by it.
         vocabulary: tokens that exist for both softmaxes; None takes the smaller model's columns.
         top_k, top_k_support, top_k_tail: of the top-k estimators.
     """
@@ -52,6 +55,9 @@ class Settings:
     clip_high: float = 0.2
     correction: str = "none"
     correction_bound: float = 2.0
+    on_policy: bool = False
+    reference: float = 0.0
+    reference_estimator: str = "k3"
     temperature: float = 1.0
     vocabulary: int | None = None
     top_k: int = 64
@@ -64,7 +70,8 @@ class Result:
     """What one update is made of.
 
     Attributes:
-        loss, policy_loss, kd_loss: L, L_GRPO and L_KD (with placement advantage or reward there is no L_KD: it is 0).
+        loss, policy_loss, kd_loss, reference_loss: L, L_GRPO, L_KD (0 with placement advantage or reward, where there is
+            none) and the KL to the reference.
         gradients: dL/dw by HF parameter name; a tied output head has none of its own.
         log_probs, entropies, teacher_log_probs: [T] per response, all at the temperature. teacher_log_probs is empty
             without a teacher.
@@ -75,6 +82,7 @@ class Result:
     loss: float
     policy_loss: float
     kd_loss: float
+    reference_loss: float
     gradients: dict[str, Tensor]
     log_probs: list[Tensor]
     entropies: list[Tensor]
@@ -121,6 +129,7 @@ def kdrl(
     rows: Sequence[Row],
     settings: Settings,
     dtype: torch.dtype = torch.float64,
+    reference_path: str | Path | None = None,
 ) -> Result:
     """The loss and the gradient of one KDRL update on a rollout batch.
 
@@ -129,11 +138,24 @@ def kdrl(
     """
     student = load_model(student_path, dtype)
     teacher = None if teacher_path is None else load_model(teacher_path, dtype)
-    return kdrl_of_models(student, teacher, rows, settings)
+    reference = None if reference_path is None else load_model(reference_path, dtype)
+    return kdrl_of_models(student, teacher, rows, settings, reference=reference)
 
 
-def kdrl_of_models(student: Any, teacher: Any | None, rows: Sequence[Row], settings: Settings) -> Result:
-    """`kdrl` on loaded models; the student's gradients are left in its parameters too."""
+def kdrl_of_models(
+    student: Any,
+    teacher: Any | None,
+    rows: Sequence[Row],
+    settings: Settings,
+    *,
+    log_old: Sequence[Tensor] | None = None,
+    reference: Any | None = None,
+) -> Result:
+    """`kdrl` on loaded models; the student's gradients are left in its parameters too.
+
+    Args:
+        log_old: log pi_old [T] per response, of the weights that began this rollout batch.
+    """
     if settings.beta > 0 and teacher is None:
         raise ValueError("beta > 0 needs a teacher")
     models = [student] if teacher is None else [student, teacher]
@@ -160,9 +182,9 @@ def kdrl_of_models(student: Any, teacher: Any | None, rows: Sequence[Row], setti
 
     everything = torch.ones(len(rows), dtype=torch.bool)
     counted = everything if settings.denominator == "all" else distilled
-    policy_terms = [
-        surrogate(log_pi[i], advantages[i], settings) * sampler_weight(log_pi[i], log_mu[i], settings) for i in range(len(rows))
-    ]
+    before = [each.detach() for each in log_pi] if log_old is None else log_old
+    correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
+    policy_terms = [surrogate(log_pi[i], before[i], advantages[i], settings) * correction[i] for i in range(len(rows))]
     policy_loss = aggregate(policy_terms, everything, everything, settings)
     loss = settings.alpha * policy_loss
     kd_loss = torch.zeros_like(loss)
@@ -174,16 +196,26 @@ def kdrl_of_models(student: Any, teacher: Any | None, rows: Sequence[Row], setti
         loss = loss + settings.beta * kd_loss
     if settings.beta > 0 and settings.placement == "advantage":  # alpha A + beta sg(d): linear in A, so a second surrogate
         kd_terms = [
-            surrogate(log_pi[i], (log_teacher[i] - log_pi[i]).detach(), settings)
-            * sampler_weight(log_pi[i], log_mu[i], settings)
+            surrogate(log_pi[i], before[i], (log_teacher[i] - log_pi[i]).detach(), settings) * correction[i]
             for i in range(len(rows))
         ]
         loss = loss + settings.beta * aggregate(kd_terms, distilled, counted, settings)
+    reference_loss = torch.zeros_like(loss)
+    if reference is not None:
+        reference_terms = []
+        for i, row in enumerate(rows):
+            with torch.no_grad():
+                log_ref = log_prob_of(response_logits(reference, row, vocabulary, settings.temperature).log_softmax(-1), row)
+            w = importance_weight(log_pi[i], log_mu[i], settings.reference_estimator, settings)
+            reference_terms.append(sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator))
+        reference_loss = aggregate(reference_terms, everything, everything, settings)
+        loss = loss + settings.reference * reference_loss
 
     return Result(
-        loss=float(loss),
-        policy_loss=float(policy_loss),
-        kd_loss=float(kd_loss),
+        loss=float(loss.detach()),
+        policy_loss=float(policy_loss.detach()),
+        kd_loss=float(kd_loss.detach()),
+        reference_loss=float(reference_loss.detach()),
         gradients=gradients_of(student, loss),
         log_probs=[each.detach() for each in log_pi],
         entropies=[entropy_of(each.detach()) for each in log_p],
@@ -250,15 +282,15 @@ def group_advantages(rewards: Tensor, groups: Sequence[int], normalize_by_std: b
     return advantages
 
 
-def surrogate(log_pi_T: Tensor, advantage: Tensor, settings: Settings) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = pi / sg(pi) [T]."""
-    rho_T = (log_pi_T - log_pi_T.detach()).exp()
+def surrogate(log_pi_T: Tensor, log_old_T: Tensor, advantage: Tensor, settings: Settings) -> Tensor:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = pi / pi_old [T]."""
+    rho_T = (log_pi_T - log_old_T).exp()
     return -torch.minimum(rho_T * advantage, rho_T.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantage)
 
 
-def sampler_weight(log_pi_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
+def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
     """sg(min(pi_old / mu, C)); or 0 for tokens outside [1/C, C] and 1 inside; or 1 [T]."""
-    ratio_T, bound = (log_pi_T - log_mu_T).detach().exp(), settings.correction_bound
+    ratio_T, bound = (log_old_T - log_mu_T).detach().exp(), settings.correction_bound
     if settings.correction == "truncate":
         return torch.minimum(ratio_T, torch.full_like(ratio_T, bound))
     if settings.correction == "mask":
@@ -273,14 +305,10 @@ def reverse_kl(
 ) -> Tensor:
     """The per-token term of the distillation loss [T]; log_p and log_q are the student's and the teacher's [T, V]."""
     d = log_teacher_T - log_pi_T
-    w = (log_pi_T - log_mu_T).exp()
+    w = importance_weight(log_pi_T, log_mu_T, settings.estimator, settings)
     p = log_p.exp()
-    if settings.estimator == "k1":
-        return -w * d.detach()
-    if settings.estimator == "k2":
-        return w.detach() * 0.5 * d**2
-    if settings.estimator == "k3":
-        return w * (d.exp() - 1 - d)
+    if settings.estimator in ("k1", "k2", "k3"):
+        return sampled_kl(d, w, settings.estimator)
     if settings.estimator == "exact":
         return (p * (log_p - log_q)).sum(1)
     ranking = log_q if settings.estimator == "top_k" and settings.top_k_support == "teacher" else log_p.detach()
@@ -292,6 +320,24 @@ def reverse_kl(
         outside = (support != torch.tensor(row["response_token_ids"])[:, None]).all(1)
         return inside + outside * w.detach() * 0.5 * d**2
     raise ValueError(f"estimator {settings.estimator}")
+
+
+def importance_weight(log_pi_T: Tensor, log_mu_T: Tensor, estimator: str, settings: Settings) -> Tensor:
+    """w = pi / mu [T], differentiable; on-policy 1, with the gradient of log pi for k1 alone."""
+    if not settings.on_policy:
+        return (log_pi_T - log_mu_T).exp()
+    return (log_pi_T - log_pi_T.detach()).exp() if estimator == "k1" else torch.ones_like(log_pi_T)
+
+
+def sampled_kl(d_T: Tensor, w_T: Tensor, estimator: str) -> Tensor:
+    """The estimators of KL(pi || q) from d = log q - log pi of the sampled tokens and their weight w [T]."""
+    if estimator == "k1":
+        return -w_T * d_T.detach()
+    if estimator == "k2":
+        return w_T.detach() * 0.5 * d_T**2
+    if estimator == "k3":
+        return w_T * (d_T.exp() - 1 - d_T)
+    raise ValueError(f"estimator {estimator}")
 
 
 def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor:

@@ -72,7 +72,7 @@ def make_qwen2(
 def make_tokenizer(path: str | Path, *, extra_tokens: Sequence[str] = (), all_bytes: bool = False) -> int:
     """Write a byte-level BPE tokenizer without merges into a model directory and return its number of tokens.
 
-    Token 0 ends a response. Then come `CHARACTERS` (64 tokens), or all 256 bytes, then `extra_tokens`.
+    Token 0 ends a response. Then come `CHARACTERS` (60 tokens), or all 256 bytes, then `extra_tokens`.
     """
     pieces = [EOS, *(sorted(pre_tokenizers.ByteLevel.alphabet()) if all_bytes else CHARACTERS), *extra_tokens]
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))

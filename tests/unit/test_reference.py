@@ -96,7 +96,13 @@ def test_k2_on_policy_gradient_is_the_policy_gradient_of_the_log_ratio(student: 
     assert distance(k2.gradients, by_hand) < 1e-6
     assert distance(dense.kdrl(student, teacher, rows, replace(KD, estimator="k1")).gradients, by_hand) < 1e-6
     assert distance(dense.kdrl(student, teacher, rows, replace(KD, placement="advantage")).gradients, by_hand) < 1e-6
-    assert distance(dense.kdrl(student, teacher, rows, replace(KD, estimator="k3")).gradients, by_hand) > 0.1
+    # k3 with w = 1 has another gradient, (1 - exp(d)) grad log pi; with a differentiable w (1 in value here) it has this one.
+    k3 = replace(KD, estimator="k3")
+    assert distance(dense.kdrl(student, teacher, rows, k3).gradients, by_hand) < 1e-6
+    assert distance(dense.kdrl(student, teacher, rows, replace(k3, on_policy=True)).gradients, by_hand) > 0.1
+    for estimator in ("k1", "k2"):
+        on_policy = replace(KD, estimator=estimator, on_policy=True)
+        assert distance(dense.kdrl(student, teacher, rows, on_policy).gradients, by_hand) < 1e-6
 
 
 def every_first_token(student: Path, prompt: list[int]) -> list[Row]:
@@ -302,7 +308,7 @@ def test_the_tokenizer_has_a_token_per_byte(tmp_path: Path) -> None:
     text = "solve 3x + 4 = 10\n\\frac{1}{2}"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     ids = tokenizer(text)["input_ids"]
-    assert size == 65 and len(ids) == len(text)
+    assert size == 61 and len(ids) == len(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 0
 

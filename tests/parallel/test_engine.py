@@ -1,0 +1,183 @@
+"""The embedded engine samples from exactly the distribution that the trainer scores, and the same tokens in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import RankPool
+from tests.reference import dense
+from tests.training import FAST
+from tests.zoo import TOKENS, Zoo
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
+LIMIT = 20
+COPIES = 3
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 1.0, "top_p": 1.0},
+    "cool": {"temperature": 0.6, "top_p": 1.0},
+    "nucleus": {"temperature": 0.8, "top_p": 0.7},
+    "greedy": {"temperature": 0.0, "top_p": 1.0},
+}
+LAYOUTS = {
+    "tp2": (2, "parallel.tensor=2"),
+    "pp2": (2, "parallel.pipeline=2"),
+    "dp2": (2, ""),
+    "tp2 sp": (2, "parallel.tensor=2 parallel.sequence_parallel=true"),
+    "pp2 interleaved": (2, "parallel.pipeline=2 parallel.virtual_pipeline=2"),
+    "tp2 pp2": (4, "parallel.tensor=2 parallel.pipeline=2"),
+    "tp4": (4, "parallel.tensor=4"),
+    "small waves, tp1": (1, "rollout.max_sequences=4"),
+}
+
+
+def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For each sampling: the responses, and the log-probs that the trainer gives them."""
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.job import build_job
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.rollout.engine import Sampling
+    from kdrl_mcore.types import Prompt
+
+    job = build_job(load_config(overrides))
+    assert job.engine is not None
+    asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
+    result = {}
+    for name, how in samplings.items():
+        sampling = Sampling(max_response_tokens=LIMIT, copies=COPIES, key=(1, 0, 1), **how)
+        rollouts = job.engine.generate(asked, sampling)
+        scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
+        result[name] = [
+            {
+                "prompt_id": rollout.prompt_id,
+                "group_id": rollout.group_id,
+                "prompt_token_ids": rollout.prompt_token_ids.tolist(),
+                "response_token_ids": rollout.response_token_ids.tolist(),
+                "sampler_log_probs": rollout.sampler_log_probs,
+                "finish_reason": rollout.finish_reason,
+                "trainer_log_probs": log_probs,
+            }
+            for rollout, (log_probs, _) in zip(rollouts, scored, strict=True)
+        ]
+    return result
+
+
+def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, Any]]]:
+    overrides = [
+        f"student.path={zoo.model('untied')}",
+        "rollout=replay",
+        f"rollout.path={zoo.rollouts('one')}",
+        "objective=grpo",
+        *FAST,
+        *layout.split(),
+    ]
+    results = pool.run(generate_on_rank, overrides, PROMPTS, SAMPLINGS)
+    for other in results[1:]:  # every rank holds all of them
+        assert tokens_of(other) == tokens_of(results[0])
+    return results[0]
+
+
+def tokens_of(result: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[int]]]:
+    return {name: [row["response_token_ids"] for row in rows] for name, rows in result.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(zoo: Zoo, ranks1: RankPool) -> dict[str, list[dict[str, Any]]]:
+    """What one rank samples."""
+    return generate(ranks1, zoo, "")
+
+
+@pytest.fixture(scope="module")
+def model(zoo: Zoo) -> Any:
+    return dense.load_model(zoo.model("untied"))
+
+
+@pytest.mark.parametrize("sampling", ["plain", "cool"])
+def test_sampler_log_probs_are_those_of_the_dense_model(
+    sampling: str, alone: dict[str, list[dict[str, Any]]], model: Any
+) -> None:
+    for row in alone[sampling]:
+        assert_close(row["sampler_log_probs"], dense_log_probs(model, row, SAMPLINGS[sampling]["temperature"]))
+
+
+def test_nucleus_log_probs_are_those_of_the_truncated_distribution(alone: dict[str, list[dict[str, Any]]], model: Any) -> None:
+    """The smallest set of tokens whose probability reaches top_p, renormalised; nothing outside it is ever sampled."""
+    how = SAMPLINGS["nucleus"]
+    for row in alone["nucleus"]:
+        with torch.no_grad():
+            log_p = dense.response_logits(model, row, TOKENS, how["temperature"]).log_softmax(-1)
+        for t, token in enumerate(row["response_token_ids"]):
+            order = log_p[t].argsort(descending=True).tolist()
+            mass, inside = 0.0, []
+            for candidate in order:
+                if mass >= how["top_p"]:
+                    break
+                inside.append(candidate)
+                mass += float(log_p[t, candidate].exp())
+            assert token in inside
+            assert float(row["sampler_log_probs"][t]) == pytest.approx(float(log_p[t, token]) - np.log(mass), abs=2e-5)
+
+
+def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, Any]]], zoo: Zoo) -> None:
+    model = AutoModelForCausalLM.from_pretrained(zoo.model("untied"), dtype=torch.float32)
+    beyond = list(range(TOKENS, model.config.vocab_size))  # columns that no token has
+    for row in alone["greedy"]:
+        ids = torch.tensor([row["prompt_token_ids"]])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=LIMIT,
+            eos_token_id=0,
+            pad_token_id=0,
+            suppress_tokens=beyond,
+        )
+        assert row["response_token_ids"] == out[0, ids.shape[1] :].tolist()
+
+
+def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in alone.items():
+        assert [row["prompt_token_ids"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(COPIES)]
+        assert [row["group_id"] for row in rows] == [group for group in range(len(PROMPTS)) for _ in range(COPIES)]
+        for row in rows:
+            ids = row["response_token_ids"]
+            assert 0 not in ids[:-1] and max(ids) < TOKENS
+            if row["finish_reason"] == "stop":
+                assert ids[-1] == 0
+            else:
+                assert ids[-1] != 0 and len(ids) == LIMIT
+        if name == "plain":
+            assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+            responses = {tuple(row["response_token_ids"]) for row in rows}
+            assert len(responses) == len(rows)  # copies of a prompt are different draws
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=list(LAYOUTS))
+def test_every_layout_samples_the_same_tokens_and_scores_them_as_the_trainer_does(
+    ranks: int, layout: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
+) -> None:
+    result = generate(pools[ranks], zoo, layout)
+    assert tokens_of(result) == tokens_of(alone)
+    for sampling in SAMPLINGS:
+        for row, single in zip(result[sampling], alone[sampling], strict=True):
+            assert row["finish_reason"] == single["finish_reason"]
+            assert_close(row["sampler_log_probs"], single["sampler_log_probs"])
+            if sampling != "nucleus":  # whose distribution is not the one the trainer scores
+                assert_close(row["sampler_log_probs"], row["trainer_log_probs"])
+
+
+def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
+    with torch.no_grad():
+        return dense.log_prob_of(dense.response_logits(model, row, TOKENS, temperature).log_softmax(-1), row)
+
+
+def assert_close(found: Sequence[float], expected: Sequence[float] | torch.Tensor) -> None:
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-5)

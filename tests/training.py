@@ -1,0 +1,100 @@
+"""Training runs as the tests make them: overrides for a small quiet run, and what a rank gives back of one.
+
+The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore is imported before they run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
+FAST = (*QUIET, "trainer.self_test=false")
+"""The log-probs are compared anyway."""
+PROBE_LR = 2.0**14
+"""Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
+digits, and a power of two, so that dividing by it loses none."""
+PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of a run.
+
+    Attributes:
+        code: the exit code.
+        stdout, stderr: what the run printed.
+        log: the messages logged by kdrl_mcore.
+        found: whatever a hook collected.
+    """
+
+    code: int
+    stdout: str
+    stderr: str
+    log: list[str]
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`kdrl_mcore.train.main`, as the command line calls it."""
+    from kdrl_mcore.train import main
+
+    return _listen(lambda: main(list(overrides)))
+
+
+def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`main`; before its first step, the job's student and teacher score the replayed rollouts in their own layouts.
+
+    `found` has "student" and "teacher": log-probs per rollout, [T] each, and "entropy" of the student.
+    """
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.trainer import Trainer
+
+    found: dict[str, Any] = {}
+    run = Trainer.run
+
+    def score_then_run(trainer: Any) -> None:
+        job, config = trainer.job, trainer.config
+        settings = {"temperature": config.rollout.temperature, "micro_tokens": config.batch.micro_tokens}
+        rollouts = job.sample(1)
+        scored = score_rollouts(job.student.parts, rollouts, **settings)
+        found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
+        found["teacher"] = job.teacher.score(rollouts, **settings) if job.teacher is not None else []
+        run(trainer)
+
+    with patch.object(Trainer, "run", score_then_run):
+        outcome = train_on_rank(overrides)
+    outcome.found = found
+    return outcome
+
+
+def _listen(job: Any) -> Outcome:
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    handler = Messages()
+    logger = logging.getLogger("kdrl_mcore")
+    logger.addHandler(handler)
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            code = job()
+    finally:
+        logger.removeHandler(handler)
+    return Outcome(code, out.getvalue(), err.getvalue(), messages)
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
