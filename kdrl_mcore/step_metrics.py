@@ -47,7 +47,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         metrics.update(
             {
                 new: sums[name] / distilled
-                for name, new in (("kl_k1", "kl"), ("kl_k2", "kl_k2"), ("kl_k3", "kl_k3"))
+                for name, new in (("kl_k1", "kl"), ("kl_k2", "kl_k2"), ("kl_k3", "kl_k3"), ("kl_full", "kl_full"))
                 if name in sums
             }
         )

@@ -25,6 +25,7 @@ METRICS: dict[str, str] = {
     "kl": "reverse KL to the teacher, nats per token (k1)",
     "kl_k2": "the same, estimated with k2",
     "kl_k3": "the same, estimated with k3",
+    "kl_full": "the divergence of objective.kd.estimator itself, nats per token (exact, top_k, top_k_unbiased)",
     "entropy": "entropy of the student, nats per token",
     "response_length": "mean response length, tokens",
     "truncated": "share of responses that hit the length limit",

@@ -70,7 +70,7 @@ def joint_loss(
     Returns:
         (loss [T], sums, maxima): scalars to add up, and scalars to take the maximum of, over micro-batches and ranks. The
         sums policy_loss, kd_loss and reference_loss are weighted, so they add up to the batch's values; kl_k1, kl_k2 and
-        kl_k3 are plain sums over the distilled tokens.
+        kl_k3 are plain sums over the distilled tokens (without `divergence_T`).
     """
     kd = objective.kd
     w_T = _weight(log_probs_T, batch, kd.estimator)
@@ -96,14 +96,13 @@ def joint_loss(
         * correction_T
         * batch.policy_weights,
         "kd_loss": kd_T,
-        "kl_k1": -d_T,
-        "kl_k2": 0.5 * d_T.square(),
-        "kl_k3": d_T.expm1() - d_T,
         "distilled_tokens": distilled_T,
         "clipped_tokens": clipped_T,
         "drift": (log_probs_T - batch.sampler_log_probs).abs(),
         "tokens": torch.ones_like(log_probs_T),
     }
+    if divergence_T is None:
+        sums |= sampled_divergences(d_T)
     if batch.reference_log_probs is not None:
         reference_d_T, form = batch.reference_log_probs - log_probs_T, objective.reference_kl.estimator
         reference_T = ESTIMATORS[form](reference_d_T, _weight(log_probs_T, batch, form)) * batch.policy_weights
@@ -115,6 +114,18 @@ def joint_loss(
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
     )
+
+
+def sampled_divergences(d_T: Tensor) -> dict[str, Tensor]:
+    """Per-token estimates of the reverse KL from the log-ratio, for the metrics."""
+    return {"kl_k1": -d_T, "kl_k2": 0.5 * d_T.square(), "kl_k3": d_T.expm1() - d_T}
+
+
+def measured_divergences(d_D: Tensor, divergence_D: Tensor) -> dict[str, Tensor]:
+    """The sums that `joint_loss` leaves out where it is given a divergence: the sampled ones over the distilled tokens, and the
+    divergence itself."""
+    measures = sampled_divergences(d_D) | {"kl_full": divergence_D}
+    return {name: value.detach().sum(dtype=torch.float32) for name, value in measures.items()}
 
 
 def _weight(log_probs_T: Tensor, batch: TokenBatch, estimator: str) -> Tensor:

@@ -192,9 +192,7 @@ def _cut(num_taught: int, num_tokens: int, size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
 
 
-def _run(
-    head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]
-) -> tuple[HeadOutputs, _Gradients]:
+def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]) -> tuple[HeadOutputs, _Gradients]:
     """All chunks. `wanted`: which of dX and dW to form. Without tokens one empty chunk is run, so that the loss is called."""
     if head.sequence_parallel:
         hidden_SH = gather_sequence(hidden_SH, head.shard)
