@@ -77,6 +77,7 @@ class Answer:
     log_probs_T: Tensor
     entropy_T: Tensor
     divergence_T: Tensor
+    teacher_log_prob_T: Tensor
     d_hidden_SH: Tensor
     d_weight_VH: Tensor
 
@@ -112,13 +113,17 @@ def dense(problem: Problem, kind: str) -> Answer:
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
     log_q_DV = (p.teacher_hidden_DG @ p.teacher_weight_VG.T / p.temperature).log_softmax(1)
     num_taught = 0 if kind in ("logits", "head") else len(log_q_DV)
-    divergence_T = torch.zeros_like(log_prob_T)
+    divergence_T = teacher_log_prob_T = torch.zeros_like(log_prob_T)
     if num_taught:
         taught_D = dense_divergence(p, kind, log_p_TV[:num_taught], log_q_DV, log_prob_T[:num_taught])
         divergence_T = torch.cat((taught_D, divergence_T[num_taught:]))
+        told_D = log_q_DV.gather(1, p.targets_T[:num_taught, None]).squeeze(1)
+        teacher_log_prob_T = torch.cat((told_D, teacher_log_prob_T[num_taught:]))
     loss = p.loss(log_prob_T, entropy_T, divergence_T, slice(None)).sum()
     gradients = torch.autograd.grad(loss, (hidden_SH, weight_VH))
-    return Answer(loss.detach(), log_prob_T.detach(), entropy_T.detach(), divergence_T.detach(), *gradients)
+    return Answer(
+        loss.detach(), log_prob_T.detach(), entropy_T.detach(), divergence_T.detach(), teacher_log_prob_T.detach(), *gradients
+    )
 
 
 def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, log_prob_D: Tensor) -> Tensor:
@@ -168,16 +173,16 @@ def own_part(problem: Problem, layout: Layout, shard: VocabShard) -> tuple[Tenso
 
 def call(
     kind: str, problem: Problem, layout: Layout, shard: VocabShard, hidden_SH: Tensor, weight_PH: Tensor, teacher_PG: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-probs, entropy, divergence) of the function under test."""
+) -> tuple[Tensor, ...]:
+    """(loss, log-probs, entropy, divergence, the teacher's log-probs) of the function under test."""
     p = problem
     if kind == "logits":
         # Here the product is the caller's, for whom a padding of NaN would be his own fault; the logits' padding may be NaN.
         logits_TP = hidden_SH[p.rows_T] @ weight_PH.nan_to_num().T
         logits_TP = logits_TP.masked_fill(torch.arange(logits_TP.size(1)) >= shard.real_columns, torch.nan)
         log_probs_T, entropy_T = token_log_probs_and_entropy(logits_TP, p.targets_T, shard, p.temperature)
-        divergence_T = torch.zeros_like(log_probs_T)
-        return p.loss(log_probs_T, entropy_T, divergence_T, slice(None)).sum(), log_probs_T, entropy_T, divergence_T
+        zero_T = torch.zeros_like(log_probs_T)
+        return p.loss(log_probs_T, entropy_T, zero_T, slice(None)).sum(), log_probs_T, entropy_T, zero_T, zero_T
     options: dict[str, Any] = {
         "temperature": p.temperature,
         "sequence_parallel": layout.sequence_parallel,
@@ -193,7 +198,7 @@ def call(
             shard,
             **options,
         )
-        return loss, log_probs_T, entropy_T, torch.zeros_like(log_probs_T)
+        return loss, log_probs_T, entropy_T, torch.zeros_like(log_probs_T), torch.zeros_like(log_probs_T)
     function: Any = fused_exact_reverse_kl
     if kind == "top_k_unbiased":
         function = partial(fused_top_k_unbiased, top_k=p.top_k, sampler_log_probs_T=p.sampler_log_probs_T)
