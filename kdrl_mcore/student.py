@@ -176,7 +176,8 @@ class Student:
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {name.format(index): chunk.module.sharded_state_dict() for index, chunk in enumerate(self.ddp)}
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        with mcore.unpadded_parameter_ranges(self.optimizer):
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {**model, "optimizer": optimizer}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:

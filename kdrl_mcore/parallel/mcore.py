@@ -4,7 +4,8 @@ its CUDA extras."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,31 @@ def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=total_norm)
+
+
+@contextmanager
+def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
+    """While the distributed optimizer describes its state for a checkpoint, its parameters' ranges leave out padding between
+    buckets, as the tensors it cuts them from do.
+
+    Megatron-Core (0.16 to 0.19) cuts with ranges that count the padding: with several buckets in one buffer (a tied embedding
+    on the last stage has its own) everything after the first would be saved shifted.
+    """
+    changed = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for buffer in getattr(part, "buffers", []):
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            shifts = [bucket.offset - sum(sizes[:index]) for index, bucket in enumerate(buffer.buckets)]
+            changed.append((buffer, buffer.param_index_map))
+            buffer.param_index_map = {
+                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+    try:
+        yield
+    finally:
+        for buffer, original in changed:
+            buffer.param_index_map = original
 
 
 def forward_backward_function(pipeline_size: int, virtual_pipeline_size: int | None) -> Callable[..., list[Any]]:
