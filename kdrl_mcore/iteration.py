@@ -22,9 +22,8 @@ from kdrl_mcore.step_metrics import step_metrics
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
-def run_iteration(job: Job, step: int) -> tuple[list[Rollout], dict[str, float]]:
+def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dict[str, float]]:
     """Rollout, reward, mask, teacher, advantages, loss and update, schedules. Collective over the world."""
-    clock = Clock()
     alpha, beta = job.alpha.value, job.beta.value
     with clock("rollout"):
         rollouts = job.sample(step)  # o ~ mu( . | x), G responses to each prompt

@@ -14,9 +14,8 @@ from kdrl_mcore.step_metrics import update_metrics
 from kdrl_mcore.types import Rollout
 
 
-def run_supervised_iteration(job: Job) -> dict[str, float]:
+def run_supervised_iteration(job: Job, clock: Clock) -> dict[str, float]:
     """One optimizer step on the next prompts and their given responses. Collective over the world."""
-    clock = Clock()
     assert job.prompts is not None
     rollouts = []
     for group, prompt in enumerate(job.prompts.next_batch()):

@@ -16,6 +16,7 @@ from kdrl_mcore.evaluation.evaluate import evaluate
 from kdrl_mcore.iteration import run_iteration
 from kdrl_mcore.job import Job, verify_together
 from kdrl_mcore.monitoring.alerts import AlertWatch
+from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.rollout.files import write_rollouts
@@ -67,11 +68,11 @@ class Trainer:
             export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
 
     def _train_step(self, step: int) -> None:
-        config = self.config
+        config, clock = self.config, Clock(self._show_phase)
         if config.objective.kind == "sft":
-            metrics = run_supervised_iteration(self.job)
+            metrics = run_supervised_iteration(self.job, clock)
         else:
-            rollouts, metrics = run_iteration(self.job, step)
+            rollouts, metrics = run_iteration(self.job, step, clock)
             if self._is_main and config.logging.rollouts:
                 write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
         if _is_due(step, config.eval.every, config.trainer.steps):
@@ -83,6 +84,7 @@ class Trainer:
         if not self.job.eval_prompts:
             return {}
         assert self.job.engine is not None
+        self._show_phase("evaluation")
         return evaluate(
             self.job.engine,
             self.job.eval_prompts,
@@ -91,6 +93,10 @@ class Trainer:
             self.config.rollout,
             self.config.trainer.seed,
         )
+
+    def _show_phase(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress.phase(name)
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is None or self._progress is None:

@@ -1,6 +1,8 @@
 """Compare runs: a table in the terminal, and curves as a picture or a self-contained page.
 
 python tools/report.py RUN [RUN ...] --output report.html      (or .png)
+
+Runs named NAME_seed1, NAME_seed2, ... are one entry: their mean, with the range.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import base64
 import html
 import io
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +40,7 @@ FINAL_STEPS = 5
 SMOOTHING_STEPS = 5
 """Training curves show each step faintly, and the mean over this many steps as the line."""
 COLOURS = ("#0b6e99", "#d9730d", "#5b8c3e", "#9b3d6e", "#6b5bb0", "#8a6d3b", "#c03f3f", "#4a4a4a")
+SEED_SUFFIX = re.compile(r"_seed\d+$")
 SMALLEST_BETA = 1e-4
 """Below this the log axis of beta goes on linearly to zero."""
 PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
@@ -77,10 +82,42 @@ class Run:
         return fmean(values) if values else None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What the report shows as one: a run, or the runs of one method that differ in the seed."""
+
+    name: str
+    runs: list[Run]
+
+    def curve(self, metric: str) -> tuple[list[int], list[list[float]]]:
+        """The steps at which every run has the metric, and each run's values there."""
+        curves = [dict(zip(*run.curve(metric), strict=True)) for run in self.runs]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return steps, [[curve[step] for step in steps] for curve in curves]
+
+    def measure(self, of: Callable[[Run], float | None]) -> list[float]:
+        """The number of each run that has it."""
+        return [value for run in self.runs if (value := of(run)) is not None]
+
+
+def by_seed(runs: Sequence[Run]) -> list[Entry]:
+    """One entry for all runs whose names differ only in the number behind `_seed`, and for each other run; in order."""
+    entries: dict[str, list[Run]] = {}
+    for run in runs:
+        entries.setdefault(SEED_SUFFIX.sub("", run.name), []).append(run)
+    return [Entry(name if len(group) > 1 else group[0].name, group) for name, group in entries.items()]
+
+
 def main() -> int:
     """Read the runs, print the table, write the picture or page; exit code 1 or 2 with one line on bad input."""
     parser = argparse.ArgumentParser(description="Compare runs: a table in the terminal, and curves in a file.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (run.dir of the training)")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory (run.dir of the training); NAME_seed1, NAME_seed2, ... are averaged",
+    )
     parser.add_argument("--output", type=Path, required=True, help="file to write: .html (table and curves) or .png (curves)")
     arguments = parser.parse_args()
     try:
@@ -101,9 +138,10 @@ def make_report(run_dirs: Sequence[Path], output: Path, console: Console) -> Non
     if output.suffix not in (".html", ".png"):
         raise ConfigError(f"--output {output}: name a file that ends in .html or .png")
     runs = [Run(name, read_metrics(run_dir)) for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True)]
-    table = summary(runs)
+    entries = by_seed(runs)
+    table = summary(entries)
     _print_table(table, console)
-    picture = _png(plot(runs))
+    picture = _png(plot(entries))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(picture if output.suffix == ".png" else page(table, picture).encode())
@@ -126,12 +164,14 @@ def _number(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
-def summary(runs: Sequence[Run]) -> list[list[str]]:
-    """The comparison as text: a header row, then a row for each run. "-" stands where a run has no such number."""
+def summary(entries: Sequence[Entry]) -> list[list[str]]:
+    """The comparison as text: a header row, then a row for each entry. "-" stands where it has no such number."""
     columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], str]]] = [
-        ("accuracy at start", lambda run: _held_out(run, 0), _percent),
-        ("at end", lambda run: _held_out(run, -1), _percent),
+        ("accuracy at start", lambda run: _held_out(run, "accuracy", 0), _percent),
+        ("at end", lambda run: _held_out(run, "accuracy", -1), _percent),
         ("gain, points", _gain, lambda value: f"{value:+.1f}"),
+        ("greedy at start", lambda run: _held_out(run, "greedy_accuracy", 0), _percent),
+        ("greedy at end", lambda run: _held_out(run, "greedy_accuracy", -1), _percent),
         ("reward", lambda run: run.final("reward"), _number(3)),
         ("KL", lambda run: run.final("kl"), _number(4)),
         ("length", lambda run: run.final("response_length"), _number(1)),
@@ -141,16 +181,20 @@ def summary(runs: Sequence[Run]) -> list[list[str]]:
         ("s/step", lambda run: run.mean("time/step"), _number(2)),
     ]
     header = ["run", *(title for title, _, _ in columns)]
-    body = []
-    for run in runs:
-        values = [measure(run) for _, measure, _ in columns]
-        cells = ["-" if value is None else form(value) for value, (_, _, form) in zip(values, columns, strict=True)]
-        body.append([run.name, *cells])
+    body = [[entry.name, *(_cell(entry.measure(measure), form) for _, measure, form in columns)] for entry in entries]
     return [header, *body]
 
 
-def _held_out(run: Run, index: int) -> float | None:
-    values = run.curve("eval/accuracy")[1]
+def _cell(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """The mean, and behind it the range where the runs differ in what is shown."""
+    if not values:
+        return "-"
+    low, high = form(min(values)), form(max(values))
+    return form(fmean(values)) if low == high else f"{form(fmean(values))} ({low} to {high})"
+
+
+def _held_out(run: Run, metric: str, index: int) -> float | None:
+    values = run.curve(f"eval/{metric}")[1]
     return values[index] if values else None
 
 
@@ -176,8 +220,8 @@ def _print_table(rows: Sequence[Sequence[str]], console: Console) -> None:
     console.print(table)
 
 
-def plot(runs: Sequence[Run]) -> Figure:
-    """Small multiples of the runs' curves against training steps, one colour a run."""
+def plot(entries: Sequence[Entry]) -> Figure:
+    """Small multiples of curves against training steps, one colour an entry."""
     style: dict[Any, Any] = {
         "font.size": 10.0,
         "axes.spines.top": False,
@@ -192,9 +236,9 @@ def plot(runs: Sequence[Run]) -> Figure:
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
         for axis, (title, metrics, is_share) in zip(axes.flat, PANELS, strict=True):
             axis.set_title(title)
-            for index, run in enumerate(runs):
+            for index, entry in enumerate(entries):
                 for metric in metrics:
-                    _draw(axis, run, metric, COLOURS[index % len(COLOURS)])
+                    _draw(axis, entry, metric, COLOURS[index % len(COLOURS)])
             _finish_axis(axis, is_share)
             if metrics == ("beta",) and axis.lines:
                 axis.set_yscale("symlog", linthresh=SMALLEST_BETA, linscale=0.3)
@@ -203,24 +247,33 @@ def plot(runs: Sequence[Run]) -> Figure:
         for axis in axes[-1]:
             axis.set_xlabel("training step")
         handles = [
-            plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=run.name) for i, run in enumerate(runs)
+            plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=_label(entry))
+            for i, entry in enumerate(entries)
         ]
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False, fontsize=12)
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(entries), 4), frameon=False, fontsize=12)
     return figure
 
 
-def _draw(axis: Axes, run: Run, metric: str, colour: str) -> None:
-    steps, values = run.curve(metric)
+def _label(entry: Entry) -> str:
+    return entry.name if len(entry.runs) == 1 else f"{entry.name} (mean and range of {len(entry.runs)} seeds)"
+
+
+def _draw(axis: Axes, entry: Entry, metric: str, colour: str) -> None:
+    steps, values = entry.curve(metric)
     if not steps:
         return
+    mean = [fmean(column) for column in zip(*values, strict=True)]
     if metric.startswith("eval/"):
-        axis.plot(steps, values, color=colour, linewidth=2.2, marker="o", markersize=5)
+        low, high = ([extreme(column) for column in zip(*values, strict=True)] for extreme in (min, max))
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(steps, mean, color=colour, linewidth=2.2, marker="o", markersize=5)
         return
     is_schedule = metric == "beta"
-    with_eval = metric == "accuracy" and len(run.curve("eval/accuracy")[0]) > 1
-    axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    with_eval = metric == "accuracy" and len(entry.curve("eval/accuracy")[0]) > 1
+    for run in values:
+        axis.plot(steps, run, color=colour, linewidth=0.8, alpha=0.3)
     if not with_eval:
-        axis.plot(steps, values if is_schedule else _smooth(values), color=colour, linewidth=2.0)
+        axis.plot(steps, mean if is_schedule else _smooth(mean), color=colour, linewidth=2.0)
 
 
 def _finish_axis(axis: Axes, is_share: bool) -> None:
@@ -240,10 +293,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    """The figure as PNG, in 64 colours: a third of the size, and nothing that one could see is lost."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return buffer.getvalue()
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def page(table: Sequence[Sequence[str]], picture: bytes) -> str:

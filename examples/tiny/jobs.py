@@ -87,7 +87,7 @@ def _show_newest_step(job: Job) -> None:
     if step > job.step_shown:
         job.step_shown = step
         evaluated = [{"eval/accuracy": row["eval/accuracy"]} for row in rows if "eval/accuracy" in row]
-        print(f"  {job.name:<8} step {step:<4} {key_numbers({**rows[-1], **(evaluated or [{}])[-1]})}", flush=True)
+        print(f"  {job.name:<10} step {step:<4} {key_numbers({**rows[-1], **(evaluated or [{}])[-1]})}", flush=True)
 
 
 def _check(job: Job) -> None:

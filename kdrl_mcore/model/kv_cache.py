@@ -37,8 +37,9 @@ class KVCache:
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns, device=device) - (self.columns - lengths)[:, None]
         self._gather = starts[:, None] + offsets.clamp(min=0)
-        self._visible = (offsets >= 0).repeat_interleave(copies, dim=0)
-        self._mask = self._visible
+        # Added to the scores: attention converts a boolean mask to this at every call.
+        self._prompt_bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
+        self._bias = self._prompt_bias
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
         """Store the packed prompts' keys and values, once per response."""
@@ -52,14 +53,14 @@ class KVCache:
     def begin_decoding(self) -> None:
         """From now on each forward pass brings one new token per slot."""
         self.decoding = True
-        self._extend_mask()
+        self._extend_bias()
 
     def attend(self, layer: int, query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor) -> Tensor:
         """Store the new token's key and value of every slot and attend to everything before it: [S, N, D] -> [S, N, D].
 
         Rows beyond the slots (token alignment) get zeros.
         """
-        slots = self._mask.size(0)
+        slots = self._bias.size(0)
         for store, new in ((self._keys, key_SKD), (self._values, value_SKD)):
             if store[layer].size(2) <= self.columns:
                 grown = min(self._limit, 2 * store[layer].size(2))
@@ -69,22 +70,24 @@ class KVCache:
         # The query heads that share a key/value head stand where a query's time steps would.
         query = query_SND[:slots].reshape(slots, kv_heads, heads // kv_heads, width)
         keys, values = (store[layer][:, :, : self.columns + 1] for store in (self._keys, self._values))
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask[:, None, None, :])
-        return F.pad(context.reshape(slots, heads, width), (0, 0, 0, 0, 0, query_SND.size(0) - slots))
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._bias[:, None, None, :].to(query.dtype))
+        context = context.reshape(slots, heads, width)
+        filler = query_SND.size(0) - slots
+        return F.pad(context, (0, 0, 0, 0, 0, filler)) if filler else context
 
     def advance(self) -> None:
         """The step is over: its column is history now."""
         self.columns += 1
-        self._extend_mask()
+        self._extend_bias()
 
     def keep(self, slots: Tensor) -> None:
         """Go on with these slots only (ascending indices)."""
-        self._visible = self._visible[slots]
-        self._mask = self._mask[slots]
+        self._prompt_bias = self._prompt_bias[slots]
+        self._bias = self._bias[slots]
         for store in (self._keys, self._values):
             for layer in store:
                 store[layer] = store[layer][slots]
 
-    def _extend_mask(self) -> None:
-        generated = self.columns + 1 - self._visible.size(1)
-        self._mask = F.pad(self._visible, (0, generated), value=True)
+    def _extend_bias(self) -> None:
+        generated = self.columns + 1 - self._prompt_bias.size(1)
+        self._bias = F.pad(self._prompt_bias, (0, generated))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,13 +12,17 @@ import torch
 class Clock:
     """Adds up the seconds spent in named phases: `with clock("rollout"): ...`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+        """`on_phase` is called with each phase's name when it begins."""
+        self._on_phase = on_phase
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a phase; on CUDA its kernels are waited for, so that they are not charged to the next one."""
+        if self._on_phase is not None:
+            self._on_phase(phase)
         start = time.perf_counter()
         try:
             yield

@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, steps: int, enabled: bool = True, console: Console | None = None) -> None:
         """`steps`: the number of the run's last step; `console`: where to write, standard output by default."""
         self._steps = steps
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console(highlight=False)
         self._enabled = enabled
         self._first_step = 0
         self._started = time.monotonic()
@@ -85,7 +85,7 @@ class Progress:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=self._live is None)  # plain lines are not cut at a width
 
     def _line_is_due(self, step: int, metrics: Mapping[str, float]) -> bool:
         rested = time.monotonic() - self._last_line >= MIN_SECONDS_BETWEEN_LINES

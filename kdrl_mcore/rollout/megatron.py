@@ -22,6 +22,7 @@ from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
 
 _NO_IDS = np.empty(0, dtype=np.int64)
+_NO_TOKEN = -1
 _COMPACT_BELOW = 0.75  # share of the batch still running
 
 
@@ -40,10 +41,11 @@ class MegatronEngine:
         self._parts = parts
         self._tokenizer = tokenizer
         self._stop_ids = torch.tensor(sorted(tokenizer.eos_ids), device=device())
+        self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size, device=device()), self._stop_ids)
         self._max_sequences = max_sequences
         self._weight_version = weight_version
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine`. Collective over the world."""
         groups = self._parts.groups
@@ -77,48 +79,51 @@ class MegatronEngine:
 
         slots = torch.arange(len(places), device=device())  # which response each cache slot belongs to
         positions = torch.tensor(lengths, device=device()).repeat_interleave(copies)
-        tokens = torch.zeros(len(places), limit, dtype=torch.int64, device=device())
+        tokens = torch.full((len(places), limit), _NO_TOKEN, device=device())
         log_probs = torch.zeros(len(places), limit, device=device())
-        counts = torch.full((len(places),), limit, device=device())
-        stopped = torch.zeros(len(places), dtype=torch.bool, device=device())
+        running = torch.ones(len(places), dtype=torch.bool, device=device())  # by slot
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
             tokens[slots, step], log_probs[slots, step] = token, log_prob
-            ended = slots[torch.isin(token, self._stop_ids) & ~stopped[slots]]
-            counts[ended] = step + 1
-            stopped[ended] = True
-            alive = (~stopped[slots]).nonzero().squeeze(1)
-            if len(alive) == 0 or step == limit - 1:
+            running &= ~self._is_stop[token]
+            num_running = int(running.sum())
+            if num_running == 0 or step == limit - 1:
                 break
-            # Dropping finished sequences copies the cache, which costs about as much as a step; until then their tokens are
-            # not counted.
-            if len(alive) <= _COMPACT_BELOW * len(slots):
-                slots, positions, token = slots[alive], positions[alive], token[alive]
-                cache.keep(alive)
+            # Dropping finished sequences copies the cache, which costs about as much as a step; until then they go on, and
+            # what follows their end is not counted.
+            if num_running <= _COMPACT_BELOW * len(slots):
+                kept = running.nonzero().squeeze(1)
+                slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
+                cache.keep(kept)
             last_hidden = self._decode(token, positions, cache)
             cache.advance()
             positions = positions + 1
-        return self._rollouts([prompts[i] for i in order], places, copies, tokens, log_probs, counts, stopped)
+        return self._rollouts([prompts[i] for i in order], places, copies, tokens, log_probs)
 
     def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """The next token and its log-prob for every slot: sampled on the last stage, sent to the others."""
         groups, chunk = self._parts.groups, self._parts.chunks[-1]
-        answer = torch.empty(2, len(uniform_N), dtype=torch.float64, device=device())
+        sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
             logits = F.linear(hidden, chunk.head_weight()).float()
-            token, log_prob = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
-            answer[0], answer[1] = token, log_prob
+            sampled = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
         if groups.pipeline.size() > 1:
+            shape = (2, len(uniform_N))
+            answer = (
+                torch.empty(shape, dtype=torch.float64, device=device()) if sampled is None else torch.stack(sampled).double()
+            )
             dist.broadcast(answer, dist.get_global_rank(groups.pipeline, groups.pipeline.size() - 1), group=groups.pipeline)
-        return answer[0].long(), answer[1].float()
+            return answer[0].long(), answer[1].float()
+        assert sampled is not None
+        return sampled
 
     def _decode(self, token_N: Tensor, position_N: Tensor, cache: KVCache) -> Tensor | None:
         """Hidden states [N, H] of one new token per slot (last stage only)."""
         count = len(token_N)
         filler = -count % self._parts.groups.layout.replica_alignment
-        hidden = self._forward(
-            F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler)), (Run.whole(0, count + filler, 1),), cache
-        )
+        if filler:
+            token_N, position_N = F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler))
+        hidden = self._forward(token_N, position_N, (Run.whole(0, count + filler, 1),), cache)
         return None if hidden is None else hidden[:count]
 
     def _forward(self, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache) -> Tensor | None:
@@ -168,9 +173,11 @@ class MegatronEngine:
         copies: int,
         tokens: Tensor,
         log_probs: Tensor,
-        counts: Tensor,
-        stopped: Tensor,
     ) -> list[tuple[int, Rollout]]:
+        """Cut each row of sampled tokens [responses, limit] behind its first stop token."""
+        is_end = torch.isin(tokens, self._stop_ids)
+        stopped = is_end.any(dim=1)
+        counts = torch.where(stopped, is_end.long().argmax(dim=1) + 1, tokens.size(1))
         token_rows, log_prob_rows = tokens.cpu().numpy(), log_probs.cpu().numpy()
         version = self._weight_version()
         result = []

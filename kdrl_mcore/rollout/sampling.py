@@ -36,43 +36,40 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
             distribution.
 
     Returns:
-        (token ids [N], log-probs [N]) on every rank. Collectives over the shard's group: one MAX all-reduce, one all-gather
-        of one number per row, one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
+        (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
+        numbers per row and one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
     """
     if temperature > 0:
         logits_NV /= temperature
-    real = max(0, min(shard.size, shard.stop) - shard.start)
-    logits_NV[:, real:] = _MASKED
+    if shard.real_columns < logits_NV.size(1):
+        logits_NV[:, shard.real_columns :] = _MASKED
     if top_p < 1 and temperature > 0:
         return _sample_nucleus(_gather_columns(logits_NV, shard), uniform_N, top_p)
-    peak_N = logits_NV.amax(dim=1)
-    if shard.group is not None and shard.group.size() > 1:
-        dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=shard.group)
-    weights_NV = torch.exp(logits_NV - peak_N[:, None])
-    mass_RN = _gather_rows(weights_NV.sum(dim=1, dtype=torch.float64), shard)
-    total_N = mass_RN.sum(dim=0)
+    peak_N = logits_NV.amax(dim=1).double()
+    # In float64, ranks may each weigh against their own peak: what that rounds is far below what decides a token.
+    cumulative_NV = (logits_NV - peak_N[:, None]).exp_().cumsum_(dim=1)
+    peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, cumulative_NV[:, -1])), shard).unbind(dim=1)
+    top_N = peak_RN.amax(dim=0)
+    scale_RN = (peak_RN - top_N).exp()
+    edges_RN = (mass_RN * scale_RN).cumsum(dim=0)
+    total_N = edges_RN[-1]
+    rank = shard.group.rank() if shard.group is not None else 0
     if temperature == 0:
-        index_N = logits_NV.argmax(dim=1)
         # Of several ranks (or columns) at the peak, the first one owns the token.
-        at_peak_RN = _gather_rows((logits_NV.amax(dim=1) >= peak_N).double(), shard)
-        owner_N = at_peak_RN.argmax(dim=0)
+        owner_N = (peak_RN == top_N).double().argmax(dim=0)
+        index_N = logits_NV.argmax(dim=1)
     else:
         target_N = uniform_N.to(total_N.device) * total_N
-        edges_RN = mass_RN.cumsum(dim=0)
-        owner_N = (edges_RN <= target_N).sum(dim=0)
         # Rounding may put the target at the very end: the last rank with any mass then owns it.
-        last_N = mass_RN.size(0) - 1 - (mass_RN.flip(0) > 0).double().argmax(dim=0)
-        owner_N = torch.minimum(owner_N, last_N)
-        rank = shard.group.rank() if shard.group is not None else 0
-        before_N = edges_RN[rank] - mass_RN[rank]
-        cumulative_NV = weights_NV.cumsum(dim=1, dtype=torch.float64)
-        index_N = torch.searchsorted(cumulative_NV, (target_N - before_N)[:, None], right=True).squeeze(1)
-        index_N = index_N.clamp(max=max(real - 1, 0))
-    own_N = owner_N == (shard.group.rank() if shard.group is not None else 0)
-    log_prob_N = logits_NV.gather(1, index_N[:, None]).squeeze(1).double() - peak_N - total_N.log()
-    answer = torch.where(own_N, torch.stack((index_N + shard.start, log_prob_N)), 0.0)
-    if shard.group is not None and shard.group.size() > 1:
-        dist.all_reduce(answer, group=shard.group)
+        owner_N = (edges_RN <= torch.minimum(target_N, total_N.nextafter(torch.zeros_like(total_N)))).sum(dim=0)
+        before_N = edges_RN[rank - 1] if rank else 0.0
+        index_N = torch.searchsorted(cumulative_NV, ((target_N - before_N) / scale_RN[rank])[:, None], right=True).squeeze(1)
+        index_N = index_N.clamp(max=max(shard.real_columns - 1, 0))
+    log_prob_N = logits_NV.gather(1, index_N[:, None]).squeeze(1) - top_N - total_N.log()
+    if shard.ranks == 1:
+        return index_N, log_prob_N.float()
+    answer = torch.where(owner_N == rank, torch.stack((index_N + shard.start, log_prob_N)), 0.0)
+    dist.all_reduce(answer, group=shard.group)
     return answer[0].long(), answer[1].float()
 
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.monitoring import progress as progress_module
 from kdrl_mcore.monitoring.alerts import Alert, AlertThresholds, AlertWatch, check_alerts
+from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import METRICS_FILE, MetricsLog, read_metrics
 from kdrl_mcore.monitoring.progress import Progress, key_numbers
 
@@ -105,8 +106,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def show(stream: io.StringIO, steps: int, enabled: bool = True, first_step: int = 0) -> str:
-    console = Console(file=stream, force_terminal=stream.isatty(), width=200, highlight=False, soft_wrap=True)
+def show(stream: io.StringIO, steps: int, enabled: bool = True, first_step: int = 0, width: int = 200) -> str:
+    console = Console(file=stream, force_terminal=stream.isatty(), width=width, highlight=False)
     progress = Progress(steps, enabled=enabled, console=console)
     progress.start(first_step)
     for step in range(first_step + 1, steps + 1):
@@ -127,6 +128,21 @@ def test_a_log_file_gets_plain_lines_with_the_key_numbers(monkeypatch: pytest.Mo
     for part in ("accuracy 50.0%", "KL 0.0100", "beta 0.002", "length 41.0", "loss 0.1000", "1800 tokens/s", "left"):
         assert part in first
     assert message == "saved [checkpoint]"
+
+
+def test_nothing_is_cut_off_at_the_width_of_a_terminal_or_a_log_file() -> None:
+    assert "1800 tokens/s" in show(Terminal(), steps=2, width=80)
+    assert "1800 tokens/s  0 s left" in show(io.StringIO(), steps=2, width=80).splitlines()[-2]
+
+
+def test_the_clock_tells_each_phase_when_it_begins_and_adds_up_its_time() -> None:
+    begun: list[str] = []
+    clock = Clock(begun.append)
+    for phase in ("rollout", "train", "rollout"):
+        with clock(phase):
+            assert begun[-1] == phase
+    assert begun == ["rollout", "train", "rollout"] and set(clock.seconds) == {"rollout", "train"}
+    assert 0 < sum(clock.seconds.values()) <= clock.total
 
 
 def test_fast_steps_do_not_flood_a_log_file_but_the_last_one_is_shown() -> None:

@@ -14,22 +14,26 @@ from rich.console import Console
 
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.monitoring.metrics import MetricsLog, read_metrics
-from tools.report import Run, make_report, plot, run_names, summary
+from tools.report import Entry, Run, by_seed, make_report, plot, run_names, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write_run(run_dir: Path, steps: int = 10, teacher: bool = True) -> Path:
+def write_run(run_dir: Path, steps: int = 10, teacher: bool = True, accuracy: float = 0.55) -> Path:
     with MetricsLog(run_dir, tensorboard=False) as log:
-        log.write(0, {"eval/accuracy": 0.4})
+        log.write(0, {"eval/accuracy": 0.4, "eval/greedy_accuracy": 0.7})
         for step in range(1, steps + 1):
             metrics = {"reward": step / 10, "accuracy": step / 20, "response_length": 40.0, "entropy": 0.5, "samples": 128.0}
             metrics |= {"time/step": 0.5, "beta": 0.1 if teacher else 0.0, "teacher_tokens": 75.0 if teacher else 0.0}
             metrics |= {"teacher_tokens_saved": 25.0 if teacher else 100.0} | ({"kl": 0.02} if teacher else {})
             log.write(step, metrics)
-        log.write(steps, {"eval/accuracy": 0.55})
+        log.write(steps, {"eval/accuracy": accuracy, "eval/greedy_accuracy": 0.75})
     return run_dir
+
+
+def entries(runs: list[Path]) -> list[Entry]:
+    return by_seed([Run(run.name, read_metrics(run)) for run in runs])
 
 
 @pytest.fixture
@@ -38,12 +42,14 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def test_the_table_holds_the_runs_numbers(runs: list[Path]) -> None:
-    header, kdrl, grpo = summary([Run(run.name, read_metrics(run)) for run in runs])
+    header, kdrl, grpo = summary(entries(runs))
     assert dict(zip(header, kdrl, strict=True)) == {
         "run": "kdrl",
         "accuracy at start": "40.0%",
         "at end": "55.0%",
         "gain, points": "+15.0",
+        "greedy at start": "70.0%",
+        "greedy at end": "75.0%",
         "reward": "0.800",
         "KL": "0.0200",
         "length": "40.0",
@@ -57,8 +63,20 @@ def test_the_table_holds_the_runs_numbers(runs: list[Path]) -> None:
     )
 
 
+def test_seeds_of_one_method_are_one_entry_with_mean_and_range(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"kdrl_seed{seed}", accuracy=accuracy) for seed, accuracy in ((1, 0.5), (2, 0.6))]
+    header, kdrl, alone = summary(entries([*runs, write_run(tmp_path / "grpo_seed1")]))
+    cells = dict(zip(header, kdrl, strict=True))
+    assert (cells["run"], alone[0]) == ("kdrl", "grpo_seed1")
+    assert (cells["at end"], cells["gain, points"]) == ("55.0% (50.0% to 60.0%)", "+15.0 (+10.0 to +20.0)")
+    assert (cells["accuracy at start"], cells["samples"]) == ("40.0%", "1,280")
+    accuracy = plot(entries(runs)).axes[0]
+    assert [line.get_ydata()[-1] for line in accuracy.lines if line.get_marker() == "o"] == [pytest.approx(0.55)]
+    assert len(accuracy.collections) == 1  # the band between the seeds
+
+
 def test_the_picture_draws_every_run_in_every_panel_that_has_it(runs: list[Path]) -> None:
-    figure = plot([Run(run.name, read_metrics(run)) for run in runs])
+    figure = plot(entries(runs))
     panels = {axis.get_title(loc="left"): {line.get_color() for line in axis.lines} for axis in figure.axes}
     assert len(panels) == 6
     assert [len(colours) for title, colours in panels.items() if "KL" in title] == [1]
@@ -72,7 +90,7 @@ def test_a_metric_that_is_not_finite_leaves_a_gap_only(tmp_path: Path) -> None:
             log.write(step, {"reward": loss})
     run = Run("x", read_metrics(tmp_path))
     assert run.curve("reward") == ([1, 3], [1.0, 3.0]) and run.final("reward") == 2.0
-    plot([run])
+    plot([Entry("x", [run])])
 
 
 def test_html_is_self_contained_and_escapes_names(runs: list[Path], tmp_path: Path) -> None:

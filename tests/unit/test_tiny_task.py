@@ -166,7 +166,10 @@ def test_following_shows_the_newest_step_of_each_job(tmp_path: Path, capsys: pyt
         with MetricsLog(tmp_path / name, tensorboard=False) as log:
             log.write(step, {"reward": 0.5})
     jobs.follow([job(name, tmp_path / name, "") for name in ("kdrl", "grpo")])
-    assert capsys.readouterr().out.splitlines() == ["  kdrl     step 7    reward 0.500", "  grpo     step 9    reward 0.500"]
+    assert capsys.readouterr().out.splitlines() == [
+        "  kdrl       step 7    reward 0.500",
+        "  grpo       step 9    reward 0.500",
+    ]
 
 
 def test_a_job_that_fails_stops_the_others_and_shows_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

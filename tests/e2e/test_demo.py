@@ -1,0 +1,53 @@
+"""The demo, end to end through the real command line, on an untrained pair and a handful of problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.tiny import demo, task
+from examples.tiny.demo import Training
+from examples.tiny.make_pair import FLAW_RATE, write_random_model
+from kdrl_mcore.monitoring.metrics import read_metrics
+
+STEPS = 2
+FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2}
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the one `make_pair` makes: absolute, so that it need not lie in the project."""
+    monkeypatch.setattr(task, "SPLITS", FEW_PROBLEMS)
+    task.write_data(tmp_path / "data", FLAW_RATE)
+    for name in ("student", "teacher"):
+        write_random_model(tmp_path / name, name)
+    return tmp_path
+
+
+@pytest.mark.timeout(600)
+def test_every_method_trains_from_the_same_start_is_reported_and_is_not_repeated(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo.demo(directory, STEPS, seeds=[3])
+
+    trainings = [Training(method, 3, STEPS, directory) for stage in demo.STAGES for method in stage]
+    metrics = {training.method.name: read_metrics(training.run_dir) for training in trainings}
+    assert [int(rows[-1]["step"]) for rows in metrics.values()] == [STEPS] * 3
+    assert len({rows[0]["eval/accuracy"] for rows in metrics.values()}) == 1
+    assert len({sum(row.get("samples", 0) for row in rows) for rows in metrics.values()}) == 1
+    assert metrics["grpo"][-1]["teacher_tokens"] == 0 < metrics["kdrl"][-1]["teacher_tokens"]
+    assert (metrics["kdrl"][-1]["alpha"], metrics["kd"][-1]["alpha"]) == (1.0, 0.0)
+    assert metrics["kdrl"][1]["beta"] > metrics["kdrl"][2]["beta"]  # it falls
+    assert "tensor: 2" in (trainings[0].run_dir / "config.yaml").read_text()
+    assert all((training.run_dir / "hf" / "model.safetensors").is_file() for training in trainings)
+    assert (directory / "demo.png").stat().st_size > 10_000
+    shown = capfd.readouterr()
+    assert "took" in shown.out and all(f"{name}_seed3" in shown.out for name in metrics)
+
+    monkeypatch.setattr(demo, "start_training", lambda *_: pytest.fail("a complete run was started again"))
+    demo.demo(directory, STEPS, seeds=[3])
+    assert [training.is_complete() for training in trainings] == [True] * 3
+    assert not Training(demo.KDRL, 3, STEPS + 1, directory).is_complete()
+    (directory / "student").touch()  # made anew: what was trained from the old one no longer counts
+    assert not trainings[0].is_complete()
