@@ -1,0 +1,25 @@
+"""The documentation of the configuration is complete and true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdrl_mcore.config import conf_dir
+from kdrl_mcore.config_help import documented_keys, markdown
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+
+
+def test_every_key_says_what_it_means() -> None:
+    assert [key.name for key in documented_keys() if not key.meaning] == []
+
+
+def test_the_page_lists_every_key_and_default() -> None:
+    assert DOCS.read_text().endswith(markdown()), "rewrite docs/configuration.md from kdrl_mcore.config_help.markdown()"
+
+
+def test_the_page_names_every_choice_of_every_group() -> None:
+    text = DOCS.read_text()
+    for group in ("experiment", "rollout", "reward"):
+        for path in (conf_dir() / group).glob("*.yaml"):
+            assert f"`{path.stem}`" in text, f"{group}={path.stem}"
