@@ -383,8 +383,12 @@ def _check_objective(config: Config) -> None:
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
     """Whether a coefficient schedule is above zero at some step."""
-    ends = {"switch": (schedule.init, schedule.after), "adaptive": (schedule.init, schedule.min)}
-    return max(ends.get(schedule.kind, (schedule.init, schedule.min))) > 0 if schedule.kind != "constant" else schedule.init > 0
+    values = {
+        "constant": (schedule.init,),
+        "switch": (schedule.init, schedule.after),
+        "linear": (schedule.init, schedule.min, -schedule.delta),  # a negative delta lets it grow
+    }
+    return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -142,10 +142,22 @@ class HeadPass:
 
 @dataclass
 class _Gradients:
-    """dL/d(the hidden states of the loss rows), not yet summed over ranks, and dL/dweight; None where not wanted."""
+    """dL/d(the hidden states of the loss rows), not yet summed over ranks, and dL/dweight; None where not wanted.
+
+    Attributes:
+        weight_written: whether a chunk has written its part of dL/dweight; until then it holds nothing (zeroing it first would
+            cost a pass over its memory).
+    """
 
     rows_TH: Tensor | None
     weight_VH: Tensor | None
+    weight_written: bool = False
+
+    def finish(self, real: int, dtype: torch.dtype) -> None:
+        """All chunks are done: rows of dL/dweight that none has written are zero."""
+        if self.weight_VH is not None:
+            self.weight_VH[real if self.weight_written else 0 :].zero_()
+            self.weight_VH = self.weight_VH.to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -168,9 +180,12 @@ class _FusedHead(torch.autograd.Function):
             raise RuntimeError("the fused head's gradient, formed in the forward pass, is used up: run the forward pass again")
         # Scaled in place and handed over, so that dW never exists twice; hence one backward pass for each forward pass.
         ctx.gradients = None
-        for gradient in (gradients.rows_TH, gradients.weight_VH):
-            if gradient is not None:
-                gradient.mul_(outputs[0])
+        scale = outputs[0]
+        # Megatron-Core's schedules pass 1; on CUDA looking would wait for the device.
+        if scale.device.type != "cpu" or scale != 1:
+            for gradient in (gradients.rows_TH, gradients.weight_VH):
+                if gradient is not None:
+                    gradient.mul_(scale)
         d_hidden_SH = None if gradients.rows_TH is None else ctx.spread(gradients.rows_TH)
         return d_hidden_SH, gradients.weight_VH, None
 
@@ -206,7 +221,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     gradients = _Gradients(
         hidden_SH.new_zeros(num_tokens, hidden_SH.size(1)) if wanted[0] else None,
-        torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None,
+        torch.empty_like(weight_VH, dtype=wide) if wanted[1] else None,
     )
     loss = torch.zeros((), dtype=wide, device=weight_VH.device)
     measured: list[tuple[Tensor, ...]] = []
@@ -229,8 +244,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
             if d_logits_CV is not None:
                 _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[:real], rows)
         measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C, chunk.teacher_log_prob_C))
-    if gradients.weight_VH is not None:
-        gradients.weight_VH = gradients.weight_VH.to(weight_VH.dtype)
+    gradients.finish(real, weight_VH.dtype)
     return HeadOutputs(loss, *(torch.cat(parts) for parts in zip(*measured, strict=True))), gradients
 
 
@@ -241,10 +255,15 @@ def _accumulate(gradients: _Gradients, d_logits_CV: Tensor, hidden_CH: Tensor, w
     if gradients.weight_VH is None:
         return
     d_weight_VH = gradients.weight_VH[: len(weight_VH)]
+    first, gradients.weight_written = not gradients.weight_written, True
     if d_weight_VH.dtype == hidden_CH.dtype:
-        d_weight_VH.addmm_(d_logits_CV.T, hidden_CH)
+        d_weight_VH.addmm_(d_logits_CV.T, hidden_CH, beta=0 if first else 1)
         return
     columns = max(1, CHUNK_BYTES // (hidden_CH.element_size() * hidden_CH.size(1)))
     for start in range(0, len(weight_VH), columns):
         block = slice(start, start + columns)
-        d_weight_VH[block] += d_logits_CV[:, block].T @ hidden_CH
+        part_BH = d_logits_CV[:, block].T @ hidden_CH
+        if first:
+            d_weight_VH[block] = part_BH
+        else:
+            d_weight_VH[block] += part_BH
