@@ -133,7 +133,7 @@ class Experience:
 
 
 def micro_batches(experience: Experience, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
-    """This rank's micro-batches, each with the loss of its tokens.
+    """This rank's micro-batches of at most `micro_tokens` tokens on it, each with the loss of its tokens.
 
     Every rank computes the same plan. Collective over the world where there are hidden states of the teacher: they are
     delivered, then broadcast over the tensor-parallel group; else no communication.
@@ -143,7 +143,7 @@ def micro_batches(experience: Experience, loss: BatchLoss, groups: ModelGroups, 
     plan = plan_micro_batches(
         [rollout.num_tokens for rollout in rollouts],
         layout.data,
-        micro_tokens,
+        micro_tokens * layout.context,
         layout.pipeline if layout.virtual_pipeline else 1,
     )
     result = []
@@ -159,7 +159,8 @@ def micro_batches(experience: Experience, loss: BatchLoss, groups: ModelGroups, 
         if experience.teacher_hidden is not None:
             hidden_DG = _deliver(experience, experience.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
         tokens = experience.token_batch(batch.spans).to(device())
-        result.append(MicroBatch(batch, partial(_loss_of_rows, loss, tokens), tokens.sampler_log_probs, hidden_DG))
+        mu_T = None if experience.on_policy else tokens.sampler_log_probs
+        result.append(MicroBatch(batch, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG))
     return result
 
 

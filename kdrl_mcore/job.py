@@ -106,7 +106,8 @@ class Job:
             )
             old = [log_probs for log_probs, _ in scored]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
-        on_policy = updates == 1 and self.replay is None
+        # With top_p the sampler's distribution is not the student's, but its nucleus.
+        on_policy = updates == 1 and self.replay is None and self.config.rollout.top_p == 1
         experience = Experience(rollouts, distil_N, on_policy, teacher.log_probs, teacher.hidden, old, reference)
         return experience.split_by_group(updates)
 

@@ -43,14 +43,14 @@ class MicroBatch:
     """What one forward and backward pass needs.
 
     Attributes:
-        sampler_log_probs_T: log mu of the loss rows.
+        sampler_log_probs_T: log mu of the loss rows; None where the student's present weights sampled them.
         teacher_hidden_DG: the teacher's hidden states of the first D loss rows in host memory, where the loss compares the
             student with it over the vocabulary.
     """
 
     packed: PackedBatch
     token_loss: TokenLoss
-    sampler_log_probs_T: Tensor
+    sampler_log_probs_T: Tensor | None = None
     teacher_hidden_DG: Tensor | None = None
 
 

@@ -37,7 +37,7 @@ class TeacherHead:
         self.weight_VG = load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device())
         self._kd = kd
 
-    def compare(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor, **head: Any) -> HeadOutputs:
+    def compare(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor | None, **head: Any) -> HeadOutputs:
         """The pass over both heads that `objective.kd.estimator` names; `head` are the arguments of `fused_head`.
 
         Collectives: those of `fused_exact_reverse_kl` or its top-k sisters.

@@ -106,7 +106,8 @@ def scoring_plan(parts: ModelParts, rollouts: Sequence[Rollout], micro_tokens: i
     """plan[data-parallel rank][micro-batch] = the rollouts that `run_forward` gives it."""
     layout = parts.groups.layout
     multiple_of = layout.pipeline if layout.virtual_pipeline else 1
-    return plan_micro_batches([rollout.num_tokens for rollout in rollouts], layout.data, micro_tokens, multiple_of)
+    lengths = [rollout.num_tokens for rollout in rollouts]
+    return plan_micro_batches(lengths, layout.data, micro_tokens * layout.context, multiple_of)
 
 
 def span_rows(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:
