@@ -83,10 +83,9 @@ class ParallelConfig:
     context: int = 1  # ranks that split the tokens of a micro-batch
     expert: int = 1  # ranks that split the experts of a mixture
     sequence_parallel: bool = False  # tensor-parallel ranks also split norms and residuals, by tokens
-    recompute: str = "none"  # activation recompute: none, selective or full
+    recompute: str = "none"  # activation recompute: none or full (each layer)
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks (adam only)
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass goes on
-    overlap_param_gather: bool = False  # gather updated parameters while the forward pass goes on
 
 
 @dataclass
@@ -248,6 +247,9 @@ class LoggingConfig:
     progress: bool = True  # live display on rank 0
     tensorboard: bool = True  # write tensorboard/ beside metrics.jsonl
     rollouts: bool = True  # write rollouts/step_*.jsonl
+    gradient_split_every: int = (
+        0  # updates between measurements of both gradients' norms and cosine; each costs two backward passes
+    )
 
 
 @dataclass
@@ -283,7 +285,7 @@ class Config:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.spec": ("auto", "local", "transformer_engine"),
-    "parallel.recompute": ("none", "selective", "full"),
+    "parallel.recompute": ("none", "full"),
     "objective.kind": ("kdrl", "sft"),
     "objective.aggregation": ("token_mean", "sequence_mean", "sequence_sum_norm"),
     "objective.alpha.kind": ("constant", "linear", "cosine", "switch", "adaptive"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
 from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.scoring import score_rollouts
-from kdrl_mcore.objective.joint import TokenBatch, joint_loss, sft_loss
+from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.reward.verifier import Verifier
@@ -116,7 +116,24 @@ class Job:
         bad = experience.bad_log_probs()
         if bad is not None:
             return UpdateResult({}, {}, float("nan"), bad)
-        return self._optimize(experience, partial(_joint, objective=self.config.objective, alpha=alpha, beta=beta))
+        split = self._split_gradient(experience, alpha, beta)
+        result = self._optimize(experience, self._loss(alpha, beta))
+        return replace(result, gradient_split=gradient_split(*split, result.grad_norm)) if split else result
+
+    def _loss(self, alpha: float, beta: float) -> BatchLoss:
+        return partial(_joint, objective=self.config.objective, alpha=alpha, beta=beta)
+
+    def _split_gradient(self, experience: Experience, alpha: float, beta: float) -> tuple[float, float] | None:
+        """The norms of the GRPO and of the distillation gradient, where they are due and there is no third one."""
+        every = self.config.logging.gradient_split_every
+        if every == 0 or self.student.version % every or not (alpha > 0 and beta > 0) or self.reference is not None:
+            return None
+        settings = (self.student.groups, self.config.batch.micro_tokens)
+        policy, distillation = (
+            self.student.gradient_norm(micro_batches(experience, self._loss(*coefficients), *settings))
+            for coefficients in ((alpha, 0.0), (0.0, beta))
+        )
+        return policy, distillation
 
     def update_supervised(self, experience: Experience) -> UpdateResult:
         """One optimizer step on -log pi(target)."""

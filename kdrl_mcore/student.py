@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -62,12 +62,14 @@ class UpdateResult:
         sums, maxima: the measures, over every token of the global batch.
         grad_norm: global norm of the gradient before clipping.
         skipped: why the weights were left untouched (NaN or infinity somewhere), or None.
+        gradient_split: where measured, the norms of the GRPO and the distillation gradient and the cosine between them.
     """
 
     sums: dict[str, float]
     maxima: dict[str, float]
     grad_norm: float
     skipped: str | None
+    gradient_split: dict[str, float] = field(default_factory=dict)
 
 
 class Student:
@@ -151,12 +153,8 @@ class Student:
         Args:
             micro_batches: this data-parallel rank's, the same number on every rank.
         """
-        for chunk in self.ddp:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        sums, maxima = sum_over_replicas(self.groups, *_add_up(self._forward_backward(micro_batches)))
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        measures, grad_norm = self._gradient(micro_batches)
+        sums, maxima = sum_over_replicas(self.groups, *_add_up(measures))
         skipped = None
         bad = [name for name, value in {**sums, **maxima}.items() if not math.isfinite(value)]
         if any_rank(bool(bad) or not math.isfinite(grad_norm) or not self._gradient_is_finite()):
@@ -169,6 +167,10 @@ class Student:
             self.optimizer.step_with_ready_grads()
             self.version += 1
         return UpdateResult(sums, maxima, grad_norm, skipped)
+
+    def gradient_norm(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """The global norm of the gradient on the global batch; the weights stay as they are. Collective over the world."""
+        return self._gradient(micro_batches)[1]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
@@ -185,6 +187,15 @@ class Student:
         for index, chunk in enumerate(self.ddp):
             chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _gradient(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Measures], float]:
+        """Form the main gradients of the global batch: (this rank's measures, global norm)."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        measures = self._forward_backward(micro_batches)
+        self.optimizer.prepare_grads()
+        return measures, float(self.optimizer.get_grad_norm())
 
     def _gradient_is_finite(self) -> bool:
         """Whether every gradient that this rank holds is finite. The global norm alone does not tell: of a weight that

@@ -138,3 +138,11 @@ def _weight(log_probs_T: Tensor, batch: TokenBatch, estimator: str) -> Tensor:
 def sft_loss(log_probs_T: Tensor, weights_T: Tensor) -> Tensor:
     """-log pi(target), weighted [T]."""
     return -log_probs_T * weights_T
+
+
+def gradient_split(policy_norm: float, distillation_norm: float, total_norm: float) -> dict[str, float]:
+    """From the norms of alpha grad L_GRPO, beta grad L_KD and their sum: both, and the cosine between them,
+    (|a + b|^2 - |a|^2 - |b|^2) / (2 |a| |b|), NaN where one of them is zero."""
+    product = 2 * policy_norm * distillation_norm
+    cosine = (total_norm**2 - policy_norm**2 - distillation_norm**2) / product if product else float("nan")
+    return {"grad_norm_policy": policy_norm, "grad_norm_kd": distillation_norm, "grad_cosine": cosine}
