@@ -223,7 +223,7 @@ class OptimizerConfig:
     schedule: str = "constant"  # of the learning rate: constant, linear or cosine
     warmup_steps: int = 0  # linear warm-up of the learning rate
     min_lr: float = 0.0  # where linear and cosine end
-    weight_decay: float = 0.0  # decoupled (AdamW)
+    weight_decay: float = 0.0  # decoupled (AdamW), of matrices only: not of norms and biases
     clip_grad: float = 1.0  # global gradient norm; 0 is off
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
@@ -122,7 +121,7 @@ class Student:
         dtype = DTYPES[config.model.dtype]
         settings = config.optimizer
         mcore.use_adam(Adam)
-        self.optimizer = get_megatron_optimizer(
+        self.optimizer = mcore.build_optimizer(
             MegatronOptimizerConfig(
                 optimizer=settings.name,
                 lr=settings.lr,

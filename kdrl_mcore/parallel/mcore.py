@@ -58,6 +58,13 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
 
 
+def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
+    """Megatron-Core's optimizer; weight decay is on matrices only. (Unless told so, it would also decay norms and biases.)"""
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+
+    return get_megatron_optimizer(settings, model_chunks, config_overrides=get_standard_config_overrides(settings))
+
+
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
     """Scale the main gradients so that their global norm `total_norm` becomes at most `max_norm`."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
