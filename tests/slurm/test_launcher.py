@@ -107,7 +107,7 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     assert cluster.job(number)["Restarts"] == "3"
     assert steps_done(run_dir) == list(range(1, 61))
     assert (run_dir / "hf" / "model.safetensors").is_file()
-    logs = sorted(path.relative_to(run_dir / "logs").as_posix() for path in (run_dir / "logs").glob("*/*"))
+    logs = sorted(path.relative_to(run_dir / "logs").as_posix() for path in (run_dir / "logs").glob("*/*.log"))
     starts = [
         f"{number}-{start}/{step}-node{node}.log" for start in (1, 2, 3) for step in ("preflight", "train") for node in (0, 1)
     ]
