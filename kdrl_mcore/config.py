@@ -237,6 +237,7 @@ class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0 saves only at the end, -1 never
     resume: str = "auto"  # auto (the run's latest), never, or a checkpoint path
     keep: int = 2  # newest checkpoints kept; 0 keeps all
+    asynchronous: bool = True  # child processes write while training goes on; false waits for each checkpoint
     export_hf: bool = True  # write the final student as an HF checkpoint in RUN/hf
 
 

@@ -28,6 +28,10 @@ class CheckpointError(KdrlError):
     """A training checkpoint is missing, incomplete, damaged, or of another run."""
 
 
+class StorageError(KdrlError):
+    """The run directory cannot be written: a full, read-only or vanished file system."""
+
+
 class RewardError(KdrlError):
     """The verifier failed (which is never the same as a wrong answer)."""
 

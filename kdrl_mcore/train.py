@@ -12,6 +12,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import load_config
 from kdrl_mcore.config_help import help_text
 from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.parallel.platform import destroy_groups, initialize_distributed, prepare_platform
 
 USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
@@ -25,14 +26,21 @@ _runs = itertools.count()  # runs of this process: the same number on every rank
 def main(overrides: list[str]) -> int:
     """Run a whole training job from Hydra overrides, in the existing torch.distributed world if there is one.
 
+    SIGTERM and SIGUSR1 end the run after the step they come in, with a checkpoint from which the same command goes on.
+
     Returns:
-        The exit code: 0, or that of the error, which is printed on one line by the first rank that has it. A rank without
-        the error may wait for the others in a collective; torchrun ends it.
+        The exit code: 0 for a run that is complete or was asked to stop, or that of the error, which is printed on one line
+        by the first rank that has it. A rank without the error may wait for the others in a collective; torchrun ends it.
     """
     run = next(_runs)
     if any(word in ("-h", "--help") for word in overrides):
         print(USAGE + help_text())
         return 0
+    with StopRequest() as stop:
+        return _train(overrides, stop, run)
+
+
+def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
     try:
         config = load_config(overrides)
         prepare_platform(config.trainer.deterministic)
@@ -46,7 +54,7 @@ def main(overrides: list[str]) -> int:
         kept = set() if created else set(dist.distributed_c10d._world.pg_map)
         job = build_job(config)
         try:
-            Trainer(job).run()
+            Trainer(job, stop).run()
         finally:
             if job.verifier is not None:
                 job.verifier.close()

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint
+from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import CheckpointError, NumericalError
+from kdrl_mcore.errors import CheckpointError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import evaluate
+from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.iteration import run_iteration
 from kdrl_mcore.job import Job, verify_together
 from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
+from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.self_test import run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
@@ -29,43 +34,95 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Runs a job for `trainer.steps` steps, from its latest checkpoint if there is one."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, stop: StopRequest) -> None:
+        """Collective over the world (the rest of an interrupted checkpoint is removed).
+
+        Args:
+            stop: asked between steps; when any rank was asked to stop, all save and end.
+        """
         self.job = job
         self.config = job.config
         self.run_dir = Path(self.config.run.dir)
+        self._stop = stop
         self._is_main = dist.get_rank() == 0
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._alerts = AlertWatch()
+        settings = self.config.checkpoint
+        self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
 
     def run(self) -> None:
-        """Train to the end and export the student. Collective over the world."""
-        config = self.config
+        """Train to the end and export the student; or to the step in which a rank was asked to stop. Collective over the
+        world."""
         step = self._resume()
-        if config.trainer.self_test:
+        if self.config.trainer.self_test:
             run_self_test(self.job)
-        if self._is_main:
+        self._open_log(step)
+        try:
+            stopped = self._train_from(step)
+            self._checkpoints.finish()
+        finally:
+            if self._log is not None and self._progress is not None:
+                self._progress.close()
+                with suppress(OSError):  # on a full disk the line that could not be written is tried again: told already
+                    self._log.close()
+        if self.config.checkpoint.export_hf and not stopped:
+            with self._writing():
+                export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
+
+    def _train_from(self, step: int) -> bool:
+        """The loop; returns whether it ended before the last step because it was asked to stop."""
+        config = self.config
+        saved = step
+        if step == 0 and config.eval.at_start and not any_rank(self._stop.received is not None):
+            self._record(0, self._evaluate())
+        while step < config.trainer.steps:
+            if any_rank(self._stop.received is not None):
+                if saved < step and config.checkpoint.every >= 0:
+                    self._save(step)
+                self._report_stop(step)
+                return True
+            step += 1
+            self._train_step(step)
+            if _is_due(step, config.checkpoint.every, config.trainer.steps):
+                self._save(step)
+                saved = step
+            self._checkpoints.poll()
+        return False
+
+    def _open_log(self, step: int) -> None:
+        if not self._is_main:
+            return
+        config = self.config
+        with self._writing():
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, self.run_dir / "config.yaml")
             self._log = MetricsLog(self.run_dir, config.logging.tensorboard)
             self._log.truncate_after(step if step else -1)
-            self._progress = Progress(config.trainer.steps, enabled=config.logging.progress)
-            self._progress.start(step)
+        self._progress = Progress(config.trainer.steps, enabled=config.logging.progress)
+        self._progress.start(step)
+
+    def _report_stop(self, step: int) -> None:
+        if self._is_main:
+            cause = self._stop.received or "the request of another rank"
+            logger.info(
+                "stopped on %s after step %d of %d: start the same command again to go on",
+                cause,
+                step,
+                self.config.trainer.steps,
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a full or vanished file system under the run directory into one line."""
         try:
-            if step == 0 and config.eval.at_start:
-                self._record(0, self._evaluate())
-            while step < config.trainer.steps:
-                step += 1
-                self._train_step(step)
-                if _is_due(step, config.checkpoint.every, config.trainer.steps):
-                    self._save(step)
-        finally:
-            if self._log is not None and self._progress is not None:
-                self._progress.close()
-                self._log.close()
-        if config.checkpoint.export_hf:
-            export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {error.filename or self.run_dir}: {error.strerror or error}; checkpoints made before are whole: "
+                "make room or mend the file system, then start the same command again"
+            ) from error
 
     def _train_step(self, step: int) -> None:
         config, clock = self.config, Clock(self._show_phase)
@@ -74,7 +131,8 @@ class Trainer:
         else:
             rollouts, metrics = run_iteration(self.job, step, clock)
             if self._is_main and config.logging.rollouts:
-                write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
+                with self._writing():
+                    write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
         if _is_due(step, config.eval.every, config.trainer.steps):
             metrics.update(self._evaluate())
         self._record(step, metrics)
@@ -101,7 +159,8 @@ class Trainer:
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is None or self._progress is None:
             return
-        self._log.write(step, metrics)
+        with self._writing():
+            self._log.write(step, metrics)
         self._progress.update(step, metrics)
         for alert in self._alerts.observe(metrics):
             self._progress.message(f"step {step}: {alert.name}: {alert.message}")
@@ -111,6 +170,7 @@ class Trainer:
         if skipped and self._is_main:
             logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
         if self._bad_updates >= self.config.trainer.max_bad_updates:
+            self._checkpoints.finish()
             raise NumericalError(
                 f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}): lower optimizer.lr or "
                 f"objective.beta, or look at {self.run_dir}/rollouts"
@@ -129,8 +189,9 @@ class Trainer:
         }
 
     def _save(self, step: int) -> None:
-        directory = self.run_dir / "checkpoints"
-        save_checkpoint(directory, step, self.job.student, self._state(step), self.config.checkpoint.keep)
+        if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
+            return
+        self._checkpoints.save(step, self.job.student, self._state(step))
 
     def _resume(self) -> int:
         """Restore the state of the checkpoint to resume from; returns the number of steps done."""

@@ -1,15 +1,14 @@
 """Training checkpoints: Megatron's torch_dist format for weights and optimizer, JSON for the rest; loadable in any layout.
 
 There is no random state to save: every draw (data order, sampling, evaluation) is a function of the seed, the step and the
-sample, and the models have no dropout. A checkpoint is written aside and renamed when complete; `latest` moves after that.
+sample, and the models have no dropout. How they are written: `writer.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,50 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from kdrl_mcore.convert.hf_files import copy_side_files
+from kdrl_mcore.checkpointing.manifest import find_damage
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.student import Student
 
 STATE_FILE = "trainer_state.json"
+WEIGHTS_DIR = "weights"
 MODEL_DIR = "model"  # the HF config and tokenizer, so that a checkpoint can be exported without the model it came from
 LATEST = "latest"
 
-
-def save_checkpoint(directory: Path, step: int, student: Student, state: dict[str, Any], keep: int) -> Path:
-    """Write `directory/step_NNNNNN`, point `latest` at it, and delete all but the newest `keep` (0 keeps all). Collective
-    over the world.
-
-    Args:
-        state: everything beside weights and optimizer, as JSON values.
-    """
-    target = directory / f"step_{step:06d}"
-    aside = directory / f".{target.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "weights").mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(student.sharded_state(loading=False), str(aside / "weights"))
-    if dist.get_rank() == 0:
-        (aside / MODEL_DIR).mkdir()
-        copy_side_files(Path(student.source), aside / MODEL_DIR)
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        link = directory / f".{LATEST}.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        os.replace(link, directory / LATEST)
-        for old in _steps(directory)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(directory: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from: `auto` (the run's latest, if any), `never`, or a path.
+    """The checkpoint to resume from: `auto` (the run's latest that is whole, if there is any), `never`, or a path. The same
+    on every rank. Collective over the world: the candidates' checksums are verified.
+
+    A damaged or incomplete checkpoint is named in a warning, and the one before it is tried.
 
     Raises:
-        CheckpointError: a path that is not a complete checkpoint.
+        CheckpointError: the path given is not a whole checkpoint, or the run has checkpoints but none that is whole.
     """
     if resume == "never":
         return None
-    path = directory / LATEST if resume == "auto" else Path(resume)
-    if resume == "auto" and not path.exists():
-        return None
-    if not (path / STATE_FILE).is_file():
+    if resume != "auto":
+        damage = find_damage(Path(resume))
+        if damage:
+            raise CheckpointError(f"{damage}; name another checkpoint with checkpoint.resume")
+        return Path(resume).resolve()
+    shared: list[list[str] | None] = [[str(path) for path in _candidates(directory)] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    candidates = [Path(path) for path in shared[0] or []]
+    for path in candidates:
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        if dist.get_rank() == 0:
+            logger.warning("checkpoint refused: %s; trying the one before it", damage)
+    if candidates:
         raise CheckpointError(
-            f"{path} is not a complete checkpoint: it has no {STATE_FILE}; name another with checkpoint.resume"
+            f"no checkpoint in {directory} is whole ({len(candidates)} refused): restore one, or start anew with "
+            "checkpoint.resume=never"
         )
-    return path.resolve()
+    return None
 
 
 def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
@@ -95,12 +82,30 @@ def load_weights(path: Path, parts: ModelParts) -> None:
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
 
 
+def checkpoint_dirs(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint was made after."""
+    return int(path.name.removeprefix("step_"))
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """Where `latest` points, then the ones before it, newest first. Later ones are of a branch that was left (a run that
+    went on from an earlier checkpoint) or were not yet announced."""
+    steps = checkpoint_dirs(directory)
+    latest = directory / LATEST
+    if latest.is_symlink() and (pointed := directory / latest.readlink().name) in steps:
+        steps = steps[: steps.index(pointed) + 1]
+    return steps[::-1]
+
+
 def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(path / "weights"))
+        return dist_checkpointing.load(state, str(path / WEIGHTS_DIR))
     except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-
-
-def _steps(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step_\d{6,}", path.name))

@@ -21,7 +21,7 @@ from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.context import ContextShard
-from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.parallel.layout import Layout, ModelGroups
 from kdrl_mcore.parallel.packing import PackedBatch, Run
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.vocab_parallel import VocabShard
@@ -109,7 +109,7 @@ def build_model(
     Raises:
         ConfigError: the layout does not fit the architecture.
     """
-    _check_layout(architecture, groups)
+    check_layout(architecture, groups.layout)
     config = transformer_config(architecture, model, groups, recompute)
     layout = groups.layout
     chunks = []
@@ -222,8 +222,8 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
 
 
-def _check_layout(architecture: Architecture, groups: ModelGroups) -> None:
-    layout = groups.layout
+def check_layout(architecture: Architecture, layout: Layout) -> None:
+    """Raise ConfigError if the architecture cannot be split this way."""
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     for name, size, by in (
         ("attention heads", architecture.num_attention_heads, layout.tensor),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from kdrl_mcore.errors import RewardError
+from kdrl_mcore.interrupt import children_ignore_stop_signals
 from kdrl_mcore.reward import worker as protocol
 
 MEMORY_BYTES = 1 << 30
@@ -110,7 +111,9 @@ class WorkerPool:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         pipe = subprocess.PIPE
         try:
-            process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+            # A worker that a preemption's SIGTERM killed would count as a wrong answer in the step that is still to be saved.
+            with children_ignore_stop_signals():
+                process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
         except OSError as error:
             raise RewardError(f"cannot start a verifier process ({error}): check the limit on processes and memory") from error
         return _Worker(process, time.monotonic() + START_SECONDS)

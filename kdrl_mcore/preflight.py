@@ -1,0 +1,334 @@
+"""Preflight: what would end a job after an hour is found in its first minute, on the very ranks that will train.
+
+    torchrun ... -m kdrl_mcore.preflight [--min-bandwidth GB/s] [key=value ...]       the overrides of kdrl_mcore.train
+
+Every check runs and every failure is listed; the exit code is 1 if there is one. Nothing is trained and no weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform as python_platform
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kdrl_mcore.config import Config, can_be_positive, load_config
+from kdrl_mcore.convert.hf_files import HFWeights
+from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.errors import ConfigError, DataError, KdrlError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.parallel.layout import Layout
+from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
+
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "kdrl-mcore")
+ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
+SHARED_WITHIN_SECONDS = 30.0
+"""How long a network file system may take to show one node's file to another."""
+STATIC_SHARE = 0.8
+"""The share of a GPU that weights, gradients and optimizer may take; the rest is for activations and the KV cache."""
+LEAST_DEFAULT_BANDWIDTH = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    good: bool
+    text: str
+
+
+class CheckFailed(Exception):
+    """What is wrong and what to do."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run every check in the job's world; rank 0 prints the report."""
+    parser = argparse.ArgumentParser(prog="kdrl_mcore.preflight", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--min-bandwidth",
+        default="auto",
+        help="GB/s of all-reduce below which the check fails; auto is 10 with GPUs and 0 without (default: %(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.overrides)
+        prepare_platform()
+        created = initialize_distributed(timeout_minutes=5)
+        findings = run_checks(config, _least_bandwidth(options.min_bandwidth))
+    except KdrlError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if dist.get_rank() == 0:
+        for finding in findings:
+            print(f"{'ok  ' if finding.good else 'FAIL'}  {finding.name:<12} {finding.text}", flush=True)
+        for finding in findings:
+            if not finding.good:
+                print(f"error: preflight, {finding.name}: {finding.text}", file=sys.stderr, flush=True)
+    if created:
+        dist.destroy_process_group()
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def run_checks(config: Config, min_bandwidth: float) -> list[Finding]:
+    """Every check's finding, the same list on every rank. Collective over the world."""
+    checks: dict[str, Callable[[], str]] = {
+        "versions": check_versions,
+        "devices": lambda: check_devices(config),
+        "models": lambda: check_models(config),
+        "layout": lambda: check_layout(config),
+        "data": lambda: check_data(config),
+        "memory": lambda: check_memory(config),
+        "run.dir": lambda: check_run_dir(Path(config.run.dir)),
+        "all-reduce": lambda: check_all_reduce(min_bandwidth),
+    }
+    return [_finding(name, check) for name, check in checks.items()]
+
+
+def check_versions() -> str:
+    """The packages' versions, which must be the same on every node."""
+    mine = {"Python": python_platform.python_version()}
+    for package in PACKAGES:
+        try:
+            mine[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        mine["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    everywhere = _gather((socket.gethostname(), mine))
+    first_host, first = everywhere[0]
+    for host, versions in everywhere:
+        for package in sorted({*first, *versions}):
+            if first.get(package) != versions.get(package):
+                raise CheckFailed(
+                    f"{package} is {first.get(package)} on {first_host} and {versions.get(package)} on {host}: give all "
+                    "nodes the same environment or container"
+                )
+    return ", ".join(f"{package} {number}" for package, number in first.items())
+
+
+def check_devices(config: Config) -> str:
+    """Each node shows as many GPUs as it has ranks."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    nodes = dict(_gather((socket.gethostname(), gpus)))
+    if not any(nodes.values()):
+        return f"no GPU on any node: {dist.get_world_size()} ranks on CPU"
+    for host, count in nodes.items():
+        if count < local_ranks:
+            raise CheckFailed(
+                f"{host} shows {count} GPUs for {local_ranks} ranks: ask for them (sbatch --gpus-per-node="
+                f"{config.cluster.gpus_per_node}), or set cluster.gpus_per_node"
+            )
+    memory = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    return f"{len(nodes)} nodes with {sorted(set(nodes.values()))} x {torch.cuda.get_device_name()}, {memory:.0f} GiB"
+
+
+def check_models(config: Config) -> str:
+    """Models and tokenizers are there, on every node, whole, and the student's and teacher's tokens are the same."""
+    described = []
+    for name, path in _models(config):
+        with HFWeights(path) as weights:
+            files = len(set(weights.file_of.values()))
+        architecture = read_architecture(path)
+        described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B in {files} files)")
+    tokenizer, vocabulary = shared_vocabulary(*(path for _, path in _models(config)))
+    if tokenizer is None and config.rollout.engine != "replay":
+        raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
+    return f"{'; '.join(described)}; {vocabulary} tokens"
+
+
+def check_layout(config: Config) -> str:
+    """Both layouts fit the world and the models."""
+    # Megatron-Core reads torch.cuda when it is imported: the platform is prepared by now.
+    from kdrl_mcore.model.gpt import check_layout as check_fit
+
+    world = dist.get_world_size()
+    parallel, teacher = config.parallel, config.teacher.parallel
+    layouts = {"student": Layout(world, parallel.tensor, parallel.pipeline, parallel.context, parallel.virtual_pipeline)}
+    models = dict(_models(config))
+    if "teacher" in models:
+        layouts["teacher"] = Layout(world, teacher.tensor, teacher.pipeline)
+    for name, layout in layouts.items():
+        check_fit(read_architecture(models[name]), layout)
+    return "; ".join(
+        f"{name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
+        for name, layout in layouts.items()
+    )
+
+
+def check_data(config: Config) -> str:
+    """Files of prompts and rollouts exist on every node (what names no file is taken for a hub id)."""
+    named = [path for path in (config.data.train, config.data.eval, config.rollout.path) if path]
+    files = [path for path in named if Path(path).suffix in (".jsonl", ".json", ".parquet")]
+    for path in files:
+        if not Path(path).is_file():
+            raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
+    if not named:
+        raise ConfigError("neither data.train nor rollout.path is set: name the prompts, or a rollout file")
+    return ", ".join(named)
+
+
+def check_memory(config: Config) -> str:
+    """Weights, gradients, optimizer state and the teacher's weights fit the GPUs, with room for activations."""
+    need = static_bytes(config, dist.get_world_size())
+    total = sum(need.values())
+    text = f"{total / 2**30:.2f} GiB a rank (" + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in need.items()) + ")"
+    if not torch.cuda.is_available():
+        return text
+    have = torch.cuda.get_device_properties(device()).total_memory
+    if total > STATIC_SHARE * have:
+        raise CheckFailed(
+            f"{text} is more than {STATIC_SHARE:.0%} of the GPU's {have / 2**30:.0f} GiB: raise parallel.tensor, "
+            "parallel.pipeline or cluster.nodes"
+        )
+    return f"{text} of {have / 2**30:.0f} GiB"
+
+
+def check_run_dir(run_dir: Path) -> str:
+    """Every node writes to the run directory, and sees what another one wrote there."""
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    checkpoints = run_dir / "checkpoints"
+    own, *_ = files = [checkpoints / f".preflight-{token[0]}-{rank}" for rank in _own_first()]
+    failure = free = None
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        own.write_text(token[0])
+        free = shutil.disk_usage(checkpoints).free
+    except OSError as error:
+        failure = f"{socket.gethostname()} cannot write {error.filename or run_dir}: {error.strerror}"
+    failures = [text for text in _gather(failure) if text]
+    unseen = [] if failures else _wait_for(files, SHARED_WITHIN_SECONDS)
+    dist.barrier()
+    own.unlink(missing_ok=True)
+    if failures or free is None:
+        raise CheckFailed(failures[0])
+    if unseen:
+        raise CheckFailed(
+            f"{socket.gethostname()} does not see what another node wrote to {run_dir}: set run.dir to a shared folder"
+        )
+    return f"{run_dir.absolute()} is shared, {free / 2**30:.0f} GiB free"
+
+
+def check_all_reduce(min_bandwidth: float) -> str:
+    """The sum is right, and the bus bandwidth (2 (n-1)/n bytes / seconds, as in nccl-tests) is no less than asked for."""
+    world, kind = dist.get_world_size(), device().type
+    data = torch.full((ALL_REDUCE_BYTES[kind] // 4,), float(dist.get_rank() + 1), device=device())
+    expected = world * (world + 1) / 2
+    dist.all_reduce(data)  # also opens the connections
+    right = bool((data == expected).all())
+    rounds = 5
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        dist.all_reduce(data)
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / rounds
+    bandwidth = 2 * (world - 1) / world * ALL_REDUCE_BYTES[kind] / seconds / 1e9
+    if not right:
+        raise CheckFailed(f"rank {dist.get_rank()} on {socket.gethostname()} got a wrong sum: its GPU or its network is broken")
+    text = f"{ALL_REDUCE_BYTES[kind] >> 20} MiB over {world} ranks in {seconds * 1e3:.1f} ms, {bandwidth:.2f} GB/s"
+    if world > 1 and bandwidth < min_bandwidth:
+        raise CheckFailed(f"{text}, less than {min_bandwidth:g}: look at NCCL_DEBUG=INFO and slurm/network.sh")
+    return text
+
+
+def num_parameters(architecture: Architecture) -> int:
+    """The model's parameters, without padding."""
+    head, hidden = architecture.head_dim, architecture.hidden_size
+    query, kv = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
+    layer = 2 * hidden * query + 2 * hidden * kv + 3 * hidden * architecture.ffn_hidden_size + 2 * hidden
+    layer += (query + 2 * kv) * architecture.qkv_bias + 2 * head * architecture.qk_norm
+    embeddings = (1 if architecture.tied_embeddings else 2) * architecture.vocab_size * hidden
+    return architecture.num_layers * layer + embeddings + hidden
+
+
+def static_bytes(config: Config, world: int) -> dict[str, float]:
+    """What one rank holds between steps, in bytes, on the assumption of even shards.
+
+    Gradients are float32; the optimizer has a float32 copy (for bfloat16 weights) and two moments, shared over data-parallel
+    ranks by the distributed optimizer. The teacher's weights count: they are on the device while it scores.
+    """
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    parallel = config.parallel
+    student = read_architecture(str(config.student.path))
+    shard = num_parameters(student) / (parallel.tensor * parallel.pipeline)
+    state = {"adam": 8, "sgd": 0}[config.optimizer.name] + (4 if size == 2 else 0)
+    replicas = world / (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    need = {"weights": shard * size, "gradients": shard * 4, "optimizer": shard * state / replicas}
+    models = _models(config)
+    if len(models) > 1:
+        teacher = config.teacher.parallel
+        need["teacher"] = num_parameters(read_architecture(models[1][1])) / (teacher.tensor * teacher.pipeline) * size
+    return need
+
+
+def _models(config: Config) -> list[tuple[str, str]]:
+    if not config.student.path:
+        raise ConfigError("student.path is not set: name an HF model directory")
+    models = [("student", config.student.path)]
+    if config.objective.kind != "sft" and can_be_positive(config.objective.beta):
+        assert config.teacher.path is not None
+        models.append(("teacher", config.teacher.path))
+    return models
+
+
+def _least_bandwidth(text: str) -> float:
+    if text == "auto":
+        return LEAST_DEFAULT_BANDWIDTH if torch.cuda.is_available() else 0.0
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--min-bandwidth={text} is not a number of GB/s") from error
+
+
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    """Run one check everywhere; it is good if it is good on every rank. The first failing rank's text counts."""
+    try:
+        mine = Finding(name, True, check())
+    except (CheckFailed, KdrlError) as error:
+        mine = Finding(name, False, str(error))
+    findings = _gather(mine)
+    return next((finding for finding in findings if not finding.good), findings[0])
+
+
+def _own_first() -> list[int]:
+    """All ranks, this one first."""
+    return [dist.get_rank(), *(rank for rank in range(dist.get_world_size()) if rank != dist.get_rank())]
+
+
+def _gather(item: object) -> list:
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def _wait_for(paths: list[Path], seconds: float) -> list[Path]:
+    """The paths that do not appear in time."""
+    deadline = time.monotonic() + seconds
+
+    def missing() -> Iterator[Path]:
+        return (path for path in paths if not path.exists())
+
+    while any(missing()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return list(missing())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+# The launcher that slurm/kdrl_*.sh share; sourced by the batch script, on the job's first node.
+#
+# Where things run:
+#   batch script (this file)   size of the job, preflight, training, requeue
+#     srun: slurm/task.sh      once per node (torchrun) or once per GPU; rendezvous, signals, logs
+#       kdrl_mcore.train       one process per GPU
+#
+# Settings, from the environment (sbatch passes it on):
+#   KDRL_ROOT        this repository; default: the folder sbatch was called in
+#   KDRL_PYTHON      the Python of a virtual environment; default: .venv/bin/python, in a container python3
+#   KDRL_CONTAINER   an image (pyxis/enroot): a .sqsh file or a registry's name; empty runs without a container
+#   KDRL_MOUNTS      what the container sees beside the repository: /data:/data,/models:/models
+#   KDRL_LAUNCHER    torchrun (default: one task per node) or srun (one task per GPU)
+#   KDRL_PREFLIGHT   0 leaves the preflight out
+#   KDRL_MIN_BANDWIDTH  GB/s of all-reduce below which the preflight fails; default: 10 with GPUs, else 0
+#   KDRL_SERVER_NODES, KDRL_SERVER_COMMAND  that many of the job's last nodes run this command instead of training
+
+launch() { # launch EXPERIMENT [key=value ...]
+  set -euo pipefail
+  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this script is a SLURM job: sbatch slurm/$1.sh [key=value ...]"
+  [[ -f $KDRL_ROOT/slurm/launch.sh ]] || fail "KDRL_ROOT=$KDRL_ROOT is not this repository: submit from its root, or set KDRL_ROOT"
+  cd "$KDRL_ROOT"
+  export KDRL_ROOT=$PWD
+  overrides=("${@:2}")
+  [[ " ${overrides[*]-} " == *" experiment="* ]] || overrides=("experiment=$1" "${overrides[@]}")
+  choose_python
+  read_settings
+  fit_allocation
+  overrides+=("cluster.nodes=$train_nodes" "cluster.gpus_per_node=$ranks_per_node")
+  export KDRL_LOG_DIR=$run_dir/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$KDRL_LOG_DIR" || fail "the run directory $run_dir cannot be written: set run.dir to a folder all nodes share"
+  export KDRL_RANKS_PER_NODE=$ranks_per_node KDRL_PYTHON KDRL_LAUNCHER=${KDRL_LAUNCHER:-torchrun}
+  source slurm/network.sh
+  say "job $SLURM_JOB_ID (start ${SLURM_RESTART_COUNT:-0}): $train_nodes x $ranks_per_node ranks on $SLURM_JOB_NODELIST"
+  say "run directory $run_dir; output of each node: $KDRL_LOG_DIR"
+  trap 'forward USR1' USR1
+  trap 'forward TERM' TERM
+  if [[ ${KDRL_PREFLIGHT:-1} != 0 ]]; then
+    run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
+  fi
+  start_servers
+  run_step train kdrl_mcore.train "${overrides[@]}"
+  say "finished"
+}
+
+choose_python() {
+  container=()
+  if [[ -n ${KDRL_CONTAINER:-} ]]; then
+    : "${KDRL_PYTHON:=python3}"
+    container=(--container-image="$KDRL_CONTAINER" --container-workdir="$KDRL_ROOT"
+      --container-mounts="$KDRL_ROOT:$KDRL_ROOT${KDRL_MOUNTS:+,$KDRL_MOUNTS}")
+    return
+  fi
+  : "${KDRL_PYTHON:=$KDRL_ROOT/.venv/bin/python}"
+  [[ -x $KDRL_PYTHON ]] || fail "no Python at $KDRL_PYTHON: run make setup, or set KDRL_PYTHON or KDRL_CONTAINER"
+}
+
+read_settings() { # sets config_nodes, ranks_per_node, run_dir from the composed configuration; refuses a wrong override
+  local found enter=()
+  ((${#container[@]} == 0)) || enter=(srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}")
+  found=$("${enter[@]}" "$KDRL_PYTHON" slurm/settings.py "${overrides[@]}") || exit 2
+  eval "$(grep -E '^(config_nodes|ranks_per_node|run_dir)=' <<<"$found")"
+}
+
+fit_allocation() { # sets train_nodes; sends a one-node job that needs more back to the queue
+  local servers=${KDRL_SERVER_NODES:-0} wanted
+  wanted=$((config_nodes + servers))
+  if ((SLURM_JOB_NUM_NODES == 1 && wanted > 1)); then
+    say "the configuration is good; it needs $wanted nodes: job $SLURM_JOB_ID goes back to the queue for them"
+    grow "$wanted" || fail "the job could not change its size: sbatch --nodes=$wanted slurm/... with the same arguments"
+    exit 0
+  fi
+  train_nodes=$((SLURM_JOB_NUM_NODES - servers))
+  ((train_nodes > 0)) || fail "KDRL_SERVER_NODES=$servers leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
+}
+
+grow() { # the job's own resize commands act on the allocation while SLURM_JOB_ID names it: they must not see it
+  trap '' TERM
+  env -u SLURM_JOB_ID -u SLURM_JOBID bash -c \
+    'scontrol requeuehold "$1" && scontrol update jobid="$1" numnodes="$2-$2" && scontrol release "$1"' _ "$SLURM_JOB_ID" "$1"
+}
+
+run_step() { # run_step NAME MODULE ARGUMENTS...: on all training nodes; returns when it succeeded, else ends the job
+  local name=$1 code=0 tasks=$train_nodes
+  [[ $KDRL_LAUNCHER == srun ]] && tasks=$((train_nodes * ranks_per_node))
+  srun --nodes="$train_nodes" --ntasks="$tasks" --ntasks-per-node=$((tasks / train_nodes)) --relative=0 --cpu-bind=none \
+    --kill-on-bad-exit=1 --job-name="$name" --output="$KDRL_LOG_DIR/$name-node%n.log" "${container[@]}" \
+    bash slurm/task.sh "${@:2}" &
+  step_pid=$!
+  wait_out "$step_pid" || code=$?
+  step_pid=
+  if ((code == 0)); then
+    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || requeue "$name" # left by slurm/task.sh
+    return 0
+  fi
+  grep -hs '^error:' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 || tail -n 30 "$KDRL_LOG_DIR/$name-node0.log" >&2
+  fail "$name ended with exit code $code; its output: $KDRL_LOG_DIR/$name-node*.log"
+}
+
+wait_out() { # the exit code of a child, however many trapped signals interrupt the waiting
+  local code=0
+  while wait "$1" && code=0 || code=$?; ((code > 128)) && kill -0 "$1" 2>/dev/null; do :; done
+  wait "$1"
+}
+
+start_servers() { # on the last KDRL_SERVER_NODES nodes; training finds their names in KDRL_SERVERS
+  local servers=${KDRL_SERVER_NODES:-0} hosts
+  ((servers)) || return 0
+  [[ -n ${KDRL_SERVER_COMMAND:-} ]] || fail "KDRL_SERVER_NODES=$servers needs KDRL_SERVER_COMMAND"
+  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$servers")
+  KDRL_SERVERS=$(IFS=,; echo "${hosts[*]}")
+  export KDRL_SERVERS
+  srun --nodes="$servers" --ntasks="$servers" --nodelist="$KDRL_SERVERS" --cpu-bind=none --job-name=servers \
+    --output="$KDRL_LOG_DIR/servers-%N.log" "${container[@]}" bash -c "$KDRL_SERVER_COMMAND" &
+  server_pid=$!
+  trap 'kill "$server_pid" 2>/dev/null' EXIT
+  say "servers on $KDRL_SERVERS"
+}
+
+forward() { # SLURM signals the batch script; srun passes on what it is sent
+  say "received SIG$1"
+  [[ -z ${step_pid:-} ]] || kill -s USR1 "$step_pid" 2>/dev/null || true
+}
+
+requeue() { # a job that was cancelled must not come back
+  local state
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  if [[ $state == RUNNING ]]; then
+    say "$1 was asked to stop: job $SLURM_JOB_ID goes back to the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # SLURM ends this script
+  fi
+  exit 0
+}
+
+say() { echo "$(date '+%F %T') $*"; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}

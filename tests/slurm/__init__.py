@@ -1,0 +1,1 @@
+"""The SLURM launcher, on a real slurmctld and slurmd."""

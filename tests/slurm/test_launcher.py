@@ -1,0 +1,155 @@
+"""`sbatch slurm/kdrl_32b.sh` on a real SLURM: the very script of the 32B job, here with the tiny experiment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdrl_mcore.monitoring.metrics import read_metrics
+from tests.reference.tiny_models import make_qwen2, make_tokenizer
+from tests.slurm.cluster import Cluster, missing_programs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no SLURM here ({', '.join(missing_programs())} not found): apt-get install slurm-wlm",
+    ),
+    pytest.mark.timeout(900),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One cluster for all tests of this file."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a job that takes a few seconds: a random pair and prompts it cannot solve."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_qwen2(folder / name, seed=seed, num_layers=2)
+        make_tokenizer(folder / name)
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(6)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "experiment=tiny_cpu",
+        f"student.path={folder}/student",
+        f"teacher.path={folder}/teacher",
+        f"data.train={folder}/train.jsonl",
+        "data.eval=null",
+        "eval.at_start=false",
+        "reward=exact_match",
+        "rollout.prompts_per_step=4",
+        "rollout.max_response_tokens=48",
+        "logging.tensorboard=false",
+    ]
+
+
+def submit(cluster: Cluster, folder: Path, overrides: list[str], *options: str, **settings: str) -> str:
+    """Submit the script from a folder of its own; returns the job's number."""
+    variables = {"KDRL_ROOT": str(ROOT), "KDRL_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **settings}
+    script = str(ROOT / "slurm" / "kdrl_32b.sh")
+    return cluster.run("sbatch", "--parsable", *options, script, *overrides, cwd=folder, **variables).strip()
+
+
+def steps_done(run_dir: Path) -> list[int]:
+    """The steps in the run's metrics so far."""
+    if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text():
+        return []
+    return [int(row["step"]) for row in read_metrics(run_dir)]
+
+
+def job_log(folder: Path, number: str) -> str:
+    """The job's own output."""
+    return (folder / f"kdrl_32b-{number}.log").read_text()
+
+
+def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_finishes(
+    cluster: Cluster, tiny_job: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    layout = ["cluster.nodes=2", "cluster.gpus_per_node=1", "parallel.tensor=2"]
+    number = submit(cluster, tmp_path, [*tiny_job, *layout, f"run.dir={run_dir}", "trainer.steps=60", "checkpoint.every=5"])
+
+    cluster.start_again(number, restarts=1)  # submitted on one node, it asked for a second one
+    assert "it needs 2 nodes" in job_log(tmp_path, number)
+    cluster.wait(lambda: len(steps_done(run_dir)) >= 3, "three steps", 400)
+    assert cluster.job(number)["NumNodes"] == "2"
+
+    cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--wrap=true", cwd=tmp_path)
+    cluster.start_again(number, restarts=2)
+    first = steps_done(run_dir)[-1]
+    assert (run_dir / "checkpoints" / "latest").readlink() == Path(f"step_{first:06d}")
+    cluster.wait(lambda: steps_done(run_dir)[-1] >= first + 2, "two more steps", 400)
+
+    cluster.run("scancel", "--batch", "--signal=USR1", number)  # what SLURM sends before the time limit
+    cluster.start_again(number, restarts=3)
+    second = steps_done(run_dir)[-1]
+    assert first + 2 <= second < 60
+    assert (run_dir / "checkpoints" / "latest").readlink() == Path(f"step_{second:06d}")
+
+    cluster.wait(lambda: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
+    assert cluster.state(number) == "COMPLETED"
+    assert cluster.job(number)["Restarts"] == "3"
+    assert steps_done(run_dir) == list(range(1, 61))
+    assert (run_dir / "hf" / "model.safetensors").is_file()
+    logs = sorted(path.relative_to(run_dir / "logs").as_posix() for path in (run_dir / "logs").glob("*/*.log"))
+    starts = [
+        f"{number}-{start}/{step}-node{node}.log" for start in (1, 2, 3) for step in ("preflight", "train") for node in (0, 1)
+    ]
+    assert logs == starts
+
+
+def test_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_job, "parallel.tensor=2", f"run.dir={tmp_path}/run", "trainer.steps=2"]
+    number = submit(cluster, tmp_path, overrides, "--nodes=1", KDRL_LAUNCHER="srun", KDRL_PREFLIGHT="0")
+    cluster.wait(lambda: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
+    assert cluster.state(number) == "COMPLETED", job_log(tmp_path, number)
+    assert steps_done(tmp_path / "run") == [1, 2]
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_job, f"run.dir={tmp_path}/run", "trainer.steps=2000"]
+    number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
+    cluster.wait(lambda: len(steps_done(tmp_path / "run")) >= 2, "two steps", 400)
+    cluster.run("scancel", number)
+    cluster.wait(lambda: cluster.state(number) == "CANCELLED", "the end", 60)
+    last = steps_done(tmp_path / "run")[-1]
+    cluster.wait((tmp_path / "run" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file, "the checkpoint", 30)
+
+
+def test_what_is_wrong_is_told_in_one_line_before_anything_trains(
+    cluster: Cluster, tiny_job: list[str], tmp_path: Path
+) -> None:
+    unknown = submit(cluster, tmp_path, [*tiny_job, f"run.dir={tmp_path}/run", "trainer.step=5"])
+    absent = submit(cluster, tmp_path, [*tiny_job, f"run.dir={tmp_path}/run", "data.train=absent.jsonl"])
+    for number in (unknown, absent):
+        cluster.wait(lambda number=number: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
+        assert cluster.state(number) == "FAILED"
+        assert cluster.job(number)["Restarts"] == "0"
+    assert "error: unknown configuration key 'trainer.step'; did you mean 'trainer.steps'?" in job_log(tmp_path, unknown)
+    assert "error: preflight, data: absent.jsonl is not on" in job_log(tmp_path, absent)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_outside_slurm_the_script_says_how_to_submit_it() -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run([bash, "slurm/kdrl_70b.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: this script is a SLURM job: sbatch slurm/kdrl_70b.sh [key=value ...]\n"

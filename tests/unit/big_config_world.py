@@ -1,0 +1,98 @@
+"""Ranks of a world of hundreds, built one after the other in one process on the meta device: nothing is allocated.
+
+Run as a program, because a process can be in only one world. It prints what each rank of one student replica, and each rank
+of one teacher replica, holds, as JSON:
+
+    python -m tests.unit.big_config_world key=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kdrl_mcore.config import Config, load_config
+from kdrl_mcore.parallel.platform import prepare_platform
+
+prepare_platform()
+
+from megatron.core import parallel_state  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+
+from kdrl_mcore import student as student_module  # noqa: E402
+from kdrl_mcore import teacher as teacher_module  # noqa: E402
+from kdrl_mcore.convert.weight_map import map_chunk  # noqa: E402
+from kdrl_mcore.model import gpt  # noqa: E402
+from kdrl_mcore.model.families import FAMILIES  # noqa: E402
+
+META = torch.device("meta")
+
+
+def describe(config: Config) -> list[dict[str, Any]]:
+    """What the ranks of one student replica and of one teacher replica hold of student, optimizer and teacher."""
+    world = config.cluster.nodes * config.cluster.gpus_per_node
+    parallel, teacher = config.parallel, config.teacher.parallel
+    # Both enumerate ranks with the pipeline stage slowest and the tensor rank fastest.
+    student_ranks = _first_replica(world, parallel.tensor * parallel.context, parallel.pipeline)
+    teacher_ranks = _first_replica(world, teacher.tensor, teacher.pipeline)
+    return [_as_rank(config, rank, world) for rank in sorted(student_ranks | teacher_ranks | {world - 1})]
+
+
+def _first_replica(world: int, ranks_per_stage: int, stages: int) -> set[int]:
+    return {stage * world // stages + rank for stage in range(stages) for rank in range(ranks_per_stage)}
+
+
+def _as_rank(config: Config, rank: int, world: int) -> dict[str, Any]:
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        assert config.student.path and config.teacher.path
+        student = student_module.Student(config, world, vocabulary=1000)
+        teacher = teacher_module.Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary=1000)
+        return {
+            "rank": rank,
+            "student": _holds(student.parts),
+            "teacher": _holds(teacher.parts),
+            "optimized": sum(parameter.numel() for group in student.optimizer.param_groups for parameter in group["params"]),
+        }
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
+    """The replica, the parameters' number, and the HF slices (tensor, dimension, start, length) this rank holds."""
+    rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
+    tensor = parts.groups.tensor
+    return {
+        "replica": parts.groups.data.rank(),
+        "parameters": sum(parameter.numel() for parameter in parts.parameters()),
+        "pieces": [
+            (piece.hf, piece.dim, piece.hf_start, piece.length)
+            for chunk in parts.chunks
+            for mapped in map_chunk(chunk, rules, tensor.rank(), tensor.size())
+            for piece in mapped.pieces
+        ],
+    }
+
+
+def fake_the_machine() -> None:
+    """Every tensor on the meta device, no gloo groups, no weights."""
+    torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
+    gpt.device = lambda: META
+    new_group = dist.new_group
+    # Gloo groups beside the main ones would look for the other ranks.
+    dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
+    type_of = torch.Tensor.type
+    # The distributed optimizer knows the tensors of a GPU by name.
+    torch.Tensor.type = lambda self, *args: type_of(self, *args) if args else type_of(self).replace("meta.", "")  # type: ignore[method-assign]
+    for module in (student_module, teacher_module):
+        module.load_hf_weights = lambda parts, path: None  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    fake_the_machine()
+    print(json.dumps(describe(load_config(sys.argv[1:]))))

@@ -1,0 +1,128 @@
+"""The experiments nobody can run on a laptop, built rank by rank in a faked world of their real size: an error in such
+a config is found in a test and not on 128 GPUs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdrl_mcore.config import Config, load_config
+from kdrl_mcore.model.families import FAMILIES, read_architecture
+from kdrl_mcore.preflight import STATIC_SHARE, num_parameters, static_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = Path(__file__).parent / "published_configs"
+EXPERIMENTS = {
+    "paper_1p5b": ("DeepSeek-R1-Distill-Qwen-1.5B", "Skywork-OR1-Math-7B", 8),
+    "paper_zero_3b": ("Qwen2.5-3B", "Qwen2.5-7B", 8),
+    "kdrl_32b": ("DeepSeek-R1-Distill-Qwen-32B", "Skywork-OR1-32B", 128),
+    "kdrl_70b": ("DeepSeek-R1-Distill-Llama-70B", "DeepSeek-R1-Distill-Llama-70B", 256),
+}
+"""Student, teacher, and number of GPUs."""
+GPU_BYTES = 80e9
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model directories that hold nothing but the published config."""
+    folder = tmp_path_factory.mktemp("models")
+    for path in CONFIGS.glob("*.json"):
+        (folder / path.stem).mkdir()
+        shutil.copyfile(path, folder / path.stem / "config.json")
+    return folder
+
+
+def overrides_of(experiment: str, models: Path) -> list[str]:
+    """The experiment with its models in a folder; skips what has no family yet."""
+    student, teacher, _ = EXPERIMENTS[experiment]
+    for name in (student, teacher):
+        for architecture in json.loads((CONFIGS / f"{name}.json").read_text())["architectures"]:
+            if architecture not in FAMILIES:
+                pytest.skip(f"the family of {name} ({architecture}) is not built yet")
+    return [f"experiment={experiment}", f"student.path={models}/{student}", f"teacher.path={models}/{teacher}"]
+
+
+@cache
+def built(*overrides: str) -> list[dict[str, Any]]:
+    """What the ranks hold, built in a process of its own."""
+    command = [sys.executable, "-m", "tests.unit.big_config_world", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def hf_tensors(config_file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the published checkpoint, from transformers' own model."""
+    hf = AutoConfig.from_pretrained(config_file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied ones once
+    return shapes
+
+
+def homeless(ranks: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The tensors of which a row or column lies nowhere, in two places at once, or outside."""
+    places: dict[str, set[tuple[int, int, int]]] = defaultdict(set)
+    for rank in ranks:
+        for name, dim, start, length in rank["pieces"]:
+            places[name].add((dim, start, start + length))
+    wrong = [name for name in places if name not in shapes]
+    for name, shape in shapes.items():
+        cuts = sorted(places[name])
+        dims = {dim for dim, _, _ in cuts}
+        ends = [0, *(stop for _, _, stop in cuts)]
+        tiles = len(dims) == 1 and [start for _, start, _ in cuts] == ends[:-1] and ends[-1] == shape[min(dims)]
+        if not tiles:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_student_teacher_and_optimizer_build_on_every_rank_and_every_tensor_has_a_home(experiment: str, models: Path) -> None:
+    ranks = built(*overrides_of(experiment, models))
+    for role, name in zip(("student", "teacher"), EXPERIMENTS[experiment], strict=False):
+        replica = [rank[role] for rank in ranks if rank[role]["replica"] == 0]
+        assert homeless(replica, hf_tensors(models / name)) == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_optimizer_state_is_shared_by_the_replicas(experiment: str, models: Path) -> None:
+    overrides = overrides_of(experiment, models)
+    config = load_config(overrides)
+    replicas = world_size(config) // (config.parallel.tensor * config.parallel.pipeline)
+    assert replicas > 1
+    for rank in built(*overrides):
+        share = rank["student"]["parameters"] / replicas
+        assert abs(rank["optimized"] - share) <= 0.01 * share
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_config_asks_for_the_gpus_it_says_and_fits_them(experiment: str, models: Path) -> None:
+    config = load_config(overrides_of(experiment, models))
+    assert world_size(config) == EXPERIMENTS[experiment][2]
+    assert sum(static_bytes(config, world_size(config)).values()) < STATIC_SHARE * GPU_BYTES
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
+def test_the_preflight_counts_the_parameters_of_published_models(name: str, models: Path) -> None:
+    if not set(json.loads((CONFIGS / f"{name}.json").read_text())["architectures"]) & set(FAMILIES):
+        pytest.skip(f"the family of {name} is not built yet")
+    counted = sum(int(torch.Size(shape).numel()) for shape in hf_tensors(models / name).values())
+    assert num_parameters(read_architecture(models / name)) == counted
+
+
+def world_size(config: Config) -> int:
+    """The number of GPUs."""
+    return config.cluster.nodes * config.cluster.gpus_per_node
