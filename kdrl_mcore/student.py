@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.convert.load import load_hf_weights
+from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
 from kdrl_mcore.objective.joint import measured_divergences
@@ -100,7 +100,7 @@ class Student:
             recompute=parallel.recompute,
             trainable=True,
         )
-        load_hf_weights(self.parts, config.student.path)
+        load_weights(self.parts, config.student.path)
         self.source = config.student.path
         self.version = 0  # optimizer updates the weights have seen
         self._clip_grad = config.optimizer.clip_grad
