@@ -145,9 +145,13 @@ class TorchDistWriter:
         torch.save(
             {"args": _megatron_args(architecture, dtype), "checkpoint_version": 3.0, "iteration": 0}, self._folder / "common.pt"
         )
-        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-        versions = {f"{name}_version": 1 for name in backends}
-        (self._folder / "metadata.json").write_text(json.dumps({**backends, **versions}))
+        backends = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (self._folder / "metadata.json").write_text(json.dumps(backends))
         FileSystemWriter(self._folder).finish(Metadata(state_dict_metadata=self._metadata), [self._results])
 
     def _current(self) -> io.BufferedWriter:

@@ -60,3 +60,45 @@ def logits(path: str, layout: dict[str, Any], sequences: list[list[int]]) -> np.
     dist.all_gather(columns, local, group=groups.tensor)
     whole = torch.cat(columns, dim=1)[: sum(map(len, sequences)), : parts.architecture.vocab_size]
     return whole.numpy() if groups.tensor.rank() == 0 else None
+
+
+def save_with_megatron(path: str, folder: str) -> None:
+    """Load a model and save it with Megatron-Core's own checkpointing."""
+    from megatron.core import dist_checkpointing
+
+    (chunk,) = build(path, {}, student=True).chunks
+    dist_checkpointing.save(chunk.sharded_state_dict(), folder)
+
+
+@torch.no_grad()
+def megatron_loads_the_same(path: str, converted: str, layout: dict[str, Any]) -> bool:
+    """Whether Megatron-Core's own loading of a converted checkpoint gives what `load_weights` gives from the HF folder."""
+    from megatron.core import dist_checkpointing
+
+    parts = build(path, layout, student=True)
+    expected = {name: value.clone() for name, value in parts.chunks[0].named_parameters()}
+    for value in parts.parameters():
+        value.fill_(float("nan"))
+    loaded = dist_checkpointing.load(parts.chunks[0].sharded_state_dict(), f"{converted}/release")
+    parts.chunks[0].load_state_dict(loaded, strict=False)
+    return all(torch.equal(value, expected[name]) for name, value in parts.chunks[0].named_parameters())
+
+
+def export_and_save(path: str, layout: dict[str, Any], exported: str, saved: str) -> None:
+    """Load a model, export it from memory, and save it as Megatron-Core does in a training checkpoint."""
+    from pathlib import Path
+
+    from megatron.core import dist_checkpointing
+
+    from kdrl_mcore.convert.export import export_hf
+    from kdrl_mcore.convert.hf_files import copy_side_files
+
+    parts = build(path, layout, student=True)
+    export_hf(parts, path, exported, max_shard_bytes=100_000)
+    if dist.get_rank() == 0:
+        (Path(saved) / "weights").mkdir(parents=True)
+        (Path(saved) / "model").mkdir()
+        copy_side_files(Path(path), Path(saved) / "model")
+    dist.barrier()
+    dist_checkpointing.save({"model": parts.chunks[0].sharded_state_dict()}, f"{saved}/weights")
+    dist.barrier()
