@@ -89,6 +89,7 @@ class Student:
             context=parallel.context,
             virtual_pipeline=parallel.virtual_pipeline,
             sequence_parallel=parallel.sequence_parallel,
+            expert=parallel.expert,
         )
         assert config.student.path is not None
         self.groups = create_student_groups(layout)

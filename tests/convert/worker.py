@@ -102,3 +102,10 @@ def export_and_save(path: str, layout: dict[str, Any], exported: str, saved: str
     dist.barrier()
     dist_checkpointing.save({"model": parts.chunks[0].sharded_state_dict()}, f"{saved}/weights")
     dist.barrier()
+
+
+def train(overrides: list[str]) -> int:
+    """A whole training job on the pool's ranks; the exit code."""
+    from kdrl_mcore.train import main
+
+    return main(overrides)
