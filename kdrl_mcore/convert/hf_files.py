@@ -62,14 +62,10 @@ class HFWeights:
         for name, file in (named or {}).items():
             if name not in self._extents or self._extents[name].path.name != file:
                 raise ModelError(f"{index} says that {name} is in {file}, which does not hold it")
+        self.names = frozenset(self._extents)
         unlisted = sorted(set(self._extents) - set(named)) if named else []
         if unlisted:
             raise ModelError(f"{self._extents[unlisted[0]].path} holds {unlisted[0]}, which {INDEX} does not name")
-
-    @property
-    def names(self) -> set[str]:
-        """Every tensor."""
-        return set(self._extents)
 
     def read(self, name: str, start: int, length: int, dim: int = 0) -> Tensor:
         """`length` rows (dim 0) or columns (dim 1) of a tensor, in the file's dtype.

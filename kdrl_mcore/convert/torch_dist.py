@@ -115,11 +115,7 @@ class TorchDistWeights:
                     raise CheckpointError(f"{self.path}: {key} is stored with several layers or experts in one chunk")
                 self._chunks[key, tuple(chunk.offsets[:lead])].append((tuple(chunk.offsets), tuple(chunk.sizes)))
         self._expected_keys = set(depth)
-
-    @property
-    def names(self) -> set[str]:
-        """Every HF tensor of which Megatron's tensor is there."""
-        return set(self._of)
+        self.names = frozenset(self._of)
 
     @property
     def unexpected_keys(self) -> list[str]:

@@ -17,9 +17,9 @@ from kdrl_mcore.convert.extent import num_elements, raw_bytes
 from kdrl_mcore.convert.folders import config_folder, torch_dist_folder
 from kdrl_mcore.convert.hf_files import HFWeights
 from kdrl_mcore.convert.torch_dist import TorchDistWeights
-from kdrl_mcore.convert.weight_map import Weights
+from kdrl_mcore.convert.weight_map import Weights, check_shapes
 from kdrl_mcore.errors import CheckpointError
-from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.families import FAMILIES, read_architecture
 
 STATUSES = ("equal", "cast", "missing", "different")
 
@@ -65,6 +65,7 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
     result = Comparison()
     lines: tuple[dict[str, str], dict[str, str]] = ({}, {})  # digests of each side's tensors
     with HFWeights(hf) as source, TorchDistWeights(folder, architecture) as converted:
+        check_shapes(converted, architecture, FAMILIES[architecture.family].rules(architecture))
         sides: tuple[Weights, Weights] = (source, converted)
         names = [
             name

@@ -22,10 +22,7 @@ class Weights(Protocol):
     """The weights of a model on disk under their HF names, whatever the format."""
 
     path: Path
-
-    @property
-    def names(self) -> set[str]:
-        """Every tensor."""
+    names: frozenset[str]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -166,11 +163,7 @@ def check_names(weights: Weights, architecture: Architecture, rules: list[Weight
     Raises:
         ModelError: a tensor is missing, unexpected, or has another shape.
     """
-    expected = {
-        name: shape
-        for tensor in global_tensors(rules, architecture)
-        for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True)
-    }
+    expected = {name: None for tensor in global_tensors(rules, architecture) for name in tensor.hf_names}
     missing = [name for name in expected if name not in weights.names]
     if missing:
         raise ModelError(f"{weights.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
@@ -179,6 +172,16 @@ def check_names(weights: Weights, architecture: Architecture, rules: list[Weight
     unexpected = sorted(name for name in weights.names - set(expected) - known if not name.endswith("rotary_emb.inv_freq"))
     if unexpected:
         raise ModelError(f"{weights.path} has a tensor its architecture does not: {unexpected[0]} ({len(unexpected)} such)")
-    for name, shape in expected.items():
-        if weights.shape(name) != shape:
-            raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}")
+    check_shapes(weights, architecture, rules)
+
+
+def check_shapes(weights: Weights, architecture: Architecture, rules: list[WeightRule]) -> None:
+    """Compare the shapes of the tensors that are there with those its architecture has.
+
+    Raises:
+        ModelError: one has another shape.
+    """
+    for tensor in global_tensors(rules, architecture):
+        for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True):
+            if name in weights.names and weights.shape(name) != shape:
+                raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}")

@@ -131,6 +131,8 @@ def dense_architecture(hf: dict, path: str, family: str, **fields: object) -> Ar
     """
     if hf.get("use_sliding_window") or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
         raise ModelError(f"{path}/config.json: sliding-window attention (use_sliding_window, layer_types) is not supported")
+    if hf.get("quantization_config"):
+        raise ModelError(f"{path}/config.json: quantized weights (quantization_config) are not supported")
     refuse(hf, path, hidden_act="silu", attention_dropout=0.0, mlp_bias=False, pretraining_tp=1)
     for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if not isinstance(hf.get(key), int):
