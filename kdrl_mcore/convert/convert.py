@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kdrl_mcore.convert.extent import Extent, num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.extent import NO_KERNEL_COPY, ByteRange, Extent, num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.folders import RELEASE, TRACKER, config_folder, open_weights, torch_dist_folder, written_aside
 from kdrl_mcore.convert.hf_files import (
     HFWeights,
@@ -140,12 +140,34 @@ def copy_all(weights: Weights, copies: Iterable[Copy], progress: Progress, threa
 
     def copy(item: Copy) -> None:
         with item.target.path.open("r+b", buffering=0) as file:
-            for low, rows in blocks(item.start, item.rows, item.target.row_bytes):
-                data = raw_bytes(weights.read(item.name, low, rows).to(item.target.dtype))
-                write_at(file, data, item.target.offset + (item.target_row + low - item.start) * item.target.row_bytes)
-                progress(data.numel())
+            if weights.dtype(item.name) != item.target.dtype or not _copy_in_kernel(weights, item, file.fileno(), progress):
+                for low, rows in blocks(item.start, item.rows, item.target.row_bytes):
+                    data = raw_bytes(weights.read(item.name, low, rows).to(item.target.dtype))
+                    at = item.target.offset + (item.target_row + low - item.start) * item.target.row_bytes
+                    write_at(file, data, at)
+                    progress(data.numel())
 
     run_all([lambda item=item: copy(item) for item in copies], threads)  # type: ignore[misc]
+
+
+def _copy_in_kernel(weights: Weights, item: Copy, target: int, progress: Progress) -> bool:
+    """Copy rows as they are without reading them into memory; False if that is not possible here."""
+    ranges = weights.ranges(item.name, item.start, item.rows)
+    if ranges is None or not hasattr(os, "copy_file_range"):
+        return False
+    at, done = item.target.offset + item.target_row * item.target.row_bytes, 0
+    for whole in ranges:
+        for low in range(0, whole.length, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, whole.length - low)
+            try:
+                weights.files.copy(ByteRange(whole.path, whole.offset + low, length), target, at + done)
+            except OSError as error:
+                if done == 0 and error.errno in NO_KERNEL_COPY:
+                    return False
+                raise
+            done += length
+            progress(length)
+    return True
 
 
 def run_all(jobs: list[Callable[[], None]], threads: int | None) -> None:

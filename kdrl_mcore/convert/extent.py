@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.errors import ModelError
+
+NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
+"""What `os.copy_file_range` says where it cannot serve; reading and writing can."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,15 @@ class Extent:
     def row_bytes(self) -> int:
         """Bytes of one row (one element of a vector)."""
         return num_elements(self.shape[1:]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    length: int
 
 
 def num_elements(shape: tuple[int, ...]) -> int:
@@ -64,11 +77,7 @@ class Files:
         Raises:
             ModelError: the file ends before that.
         """
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            descriptor = self._descriptors[path]
-        done = 0
+        descriptor, done = self._descriptor(path), 0
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
@@ -92,6 +101,26 @@ class Files:
             offset = extent.offset + (start + row) * extent.row_bytes + column * size
             self.read_into(view[row * width : (row + 1) * width], extent.path, offset)
         return data.view(extent.dtype).view(count, columns)
+
+    def copy(self, source: ByteRange, target: int, offset: int) -> None:
+        """Copy bytes to an offset of another file (a descriptor) within the kernel.
+
+        Raises:
+            ModelError: the file ends before that.
+            OSError: it cannot be written, or the two file systems have no such copy (`NO_KERNEL_COPY`).
+        """
+        descriptor, done = self._descriptor(source.path), 0
+        while done < source.length:
+            count = os.copy_file_range(descriptor, target, source.length - done, source.offset + done, offset + done)
+            if count == 0:
+                raise ModelError(f"{source.path} is cut short: it ends before byte {source.offset + source.length}")
+            done += count
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
 
     def close(self) -> None:
         """Close every file."""

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdrl_mcore.convert.extent import Extent, Files, num_elements
+from kdrl_mcore.convert.extent import ByteRange, Extent, Files, num_elements
 from kdrl_mcore.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ class HFWeights:
     def __init__(self, path: str | Path) -> None:
         """Raises ModelError: no safetensors, an index that names absent files or tensors, or a file that is cut short."""
         self.path = Path(path)
-        self._files = Files()
+        self.files = Files()
         index = self.path / INDEX
         named: dict[str, str] | None = None
         if index.is_file():
@@ -75,8 +75,13 @@ class HFWeights:
         """
         extent = self._extent(name)
         if dim == 0:
-            return self._files.read_rows(extent, start, length)
-        return self._files.read_block(extent, 0, extent.shape[0], start, length)
+            return self.files.read_rows(extent, start, length)
+        return self.files.read_block(extent, 0, extent.shape[0], start, length)
+
+    def ranges(self, name: str, start: int, length: int) -> list[ByteRange]:
+        """Where the bytes of these rows lie."""
+        extent = self._extent(name)
+        return [ByteRange(extent.path, extent.offset + start * extent.row_bytes, length * extent.row_bytes)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -95,7 +100,7 @@ class HFWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self.files.close()
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.serialization import skip_data
 
-from kdrl_mcore.convert.extent import Extent, Files, num_elements
+from kdrl_mcore.convert.extent import ByteRange, Extent, Files, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor, global_tensors
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
@@ -94,7 +94,7 @@ class TorchDistWeights:
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
         """Raises CheckpointError: no or damaged metadata, or a tensor that the architecture does not have that shape of."""
         self.path = Path(folder)
-        self._files = Files()
+        self.files = Files()
         self._archives = _Archives()
         metadata = read_metadata(self.path)
         self._storage: dict[MetadataIndex, Any] = metadata.storage_data
@@ -156,6 +156,29 @@ class TorchDistWeights:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if len(shape) > 1 else whole.squeeze(1)
 
+    def ranges(self, name: str, start: int, length: int) -> list[ByteRange] | None:
+        """Where the bytes of these rows lie, in order; None if the checkpoint's layout splits rows."""
+        tensor, _ = self._tensor(name)
+        lead, result, found = len(tensor.grid), [], 0
+        columns = num_elements(tensor.shape[1:])
+        for piece in sorted(tensor.pieces, key=lambda piece: piece.hf_start):
+            low, high = max(start, piece.hf_start), min(start + length, piece.hf_start + piece.length)
+            if piece.hf != name or low >= high:
+                continue
+            first = piece.start + low - piece.hf_start
+            for offsets, sizes in sorted(self._chunks[tensor.key, tensor.position]):
+                begin, rows = offsets[lead], sizes[lead]
+                top, bottom = max(first, begin), min(first + high - low, begin + rows)
+                if top >= bottom:
+                    continue
+                if num_elements(sizes[lead + 1 :]) != columns:
+                    return None
+                extent = self._extent(tensor.key, offsets, sizes, (rows, columns))
+                at, size = extent.offset + (top - begin) * extent.row_bytes, (bottom - top) * extent.row_bytes
+                result.append(ByteRange(extent.path, at, size))
+                found += bottom - top
+        return result if found == length else None
+
     def _block(self, tensor: GlobalTensor, start: int, count: int, column: int, columns: int) -> Tensor:
         """[count, columns] of a Megatron tensor (a vector has one column), from however many chunks hold them."""
         lead, found, result = len(tensor.grid), 0, None
@@ -166,7 +189,7 @@ class TorchDistWeights:
             if low >= high or begin >= end:
                 continue
             extent = self._extent(tensor.key, offsets, sizes, (rows, width))
-            part = self._files.read_block(extent, low - first, high - low, begin - left, end - begin)
+            part = self.files.read_block(extent, low - first, high - low, begin - left, end - begin)
             found += part.numel()
             if part.shape == (count, columns):
                 return part
@@ -185,7 +208,7 @@ class TorchDistWeights:
         if Path(stored.relative_path).name != stored.relative_path or not path.is_file():
             raise CheckpointError(f"{self.path} is incomplete: {stored.relative_path}, which holds {key}, is not there")
         dtype = self._tensors[key].properties.dtype
-        offset = self._archives.data_offset(self._files, path, stored.offset, stored.length, sizes, dtype)
+        offset = self._archives.data_offset(self.files, path, stored.offset, stored.length, sizes, dtype)
         return Extent(path, offset, shape, dtype)
 
     def _tensor(self, name: str) -> tuple[GlobalTensor, int]:
@@ -197,7 +220,7 @@ class TorchDistWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self.files.close()
 
 
 class _Archives:
@@ -232,7 +255,7 @@ class _Archives:
                 raise CheckpointError(f"{path} was written on a big-endian machine")
         if pickled not in self._checked:
             view.seek(0)
-            with FakeTensorMode():  # builds the tensor without its bytes
+            with skip_data():  # builds the tensor without its bytes
                 tensor = torch.load(view, weights_only=True)
             plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and tensor.storage_offset() == 0
             if not plain:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdrl_mcore.convert.extent import ByteRange, Files
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture, WeightRule
 
@@ -23,6 +24,7 @@ class Weights(Protocol):
 
     path: Path
     names: frozenset[str]
+    files: Files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -32,6 +34,9 @@ class Weights(Protocol):
 
     def read(self, name: str, start: int, length: int, dim: int = 0) -> Tensor:
         """`length` rows (dim 0) or columns (dim 1) of a tensor, in its dtype."""
+
+    def ranges(self, name: str, start: int, length: int) -> list[ByteRange] | None:
+        """Where the bytes of these rows lie, in order; None if they are not whole rows anywhere."""
 
 
 @dataclass(frozen=True)

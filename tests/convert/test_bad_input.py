@@ -15,12 +15,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
+from kdrl_mcore.convert.extent import Files
 from tests.convert.test_conversion import quiet
 from tests.reference.tiny_models import make_model
 
@@ -265,17 +267,15 @@ def test_an_interruption_half_way_leaves_nothing(
     tool: ModuleType,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import kdrl_mcore.convert.convert as convert
+    copy, written = Files.copy, []
 
-    write, written = convert.write_at, []
-
-    def write_then_stop(*arguments: object) -> None:
-        write(*arguments)  # type: ignore[arg-type]
+    def copy_then_stop(*arguments: Any) -> None:
+        copy(*arguments)
         written.append(arguments)
         if len(written) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(convert, "write_at", write_then_stop)
+    monkeypatch.setattr(Files, "copy", copy_then_stop)
     source = ["--hf", str(good)] if command == "import" else ["--checkpoint", str(converted)]
     code = tool.main([command, *source, "--output", str(tmp_path / "out"), "--threads", "1"])
     assert code == 130 and "interrupted" in capsys.readouterr().err

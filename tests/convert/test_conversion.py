@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,17 @@ def test_there_and_back_is_the_same_bytes(family: str, settings: dict, dtype: to
     assert found.agrees and set(found.status.values()) == {"equal"} and found.digests[0] == found.digests[1]
 
 
-def test_small_blocks_change_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a large model: many for each tensor, and edges that are not those of heads."""
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_small_blocks_change_nothing(in_kernel: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a large model: many for each tensor, and edges that are not those of heads. Where the kernel cannot copy
+    from one file system to another, they are read and written."""
     monkeypatch.setattr("kdrl_mcore.convert.convert.BLOCK_BYTES", 5 * 64 * 4)
+    if not in_kernel:
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr("os.copy_file_range", refuse)
     import_hf(source, tmp_path / "megatron", None, quiet)
     export_hf_folder(tmp_path / "megatron", tmp_path / "back", quiet)
     assert_same_bytes(source, tmp_path / "back")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,9 @@ def check(probe: tuple[Path, dict[str, torch.Tensor], list[str]], pool: RankPool
     student, gradients, overrides = probe
     codes = pool.run(worker.train, [*overrides, *layout, f"run.dir={run_dir}"], timeout=250)
     assert codes == [0] * pool.world_size
+    (line,) = (run_dir / "metrics.jsonl").read_text().splitlines()
+    norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+    assert json.loads(line)["grad_norm"] == pytest.approx(norm, rel=1e-4)
     before, after = read_hf_weights(student), read_hf_weights(run_dir / "hf")
     assert before.keys() == after.keys() == gradients.keys()
     moved = {name: (before[name].double() - after[name].double()) / LEARNING_RATE for name in before}
