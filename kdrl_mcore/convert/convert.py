@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch
@@ -147,7 +148,15 @@ def copy_all(weights: Weights, copies: Iterable[Copy], progress: Progress, threa
                     write_at(file, data, at)
                     progress(data.numel())
 
-    run_all([lambda item=item: copy(item) for item in copies], threads)  # type: ignore[misc]
+    run_all([lambda item=item: copy(item) for item in _by_turns(copies)], threads)  # type: ignore[misc]
+
+
+def _by_turns(copies: Iterable[Copy]) -> list[Copy]:
+    """One copy into each file in turn, so that threads seldom write to the same file."""
+    by_file: dict[Path, list[Copy]] = defaultdict(list)
+    for item in copies:
+        by_file[item.target.path].append(item)
+    return [item for turn in zip_longest(*by_file.values()) for item in turn if item is not None]
 
 
 def _copy_in_kernel(weights: Weights, item: Copy, target: int, progress: Progress) -> bool:

@@ -33,8 +33,10 @@ from kdrl_mcore.convert.extent import Extent, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor
 from kdrl_mcore.model.families.base import Architecture
 
+FILES = 4
+"""Chunks are dealt out to so many `.distcp` files at a time: threads that fill in one file wait for each other."""
 FILE_BYTES = 4 * 10**9
-"""A new `.distcp` file starts after this many bytes."""
+"""New files start after this many bytes."""
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -86,8 +88,8 @@ class TorchDistWriter:
         self._frames: dict[tuple[tuple[int, ...], torch.dtype], _Frame] = {}
         self._metadata: dict = {}
         self._results: list[WriteResult] = []
-        self._number = -1
-        self._file: io.BufferedWriter | None = None
+        self._number = 0
+        self._open: list[io.BufferedWriter] = []
 
     def place(self, tensor: GlobalTensor, start: int, rows: int, dtype: torch.dtype) -> Extent:
         """Lay out one chunk: rows of a tensor. Returns where its bytes belong."""
@@ -109,7 +111,7 @@ class TorchDistWriter:
                 TensorProperties(dtype=dtype), torch.Size((*tensor.grid, *tensor.shape)), []
             )
         self._metadata[tensor.key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-        self._add(MetadataIndex(tensor.key, torch.Size(offsets)), begin, file.tell() - begin)
+        self._add(MetadataIndex(tensor.key, torch.Size(offsets)), file, begin)
         return Extent(Path(file.name), data, (rows, *tensor.shape[1:]), dtype)
 
     def place_extra_states(self, architecture: Architecture) -> None:
@@ -131,13 +133,13 @@ class TorchDistWriter:
             ]
         for name in names:
             self._metadata[name] = BytesStorageMetadata()
-            self._add(MetadataIndex(name), begin, len(blob.getvalue()))
+            self._add(MetadataIndex(name), file, begin)
 
     def end_layout(self) -> None:
         """Every chunk is placed: from now on bytes may be filled in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in self._open:
+            file.close()
+        self._open = []
 
     def finish(self, architecture: Architecture, dtype: torch.dtype) -> None:
         """Write what says that the folder is a complete checkpoint."""
@@ -155,16 +157,17 @@ class TorchDistWriter:
         FileSystemWriter(self._folder).finish(Metadata(state_dict_metadata=self._metadata), [self._results])
 
     def _current(self) -> io.BufferedWriter:
-        if self._file is None or self._file.tell() > FILE_BYTES:
+        """The file that has the least so far."""
+        if not self._open or min(file.tell() for file in self._open) > FILE_BYTES:
             self.end_layout()
-            self._number += 1
-            self._file = (self._folder / f"__0_{self._number}.distcp").open("wb")
-        return self._file
+            for number in range(self._number, self._number + FILES):
+                self._open.append((self._folder / f"__0_{number}.distcp").open("wb"))
+            self._number += FILES
+        return min(self._open, key=lambda file: file.tell())
 
-    def _add(self, index: MetadataIndex, offset: int, length: int) -> None:
-        assert self._file is not None
-        stored = _StorageInfo(os.path.basename(self._file.name), offset, length)
-        self._results.append(WriteResult(index, length, stored))
+    def _add(self, index: MetadataIndex, file: io.BufferedWriter, begin: int) -> None:
+        length = file.tell() - begin
+        self._results.append(WriteResult(index, length, _StorageInfo(os.path.basename(file.name), begin, length)))
 
 
 def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.Namespace:
