@@ -57,9 +57,9 @@ class MegatronEngine:
         if groups.layout.tensor % groups.layout.expert:
             # Replicas decode different numbers of steps, and experts spread over them would wait for each other for ever.
             raise ConfigError(
-                f"the embedded engine cannot sample with experts spread over several replicas (parallel.expert="
-                f"{groups.layout.expert}, parallel.tensor={groups.layout.tensor}): make parallel.expert divide parallel.tensor, or "
-                "use rollout=vllm"
+                f"parallel.expert={groups.layout.expert} spreads experts over several replicas of parallel.tensor="
+                f"{groups.layout.tensor}, which the embedded engine cannot sample with: make it divide parallel.tensor, or use "
+                "rollout=vllm"
             )
         for chunk in self._parts.chunks:
             chunk.eval()

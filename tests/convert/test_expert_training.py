@@ -11,7 +11,7 @@ import torch
 from tests.convert import worker
 from tests.ranks import RankPool
 from tests.reference.dense import Settings, kdrl
-from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, write_jsonl
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, make_tokenizer, read_hf_weights, write_jsonl
 
 LEARNING_RATE = 0.5
 SETTINGS = Settings(alpha=1.0, beta=0.1, estimator="k2", vocabulary=64)
@@ -116,3 +116,22 @@ def test_experts_and_tensor_parallelism_without_sequence_parallelism_are_refused
 ) -> None:
     codes = ranks2.run(worker.train, [*probe[2], "parallel.tensor=2", f"run.dir={tmp_path}"])
     assert codes == [2, 2]
+
+
+def test_the_embedded_engine_refuses_experts_spread_over_replicas(ranks2: RankPool, tmp_path: Path) -> None:
+    student = make_model("qwen3_moe", tmp_path / "student", seed=11)
+    make_tokenizer(student)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 2)
+    overrides = [
+        f"student.path={student}",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.train={data}",
+        "data.template=plain",
+        "objective=grpo",
+        "reward=exact_match",
+        "rollout.prompts_per_step=2",
+        "rollout.responses_per_prompt=2",
+        "logging.progress=false",
+        "logging.tensorboard=false",
+    ]
+    assert ranks2.run(worker.train, [*overrides, "parallel.expert=2"]) == [2, 2]
