@@ -8,6 +8,7 @@ Every check runs and every failure is listed; the exit code is 1 if there is one
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform as python_platform
 import shutil
@@ -24,12 +25,13 @@ import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config, can_be_positive, load_config
-from kdrl_mcore.convert.hf_files import HFWeights
+from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
-from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
-from kdrl_mcore.parallel.layout import Layout
+from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "kdrl-mcore")
@@ -142,10 +144,10 @@ def check_models(config: Config) -> str:
     """Models and tokenizers are there, on every node, whole, and the student's and teacher's tokens are the same."""
     described = []
     for name, path in _models(config):
-        with HFWeights(path) as weights:
-            files = len(set(weights.file_of.values()))
         architecture = read_architecture(path)
-        described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B in {files} files)")
+        with open_weights(path) as weights:
+            check_names(weights, architecture, FAMILIES[architecture.family].rules(architecture))
+        described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B parameters)")
     tokenizer, vocabulary = shared_vocabulary(*(path for _, path in _models(config)))
     if tokenizer is None and config.rollout.engine != "replay":
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
@@ -159,12 +161,12 @@ def check_layout(config: Config) -> str:
 
     world = dist.get_world_size()
     parallel, teacher = config.parallel, config.teacher.parallel
-    layouts = {"student": Layout(world, parallel.tensor, parallel.pipeline, parallel.context, parallel.virtual_pipeline)}
+    layouts = {"student": student_layout(world, parallel)}
     models = dict(_models(config))
     if "teacher" in models:
         layouts["teacher"] = Layout(world, teacher.tensor, teacher.pipeline)
     for name, layout in layouts.items():
-        check_fit(read_architecture(models[name]), layout)
+        check_fit(read_architecture(models[name]), layout, trainable=name == "student")
     return "; ".join(
         f"{name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
         for name, layout in layouts.items()
@@ -250,12 +252,8 @@ def check_all_reduce(min_bandwidth: float) -> str:
 
 def num_parameters(architecture: Architecture) -> int:
     """The model's parameters, without padding."""
-    head, hidden = architecture.head_dim, architecture.hidden_size
-    query, kv = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    layer = 2 * hidden * query + 2 * hidden * kv + 3 * hidden * architecture.ffn_hidden_size + 2 * hidden
-    layer += (query + 2 * kv) * architecture.qkv_bias + 2 * head * architecture.qk_norm
-    embeddings = (1 if architecture.tied_embeddings else 2) * architecture.vocab_size * hidden
-    return architecture.num_layers * layer + embeddings + hidden
+    rules = FAMILIES[architecture.family].rules(architecture)
+    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture))
 
 
 def static_bytes(config: Config, world: int) -> dict[str, float]:

@@ -16,14 +16,14 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.convert.load import load_hf_weights
+from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
 from kdrl_mcore.objective.joint import measured_divergences
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
-from kdrl_mcore.parallel.layout import Layout, create_student_groups
+from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.teacher_head import TeacherHead
@@ -81,14 +81,7 @@ class Student:
             vocabulary: the number of tokens of the tokenizer; further columns are masked out of the softmax.
         """
         parallel = config.parallel
-        layout = Layout(
-            world,
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            context=parallel.context,
-            virtual_pipeline=parallel.virtual_pipeline,
-            sequence_parallel=parallel.sequence_parallel,
-        )
+        layout = student_layout(world, parallel)
         assert config.student.path is not None
         self.groups = create_student_groups(layout)
         self.parts: ModelParts = build_model(
@@ -99,7 +92,7 @@ class Student:
             recompute=parallel.recompute,
             trainable=True,
         )
-        load_hf_weights(self.parts, config.student.path)
+        load_weights(self.parts, config.student.path)
         self.source = config.student.path
         self.version = 0  # optimizer updates the weights have seen
         self._clip_grad = config.optimizer.clip_grad

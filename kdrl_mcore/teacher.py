@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import ModelConfig, TeacherConfig
-from kdrl_mcore.convert.load import load_hf_weights
+from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.families import read_architecture
@@ -40,7 +40,7 @@ class Teacher:
                 "it shares with the student"
             )
         self.parts = build_model(architecture, model, create_scoring_groups(layout), vocabulary=vocabulary, trainable=False)
-        load_hf_weights(self.parts, path)
+        load_weights(self.parts, path)
         self._offload = teacher.offload and torch.cuda.is_available()
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
         if self._offload:

@@ -73,7 +73,7 @@ def score(options: argparse.Namespace) -> None:
 def _score_with(
     options: argparse.Namespace, path: Path, layout: tuple[int, int], rollouts: list[Rollout], vocabulary: int
 ) -> tuple[list[TokenFloats], list[TokenFloats]]:
-    from kdrl_mcore.convert.load import load_hf_weights
+    from kdrl_mcore.convert.load import load_weights
     from kdrl_mcore.model.families import read_architecture
     from kdrl_mcore.model.gpt import build_model
     from kdrl_mcore.model.scoring import score_rollouts
@@ -82,7 +82,7 @@ def _score_with(
     groups = create_scoring_groups(Layout(dist.get_world_size(), tensor=layout[0], pipeline=layout[1]))
     model = ModelConfig(dtype=options.dtype)
     parts = build_model(read_architecture(path), model, groups, vocabulary=vocabulary, trainable=False)
-    load_hf_weights(parts, path)
+    load_weights(parts, path)
     scored = score_rollouts(parts, rollouts, temperature=options.temperature, micro_tokens=options.micro_tokens)
     return [log_probs for log_probs, _ in scored], [entropy for _, entropy in scored]
 

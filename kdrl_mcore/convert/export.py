@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kdrl_mcore.convert.hf_files import INDEX, write_config
-from kdrl_mcore.convert.weight_map import hf_shapes, map_chunk, pieces
+from kdrl_mcore.convert.extent import num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
+from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
+from kdrl_mcore.convert.weight_map import hf_shapes, pieces
+from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
 
 
-def hf_tensors(parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
-    """This pipeline stage's tensors under their HF names, whole, on tensor-parallel rank 0; nothing on the others.
+def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """This pipeline stage's tensors under their HF names, whole: on tensor-parallel rank 0, and on every rank its own experts.
 
-    Collectives: one gather over the tensor-parallel group per parameter, so all its ranks must iterate. At most one
-        parameter is held
-    in full at a time.
+    Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
+    iterate. At most one parameter is held in full at a time.
     """
     architecture, tensor = parts.architecture, parts.groups.tensor
-    rules = FAMILIES[architecture.family].rules(architecture)
-    for chunk in parts.chunks:
-        for mapped in map_chunk(chunk, rules, tensor.rank(), tensor.size()):
-            if not chunk.pre_process and mapped.rule.megatron.startswith("embedding."):
-                continue  # the last stage's copy of tied embeddings
-            local = mapped.parameter.detach().contiguous()
-            shards = [torch.empty_like(local) for _ in range(tensor.size())]
+    for mapped in _mapped(parts):
+        rule = mapped.rule
+        if experts_only and not rule.is_expert:
+            continue
+        local = mapped.parameter.detach().contiguous()
+        shards, ranks = [local], 1
+        if not rule.is_expert:
+            ranks = tensor.size()
+            shards = [torch.empty_like(local) for _ in range(ranks)]
             dist.all_gather(shards, local, group=tensor)
             if tensor.rank() != 0:
                 continue
-            size = local.shape[1 if mapped.rule.kind == "row" else 0]
-            shapes = hf_shapes(mapped.rule, architecture)
-            whole = {name: local.new_empty(shape) for name, shape in zip(mapped.hf_names, shapes, strict=True)}
-            for rank, shard in enumerate(shards):
-                for piece in pieces(mapped.rule, mapped.hf_names, architecture, rank, tensor.size(), size):
-                    target = whole[piece.hf].narrow(piece.dim, piece.hf_start, piece.length)
-                    target.copy_(shard.narrow(piece.dim, piece.start, piece.length))
-            yield from whole.items()
+        size = local.shape[1 if rule.kind == "row" else 0]
+        shapes = hf_shapes(rule, architecture)
+        whole = {name: local.new_empty(shape) for name, shape in zip(mapped.hf_names, shapes, strict=True)}
+        for rank, shard in enumerate(shards):
+            for piece in pieces(rule, mapped.hf_names, architecture, rank, ranks, size):
+                target = whole[piece.hf].narrow(piece.dim, piece.hf_start, piece.length)
+                target.copy_(shard.narrow(piece.dim, piece.start, piece.length))
+        yield from whole.items()
+
+
+def _mapped(parts: ModelParts) -> Iterator[MappedParameter]:
+    """Every parameter of this rank, but for the last stage's copy of tied embeddings."""
+    rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
+    for chunk in parts.chunks:
+        for mapped in map_chunk(chunk, rules, parts.groups):
+            if chunk.pre_process or not mapped.rule.megatron.startswith("embedding."):
+                yield mapped
+
+
+@dataclass
+class _Written:
+    """What one rank wrote: its files with their tensors, how many bytes, and what went wrong."""
+
+    files: list[tuple[str, list[str]]] = field(default_factory=list)
+    num_bytes: int = 0
+    error: str | None = None
 
 
 def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write the model to `target`, with config and tokenizer from `source`. Collective over the world.
 
-    Each pipeline stage of one replica writes its own files, at most `max_shard_bytes` each (or one tensor). They are written
-    aside: `target` is replaced when all of them are complete, or left as it was.
+    One rank of each pipeline stage, and of each share of experts, writes its own files, at most `max_shard_bytes` each (or
+    one tensor), a parameter at a time. They are written aside: `target` is replaced when all of them are complete, or left as
+    it was.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot write.
     """
     target = Path(target)
     aside = target.with_name(f".{target.name}.partial")
@@ -59,47 +84,51 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    written: dict[str, list[str]] = {}
-    total = 0
-    if parts.groups.replicas.rank() == 0:
-        pending: dict[str, Tensor] = {}
-        size = 0
-
-        def flush() -> None:
-            nonlocal size
-            if pending:
-                name = f"stage{parts.groups.pipeline.rank()}-{len(written)}.safetensors"
-                save_file(pending, aside / name, metadata={"format": "pt"})
-                written[name] = list(pending)
-                pending.clear()
-                size = 0
-
-        for name, tensor in hf_tensors(parts):
-            nbytes = tensor.numel() * tensor.element_size()
-            if size + nbytes > max_shard_bytes:
-                flush()
-            pending[name] = tensor.cpu()
-            size += nbytes
-            total += nbytes
-        flush()
-    gathered: list[tuple[dict[str, list[str]], int]] = [({}, 0)] * dist.get_world_size()
-    dist.all_gather_object(gathered, (written, total))
+    written = _write_own(parts, aside, max_shard_bytes)
+    gathered: list[_Written] = [written] * dist.get_world_size()
+    dist.all_gather_object(gathered, written)
+    errors = [each.error for each in gathered if each.error]
     if dist.get_rank() == 0:
-        _finish(aside, [item for item in gathered if item[0]], Path(source), parts.config.params_dtype)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
+        if not errors:
+            files = [file for each in gathered for file in each.files]
+            for number, (name, _) in enumerate(files, 1):
+                os.replace(aside / name, aside / shard_name(number, len(files)))
+            write_index(aside, [tensors for _, tensors in files], sum(each.num_bytes for each in gathered))
+            write_config(Path(source), aside, parts.config.params_dtype)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+        shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
+    if errors:
+        raise CheckpointError(f"cannot write {target}: {errors[0]}")
 
 
-def _finish(aside: Path, stages: list[tuple[dict[str, list[str]], int]], source: Path, dtype: torch.dtype) -> None:
-    """Name the files as HF does, write the index and the side files."""
-    files = [(name, tensors) for written, _ in stages for name, tensors in written.items()]
-    weight_map = {}
-    for number, (name, tensors) in enumerate(files, 1):
-        final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        os.replace(aside / name, aside / final)
-        weight_map.update(dict.fromkeys(tensors, final))
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(size for _, size in stages)}, "weight_map": dict(sorted(weight_map.items()))}
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    write_config(source, aside, dtype)
+def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Written:
+    """Write what this rank is the first to hold. All ranks of the first replica take part in its gathers."""
+    groups, result = parts.groups.groups, _Written()
+    first_replica, first_experts = parts.groups.replicas.rank() == 0, groups.expt_dp.rank() == 0
+    owned: Described = {}
+    for mapped in _mapped(parts):
+        mine = first_experts if mapped.rule.is_expert else first_replica and parts.groups.tensor.rank() == 0
+        if mine:
+            for name, shape in zip(mapped.hf_names, hf_shapes(mapped.rule, parts.architecture), strict=True):
+                owned[name] = (shape, mapped.parameter.dtype)
+    try:
+        places = {}
+        for number, shard in enumerate(split_into_shards(owned, max_shard_bytes) if owned else []):
+            file = f"rank{dist.get_rank()}-{number}.safetensors"
+            places.update(lay_out(folder / file, {name: owned[name] for name in shard}))
+            result.files.append((file, shard))
+    except OSError as error:
+        result.error = str(error)
+    result.num_bytes = sum(num_elements(shape) * dtype.itemsize for shape, dtype in owned.values())
+    if not first_replica and not owned:
+        return result
+    for name, tensor in hf_tensors(parts, experts_only=not first_replica):
+        if name in owned and result.error is None:
+            try:
+                with places[name].path.open("r+b", buffering=0) as opened:
+                    write_at(opened, raw_bytes(tensor.cpu()), places[name].offset)
+            except OSError as error:
+                result.error = str(error)  # and go on gathering: the other ranks wait for this one
+    return result

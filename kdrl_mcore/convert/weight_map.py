@@ -6,21 +6,37 @@ direction or the other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor
 
+from kdrl_mcore.convert.extent import ByteRange, Files
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture, WeightRule
-from kdrl_mcore.model.gpt import LanguageModel
 
-# Transformer Engine fuses each norm into the linear layer behind it and keeps its weight there.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+
+class Weights(Protocol):
+    """The weights of a model on disk under their HF names, whatever the format."""
+
+    path: Path
+    names: frozenset[str]
+    files: Files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor."""
+
+    def read(self, name: str, start: int, length: int, dim: int = 0) -> Tensor:
+        """`length` rows (dim 0) or columns (dim 1) of a tensor, in its dtype."""
+
+    def ranges(self, name: str, start: int, length: int) -> list[ByteRange] | None:
+        """Where the bytes of these rows lie, in order; None if they are not whole rows anywhere."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +51,23 @@ class Piece:
     dim: int
 
 
-@dataclass(frozen=True)
-class MappedParameter:
-    """One parameter of this rank with the HF slices it holds; rows that no piece covers are vocabulary padding."""
-
-    name: str
-    parameter: nn.Parameter
-    rule: WeightRule
-    hf_names: tuple[str, ...]
-    pieces: tuple[Piece, ...]
-
-
 def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, ...]]:
     """The shape of each HF tensor of a rule."""
     hidden, head = architecture.hidden_size, architecture.head_dim
     query, kv = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
+    ffn = architecture.experts.ffn_hidden_size if rule.is_expert and architecture.experts else architecture.ffn_hidden_size
     rows_or_columns: dict[str, list[tuple[int, ...]]] = {
         "vocabulary": [(architecture.vocab_size, hidden)],
-        "gate_up": [(architecture.ffn_hidden_size, hidden)] * 2,
+        "gate_up": [(ffn, hidden)] * 2,
     }
     if rule.kind in rows_or_columns:
         return rows_or_columns[rule.kind]
+    if rule.megatron.endswith("mlp.router.weight") and architecture.experts:
+        return [(architecture.experts.count, hidden)]
     if rule.kind == "qkv":
         return [(rows,) if rule.megatron.endswith("bias") else (rows, hidden) for rows in (query, kv, kv)]
     if rule.kind == "row":
-        return [(hidden, query if "linear_proj" in rule.megatron else architecture.ffn_hidden_size)]
+        return [(hidden, query if "linear_proj" in rule.megatron else ffn)]
     return [(head if "_layernorm" in rule.megatron and "self_attention" in rule.megatron else hidden,)]
 
 
@@ -97,36 +105,88 @@ def pieces(
     return result
 
 
-def map_chunk(chunk: LanguageModel, rules: list[WeightRule], rank: int, ranks: int) -> Iterator[MappedParameter]:
-    """Every parameter of a model chunk with its HF slices.
+@dataclass(frozen=True)
+class GlobalTensor:
+    """One whole Megatron tensor (of one layer, of one expert) as Megatron's own checkpoints hold it.
+
+    Attributes:
+        key: the name; tensors of all layers (and experts) share it, stacked on leading axes.
+        position: where this one stands on the leading axes: (), (layer,) or (layer, expert).
+        grid: the sizes of the leading axes.
+        shape: without the leading axes.
+        hf_names, hf_shapes: the HF tensors it is made of.
+        pieces: which rows of which HF tensor stand where.
+    """
+
+    key: str
+    position: tuple[int, ...]
+    grid: tuple[int, ...]
+    shape: tuple[int, ...]
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    pieces: tuple[Piece, ...]
+
+
+def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Iterator[GlobalTensor]:
+    """Every tensor of a model, layer by layer."""
+    count = architecture.experts.count if architecture.experts else 1
+    for layer in range(architecture.num_layers):
+        for rule in rules:
+            layered = "{layer}" in rule.megatron
+            if not layered and layer > 0:
+                continue
+            shapes = tuple(hf_shapes(rule, architecture))
+            rows = sum(shape[0] for shape in shapes)
+            for expert in range(count) if rule.is_expert else (0,):
+                names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
+                single = len(names) == 1  # then the Megatron tensor is the HF tensor
+                whole = [Piece(names[0], 0, 0, rows, 0)] if single else pieces(rule, names, architecture, 0, 1, rows)
+                yield GlobalTensor(
+                    key=_checkpoint_key(rule, architecture),
+                    position=(layer, expert)[: layered + rule.is_expert],
+                    grid=(architecture.num_layers, count)[: layered + rule.is_expert],
+                    shape=(rows, *shapes[0][1:]),
+                    hf_names=names,
+                    hf_shapes=shapes,
+                    pieces=tuple(whole),
+                )
+
+
+def _checkpoint_key(rule: WeightRule, architecture: Architecture) -> str:
+    """The name in Megatron's checkpoints: without layer and expert numbers, and with each norm where Transformer Engine keeps
+    it, fused into the linear layer behind it (before experts there is none)."""
+    key = rule.megatron.replace(".{layer}", "").replace("local_experts.{expert}", "experts")
+    key = key.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+    if architecture.experts is None:
+        key = key.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+    return key
+
+
+def check_names(weights: Weights, architecture: Architecture, rules: list[WeightRule]) -> None:
+    """Compare a checkpoint's tensors with what its architecture has.
 
     Raises:
-        ModelError: a parameter the map does not know.
+        ModelError: a tensor is missing, unexpected, or has another shape.
     """
-    by_name = {rule.megatron: rule for rule in rules}
-    tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
-    for name, parameter in chunk.named_parameters():
-        layer, generic = _generic_name(chunk, name)
-        if tied_copy and generic == "output_layer.weight":
-            generic = "embedding.word_embeddings.weight"
-        if generic not in by_name:
-            raise ModelError(f"no weight rule for the parameter {name}: the family's map is incomplete")
-        rule = by_name[generic]
-        hf_names = tuple(hf.format(layer=layer) for hf in rule.hf)
-        shard_size = parameter.shape[1 if rule.kind == "row" else 0]
-        yield MappedParameter(
-            generic.format(layer=layer),
-            parameter,
-            rule,
-            hf_names,
-            tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
-        )
+    expected = {name: None for tensor in global_tensors(rules, architecture) for name in tensor.hf_names}
+    missing = [name for name in expected if name not in weights.names]
+    if missing:
+        raise ModelError(f"{weights.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
+    # Tied heads may be stored twice, and old exports stored computed buffers.
+    known = {"lm_head.weight"} if architecture.tied_embeddings else set()
+    unexpected = sorted(name for name in weights.names - set(expected) - known if not name.endswith("rotary_emb.inv_freq"))
+    if unexpected:
+        raise ModelError(f"{weights.path} has a tensor its architecture does not: {unexpected[0]} ({len(unexpected)} such)")
+    check_shapes(weights, architecture, rules)
 
 
-def _generic_name(chunk: LanguageModel, name: str) -> tuple[int, str]:
-    """(global layer number, the name with `{layer}` in its place and Transformer Engine's names undone)."""
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if not match:
-        return 0, name
-    layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-    return layer, "decoder.layers.{layer}." + _FUSED_NORMS.get(match[2], match[2])
+def check_shapes(weights: Weights, architecture: Architecture, rules: list[WeightRule]) -> None:
+    """Compare the shapes of the tensors that are there with those its architecture has.
+
+    Raises:
+        ModelError: one has another shape.
+    """
+    for tensor in global_tensors(rules, architecture):
+        for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True):
+            if name in weights.names and weights.shape(name) != shape:
+                raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}")

@@ -49,12 +49,14 @@ def pack_attention(
     inverse_frequencies: Tensor,
     dtype: torch.dtype,
     context: ContextShard | None = None,
+    rotary_scale: float = 1.0,
 ) -> PackedSequences:
     """Describe packed sequences to attention.
 
     Args:
         inverse_frequencies: [D/2], float32.
         dtype: of the activations; the rotary angles are computed in float32.
+        rotary_scale: multiplies the rotary factors of queries and keys (yarn).
     """
     angles = positions_S.float()[:, None, None] * inverse_frequencies
     lengths = [run.length for run in runs for _ in range(run.count)]
@@ -65,8 +67,8 @@ def pack_attention(
         cu_seqlens_kv=boundaries,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        cos_SD=angles.cos().to(dtype),
-        sin_SD=angles.sin().to(dtype),
+        cos_SD=(angles.cos() * rotary_scale).to(dtype),
+        sin_SD=(angles.sin() * rotary_scale).to(dtype),
         runs=runs,
         context=context,
     )

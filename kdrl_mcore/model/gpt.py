@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.norm import RMSNorm
+from kdrl_mcore.model.rope import inverse_frequencies
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.layout import Layout, ModelGroups
@@ -46,7 +48,7 @@ class LanguageModel(GPTModel):
 
     def pack(self, runs: tuple[Run, ...], positions_S: Tensor) -> PackedSequences:
         """Describe packed sequences that this rank holds whole to this model's attention."""
-        return pack_attention(runs, positions_S, self.inverse_frequencies, self.config.params_dtype)
+        return self._describe(runs, positions_S, None)
 
     def pack_batch(self, batch: PackedBatch) -> PackedSequences:
         """Describe a micro-batch, or this context-parallel rank's part of it, to this model's attention."""
@@ -54,7 +56,11 @@ class LanguageModel(GPTModel):
         if batch.context_rows is not None:
             assert self.context_group is not None
             context = ContextShard(self.context_group, batch.context_rows)
-        return pack_attention(batch.runs, batch.positions_S, self.inverse_frequencies, self.config.params_dtype, context)
+        return self._describe(batch.runs, batch.positions_S, context)
+
+    def _describe(self, runs: tuple[Run, ...], positions_S: Tensor, context: ContextShard | None) -> PackedSequences:
+        scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
+        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, rotary_scale=scale)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""
@@ -85,6 +91,13 @@ class ModelParts:
             yield from chunk.parameters()
 
 
+def expert_parameters(chunk: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of this rank's experts in a model chunk."""
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            yield parameter
+
+
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """The vocabulary rounded up to what tensor-parallel ranks can share evenly."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
@@ -109,7 +122,7 @@ def build_model(
     Raises:
         ConfigError: the layout does not fit the architecture.
     """
-    check_layout(architecture, groups.layout)
+    check_layout(architecture, groups.layout, trainable=trainable)
     config = transformer_config(architecture, model, groups, recompute)
     layout = groups.layout
     chunks = []
@@ -132,10 +145,13 @@ def build_model(
         chunk.architecture = architecture
         chunk.shard = vocab_shard(architecture, groups, vocabulary)
         chunk.context_group = groups.context if layout.context > 1 else None
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=device()) / architecture.head_dim
-        chunk.inverse_frequencies = 1.0 / architecture.rope_theta**exponents
-        chunk.requires_grad_(trainable)
+        chunk.inverse_frequencies = inverse_frequencies(architecture.rope, architecture.head_dim, device())
+        chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
+        for parameter in expert_parameters(chunk):
+            # Megatron sets this only where expert-parallel size > 1, but ranks that share a tensor-parallel group also hold
+            # whole experts here: their gradients are always summed over the expert-data-parallel group.
+            parameter.allreduce = False  # type: ignore[attr-defined]
         chunks.append(chunk.to(device()))
     return ModelParts(chunks, config, architecture, groups)
 
@@ -152,7 +168,22 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the model."""
     layout, dtype = groups.layout, DTYPES[model.dtype]
+    mixture: dict[str, Any] = {}
+    if architecture.experts is not None:
+        mixture = {
+            "num_moe_experts": architecture.experts.count,
+            "moe_router_topk": architecture.experts.per_token,
+            "moe_ffn_hidden_size": architecture.experts.ffn_hidden_size,
+            # Softmax over the chosen experts only, which is the same as scaling their probabilities to sum to one.
+            "moe_router_pre_softmax": not architecture.experts.normalized,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": model.spec != "local" and mcore.has_transformer_engine(),
+            "expert_model_parallel_size": layout.expert,
+            "expert_tensor_parallel_size": 1,
+        }
     return TransformerConfig(
+        **mixture,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -202,7 +233,9 @@ def _block_spec(
     if model.spec == "transformer_engine" and not mcore.has_transformer_engine():
         raise ConfigError("model.spec=transformer_engine, but Transformer Engine does not import here: use model.spec=auto")
     use_te = model.spec != "local" and mcore.has_transformer_engine()
-    layer: ModuleSpec = mcore.layer_submodules(use_te, architecture.qk_norm)
+    layer: ModuleSpec = mcore.layer_submodules(
+        use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
+    )
     attention = layer.submodules.self_attention
     attention.module = PackedSelfAttention
     final_norm = None
@@ -222,16 +255,24 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
 
 
-def check_layout(architecture: Architecture, layout: Layout) -> None:
+def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool) -> None:
     """Raise ConfigError if the architecture cannot be split this way."""
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
+    experts = architecture.experts
+    if experts is None and layout.expert > 1:
+        raise ConfigError(f"parallel.expert={layout.expert}, but {architecture.family} has no experts: set it to 1")
+    if experts is not None and trainable and layout.tensor > 1 and not layout.sequence_parallel:
+        raise ConfigError("a mixture of experts with parallel.tensor > 1 trains only with parallel.sequence_parallel=true")
     for name, size, by in (
         ("attention heads", architecture.num_attention_heads, layout.tensor),
-        ("MLP width", architecture.ffn_hidden_size, layout.tensor),
+        ("MLP width", 0 if experts else architecture.ffn_hidden_size, layout.tensor),
+        ("experts", experts.count if experts else 0, layout.expert),
         ("layers", architecture.num_layers, chunks),
     ):
         if size % by:
-            raise ConfigError(f"the model's {name} ({size}) do not divide by {by}: change the tensor or pipeline parallel size")
+            raise ConfigError(
+                f"the model's {name} ({size}) do not divide by {by}: change the tensor, expert or pipeline parallel size"
+            )
     kv, tensor = architecture.num_key_value_heads, layout.tensor
     if kv % tensor and tensor % kv:
         raise ConfigError(f"{kv} key/value heads do not fit tensor parallel size {tensor}: one must divide the other")

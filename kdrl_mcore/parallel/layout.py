@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch.distributed as dist
 
+from kdrl_mcore.config import ParallelConfig
 from kdrl_mcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is spread over the world. `data` is what is left of the world after the other sizes."""
+    """How one model is spread over the world. `data` is what is left of the world after the other sizes.
+
+    Experts are spread over `expert` neighbouring ranks of a pipeline stage, across tensor, context and data parallelism; each
+    rank holds whole experts (expert tensor parallel size 1).
+    """
 
     world: int
     tensor: int = 1
@@ -27,6 +32,7 @@ class Layout:
     context: int = 1
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    expert: int = 1
 
     def __post_init__(self) -> None:
         model = self.tensor * self.pipeline * self.context
@@ -34,6 +40,11 @@ class Layout:
             raise ConfigError(
                 f"{self.world} ranks cannot hold replicas of tensor {self.tensor} x pipeline {self.pipeline} x context "
                 f"{self.context} = {model} ranks: start a multiple of {model}, or change the parallel sizes"
+            )
+        if (self.world // self.pipeline) % self.expert:
+            raise ConfigError(
+                f"the {self.world // self.pipeline} ranks of a pipeline stage do not divide by expert parallel size "
+                f"{self.expert}: change parallel.expert"
             )
 
     @property
@@ -54,6 +65,19 @@ class Layout:
     def replica_alignment(self) -> int:
         """The same where each context-parallel rank works on tokens of its own, as in generation."""
         return self.tensor if self.sequence_parallel else 1
+
+
+def student_layout(world: int, parallel: ParallelConfig) -> Layout:
+    """The layout that the configuration gives the student."""
+    return Layout(
+        world,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        virtual_pipeline=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,8 @@ def create_student_groups(layout: Layout) -> ModelGroups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
     )
     # Nothing here draws random numbers (no dropout), but sequence parallelism and recomputation want the generators to exist.
     model_parallel_cuda_manual_seed(0)
@@ -124,17 +150,17 @@ def create_scoring_groups(layout: Layout) -> ModelGroups:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection()
-    dims = {"tp": "t", "cp": "c", "dp": "d", "pp": "p", "dp_cp": "cd", "mp": "tp", "tp_cp": "tc"}
+    dims = {"tp": "t", "cp": "c", "dp": "d", "pp": "p", "dp_cp": "cd", "mp": "tp", "tp_cp": "tc", "tp_dp_cp": "tdc"}
     for name, axes in dims.items():
         setattr(groups, name, _own_group(_ranks_along(layout, axes)))
     pipelines = _ranks_along(layout, "p")
     groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
     groups.pos_embd = _own_group([ranks[:1] for ranks in pipelines])
-    # A scoring model reduces no expert gradients, so each rank is its own expert group.
-    alone = _own_group([[rank] for rank in range(layout.world)])
-    groups.ep = groups.expt_dp = alone
-    groups.expt_tp = groups.tp_ep = groups.tp
-    groups.tp_ep_pp = groups.mp
+    stages = np.arange(layout.world).reshape(layout.pipeline, -1, layout.expert)
+    groups.ep = groups.tp_ep = _own_group(stages.reshape(-1, layout.expert).tolist())
+    groups.expt_dp = _own_group(stages.transpose(0, 2, 1).reshape(-1, stages.shape[1]).tolist())
+    groups.expt_tp = _own_group([[rank] for rank in range(layout.world)])
+    groups.tp_ep_pp = _own_group(stages.transpose(1, 0, 2).reshape(stages.shape[1], -1).tolist())
     return ModelGroups(layout, groups)
 
 

@@ -16,13 +16,36 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_submodules(use_transformer_engine: bool, qk_norm: bool) -> Any:
+def layer_submodules(use_transformer_engine: bool, qk_norm: bool, num_experts: int | None) -> Any:
     """Megatron-Core's own transformer layer, as a spec whose submodules the caller may replace."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     if use_transformer_engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    return gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_norm)
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_norm
+        )
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=qk_norm)
+    if num_experts is not None:
+        _prepare_local_experts()
+        # The local layer saves this norm as one fused into a dense MLP, which Transformer Engine's layer with experts has not.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return layer
+
+
+def _prepare_local_experts() -> None:
+    """Mend what Megatron-Core's mixture of experts lacks without Transformer Engine and on CPU. Idempotent."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 reads it also where Transformer Engine is missing
+
+    def split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Megatron converts what comes from a GPU only, but the collectives want numbers, not tensors, from the CPU too.
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return moe_utils.maybe_move_tensor_to_cpu(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = split_sizes_as_numpy
 
 
 def use_adam(adam: type[torch.optim.Optimizer]) -> None:

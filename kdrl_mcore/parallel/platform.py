@@ -144,6 +144,10 @@ class _NoStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def record_event(self, *args: Any) -> _NoStream:
+        """The point in the stream that others would wait for."""
+        return _NoStream()
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 

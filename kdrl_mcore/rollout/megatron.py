@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
@@ -47,8 +48,19 @@ class MegatronEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See `RolloutEngine`. Collective over the world."""
+        """See `RolloutEngine`. Collective over the world.
+
+        Raises:
+            ConfigError: experts are spread over several replicas.
+        """
         groups = self._parts.groups
+        if groups.layout.tensor % groups.layout.expert:
+            # Replicas decode different numbers of steps, and experts spread over them would wait for each other for ever.
+            raise ConfigError(
+                f"parallel.expert={groups.layout.expert} spreads experts over several replicas of parallel.tensor="
+                f"{groups.layout.tensor}, which the embedded engine cannot sample with: make it divide parallel.tensor, or use "
+                "rollout=vllm"
+            )
         for chunk in self._parts.chunks:
             chunk.eval()
         mine = partition([len(prompt.token_ids) for prompt in prompts], groups.replicas.size())[groups.replicas.rank()]

@@ -97,8 +97,9 @@ class Result:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float64) -> Any:
-    """The HF causal language model of a directory, with exact attention."""
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation="sdpa").eval()
+    """The HF causal language model of a directory, with exact attention and experts."""
+    exact = {"attn_implementation": "sdpa", "experts_implementation": "eager"}  # the grouped kernels know no float64
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **exact).eval()
 
 
 def vocabulary_size(*models: Any) -> int:

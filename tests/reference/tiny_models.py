@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from tests.reference.dense import Row, load_model, log_prob_of, response_logits
 
@@ -54,7 +55,65 @@ def make_qwen2(
         eos_token_id=0,
         pad_token_id=None,
     )
-    model = Qwen2ForCausalLM(config)
+    return _write_random(config, path, seed, dtype, max_shard_size)
+
+
+def make_model(
+    family: str,
+    path: str | Path,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **settings: Any,
+) -> Path:
+    """Write a random checkpoint of another family and return its directory: `qwen3` (a head dimension that is not hidden /
+    heads), `llama` (llama3 rope scaling) or `qwen3_moe` (8 experts, 2 per token).
+
+    Args:
+        settings: HF config values that replace the defaults.
+    """
+    shared = {
+        "vocab_size": 67,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    classes: dict[str, tuple[Any, dict]] = {
+        "qwen2": (Qwen2Config, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 32}),
+        "llama": (LlamaConfig, {"rope_parameters": llama3}),
+        "qwen3_moe": (
+            Qwen3MoeConfig,
+            {
+                "head_dim": 32,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 48,
+                "norm_topk_prob": True,
+            },
+        ),
+    }
+    config_class, own = classes[family]
+    return _write_random(config_class(**{**shared, **own, **settings}), path, seed, dtype, max_shard_size)
+
+
+def _write_random(config: Any, path: str | Path, seed: int, dtype: torch.dtype, max_shard_size: str) -> Path:
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,7 +123,7 @@ def make_qwen2(
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
     model.to(dtype).save_pretrained(str(path), max_shard_size=max_shard_size)
     return Path(path)
 

@@ -66,14 +66,13 @@ def _as_rank(config: Config, rank: int, world: int) -> dict[str, Any]:
 def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
     """The replica, the parameters' number, and the HF slices (tensor, dimension, start, length) this rank holds."""
     rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
-    tensor = parts.groups.tensor
     return {
         "replica": parts.groups.data.rank(),
         "parameters": sum(parameter.numel() for parameter in parts.parameters()),
         "pieces": [
             (piece.hf, piece.dim, piece.hf_start, piece.length)
             for chunk in parts.chunks
-            for mapped in map_chunk(chunk, rules, tensor.rank(), tensor.size())
+            for mapped in map_chunk(chunk, rules, parts.groups)
             for piece in mapped.pieces
         ],
     }
@@ -90,7 +89,7 @@ def fake_the_machine() -> None:
     # The distributed optimizer knows the tensors of a GPU by name.
     torch.Tensor.type = lambda self, *args: type_of(self, *args) if args else type_of(self).replace("meta.", "")  # type: ignore[method-assign]
     for module in (student_module, teacher_module):
-        module.load_hf_weights = lambda parts, path: None  # type: ignore[attr-defined]
+        module.load_weights = lambda parts, path: None  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from kdrl_mcore.errors import ModelError
-from kdrl_mcore.model.families import qwen2
+from kdrl_mcore.model.families import llama, qwen2, qwen3, qwen3_moe
 from kdrl_mcore.model.families.base import Architecture, Family
 
-FAMILIES: dict[str, Family] = {qwen2.FAMILY.hf_architecture: qwen2.FAMILY}
+FAMILIES: dict[str, Family] = {module.FAMILY.hf_architecture: module.FAMILY for module in (llama, qwen2, qwen3, qwen3_moe)}
 """The supported families by the name in an HF config's `architectures`."""
 
 

@@ -1,0 +1,192 @@
+"""Import and export: between HF's safetensors and Megatron's torch_dist, a block of rows at a time, by several threads."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+import torch
+
+from kdrl_mcore.convert.extent import NO_KERNEL_COPY, ByteRange, Extent, num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.folders import RELEASE, TRACKER, config_folder, open_weights, torch_dist_folder, written_aside
+from kdrl_mcore.convert.hf_files import (
+    HFWeights,
+    copy_side_files,
+    lay_out,
+    shard_name,
+    split_into_shards,
+    write_config,
+    write_index,
+)
+from kdrl_mcore.convert.torch_dist_writer import TorchDistWriter
+from kdrl_mcore.convert.weight_map import Weights, check_names, global_tensors
+from kdrl_mcore.errors import CheckpointError, ModelError
+from kdrl_mcore.model.families import FAMILIES, read_architecture
+
+BLOCK_BYTES = 16 * 2**20
+"""Read, cast and written at a time by one thread."""
+Progress = Callable[[int], None]
+"""Told of every block: how many bytes are done."""
+Start = Callable[[int], Progress]
+"""Told how many bytes there are to do, before the first."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Rows of an HF tensor and where their bytes go."""
+
+    name: str
+    start: int
+    rows: int
+    target: Extent
+    target_row: int
+
+
+def import_hf(hf: str | Path, output: str | Path, dtype: torch.dtype | None, start: Start, threads: int | None = None) -> None:
+    """Write an HF checkpoint as a converted one: Megatron's torch_dist format, with config and tokenizer beside it.
+
+    Args:
+        dtype: cast every tensor to it; None keeps each as it is.
+
+    Raises:
+        ModelError: the source is damaged or not supported, or the output cannot be written; then there is no output.
+    """
+    hf, output = Path(hf), Path(output)
+    architecture = read_architecture(hf)
+    rules = FAMILIES[architecture.family].rules(architecture)
+    with HFWeights(hf) as weights:
+        check_names(weights, architecture, rules)
+        tensors = list(global_tensors(rules, architecture))
+        found = {weights.dtype(name) for tensor in tensors for name in tensor.hf_names}
+        if len(found) > 1 and dtype is None:
+            raise ModelError(f"{hf} mixes {' and '.join(sorted(map(str, found)))}: choose one with --dtype")
+        to = dtype or found.pop()
+        total = sum(num_elements(tensor.shape) for tensor in tensors) * to.itemsize
+        with written_aside(output, total) as aside:
+            writer = TorchDistWriter(aside / RELEASE)
+            copies = []
+            for tensor in tensors:
+                # Megatron stores gate and up apart; query, key and value are interleaved in one chunk.
+                bounds = [0, tensor.hf_shapes[0][0], tensor.shape[0]] if len(tensor.hf_names) == 2 else [0, tensor.shape[0]]
+                for low, high in pairwise(bounds):
+                    extent = writer.place(tensor, low, high - low, to)
+                    copies += [
+                        Copy(piece.hf, piece.hf_start, piece.length, extent, piece.start - low)
+                        for piece in tensor.pieces
+                        if low <= piece.start < high
+                    ]
+            writer.place_extra_states(architecture)
+            writer.end_layout()
+            copy_all(weights, copies, start(total), threads)
+            writer.finish(architecture, to)
+            (aside / TRACKER).write_text(RELEASE)
+            write_config(hf, aside, to)
+
+
+def export_hf_folder(
+    checkpoint: str | Path,
+    output: str | Path,
+    start: Start,
+    max_shard_bytes: int = 5 * 10**9,
+    threads: int | None = None,
+) -> None:
+    """Write a converted or a training checkpoint as an HF checkpoint, without the padding of its vocabulary.
+
+    Args:
+        max_shard_bytes: the largest file (or one tensor).
+
+    Raises:
+        ModelError, CheckpointError: the source is damaged, or the output cannot be written; then there is no output.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if torch_dist_folder(checkpoint) is None:
+        raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
+    config = config_folder(checkpoint)
+    architecture = read_architecture(config)
+    rules = FAMILIES[architecture.family].rules(architecture)
+    with open_weights(checkpoint) as weights:
+        check_names(weights, architecture, rules)
+        names = sorted(weights.names)
+        tensors = {name: (weights.shape(name), weights.dtype(name)) for name in names}
+        shards = split_into_shards(tensors, max_shard_bytes)
+        total = sum(num_elements(shape) * dtype.itemsize for shape, dtype in tensors.values())
+        with written_aside(output, total) as aside:
+            copies = []
+            for number, shard in enumerate(shards, 1):
+                extents = lay_out(aside / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
+                copies += [Copy(name, 0, extent.shape[0], extent, 0) for name, extent in extents.items()]
+            copy_all(weights, copies, start(total), threads)
+            write_index(aside, shards, total)
+            dtypes = {weights.dtype(name) for name in names}
+            if len(dtypes) == 1:
+                write_config(config, aside, dtypes.pop())
+            else:
+                copy_side_files(config, aside)
+
+
+def blocks(start: int, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of blocks of at most BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for low in range(start, start + rows, step):
+        yield low, min(step, start + rows - low)
+
+
+def copy_all(weights: Weights, copies: Iterable[Copy], progress: Progress, threads: int | None = None) -> None:
+    """Fill in the bytes of every copy, cast to the target's dtype."""
+
+    def copy(item: Copy) -> None:
+        with item.target.path.open("r+b", buffering=0) as file:
+            if weights.dtype(item.name) != item.target.dtype or not _copy_in_kernel(weights, item, file.fileno(), progress):
+                for low, rows in blocks(item.start, item.rows, item.target.row_bytes):
+                    data = raw_bytes(weights.read(item.name, low, rows).to(item.target.dtype))
+                    at = item.target.offset + (item.target_row + low - item.start) * item.target.row_bytes
+                    write_at(file, data, at)
+                    progress(data.numel())
+
+    run_all([lambda item=item: copy(item) for item in _by_turns(copies)], threads)  # type: ignore[misc]
+
+
+def _by_turns(copies: Iterable[Copy]) -> list[Copy]:
+    """One copy into each file in turn, so that threads seldom write to the same file."""
+    by_file: dict[Path, list[Copy]] = defaultdict(list)
+    for item in copies:
+        by_file[item.target.path].append(item)
+    return [item for turn in zip_longest(*by_file.values()) for item in turn if item is not None]
+
+
+def _copy_in_kernel(weights: Weights, item: Copy, target: int, progress: Progress) -> bool:
+    """Copy rows as they are without reading them into memory; False if that is not possible here."""
+    ranges = weights.ranges(item.name, item.start, item.rows)
+    if ranges is None or not hasattr(os, "copy_file_range"):
+        return False
+    at, done = item.target.offset + item.target_row * item.target.row_bytes, 0
+    for whole in ranges:
+        for low in range(0, whole.length, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, whole.length - low)
+            try:
+                weights.files.copy(ByteRange(whole.path, whole.offset + low, length), target, at + done)
+            except OSError as error:
+                if done == 0 and error.errno in NO_KERNEL_COPY:
+                    return False
+                raise
+            done += length
+            progress(length)
+    return True
+
+
+def run_all(jobs: list[Callable[[], None]], threads: int | None) -> None:
+    """Run jobs on threads; the first error ends all of them."""
+    with ThreadPoolExecutor(threads or min(8, 2 * (os.cpu_count() or 1))) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

@@ -1,0 +1,75 @@
+"""The parameters of a running model with the HF slices they hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from kdrl_mcore.convert.weight_map import Piece, pieces
+from kdrl_mcore.errors import ModelError
+from kdrl_mcore.model.families.base import WeightRule
+from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.parallel.layout import ModelGroups
+
+# Transformer Engine fuses each norm into the linear layer behind it and keeps its weight there.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class MappedParameter:
+    """One parameter of this rank with the HF slices it holds; rows that no piece covers are vocabulary padding."""
+
+    name: str
+    parameter: nn.Parameter
+    rule: WeightRule
+    hf_names: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+
+def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups) -> Iterator[MappedParameter]:
+    """Every parameter of a model chunk with its HF slices.
+
+    Raises:
+        ModelError: a parameter the map does not know.
+    """
+    by_name = {rule.megatron: rule for rule in rules}
+    tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
+    for name, parameter in chunk.named_parameters():
+        layer, expert, generic = _generic_name(chunk, name, groups)
+        if tied_copy and generic == "output_layer.weight":
+            generic = "embedding.word_embeddings.weight"
+        if generic not in by_name:
+            raise ModelError(f"no weight rule for the parameter {name}: the family's map is incomplete")
+        rule = by_name[generic]
+        hf_names = tuple(hf.format(layer=layer, expert=expert) for hf in rule.hf)
+        rank, ranks = (0, 1) if rule.is_expert else (groups.tensor.rank(), groups.tensor.size())
+        shard_size = parameter.shape[1 if rule.kind == "row" else 0]
+        yield MappedParameter(
+            generic.format(layer=layer, expert=expert),
+            parameter,
+            rule,
+            hf_names,
+            tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
+        )
+
+
+def _generic_name(chunk: LanguageModel, name: str, groups: ModelGroups) -> tuple[int, int, str]:
+    """(global layer number, global expert number, the name with `{layer}` and `{expert}` in their places and Transformer
+    Engine's names undone)."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if not match:
+        return 0, 0, name
+    layer, rest, expert = chunk.decoder.layers[int(match[1])].layer_number - 1, match[2], 0
+    found = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.(\w+)\.weight|(\w+)\.weight(\d+))", rest)
+    if found:
+        assert chunk.architecture.experts is not None
+        local, linear = int(found[1] or found[4]), found[2] or found[3]
+        expert = groups.groups.ep.rank() * (chunk.architecture.experts.count // groups.layout.expert) + local
+        rest = f"mlp.experts.local_experts.{{expert}}.{linear}.weight"
+    return layer, expert, "decoder.layers.{layer}." + _FUSED_NORMS.get(rest, rest)

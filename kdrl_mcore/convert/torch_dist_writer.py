@@ -1,0 +1,218 @@
+"""Write Megatron's torch_dist format tensor by tensor: first every chunk's place is laid out, then bytes are filled in by many
+threads; no tensor is ever held whole.
+
+`torch.save` under `skip_data` writes all of an archive but the tensor's bytes. It is called once per shape; every chunk of
+that shape is the same frame around other bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import skip_data
+
+from kdrl_mcore.convert.extent import Extent, num_elements
+from kdrl_mcore.convert.weight_map import GlobalTensor
+from kdrl_mcore.model.families.base import Architecture
+
+FILES = 4
+"""Chunks are dealt out to so many `.distcp` files at a time: threads that fill in one file wait for each other."""
+FILE_BYTES = 4 * 10**9
+"""New files start after this many bytes."""
+_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "pre_mlp_layernorm",
+)
+"""Modules of a layer that ask a checkpoint for `_extra_state` (scaling factors of FP8 training, which these weights have not)
+under one of Megatron's layer specs. Each gets an empty one: what a spec does not ask for is ignored."""
+
+
+class _Frame(io.RawIOBase):
+    """Takes what `torch.save` writes under `skip_data`, which seeks over the tensor's bytes."""
+
+    def __init__(self) -> None:
+        self.before, self.after, self._seen, self._at = bytearray(), bytearray(), False, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        written = bytes(data)
+        (self.after if self._seen else self.before).extend(written)
+        self._at += len(written)
+        return len(written)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_CUR and not self._seen, "torch.save seeks once, over the tensor's bytes"
+        self._seen = True
+        self._at += offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+class TorchDistWriter:
+    """One torch_dist folder in the making."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._frames: dict[tuple[tuple[int, ...], torch.dtype], _Frame] = {}
+        self._metadata: dict = {}
+        self._results: list[WriteResult] = []
+        self._number = 0
+        self._open: list[io.BufferedWriter] = []
+
+    def place(self, tensor: GlobalTensor, start: int, rows: int, dtype: torch.dtype) -> Extent:
+        """Lay out one chunk: rows of a tensor. Returns where its bytes belong."""
+        sizes = (*(1 for _ in tensor.grid), rows, *tensor.shape[1:])
+        offsets = (*tensor.position, start, *(0 for _ in tensor.shape[1:]))
+        if (sizes, dtype) not in self._frames:
+            frame = _Frame()
+            with skip_data():
+                torch.save(torch.empty(sizes, dtype=dtype), cast(IO[bytes], frame))
+            self._frames[sizes, dtype] = frame
+        frame, file = self._frames[sizes, dtype], self._current()
+        begin, num_bytes = file.tell(), num_elements(sizes) * dtype.itemsize
+        file.write(frame.before)
+        data = file.tell()
+        file.seek(num_bytes, io.SEEK_CUR)  # a hole, filled in later
+        file.write(frame.after)
+        if tensor.key not in self._metadata:
+            self._metadata[tensor.key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size((*tensor.grid, *tensor.shape)), []
+            )
+        self._metadata[tensor.key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        self._add(MetadataIndex(tensor.key, torch.Size(offsets)), file, begin)
+        return Extent(Path(file.name), data, (rows, *tensor.shape[1:]), dtype)
+
+    def place_extra_states(self, architecture: Architecture) -> None:
+        """Add the empty `_extra_state` of every module that may ask for one; they all share the same bytes."""
+        file, blob = self._current(), io.BytesIO()
+        torch.save([None], blob)
+        begin = file.tell()
+        file.write(blob.getvalue())
+        layers = architecture.num_layers
+        names = ["decoder.final_layernorm._extra_state/shard_0_1"]
+        names += [f"decoder.layers.{each}._extra_state/shard_{i}_{layers}" for each in _EXTRA_STATES for i in range(layers)]
+        if architecture.experts is not None:
+            count = architecture.experts.count
+            names += [
+                f"decoder.layers.mlp.experts.experts.{linear}._extra_state/shard_{layer}.{expert}_{layers}.{count}"
+                for linear in ("linear_fc1", "linear_fc2")
+                for layer in range(layers)
+                for expert in range(count)
+            ]
+        for name in names:
+            self._metadata[name] = BytesStorageMetadata()
+            self._add(MetadataIndex(name), file, begin)
+
+    def end_layout(self) -> None:
+        """Every chunk is placed: from now on bytes may be filled in."""
+        for file in self._open:
+            file.close()
+        self._open = []
+
+    def finish(self, architecture: Architecture, dtype: torch.dtype) -> None:
+        """Write what says that the folder is a complete checkpoint."""
+        self.end_layout()
+        torch.save(
+            {"args": _megatron_args(architecture, dtype), "checkpoint_version": 3.0, "iteration": 0}, self._folder / "common.pt"
+        )
+        backends = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (self._folder / "metadata.json").write_text(json.dumps(backends))
+        FileSystemWriter(self._folder).finish(Metadata(state_dict_metadata=self._metadata), [self._results])
+
+    def _current(self) -> io.BufferedWriter:
+        """The file that has the least so far."""
+        if not self._open or min(file.tell() for file in self._open) > FILE_BYTES:
+            self.end_layout()
+            for number in range(self._number, self._number + FILES):
+                self._open.append((self._folder / f"__0_{number}.distcp").open("wb"))
+            self._number += FILES
+        return min(self._open, key=lambda file: file.tell())
+
+    def _add(self, index: MetadataIndex, file: io.BufferedWriter, begin: int) -> None:
+        length = file.tell() - begin
+        self._results.append(WriteResult(index, length, _StorageInfo(os.path.basename(file.name), begin, length)))
+
+
+def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.Namespace:
+    """The model as Megatron-LM's arguments, which it and Megatron-Bridge read from a checkpoint."""
+    rope, experts = architecture.rope, architecture.experts
+    return argparse.Namespace(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        max_position_embeddings=architecture.max_positions,
+        seq_length=architecture.max_positions,
+        norm_epsilon=architecture.norm_epsilon,
+        layernorm_epsilon=architecture.norm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=architecture.qk_norm,
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        position_embedding_type="yarn" if rope.kind == "yarn" else "rope",
+        rotary_base=int(rope.theta) if math.isclose(rope.theta, int(rope.theta)) else rope.theta,
+        rotary_percent=1.0,
+        rotary_seq_len_interpolation_factor=rope.factor if rope.kind == "linear" else None,
+        use_rope_scaling=rope.kind == "llama3",
+        rope_scaling_factor=rope.factor,
+        untie_embeddings_and_output_weights=not architecture.tied_embeddings,
+        vocab_size=architecture.vocab_size,
+        padded_vocab_size=architecture.vocab_size,
+        make_vocab_size_divisible_by=1,
+        num_experts=experts.count if experts else None,
+        moe_router_topk=experts.per_token if experts else 2,
+        moe_ffn_hidden_size=experts.ffn_hidden_size if experts else None,
+        moe_router_pre_softmax=bool(experts and not experts.normalized),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+        ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
