@@ -10,12 +10,12 @@ from typing import Any
 
 import datasets
 import pytest
-from test_tokenizers import CHAT_TEMPLATE, byte_level, save_tokenizer
 
 from kdrl_mcore.config import DataConfig
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
+from tests.unit.test_tokenizers import CHAT_TEMPLATE, byte_level, save_tokenizer
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+\n2=\u2028", "answer": "4"}]
 PLAIN = DataConfig(template="plain")
