@@ -248,9 +248,7 @@ class LoggingConfig:
     progress: bool = True  # live display on rank 0
     tensorboard: bool = True  # write tensorboard/ beside metrics.jsonl
     rollouts: bool = True  # write rollouts/step_*.jsonl
-    gradient_split_every: int = (
-        0  # updates between measurements of both gradients' norms and cosine; each costs two backward passes
-    )
+    gradient_split_every: int = 0  # updates between looks at both gradients' norms and cosine (two more backward passes)
 
 
 @dataclass

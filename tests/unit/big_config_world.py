@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from kdrl_mcore import student as student_module  # noqa: E402
 from kdrl_mcore import teacher as teacher_module  # noqa: E402
-from kdrl_mcore.convert.weight_map import map_chunk  # noqa: E402
+from kdrl_mcore.convert.parameters import map_chunk  # noqa: E402
 from kdrl_mcore.model import gpt  # noqa: E402
 from kdrl_mcore.model.families import FAMILIES  # noqa: E402
 

@@ -161,7 +161,12 @@ def test_importance_weights_keep_the_expectation_under_another_sampler(student: 
 )
 def test_gradients_agree_with_finite_differences(student: Path, teacher: Path, rows: list[Row], settings: Settings) -> None:
     """For the losses that hold no stop-gradient: (L(w + e g) - L(w - e g)) / 2e = |g| along the unit gradient g, and the
-    same for one weight of each of two tensors."""
+    same for one weight of each of two tensors.
+
+    A top-k set of the student changes with its weights, and the loss jumps there: the step is too small for that, and so large
+    that the float32 inside transformers' norms does not show.
+    """
+    step, rel = (1e-4, 1e-2) if settings.estimator == "top_k" and settings.top_k_support == "student" else (1e-3, 1e-3)
     model, teacher_model = dense.load_model(student), dense.load_model(teacher)
     gradients = dense.kdrl_of_models(model, teacher_model, rows, settings).gradients
     weights = dict(model.named_parameters())
@@ -180,12 +185,12 @@ def test_gradients_agree_with_finite_differences(student: Path, teacher: Path, r
 
     length = float(norm(gradients))
     unit = {name: value / length for name, value in gradients.items()}
-    assert slope(unit, 1e-3) == pytest.approx(length, rel=1e-3)
+    assert slope(unit, step) == pytest.approx(length, rel=rel)
     for name in ("model.layers.0.self_attn.v_proj.weight", "model.norm.weight"):
         place = int(gradients[name].abs().argmax())
         one = torch.zeros_like(gradients[name])
         one.view(-1)[place] = 1
-        assert slope({name: one}, 1e-3) == pytest.approx(float(gradients[name].view(-1)[place]), rel=1e-2)
+        assert slope({name: one}, step) == pytest.approx(float(gradients[name].view(-1)[place]), rel=1e-2)
 
 
 def test_grpo_by_hand(student: Path, rows: list[Row]) -> None:
