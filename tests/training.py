@@ -15,12 +15,36 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.reference.dense import Settings
+
 QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
 FAST = (*QUIET, "trainer.self_test=false")
 """The log-probs are compared anyway."""
 PROBE_LR = 2.0**14
 """Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
 digits, and a power of two, so that dividing by it loses none."""
+OBJECTIVE_KEYS = {
+    "alpha": "objective.alpha.init",
+    "beta": "objective.beta.init",
+    "estimator": "objective.kd.estimator",
+    "placement": "objective.kd.placement",
+    "mask": "objective.kd.mask",
+    "denominator": "objective.kd.denominator",
+    "aggregation": "objective.aggregation",
+    "max_response_tokens": "rollout.max_response_tokens",
+    "normalize_by_std": "objective.normalize_by_std",
+    "clip_low": "objective.clip_low",
+    "clip_high": "objective.clip_high",
+    "correction": "objective.sampler_correction.kind",
+    "correction_bound": "objective.sampler_correction.bound",
+    "reference": "objective.reference_kl.coefficient",
+    "reference_estimator": "objective.reference_kl.estimator",
+    "temperature": "rollout.temperature",
+    "top_k": "objective.kd.top_k",
+    "top_k_support": "objective.kd.top_k_support",
+    "top_k_tail": "objective.kd.top_k_tail",
+}
+"""The configuration's key of each of the dense reference's settings."""
 PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
 
 
@@ -40,6 +64,11 @@ class Outcome:
     stderr: str
     log: list[str]
     found: dict[str, Any] = field(default_factory=dict)
+
+
+def objective_overrides(settings: Settings) -> list[str]:
+    """The same objective as overrides."""
+    return [f"{key}={str(getattr(settings, name)).lower()}" for name, key in OBJECTIVE_KEYS.items()]
 
 
 def train_on_rank(overrides: Sequence[str]) -> Outcome:
