@@ -54,7 +54,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 	@echo "megatron-core $(NEWER_CORE) beside it, for its tests"
-	@rm -rf $(NEWER_CORE_DIR) $(NEWER_CORE_DIR).part
+	@rm -rf $(NEWER_CORE_DIR).part
 	@$(PIP) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 		--target $(NEWER_CORE_DIR).part megatron-core==$(NEWER_CORE) || { rm -rf $(NEWER_CORE_DIR).part; exit 1; }
+	@rm -rf $(NEWER_CORE_DIR)
 	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)

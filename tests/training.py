@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ def train_on_rank(overrides: Sequence[str]) -> Outcome:
     """`kdrl_mcore.train.main`, as the command line calls it."""
     from kdrl_mcore.train import main
 
-    return _listen(lambda: main(list(overrides)))
+    return listen(lambda: main(list(overrides)))
 
 
 def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
@@ -107,7 +107,9 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
     return outcome
 
 
-def _listen(job: Any) -> Outcome:
+def listen(job: Callable[[], int]) -> Outcome:
+    """Run the job and record what it returns, prints and logs."""
+
     class Messages(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())

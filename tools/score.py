@@ -66,6 +66,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         if isinstance(value, (int, float)) and name != "tolerance" and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be greater than 0")
+    if options.tolerance is not None and options.tolerance < 0:
+        raise ConfigError(f"--tolerance {options.tolerance:g} must be at least 0")
 
 
 def _is_first() -> bool:
