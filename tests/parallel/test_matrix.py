@@ -124,6 +124,11 @@ SPARSE = {
     "everything masked, exact": case(
         StudentLayout(1, 1, 2, 1), replace(JOINT, estimator="exact", mask="response"), "all_correct"
     ),
+    "beta still zero, exact": Case(
+        2,
+        "parallel.tensor=2 objective.beta.kind=switch objective.beta.after=1 objective.beta.steps=9",
+        replace(JOINT, estimator="exact", beta=0.0),
+    ),
     "the models' columns are the vocabulary, exact": replace(
         case(StudentLayout(2, 1, 2, 1), replace(JOINT, estimator="exact")),
         student="no_tokenizer",
