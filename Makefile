@@ -6,19 +6,25 @@ SHELL := /bin/bash
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+PIP_INSTALL := $(PIP) --constraint constraints.txt
+# A newer Megatron-Core than the one installed, in a folder of its own, for its tests (Linux on x86-64). Its wheel asks for
+# Python 3.12 and runs on 3.11 too.
+NEWER_CORE := 0.19.2
+NEWER_CORE_DIR := .venv/megatron-core-0.19
+NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
 
 .PHONY: help setup demo test check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
+setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
 
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-test: check ## set-up, checks, then every test
+test: check $(NEWER_CORE_INSTALLED) ## set-up, checks, then every test
 	@$(BIN)/python -m pytest </dev/null
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
@@ -45,3 +51,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 	@echo "ready: $$($(BIN)/python -c 'import kdrl_mcore, torch; print(f"kdrl_mcore {kdrl_mcore.__version__}, torch {torch.__version__}")')"
+
+$(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
+	@echo "megatron-core $(NEWER_CORE) beside it, for its tests"
+	@rm -rf $(NEWER_CORE_DIR).part
+	@$(PIP) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+		--target $(NEWER_CORE_DIR).part megatron-core==$(NEWER_CORE) || { rm -rf $(NEWER_CORE_DIR).part; exit 1; }
+	@rm -rf $(NEWER_CORE_DIR)
+	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)

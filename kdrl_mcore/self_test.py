@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.config import Config
@@ -12,12 +15,15 @@ from kdrl_mcore.errors import NumericalError
 from kdrl_mcore.job import Job
 from kdrl_mcore.model.gpt import LanguageModel
 from kdrl_mcore.model.scoring import run_forward, score_rollouts
+from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, AlertThresholds
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.types import Rollout
-from kdrl_mcore.vocab_parallel import fused_exact_reverse_kl
-from kdrl_mcore.vocab_parallel.collectives import gather_sequence
+from kdrl_mcore.vocab_parallel import HeadOutputs, fused_exact_reverse_kl
+from kdrl_mcore.vocab_parallel.collectives import gather_columns, gather_sequence
+
+logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 4
 MAX_RESPONSE_TOKENS = 32
@@ -27,25 +33,30 @@ DRIFT_BOUNDS = {"float32": 1e-3, "bfloat16": 0.25}
 """Default of `rollout.max_log_prob_drift`, nats: decoding with a cache adds in another order than the trainer's forward pass,
 and bfloat16 rounds logits of 32 to 0.125."""
 NAMED_TOKENS = 3
+MAX_HEAD_ROWS = 32
+"""Loss rows of a micro-batch whose logits are gathered over the vocabulary."""
 
 
 def run_self_test(job: Job) -> None:
-    """Check a few responses: the student's reverse KL to itself is zero, and sampler and trainer give their tokens the same
-    log-probs. Collective over the world.
+    """Check a few responses: sampler and trainer give their tokens the same log-probs, and the vocabulary-parallel head gives
+    what plain softmaxes give. Collective over the world.
 
-    Replayed rollouts come from another sampler: only the first check is made on them.
+    Replayed rollouts come from another sampler: only the second check is made on them.
 
     Raises:
         NumericalError: naming the worst tokens.
     """
     if job.config.objective.kind == "sft":
         return
+    start = time.perf_counter()
     if job.replay is not None:
         rollouts = job.replay.rollouts()[:NUM_PROMPTS]
     else:
         rollouts = _sample(job)
         check_sampler(job, rollouts)
-    check_divergence(job, rollouts)
+    check_head(job, rollouts)
+    if dist.get_rank() == 0:
+        logger.info("self-test passed in %.1f s", time.perf_counter() - start)
 
 
 def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
@@ -76,34 +87,68 @@ def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
         )
 
 
-def check_divergence(job: Job, rollouts: Sequence[Rollout]) -> None:
-    """The exact reverse KL of the student to itself, through the vocabulary-parallel pass of its own layout, is zero."""
+def check_head(job: Job, rollouts: Sequence[Rollout]) -> None:
+    """The vocabulary-parallel pass over both heads, in this layout: the student's exact reverse KL to itself is zero; its
+    log-probs, and the reverse KL of each token's distribution to that of another token, are those of gathered logits."""
     parts, temperature = job.student.parts, job.config.rollout.temperature
 
-    def divergences(chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[float]:
-        sequence_parallel = parts.config.sequence_parallel
-        whole_SH = gather_sequence(hidden_SH, chunk.shard) if sequence_parallel else hidden_SH
-        outputs = fused_exact_reverse_kl(
-            hidden_SH,
-            chunk.head_weight(),
-            whole_SH[batch.rows_T],
-            chunk.head_weight(),
-            batch.rows_T,
-            batch.targets_T,
-            _no_loss,
-            chunk.shard,
-            temperature=temperature,
-            sequence_parallel=sequence_parallel,
-        )
-        return [float(outputs.divergences.abs().amax())] if len(batch.rows_T) else []
+    def compare(chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[float, float, float]]:
+        rows_T, targets_T = batch.rows_T[:MAX_HEAD_ROWS], batch.targets_T[:MAX_HEAD_ROWS]
+        if not len(rows_T):
+            return []
+        sequence_parallel, weight_VH = parts.config.sequence_parallel, chunk.head_weight()
+        hidden_TH = (gather_sequence(hidden_SH, chunk.shard) if sequence_parallel else hidden_SH)[rows_T]
 
-    found = gather_from_replicas(parts.groups, run_forward(parts, rollouts, job.config.batch.micro_tokens, divergences))
-    largest = max(found, default=0.0)
-    if not largest <= KL_BOUND:
+        def reverse_kl(teacher_hidden_TH: Tensor) -> HeadOutputs:
+            return fused_exact_reverse_kl(
+                hidden_SH,
+                weight_VH,
+                teacher_hidden_TH,
+                weight_VH,
+                rows_T,
+                targets_T,
+                _no_loss,
+                chunk.shard,
+                temperature=temperature,
+                sequence_parallel=sequence_parallel,
+            )
+
+        other = reverse_kl(hidden_TH.roll(1, 0))
+        logits_TV = gather_columns(hidden_TH @ weight_VH.T, chunk.shard)[:, : chunk.shard.size].float() / temperature
+        log_p_TV = logits_TV.log_softmax(1)
+        expected_T = (log_p_TV.exp() * (log_p_TV - log_p_TV.roll(1, 0))).sum(1)
+        log_probs_T = log_p_TV.gather(1, targets_T[:, None]).squeeze(1)
+        return [
+            (
+                float(reverse_kl(hidden_TH).divergences.abs().amax()),
+                float((other.log_probs - log_probs_T).abs().amax()),
+                float(((other.divergences - expected_T) / expected_T.clamp(min=1.0)).abs().amax()),
+            )
+        ]
+
+    found = gather_from_replicas(parts.groups, run_forward(parts, rollouts, job.config.batch.micro_tokens, compare))
+    to_itself, log_prob, to_other = torch.tensor(found).reshape(-1, 3).amax(0).tolist() if found else (0.0, 0.0, 0.0)
+    if not to_itself <= KL_BOUND:
         raise NumericalError(
-            f"self-test: the reverse KL of the student to itself is {largest:g} instead of 0: its logits are not finite, or "
+            f"self-test: the reverse KL of the student to itself is {to_itself:g} instead of 0: its logits are not finite, or "
             "the vocabulary-parallel sums are wrong in this layout"
         )
+    bound = DRIFT_BOUNDS[job.config.model.dtype]
+    for what, difference in (("log-probs", log_prob), ("reverse KL", to_other)):
+        if not difference <= bound:
+            raise NumericalError(
+                f"self-test: the {what} of the vocabulary-parallel head and of its gathered logits differ by {difference:g} "
+                f"(rounding is up to {bound:g}): the vocabulary-parallel sums are wrong in this layout, do not train"
+            )
+
+
+def alert_thresholds(config: Config) -> AlertThresholds:
+    """Of the run's alerts. Where the student samples for itself and makes one update per batch, sampler and trainer must agree
+    to rounding at every step, so that more drift is a fault, not a property of another engine."""
+    settings = config.rollout
+    if settings.engine == "megatron" and settings.top_p == 1 and config.batch.updates_per_step == 1:
+        return AlertThresholds(drift_max=drift_bound(config))
+    return DEFAULT_THRESHOLDS
 
 
 def drift_bound(config: Config) -> float:

@@ -25,7 +25,7 @@ from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
-from kdrl_mcore.self_test import run_self_test
+from kdrl_mcore.self_test import alert_thresholds, run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Trainer:
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
-        self._alerts = AlertWatch()
+        self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
         self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -62,10 +62,14 @@ class RankPool:
 
     Processes start at the first `run`. After a timeout, a dead rank, or an exception that only some ranks had, they are
     killed, and the next `run` starts new ones: a failure stays in the test it belongs to.
+
+    Args:
+        import_first: folders whose packages the ranks import in place of the installed ones.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, import_first: Sequence[str] = ()) -> None:
         self.world_size = world_size
+        self._import_first = list(import_first)
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
         atexit.register(self.close)
@@ -124,7 +128,8 @@ class RankPool:
         for index in range(self.world_size):
             ours, theirs = context.Pipe()
             # Not a daemon: daemons may not have children, and checkpoint writers and verifiers are such.
-            process = context.Process(target=_serve, args=(index, self.world_size, self._store.port, theirs), daemon=False)
+            settings = (index, self.world_size, self._store.port, self._import_first, theirs)
+            process = context.Process(target=_serve, args=settings, daemon=False)
             process.start()
             theirs.close()
             self._ranks.append(_Rank(process, ours))
@@ -182,11 +187,12 @@ def _kill(process: SpawnProcess) -> None:
     process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, import_first: list[str], connection: Connection) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
     os.setsid()  # a process group of its own, so that what it starts dies with it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    sys.path[:0] = import_first
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

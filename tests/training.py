@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from tests.reference.dense import Settings
 
 QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
 FAST = (*QUIET, "trainer.self_test=false")
@@ -21,6 +23,28 @@ FAST = (*QUIET, "trainer.self_test=false")
 PROBE_LR = 2.0**14
 """Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
 digits, and a power of two, so that dividing by it loses none."""
+OBJECTIVE_KEYS = {
+    "alpha": "objective.alpha.init",
+    "beta": "objective.beta.init",
+    "estimator": "objective.kd.estimator",
+    "placement": "objective.kd.placement",
+    "mask": "objective.kd.mask",
+    "denominator": "objective.kd.denominator",
+    "aggregation": "objective.aggregation",
+    "max_response_tokens": "rollout.max_response_tokens",
+    "normalize_by_std": "objective.normalize_by_std",
+    "clip_low": "objective.clip_low",
+    "clip_high": "objective.clip_high",
+    "correction": "objective.sampler_correction.kind",
+    "correction_bound": "objective.sampler_correction.bound",
+    "reference": "objective.reference_kl.coefficient",
+    "reference_estimator": "objective.reference_kl.estimator",
+    "temperature": "rollout.temperature",
+    "top_k": "objective.kd.top_k",
+    "top_k_support": "objective.kd.top_k_support",
+    "top_k_tail": "objective.kd.top_k_tail",
+}
+"""The configuration's key of each of the dense reference's settings."""
 PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
 
 
@@ -42,11 +66,16 @@ class Outcome:
     found: dict[str, Any] = field(default_factory=dict)
 
 
+def objective_overrides(settings: Settings) -> list[str]:
+    """The same objective as overrides."""
+    return [f"{key}={str(getattr(settings, name)).lower()}" for name, key in OBJECTIVE_KEYS.items()]
+
+
 def train_on_rank(overrides: Sequence[str]) -> Outcome:
     """`kdrl_mcore.train.main`, as the command line calls it."""
     from kdrl_mcore.train import main
 
-    return _listen(lambda: main(list(overrides)))
+    return listen(lambda: main(list(overrides)))
 
 
 def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
@@ -78,7 +107,9 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
     return outcome
 
 
-def _listen(job: Any) -> Outcome:
+def listen(job: Callable[[], int]) -> Outcome:
+    """Run the job and record what it returns, prints and logs."""
+
     class Messages(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())

@@ -16,9 +16,9 @@ TOKENS = 61  # of the tokenizer; the models have more columns
 class Zoo:
     """Random models by name in `folder`, and rollouts on them.
 
-    Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, and `no_tokenizer`,
-    which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers: `teacher` (80 columns,
-    another width and depth) and `teacher_no_tokenizer`.
+    Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, `deep` (8 layers, not
+    4), and `no_tokenizer`, which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers:
+    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`.
     """
 
     folder: Path
@@ -28,7 +28,8 @@ class Zoo:
 
     def rollouts(self, name: str) -> Path:
         """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
-        others' sampler log-probs are noisy), `two` (one group of 2), `one`, `all_correct` (every reward and verdict the
+        others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
+        behind 40), `all_correct` (every reward and verdict the
         same, so that GRPO and a response mask leave nothing)."""
         return self.folder / f"{name}.jsonl"
 
@@ -61,6 +62,7 @@ def make_zoo(folder: Path) -> Zoo:
         "no_tokenizer": {"seed": 1},
         "tied": {"seed": 3, "tied": True, "vocab_size": 66},
         "one_kv_head": {"seed": 4, "num_kv_heads": 1},
+        "deep": {"seed": 6, "num_layers": 8},
         "teacher": {"seed": 2, "vocab_size": 80, "hidden_size": 48, "num_layers": 2},
         "teacher_no_tokenizer": {"seed": 2, "vocab_size": 80, "hidden_size": 48, "num_layers": 2},
     }
@@ -73,6 +75,7 @@ def make_zoo(folder: Path) -> Zoo:
         "exact_mu": {"noise": 0.0},
         "two": {"num_groups": 1, "group_size": 2},
         "one": {"num_groups": 1, "group_size": 1, "correct": [False], "max_response_tokens": 9},
+        "long_prompts": {"num_groups": 1, "group_size": 2, "max_response_tokens": 2, "prompt_tokens": 40},
         "all_correct": {"num_groups": 2, "group_size": 3, "correct": [True] * 6},
     }
     for name, shape in batches.items():

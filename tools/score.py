@@ -7,19 +7,25 @@ python tools/score.py --input S.jsonl --compare OTHER.jsonl
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from kdrl_mcore.config import CHOICES, Config, ModelConfig
-from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.errors import ConfigError, DataError, KdrlError
 from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
 from kdrl_mcore.rollout.comparison import Comparison, compare_scores
-from kdrl_mcore.rollout.files import read_rollouts, read_scored, write_rollouts
+from kdrl_mcore.rollout.files import check_token_ids, read_rollouts, read_scored, write_rollouts
 from kdrl_mcore.types import Rollout, TokenFloats
+
+BLOCK = 8
+"""Micro-batches of each replica between two steps of the progress bar."""
 
 
 def main(arguments: list[str]) -> int:
@@ -27,28 +33,45 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     created = False
     try:
-        if options.model is None and options.compare is None:
-            raise ConfigError("nothing to do: name a model to score with (--model), or a file to compare with (--compare)")
+        _check(options)
         if options.model is not None:
-            if options.output is None:
-                raise ConfigError("--model needs --output, the scored file to write")
             prepare_platform()
             created = initialize_distributed(Config().trainer.distributed_timeout_minutes)
             score(options)
-        if options.compare is not None and (options.model is None or dist.get_rank() == 0):
-            left = read_scored(options.output if options.model is not None else options.input)
+        if options.compare is not None and _is_first():
+            left = read_scored(options.input if options.model is None else options.output)
             comparisons = compare_scores(left, read_scored(options.compare))
             show(comparisons)
             if options.tolerance is not None and max(each.largest for each in comparisons) > options.tolerance:
                 raise KdrlError(f"the largest difference exceeds --tolerance {options.tolerance:g}")
     except KdrlError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if _is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         if created and dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.model is None and options.compare is None:
+        raise ConfigError("nothing to do: name a model to score with (--model), or a file to compare with (--compare)")
+    if options.model is not None and options.output is None:
+        raise ConfigError("--model needs --output, the scored file to write")
+    if options.compare is not None and not options.compare.is_file():  # said before the scoring, not after
+        raise DataError(f"{options.compare} does not exist: name a scored file or a rollout file (JSONL)")
+    if options.tolerance is not None and options.compare is None:
+        raise ConfigError("--tolerance needs --compare, the file to compare with")
+    for name, value in vars(options).items():
+        if isinstance(value, (int, float)) and name != "tolerance" and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be greater than 0")
+    if options.tolerance is not None and options.tolerance < 0:
+        raise ConfigError(f"--tolerance {options.tolerance:g} must be at least 0")
+
+
+def _is_first() -> bool:
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
 def score(options: argparse.Namespace) -> None:
@@ -59,14 +82,18 @@ def score(options: argparse.Namespace) -> None:
 
     rollouts = read_rollouts(options.input)
     _, vocabulary = shared_vocabulary(options.model, options.teacher)
+    check_token_ids(options.input, rollouts, vocabulary)
     layout = (options.tensor_parallel, options.pipeline_parallel)
     log_probs, entropies = _score_with(options, options.model, layout, rollouts, vocabulary)
     scores = {"log_probs": log_probs, "entropy": entropies}
     if options.teacher is not None:
         teacher_layout = (options.teacher_tensor_parallel or layout[0], options.teacher_pipeline_parallel or layout[1])
         scores["teacher_log_probs"], _ = _score_with(options, options.teacher, teacher_layout, rollouts, vocabulary)
-    if dist.get_rank() == 0:
-        write_rollouts(options.output, rollouts, scores)
+    if _is_first():
+        try:
+            write_rollouts(options.output, rollouts, scores)
+        except OSError as error:
+            raise DataError(f"{options.output} cannot be written ({error.strerror}): choose another --output") from error
         print(f"scored {len(rollouts)} responses: {options.output}")
 
 
@@ -83,8 +110,26 @@ def _score_with(
     model = ModelConfig(dtype=options.dtype)
     parts = build_model(read_architecture(path), model, groups, vocabulary=vocabulary, trainable=False)
     load_weights(parts, path)
-    scored = score_rollouts(parts, rollouts, temperature=options.temperature, micro_tokens=options.micro_tokens)
+    scored: list[tuple[TokenFloats, TokenFloats]] = []
+    with Progress(console=Console(stderr=True), disable=not (_is_first() and sys.stderr.isatty())) as progress:
+        task = progress.add_task(f"scoring with {path.name}", total=len(rollouts))
+        for block in _blocks(rollouts, BLOCK * options.micro_tokens * groups.layout.data):
+            scored += score_rollouts(parts, block, temperature=options.temperature, micro_tokens=options.micro_tokens)
+            progress.update(task, completed=len(scored))
     return [log_probs for log_probs, _ in scored], [entropy for _, entropy in scored]
+
+
+def _blocks(rollouts: list[Rollout], tokens: int) -> Iterator[list[Rollout]]:
+    """Consecutive rollouts of at most so many tokens (or a single longer one)."""
+    block: list[Rollout] = []
+    size = 0
+    for rollout in rollouts:
+        if block and size + rollout.num_tokens > tokens:
+            yield block
+            block, size = [], 0
+        block.append(rollout)
+        size += rollout.num_tokens
+    yield block
 
 
 def show(comparisons: list[Comparison]) -> None:

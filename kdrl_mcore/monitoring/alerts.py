@@ -106,7 +106,8 @@ def sampler_drift(history: History, thresholds: AlertThresholds = DEFAULT_THRESH
     return Alert(
         "sampler_drift",
         f"sampler and trainer log-probs differ by {worst_mean:.4f} on average and up to {worst_token:.3f} nats: check the "
-        "refit and the sampler's dtype, or set objective.sampler_correction.kind=truncate",
+        "refit and the sampler's dtype (if it is rounding: rollout.max_log_prob_drift), or set "
+        "objective.sampler_correction.kind=truncate",
     )
 
 

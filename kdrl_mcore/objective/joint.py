@@ -87,7 +87,12 @@ def joint_loss(
     correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
     loss_T = policy_T * correction_T
 
-    estimate_T = divergence_T if divergence_T is not None else ESTIMATORS[kd.estimator](d_T, w_T)
+    if divergence_T is not None:
+        estimate_T = divergence_T
+    elif kd.estimator in ESTIMATORS:
+        estimate_T = ESTIMATORS[kd.estimator](d_T, w_T)
+    else:  # nothing of the whole batch is distilled, so the teacher was not asked
+        estimate_T = torch.zeros_like(log_probs_T)
     kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
     if kd.placement == "loss" and beta:
         loss_T = loss_T + beta * kd_T

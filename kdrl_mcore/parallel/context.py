@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.parallel.collectives import all_gather_single, reduce_scatter_single
+
 
 @dataclass(frozen=True)
 class ContextShard:
@@ -35,7 +37,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, shard: ContextShard) -> Tensor:
         ctx.shard = shard
         gathered = local.new_empty(local.size(0) * shard.group.size(), *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=shard.group)
+        all_gather_single(gathered, local.contiguous(), group=shard.group)
         return torch.empty_like(gathered).index_copy_(0, shard.rows_F, gathered)
 
     @staticmethod
@@ -43,5 +45,5 @@ class _Gather(torch.autograd.Function):
         shard: ContextShard = ctx.shard
         by_rank = gradients[0].index_select(0, shard.rows_F)
         local = by_rank.new_empty(by_rank.size(0) // shard.group.size(), *by_rank.shape[1:])
-        dist.reduce_scatter_tensor(local, by_rank, group=shard.group)
+        reduce_scatter_single(local, by_rank, group=shard.group)
         return local, None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,12 @@ def prepare_platform(deterministic: bool = False) -> None:
     # Megatron-Core warns at import about each optional CUDA package it does not find.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|transformer_engine).*")
+    # It calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
+    # From 0.19 on it says at every build that GPTModel gets no new features.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+        lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
+    )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

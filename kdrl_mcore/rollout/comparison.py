@@ -16,7 +16,8 @@ Scored = Sequence[tuple[Rollout, dict[str, TokenFloats]]]
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """One token on which the files differ: its response (line, from 1), its place in it, and both values."""
+    """One token on which the files differ: its response (line, from 1), its place in it, both values, and the absolute
+    difference; infinite where only one of the two is a number."""
 
     line: int
     prompt_id: str
@@ -24,13 +25,7 @@ class TokenDifference:
     token_id: int
     left: float
     right: float
-
-    @property
-    def size(self) -> float:
-        """The absolute difference; infinite where only one of the two is a number."""
-        if np.isnan(self.left) or np.isnan(self.right):
-            return 0.0 if np.isnan(self.left) and np.isnan(self.right) else float("inf")
-        return abs(self.left - self.right)
+    size: float
 
 
 @dataclass(frozen=True)
@@ -71,15 +66,22 @@ def compare_scores(left: Scored, right: Scored, num_worst: int = 5) -> list[Comp
 
 
 def _compare(left: Scored, right: Scored, names: tuple[str, str], num_worst: int) -> Comparison:
-    differences = [
-        TokenDifference(line, rollout.prompt_id, place, int(token), float(a), float(b))
-        for line, ((rollout, mine), (_, other)) in enumerate(zip(left, right, strict=True), start=1)
-        for place, (token, a, b) in enumerate(zip(rollout.response_token_ids, mine[names[0]], other[names[1]], strict=True))
-    ]
-    sizes = [difference.size for difference in differences]
-    worst = sorted(differences, key=lambda difference: -difference.size)[:num_worst]
+    lines = np.repeat(np.arange(len(left)), [len(rollout.response_token_ids) for rollout, _ in left])
+    mine = np.concatenate([scores[names[0]] for _, scores in left]).astype(np.float64)
+    other = np.concatenate([scores[names[1]] for _, scores in right]).astype(np.float64)
+    same = (mine == other) | (np.isnan(mine) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        sizes = np.where(same, 0.0, np.nan_to_num(np.abs(mine - other), nan=np.inf, posinf=np.inf))
+    first = np.searchsorted(lines, lines)  # each token's response begins here
+    worst = []
+    for token in np.argsort(-sizes, kind="stable")[:num_worst].tolist():
+        line, place = int(lines[token]), int(token - first[token])
+        rollout = left[line][0]
+        token_id = int(rollout.response_token_ids[place])
+        values = float(mine[token]), float(other[token]), float(sizes[token])
+        worst.append(TokenDifference(line + 1, rollout.prompt_id, place, token_id, *values))
     label = names[0] if names[0] == names[1] else f"{names[0]} - {names[1]}"
-    return Comparison(label, len(sizes), max(sizes), float(np.mean(sizes)), tuple(worst))
+    return Comparison(label, len(sizes), float(sizes.max()), float(sizes.mean()), tuple(worst))
 
 
 def _names(names: set[str]) -> str:

@@ -109,6 +109,17 @@ def read_scored(path: str | Path) -> list[tuple[Rollout, dict[str, TokenFloats]]
     return rollouts
 
 
+def check_token_ids(path: str | Path, rollouts: Sequence[Rollout], vocabulary: int) -> None:
+    """Raise DataError if a rollout of the file holds a token id that is not below `vocabulary`."""
+    for line, rollout in enumerate(rollouts, start=1):
+        largest = max(int(rollout.prompt_token_ids.max()), int(rollout.response_token_ids.max()))
+        if largest >= vocabulary:
+            raise DataError(
+                f"{path} line {line}: token id {largest} is not one of the {vocabulary} tokens of the models: name rollouts of "
+                "the same tokenizer"
+            )
+
+
 class _BadRow(Exception):
     """What is wrong with a line."""
 

@@ -16,6 +16,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
+from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import Run, pack, partition
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.rollout.engine import Sampling
@@ -160,7 +161,7 @@ class MegatronEngine:
         hidden = hidden.squeeze(1)
         if groups.layout.sequence_parallel:
             whole = hidden.new_empty(len(tokens_S), hidden.size(1))
-            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=groups.tensor)
+            all_gather_single(whole, hidden.contiguous(), group=groups.tensor)
             return whole
         return hidden
 

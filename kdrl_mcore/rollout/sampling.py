@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.vocab_parallel import VocabShard
 
 _MASKED = -1e30
@@ -90,7 +91,7 @@ def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:
     if shard.group is None or shard.group.size() == 1:
         return value_N[None]
     gathered = value_N.new_empty(shard.group.size() * value_N.size(0), *value_N.shape[1:])
-    dist.all_gather_into_tensor(gathered, value_N, group=shard.group)
+    all_gather_single(gathered, value_N, group=shard.group)
     return gathered.view(shard.group.size(), *value_N.shape)
 
 

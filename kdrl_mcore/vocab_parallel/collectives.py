@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.parallel.collectives import all_gather_single, reduce_scatter_single
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
@@ -32,7 +33,7 @@ def gather_columns(value_CK: Tensor, shard: VocabShard) -> Tensor:
         return value_CK
     gathered_RCK = value_CK.new_empty(shard.ranks, *value_CK.shape)
     if value_CK.numel():
-        dist.all_gather_into_tensor(gathered_RCK.flatten(0, 1), value_CK.contiguous(), group=shard.group)
+        all_gather_single(gathered_RCK.flatten(0, 1), value_CK.contiguous(), group=shard.group)
     return gathered_RCK.transpose(0, 1).flatten(1)
 
 
@@ -42,7 +43,7 @@ def gather_sequence(value_SH: Tensor, shard: VocabShard) -> Tensor:
         return value_SH
     gathered = value_SH.new_empty(value_SH.size(0) * shard.ranks, value_SH.size(1))
     if value_SH.numel():
-        dist.all_gather_into_tensor(gathered, value_SH.contiguous(), group=shard.group)
+        all_gather_single(gathered, value_SH.contiguous(), group=shard.group)
     return gathered
 
 
@@ -52,5 +53,5 @@ def reduce_scatter_sequence(value_SH: Tensor, shard: VocabShard) -> Tensor:
         return value_SH
     part = value_SH.new_empty(value_SH.size(0) // shard.ranks, value_SH.size(1))
     if value_SH.numel():
-        dist.reduce_scatter_tensor(part, value_SH.contiguous(), group=shard.group)
+        reduce_scatter_single(part, value_SH.contiguous(), group=shard.group)
     return part

@@ -1,4 +1,5 @@
-"""In every layout the trainer computes what one dense process computes with plain transformers and autograd.
+"""The trainer computes what one dense process computes with plain transformers and autograd: micro-batches, layouts of the
+teacher, kinds of models and batches. `test_matrix.py` has every layout of the student.
 
 Loss, log-probs of every token under student and teacher, and the gradient of every parameter, in float32, to 1e-4.
 """
@@ -15,7 +16,7 @@ import torch
 from tests.ranks import RankPool
 from tests.reference.dense import Result, Settings
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import FAST, PROBE, PROBE_LR, metrics_of, score_and_train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, score_and_train_on_rank
 from tests.zoo import Zoo
 
 TOLERANCE = 1e-4
@@ -37,23 +38,6 @@ class Case:
 
 LAYOUTS = {
     "tp1": Case(1),
-    "tp2": Case(2, "parallel.tensor=2"),
-    "pp2": Case(2, "parallel.pipeline=2"),
-    "dp2": Case(2),
-    "tp2 pp2": Case(4, "parallel.tensor=2 parallel.pipeline=2"),
-    "tp2 dp2": Case(4, "parallel.tensor=2"),
-    "pp2 dp2": Case(4, "parallel.pipeline=2"),
-    "dp4": Case(4),
-    "tp4": Case(4, "parallel.tensor=4"),
-    "pp4": Case(4, "parallel.pipeline=4"),
-    "tp2 sp": Case(2, "parallel.tensor=2 parallel.sequence_parallel=true"),
-    "tp2 pp2 sp": Case(4, "parallel.tensor=2 parallel.pipeline=2 parallel.sequence_parallel=true"),
-    "tp2 dp2 sp": Case(4, "parallel.tensor=2 parallel.sequence_parallel=true"),
-    "pp2 interleaved": Case(2, "parallel.pipeline=2 parallel.virtual_pipeline=2"),
-    "tp2 pp2 interleaved sp": Case(
-        4, "parallel.tensor=2 parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.sequence_parallel=true"
-    ),
-    "adam's buffers, sharded, dp2": Case(2, "parallel.distributed_optimizer=true"),
     # micro-batches: one sequence each, a few, all in one
     "micro 1, tp1": Case(1, "batch.micro_tokens=1"),
     "micro 1, dp2": Case(2, "batch.micro_tokens=1"),
@@ -96,12 +80,8 @@ MODELS = {
 BATCHES = {
     "equal rewards, tp2": Case(2, "parallel.tensor=2", rollouts="all_correct"),
     "equal rewards without a teacher, dp2": Case(2, settings=Settings(), teacher=None, rollouts="all_correct"),
-    "everything masked, tp2": Case(
-        2, "parallel.tensor=2 objective.kd.mask=response", replace(JOINT, mask="response"), rollouts="all_correct"
-    ),
-    "everything masked, pp2": Case(
-        2, "parallel.pipeline=2 objective.kd.mask=group", replace(JOINT, mask="group"), rollouts="all_correct"
-    ),
+    "everything masked, tp2": Case(2, "parallel.tensor=2", replace(JOINT, mask="response"), rollouts="all_correct"),
+    "everything masked, pp2": Case(2, "parallel.pipeline=2", replace(JOINT, mask="group"), rollouts="all_correct"),
     "two rollouts, dp4: two ranks have no tokens": Case(4, rollouts="two"),
     "two rollouts, pp2 dp2": Case(4, "parallel.pipeline=2 batch.micro_tokens=1", rollouts="two"),
     "one rollout, dp2: a rank has no tokens": Case(2, settings=replace(JOINT, alpha=0.0), rollouts="one"),
@@ -136,10 +116,7 @@ def check(case: Case, zoo: Zoo, pool: RankPool, run: Path) -> None:
         *([] if case.teacher is None else [f"teacher.path={zoo.model(case.teacher)}"]),
         "rollout=replay",
         f"rollout.path={zoo.rollouts(case.rollouts)}",
-        f"objective.alpha.init={settings.alpha}",
-        f"objective.beta.init={settings.beta}",
-        f"rollout.temperature={settings.temperature}",
-        f"rollout.max_response_tokens={settings.max_response_tokens}",
+        *objective_overrides(settings),
         *PROBE,
         *FAST,
         *case.overrides.split(),

@@ -1,5 +1,5 @@
-"""Every form of the objective, tensor-parallel, against the dense reference: estimators, placements, masks, denominators,
-aggregations, temperature, sampler corrections; several updates on one batch; supervised fine-tuning."""
+"""Every form of the objective, tensor- and context-parallel, against the dense reference: estimators, placements, masks,
+denominators, aggregations, temperature, sampler corrections; several updates on one batch; supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.dense import Settings
 from tests.reference.tiny_models import CHARACTERS, read_hf_weights
-from tests.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, train_on_rank
 from tests.zoo import TOKENS, Zoo
 
 TP2 = "parallel.tensor=2 "
@@ -24,63 +24,58 @@ SP = TP2 + "parallel.sequence_parallel=true batch.micro_tokens=60 "
 OBJECTIVES = {
     "GRPO alone": Case(2, TP2, Settings(), teacher=None),
     "distillation alone": Case(2, TP2, Settings(alpha=0.0, beta=1.0)),
-    "k1": Case(2, TP2 + "objective.kd.estimator=k1", replace(JOINT, estimator="k1")),
-    "k3": Case(2, TP2 + "objective.kd.estimator=k3", replace(JOINT, estimator="k3")),
-    "k3, dp2": Case(2, "objective.kd.estimator=k3", replace(JOINT, estimator="k3")),
-    "exact": Case(2, SP + "objective.kd.estimator=exact", replace(JOINT, estimator="exact")),
+    "k1": Case(2, TP2, replace(JOINT, estimator="k1")),
+    "k3": Case(2, TP2, replace(JOINT, estimator="k3")),
+    "k3, dp2": Case(2, "", replace(JOINT, estimator="k3")),
+    "exact": Case(2, SP, replace(JOINT, estimator="exact")),
     "top-k unbiased": Case(
         2,
-        SP + "objective.kd.estimator=top_k_unbiased objective.kd.top_k=7",
+        SP,
         replace(JOINT, estimator="top_k_unbiased", top_k=7),
     ),
-    "placement advantage": Case(2, TP2 + "objective.kd.placement=advantage", replace(JOINT, placement="advantage")),
-    "placement reward": Case(2, TP2 + "objective.kd.placement=reward", replace(JOINT, placement="reward"), rollouts="exact_mu"),
+    "placement advantage": Case(2, TP2, replace(JOINT, placement="advantage")),
+    "placement reward": Case(2, TP2, replace(JOINT, placement="reward"), rollouts="exact_mu"),
     "placement reward, masked": Case(
         2,
-        TP2 + "objective.kd.placement=reward objective.kd.mask=response",
+        TP2,
         replace(JOINT, placement="reward", mask="response"),
         rollouts="exact_mu",
     ),
-    "mask response": Case(2, TP2 + "objective.kd.mask=response", replace(JOINT, mask="response")),
-    "mask group": Case(2, TP2 + "objective.kd.mask=group", replace(JOINT, mask="group")),
-    "mask group, dp2": Case(2, "objective.kd.mask=group", replace(JOINT, mask="group")),
+    "mask response": Case(2, TP2, replace(JOINT, mask="response")),
+    "mask group": Case(2, TP2, replace(JOINT, mask="group")),
+    "mask group, dp2": Case(2, "", replace(JOINT, mask="group")),
     "mask response, own denominator": Case(
         2,
-        TP2 + "objective.kd.mask=response objective.kd.denominator=unmasked",
+        TP2,
         replace(JOINT, mask="response", denominator="unmasked"),
     ),
-    "sequence mean": Case(2, TP2 + "objective.aggregation=sequence_mean", replace(JOINT, aggregation="sequence_mean")),
+    "sequence mean": Case(2, TP2, replace(JOINT, aggregation="sequence_mean")),
     "sequence mean, masked, own denominator, dp2": Case(
         2,
-        "objective.aggregation=sequence_mean objective.kd.mask=group objective.kd.denominator=unmasked",
+        "",
         replace(JOINT, aggregation="sequence_mean", mask="group", denominator="unmasked"),
     ),
     "sequence sum": Case(
         2,
-        TP2 + "objective.aggregation=sequence_sum_norm",
+        TP2,
         replace(JOINT, aggregation="sequence_sum_norm", max_response_tokens=40),
     ),
-    "rewards not divided by their deviation": Case(
-        2, TP2 + "objective.normalize_by_std=false", replace(JOINT, normalize_by_std=False)
-    ),
+    "rewards not divided by their deviation": Case(2, TP2, replace(JOINT, normalize_by_std=False)),
     "temperature": Case(2, SP, replace(JOINT, temperature=0.7)),
-    "temperature, advantage": Case(
-        2, TP2 + "objective.kd.placement=advantage", replace(JOINT, temperature=1.3, placement="advantage")
-    ),
+    "temperature, advantage": Case(2, TP2, replace(JOINT, temperature=1.3, placement="advantage")),
     "truncated importance sampling": Case(
         2,
-        TP2 + "objective.sampler_correction.kind=truncate objective.sampler_correction.bound=1.1",
+        TP2,
         replace(JOINT, correction="truncate", correction_bound=1.1),
     ),
     "tokens far from the sampler dropped": Case(
         2,
-        TP2 + "objective.sampler_correction.kind=mask objective.sampler_correction.bound=1.1",
+        TP2,
         replace(JOINT, correction="mask", correction_bound=1.1),
     ),
     "many at once, pp2": Case(
         2,
-        "parallel.pipeline=2 batch.micro_tokens=40 objective.kd.estimator=k1 objective.kd.mask=response "
-        "objective.aggregation=sequence_mean objective.sampler_correction.kind=truncate objective.normalize_by_std=false",
+        "parallel.pipeline=2 batch.micro_tokens=40",
         replace(
             JOINT,
             estimator="k1",
@@ -91,6 +86,24 @@ OBJECTIVES = {
             temperature=0.8,
         ),
     ),
+}
+OVER_CONTEXT_RANKS = (
+    "GRPO alone",
+    "distillation alone",
+    "k1",
+    "k3",
+    "placement advantage",
+    "placement reward, masked",
+    "mask response, own denominator",
+    "sequence mean",
+    "sequence sum",
+    "temperature",
+    "truncated importance sampling",
+    "tokens far from the sampler dropped",
+)
+OBJECTIVES |= {
+    f"{name}, cp2": replace(OBJECTIVES[name], overrides="parallel.context=2 batch.micro_tokens=60")
+    for name in OVER_CONTEXT_RANKS
 }
 
 
@@ -104,13 +117,29 @@ def test_every_objective_is_that_of_the_dense_reference(
 LR = 0.25  # large enough for the second update to clip
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+@pytest.mark.parametrize(
+    ("layout", "estimator", "of_reference"),
+    [
+        ("parallel.tensor=2", "k2", "k2"),
+        ("parallel.pipeline=2", "k2", "k3"),
+        ("parallel.context=2", "exact", "k3"),
+        ("parallel.pipeline=2 parallel.virtual_pipeline=2", "top_k_unbiased", "k2"),
+    ],
+)
 def test_two_updates_on_one_batch_clip_against_its_first_policy(
-    estimator: str, layout: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path
+    layout: str, estimator: str, of_reference: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path
 ) -> None:
     """The second update is off-policy: rho = pi / pi_old, and the KL to the initial student is no longer zero."""
-    settings = replace(JOINT, vocabulary=TOKENS, reference=0.5, reference_estimator=estimator, clip_low=0.05, clip_high=0.1)
+    settings = replace(
+        JOINT,
+        vocabulary=TOKENS,
+        estimator=estimator,
+        top_k=7,
+        reference=0.5,
+        reference_estimator=of_reference,
+        clip_low=0.05,
+        clip_high=0.1,
+    )
     rows = zoo.rows("uneven")
     student, teacher, reference = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher", "untied"))
     old = dense.kdrl_of_models(student, None, rows, replace(settings, beta=0.0)).log_probs
@@ -129,16 +158,12 @@ def test_two_updates_on_one_batch_clip_against_its_first_policy(
         f"teacher.path={zoo.model('teacher')}",
         "rollout=replay",
         f"rollout.path={zoo.rollouts('uneven')}",
-        f"objective.beta.init={settings.beta}",
-        "objective.reference_kl.coefficient=0.5",
-        f"objective.reference_kl.estimator={estimator}",
-        "objective.clip_low=0.05",
-        "objective.clip_high=0.1",
+        *objective_overrides(settings),
         "batch.updates_per_step=2",
         *PROBE,
         f"optimizer.lr={LR}",
         *FAST,
-        layout,
+        *layout.split(),
     ]
     outcomes = ranks2.run(train_on_rank, overrides)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
@@ -151,7 +176,9 @@ def test_two_updates_on_one_batch_clip_against_its_first_policy(
     assert_gradients({name: (before[name].double() - after[name].double()) / LR for name in before}, total)
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2 batch.micro_tokens=30", "batch.micro_tokens=30"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=2", "parallel.pipeline=2 batch.micro_tokens=30", "parallel.context=2 batch.micro_tokens=30"]
+)
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_supervised_fine_tuning_is_the_cross_entropy_of_the_responses(
     layout: str, aggregation: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path

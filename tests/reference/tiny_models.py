@@ -154,6 +154,7 @@ def make_rollouts(
     group_size: int = 4,
     vocabulary: int = 64,
     max_prompt_tokens: int = 9,
+    prompt_tokens: int | None = None,
     max_response_tokens: int = 17,
     temperature: float = 1.0,
     noise: float = 0.0,
@@ -164,6 +165,7 @@ def make_rollouts(
 
     Args:
         vocabulary: token ids are below it, and it is the size of the softmax behind the log-probs.
+        prompt_tokens: of every prompt, in place of a random number of them.
         noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 is the same policy.
         correct: per response; by default random, with both kinds in the first group and the last group all incorrect.
         rewards: per response; by default 1 for correct and 0 for incorrect.
@@ -186,7 +188,7 @@ def make_rollouts(
     student = load_model(student_path)
     rows: list[Row] = []
     for group in range(num_groups):
-        prompt = draw(1, vocabulary, draw(1, max_prompt_tokens + 1)[0])
+        prompt = draw(1, vocabulary, prompt_tokens or draw(1, max_prompt_tokens + 1)[0])
         for _ in range(group_size):
             index = len(rows)
             length = 1 if index == 0 else draw(2, max_response_tokens + 1)[0]

@@ -1,0 +1,252 @@
+"""`tools/score.py`: scores are the dense reference's in every layout, files compare token by token, bad input is one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import RankPool
+from tests.reference.dense import Row, Settings
+from tests.reference.tiny_models import read_jsonl, write_jsonl
+from tests.training import Outcome, listen
+from tests.zoo import TOKENS, Zoo
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LAYOUTS = {
+    "one rank": (1, ""),
+    "small blocks": (1, "--micro-tokens 10"),
+    "tp2": (2, "--tensor-parallel 2"),
+    "pp2": (2, "--pipeline-parallel 2"),
+    "dp2, teacher tp2": (2, "--teacher-tensor-parallel 2"),
+    "tp2, teacher pp2": (2, "--tensor-parallel 2 --teacher-tensor-parallel 1 --teacher-pipeline-parallel 2"),
+    "tp2 pp2": (4, "--tensor-parallel 2 --pipeline-parallel 2 --micro-tokens 40"),
+}
+
+
+def score_on_rank(arguments: list[str]) -> Outcome:
+    """`tools/score.py`, as the command line calls it, in the pool's world."""
+    import torch.distributed as dist
+
+    from kdrl_mcore.parallel.platform import destroy_groups, prepare_platform
+
+    prepare_platform()
+    from tools.score import main
+
+    kept = set(dist.distributed_c10d._world.pg_map)
+    outcome = listen(lambda: main(arguments))
+    destroy_groups(kept)
+    return outcome
+
+
+def run_alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The tool as a person starts it, on one rank."""
+    command = [sys.executable, "tools/score.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+def assert_scores(path: Path, expected: dict[str, list[torch.Tensor]]) -> None:
+    rows = read_jsonl(path)
+    for name, truths in expected.items():
+        for row, truth in zip(rows, truths, strict=True):
+            torch.testing.assert_close(torch.tensor(row[name]).double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def expected(zoo: Zoo) -> dict[str, list[torch.Tensor]]:
+    settings = Settings(beta=0.1, temperature=0.7, vocabulary=TOKENS)
+    result = zoo.reference("untied", "teacher", "uneven", settings)
+    return {"log_probs": result.log_probs, "entropy": result.entropies, "teacher_log_probs": result.teacher_log_probs}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_scores_are_those_of_the_dense_reference(
+    layout: tuple[int, str], zoo: Zoo, pools: dict[int, RankPool], expected: dict[str, list[torch.Tensor]], tmp_path: Path
+) -> None:
+    ranks, options = layout
+    models = ["--model", str(zoo.model("untied")), "--teacher", str(zoo.model("teacher")), "--temperature", "0.7"]
+    files = ["--input", str(zoo.rollouts("uneven")), "--output", str(tmp_path / "scored.jsonl")]
+    outcomes = pools[ranks].run(score_on_rank, [*models, *files, *options.split()])
+    assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+    assert [outcome.stdout for outcome in outcomes[1:]] == [""] * (ranks - 1)
+    assert_scores(tmp_path / "scored.jsonl", expected)
+    given = [{key: row[key] for key in zoo.rows("uneven")[0]} for row in read_jsonl(tmp_path / "scored.jsonl")]
+    assert given == [{**row, "sampler_log_probs": np.float32(row["sampler_log_probs"]).tolist()} for row in zoo.rows("uneven")]
+
+
+def test_torchrun_scores_in_two_dimensions_and_ends(zoo: Zoo, expected: dict[str, list[torch.Tensor]], tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "tools/score.py"]
+    options = ["--model", zoo.model("untied"), "--temperature", "0.7", "--tensor-parallel", "2", "--pipeline-parallel", "2"]
+    files = ["--input", zoo.rollouts("uneven"), "--output", tmp_path / "scored.jsonl"]
+    done = subprocess.run(
+        [*map(str, [*torchrun, *options, *files])], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scored 12 responses") == 1
+    assert_scores(tmp_path / "scored.jsonl", {name: expected[name] for name in ("log_probs", "entropy")})
+
+
+def scored(zoo: Zoo, path: Path, change: Callable[[list[Row]], None] = lambda rows: None) -> Path:
+    """A scored file made by hand: its log-probs are the sampler's."""
+    rows = deepcopy(zoo.rows("uneven"))
+    for row in rows:
+        row |= {"log_probs": list(row["sampler_log_probs"]), "entropy": list(row["sampler_log_probs"])}
+    change(rows)
+    return write_jsonl(path, rows)
+
+
+def spoil(rows: list[Row]) -> None:
+    rows[3]["log_probs"][2] += 0.5
+    rows[5]["log_probs"][1] -= 0.25
+
+
+def test_compare_reports_largest_mean_and_the_worst_tokens(zoo: Zoo, tmp_path: Path) -> None:
+    from kdrl_mcore.rollout.comparison import compare_scores
+    from kdrl_mcore.rollout.files import read_scored
+
+    left, right = scored(zoo, tmp_path / "left.jsonl", spoil), scored(zoo, tmp_path / "right.jsonl")
+    entropy, log_probs = compare_scores(read_scored(left), read_scored(right))
+    tokens = sum(len(row["response_token_ids"]) for row in zoo.rows("uneven"))
+    assert (entropy.name, entropy.num_tokens, entropy.largest, entropy.mean) == ("entropy", tokens, 0.0, 0.0)
+    assert (log_probs.name, log_probs.num_tokens) == ("log_probs", tokens)
+    assert log_probs.largest == pytest.approx(0.5, abs=1e-6)
+    assert log_probs.mean == pytest.approx(0.75 / tokens, abs=1e-6)
+    first, second = log_probs.worst[:2]
+    rows = zoo.rows("uneven")
+    assert (first.line, first.place, first.token_id) == (4, 2, rows[3]["response_token_ids"][2])
+    assert (second.line, second.place, second.prompt_id) == (6, 1, rows[5]["prompt_id"])
+    assert first.left - first.right == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_number_against_none_is_infinitely_far(zoo: Zoo, tmp_path: Path) -> None:
+    from kdrl_mcore.rollout.comparison import compare_scores
+    from kdrl_mcore.rollout.files import read_scored
+
+    def lose(rows: list[Row]) -> None:
+        rows[1]["log_probs"][0] = float("nan")
+        rows[2]["entropy"][0] = float("-inf")
+
+    broken, whole = scored(zoo, tmp_path / "broken.jsonl", lose), scored(zoo, tmp_path / "whole.jsonl")
+    assert [each.largest for each in compare_scores(read_scored(broken), read_scored(whole))] == [float("inf")] * 2
+    assert [each.largest for each in compare_scores(read_scored(broken), read_scored(broken))] == [0.0, 0.0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A call with `--compare`: how the two files are made, further options, its exit code, and words of its answer."""
+
+    left: Callable[[Zoo, Path], Path]
+    right: Callable[[Zoo, Path], Path]
+    code: int
+    words: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+def plain(zoo: Zoo, path: Path) -> Path:
+    return zoo.rollouts("uneven")
+
+
+def spoiled(zoo: Zoo, path: Path) -> Path:
+    return scored(zoo, path, spoil)
+
+
+def longer(zoo: Zoo, path: Path) -> Path:
+    return scored(zoo, path, lambda rows: rows.append(rows[0]))
+
+
+def of_another_response(zoo: Zoo, path: Path) -> Path:
+    return scored(zoo, path, lambda rows: rows[4]["response_token_ids"].__setitem__(0, 59))
+
+
+def cut_off(zoo: Zoo, path: Path) -> Path:
+    whole = scored(zoo, path).read_text()
+    path.write_text(whole[:-30])
+    return path
+
+
+COMPARISONS = {
+    "trainer against sampler": Comparison(spoiled, plain, 0, ("log_probs - sampler_log_probs", "0.5")),
+    "below the tolerance": Comparison(spoiled, scored, 0, ("log_probs",), ("--tolerance", "0.6")),
+    "above the tolerance": Comparison(spoiled, scored, 1, ("exceeds --tolerance 0.4",), ("--tolerance", "0.4")),
+    "another number of responses": Comparison(longer, scored, 1, ("13 and 12 responses",)),
+    "other responses": Comparison(of_another_response, scored, 1, ("line 5 has different response_token_ids",)),
+    "no common score": Comparison(plain, plain, 1, ("no score in common", "tools/score.py")),
+    "a cut file": Comparison(scored, cut_off, 1, ("line 12 is cut off",)),
+    "a missing file": Comparison(scored, lambda zoo, path: path, 1, ("right.jsonl does not exist",)),
+    "a tolerance of nothing": Comparison(scored, scored, 2, ("--tolerance -1", "at least 0"), ("--tolerance", "-1")),
+}
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS.values(), ids=list(COMPARISONS))
+def test_compare(comparison: Comparison, zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    left, right = comparison.left(zoo, tmp_path / "left.jsonl"), comparison.right(zoo, tmp_path / "right.jsonl")
+    (outcome,) = ranks1.run(score_on_rank, ["--input", str(left), "--compare", str(right), *comparison.options])
+    assert outcome.code == comparison.code, outcome.stderr
+    if comparison.code == 0:
+        assert outcome.stderr == ""
+    else:
+        errors = outcome.stderr.splitlines()
+        assert len(errors) == 1 and errors[0].startswith("error: ")
+    for word in comparison.words:
+        assert word in outcome.stdout + outcome.stderr
+
+
+def with_foreign_token(zoo: Zoo, folder: Path) -> Path:
+    rows = deepcopy(zoo.rows("uneven"))
+    rows[6]["response_token_ids"][0] = 64
+    return write_jsonl(folder / "foreign.jsonl", rows)
+
+
+BAD = {
+    "a model that is none": ("--model {folder} --input {good} --output {folder}/out.jsonl", 1, "config.json"),
+    "a missing input": (
+        "--model {model} --input {folder}/none.jsonl --output {folder}/out.jsonl",
+        1,
+        "none.jsonl does not exist",
+    ),
+    "no output": ("--model {model} --input {good}", 2, "--output"),
+    "tokens of another tokenizer": ("--model {model} --input {foreign} --output {folder}/out.jsonl", 1, "line 7: token id 64"),
+    "too many tensor ranks": ("--model {model} --input {good} --output {folder}/out.jsonl --tensor-parallel 3", 2, "3"),
+    "a size of nothing": ("--model {model} --input {good} --output {folder}/out.jsonl --micro-tokens 0", 2, "--micro-tokens 0"),
+    "an output in a file": ("--model {model} --input {good} --output {good}/out.jsonl", 1, "cannot be written"),
+    "nothing to do": ("--input {good}", 2, "nothing to do"),
+    "a tolerance without a comparison": (
+        "--model {model} --input {good} --output {folder}/out.jsonl --tolerance 1",
+        2,
+        "--tolerance needs --compare",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), BAD.values(), ids=list(BAD))
+def test_bad_input_is_one_line_on_the_first_rank(
+    arguments: str, code: int, words: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path
+) -> None:
+    places = {
+        "model": zoo.model("untied"),
+        "good": zoo.rollouts("uneven"),
+        "foreign": with_foreign_token(zoo, tmp_path),
+        "folder": tmp_path,
+    }
+    outcomes = ranks2.run(score_on_rank, [word.format(**places) for word in arguments.split()])
+    (line,) = outcomes[0].stderr.splitlines()
+    assert outcomes[0].code == code and line.startswith("error: ") and words in line
+    assert outcomes[1].stderr == ""
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_help_and_errors_without_a_world() -> None:
+    answer = run_alone("--help")
+    assert answer.returncode == 0 and "--compare OTHER" in answer.stdout
+    answer = run_alone("--input", "/nowhere/none.jsonl", "--compare", "/nowhere/other.jsonl")
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines() == [answer.stderr.strip()] and "other.jsonl does not exist" in answer.stderr

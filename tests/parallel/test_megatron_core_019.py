@@ -1,0 +1,56 @@
+"""The core rows of the matrix on a newer Megatron-Core, which `make setup` puts beside the installed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.test_dense_agreement import JOINT, Case, check
+from tests.parallel.test_matrix import StudentLayout, case
+from tests.ranks import RankPool
+from tests.zoo import Zoo
+
+BESIDE = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.19"
+EXACT = replace(JOINT, estimator="exact")
+
+pytestmark = pytest.mark.skipif(
+    not BESIDE.is_dir(), reason=f"{BESIDE} does not exist: make setup installs it, on Linux on x86-64"
+)
+
+ROWS = {
+    "tp2, teacher pp2": case(StudentLayout(2, 1, 1, 1), JOINT),
+    "tp2 sp, teacher pp2": case(StudentLayout(2, 1, 1, 1, sequence_parallel=True), EXACT),
+    "pp2, teacher tp2": case(StudentLayout(1, 2, 1, 1), EXACT),
+    "pp2 interleaved": case(StudentLayout(1, 2, 1, 1, virtual_pipeline=2), JOINT),
+    "cp2": case(StudentLayout(1, 1, 2, 1), EXACT),
+    "dp2": case(StudentLayout(1, 1, 1, 2), JOINT),
+    "tied, pp2": replace(case(StudentLayout(1, 2, 1, 1), JOINT), student="tied"),
+    "tp2, masked top-k": case(StudentLayout(2, 1, 1, 1), replace(JOINT, estimator="top_k_unbiased", top_k=5, mask="response")),
+}
+
+
+@pytest.fixture(scope="module")
+def newer_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2, import_first=[str(BESIDE)])
+    yield pool
+    pool.close()
+
+
+def version_on_rank() -> tuple[str, str]:
+    """The version that this rank has imported, and from where."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    import megatron.core
+
+    return megatron.core.__version__, megatron.core.__file__
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_core_rows(row: Case, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -> None:
+    for version, file in newer_ranks.run(version_on_rank):
+        assert version.startswith("0.19.") and Path(file).is_relative_to(BESIDE)
+    check(row, zoo, newer_ranks, tmp_path)

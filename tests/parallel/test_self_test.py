@@ -1,0 +1,154 @@
+"""The self-test at the start of a run passes in every kind of layout, and refuses a sampler or a sum that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from kdrl_mcore.config import load_config
+from tests.ranks import RankPool
+from tests.training import QUIET, Outcome, train_on_rank
+from tests.zoo import Zoo
+
+PROMPTS = ["1+2=", "what is x", "9*9=", "a longer prompt than the others"]
+LAYOUTS = {
+    "one rank": (1, ""),
+    "tp2 sp": (2, "parallel.tensor=2 parallel.sequence_parallel=true"),
+    "pp2 interleaved": (2, "parallel.pipeline=2 parallel.virtual_pipeline=2"),
+    "cp2": (2, "parallel.context=2"),
+    "dp2": (2, ""),
+    "tp2 cp2 sp": (4, "parallel.tensor=2 parallel.context=2 parallel.sequence_parallel=true"),
+    "tp2 pp2": (4, "parallel.tensor=2 parallel.pipeline=2"),
+}
+
+
+def run_spoiled_on_rank(overrides: list[str], fault: str, size: float) -> Outcome:
+    """Train; the sampler reports one log-prob that is off by `size`, or ranks do not add up their shares of a sum."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    with _shifted_token(size) if fault == "sampler" else _missing_sum():
+        return train_on_rank(overrides)
+
+
+@contextmanager
+def _shifted_token(size: float) -> Iterator[None]:
+    from kdrl_mcore.rollout.megatron import MegatronEngine
+
+    generate = MegatronEngine.generate
+
+    def shifted(engine: Any, *args: Any) -> Any:
+        rollouts = generate(engine, *args)
+        rollouts[2].sampler_log_probs[0] += np.float32(size)
+        return rollouts
+
+    with patch.object(MegatronEngine, "generate", shifted):
+        yield
+
+
+@contextmanager
+def _missing_sum() -> Iterator[None]:
+    from kdrl_mcore.vocab_parallel import chunk
+
+    with patch.object(chunk, "sum_over_ranks", lambda value, shard: value):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": "3"}) + "\n" for prompt in PROMPTS))
+    return path
+
+
+def sampling(zoo: Zoo, prompts: Path, run: Path, *overrides: str) -> list[str]:
+    """A run that tests itself and then has no step to make."""
+    return [
+        f"run.dir={run}",
+        f"student.path={zoo.model('untied')}",
+        f"data.train={prompts}",
+        "data.template=plain",
+        "objective=grpo",
+        "reward=exact_match",
+        "reward.workers=1",
+        "rollout.max_response_tokens=12",
+        "trainer.steps=0",
+        "checkpoint.export_hf=false",
+        *QUIET,
+        *overrides,
+    ]
+
+
+def replaying(zoo: Zoo, run: Path, *overrides: str) -> list[str]:
+    replay = ("rollout=replay", f"rollout.path={zoo.rollouts('uneven')}", "objective=grpo")
+    return [f"run.dir={run}", f"student.path={zoo.model('untied')}", *replay, "trainer.steps=0", *QUIET, *overrides]
+
+
+def passed(outcome: Outcome) -> bool:
+    return any(message.startswith("self-test passed in ") for message in outcome.log)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_it_passes_in_seconds(
+    layout: tuple[int, str], zoo: Zoo, prompts: Path, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    ranks, overrides = layout
+    outcomes = pools[ranks].run(train_on_rank, sampling(zoo, prompts, tmp_path, *overrides.split()))
+    assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+    assert passed(outcomes[0])
+
+
+def test_it_passes_on_replayed_rollouts_that_another_sampler_made(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    outcomes = ranks2.run(train_on_rank, replaying(zoo, tmp_path, "parallel.tensor=2", "checkpoint.export_hf=false"))
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert passed(outcomes[0])
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+@pytest.mark.parametrize("size", [0.25, float("nan")])
+def test_a_sampler_with_another_log_prob_is_refused_and_the_token_named(
+    layout: str, size: float, zoo: Zoo, prompts: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    outcomes = ranks2.run(run_spoiled_on_rank, sampling(zoo, prompts, tmp_path, layout), "sampler", size)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    (line,) = [line for outcome in outcomes for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert "on 1 of " in line and "response token 0 (id " in line and "prompt " in line
+    assert "rollout.max_log_prob_drift" in line
+
+
+def test_the_bound_is_a_setting_and_the_test_can_be_left_out(zoo: Zoo, prompts: Path, ranks1: RankPool, tmp_path: Path) -> None:
+    for setting, code in (
+        ("rollout.max_log_prob_drift=0.2", 1),
+        ("rollout.max_log_prob_drift=0.3", 0),
+        ("trainer.self_test=false", 0),
+    ):
+        (outcome,) = ranks1.run(run_spoiled_on_rank, sampling(zoo, prompts, tmp_path, setting), "sampler", 0.25)
+        assert outcome.code == code, (setting, outcome.stderr)
+        assert passed(outcome) == (setting == "rollout.max_log_prob_drift=0.3")
+
+
+def test_ranks_that_do_not_add_up_their_sums_are_refused(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    outcomes = ranks2.run(run_spoiled_on_rank, replaying(zoo, tmp_path, "parallel.tensor=2"), "sum", 0.0)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    errors = outcomes[0].stderr + outcomes[1].stderr
+    assert "vocabulary-parallel sums are wrong in this layout" in errors
+
+
+def test_drift_while_training_is_an_alert_where_the_student_samples_for_itself() -> None:
+    from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, sampler_drift
+    from kdrl_mcore.self_test import alert_thresholds
+
+    embedded = alert_thresholds(load_config(["objective=grpo"]))
+    steps = [{"drift_mean": 1e-4, "drift_max": 0.01}] * 10  # float32 rounds to 1e-3
+    assert sampler_drift(steps, embedded) is not None
+    assert sampler_drift(steps, alert_thresholds(load_config(["objective=grpo", "model.dtype=bfloat16"]))) is None
+    assert sampler_drift(steps, alert_thresholds(load_config(["objective=grpo", "rollout.max_log_prob_drift=0.1"]))) is None
+    for other in ("rollout.top_p=0.9", "batch.updates_per_step=2"):
+        assert alert_thresholds(load_config(["objective=grpo", other])) == DEFAULT_THRESHOLDS

@@ -1,0 +1,201 @@
+"""Packing puts every token on one rank, finds every loss row's predictor, and lets tokens see what a causal mask lets them
+see; plans lose nothing. Properties over drawn batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdrl_mcore.parallel.packing import PackedBatch, pack, partition, place_rows, plan_micro_batches
+
+Sequence = tuple[int, np.ndarray, np.ndarray]
+Lengths = list[tuple[int, int]]
+"""(prompt tokens, response tokens) of each sequence."""
+
+lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=8)
+context_sizes = st.sampled_from([1, 2, 3, 4])
+properties = settings(max_examples=150, deadline=None)
+
+
+def sequences(shapes: Lengths) -> list[Sequence]:
+    """Tokens that are all different, of rollouts numbered 0, 2, 4, ..."""
+    tokens = iter(np.split(np.arange(1, 1 + sum(p + r for p, r in shapes)), np.cumsum([p + r for p, r in shapes])))
+    return [(2 * i, *np.split(next(tokens), [prompt])) for i, (prompt, _) in enumerate(shapes)]
+
+
+def pack_on_all_ranks(shapes: Lengths, context: int, tensor: int = 1, distilled: set[int] | None = None) -> list[PackedBatch]:
+    alignment = (2 * context if context > 1 else 1) * tensor
+    return [
+        pack(sequences(shapes), alignment, distilled=distilled or (), context_rank=rank, context_size=context)
+        for rank in range(context)
+    ]
+
+
+def whole(batches: list[PackedBatch], name: str) -> torch.Tensor:
+    """The ranks' rows in the order of the packed sequence."""
+    rows = torch.cat([getattr(batch, name) for batch in batches])
+    order = batches[0].context_rows
+    return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+@properties
+@given(shapes=lengths, context=context_sizes, tensor=st.sampled_from([1, 2]))
+def test_every_token_is_on_exactly_one_rank(shapes: Lengths, context: int, tensor: int) -> None:
+    batches = pack_on_all_ranks(shapes, context, tensor)
+    sizes = {len(batch.tokens_S) for batch in batches}
+    assert len(sizes) == 1 and min(sizes) % tensor == 0 and min(sizes) > 0
+    tokens, positions = whole(batches, "tokens_S").tolist(), whole(batches, "positions_S").tolist()
+    real = sum(prompt + response for prompt, response in shapes)
+    assert sorted(tokens)[-real:] == list(range(1, real + 1)) if real else set(tokens) == {tokens[0]}
+    assert len(tokens) - real < max(2, 2 * context * tensor) or not real  # less than one alignment of filler
+    by_index = {index: [*prompt.tolist(), *response.tolist()] for index, prompt, response in sequences(shapes)}
+    packed = [token for index in batches[0].order for token in by_index[index]]
+    assert tokens[:real] == packed
+    assert positions[:real] == [place for index in batches[0].order for place in range(len(by_index[index]))]
+    assert sorted(batches[0].order) == sorted(by_index)
+
+
+@properties
+@given(shapes=lengths, context=context_sizes, data=st.data())
+def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_distilled_ones_come_first(
+    shapes: Lengths, context: int, data: st.DataObject
+) -> None:
+    distilled = {2 * i for i in range(len(shapes)) if data.draw(st.booleans())}
+    batches = pack_on_all_ranks(shapes, context, distilled=distilled)
+    by_index = {index: (prompt, response) for index, prompt, response in sequences(shapes)}
+    seen: list[tuple[int, int]] = []
+    for batch in batches:
+        rows = [(span.rollout, place) for span in batch.spans for place in range(span.start, span.stop)]
+        assert len(rows) == len(batch.rows_T) == len(batch.targets_T)
+        assert [index in distilled for index, _ in rows] == [row < batch.num_distilled for row in range(len(rows))]
+        for (index, place), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
+            prompt, response = by_index[index]
+            assert target == response[place]
+            assert batch.tokens_S[row] == [*prompt, *response][len(prompt) + place - 1]
+        seen += rows
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {(index, place) for index, (_, response) in by_index.items() for place in range(len(response))}
+
+
+@properties
+@given(shapes=lengths, context=context_sizes)
+def test_place_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
+    """Ranks that send hidden states know where another rank wants them."""
+    distilled = {0, 4}
+    counts = [(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
+    for rank, batch in enumerate(pack_on_all_ranks(shapes, context, distilled=distilled)):
+        alignment = 2 * context if context > 1 else 1
+        places = place_rows(counts, alignment, distilled=distilled, context_rank=rank, context_size=context)
+        assert tuple(span for span, _ in places.spans) == batch.spans
+        assert places.order == batch.order
+        rows = [row + place for (_, start, stop), row in places.spans for place in range(stop - start)]
+        assert rows == batch.rows_T.tolist()
+
+
+@settings(properties, max_examples=80)
+@given(shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), max_size=6), context=context_sizes)
+def test_runs_are_the_causal_mask_of_each_sequence(shapes: Lengths, context: int) -> None:
+    batches = pack_on_all_ranks(shapes, context)
+    size = sum(len(batch.tokens_S) for batch in batches)
+    positions = whole(batches, "positions_S")
+    sequence = (positions == 0).cumsum(0)
+    before = torch.arange(size)
+    expected = (sequence[:, None] == sequence[None]) & (before[None] <= before[:, None])
+    masks = []
+    for batch in batches:
+        mask = torch.zeros(len(batch.tokens_S), size, dtype=torch.bool)
+        served = torch.zeros(len(batch.tokens_S), dtype=torch.long)
+        for run in batch.runs:
+            for number in range(run.count):
+                queries = slice(run.start + number * run.length, run.start + (number + 1) * run.length)
+                keys = slice(run.key_start + number * run.key_length, run.key_start + (number + 1) * run.key_length)
+                # the last query sees all keys of its run, each one before it one less
+                shape = torch.ones(run.length, run.key_length, dtype=torch.bool)
+                mask[queries, keys] = shape.tril(run.key_length - run.length)
+                served[queries] += 1
+        assert (served == 1).all()
+        starts = [run.start for run in batch.runs]
+        assert starts == sorted(starts)  # attention joins its outputs in this order
+        masks.append(mask)
+    rows = torch.cat(masks)
+    order = batches[0].context_rows
+    assert torch.equal(rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows), expected)
+
+
+@pytest.mark.parametrize("context", [2, 4])
+@pytest.mark.parametrize(
+    ("shapes", "bound"),
+    [([(100, 7900)], 1.01), ([(100, 900)] * 8, 1.01), ([(50, 400 * i) for i in range(1, 8)], 1.3)],
+    ids=["one long sequence", "equal sequences", "uneven sequences"],
+)
+def test_attention_work_is_balanced_over_context_ranks(shapes: Lengths, bound: float, context: int) -> None:
+    """The busiest rank's query-key pairs over the mean."""
+    work = [
+        sum(run.count * (run.length * run.key_length - run.length * (run.length - 1) // 2) for run in batch.runs)
+        for batch in pack_on_all_ranks(shapes, context)
+    ]
+    assert max(work) / np.mean(work) < bound
+
+
+def test_equal_sequences_share_one_run() -> None:
+    (batch,) = pack_on_all_ranks([(3, 4), (2, 2), (5, 2)], 1)
+    assert [(run.count, run.length) for run in batch.runs] == [(1, 4), (2, 7)]
+
+
+def test_a_rank_without_sequences_still_has_tokens() -> None:
+    for batch in pack_on_all_ranks([], 2, tensor=2):
+        assert len(batch.tokens_S) == 4
+        assert len(batch.rows_T) == 0 and batch.spans == ()
+
+
+def test_a_context_rank_may_have_no_loss_row() -> None:
+    assert [len(batch.rows_T) for batch in pack_on_all_ranks([(40, 2)], 4)] == [0, 2, 0, 0]
+
+
+plans = {
+    "tokens": st.lists(st.integers(1, 50), max_size=30),
+    "data_parallel": st.integers(1, 5),
+    "micro_tokens": st.integers(1, 120),
+    "multiple_of": st.integers(1, 4),
+}
+
+
+@properties
+@given(**plans)
+def test_a_plan_loses_nothing_and_keeps_its_limits(
+    tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int
+) -> None:
+    plan = plan_micro_batches(tokens, data_parallel, micro_tokens, multiple_of)
+    assert len(plan) == data_parallel
+    assert sorted(item for batches in plan for items in batches for item in items) == list(range(len(tokens)))
+    counts = {len(batches) for batches in plan}
+    assert len(counts) == 1 and min(counts) > 0 and min(counts) % multiple_of == 0
+    for batches in plan:
+        for items in batches:
+            assert items == sorted(items)
+            assert sum(tokens[item] for item in items) <= micro_tokens or len(items) == 1
+
+
+@properties
+@given(**plans)
+def test_no_plan_has_needless_micro_batches(tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int) -> None:
+    """Two micro-batches of one rank would not fit into one, and a multiple is not exceeded."""
+    plan = plan_micro_batches(tokens, data_parallel, micro_tokens, multiple_of)
+    filled = [[sum(tokens[item] for item in items) for items in batches if items] for batches in plan]
+    assert len(plan[0]) < max(1, *map(len, filled)) + multiple_of
+    for sums in filled:
+        assert all(a + b > micro_tokens for a, b in pairwise(sorted(sums)))
+
+
+@properties
+@given(weights=st.lists(st.integers(0, 100), max_size=40), bins=st.integers(1, 6))
+def test_a_partition_is_within_its_heaviest_item_of_even(weights: list[int], bins: int) -> None:
+    parts = partition(weights, bins)
+    assert sorted(item for part in parts for item in part) == list(range(len(weights)))
+    loads = [sum(weights[item] for item in part) for part in parts]
+    assert max(loads) - min(loads) <= max(weights, default=0)
