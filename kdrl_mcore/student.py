@@ -96,6 +96,7 @@ class Student:
         self.source = config.student.path
         self.version = 0  # optimizer updates the weights have seen
         self._clip_grad = config.optimizer.clip_grad
+        self._weight_decay = config.optimizer.weight_decay
         self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
         self._distributed_optimizer = parallel.distributed_optimizer and config.optimizer.name == "adam"
         self.teacher_head: TeacherHead | None = None  # set where the loss compares with a teacher over the vocabulary
@@ -156,6 +157,7 @@ class Student:
                 mcore.clip_gradients(self.optimizer, self._clip_grad, grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+                group["weight_decay"] = self._weight_decay * group["wd_mult"]
             self.optimizer.step_with_ready_grads()
             self.version += 1
         return UpdateResult(sums, maxima, grad_norm, skipped)

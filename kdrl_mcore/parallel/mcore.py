@@ -82,7 +82,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
 
 
 def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
-    """Megatron-Core's optimizer; weight decay is on matrices only. (Unless told so, it would also decay norms and biases.)"""
+    """Megatron-Core's optimizer, in whose parameter groups `wd_mult` is 0 for norms and biases: the caller multiplies."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
     return get_megatron_optimizer(settings, model_chunks, config_overrides=get_standard_config_overrides(settings))
