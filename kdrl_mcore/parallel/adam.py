@@ -24,9 +24,12 @@ class Adam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # Megatron-Core 0.19 passes it
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
+        if capturable:
+            raise ValueError("capture in a CUDA graph is not implemented")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

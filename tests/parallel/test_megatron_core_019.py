@@ -10,6 +10,7 @@ import pytest
 
 from tests.parallel.test_dense_agreement import JOINT, Case, check
 from tests.parallel.test_matrix import StudentLayout, case
+from tests.parallel.test_optimizer_agreement import check_adam
 from tests.ranks import RankPool
 from tests.zoo import Zoo
 
@@ -49,8 +50,19 @@ def version_on_rank() -> tuple[str, str]:
     return megatron.core.__version__, megatron.core.__file__
 
 
+def assert_newer(pool: RankPool) -> None:
+    """That it was the newer version which ran."""
+    for version, file in pool.run(version_on_rank):
+        assert version.startswith("0.19.") and Path(file).is_relative_to(BESIDE)
+
+
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 def test_core_rows(row: Case, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -> None:
-    for version, file in newer_ranks.run(version_on_rank):
-        assert version.startswith("0.19.") and Path(file).is_relative_to(BESIDE)
     check(row, zoo, newer_ranks, tmp_path)
+    assert_newer(newer_ranks)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.tensor=1"], ids=["tp2", "dp2"])
+def test_two_steps_of_adam(layout: str, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -> None:
+    check_adam(2, layout, True, zoo, newer_ranks, tmp_path)
+    assert_newer(newer_ranks)

@@ -57,6 +57,10 @@ def test_clipping_divides_by_the_norm_of_the_whole_gradient(
 def test_two_steps_of_adam_are_those_of_torch(
     ranks: int, layout: str, sharded: bool, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
 ) -> None:
+    check_adam(ranks, layout, sharded, zoo, pools[ranks], tmp_path)
+
+
+def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool, run: Path) -> None:
     """Weight decay is on matrices only, as in Megatron-Core. A large epsilon keeps Adam from blowing up the rounding of
     gradients that are zero."""
     lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-3, 1.5
@@ -76,7 +80,7 @@ def test_two_steps_of_adam_are_those_of_torch(
     moved = {name: start[name] - parameter.detach() for name, parameter in student.named_parameters()}
 
     overrides = [
-        *overrides_of(zoo, tmp_path, "untied"),
+        *overrides_of(zoo, run, "untied"),
         "trainer.steps=2",
         "optimizer.name=adam",
         f"optimizer.lr={lr}",
@@ -88,8 +92,8 @@ def test_two_steps_of_adam_are_those_of_torch(
         f"parallel.distributed_optimizer={str(sharded).lower()}",
         *layout.split(),
     ]
-    outcomes = pools[ranks].run(train_on_rank, overrides)
+    outcomes = pool.run(train_on_rank, overrides)
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
-    assert [metrics["loss"] for metrics in metrics_of(tmp_path)] == [about(loss) for loss in losses]
-    after = read_hf_weights(tmp_path / "hf")
+    assert [metrics["loss"] for metrics in metrics_of(run)] == [about(loss) for loss in losses]
+    after = read_hf_weights(run / "hf")
     assert_gradients({name: start[name] - after[name].double() for name in start}, moved)
