@@ -35,7 +35,7 @@ class TrainerConfig:
 
     steps: int = 100  # training steps (one rollout batch each); 0 only evaluates
     seed: int = 1  # keys data order, sampling and evaluation: every draw is a function of (seed, step, sample)
-    self_test: bool = True  # seconds at the start: KL of the student to itself is 0, sampler and trainer agree
+    self_test: bool = True  # seconds at the start: sampler and trainer agree, and the vocabulary-parallel sums are right
     deterministic: bool = False  # deterministic kernels: the same run gives the same bits
     max_bad_updates: int = 3  # abort after this many updates in a row skipped for NaN or Inf
     distributed_timeout_minutes: int = 30  # a collective that hangs longer ends the job

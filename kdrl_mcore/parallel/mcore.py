@@ -85,10 +85,7 @@ def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
     """Megatron-Core's optimizer, in whose parameter groups `wd_mult` is 0 for norms and biases: the caller multiplies."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
-    optimizer = get_megatron_optimizer(settings, model_chunks, config_overrides=get_standard_config_overrides(settings))
-    for group in optimizer.param_groups:  # Megatron-Core leaves this to its scheduler, which is not used here
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    return optimizer
+    return get_megatron_optimizer(settings, model_chunks, config_overrides=get_standard_config_overrides(settings))
 
 
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
