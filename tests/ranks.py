@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -215,8 +216,21 @@ def _serve(rank: int, world_size: int, port: int, import_first: list[str], conne
 
 
 def _call(task: bytes) -> Any:
+    _destroy_left_groups()
     function, args = pickle.loads(task)
     return function(*args)
+
+
+def _destroy_left_groups() -> None:
+    """Destroy the process groups that the function before left behind: each keeps threads that wake up for ever. All ranks have
+    answered by now, so nobody uses them any more."""
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    left = set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}
+    for group in left:
+        dist.destroy_process_group(group)
+    if left:
+        gc.collect()
 
 
 def _answer(function: Callable[..., Any], *args: Any) -> bytes:
