@@ -111,7 +111,6 @@ class DistillationConfig:
     placement: str = "loss"  # loss, advantage or reward
     mask: str = "none"  # none, response (only incorrect responses) or group (only all-incorrect groups)
     denominator: str = "all"  # tokens the KD loss is averaged over: all, or unmasked
-    correct_threshold: float = 0.5  # a response whose verified correctness exceeds this counts as correct
     clamp: float | None = None  # clamp of |log T - log pi|; None leaves every gradient alive
     top_k: int = 64  # support size of top_k and top_k_unbiased
     top_k_support: str = "student"  # whose top-k: student or teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ from kdrl_mcore.student import Measures, Student, UpdateResult
 from kdrl_mcore.teacher import Teacher
 from kdrl_mcore.teacher_head import OVER_THE_VOCABULARY, TeacherHead
 from kdrl_mcore.types import Prompt, Rollout, TokenFloats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Job:
         """One optimizer step on alpha * L_GRPO + beta * L_KD."""
         bad = experience.bad_log_probs()
         if bad is not None:
-            return UpdateResult({}, {}, float("nan"), bad)
+            return UpdateResult({}, {}, float("nan"), self._learning_rate(), bad)
         split = self._split_gradient(experience, alpha, beta)
         result = self._optimize(experience, self._loss(alpha, beta))
         return replace(result, gradient_split=gradient_split(*split, result.grad_norm)) if split else result
@@ -153,8 +156,12 @@ class Job:
     def _optimize(self, experience: Experience, loss: BatchLoss) -> UpdateResult:
         config = self.config
         batches = micro_batches(experience, loss, self.student.groups, config.batch.micro_tokens)
-        total = config.trainer.steps * config.batch.updates_per_step
-        return self.student.update(batches, learning_rate(self.student.version, total, config.optimizer))
+        return self.student.update(batches, self._learning_rate())
+
+    def _learning_rate(self) -> float:
+        """Of the coming optimizer step."""
+        total = self.config.trainer.steps * self.config.batch.updates_per_step
+        return learning_rate(self.student.version, total, self.config.optimizer)
 
 
 def _joint(
@@ -218,6 +225,8 @@ def build_job(config: Config) -> Job:
     if not sft and can_be_positive(config.objective.beta):
         assert config.teacher.path is not None
         teacher = Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary)
+        if config.objective.kd.clamp is not None and dist.get_rank() == 0:
+            logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", config.objective.kd.clamp)
         if config.objective.kd.estimator in OVER_THE_VOCABULARY and student.groups.is_last_stage:
             shard = student.parts.chunks[-1].shard
             student.teacher_head = TeacherHead(config.teacher.path, shard, config.model.dtype, config.objective.kd)

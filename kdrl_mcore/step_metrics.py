@@ -54,6 +54,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     for name in {name for update in updates for name in update.maxima}:
         metrics[name] = max(update.maxima.get(name, 0.0) for update in updates)
     metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))
+    metrics["lr"] = updates[-1].lr
     for update in updates:
         metrics.update(update.gradient_split)
     metrics["skipped_updates"] = float(sum(update.skipped is not None for update in updates))

@@ -60,6 +60,7 @@ class UpdateResult:
     Attributes:
         sums, maxima: the measures, over every token of the global batch.
         grad_norm: global norm of the gradient before clipping.
+        lr: the learning rate of this update.
         skipped: why the weights were left untouched (NaN or infinity somewhere), or None.
         gradient_split: where measured, the norms of the GRPO and the distillation gradient and the cosine between them.
     """
@@ -67,6 +68,7 @@ class UpdateResult:
     sums: dict[str, float]
     maxima: dict[str, float]
     grad_norm: float
+    lr: float
     skipped: str | None
     gradient_split: dict[str, float] = field(default_factory=dict)
 
@@ -160,7 +162,7 @@ class Student:
                 group["weight_decay"] = self._weight_decay * group["wd_mult"]
             self.optimizer.step_with_ready_grads()
             self.version += 1
-        return UpdateResult(sums, maxima, grad_norm, skipped)
+        return UpdateResult(sums, maxima, grad_norm, lr, skipped)
 
     def gradient_norm(self, micro_batches: Sequence[MicroBatch]) -> float:
         """The global norm of the gradient on the global batch; the weights stay as they are. Collective over the world."""

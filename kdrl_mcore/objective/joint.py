@@ -96,6 +96,7 @@ def joint_loss(
     kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
     if kd.placement == "loss" and beta:
         loss_T = loss_T + beta * kd_T
+    drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = {
         "policy_loss": surrogate(log_probs_T, batch.old_log_probs, batch.advantages, objective.clip_low, objective.clip_high)[0]
         * correction_T
@@ -103,7 +104,7 @@ def joint_loss(
         "kd_loss": kd_T,
         "distilled_tokens": distilled_T,
         "clipped_tokens": clipped_T,
-        "drift": (log_probs_T - batch.sampler_log_probs).abs(),
+        "drift": drift_T,
         "tokens": torch.ones_like(log_probs_T),
     }
     if divergence_T is None:
@@ -113,7 +114,6 @@ def joint_loss(
         reference_T = ESTIMATORS[form](reference_d_T, _weight(log_probs_T, batch, form)) * batch.policy_weights
         loss_T = loss_T + objective.reference_kl.coefficient * reference_T
         sums["reference_loss"] = reference_T
-    drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     return (
         loss_T,
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},

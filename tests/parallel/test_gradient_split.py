@@ -9,7 +9,7 @@ import pytest
 
 from tests.ranks import RankPool
 from tests.reference.dense import Settings
-from tests.training import FAST, PROBE, metrics_of, train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
 from tests.zoo import TOKENS, Zoo
 
 
@@ -39,6 +39,7 @@ def test_norms_and_cosine_of_both_gradients(estimator: str, zoo: Zoo, ranks2: Ra
     )
     dot = sum(float((policy.gradients[name] * distillation.gradients[name]).sum()) for name in policy.gradients)
     measured = metrics_of(tmp_path)[-1]
+    assert measured["lr"] == PROBE_LR
     assert measured["grad_norm_policy"] == pytest.approx(policy.grad_norm, rel=1e-4)
     assert measured["grad_norm_kd"] == pytest.approx(distillation.grad_norm, rel=1e-4)
     assert measured["grad_cosine"] == pytest.approx(dot / (policy.grad_norm * distillation.grad_norm), abs=1e-4)
