@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.convert import worker
+from tests.parallel.test_engine import PROMPTS, generate_on_rank, tokens_of
 from tests.ranks import RankPool
 from tests.reference.dense import Settings, kdrl
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, make_tokenizer, read_hf_weights, write_jsonl
@@ -118,20 +119,26 @@ def test_experts_and_tensor_parallelism_without_sequence_parallelism_are_refused
     assert codes == [2, 2]
 
 
-def test_the_embedded_engine_refuses_experts_spread_over_replicas(ranks2: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [1, 3], ids=["a replica without prompts", "uneven replicas"])
+def test_experts_spread_over_replicas_sample_the_same_tokens(
+    prompts: int, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Replicas that finish early go on serving the others with their experts."""
     student = make_model("qwen3_moe", tmp_path / "student", seed=11)
     make_tokenizer(student)
-    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 2)
+    rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13, vocabulary=60))
     overrides = [
         f"student.path={student}",
-        f"run.dir={tmp_path / 'run'}",
-        f"data.train={data}",
-        "data.template=plain",
+        "rollout=replay",
+        f"rollout.path={rollouts}",
         "objective=grpo",
-        "reward=exact_match",
-        "rollout.prompts_per_step=2",
-        "rollout.responses_per_prompt=2",
-        "logging.progress=false",
-        "logging.tensorboard=false",
+        "rollout.max_sequences=3",
     ]
-    assert ranks2.run(worker.train, [*overrides, "parallel.expert=2"]) == [2, 2]
+    samplings = {"plain": {"temperature": 1.0, "top_p": 1.0}}
+    given = [overrides, PROMPTS[:prompts], samplings]
+    (alone,) = ranks1.run(generate_on_rank, *given)
+    for spread in ranks2.run(generate_on_rank, [*overrides, "parallel.expert=2"], *given[1:]):
+        assert tokens_of(spread) == tokens_of(alone)
+        assert len({len(row["response_token_ids"]) for row in spread["plain"]}) > 1
+        for one, other in zip(alone["plain"], spread["plain"], strict=True):
+            assert one["sampler_log_probs"] == pytest.approx(other["trainer_log_probs"], abs=1e-4)
