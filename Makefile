@@ -14,6 +14,10 @@ NEWER_CORE := 0.19.2
 NEWER_CORE_DIR := .venv/megatron-core-0.19
 NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
 
+# What some tests use from Debian: a SLURM cluster and a browser. Without them these tests are skipped.
+SYSTEM_PACKAGES := slurm-wlm munge chromium
+SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get)),.venv/.system-packages)
+
 .PHONY: help setup demo test check clean
 
 help: ## list the targets
@@ -24,8 +28,8 @@ setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) ## make .venv here with everything t
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-test: check $(NEWER_CORE_INSTALLED) ## set-up, checks, then every test
-	@$(BIN)/python -m pytest </dev/null
+test: check $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks, then every test
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile </dev/null
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
@@ -59,3 +63,10 @@ $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 		--target $(NEWER_CORE_DIR).part megatron-core==$(NEWER_CORE) || { rm -rf $(NEWER_CORE_DIR).part; exit 1; }
 	@rm -rf $(NEWER_CORE_DIR)
 	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)
+
+.venv/.system-packages: | $(INSTALLED)
+	@echo "Debian packages for the tests: $(SYSTEM_PACKAGES)"
+	@export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); } >$@.part 2>&1 \
+		|| echo "warning: not installed ($$(tail -n 1 $@.part)): the tests that use them are skipped" >&2
+	@mv $@.part $@
