@@ -21,8 +21,7 @@ from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
-from kdrl_mcore.parallel.collect import gather_from_replicas
-from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
@@ -82,7 +81,7 @@ class Job:
         """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have
         theirs."""
         if self.replay is None:
-            verify_together(self.student, self.verifier, rollouts)
+            verify_together(self.student.groups, self.verifier, rollouts)
 
     def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
         """What the teacher says of the responses to distil; it sees no others."""
@@ -180,18 +179,6 @@ def _joint(
 def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Measures]:
     tokens = torch.tensor(float(len(log_probs_T)))
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
-
-
-def verify_together(student: Student, verifier: Verifier | None, rollouts: Sequence[Rollout]) -> None:
-    """Score rollouts in place; the replicas' leaders share the work. Collective over the world."""
-    verdicts: list[tuple[int, float, bool]] = []
-    if verifier is not None:
-        replicas = student.groups.replicas
-        mine = list(enumerate(rollouts))[replicas.rank() :: replicas.size()]
-        verifier.score([rollout for _, rollout in mine])
-        verdicts = [(index, rollout.reward, rollout.correct) for index, rollout in mine]
-    for index, reward, correct in gather_from_replicas(student.groups, verdicts):
-        rollouts[index].reward, rollouts[index].correct = reward, correct
 
 
 def build_job(config: Config) -> Job:

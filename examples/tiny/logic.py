@@ -1,14 +1,14 @@
-"""The second tiny task, from another domain: combine words of four bits, one operation a line, and box the last word.
+"""The second tiny task, from another domain: a chain of logic operations, one a line, and the last word in a box.
 
-    prompt      1011&1101^0111|0001=
-    response    1011&1101=1001
-                1001^0111=1110
-                1110|0001=1111
-                \\boxed{1111}
+    prompt      5&3^7|2=
+    response    5&3=1
+                1^7=6
+                6|2=6
+                \\boxed{6}
 
-Operations (`&` and, `|` or, `^` exclusive or) go from left to right. A problem holds two to four words, so there are 1.8
-million of them; as many as the sets need are drawn, each once, and cut into sets that cannot share a problem. The answer is
-text, not a number (`0110` is not `110`): `reward=exact_match` checks it.
+A digit stands for a word of three bits. The operations (`&` and, `|` or, `^` exclusive or) work bit by bit and go from left to
+right. A problem holds three to five words; as many as the sets need are drawn, each once, and cut into sets that cannot share
+a problem. The answer is compared as text (`reward=exact_match`).
 
 The teacher learns from flawed worked answers: it has mostly learnt that the last bit of `1^1` is 1. Its mistakes are
 systematic, as those of the first task's teacher are: only the reward can tell.
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from examples.tiny.task import TEACHER_SET, write_rows
 
-WORD_BITS = 4
-MIN_WORDS, MAX_WORDS = 2, 4
+WORDS = range(8)
+MIN_WORDS, MAX_WORDS = 3, 5
 SPLITS: dict[str, int] = {"eval": 400, "validation": 200, "train": 8000, "sft": 24000}
 """Problems in each set."""
 _APPLY = {"&": int.__and__, "|": int.__or__, "^": int.__xor__}
@@ -32,16 +32,16 @@ _APPLY = {"&": int.__and__, "|": int.__or__, "^": int.__xor__}
 
 @dataclass(frozen=True)
 class Problem:
-    """Words of bits, and the operations between them."""
+    """Words of three bits, and the operations between them."""
 
     words: tuple[int, ...]
     operations: tuple[str, ...]
 
     @property
     def prompt(self) -> str:
-        """The problem as text, such as `1011&1101^0111=`."""
-        first, *rest = map(bits, self.words)
-        return first + "".join(map("".join, zip(self.operations, rest, strict=True))) + "="
+        """The problem as text, such as `5&3^7=`."""
+        chain = zip(self.operations, self.words[1:], strict=True)
+        return str(self.words[0]) + "".join(f"{operation}{word}" for operation, word in chain) + "="
 
     @property
     def answer(self) -> str:
@@ -49,12 +49,7 @@ class Problem:
         total = self.words[0]
         for operation, word in zip(self.operations, self.words[1:], strict=True):
             total = _APPLY[operation](total, word)
-        return bits(total)
-
-
-def bits(word: int) -> str:
-    """A word as text, such as `0110`."""
-    return f"{word:0{WORD_BITS}b}"
+        return str(total)
 
 
 def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random | None = None) -> str:
@@ -67,9 +62,9 @@ def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random |
     for operation, word in zip(problem.operations, problem.words[1:], strict=True):
         flawed = rng is not None and operation == "^" and total & word & 1 and rng.random() < flaw_rate
         result = _APPLY[operation](total, word) | bool(flawed)
-        lines.append(f"{bits(total)}{operation}{bits(word)}={bits(result)}")
+        lines.append(f"{total}{operation}{word}={result}")
         total = result
-    return "\n".join([*lines, f"\\boxed{{{bits(total)}}}"])
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
 
 
 def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
@@ -77,9 +72,11 @@ def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
     rng = random.Random(seed)
     problems: dict[Problem, None] = {}
     while len(problems) < sum(SPLITS.values()):
-        words = tuple(rng.randrange(1 << WORD_BITS) for _ in range(rng.randint(MIN_WORDS, MAX_WORDS)))
+        words = tuple(rng.choice(WORDS) for _ in range(rng.randint(MIN_WORDS, MAX_WORDS)))
         problems[Problem(words, tuple(rng.choice("&|^") for _ in words[1:]))] = None
-    remaining = iter(problems)
+    shuffled = list(problems)
+    rng.shuffle(shuffled)  # the short ones run out first
+    remaining = iter(shuffled)
     return {name: list(itertools.islice(remaining, size)) for name, size in SPLITS.items()}
 
 

@@ -43,7 +43,7 @@ DEFAULT_DIR = Path("runs/tiny")
 SUMS = Task(DEFAULT_DIR, write_data)
 TASKS = {
     "sums": SUMS,
-    "logic": Task(Path("runs/tiny_logic"), logic.write_data, ("reward=exact_match", "rollout.max_response_tokens=64")),
+    "logic": Task(Path("runs/tiny_logic"), logic.write_data, ("reward=exact_match",)),
 }
 SEED = 0
 FLAW_RATE = 0.8
