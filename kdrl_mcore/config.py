@@ -221,6 +221,7 @@ class DataConfig:
     subset: str | None = None  # for a hub id of several subsets (its "configuration")
     prompt_key: str = "prompt"  # column of the problem
     answer_key: str = "answer"  # column of the reference answer
+    context_key: str | None = None  # column of a text that stands before the problem where it is not empty
     response_key: str = "response"  # sft: the given response
     template: str = "chat"  # chat (the tokenizer's chat template) or plain (`plain_template`)
     plain_template: str = "{prompt}"  # plain: where the problem stands in the text
@@ -377,10 +378,10 @@ def load_config(overrides: Sequence[str]) -> Config:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        check_config(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
-    assert isinstance(config, Config)
-    check_config(config)
     return config
 
 

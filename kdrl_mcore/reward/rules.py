@@ -1,4 +1,4 @@
-"""Rewards that a rule decides at once (exact match, multiple choice, format), and mathematical equality, by worker processes."""
+"""Rewards that a rule decides at once: exact match, choice, format; and mathematical equality, by worker processes."""
 
 from __future__ import annotations
 
