@@ -134,8 +134,8 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
         summary |= _uncertainty(f"eval/{name}/avg@{samples}", [scores[f"avg@{samples}"]])
     overall = {f"avg@{samples}": "accuracy", "greedy": "greedy_accuracy"}
     for measure in set.intersection(*(set(scores) for scores in by_name.values())):
-        values = [scores[measure].mean() for scores in by_name.values()]
-        summary[f"eval/{overall.get(measure, measure)}"] = float(np.mean(values))
+        means = [scores[measure].mean() for scores in by_name.values()]
+        summary[f"eval/{overall.get(measure, measure)}"] = float(np.mean(means))
     return summary | _uncertainty("eval/accuracy", [scores[f"avg@{samples}"] for scores in by_name.values()])
 
 
