@@ -16,8 +16,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kdrl_mcore.errors import ConfigError
 
@@ -167,43 +168,93 @@ class RolloutConfig:
 
 
 @dataclass
-class RewardConfig:
-    """The rule-based verifier."""
+class RewardTermConfig:
+    """One more reward beside the verifier's: `weight` times the score of a registered kind."""
 
-    kind: str = "math_verify"  # math_verify (\\boxed{} answers) or exact_match
+    kind: str = "format"  # any kind of reward.kind, or format
+    weight: float = 1.0  # factor of its score, which lies between 0 and 1 (a reward model's own scale may differ)
+
+
+@dataclass
+class RemoteRewardConfig:
+    """`remote_model`: a reward model behind HTTP (docs/rewards.md has the protocol)."""
+
+    url: str | None = None  # where responses are posted as JSON
+    token_variable: str | None = None  # environment variable with the bearer token; None sends none
+    timeout: float = 60.0  # seconds for one request
+    attempts: int = 5  # tries of one request before the run stops with an error
+    batch_size: int = 64  # responses in one request
+
+
+@dataclass
+class LocalRewardConfig:
+    """`local_model`: a reward model that each data-parallel replica loads for itself."""
+
+    path: str | None = None  # an HF sequence-classification directory with one label and safetensors weights
+    dtype: str = "float32"  # float32 or bfloat16
+    batch_size: int = 8  # texts of one forward pass
+
+
+@dataclass
+class RewardConfig:
+    """The verifier, which decides what is correct, and further rewards that are added to its own."""
+
+    kind: str = "math_verify"  # the verifier: a registered kind (docs/rewards.md), or MODULE:NAME for one of your own
     correct: float = 1.0  # reward of a correct response
-    incorrect: float = 0.0  # reward of an incorrect one
+    incorrect: float = 0.0  # reward of an incorrect one; a score between 0 and 1 gives a reward between the two
+    threshold: float = 1.0  # a response is correct where the verifier's score reaches this; other rewards play no part
     format_bonus: float = 0.0  # added when the response ends properly and holds exactly one \\boxed{} answer
+    terms: list[RewardTermConfig] = field(default_factory=list)  # further rewards, such as [{kind: format, weight: 0.1}]
     timeout: float = 5.0  # seconds for one answer; a verifier that takes longer is killed and the answer is incorrect
     workers: int = 2  # verifier processes per data-parallel replica
+    remote: RemoteRewardConfig = field(default_factory=RemoteRewardConfig)
+    local: LocalRewardConfig = field(default_factory=LocalRewardConfig)
 
 
 @dataclass
 class DataConfig:
-    """Prompts: JSONL or parquet files, or a hub id, with a prompt and an answer per row."""
+    """Prompts: JSONL or parquet files, or a hub id, with a prompt and an answer per row. `prompt=NAME` sets the templates."""
 
     train: str | None = None  # prompts to train on: a JSONL or parquet file, or a hub id
     eval: str | None = None  # held-out prompts, likewise
     split: str = "train"  # for a hub id
+    subset: str | None = None  # for a hub id of several subsets (its "configuration")
     prompt_key: str = "prompt"  # column of the problem
     answer_key: str = "answer"  # column of the reference answer
+    context_key: str | None = None  # column of a text that stands before the problem where it is not empty
     response_key: str = "response"  # sft: the given response
     template: str = "chat"  # chat (the tokenizer's chat template) or plain (`plain_template`)
-    plain_template: str = "{prompt}"  # where the problem stands in the text
+    plain_template: str = "{prompt}"  # plain: where the problem stands in the text
+    message_template: str = "{prompt}"  # chat: where the problem stands in the user's message
     system_prompt: str | None = None  # chat template only
     shuffle: bool = True  # a new order in each epoch, a function of the seed
 
 
 @dataclass
 class EvalConfig:
-    """Evaluation on held-out prompts."""
+    """Evaluation on held-out prompts: those of `data.eval`, and named benchmarks."""
 
     every: int = 0  # steps between evaluations; 0 evaluates only at the end, -1 never
     at_start: bool = False  # also before the first step
+    benchmarks: list[str] = field(default_factory=list)  # names of conf/benchmark, such as [aime24, math_500]
     samples: int = 1  # k of avg@k
     greedy: bool = True  # also report greedy accuracy
     temperature: float = 1.0  # of the sampled responses
-    max_prompts: int = 0  # 0 takes all
+    max_prompts: int = 0  # of each benchmark; 0 takes all
+    block: int = 0  # prompts sampled in one go, the unit that an interrupted tools/evaluate.py goes on from; 0 takes all
+
+
+@dataclass
+class BenchmarkConfig:
+    """A set of problems to evaluate on: one file of conf/benchmark."""
+
+    source: str = MISSING  # a JSONL or parquet file, or a hub id
+    subset: str | None = None  # of a hub id of several subsets
+    split: str = "test"  # of a hub id
+    prompt_key: str = "problem"  # column of the problem
+    answer_key: str = "answer"  # column of the reference answer
+    context_key: str | None = None  # column of a text that stands before the problem where it is not empty
+    reward: str | None = None  # kind of the verifier; None takes the run's
 
 
 @dataclass
@@ -298,12 +349,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.sampler_correction.kind": ("none", "truncate", "mask"),
     "objective.reference_kl.estimator": ("k2", "k3"),
     "rollout.engine": ("megatron", "replay", "vllm"),
-    "reward.kind": ("math_verify", "exact_match"),
+    "reward.local.dtype": ("float32", "bfloat16"),
     "data.template": ("chat", "plain"),
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
 }
 """The allowed values of every key that is a choice."""
+
+REWARD_KINDS = ("math_verify", "exact_match", "multiple_choice", "python_code", "format", "remote_model", "local_model")
+"""The registered rewards; `MODULE:NAME` names any other."""
 
 
 def conf_dir() -> Path:
@@ -324,10 +378,10 @@ def load_config(overrides: Sequence[str]) -> Config:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        check_config(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
-    assert isinstance(config, Config)
-    check_config(config)
     return config
 
 
@@ -350,7 +404,8 @@ def check_config(config: Config) -> None:
         "parallel.tensor parallel.pipeline parallel.context parallel.expert teacher.parallel.tensor teacher.parallel.pipeline "
         "teacher.parallel.expert "
         "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
-        "rollout.temperature batch.micro_tokens batch.updates_per_step reward.workers reward.timeout eval.samples"
+        "rollout.temperature batch.micro_tokens batch.updates_per_step reward.workers reward.timeout eval.samples "
+        "reward.remote.timeout reward.remote.attempts reward.remote.batch_size reward.local.batch_size"
     )
     for key in positive.split():
         if flat[key] <= 0:
@@ -361,7 +416,38 @@ def check_config(config: Config) -> None:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
     if config.rollout.engine == "replay" and not config.rollout.path:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
+    _check_rewards(config.reward)
     _check_objective(config)
+
+
+def load_benchmark(name: str) -> BenchmarkConfig:
+    """The benchmark that `conf/benchmark/NAME.yaml` describes.
+
+    Raises:
+        ConfigError: there is none of that name (naming the nearest), or its file is wrong.
+    """
+    folder = conf_dir() / "benchmark"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"eval.benchmarks: no such benchmark '{name}'; there are: {', '.join(known)}{_nearest(name, known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), OmegaConf.load(folder / f"{name}.yaml"))
+        benchmark = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{folder / name}.yaml: {' '.join(str(error).split())}") from error
+    assert isinstance(benchmark, BenchmarkConfig)
+    return benchmark
+
+
+def _check_rewards(reward: RewardConfig) -> None:
+    kinds = {"reward.kind": reward.kind} | {f"reward.terms[{i}].kind": term.kind for i, term in enumerate(reward.terms)}
+    for key, kind in kinds.items():
+        if kind not in REWARD_KINDS and ":" not in kind:
+            raise ConfigError(f"{key}={kind} is not one of: {', '.join(REWARD_KINDS)}, or MODULE:NAME")
+    if "remote_model" in kinds.values() and not reward.remote.url:
+        raise ConfigError("the reward remote_model needs reward.remote.url, where responses are posted")
+    if "local_model" in kinds.values() and not reward.local.path:
+        raise ConfigError("the reward local_model needs reward.local.path, an HF sequence-classification directory")
 
 
 def _check_objective(config: Config) -> None:

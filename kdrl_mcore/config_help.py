@@ -55,6 +55,9 @@ def _keys(node: object, prefix: str) -> Iterator[Key]:
         else:
             default = yaml.safe_dump(value).splitlines()[0]
             yield Key(name, default, comments.get(field.name, ""), CHOICES.get(name, ()))
+            for element in typing.get_args(typing.get_type_hints(type(node))[field.name]):
+                if dataclasses.is_dataclass(element):  # a list of them
+                    yield from _keys(typing.cast(typing.Any, element)(), f"{name}[].")
 
 
 def _line(key: Key) -> str:

@@ -16,20 +16,20 @@ from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
 from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
-from kdrl_mcore.parallel.collect import gather_from_replicas
-from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
 from kdrl_mcore.student import Measures, Student, UpdateResult
 from kdrl_mcore.teacher import Teacher
 from kdrl_mcore.teacher_head import OVER_THE_VOCABULARY, TeacherHead
-from kdrl_mcore.types import Prompt, Rollout, TokenFloats
+from kdrl_mcore.types import Rollout, TokenFloats
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Job:
     replay: ReplayEngine | None
     verifier: Verifier | None
     prompts: PromptStream | None
-    eval_prompts: list[Prompt]
+    evaluation: Evaluation | None
     alpha: Coefficient
     beta: Coefficient
 
@@ -82,7 +82,14 @@ class Job:
         """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have
         theirs."""
         if self.replay is None:
-            verify_together(self.student, self.verifier, rollouts)
+            verify_together(self.student.groups, self.verifier, rollouts)
+
+    def close(self) -> None:
+        """End every process that the job has started. Not collective."""
+        if self.verifier is not None:
+            self.verifier.close()
+        if self.evaluation is not None:
+            self.evaluation.close()
 
     def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
         """What the teacher says of the responses to distil; it sees no others."""
@@ -182,18 +189,6 @@ def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tup
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
 
 
-def verify_together(student: Student, verifier: Verifier | None, rollouts: Sequence[Rollout]) -> None:
-    """Score rollouts in place; the replicas' leaders share the work. Collective over the world."""
-    verdicts: list[tuple[int, float, bool]] = []
-    if verifier is not None:
-        replicas = student.groups.replicas
-        mine = list(enumerate(rollouts))[replicas.rank() :: replicas.size()]
-        verifier.score([rollout for _, rollout in mine])
-        verdicts = [(index, rollout.reward, rollout.correct) for index, rollout in mine]
-    for index, reward, correct in gather_from_replicas(student.groups, verdicts):
-        rollouts[index].reward, rollouts[index].correct = reward, correct
-
-
 def build_job(config: Config) -> Job:
     """Build every part of the run. Collective over the world.
 
@@ -208,19 +203,17 @@ def build_job(config: Config) -> Job:
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
     sft = config.objective.kind == "sft"
     replays = config.rollout.engine == "replay"
-    train = eval_prompts = None
+    train = None
     if not replays or sft:
         if not config.data.train:
             raise ConfigError("data.train is not set: name a JSONL or parquet file, or a hub id")
         assert tokenizer is not None
         train = load_prompts(config.data.train, config.data, tokenizer, config.rollout.max_prompt_tokens, with_targets=sft)
-    if config.data.eval and config.eval.every >= 0:
-        if tokenizer is None:
-            raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval needs")
-        eval_prompts = load_prompts(config.data.eval, config.data, tokenizer, config.rollout.max_prompt_tokens)
-        if config.eval.max_prompts:
-            eval_prompts = eval_prompts[: config.eval.max_prompts]
+    evaluates = config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
+    if evaluates and tokenizer is None:
+        raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval and eval.benchmarks need")
     student = Student(config, world, vocabulary)
+    evaluation = Evaluation(config, tokenizer, student.groups) if evaluates and tokenizer is not None else None
     teacher = reference = None
     if not sft and can_be_positive(config.objective.beta):
         assert config.teacher.path is not None
@@ -237,7 +230,7 @@ def build_job(config: Config) -> Job:
     if tokenizer is not None:
         engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
     samples = train is not None and not sft
-    verifier = Verifier(config.reward) if student.groups.is_replica_leader and (samples or eval_prompts) else None
+    verifier = Verifier(config.reward) if student.groups.is_replica_leader and samples else None
     return Job(
         config=config,
         student=student,
@@ -249,7 +242,7 @@ def build_job(config: Config) -> Job:
         prompts=PromptStream(train, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
         if train
         else None,
-        eval_prompts=eval_prompts or [],
+        evaluation=evaluation,
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
     )

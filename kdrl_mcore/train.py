@@ -17,7 +17,7 @@ from kdrl_mcore.parallel.platform import destroy_groups, initialize_distributed,
 
 USAGE = """usage: torchrun --nproc-per-node N -m kdrl_mcore.train [group=choice] [key=value] ...
 
-Groups: experiment, objective, rollout, reward (see conf/). Every key with its default:
+Groups: experiment, objective, prompt, rollout, reward (see conf/). Every key with its default:
 
 """
 _runs = itertools.count()  # runs of this process: the same number on every rank
@@ -56,8 +56,7 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
         try:
             Trainer(job, stop).run()
         finally:
-            if job.verifier is not None:
-                job.verifier.close()
+            job.close()
     except KdrlError as error:
         if _is_first(run):
             print(f"error: {error}", file=sys.stderr, flush=True)

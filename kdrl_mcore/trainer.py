@@ -15,10 +15,11 @@ from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
 from kdrl_mcore.errors import CheckpointError, NumericalError, StorageError
-from kdrl_mcore.evaluation.evaluate import evaluate
+from kdrl_mcore.evaluation.evaluate import summarize
+from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.iteration import run_iteration
-from kdrl_mcore.job import Job, verify_together
+from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
@@ -76,7 +77,7 @@ class Trainer:
         config = self.config
         saved = step
         if step == 0 and config.eval.at_start and not any_rank(self._stop.received is not None):
-            self._record(0, self._evaluate())
+            self._record(0, self._evaluate(0))
         while step < config.trainer.steps:
             if any_rank(self._stop.received is not None):
                 if saved < step and config.checkpoint.every >= 0:
@@ -134,23 +135,19 @@ class Trainer:
                 with self._writing():
                     write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
         if _is_due(step, config.eval.every, config.trainer.steps):
-            metrics.update(self._evaluate())
+            metrics.update(self._evaluate(step))
         self._record(step, metrics)
         self._count_bad_updates(step, int(metrics["skipped_updates"]))
 
-    def _evaluate(self) -> dict[str, float]:
-        if not self.job.eval_prompts:
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.job.evaluation is None:
             return {}
         assert self.job.engine is not None
         self._show_phase("evaluation")
-        return evaluate(
-            self.job.engine,
-            self.job.eval_prompts,
-            lambda rollouts: verify_together(self.job.student, self.job.verifier, rollouts),
-            self.config.eval,
-            self.config.rollout,
-            self.config.trainer.seed,
-        )
+        keeps = self._is_main and self.config.logging.rollouts
+        generations = Generations(self.run_dir / "evaluation" / f"step_{step:06d}") if keeps else None
+        with self._writing():
+            return summarize(self.job.evaluation.run(self.job.engine, generations))
 
     def _show_phase(self, name: str) -> None:
         if self._progress is not None:

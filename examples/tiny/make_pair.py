@@ -1,6 +1,6 @@
 """Make the tiny student and teacher: data, random checkpoints, then supervised training with this project's own trainer.
 
-    python examples/tiny/make_pair.py
+    python examples/tiny/make_pair.py [--task logic]
 
 The teacher is trained to the end on flawed answers, so it is good but wrong in a systematic way. The student is trained at a
 constant learning rate on correct answers, with an evaluation and a checkpoint every few steps; the checkpoint whose
@@ -15,18 +15,36 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from examples.tiny import logic
 from examples.tiny.jobs import ROOT, Job, follow, start_training
 from examples.tiny.task import TEACHER_SET, make_tokenizer, write_data
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.monitoring.metrics import read_metrics
 
+
+@dataclass(frozen=True)
+class Task:
+    """What a pair learns: where it is kept, how its data are written, and the overrides of its own (`conf/`)."""
+
+    directory: Path
+    write_data: Callable[[Path, float, int], None]
+    overrides: tuple[str, ...] = ()
+
+
 DEFAULT_DIR = Path("runs/tiny")
+SUMS = Task(DEFAULT_DIR, write_data)
+TASKS = {
+    "sums": SUMS,
+    "logic": Task(Path("runs/tiny_logic"), logic.write_data, ("reward=exact_match",)),
+}
 SEED = 0
 FLAW_RATE = 0.8
 """How often the teacher's data get the flawed addition wrong; the teacher's accuracy then ends between 80 % and 90 %."""
@@ -43,16 +61,18 @@ SIZES: dict[str, dict[str, int]] = {
 def main() -> int:
     """Make the pair where it does not exist; exit code 1 with one line when a step fails."""
     parser = argparse.ArgumentParser(description="Make the tiny student and teacher of the CPU example.")
-    parser.add_argument("--output", type=Path, default=DEFAULT_DIR, help="folder of data and models (default: %(default)s)")
+    parser.add_argument("--task", choices=TASKS, default="sums", help="what the pair learns (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder of data and models (default: runs/tiny, runs/tiny_logic)")
+    arguments = parser.parse_args()
     try:
-        make_pair(parser.parse_args().output)
+        make_pair(arguments.output or TASKS[arguments.task].directory, TASKS[arguments.task])
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def make_pair(directory: Path) -> None:
+def make_pair(directory: Path, task: Task = SUMS) -> None:
     """Write `directory/{data,init_student,init_teacher,student,teacher}` (relative to the project root), keeping what exists.
 
     Raises:
@@ -62,7 +82,7 @@ def make_pair(directory: Path) -> None:
     if not (absolute / "data").is_dir():
         print(f"writing data to {directory / 'data'}", flush=True)
         unfinished = absolute / "data.unfinished"
-        write_data(unfinished, FLAW_RATE, SEED)
+        task.write_data(unfinished, FLAW_RATE, SEED)
         unfinished.rename(absolute / "data")
     missing = [name for name in SIZES if not (absolute / name).is_dir()]
     for name in missing:
@@ -70,7 +90,7 @@ def make_pair(directory: Path) -> None:
     if not missing:
         return
     print(f"training {' and '.join(missing)} (about two minutes on two cores)", flush=True)
-    follow([_start(name, directory) for name in missing])
+    follow([_start(name, directory, task) for name in missing])
     for name in missing:
         _finish(name, directory)
     print(f"made {' and '.join(missing)} in {time.monotonic() - started:.0f} s", flush=True)
@@ -99,7 +119,7 @@ def write_random_model(directory: Path, name: str) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _start(name: str, directory: Path) -> Job:
+def _start(name: str, directory: Path, task: Task) -> Job:
     own = {
         "student": [
             f"data.train={directory}/data/sft.jsonl",
@@ -125,6 +145,7 @@ def _start(name: str, directory: Path) -> Job:
             f"student.path={directory}/init_{name}",
             f"data.eval={directory}/data/validation.jsonl",
             f"trainer.seed={SEED}",
+            *task.overrides,
             *own[name],
         ],
     )

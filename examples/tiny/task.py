@@ -83,16 +83,17 @@ def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
 
 def write_data(directory: Path, flaw_rate: float, seed: int = 0) -> None:
     """Write each set as `NAME.jsonl`: `prompt` and `answer`, and for the supervised sets the worked `response`."""
-    directory.mkdir(parents=True, exist_ok=True)
     splits, rng = make_splits(seed), random.Random(seed)
     for name in ("train", "validation", "eval"):
-        _write(directory / f"{name}.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits[name]))
+        write_rows(directory / f"{name}.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits[name]))
     for name, rate in (("sft", 0.0), (TEACHER_SET, flaw_rate)):
         rows = ({"prompt": p.prompt, "answer": p.answer, "response": worked_answer(p, rate, rng)} for p in splits["sft"])
-        _write(directory / f"{name}.jsonl", rows)
+        write_rows(directory / f"{name}.jsonl", rows)
 
 
-def _write(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    """Write a data set as JSONL, one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ def load_prompts(
 
     Args:
         source: a `.jsonl`, `.json` or `.parquet` file, or the id of a data set on the Hugging Face hub, of which
-            `data.split` is read.
+            `data.split` (of `data.subset`) is read.
         data: the columns' names and the template.
         tokenizer: turns the templated prompt into ids. With the plain template it adds its special tokens; a chat
             template holds them already.
@@ -39,14 +39,17 @@ def load_prompts(
     Raises:
         DataError: no such file or data set, a missing column, no rows, a row that is not text or has too long a prompt, or no
             chat template; naming the row and what to change.
-        ConfigError: `data.plain_template` has no place for the prompt, or there is a system prompt with the plain template.
+        ConfigError: the template has no place for the prompt, or there is a system prompt with the plain template.
     """
-    table = _read(source, data.split)
+    table = _read(source, data.split, data.subset)
     if len(table) == 0:
         raise DataError(f"{source} holds no rows")
     prompts = _texts(table, source, data.prompt_key, "data.prompt_key")
+    if data.context_key is not None:
+        contexts = _column(table, source, data.context_key, "data.context_key")
+        prompts = [f"{context}\n{prompt}" if context else prompt for context, prompt in zip(contexts, prompts, strict=True)]
     has_answers = not with_targets or data.answer_key in table.column_names
-    answers = _texts(table, source, data.answer_key, "data.answer_key", integers=True) if has_answers else [""] * len(table)
+    answers = _texts(table, source, data.answer_key, "data.answer_key", answers=True) if has_answers else [""] * len(table)
     texts = _apply_template(prompts, source, data, tokenizer)
     ids = tokenizer.encode(texts, special_tokens=data.template == "plain")
     for row, token_ids in enumerate(ids, start=1):
@@ -64,7 +67,7 @@ def load_prompts(
     return [Prompt(f"{name}-{row}", text, token_ids, answer, target) for row, (text, token_ids, answer, target) in rows]
 
 
-def _read(source: str, split: str) -> datasets.Dataset:
+def _read(source: str, split: str, subset: str | None) -> datasets.Dataset:
     """The rows of a file (which leaves nothing in the data sets' cache), or of a hub data set's split."""
     path = Path(source)
     kinds = ", ".join(_BUILDERS)
@@ -79,7 +82,7 @@ def _read(source: str, split: str) -> datasets.Dataset:
     if path.suffix in _BUILDERS or not _HUB_ID.fullmatch(source):
         raise DataError(f"{source} does not exist: name a {kinds} file, or the id of a data set on the hub")
     with _quietly(f"{source} (no such file, so taken for a hub id, split {split})"):
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, subset, split=split)
 
 
 @contextmanager
@@ -101,14 +104,20 @@ def _quietly(what: str) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _texts(table: datasets.Dataset, source: str, column: str, key: str, integers: bool = False) -> list[str]:
-    """A column as non-empty texts; `integers` are written out."""
+def _column(table: datasets.Dataset, source: str, column: str, key: str) -> list[Any]:
     if column not in table.column_names:
         raise DataError(f"{source} has no column '{column}' (it has: {', '.join(table.column_names)}): set {key}")
-    values = list(table[column])
+    return list(table[column])
+
+
+def _texts(table: datasets.Dataset, source: str, column: str, key: str, answers: bool = False) -> list[str]:
+    """A column as non-empty texts. Of `answers`, whole numbers are written out, and lists of texts are joined by commas."""
+    values = _column(table, source, column, key)
     for index, value in enumerate(values):
-        if integers and isinstance(value, int) and not isinstance(value, bool):
-            values[index] = str(value)
+        if answers and (type(value) is int or (type(value) is float and value.is_integer())):
+            values[index] = str(int(value))
+        elif answers and isinstance(value, list) and value and all(isinstance(each, str) and each.strip() for each in value):
+            values[index] = ", ".join(value)
         elif not isinstance(value, str) or not value.strip():
             what = "empty" if value is None or isinstance(value, str) else f"{value!r}, not text"
             raise DataError(f"{source} row {index + 1}: '{column}' is {what}: write it as a string, or set {key}")
@@ -119,10 +128,15 @@ def _apply_template(prompts: list[str], source: str, data: DataConfig, tokenizer
     if data.template == "plain":
         if data.system_prompt is not None:
             raise ConfigError("data.system_prompt needs data.template=chat; with plain, write it into data.plain_template")
-        if "{prompt}" not in data.plain_template:
-            raise ConfigError(f"data.plain_template={data.plain_template!r} lacks {{prompt}}, the place of the prompt")
-        return [data.plain_template.replace("{prompt}", prompt) for prompt in prompts]
+        return _fill("plain_template", data.plain_template, prompts)
     if not tokenizer.has_chat_template:
         raise DataError(f"{tokenizer.path} has no chat template, which {source} needs: set data.template=plain")
     system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
-    return [tokenizer.chat_text([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    messages = _fill("message_template", data.message_template, prompts)
+    return [tokenizer.chat_text([*system, {"role": "user", "content": message}]) for message in messages]
+
+
+def _fill(key: str, template: str, prompts: list[str]) -> list[str]:
+    if "{prompt}" not in template:
+        raise ConfigError(f"data.{key}={template!r} lacks {{prompt}}, the place of the prompt")
+    return [template.replace("{prompt}", prompt) for prompt in prompts]

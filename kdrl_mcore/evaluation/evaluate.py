@@ -1,44 +1,161 @@
-"""Held-out evaluation with a rollout engine: avg@k of sampled responses, and greedy accuracy."""
+"""Evaluation with a rollout engine, the same in the training loop and in `tools/evaluate.py`: sample, verify, keep, count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kdrl_mcore.config import EvalConfig, RolloutConfig
+from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig
+from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.evaluation import metrics
+from kdrl_mcore.evaluation.benchmarks import Benchmark, load_benchmarks
+from kdrl_mcore.evaluation.generations import Generations
+from kdrl_mcore.parallel.collect import from_first_rank
+from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.types import Rollout
+
+SAMPLED, GREEDY = "sampled", "greedy"
+Advance = Callable[[str, int], None]
+"""Told after each block: the benchmark's name, and how many responses are done."""
 
 
-def evaluate(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    verify: Callable[[Sequence[Rollout]], None],
-    settings: EvalConfig,
-    rollout: RolloutConfig,
-    seed: int,
-) -> dict[str, float]:
-    """Accuracy on every prompt; the same draws at every call, so that two evaluations differ by the weights alone.
+@dataclass(frozen=True)
+class Result:
+    """The verified responses to a benchmark's prompts, in the order of the prompts; `greedy` is empty where not asked for."""
 
-    Collective over the world. Returns `eval/accuracy` (mean over prompts and `settings.samples` responses each),
-    `eval/accuracy_stderr` (its standard error over prompts), `eval/greedy_accuracy` where asked for, `eval/response_length`
-    in tokens, and `eval/truncated`, the share that hit the limit.
-    """
-    metrics: dict[str, float] = {}
-    modes = [("accuracy", settings.temperature, settings.samples)] + ([("greedy_accuracy", 0.0, 1)] if settings.greedy else [])
-    for name, temperature, copies in modes:
-        sampling = Sampling(
-            temperature, rollout.top_p if temperature > 0 else 1.0, rollout.max_response_tokens, copies, (seed, 1)
-        )
-        rollouts = engine.generate(prompts, sampling)
-        verify(rollouts)
-        correct = np.array([r.correct for r in rollouts], dtype=float).reshape(len(prompts), copies)
-        metrics[f"eval/{name}"] = float(correct.mean())
-        if name == "accuracy":
-            metrics["eval/accuracy_stderr"] = (
-                float(correct.mean(axis=1).std(ddof=1) / len(prompts) ** 0.5) if len(prompts) > 1 else 0.0
+    name: str
+    num_prompts: int
+    sampled: list[Rollout]
+    greedy: list[Rollout]
+
+
+class Evaluation:
+    """Benchmarks with their verifiers, which live on the replicas' leaders."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, groups: ModelGroups) -> None:
+        """Load the benchmarks.
+
+        Raises:
+            ConfigError, DataError: a benchmark or its reward cannot be used.
+        """
+        self.benchmarks = load_benchmarks(config, tokenizer)
+        self._groups = groups
+        self._eval, self._rollout, self._seed = config.eval, config.rollout, config.trainer.seed
+        self._verifiers: dict[str, Verifier] = {}
+        if groups.is_replica_leader:
+            kinds = {self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
+            self._verifiers = {kind: Verifier(replace(config.reward, kind=kind)) for kind in sorted(kinds)}
+        self._kinds = {benchmark.name: self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
+
+    @staticmethod
+    def _kind(benchmark: Benchmark, reward: RewardConfig) -> str:
+        return benchmark.reward or reward.kind
+
+    def close(self) -> None:
+        """End the verifiers' processes."""
+        for verifier in self._verifiers.values():
+            verifier.close()
+
+    @property
+    def num_responses(self) -> int:
+        """How many responses one evaluation takes."""
+        return sum(len(benchmark.prompts) for benchmark in self.benchmarks) * (self._eval.samples + self._eval.greedy)
+
+    def run(
+        self, engine: RolloutEngine, generations: Generations | None = None, advance: Advance = lambda name, count: None
+    ) -> list[Result]:
+        """Answer every prompt of every benchmark; the same draws at every call, so that two evaluations differ by the weights
+        alone. Collective over the world.
+
+        Args:
+            generations: where responses are kept and finished blocks are found, on rank 0; None on the other ranks, and where
+                nothing is kept.
+        """
+        return [
+            Result(
+                benchmark.name,
+                len(benchmark.prompts),
+                self._answer(engine, benchmark, SAMPLED, generations, advance),
+                self._answer(engine, benchmark, GREEDY, generations, advance) if self._eval.greedy else [],
             )
-            metrics["eval/response_length"] = float(np.mean([len(r.response_token_ids) for r in rollouts]))
-            metrics["eval/truncated"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
-    return metrics
+            for benchmark in self.benchmarks
+        ]
+
+    def _answer(
+        self, engine: RolloutEngine, benchmark: Benchmark, mode: str, generations: Generations | None, advance: Advance
+    ) -> list[Rollout]:
+        rollouts: list[Rollout] = []
+        size = self._eval.block or len(benchmark.prompts)
+        for block, begin in enumerate(range(0, len(benchmark.prompts), size)):
+            prompts = benchmark.prompts[begin : begin + size]
+            sampling = sampling_of(mode, block, self._eval, self._rollout, self._seed)
+            place = (benchmark.name, mode, block)
+            done = from_first_rank(generations.read(*place, prompts, sampling.copies) if generations is not None else None)
+            if done is None:
+                done = engine.generate(prompts, sampling)
+                for rollout in done:
+                    rollout.group_id += begin
+                verifier = self._verifiers.get(self._kinds[benchmark.name])
+                verify_together(self._groups, verifier, done, classify=mode == SAMPLED)
+                if generations is not None:
+                    generations.write(*place, done)
+            rollouts += done
+            advance(benchmark.name, len(done))
+        return rollouts
+
+
+def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
+    """How the responses of a block are drawn."""
+    if mode == GREEDY:
+        return Sampling(0.0, 1.0, rollout.max_response_tokens, 1, (seed, 1, block))
+    return Sampling(settings.temperature, rollout.top_p, rollout.max_response_tokens, settings.samples, (seed, 1, block))
+
+
+def summarize(results: Sequence[Result]) -> dict[str, float]:
+    """The metrics of an evaluation: `eval/BENCHMARK/...` for each benchmark, and over all of them `eval/...`.
+
+    Of a benchmark with K samples: `avg@K` with `_stderr` and the ends of its interval, `_low` and `_high`; `pass@k`; `maj@K`
+    where the verifier compares answers; `greedy` where it was asked for; `response_length` in tokens and `truncated`, the share
+    that hit the limit. Over all, the means over benchmarks; avg@K is there called `eval/accuracy`, and greedy
+    `eval/greedy_accuracy`. `evaluation.metrics` defines each.
+    """
+    if not results:
+        return {}
+    by_name = {result.name: _scores(result) for result in results}
+    samples = len(results[0].sampled) // results[0].num_prompts
+    summary: dict[str, float] = {}
+    for name, scores in by_name.items():
+        for measure, values in scores.items():
+            summary[f"eval/{name}/{measure}"] = float(values.mean())
+        summary |= _uncertainty(f"eval/{name}/avg@{samples}", [scores[f"avg@{samples}"]])
+    overall = {f"avg@{samples}": "accuracy", "greedy": "greedy_accuracy"}
+    for measure in set.intersection(*(set(scores) for scores in by_name.values())):
+        means = [scores[measure].mean() for scores in by_name.values()]
+        summary[f"eval/{overall.get(measure, measure)}"] = float(np.mean(means))
+    return summary | _uncertainty("eval/accuracy", [scores[f"avg@{samples}"] for scores in by_name.values()])
+
+
+def _scores(result: Result) -> dict[str, metrics.Scores]:
+    """Each measure of a benchmark, per prompt [P]."""
+    shape = (result.num_prompts, -1)
+    correct_PK = np.array([rollout.correct for rollout in result.sampled], dtype=float).reshape(shape)
+    samples = correct_PK.shape[1]
+    scores = {f"avg@{samples}": metrics.average(correct_PK)}
+    scores |= {f"pass@{k}": metrics.pass_at(k, correct_PK) for k in metrics.ks_of_pass(samples)}
+    if samples > 1 and all("answer_class" in rollout.extra for rollout in result.sampled):
+        class_PK = np.array([int(rollout.extra["answer_class"]) for rollout in result.sampled]).reshape(shape)
+        scores[f"maj@{samples}"] = metrics.majority(class_PK)
+    if result.greedy:
+        scores["greedy"] = np.array([rollout.correct for rollout in result.greedy], dtype=float)
+    lengths_PK = np.array([len(rollout.response_token_ids) for rollout in result.sampled], dtype=float).reshape(shape)
+    truncated_PK = np.array([rollout.finish_reason == "length" for rollout in result.sampled], dtype=float).reshape(shape)
+    return scores | {"response_length": lengths_PK.mean(axis=1), "truncated": truncated_PK.mean(axis=1)}
+
+
+def _uncertainty(name: str, benchmarks: Sequence[metrics.Scores]) -> dict[str, float]:
+    low, high = metrics.interval(benchmarks)
+    return {f"{name}_stderr": metrics.standard_error(benchmarks), f"{name}_low": low, f"{name}_high": high}

@@ -44,16 +44,21 @@ METRICS: dict[str, str] = {
     "teacher_tokens_saved": "response tokens the mask kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses sampled in this step",
-    "eval/accuracy": "held-out accuracy of sampled responses (avg@k)",
-    "eval/greedy_accuracy": "held-out accuracy of greedy responses",
+    "eval/accuracy": "held-out accuracy of sampled responses (avg@k), mean over benchmarks",
+    "eval/accuracy_stderr": "its standard error, clustered by prompt",
+    "eval/accuracy_low": "lower end of its 95 % interval (bootstrap over prompts)",
+    "eval/accuracy_high": "upper end",
+    "eval/greedy_accuracy": "held-out accuracy of greedy responses, mean over benchmarks",
     "eval/response_length": "mean held-out response length, tokens",
+    "eval/truncated": "share of held-out responses that hit the length limit",
     "time/rollout": "seconds spent sampling",
     "time/reward": "seconds spent verifying",
     "time/teacher": "seconds spent on the teacher",
     "time/train": "seconds spent on the student's updates",
     "time/step": "seconds of the whole step",
 }
-"""The names the trainer writes, and what each one is. Counts and seconds are those of the one step."""
+"""The names the trainer writes, and what each one is. Counts and seconds are those of the one step. Besides, `eval/pass@k`,
+`eval/maj@k` and each benchmark's own `eval/NAME/...` (`evaluation.evaluate.summarize`)."""
 
 
 class MetricsLog:

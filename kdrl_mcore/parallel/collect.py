@@ -61,3 +61,10 @@ def any_rank(flag: bool) -> bool:
     tensor = torch.tensor(float(flag), device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())
+
+
+def from_first_rank(value: T) -> T:
+    """What rank 0 has, on every rank. Collective: one broadcast over the world."""
+    shared: list[Any] = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

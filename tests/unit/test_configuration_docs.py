@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdrl_mcore.config import conf_dir
+from kdrl_mcore.config import REWARD_KINDS, conf_dir
 from kdrl_mcore.config_help import documented_keys, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -20,6 +20,18 @@ def test_the_page_lists_every_key_and_default() -> None:
 
 def test_the_page_names_every_choice_of_every_group() -> None:
     text = DOCS.read_text()
-    for group in ("experiment", "rollout", "reward"):
+    for group in ("experiment", "rollout", "reward", "prompt"):
         for path in (conf_dir() / group).glob("*.yaml"):
             assert f"`{path.stem}`" in text, f"{group}={path.stem}"
+
+
+def test_the_page_on_evaluation_names_every_benchmark() -> None:
+    text = (DOCS.parent / "evaluation.md").read_text()
+    for path in (conf_dir() / "benchmark").glob("*.yaml"):
+        assert f"`{path.stem}`" in text, path.stem
+
+
+def test_the_page_on_rewards_names_every_kind() -> None:
+    text = (DOCS.parent / "rewards.md").read_text()
+    for kind in REWARD_KINDS:
+        assert f"| `{kind}` |" in text, kind

@@ -92,7 +92,7 @@ def test_targets_end_with_the_end_of_sequence(tmp_path: Path, tokenizer: Tokeniz
         ([{"prompt": "", "answer": "1"}], "row 1: 'prompt' is empty"),
         ([{"prompt": "x", "answer": 0.5}], "row 1: 'answer' is 0.5, not text"),
         ([{"prompt": "x", "answer": True}], "row 1: 'answer' is True, not text"),
-        ([{"prompt": "x", "answer": ["1"]}], r"row 1: 'answer' is \['1'\], not text"),
+        ([{"prompt": "x", "answer": [1]}], r"row 1: 'answer' is \[1\], not text"),
         ([{"prompt": 7, "answer": "1"}], "row 1: 'prompt' is 7, not text"),
         (
             [{"prompt": "x", "answer": "1"}, {"prompt": "y" * 65, "answer": "1"}],
@@ -109,6 +109,26 @@ def test_a_bad_row_or_column_is_named(tmp_path: Path, tokenizer: Tokenizer, rows
 def test_text_and_integer_answers_may_be_mixed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "x", "answer": "1/2"}, {"prompt": "y", "answer": 2}])
     assert [prompt.answer for prompt in load_prompts(path, PLAIN, tokenizer, 64)] == ["1/2", "2"]
+
+
+def test_whole_numbers_and_lists_of_answers_are_written_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for answer, text in ((27.0, "27"), (["$1$", "2"], "$1$, 2")):
+        path = write(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer}])
+        assert [prompt.answer for prompt in load_prompts(path, PLAIN, tokenizer, 64)] == [text]
+
+
+def test_a_context_stands_before_its_problem(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "x?", "answer": "1", "context": "let x=1"}, {"prompt": "y?", "answer": "2", "context": None}]
+    prompts = load_prompts(
+        write(tmp_path / "a.jsonl", rows), DataConfig(template="plain", context_key="context"), tokenizer, 64
+    )
+    assert [prompt.text for prompt in prompts] == ["let x=1\nx?", "y?"]
+
+
+def test_the_users_message_has_a_template_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS[:1])
+    (prompt,) = load_prompts(path, DataConfig(message_template="{prompt}\nBox it."), tokenizer, 64)
+    assert prompt.text == "<user>1+1=\nBox it.\n<assistant>"
 
 
 def test_a_missing_response_column_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -148,17 +168,17 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 
 def test_a_hub_data_set_is_read_with_its_split(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str | None, str]] = []
 
-    def hub(name: str, *, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def hub(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, subset, split))
         if split == "dev":
             raise ValueError('Unknown split "dev".\nShould be one of ["test"].')
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    prompts = load_prompts("owner/sums", DataConfig(template="plain", split="test"), tokenizer, 64)
-    assert ([prompt.prompt_id for prompt in prompts], asked) == (["sums-1", "sums-2"], [("owner/sums", "test")])
+    prompts = load_prompts("owner/sums", DataConfig(template="plain", split="test", subset="en"), tokenizer, 64)
+    assert ([prompt.prompt_id for prompt in prompts], asked) == (["sums-1", "sums-2"], [("owner/sums", "en", "test")])
     with pytest.raises(DataError, match=r'owner/sums .*split dev.* cannot be read: Unknown split "dev"\. Should be'):
         load_prompts("owner/sums", DataConfig(template="plain", split="dev"), tokenizer, 64)
 

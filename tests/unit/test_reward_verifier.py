@@ -16,7 +16,7 @@ import pytest
 
 from kdrl_mcore.config import RewardConfig
 from kdrl_mcore.errors import RewardError
-from kdrl_mcore.reward import verifier as verifier_module
+from kdrl_mcore.reward import rules
 from kdrl_mcore.reward.pool import WorkerPool
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.types import FinishReason, Rollout
@@ -221,7 +221,7 @@ def test_hostile_answers_have_no_effect(verifier: Verifier, tmp_path: Path) -> N
 def test_the_verdicts_of_other_answers_survive_what_one_does_to_its_process(
     hostile: str, own_workers: OwnWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifier_module, "MATH_VERIFY", hostile)
+    monkeypatch.setattr(rules, "MATH_VERIFY", hostile)
     bad = ["loop", "hold the interpreter lock", "crash", "raise", "exit", "eat memory"]
     some = [boxed(answer, "a") for answer in ["b", *bad, "c"]] + [boxed("modules", f"a{i}") for i in range(20)]
     begin = time.monotonic()
@@ -273,7 +273,7 @@ def test_a_verifier_that_does_not_work_is_an_error_not_a_zero_reward(
 ) -> None:
     (tmp_path / "broken_function.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(verifier_module, "MATH_VERIFY", "broken_function:compare")
+    monkeypatch.setattr(rules, "MATH_VERIFY", "broken_function:compare")
     with Verifier(RewardConfig()) as verifier, pytest.raises(RewardError, match=cause):
         verifier.score([boxed("1/2", "0.5")])
     assert own_workers() == []

@@ -1,0 +1,69 @@
+"""The responses of an evaluation on disk: rollout files, one for each finished block of prompts, from which it can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
+from kdrl_mcore.types import Prompt, Rollout
+
+SETTINGS_FILE = "settings.json"
+
+
+class Generations:
+    """`FOLDER/BENCHMARK/MODE_000001.jsonl`, the verified responses of a block of prompts, beside the settings they depend on.
+
+    For one rank; a file is there whole or not at all.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+        """Args:
+            settings: what the responses depend on, as JSON. With it, blocks found in the folder are used; without it, they
+                are written anew.
+
+        Raises:
+            DataError: the folder holds responses made with other settings.
+        """
+        self._folder = folder
+        self._resumes = settings is not None
+        if settings is None:
+            return
+        file = folder / SETTINGS_FILE
+        wanted = json.dumps(settings, indent=2, sort_keys=True)
+        if file.is_file() and file.read_text(encoding="utf-8") != wanted:
+            raise DataError(f"{folder} holds an evaluation with other settings ({file}): name another folder, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".tmp")
+        aside.write_text(wanted, encoding="utf-8")
+        aside.replace(file)
+
+    def read(self, benchmark: str, mode: str, block: int, prompts: Sequence[Prompt], copies: int) -> list[Rollout] | None:
+        """The responses of a finished block; None where it is not finished.
+
+        Raises:
+            DataError: the file is damaged, or answers other prompts.
+        """
+        file = self._file(benchmark, mode, block)
+        if not self._resumes or not file.is_file():
+            return None
+        rollouts = read_rollouts(file)
+        asked = [prompt for prompt in prompts for _ in range(copies)]
+        if len(asked) != len(rollouts) or not all(
+            np.array_equal(rollout.prompt_token_ids, prompt.token_ids) and rollout.answer == prompt.answer
+            for rollout, prompt in zip(rollouts, asked, strict=True)
+        ):
+            raise DataError(f"{file} answers other prompts than {benchmark} has now: name another folder, or remove it")
+        return rollouts
+
+    def write(self, benchmark: str, mode: str, block: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep the responses of a block."""
+        write_rollouts(self._file(benchmark, mode, block), rollouts)
+
+    def _file(self, benchmark: str, mode: str, block: int) -> Path:
+        return self._folder / benchmark / f"{mode}_{block + 1:06d}.jsonl"

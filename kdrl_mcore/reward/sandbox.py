@@ -1,0 +1,125 @@
+"""One untrusted program in a process of its own, started in an empty folder:
+
+    python -I -S sandbox.py MEMORY_BYTES CPU_SECONDS FILE_BYTES
+
+The parent (`python_code.py`) sends `{"program": ..., "calls": [...]}` or `{"program": ..., "stdin": ...}` as JSON on standard
+input. With calls, the program is executed and each call evaluated; the answer is a JSON list with the `repr` of each value, or
+null where it raised. With `stdin`, the program runs as a script, and the answer is what it prints. What is expected is in
+neither, so a program cannot look it up or forge it. Only the standard library is imported: this must start in milliseconds.
+
+What is forbidden, by the kernel: more memory, CPU time, file size, open files and processes than allowed, core dumps and new
+privileges. Where Linux namespaces are permitted (to root, or with unprivileged user namespaces), the program has no network
+and its processes end with it, whatever they do. Where they are not, sockets are only blocked inside Python, which a determined
+program can undo (through ctypes), and a child that leaves its session can outlive it; `--probe` prints which holds here. Root
+becomes `nobody`, where that user can read the Python installation. It is no jail for the file system: what the user can read
+can be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import resource
+import signal
+import sys
+
+_CLONE_NEWNET, _CLONE_NEWPID, _CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+MAX_OPEN_FILES = 32
+MAX_PROCESSES = 32
+"""Of one user in all, which is why it is no smaller; the kernel does not count root's."""
+NOBODY = 65534
+SIGNALLED = 128
+"""A program that a signal ended exits with this plus the signal's number."""
+
+
+def isolate() -> bool:
+    """Leave the parent's network, and let the next child begin a process namespace of its own; whether that was permitted."""
+    unshare, own = ctypes.CDLL(None).unshare, _CLONE_NEWNET | _CLONE_NEWPID
+    return unshare(own) == 0 or unshare(_CLONE_NEWUSER | own) == 0
+
+
+def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
+    """Give up what a program under test does not need. There is no way back for this process or its children."""
+    if isolate():
+        _continue_in_child()
+    else:
+        sys.addaudithook(_refuse_sockets)
+    _die_with_parent()
+    if os.getuid() == 0:
+        _become_nobody()
+    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
+        resource.RLIMIT_NPROC: MAX_PROCESSES,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in limits.items():
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _continue_in_child() -> None:
+    """Fork: the child, the first process of its namespace, returns; with it every process of the namespace ends."""
+    _die_with_parent()
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if code >= 0 else SIGNALLED - code)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _become_nobody() -> None:
+    os.chown(".", NOBODY, NOBODY)
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, 0)
+    if not os.access(ctypes.__file__, os.R_OK):
+        os.setresuid(0, 0, 0)
+        return
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    _die_with_parent()  # a change of user clears it
+
+
+def _refuse_sockets(event: str, _: object) -> None:
+    if event.startswith("socket."):
+        raise PermissionError("the network is off")
+
+
+def run(request: dict[str, object]) -> None:
+    """Execute the program and write the answer to standard output."""
+    scope: dict[str, object] = {"__name__": "__main__"}
+    program = str(request["program"])
+    if "stdin" in request:
+        sys.stdin = io.StringIO(str(request["stdin"]))
+        exec(compile(program, "program.py", "exec"), scope)
+        sys.stdout.flush()
+        return
+    answers = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is no answer
+    exec(compile(program, "program.py", "exec"), scope)
+    values: list[str | None] = []
+    for call in request["calls"]:  # type: ignore[attr-defined]
+        try:
+            values.append(repr(eval(call, scope)))
+        except Exception:
+            values.append(None)
+    os.write(answers, json.dumps(values).encode())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--probe":
+        print("namespace" if isolate() else "python")
+    else:
+        task = json.loads(sys.stdin.buffer.read())
+        confine(*map(int, sys.argv[1:4]))
+        run(task)
