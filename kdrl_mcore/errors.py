@@ -38,3 +38,7 @@ class RewardError(KdrlError):
 
 class NumericalError(KdrlError):
     """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
+
+
+class RefitError(KdrlError):
+    """An engine did not get the student's weights: what it holds is unknown until a refit succeeds."""
