@@ -38,3 +38,7 @@ class RewardError(KdrlError):
 
 class NumericalError(KdrlError):
     """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
+
+
+class EngineError(KdrlError):
+    """A rollout engine failed and cannot be brought back, or refuses what it is asked."""
