@@ -71,7 +71,7 @@ class EngineServer:
         self.address = address
         self.token = token
         self._fixed = address is not None
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self._launch = launch
         self._startup_timeout, self._generation_timeout = startup_timeout, generation_timeout
         self._refit_timeout = refit_timeout
@@ -80,7 +80,7 @@ class EngineServer:
     @property
     def log(self) -> Path:
         """What a server that was started from here prints."""
-        return self._run_dir / "servers" / f"{self.index}.log"
+        return self.run_dir / "servers" / f"{self.index}.log"
 
     @property
     def pid(self) -> int | None:
@@ -91,12 +91,12 @@ class EngineServer:
         """Start the process, without waiting until it is ready."""
         assert self._launch is not None
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        address_path(self._run_dir, self.index).unlink(missing_ok=True)
+        address_path(self.run_dir, self.index).unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if not _is_of_rank(name)}
         environment |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), **self._launch.environment}
         if self.token is not None:
             environment[TOKEN_VARIABLE] = self.token
-        place = ["--run-dir", str(self._run_dir), "--index", str(self.index), "--parent", str(os.getpid())]
+        place = ["--run-dir", str(self.run_dir), "--index", str(self.index), "--parent", str(os.getpid())]
         command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm_server", *place, *self._launch.arguments]
         with self.log.open("ab") as log, children_ignore_stop_signals():
             self._process = subprocess.Popen(
@@ -114,7 +114,7 @@ class EngineServer:
         while time.monotonic() < deadline:
             if self._process is not None and self._process.poll() is not None:
                 raise ServerFailed(f"engine {self.index} ended while it started ({last_line(self.log)}); see {self.log}")
-            if self._read_address():
+            if self.read_address():
                 try:
                     self.health()
                     return
@@ -151,7 +151,7 @@ class EngineServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
-            address_path(self._run_dir, self.index).unlink(missing_ok=True)
+            address_path(self.run_dir, self.index).unlink(missing_ok=True)
 
     def health(self) -> dict[str, Any]:
         """`version` of the weights, and whether they are `usable`."""
@@ -205,11 +205,11 @@ class EngineServer:
         if left:
             raise ServerFailed(f"engine {self.index} at {self.address} ended its answer {left} responses early")
 
-    def _read_address(self) -> bool:
+    def read_address(self) -> bool:
         """Look for the address; whether it is known."""
         if not self._fixed:
             try:
-                written = json.loads(address_path(self._run_dir, self.index).read_text())
+                written = json.loads(address_path(self.run_dir, self.index).read_text())
             except (FileNotFoundError, ValueError):
                 return False
             self.address, self.token = written["address"], written["token"]
