@@ -42,3 +42,7 @@ class NumericalError(KdrlError):
 
 class EngineError(KdrlError):
     """A rollout engine failed and cannot be brought back, or refuses what it is asked."""
+
+
+class RefitError(KdrlError):
+    """An engine did not get the student's weights: what it holds is unknown until a refit succeeds."""
