@@ -23,9 +23,11 @@ from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, s
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
+from kdrl_mcore.rollout.vllm import VllmEngine
+from kdrl_mcore.rollout.vllm_placement import start_replicas
 from kdrl_mcore.student import Measures, Student, UpdateResult
 from kdrl_mcore.teacher import Teacher
 from kdrl_mcore.teacher_head import OVER_THE_VOCABULARY, TeacherHead
@@ -55,13 +57,19 @@ class Job:
     student: Student
     teacher: Teacher | None
     reference: Teacher | None
-    engine: MegatronEngine | None
+    engine: RolloutEngine | None
     replay: ReplayEngine | None
     verifier: Verifier | None
     prompts: PromptStream | None
     eval_prompts: list[Prompt]
     alpha: Coefficient
     beta: Coefficient
+
+    def refit(self) -> None:
+        """Give the engine the student's present weights; nothing to do where the student samples for itself or rollouts are
+        replayed."""
+        if self.replay is None and self.engine is not None:
+            self.engine.refit(self.student)
 
     def sample(self, step: int) -> list[Rollout]:
         """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file."""
@@ -76,13 +84,28 @@ class Job:
             settings.responses_per_prompt,
             (self.config.trainer.seed, 0, step),
         )
-        return self.engine.generate(self.prompts.next_batch(), sampling)
+        rollouts = self.engine.generate(self.prompts.next_batch(), sampling)
+        self.engine.sleep()
+        return rollouts
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have
         theirs."""
         if self.replay is None:
+            self.verify_sampled(rollouts)
+
+    def verify_sampled(self, rollouts: Sequence[Rollout]) -> None:
+        """The same for rollouts that the engine has sampled, unless it had them verified on the way."""
+        assert self.engine is not None
+        if not self.engine.verifies:
             verify_together(self.student, self.verifier, rollouts)
+
+    def close(self) -> None:
+        """End every process that the job has started. Not collective."""
+        if self.engine is not None:
+            self.engine.close()
+        if self.verifier is not None:
+            self.verifier.close()
 
     def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
         """What the teacher says of the responses to distil; it sees no others."""
@@ -233,11 +256,16 @@ def build_job(config: Config) -> Job:
     if not sft and config.objective.reference_kl.coefficient > 0:
         layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline)
         reference = Teacher(config.student.path, TeacherConfig(parallel=layout), config.model, world, vocabulary)
-    engine = None
-    if tokenizer is not None:
-        engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
     samples = train is not None and not sft
-    verifier = Verifier(config.reward) if student.groups.is_replica_leader and (samples or eval_prompts) else None
+    in_vllm = config.rollout.engine == "vllm"
+    # vLLM's responses arrive on rank 0, which verifies them while others are still being sampled.
+    verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
+    verifier = Verifier(config.reward) if verifies and (samples or eval_prompts) else None
+    engine: RolloutEngine | None = None
+    if tokenizer is not None and not in_vllm:
+        engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
+    elif tokenizer is not None and (samples or eval_prompts):
+        engine = VllmEngine(start_replicas(config, vocabulary), config.rollout, tokenizer, verifier)
     return Job(
         config=config,
         student=student,

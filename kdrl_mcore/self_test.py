@@ -167,7 +167,10 @@ def _sample(job: Job) -> list[Rollout]:
         1,
         (job.config.trainer.seed, 2),
     )
-    return job.engine.generate(job.prompts.first(NUM_PROMPTS), sampling)
+    job.refit()
+    rollouts = job.engine.generate(job.prompts.first(NUM_PROMPTS), sampling)
+    job.engine.sleep()
+    return rollouts
 
 
 def _no_loss(log_probs_C: Tensor, *_: object) -> Tensor:

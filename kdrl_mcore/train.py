@@ -56,8 +56,7 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
         try:
             Trainer(job, stop).run()
         finally:
-            if job.verifier is not None:
-                job.verifier.close()
+            job.close()
     except KdrlError as error:
         if _is_first(run):
             print(f"error: {error}", file=sys.stderr, flush=True)

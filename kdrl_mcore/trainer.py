@@ -14,11 +14,11 @@ from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import CheckpointError, NumericalError, StorageError
+from kdrl_mcore.errors import CheckpointError, EngineError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import evaluate
 from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.iteration import run_iteration
-from kdrl_mcore.job import Job, verify_together
+from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
@@ -84,7 +84,12 @@ class Trainer:
                 self._report_stop(step)
                 return True
             step += 1
-            self._train_step(step)
+            before = self._state(step - 1)
+            try:
+                self._train_step(step)
+            except EngineError:
+                self._save_after_engine_error(step, before, saved)
+                raise
             if _is_due(step, config.checkpoint.every, config.trainer.steps):
                 self._save(step)
                 saved = step
@@ -141,16 +146,15 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         if not self.job.eval_prompts:
             return {}
-        assert self.job.engine is not None
+        job, engine = self.job, self.job.engine
+        assert engine is not None
         self._show_phase("evaluation")
-        return evaluate(
-            self.job.engine,
-            self.job.eval_prompts,
-            lambda rollouts: verify_together(self.job.student, self.job.verifier, rollouts),
-            self.config.eval,
-            self.config.rollout,
-            self.config.trainer.seed,
+        engine.refit(job.student)
+        metrics = evaluate(
+            engine, job.eval_prompts, job.verify_sampled, self.config.eval, self.config.rollout, self.config.trainer.seed
         )
+        engine.sleep()
+        return metrics
 
     def _show_phase(self, name: str) -> None:
         if self._progress is not None:
@@ -192,6 +196,14 @@ class Trainer:
         if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
             return
         self._checkpoints.save(step, self.job.student, self._state(step))
+
+    def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
+        """Keep what is learned. All ranks have the error, either before the step's update or in the evaluation after it."""
+        updated = self.job.student.version != before["weight_version"]
+        done, state = (step, self._state(step)) if updated else (step - 1, before)
+        if saved < done and self.config.checkpoint.every >= 0 and self.job.student.version > 0:
+            self._checkpoints.save(done, self.job.student, state)
+            self._checkpoints.finish()
 
     def _resume(self) -> int:
         """Restore the state of the checkpoint to resume from; returns the number of steps done."""

@@ -47,6 +47,7 @@ METRICS: dict[str, str] = {
     "eval/accuracy": "held-out accuracy of sampled responses (avg@k)",
     "eval/greedy_accuracy": "held-out accuracy of greedy responses",
     "eval/response_length": "mean held-out response length, tokens",
+    "time/refit": "seconds spent on giving the engines the student's weights",
     "time/rollout": "seconds spent sampling",
     "time/reward": "seconds spent verifying",
     "time/teacher": "seconds spent on the teacher",
