@@ -152,6 +152,23 @@ class ObjectiveConfig:
 
 
 @dataclass
+class VllmConfig:
+    """vLLM's engines, in processes of their own (docs/rollout.md)."""
+
+    placement: str = "colocated"  # colocated (on the training ranks' GPUs, asleep while they train) or server (elsewhere)
+    tensor: int = 1  # GPUs that split each layer of one engine, independent of the student's layout
+    replicas: int = 0  # engines; 0 takes as many as the ranks' GPUs hold (colocated) or 1 (server)
+    servers: list[str] = field(default_factory=list)  # host:port of running servers; their token comes in KDRL_ENGINE_TOKEN
+    gpu_memory_utilization: float = 0.85  # share of each GPU for an engine's weights and KV cache
+    kv_cache_gib: float = 1.0  # KV cache of an engine on CPU
+    startup_timeout: float = 1200.0  # seconds until an engine must answer
+    generation_timeout: float = 300.0  # seconds without a sign of progress after which an engine hangs
+    refit_timeout: float = 600.0  # seconds for all weights
+    refit_bucket_mib: int = 256  # weights travel in buckets of this size; sender and receiver hold two
+    restarts: int = 3  # of an engine during one batch, before the run stops with a checkpoint
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -163,8 +180,10 @@ class RolloutConfig:
     max_response_tokens: int = 64  # a longer response is cut off (finish reason "length")
     temperature: float = 1.0  # of sampling, and of every log-prob of student and teacher in training
     top_p: float = 1.0  # 1.0 is off; the log-probs are then those of the truncated distribution
-    max_sequences: int = 256  # responses one data-parallel replica decodes at once
+    max_sequences: int = 256  # responses one data-parallel replica (or one vLLM engine) decodes at once
     max_log_prob_drift: float | None = None  # largest |sampler - trainer| log-prob that is rounding; None goes by model.dtype
+    steps_ahead: int = 0  # 1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass
@@ -350,6 +369,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.reference_kl.estimator": ("k2", "k3"),
     "rollout.engine": ("megatron", "replay", "vllm"),
     "reward.local.dtype": ("float32", "bfloat16"),
+    "rollout.vllm.placement": ("colocated", "server"),
     "data.template": ("chat", "plain"),
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
@@ -404,7 +424,9 @@ def check_config(config: Config) -> None:
         "parallel.tensor parallel.pipeline parallel.context parallel.expert teacher.parallel.tensor teacher.parallel.pipeline "
         "teacher.parallel.expert "
         "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
-        "rollout.temperature batch.micro_tokens batch.updates_per_step reward.workers reward.timeout eval.samples "
+        "rollout.temperature rollout.vllm.tensor rollout.vllm.kv_cache_gib rollout.vllm.startup_timeout "
+        "rollout.vllm.generation_timeout rollout.vllm.refit_timeout rollout.vllm.refit_bucket_mib batch.micro_tokens "
+        "batch.updates_per_step reward.workers reward.timeout eval.samples "
         "reward.remote.timeout reward.remote.attempts reward.remote.batch_size reward.local.batch_size"
     )
     for key in positive.split():
@@ -416,6 +438,9 @@ def check_config(config: Config) -> None:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
     if config.rollout.engine == "replay" and not config.rollout.path:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
+    if config.rollout.engine == "vllm":
+        _check_vllm(config.rollout.vllm)
+    _check_steps_ahead(config)
     _check_rewards(config.reward)
     _check_objective(config)
 
@@ -448,6 +473,41 @@ def _check_rewards(reward: RewardConfig) -> None:
         raise ConfigError("the reward remote_model needs reward.remote.url, where responses are posted")
     if "local_model" in kinds.values() and not reward.local.path:
         raise ConfigError("the reward local_model needs reward.local.path, an HF sequence-classification directory")
+
+
+def _check_vllm(settings: VllmConfig) -> None:
+    if not 0 < settings.gpu_memory_utilization <= 1:
+        raise ConfigError(f"rollout.vllm.gpu_memory_utilization={settings.gpu_memory_utilization} must be in (0, 1]")
+    for key, value in (("replicas", settings.replicas), ("restarts", settings.restarts)):
+        if value < 0:
+            raise ConfigError(f"rollout.vllm.{key}={value} must not be negative")
+    if settings.servers and settings.placement != "server":
+        raise ConfigError("rollout.vllm.servers needs rollout.vllm.placement=server")
+    if settings.servers and settings.replicas not in (0, len(settings.servers)):
+        raise ConfigError(
+            f"rollout.vllm.replicas={settings.replicas} but rollout.vllm.servers names {len(settings.servers)}: leave one out"
+        )
+    for address in settings.servers:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"rollout.vllm.servers: '{address}' is not host:port")
+
+
+def _check_steps_ahead(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.steps_ahead not in (0, 1):
+        raise ConfigError(f"rollout.steps_ahead={rollout.steps_ahead} is not one of: 0, 1")
+    if not rollout.steps_ahead:
+        return
+    if rollout.engine != "vllm" or rollout.vllm.placement != "server":
+        raise ConfigError(
+            "rollout.steps_ahead=1 needs an engine that does not share the training's devices: set rollout=vllm and "
+            "rollout.vllm.placement=server"
+        )
+    if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
+        raise ConfigError(
+            "rollout.steps_ahead=1 trains on responses of older weights: set objective.sampler_correction.kind=truncate or mask"
+        )
 
 
 def _check_objective(config: Config) -> None:

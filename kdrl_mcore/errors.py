@@ -38,3 +38,11 @@ class RewardError(KdrlError):
 
 class NumericalError(KdrlError):
     """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
+
+
+class EngineError(KdrlError):
+    """A rollout engine failed and cannot be brought back, or refuses what it is asked."""
+
+
+class RefitError(KdrlError):
+    """An engine did not get the student's weights: what it holds is unknown until a refit succeeds."""

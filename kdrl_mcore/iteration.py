@@ -23,8 +23,10 @@ from kdrl_mcore.types import Rollout, TokenFloats
 
 
 def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dict[str, float]]:
-    """Rollout, reward, mask, teacher, advantages, loss and update, schedules. Collective over the world."""
+    """Refit, rollout, reward, mask, teacher, advantages, loss and update, schedules. Collective over the world."""
     alpha, beta = job.alpha.value, job.beta.value
+    with clock("refit"):
+        job.refit()  # mu <- pi
     with clock("rollout"):
         rollouts = job.sample(step)  # o ~ mu( . | x), G responses to each prompt
     with clock("reward"):

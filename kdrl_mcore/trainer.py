@@ -14,7 +14,7 @@ from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import CheckpointError, NumericalError, StorageError
+from kdrl_mcore.errors import CheckpointError, EngineError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.interrupt import StopRequest
@@ -26,7 +26,7 @@ from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
-from kdrl_mcore.self_test import alert_thresholds, run_self_test
+from kdrl_mcore.self_test import alert_thresholds, check_drift, run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,12 @@ class Trainer:
                 self._report_stop(step)
                 return True
             step += 1
-            self._train_step(step)
+            before = self._state(step - 1)
+            try:
+                self._train_step(step)
+            except EngineError:
+                self._save_after_engine_error(step, before, saved)
+                raise
             if _is_due(step, config.checkpoint.every, config.trainer.steps):
                 self._save(step)
                 saved = step
@@ -137,17 +142,22 @@ class Trainer:
         if _is_due(step, config.eval.every, config.trainer.steps):
             metrics.update(self._evaluate(step))
         self._record(step, metrics)
+        check_drift(config, step, metrics)
         self._count_bad_updates(step, int(metrics["skipped_updates"]))
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.job.evaluation is None:
             return {}
-        assert self.job.engine is not None
+        job, engine = self.job, self.job.engine
+        assert engine is not None
         self._show_phase("evaluation")
+        job.refit()
         keeps = self._is_main and self.config.logging.rollouts
         generations = Generations(self.run_dir / "evaluation" / f"step_{step:06d}") if keeps else None
         with self._writing():
-            return summarize(self.job.evaluation.run(self.job.engine, generations))
+            metrics = summarize(job.evaluation.run(engine, generations))
+        engine.sleep()
+        return metrics
 
     def _show_phase(self, name: str) -> None:
         if self._progress is not None:
@@ -180,7 +190,7 @@ class Trainer:
             "weight_version": job.student.version,
             "alpha": job.alpha.state_dict(),
             "beta": job.beta.state_dict(),
-            "prompts": job.prompts.state_dict() if job.prompts is not None else None,
+            **job.sampling_state(),
             "bad_updates": self._bad_updates,
             "seed": self.config.trainer.seed,
         }
@@ -188,7 +198,17 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
             return
+        if self.job.next_batch is not None:
+            self.job.next_batch.finish()  # it is part of the checkpoint
         self._checkpoints.save(step, self.job.student, self._state(step))
+
+    def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
+        """Keep what is learned. All ranks have the error, either before the step's update or in the evaluation after it."""
+        updated = self.job.student.version != before["weight_version"]
+        done, state = (step, self._state(step)) if updated else (step - 1, before)
+        if saved < done and self.config.checkpoint.every >= 0 and self.job.student.version > 0:
+            self._checkpoints.save(done, self.job.student, state)
+            self._checkpoints.finish()
 
     def _resume(self) -> int:
         """Restore the state of the checkpoint to resume from; returns the number of steps done."""
@@ -204,8 +224,7 @@ class Trainer:
         job.student.version = state["weight_version"]
         job.alpha.load_state_dict(state["alpha"])
         job.beta.load_state_dict(state["beta"])
-        if job.prompts is not None and state["prompts"] is not None:
-            job.prompts.load_state_dict(state["prompts"])
+        job.load_sampling_state(state)
         self._bad_updates = state["bad_updates"]
         if self._is_main:
             logger.info("resumed from %s after step %d", path, state["step"])

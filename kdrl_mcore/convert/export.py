@@ -21,14 +21,15 @@ from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
 
 
-def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
     """This pipeline stage's tensors under their HF names, whole: on tensor-parallel rank 0, and on every rank its own experts.
+    The other tensor-parallel ranks get None in their places, so that they can keep step.
 
     Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
     iterate. At most one parameter is held in full at a time.
     """
     architecture, tensor = parts.architecture, parts.groups.tensor
-    for mapped in _mapped(parts):
+    for mapped in mapped_parameters(parts):
         rule = mapped.rule
         if experts_only and not rule.is_expert:
             continue
@@ -39,6 +40,7 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
             shards = [torch.empty_like(local) for _ in range(ranks)]
             dist.all_gather(shards, local, group=tensor)
             if tensor.rank() != 0:
+                yield from ((name, None) for name in mapped.hf_names)
                 continue
         size = local.shape[1 if rule.kind == "row" else 0]
         shapes = hf_shapes(rule, architecture)
@@ -50,13 +52,25 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
         yield from whole.items()
 
 
-def _mapped(parts: ModelParts) -> Iterator[MappedParameter]:
+def mapped_parameters(parts: ModelParts) -> Iterator[MappedParameter]:
     """Every parameter of this rank, but for the last stage's copy of tied embeddings."""
     rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
     for chunk in parts.chunks:
         for mapped in map_chunk(chunk, rules, parts.groups):
             if chunk.pre_process or not mapped.rule.megatron.startswith("embedding."):
                 yield mapped
+
+
+def owned_tensors(parts: ModelParts) -> Described:
+    """Shape and dtype of the HF tensors that this rank is the one to give: each tensor of the model has one such rank in the
+    world. It is tensor-parallel rank 0 of its stage in the first replica, or the first that holds the expert."""
+    first_replica, first_experts = parts.groups.replicas.rank() == 0, parts.groups.groups.expt_dp.rank() == 0
+    owned: Described = {}
+    for mapped in mapped_parameters(parts):
+        if first_experts if mapped.rule.is_expert else first_replica and parts.groups.tensor.rank() == 0:
+            for name, shape in zip(mapped.hf_names, hf_shapes(mapped.rule, parts.architecture), strict=True):
+                owned[name] = (shape, mapped.parameter.dtype)
+    return owned
 
 
 @dataclass
@@ -104,15 +118,8 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
 
 
 def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Written:
-    """Write what this rank is the first to hold. All ranks of the first replica take part in its gathers."""
-    groups, result = parts.groups.groups, _Written()
-    first_replica, first_experts = parts.groups.replicas.rank() == 0, groups.expt_dp.rank() == 0
-    owned: Described = {}
-    for mapped in _mapped(parts):
-        mine = first_experts if mapped.rule.is_expert else first_replica and parts.groups.tensor.rank() == 0
-        if mine:
-            for name, shape in zip(mapped.hf_names, hf_shapes(mapped.rule, parts.architecture), strict=True):
-                owned[name] = (shape, mapped.parameter.dtype)
+    """Write what this rank owns. All ranks of the first replica take part in its gathers."""
+    first_replica, owned, result = parts.groups.replicas.rank() == 0, owned_tensors(parts), _Written()
     try:
         places = {}
         for number, shard in enumerate(split_into_shards(owned, max_shard_bytes) if owned else []):
@@ -126,6 +133,7 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
         return result
     for name, tensor in hf_tensors(parts, experts_only=not first_replica):
         if name in owned and result.error is None:
+            assert tensor is not None
             try:
                 with places[name].path.open("r+b", buffering=0) as opened:
                     write_at(opened, raw_bytes(tensor.cpu()), places[name].offset)

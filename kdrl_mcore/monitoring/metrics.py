@@ -51,6 +51,7 @@ METRICS: dict[str, str] = {
     "eval/greedy_accuracy": "held-out accuracy of greedy responses, mean over benchmarks",
     "eval/response_length": "mean held-out response length, tokens",
     "eval/truncated": "share of held-out responses that hit the length limit",
+    "time/refit": "seconds spent on giving the engines the student's weights",
     "time/rollout": "seconds spent sampling",
     "time/reward": "seconds spent verifying",
     "time/teacher": "seconds spent on the teacher",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kdrl_mcore.student import Student
 from kdrl_mcore.types import Prompt, Rollout
 
 
@@ -21,11 +22,26 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """Samples with the student's current weights."""
+    """Samples with the weights that the student had at the last `refit`. Every method is collective over the world."""
+
+    verifies: bool
+    """Whether responses come with their rewards: then they were verified while others were still being sampled."""
+
+    def refit(self, student: Student) -> None:
+        """Take over the student's present weights, and be ready to sample."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """`copies` responses to each prompt, unverified, on every rank of the world, in the order of the prompts.
+        """`copies` responses to each prompt, on every rank of the world, in the order of the prompts.
 
-        Collective over the world: every rank passes the same prompts.
+        Every rank passes the same prompts.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Leave the devices to the training; `refit` wakes the engine."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the engine started. Not collective: also called after an error."""
         ...

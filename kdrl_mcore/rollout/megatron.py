@@ -22,6 +22,7 @@ from kdrl_mcore.parallel.packing import Run, pack, partition
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.sampling import sample, uniforms
+from kdrl_mcore.student import Student
 from kdrl_mcore.types import Prompt, Rollout
 
 _NO_IDS = np.empty(0, dtype=np.int64)
@@ -38,6 +39,8 @@ class MegatronEngine:
     steps as the longest, so that none waits for another's experts.
     """
 
+    verifies = False
+
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
         """Args:
         weight_version: tells how many updates the student's weights have seen.
@@ -48,6 +51,15 @@ class MegatronEngine:
         self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size, device=device()), self._stop_ids)
         self._max_sequences = max_sequences
         self._weight_version = weight_version
+
+    def refit(self, student: Student) -> None:
+        """Nothing to do: it samples with the student itself."""
+
+    def sleep(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:

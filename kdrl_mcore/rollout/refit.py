@@ -1,0 +1,242 @@
+"""Refit: the engines get the student's present weights, streamed from Megatron's shards in buckets under their HF names.
+
+Each tensor of the model has one rank that gives it (`owned_tensors`). These ranks take turns; a rank fills bucket after bucket,
+a parameter gathered over its tensor-parallel group at a time. Every rank that drives engines gets each bucket, by one broadcast
+over the world unless it is itself the only giver, and hands it to the workers of its engines (`weight_writer.py`). No rank
+holds more than a parameter and two buckets, and nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.convert.export import hf_tensors, mapped_parameters, owned_tensors
+from kdrl_mcore.convert.extent import num_elements, raw_bytes
+from kdrl_mcore.convert.weight_map import global_tensors
+from kdrl_mcore.errors import RefitError
+from kdrl_mcore.model.families import FAMILIES
+from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.rollout.weight_stream import checksum, cut, digest, num_bytes
+from kdrl_mcore.rollout.weight_writer import Table, WeightServer, WeightWriter
+
+_SERVERS_SHARE = 0.8
+"""Of the time-out, for the servers; the rest is for the ranks to agree on what went wrong."""
+_SILENCE = 2.0
+"""Seconds by which the ranks may begin a refit one after another."""
+_calls = itertools.count()
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """What a refit sent.
+
+    Attributes:
+        num_bytes, num_tensors: of the model, once.
+        seconds: on this rank.
+        digest: of all tensors; every worker of every engine has reported the same.
+    """
+
+    version: int
+    num_bytes: int
+    num_tensors: int
+    seconds: float
+    digest: str
+
+
+def send_weights(
+    parts: ModelParts,
+    servers: Sequence[WeightServer],
+    version: int,
+    timeout: float,
+    bucket_bytes: int,
+    *,
+    colocated: bool,
+    dtype: torch.dtype | None = None,
+) -> RefitResult:
+    """Bring every engine to the student's present weights. Collective over the world.
+
+    Args:
+        servers: the engines that this rank drives; most ranks have none.
+        version: the number of updates these weights have seen.
+        timeout: seconds until it fails on every rank.
+        colocated: an engine runs on the host of the rank that drives it, and on CUDA on GPUs of it, that rank's among them: the
+            weights then go through memory, else through the network.
+        dtype: the engines'; by default the student's.
+
+    Raises:
+        RefitError: on every rank, naming the tensor and the engine or the rank that was waited for. If a rank does not answer
+            at all, the process group is of no more use. What the engines hold is then unknown: they must not be used until a
+            refit has succeeded.
+    """
+    call = next(_calls)
+    refit = _Refit(parts, servers, version, time.monotonic() + timeout * _SERVERS_SHARE, bucket_bytes, colocated, dtype)
+    result = _run_within(timeout, refit.run)
+    if result is None:
+        raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.place)}")
+    return result
+
+
+@dataclass
+class _Refit:
+    """One refit on one rank. `place` tells what it is waiting for."""
+
+    parts: ModelParts
+    servers: Sequence[WeightServer]
+    version: int
+    deadline: float
+    bucket_bytes: int
+    colocated: bool
+    dtype: torch.dtype | None
+    place: str = "the other ranks to begin"
+    checksums: dict[str, str] = field(default_factory=dict)
+    scratch: Tensor | None = None
+
+    def run(self) -> RefitResult:
+        begin = time.perf_counter()
+        given = {
+            name: (shape, str(self.dtype or dtype).removeprefix("torch."))
+            for name, (shape, dtype) in owned_tensors(self.parts).items()
+        }
+        everyone = _gather((given, len(self.servers)))
+        table: Table = {name: described for tensors, _ in everyone for name, described in tensors.items()}
+        self._check_complete([name for tensors, _ in everyone for name in tensors], table)
+        drivers = [rank for rank, (_, servers) in enumerate(everyone) if servers]
+        if not drivers:
+            return RefitResult(self.version, 0, 0, time.perf_counter() - begin, "")
+        writer = None
+        if self.servers:
+            self.place = "the connection of its engines"
+            writer = WeightWriter(self.servers, self.version, table, self.bucket_bytes, device(), self.deadline, self.colocated)
+        try:
+            for rank, (tensors, _) in enumerate(everyone):
+                if tensors:
+                    self._take_turn(rank, tensors, writer, shared=drivers != [rank])
+            self.place = "the other ranks to have sent everything"
+            sent = {name: value for checksums in _gather(self.checksums) for name, value in checksums.items()}
+            total = digest(table, sent)
+            if writer is not None:
+                self.place = "its engines to load the last tensors"
+                writer.finish(sent, total)
+        finally:
+            if writer is not None:
+                writer.close()
+        self.place = "the other ranks to say how it went"
+        for rank, error in enumerate(_gather(None if writer is None else writer.error)):
+            if error is not None:
+                raise RefitError(f"refit to version {self.version} failed on rank {rank}, {error}")
+        size = sum(_num_bytes(*described) for described in table.values())
+        return RefitResult(self.version, size, len(table), time.perf_counter() - begin, total)
+
+    def _take_turn(self, giver: int, tensors: Table, writer: WeightWriter | None, shared: bool) -> None:
+        """The tensors of one rank. Those of its tensor-parallel group follow it, parameter by parameter."""
+        stream, names = self._stream(giver, tensors)
+        gives = dist.get_rank() == giver
+        current, data = "", torch.empty(0)
+        for bucket in cut({name: _num_bytes(*described) for name, described in tensors.items()}, self.bucket_bytes):
+            slot = self._slot(writer) if gives or shared or writer else None
+            for piece in bucket:
+                self.place = f"rank {giver}, tensor {piece.name}"
+                while piece.name in names and current != piece.name:
+                    current, tensor = next(stream)
+                    if gives and current == piece.name:
+                        assert tensor is not None
+                        data = raw_bytes(tensor if self.dtype is None else tensor.to(self.dtype))
+                        self.checksums[current] = checksum(data)
+                if gives and slot is not None:
+                    slot[piece.offset : piece.offset + piece.length].copy_(data[piece.start : piece.start + piece.length])
+            if shared and slot is not None:
+                dist.broadcast(slot[: num_bytes(bucket)], src=giver)
+            if writer is not None:
+                writer.publish(bucket)
+
+    def _stream(self, giver: int, tensors: Table) -> tuple[Iterator[tuple[str, Tensor | None]], set[str]]:
+        """What this rank iterates over in the giver's turn, and the names of the turn that occur in it."""
+        mine = {name: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for name in mapped.hf_names}
+        gathered = {name for name in tensors if not mine.get(name, True)}  # over the giver's tensor-parallel group
+        if dist.get_rank() == giver:
+            return hf_tensors(self.parts, experts_only=not gathered), set(tensors)
+        if giver in dist.get_process_group_ranks(self.parts.groups.tensor) and gathered:
+            return hf_tensors(self.parts), gathered
+        return iter(()), set()
+
+    def _slot(self, writer: WeightWriter | None) -> Tensor:
+        if writer is not None:
+            return writer.next_slot()
+        if self.scratch is None:
+            self.scratch = torch.empty(self.bucket_bytes, dtype=torch.uint8, device=device())
+        return self.scratch
+
+    def _check_complete(self, names: Sequence[str], table: Table) -> None:
+        """What the ranks have is what the architecture has, each tensor once."""
+        architecture = self.parts.architecture
+        expected = {
+            name: tuple(shape)
+            for tensor in global_tensors(FAMILIES[architecture.family].rules(architecture), architecture)
+            for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True)
+        }
+        for name in sorted(expected.keys() | table.keys()):
+            if name not in table or name not in expected or tuple(table[name][0]) != expected[name] or names.count(name) > 1:
+                raise RefitError(
+                    f"tensor {name}: the architecture has shape {expected.get(name)}, the ranks give "
+                    f"{[tuple(table[name][0])] * names.count(name) if name in table else 'none'}"
+                )
+
+
+def _num_bytes(shape: Sequence[int], dtype: str) -> int:
+    return num_elements(tuple(shape)) * getattr(torch, dtype).itemsize
+
+
+def _gather(item: Any) -> list[Any]:
+    """Each rank's item. Collective over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def _run_within(timeout: float, function: Callable[[], RefitResult]) -> RefitResult | None:
+    """Run in a thread; if the time is over, leave it behind and return None. So no collective it hangs in need know of the
+    time-out."""
+    outcome: list[RefitResult | BaseException] = []
+    index = torch.cuda.current_device() if device().type == "cuda" else None
+
+    def run() -> None:
+        try:
+            if index is not None:
+                torch.cuda.set_device(index)
+            with torch.no_grad():
+                outcome.append(function())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="refit", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not outcome:
+        return None
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _silent_ranks(call: int, place: str) -> str:
+    """Which ranks do not even say that their time is over, and what this one waited for. Through the store of the process
+    group, which needs no other rank."""
+    store = dist.PrefixStore(f"kdrl_mcore/refit/{call}", dist.distributed_c10d._get_default_store())
+    store.set(str(dist.get_rank()), "late")
+    give_up = time.monotonic() + _SILENCE
+    silent = list(range(dist.get_world_size()))
+    while silent and time.monotonic() < give_up:
+        silent = [rank for rank in silent if not store.check([str(rank)])]
+        time.sleep(0.05)
+    who = f"rank {', '.join(map(str, silent))} does not answer" if silent else "every rank answers, but too late"
+    return f"{who}; rank {dist.get_rank()} waited for {place}"

@@ -1,0 +1,257 @@
+"""vLLM as the rollout engine: servers in processes of their own, each a replica with its own tensor parallelism, which get the
+student's weights by a refit. Rank 0 shares the prompts among them and hands the responses to all ranks.
+
+A server that dies or hangs is started again, refitted, and only then used; its unfinished responses are sampled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+
+from kdrl_mcore.config import RolloutConfig
+from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.errors import EngineError, RefitError
+from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response
+from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.refit import send_weights
+from kdrl_mcore.rollout.vllm_client import ServerFailed
+from kdrl_mcore.rollout.vllm_placement import Replicas
+from kdrl_mcore.student import Student
+from kdrl_mcore.types import Prompt, Rollout
+
+logger = logging.getLogger(__name__)
+
+_BEAT_SECONDS = 60.0
+"""Rank 0 tells the others this often that the generation goes on: a collective that waits longer than the process group's
+time-out would end the job."""
+
+
+class VllmEngine:
+    """All replicas, seen from one rank."""
+
+    verifies = True
+
+    def __init__(self, replicas: Replicas, config: RolloutConfig, tokenizer: Tokenizer, verifier: Verifier | None) -> None:
+        """Args:
+        replicas: started, and ready.
+        verifier: on rank 0, of all responses that have an answer to compare with.
+        """
+        self._replicas, self._config, self._settings = replicas, config, config.vllm
+        self._tokenizer, self._verifier = tokenizer, verifier
+        self._lengths = ExpectedLengths()
+        self._student: Student | None = None
+        self._version: int | None = None  # of the weights that all servers hold
+        self._is_sampling = False  # between `begin` and `finish`
+        self._work: _Work | None = None  # rank 0's part of it
+        self._restarts = [0] * len(replicas)  # since the replica last took part in a whole batch
+
+    def refit(self, student: Student) -> None:
+        """See `RolloutEngine`. Does nothing where the servers have these weights already.
+
+        Raises:
+            EngineError: on all ranks: a server cannot be brought back.
+        """
+        self._student = student
+        if self._version != student.version:
+            self._bring_up(range(len(self._replicas)))
+            self._version = student.version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine`.
+
+        Raises:
+            EngineError: on all ranks: a server cannot be brought back, refuses a request, or has stale weights.
+        """
+        self.begin(prompts, sampling)
+        return self.finish()
+
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Start to sample, in threads of rank 0; no communication among ranks.
+
+        Raises:
+            EngineError: on all ranks: the servers have stale weights.
+        """
+        assert self._student is not None and not self._is_sampling
+        if self._version != self._student.version:
+            raise EngineError(
+                f"the engines have weight version {self._version}, the student {self._student.version}: refit first"
+            )
+        self._is_sampling = bool(prompts)
+        if prompts and dist.get_rank() == 0:
+            self._work = _Work(self, prompts, sampling)
+
+    def finish(self) -> list[Rollout]:
+        """The responses of `begin`, on every rank. A server that failed meanwhile gets the student's present weights.
+
+        Raises:
+            EngineError: see `generate`.
+        """
+        assert self._student is not None
+        if not self._is_sampling:
+            return []
+        work = self._work
+        try:
+            while True:
+                event = _from_rank_0(None if work is None else work.next_event())
+                if isinstance(event, Failure):
+                    self._bring_up([event.index], event.reason)
+                    if work is not None:
+                        work.dispatch.bring_back(event.index, self._student.version)
+                elif isinstance(event, BaseException):
+                    raise event
+                elif isinstance(event, list):
+                    self._restarts = [0] * len(self._replicas)
+                    return event
+        finally:
+            self._stop_sampling()
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`. Only engines that share the training's GPUs sleep; a refit has to bring their weights again."""
+        if self._settings.placement == "colocated" and self._replicas.each(lambda server: server.sleep()):
+            self._version = None
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self._stop_sampling()
+        self._replicas.stop()
+
+    def _stop_sampling(self) -> None:
+        self._is_sampling = False
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+
+    def _bring_up(self, indices: Sequence[int], failure: str | None = None) -> None:
+        """Give these replicas the student's weights; one that fails is started again first. Collective over the world.
+
+        Args:
+            failure: why the (only) replica has failed already.
+        """
+        assert self._student is not None
+        failures = {} if failure is None else {indices[0]: failure}
+        while True:
+            for index, reason in failures.items():
+                self._restarts[index] += 1
+                if self._restarts[index] > self._settings.restarts:
+                    raise EngineError(
+                        f"vLLM engine {index} failed {self._restarts[index]} times and is given up (last: {reason}): see "
+                        f"{self._replicas.servers[index].log}, then start the same command again"
+                    )
+                if dist.get_rank() == 0:
+                    logger.warning("vLLM engine %d is started again: %s", index, reason)
+            failures = self._replicas.restart(list(failures)) or self._refit(indices, self._student)
+            if not failures:
+                return
+
+    def _refit(self, indices: Sequence[int], student: Student) -> dict[int, str]:
+        """Send the student's weights; the replicas that did not get them, with the reason."""
+        settings = self._settings
+        failures = self._replicas.failures(lambda server: server.wake(["weights"]), indices)
+        if failures:
+            return failures
+        reason = "it does not answer"
+        try:
+            result = send_weights(
+                student.parts,
+                self._replicas.own(indices),
+                student.version,
+                settings.refit_timeout,
+                settings.refit_bucket_mib * 2**20,
+                colocated=settings.placement == "colocated",
+            )
+            if dist.get_rank() == 0:
+                logger.debug("refit to version %d: %d bytes in %.2f s", result.version, result.num_bytes, result.seconds)
+        except RefitError as error:
+            reason = str(error)
+
+        def check(server: Any) -> None:
+            health = server.health()
+            if not health["usable"] or health["version"] != student.version:
+                raise ServerFailed(reason)
+            server.wake(["kv_cache"])
+
+        return self._replicas.failures(check, indices)
+
+
+class _Work:
+    """Rank 0's part of one generation: the dispatch, and the verification of what has arrived."""
+
+    def __init__(self, engine: VllmEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        self._engine, self._prompts, self._copies = engine, prompts, sampling.copies
+        self._rollouts: dict[tuple[int, int], Rollout] = {}
+        self._arrived: queue.SimpleQueue[Rollout | None] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._verification = self._thread.submit(self._verify)
+        self.dispatch = Dispatch(
+            engine._replicas.servers,
+            prompts,
+            sampling,
+            engine._version,
+            engine._config.max_sequences,
+            engine._lengths,
+            self._keep,
+        )
+        self.dispatch.start()
+
+    def next_event(self) -> Any:
+        """A failure, an error, all rollouts at the end, or "waiting"."""
+        event = self.dispatch.next_event(_BEAT_SECONDS)
+        if event != "done":
+            return event
+        self._arrived.put(None)
+        try:
+            self._verification.result()
+        except Exception as error:  # for all ranks
+            return error
+        return [self._rollouts[place] for place in sorted(self._rollouts)]
+
+    def stop(self) -> None:
+        """End both threads."""
+        self.dispatch.stop()
+        self._arrived.put(None)
+        self._thread.shutdown()
+
+    def _keep(self, response: Response) -> None:
+        place, _ = response.place
+        prompt = self._prompts[place]
+        assert response.version is not None
+        rollout = Rollout(
+            prompt_id=prompt.prompt_id,
+            group_id=place,
+            prompt_token_ids=prompt.token_ids,
+            response_token_ids=response.token_ids,
+            sampler_log_probs=response.log_probs,
+            finish_reason=response.finish_reason,
+            weight_version=response.version,
+            prompt=prompt.text,
+            response=self._engine._tokenizer.decode_response(response.token_ids),
+            answer=prompt.answer,
+        )
+        self._rollouts[response.place] = rollout
+        self._arrived.put(rollout)
+
+    def _verify(self) -> None:
+        """Verify what has arrived, until None does."""
+        verifier = self._engine._verifier
+        while True:
+            arrived = [self._arrived.get()]
+            while not self._arrived.empty():
+                arrived.append(self._arrived.get())
+            rollouts = [rollout for rollout in arrived if rollout is not None]
+            if verifier is not None and rollouts:
+                verifier.score(rollouts)
+            if len(rollouts) < len(arrived):
+                return
+
+
+def _from_rank_0(item: Any) -> Any:
+    shared = [item]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

@@ -1,0 +1,191 @@
+"""Everything that depends on vLLM's version (0.32 and 0.33, CPU and CUDA): engine arguments, sampling, weights, sleep.
+
+Imported by engine servers and by vLLM's own worker processes, never by a training rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+STREAM_INTERVAL = 32
+"""Tokens of a response between two signs of its progress."""
+_WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built from.
+
+    Attributes:
+        vocabulary: tokens of the tokenizer; columns of the model beyond them are never sampled, as in the trainer.
+        stop_ids: token ids that end a response.
+        max_model_len: prompt and response tokens together.
+        max_sequences: responses decoded at once.
+        gpu_memory_utilization: share of a GPU for weights and KV cache. kv_cache_gib: the KV cache on CPU, GiB.
+        load_format: of the weights; `dummy` where a refit brings them.
+    """
+
+    model: str
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+    dtype: str
+    max_model_len: int
+    max_sequences: int
+    tensor: int
+    seed: int
+    gpu_memory_utilization: float
+    kv_cache_gib: float
+    load_format: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished response."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+class Engine:
+    """vLLM's asynchronous engine, reduced to what rollouts need."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Start vLLM's processes and load the model; takes from half a minute to minutes."""
+        self._settings = settings
+        self._sleeps = torch.cuda.is_available()
+        self._llm = AsyncLLM.from_engine_args(engine_args(settings, self._sleeps))
+
+    @property
+    def dead(self) -> bool:
+        """Whether vLLM's own processes have failed."""
+        return self._llm.errored
+
+    async def check_health(self) -> None:
+        """Raise if vLLM's own processes have failed."""
+        await self._llm.check_health()
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any]
+    ) -> AsyncIterator[int | Finished]:
+        """One response: the number of its tokens so far, now and then, and in the end the response."""
+        params = SamplingParams(
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            max_tokens=sampling["max_tokens"],
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=list(self._settings.stop_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        token_ids: list[int] = []
+        log_probs: list[float] = []
+        async for output in self._llm.generate({"prompt_token_ids": list(prompt_token_ids)}, params, request_id):
+            part = output.outputs[0]
+            token_ids += part.token_ids
+            log_probs += [column[token].logprob for token, column in zip(part.token_ids, part.logprobs or (), strict=True)]
+            if part.finish_reason is not None:
+                yield Finished(token_ids, log_probs, part.finish_reason)
+            else:
+                yield len(token_ids)
+
+    async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
+        """Every worker takes the weights that a refit sends (`vllm_worker.RefitWorker`), and nothing computed with the old
+        ones stays in the prefix cache. Returns each worker's answer."""
+        answers = await self._llm.collective_rpc("receive_weights", args=(dict(spec),))
+        await self._llm.reset_prefix_cache()
+        return answers
+
+    async def sleep(self) -> bool:
+        """Give weights and KV cache back to the GPU; whether they are gone. On CPU nothing is to be given back."""
+        if self._sleeps:
+            await self._llm.sleep(level=2)
+        return self._sleeps
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        """Take GPU memory again for `weights` (whose content a refit has to bring) or `kv_cache`."""
+        if self._sleeps:
+            await self._llm.wake_up(list(tags))
+
+    def shutdown(self) -> None:
+        """End vLLM's processes."""
+        self._llm.shutdown()
+
+
+def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
+    """vLLM's arguments."""
+    on_device: dict[str, Any] = (
+        {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+        if cuda
+        else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
+    )
+    return AsyncEngineArgs(
+        model=settings.model,
+        dtype=settings.dtype,
+        load_format=settings.load_format,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_sequences,
+        tensor_parallel_size=settings.tensor,
+        seed=settings.seed,
+        skip_tokenizer_init=True,  # token ids in, token ids out; the stop ids are ours
+        generation_config="vllm",  # no defaults of the model's own
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, at its temperature
+        logits_processors=[f"{__name__}:OnlyTokens"],
+        additional_config={"num_tokens": settings.vocabulary, "server_pid": os.getpid()},
+        worker_extension_cls="kdrl_mcore.rollout.vllm_worker.RefitWorker",
+        stream_interval=STREAM_INTERVAL,
+        disable_log_stats=True,
+        enable_prefix_caching=True,
+        **on_device,
+    )
+
+
+class OnlyTokens(LogitsProcessor):
+    """Masks the columns of the logits that no token has. Made in each of vLLM's worker processes, where it also sees to it that
+    they end with the server: a killed server leaves vLLM's own processes behind."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._num_tokens = vllm_config.additional_config["num_tokens"]
+        end_group_with(vllm_config.additional_config["server_pid"])
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """See vLLM."""
+        logits[:, self._num_tokens :] = float("-inf")
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """See vLLM."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """See vLLM; there is no state."""
+
+
+def end_group_with(pid: int) -> None:
+    """Kill this process's group, which is that of one engine server, soon after the process `pid` ends."""
+
+    def watch() -> None:
+        try:
+            process = psutil.Process(pid)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_WATCH_SECONDS)
+        except psutil.NoSuchProcess:
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

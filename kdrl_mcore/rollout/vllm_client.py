@@ -1,0 +1,280 @@
+"""The trainer's side of an engine server: its process, where it is ours, and its HTTP interface. Imports nothing of vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from kdrl_mcore.errors import EngineError
+from kdrl_mcore.interrupt import children_ignore_stop_signals
+
+TOKEN_VARIABLE = "KDRL_ENGINE_TOKEN"
+"""The environment variable with the token that a server asks for."""
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 15.0
+_SHORT_SECONDS = 10.0  # for an answer that needs no work
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ServerFailed(Exception):
+    """The server is gone, hangs or answers with a failure of its own: start it again."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server.
+
+    Attributes:
+        arguments: of `kdrl_mcore.rollout.vllm_server`, without --run-dir, --index and --parent.
+        environment: set in addition to this process's.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class EngineServer:
+    """One engine server, started from here (`launch`) or by somebody else.
+
+    Methods block and raise ServerFailed, unless they say otherwise; `generate` is asynchronous.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        run_dir: Path,
+        *,
+        address: str | None = None,
+        token: str | None = None,
+        launch: Launch | None = None,
+        startup_timeout: float = 600.0,
+        generation_timeout: float = 300.0,
+        refit_timeout: float = 300.0,
+    ) -> None:
+        """Args:
+        address, token: None are read from `RUN/servers/INDEX.json` when the server is there.
+        generation_timeout: seconds without a sign of progress after which a server hangs. refit_timeout: for all weights.
+        """
+        self.index = index
+        self.address = address
+        self.token = token
+        self._fixed = address is not None
+        self.run_dir = run_dir
+        self._launch = launch
+        self._startup_timeout, self._generation_timeout = startup_timeout, generation_timeout
+        self._refit_timeout = refit_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        """What a server that was started from here prints."""
+        return self.run_dir / "servers" / f"{self.index}.log"
+
+    @property
+    def pid(self) -> int | None:
+        """The process, where it was started from here; also its process group."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready."""
+        assert self._launch is not None
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        address_path(self.run_dir, self.index).unlink(missing_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not _is_of_rank(name)}
+        environment |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), **self._launch.environment}
+        if self.token is not None:
+            environment[TOKEN_VARIABLE] = self.token
+        place = ["--run-dir", str(self.run_dir), "--index", str(self.index), "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm_server", *place, *self._launch.arguments]
+        with self.log.open("ab") as log, children_ignore_stop_signals():
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers; then its address is known.
+
+        Raises:
+            ServerFailed: it ended, or did not answer within the start-up time-out.
+        """
+        deadline = time.monotonic() + self._startup_timeout
+        reason = "it wrote no address"
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                raise ServerFailed(f"engine {self.index} ended while it started ({last_line(self.log)}); see {self.log}")
+            if self.read_address():
+                try:
+                    self.health()
+                    return
+                except ServerFailed as error:
+                    reason = str(error)
+            time.sleep(_POLL_SECONDS)
+        raise ServerFailed(f"engine {self.index} did not start within {self._startup_timeout:g} s ({reason}); see {self.log}")
+
+    def restart(self) -> None:
+        """End the server, start it again and wait. One that somebody else started is told to end, for them to start it again."""
+        if self._launch is None:
+            with suppress(ServerFailed):
+                self._post("stop", timeout=_SHORT_SECONDS)
+        else:
+            self.kill()
+            self.start()
+        self.wait_until_ready()
+
+    def stop(self) -> None:
+        """End a server that was started from here, politely at first, and everything it started. Raises nothing."""
+        if self._process is None:
+            return
+        if self._process.poll() is None and self.address is not None:
+            with suppress(ServerFailed):
+                self._post("stop", timeout=_SHORT_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill a server that was started from here and everything it started. Raises nothing."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+            address_path(self.run_dir, self.index).unlink(missing_ok=True)
+
+    def health(self) -> dict[str, Any]:
+        """`version` of the weights, and whether they are `usable`."""
+        return self._call("GET", "health", timeout=_SHORT_SECONDS)
+
+    def receive_weights(self, version: int, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Let the workers receive weights as `spec` says, then number them; each worker's answer."""
+        return self._post("weights", {"version": version, "spec": spec}, timeout=self._refit_timeout)["workers"]
+
+    def sleep(self) -> bool:
+        """Give GPU memory back; whether the weights are gone."""
+        return self._post("sleep", timeout=self._refit_timeout)["gone"]
+
+    def wake(self, tags: Sequence[str]) -> None:
+        """Take GPU memory for `weights`, `kv_cache` or both."""
+        self._post("wake", {"tags": list(tags)}, timeout=self._refit_timeout)
+
+    async def generate(
+        self,
+        http: httpx.AsyncClient,
+        version: int | None,
+        requests: Sequence[Mapping[str, Any]],
+        sampling: Mapping[str, Any],
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Responses in the order in which they end: `id`, `token_ids`, `log_probs`, `finish_reason`, `version`.
+
+        Args:
+            requests: `id`, `prompt_token_ids` and `seed` of each. sampling: `temperature`, `top_p`, `max_tokens`.
+
+        Raises:
+            ServerFailed: or no progress within the generation time-out, or not all responses came.
+            EngineError: the server refuses the request.
+        """
+        body = {"version": version, "requests": list(requests), "sampling": dict(sampling)}
+        left = len(requests)
+        try:
+            async with http.stream(
+                "POST", self._url("generate"), json=body, headers=self._headers(), timeout=self._generation_timeout
+            ) as response:
+                if response.status_code != httpx.codes.OK:
+                    self._raise(response.status_code, (await response.aread()).decode(errors="replace"))
+                async for text in response.aiter_lines():
+                    line = json.loads(text)
+                    if "error" in line:
+                        raise ServerFailed(f"engine {self.index}: {line['error']}")
+                    if "token_ids" in line:
+                        left -= 1
+                        yield line
+        except (httpx.TransportError, httpx.InvalidURL, ValueError) as error:
+            raise ServerFailed(f"engine {self.index} at {self.address}: {_describe(error)}") from error
+        if left:
+            raise ServerFailed(f"engine {self.index} at {self.address} ended its answer {left} responses early")
+
+    def read_address(self) -> bool:
+        """Look for the address; whether it is known."""
+        if not self._fixed:
+            try:
+                written = json.loads(address_path(self.run_dir, self.index).read_text())
+            except (FileNotFoundError, ValueError):
+                return False
+            self.address, self.token = written["address"], written["token"]
+        return True
+
+    def _post(self, route: str, body: Mapping[str, Any] | None = None, *, timeout: float) -> Any:
+        return self._call("POST", route, body or {}, timeout=timeout)
+
+    def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None, *, timeout: float) -> Any:
+        try:
+            response = httpx.request(
+                method, self._url(route), json=body, headers=self._headers(), timeout=timeout, trust_env=False
+            )
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise ServerFailed(f"engine {self.index} at {self.address}, {route}: {_describe(error)}") from error
+        if response.status_code != httpx.codes.OK:
+            self._raise(response.status_code, response.text)
+        return response.json()
+
+    def _url(self, route: str) -> str:
+        return f"http://{self.address}/{route}"
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def _raise(self, status: int, text: str) -> None:
+        with suppress(ValueError, KeyError, TypeError):
+            text = json.loads(text)["detail"]
+        if status == httpx.codes.UNAUTHORIZED:
+            raise EngineError(f"engine {self.index} at {self.address} refuses the token: set {TOKEN_VARIABLE} to the server's")
+        if status < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise EngineError(f"engine {self.index} at {self.address} refuses a request: {text}")
+        raise ServerFailed(f"engine {self.index} at {self.address}: {text} (status {status})")
+
+
+def address_path(run_dir: Path, index: int) -> Path:
+    """Where a server writes its address and token."""
+    return run_dir / "servers" / f"{index}.json"
+
+
+def write_address(run_dir: Path, index: int, address: str, token: str) -> None:
+    """Write the address file, whole or not at all, readable by its owner alone."""
+    path = address_path(run_dir, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump({"address": address, "token": token, "pid": os.getpid()}, file)
+    os.replace(aside, path)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a server's log that says something."""
+    with suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "rror" in line]
+        return (errors or lines or ["no output"])[-1]
+    return "no output"
+
+
+def _is_of_rank(name: str) -> bool:
+    """Whether a variable describes a training rank, which vLLM would take for its own."""
+    return name in _RANK_VARIABLES or name.startswith("TORCHELASTIC_")
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, httpx.TimeoutException):
+        return f"no progress within the time-out ({type(error).__name__})"
+    return " ".join(str(error).split()) or type(error).__name__

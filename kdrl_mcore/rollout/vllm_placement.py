@@ -1,0 +1,230 @@
+"""Where the engine servers run, who starts them, and what all ranks do with them together.
+
+`colocated`: on the GPUs of the training ranks; rank e * E starts server e, which uses the GPUs of ranks e * E to e * E + E - 1
+(E is `rollout.vllm.tensor`). `server`: elsewhere. They are found in RUN/servers or listed in `rollout.vllm.servers`; a job on a
+single node starts those that are missing itself, on GPUs that no rank uses.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kdrl_mcore.config import Config
+from kdrl_mcore.errors import ConfigError, EngineError
+from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, EngineServer, Launch, ServerFailed, address_path
+
+
+@dataclass
+class Replicas:
+    """All servers, as one rank sees them.
+
+    Attributes:
+        servers: handles by index. Only a server's owner starts and refits it; rank 0 generates with all.
+        owners: the rank of each.
+    """
+
+    servers: list[EngineServer]
+    owners: list[int]
+
+    def __len__(self) -> int:
+        return len(self.servers)
+
+    def own(self, indices: Sequence[int]) -> list[EngineServer]:
+        """Those of the servers that this rank owns."""
+        return [self.servers[index] for index in indices if self.owners[index] == dist.get_rank()]
+
+    def failures(self, action: Callable[[EngineServer], Any], indices: Sequence[int]) -> dict[int, str]:
+        """Each owner's action on its servers, all at once; which failed, and why, on every rank. Collective over the world.
+
+        Raises:
+            EngineError: on all ranks: what a server refused.
+        """
+        return self._run(action, indices)[0]
+
+    def each(self, action: Callable[[EngineServer], Any]) -> bool:
+        """Each owner's action on its servers; whether one of them returned true. A failure is found when the server is used
+        next. Collective over the world."""
+        return self._run(action, range(len(self)))[1]
+
+    def restart(self, indices: Sequence[int]) -> dict[int, str]:
+        """Start servers again and wait until they are ready; those that failed. Collective over the world."""
+        failed = self.failures(lambda server: server.restart(), indices) if indices else {}
+        if indices:
+            self.share_addresses()
+        return failed
+
+    def share_addresses(self) -> None:
+        """Let every rank know where each server is. Collective over the world."""
+        mine = {server.index: (server.address, server.token) for server in self.own(range(len(self)))}
+        for addresses in _gather(mine):
+            for index, (address, token) in addresses.items():
+                self.servers[index].address, self.servers[index].token = address, token
+
+    def stop(self) -> None:
+        """End the servers that this rank started."""
+        _at_once(lambda server: server.stop(), self.servers)
+
+    def _run(self, action: Callable[[EngineServer], Any], indices: Sequence[int]) -> tuple[dict[int, str], bool]:
+        def attempt(server: EngineServer) -> tuple[int, Any]:
+            try:
+                return server.index, bool(action(server))
+            except (ServerFailed, EngineError) as error:
+                return server.index, error
+
+        outcomes = dict(item for part in _gather(_at_once(attempt, self.own(indices))) for item in part)
+        refused = [outcome for outcome in outcomes.values() if isinstance(outcome, EngineError)]
+        if refused:
+            raise refused[0]
+        failed = {index: str(outcome) for index, outcome in sorted(outcomes.items()) if isinstance(outcome, ServerFailed)}
+        return failed, any(outcome is True for outcome in outcomes.values())
+
+
+def start_replicas(config: Config, vocabulary: int) -> Replicas:
+    """Start or find every server, and wait until all are ready. Collective over the world.
+
+    Raises:
+        ConfigError: vLLM is not installed, or the layout does not fit.
+        EngineError: a server did not start, or was not found within the start-up time-out.
+    """
+    settings, run_dir = config.rollout.vllm, Path(config.run.dir)
+    timeouts = {
+        "startup_timeout": settings.startup_timeout,
+        "generation_timeout": settings.generation_timeout,
+        "refit_timeout": settings.refit_timeout,
+    }
+    if settings.servers:
+        token = os.environ.get(TOKEN_VARIABLE)
+        if token is None:
+            raise ConfigError(f"rollout.vllm.servers is set but {TOKEN_VARIABLE} is not: export the servers' token")
+        servers = [
+            EngineServer(index, run_dir, address=address, token=token, **timeouts)
+            for index, address in enumerate(settings.servers)
+        ]
+        replicas = Replicas(servers, [0] * len(servers))
+    else:
+        owners = _owners(config)
+        single_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+        (token,) = _gather(secrets.token_urlsafe(32))[:1]
+        replicas = Replicas([], owners)
+        for index, owner in enumerate(owners):
+            server = EngineServer(index, run_dir, **timeouts)
+            if owner == dist.get_rank() and (settings.placement == "colocated" or (single_node and not _is_there(server))):
+                launch = Launch(_arguments(config, vocabulary, single_node), _environment(config, index))
+                server = EngineServer(index, run_dir, token=token, launch=launch, **timeouts)
+                server.start()
+            replicas.servers.append(server)
+    try:
+        failures = replicas.failures(lambda server: server.wait_until_ready(), range(len(replicas)))
+        if failures:
+            raise EngineError("; ".join(failures.values()))
+    except BaseException:
+        replicas.stop()
+        raise
+    replicas.share_addresses()
+    return replicas
+
+
+def check_installed() -> None:
+    """Raise ConfigError if vLLM, which a rank is to start, is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout=vllm needs vLLM, which is not installed: pip install 'kdrl-mcore[vllm]' (CUDA) or run make setup (CPU)"
+        )
+
+
+def _owners(config: Config) -> list[int]:
+    settings, world = config.rollout.vllm, dist.get_world_size()
+    if settings.placement == "server":
+        return [0] * max(1, settings.replicas)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local % settings.tensor:
+        raise ConfigError(
+            f"rollout.vllm.tensor={settings.tensor} does not divide the {local} ranks of a node, whose GPUs colocated engines "
+            "use: change it, or set rollout.vllm.placement=server"
+        )
+    count = world // settings.tensor
+    if settings.replicas > count:
+        raise ConfigError(
+            f"rollout.vllm.replicas={settings.replicas} colocated engines of rollout.vllm.tensor={settings.tensor} do not fit "
+            f"{world} ranks: at most {count}"
+        )
+    return [engine * settings.tensor for engine in range(settings.replicas or count)]
+
+
+def _is_there(server: EngineServer) -> bool:
+    """Whether somebody has started this server already."""
+    if not address_path(server.run_dir, server.index).is_file():
+        return False
+    server.read_address()
+    try:
+        server.health()
+    except (ServerFailed, EngineError):  # of an earlier run
+        return False
+    return True
+
+
+def _arguments(config: Config, vocabulary: int, single_node: bool) -> tuple[str, ...]:
+    check_installed()
+    rollout = config.rollout
+    values = {
+        "model": config.student.path,
+        "dtype": config.model.dtype,
+        "vocabulary": vocabulary,
+        "max-model-len": rollout.max_prompt_tokens + rollout.max_response_tokens,
+        "max-sequences": rollout.max_sequences,
+        "tensor": rollout.vllm.tensor,
+        "seed": config.trainer.seed,
+        "gpu-memory-utilization": rollout.vllm.gpu_memory_utilization,
+        "kv-cache-gib": rollout.vllm.kv_cache_gib,
+        "host": "127.0.0.1" if single_node else _own_address(),
+    }
+    return tuple(word for name, value in values.items() for word in (f"--{name}", str(value)))
+
+
+def _environment(config: Config, index: int) -> dict[str, str]:
+    """Which GPUs the server sees."""
+    if not torch.cuda.is_available():
+        return {}
+    settings = config.rollout.vllm
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices, local = visible.split(","), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = int(os.environ.get("LOCAL_RANK", "0")) if settings.placement == "colocated" else local + index * settings.tensor
+    mine = devices[first : first + settings.tensor]
+    if len(mine) < settings.tensor:
+        raise ConfigError(
+            f"engine {index} needs {settings.tensor} GPUs beside those of the {local} ranks, and the node shows {len(devices)}: "
+            "use fewer ranks, rollout.vllm.placement=colocated, or servers on other nodes (docs/rollout.md)"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
+
+def _own_address() -> str:
+    """This node's address on the network that the job's ranks meet on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _at_once(action: Callable[[EngineServer], Any], servers: Sequence[EngineServer]) -> list[Any]:
+    if not servers:
+        return []
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(action, servers))
+
+
+def _gather(item: Any) -> list[Any]:
+    """Each rank's item. Collective over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered

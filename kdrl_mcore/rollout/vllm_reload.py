@@ -1,0 +1,26 @@
+"""vLLM's way of loading weights in place, in its worker processes: all that a refit needs of vLLM 0.32 and 0.33."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Load tensors that come under their HF names, on CPU and CUDA.
+
+    vLLM gathers a layer's tensors, then processes them (on CPU it packs them for its kernels) into the memory of the old ones.
+    If the stream breaks off, layers are left in between; vLLM would add the next stream's tensors to what they have. They are
+    therefore completed with whatever came: the weights are wrong then, and the next refit replaces all of them.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    except BaseException:
+        with set_current_vllm_config(worker.vllm_config):
+            finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+        raise

@@ -1,0 +1,222 @@
+"""An engine server: vLLM in processes of its own behind a small HTTP interface, so that a killed engine kills no training rank.
+
+    python -m kdrl_mcore.rollout.vllm_server --run-dir RUN --index 0 --model HF_DIR [options]
+
+Trainers start servers themselves; by hand (or by srun) they are started like this on other nodes, and `rollout.vllm.placement=
+server` finds them in RUN/servers. Every route asks for `Authorization: Bearer TOKEN`; nothing that arrives is unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+
+from kdrl_mcore.data.tokenizers import load_tokenizer
+from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.rollout.vllm_adapter import Engine, EngineSettings, Finished, end_group_with
+from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, write_address
+
+_SIGN_SECONDS = 1.0  # between two signs of progress in a stream
+
+
+def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callable[[], None]) -> FastAPI:
+    """The routes. `version` is that of the weights that the engine holds: None are those of the model directory, or none that
+    can be used (in and after a refit that did not end well, and asleep)."""
+    app = FastAPI(openapi_url=None)
+    held: dict[str, Any] = {"version": None, "usable": settings.load_format != "dummy"}
+
+    @app.middleware("http")
+    async def authorize(request: Request, proceed: Any) -> Any:
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return Response("wrong or missing token", status_code=401)
+        return await proceed(request)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        if engine.dead:
+            raise HTTPException(503, "vLLM's engine process has died")
+        await engine.check_health()
+        return {"version": held["version"], "usable": held["usable"]}
+
+    @app.post("/generate")
+    async def generate(request: Request) -> StreamingResponse:
+        body = await request.json()
+        if not held["usable"] or body["version"] != held["version"]:
+            have = held["version"] if held["usable"] else "no usable weights"
+            raise HTTPException(409, f"asked for weight version {body['version']}, the engine has {have}")
+        limit = settings.max_model_len - body["sampling"]["max_tokens"]
+        for each in body["requests"]:
+            if not 0 < len(each["prompt_token_ids"]) <= limit:
+                length = len(each["prompt_token_ids"])
+                raise HTTPException(
+                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                )
+        return StreamingResponse(stream(body, held["version"]), media_type="application/x-ndjson")
+
+    async def stream(body: dict[str, Any], version: int | None) -> AsyncIterator[str]:
+        """A line for each finished response, and a sign of progress where tokens came and no response has ended."""
+        results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        signed = time.monotonic()
+
+        async def run(each: dict[str, Any]) -> None:
+            nonlocal signed
+            name = f"{each['id']}-{secrets.token_hex(4)}"  # vLLM wants names that it has never seen
+            async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
+                if isinstance(out, Finished):
+                    if not held["usable"] or held["version"] != version:
+                        raise RuntimeError(f"the weights changed from version {version} while {each['id']} was sampled")
+                    results.put_nowait({"id": each["id"], "version": version, **vars(out)})
+                elif time.monotonic() - signed > _SIGN_SECONDS:
+                    signed = time.monotonic()
+                    results.put_nowait({"tokens": out})
+
+        tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
+        for task in tasks:
+            task.add_done_callback(lambda _: results.put_nowait(None))
+        try:
+            left = len(tasks)
+            while left:
+                line = await results.get()
+                if line is not None:
+                    signed = time.monotonic()
+                    yield json.dumps(line) + "\n"
+                    continue
+                left -= 1
+                failed = next((task for task in tasks if task.done() and task.exception()), None)
+                if failed is not None:
+                    yield json.dumps({"error": f"{type(failed.exception()).__name__}: {failed.exception()}"}) + "\n"
+                    return
+        finally:  # the client has gone, or a request failed: vLLM drops what it still works on
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @app.post("/weights")
+    async def weights(request: Request) -> dict[str, Any]:
+        body = await request.json()
+        held.update(usable=False)
+        workers = await engine.receive_weights(body["spec"])
+        held.update(version=body["version"], usable=True)
+        return {"version": body["version"], "workers": workers}
+
+    @app.post("/sleep")
+    async def sleep() -> dict[str, bool]:
+        gone = await engine.sleep()
+        if gone:
+            held.update(usable=False)
+        return {"gone": gone}
+
+    @app.post("/wake")
+    async def wake(request: Request) -> None:
+        await engine.wake((await request.json())["tags"])
+
+    @app.post("/stop")
+    async def end() -> None:
+        stop()
+
+    return app
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until told to stop, or until the parent process ends."""
+    options = _parser().parse_args(arguments)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    if options.parent:
+        end_group_with(options.parent)
+    try:
+        settings = _settings(options)
+    except KdrlError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    token = os.environ.pop(TOKEN_VARIABLE, None) or secrets.token_urlsafe(32)
+    listener = socket.create_server((options.host, options.port))
+    asyncio.run(_serve(settings, token, listener, Path(options.run_dir), options.index))
+    return 0
+
+
+async def _serve(settings: EngineSettings, token: str, listener: socket.socket, run_dir: Path, index: int) -> None:
+    engine = Engine(settings)
+    server = uvicorn.Server(uvicorn.Config(lambda: app, factory=True, log_level="warning"))
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = make_app(engine, settings, token, stop)
+    watching = asyncio.create_task(_announce(server, engine, token, listener, run_dir, index))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watching.cancel()
+        engine.shutdown()
+
+
+async def _announce(
+    server: uvicorn.Server, engine: Engine, token: str, listener: socket.socket, run_dir: Path, index: int
+) -> None:
+    """Write the address once the server answers; then end it when vLLM's processes die."""
+    while not server.started:
+        await asyncio.sleep(0.05)
+    host, port = listener.getsockname()[:2]
+    write_address(run_dir, index, f"{host}:{port}", token)
+    while not engine.dead:
+        await asyncio.sleep(1.0)
+    server.should_exit = True
+
+
+def _settings(options: argparse.Namespace) -> EngineSettings:
+    if not Path(options.model).is_dir():
+        raise ConfigError(f"--model {options.model} is not a folder: name an HF model directory")
+    tokenizer = load_tokenizer(options.model)
+    return EngineSettings(
+        model=options.model,
+        vocabulary=options.vocabulary or tokenizer.vocabulary_size,
+        stop_ids=tuple(sorted(tokenizer.eos_ids)),
+        **{name: getattr(options, name) for name in _FLAGS},
+    )
+
+
+_FLAGS: dict[str, tuple[Any, str]] = {
+    "dtype": ("float32", "of the weights: float32 or bfloat16"),
+    "max_model_len": (2048, "prompt and response tokens together"),
+    "max_sequences": (256, "responses decoded at once"),
+    "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
+    "seed": (1, "of the engine; each request brings its own"),
+    "gpu_memory_utilization": (0.85, "share of each GPU"),
+    "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
+    "load_format": ("auto", "auto, or dummy where a refit brings the weights"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdrl_mcore.rollout.vllm_server", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
+    parser.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
+    parser.add_argument("--model", required=True, help="HF model directory")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's")
+    for name, (default, text) in _FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,275 @@
+"""How the bytes of a bucket get from a trainer's rank to the workers of the engines: each way has two ends.
+
+Both ends have two slots of `bucket_bytes`, so that one is filled while the other is read. `shared_memory`: one host, in host
+memory. `cuda_ipc`: one host, in the sender's GPU memory. `broadcast`: any hosts, by gloo or NCCL.
+"""
+
+from __future__ import annotations
+
+import base64
+import mmap
+import os
+import socket
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.errors import RefitError
+from kdrl_mcore.rollout.weight_stream import remaining
+
+SLOTS = 2
+
+
+class Sender(Protocol):
+    """The sending end."""
+
+    slots: list[Tensor]
+
+    def describe(self, index: int, count: int) -> dict:
+        """What receiver `index` of `count` needs in order to open its end."""
+
+    def connect(self) -> None:
+        """Called when every receiver has its description."""
+
+    def publish(self, slot: int, used: int) -> None:
+        """The first `used` bytes of a slot are complete."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Receiver(Protocol):
+    """The receiving end."""
+
+    def take(self, slot: int, used: int) -> Tensor:
+        """The bytes of a published slot; they stay until the receiver says that it is done with them."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class SharedMemorySender:
+    """Slots in memory that the receivers map as well. It has no name in the file system: nothing is left behind by a process
+    that is killed, and a small /dev/shm does not matter."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self._file = os.memfd_create("kdrl_mcore_refit")
+        os.ftruncate(self._file, SLOTS * bucket_bytes)
+        self.slots = _map_slots(self._file, bucket_bytes)
+
+    def describe(self, index: int, count: int) -> dict:
+        """See `Sender`."""
+        return {"path": f"/proc/{os.getpid()}/fd/{self._file}"}
+
+    def connect(self) -> None:
+        """Nothing to do."""
+
+    def publish(self, slot: int, used: int) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """See `Sender`."""
+        self.slots = []
+        os.close(self._file)
+
+
+class SharedMemoryReceiver:
+    """The sender's memory."""
+
+    def __init__(self, description: dict, bucket_bytes: int) -> None:
+        file = os.open(description["path"], os.O_RDWR)
+        try:
+            self._slots = _map_slots(file, bucket_bytes)
+        finally:
+            os.close(file)
+
+    def take(self, slot: int, used: int) -> Tensor:
+        """See `Receiver`."""
+        return self._slots[slot][:used]
+
+    def close(self) -> None:
+        """See `Receiver`."""
+        self._slots = []
+
+
+def _map_slots(file: int, bucket_bytes: int) -> list[Tensor]:
+    whole = torch.frombuffer(mmap.mmap(file, SLOTS * bucket_bytes), dtype=torch.uint8)
+    return list(whole.split(bucket_bytes))
+
+
+class CudaIpcSender:
+    """Slots in GPU memory; the receivers, on GPUs of the same node, map it by its CUDA IPC handles."""
+
+    def __init__(self, bucket_bytes: int, device: torch.device) -> None:
+        self.slots = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+
+    def describe(self, index: int, count: int) -> dict:
+        """See `Sender`. A handle counts its reader, so every receiver gets its own."""
+        shared = [slot.untyped_storage()._share_cuda_() for slot in self.slots]
+        uuid = str(torch.cuda.get_device_properties(self.slots[0].device).uuid)
+        return {"gpu": uuid, "slots": [[_to_json(value) for value in fields[1:]] for fields in shared]}
+
+    def connect(self) -> None:
+        """Nothing to do."""
+
+    def publish(self, slot: int, used: int) -> None:
+        """Wait until the GPU has written the bytes."""
+        torch.cuda.synchronize(self.slots[slot].device)
+
+    def close(self) -> None:
+        """See `Sender`."""
+        self.slots = []
+
+
+class CudaIpcReceiver:
+    """The sender's GPU memory."""
+
+    def __init__(self, description: dict) -> None:
+        """Raises RefitError if this process does not see the sender's GPU."""
+        device = _device_of(description["gpu"])
+        self._slots = []
+        for fields in description["slots"]:
+            storage = torch.UntypedStorage._new_shared_cuda(device, *(_from_json(value) for value in fields))
+            self._slots.append(torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage))
+
+    def take(self, slot: int, used: int) -> Tensor:
+        """See `Receiver`."""
+        return self._slots[slot][:used]
+
+    def close(self) -> None:
+        """See `Receiver`."""
+        self._slots = []
+
+
+def _device_of(uuid: str) -> int:
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == uuid:
+            return index
+    raise RefitError(
+        f"the engine does not see GPU {uuid}: the GPU of the rank that drives a colocated engine must be in the engine's "
+        "CUDA_VISIBLE_DEVICES"
+    )
+
+
+def _to_json(value: Any) -> Any:
+    return {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+def _from_json(value: Any) -> Any:
+    return base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
+
+
+class BroadcastSender:
+    """Rank 0 of a process group of its own with all receivers."""
+
+    def __init__(self, bucket_bytes: int, device: torch.device, host: str, deadline: float) -> None:
+        """Args:
+        host: this side's address, as the receivers reach it.
+        """
+        self.slots = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._host, self._deadline, self._size = host, deadline, 1
+        listening = socket.create_server((host, 0))
+        self._port = listening.getsockname()[1]
+        self._store: dist.Store | None = dist.TCPStore(
+            host,
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=remaining(deadline)),
+            master_listen_fd=listening.detach(),
+        )
+        self._group: Any = None
+
+    def describe(self, index: int, count: int) -> dict:
+        """See `Sender`."""
+        self._size = 1 + count
+        return {"host": self._host, "port": self._port, "rank": 1 + index, "size": self._size}
+
+    def connect(self) -> None:
+        """Create the group."""
+        assert self._store is not None
+        self._group = _create_group(self._store, 0, self._size, self.slots[0].device, self._host, self._deadline)
+
+    def publish(self, slot: int, used: int) -> None:
+        """Broadcast the bytes."""
+        _broadcast(self._group, self.slots[slot][:used], self._deadline)
+
+    def close(self) -> None:
+        """See `Sender`."""
+        _abort(self._group)
+        self.slots, self._group, self._store = [], None, None
+
+
+class BroadcastReceiver:
+    """Another rank of the sender's group, with slots of its own."""
+
+    def __init__(self, description: dict, bucket_bytes: int, device: torch.device, host: str, deadline: float) -> None:
+        """Args:
+        host: this side's address, as the sender reaches it.
+        """
+        self._slots = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._deadline = deadline
+        store = dist.TCPStore(
+            description["host"], description["port"], is_master=False, timeout=timedelta(seconds=remaining(deadline))
+        )
+        self._group = _create_group(store, description["rank"], description["size"], device, host, deadline)
+
+    def take(self, slot: int, used: int) -> Tensor:
+        """See `Receiver`."""
+        _broadcast(self._group, self._slots[slot][:used], self._deadline)
+        return self._slots[slot][:used]
+
+    def close(self) -> None:
+        """See `Receiver`."""
+        _abort(self._group)
+        self._slots, self._group = [], None
+
+
+def _create_group(store: dist.Store, rank: int, size: int, device: torch.device, host: str, deadline: float) -> Any:
+    """A process group beside the global ones: neither side may have, or change, a default group for it."""
+    timeout = timedelta(seconds=remaining(deadline))
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(dist.PrefixStore("refit", store), rank, size, options)
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._timeout = timeout
+    return gloo(dist.PrefixStore("refit", store), rank, size, options)
+
+
+def _broadcast(group: Any, data: Tensor, deadline: float) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.timeout = timedelta(seconds=remaining(deadline))
+    work = group.broadcast([data], options)
+    work.wait(timedelta(seconds=remaining(deadline)))
+
+
+def _abort(group: Any) -> None:
+    if group is not None and hasattr(group, "abort"):
+        group.abort()
+
+
+def make_sender(kind: str, bucket_bytes: int, device: torch.device, host: str, deadline: float) -> Sender:
+    """The sending end of a transport: shared_memory, cuda_ipc or broadcast."""
+    if kind == "shared_memory":
+        return SharedMemorySender(bucket_bytes)
+    if kind == "cuda_ipc":
+        return CudaIpcSender(bucket_bytes, device)
+    return BroadcastSender(bucket_bytes, device, host, deadline)
+
+
+def make_receiver(
+    kind: str, description: dict, bucket_bytes: int, device: torch.device, host: str, deadline: float
+) -> Receiver:
+    """The receiving end."""
+    if kind == "shared_memory":
+        return SharedMemoryReceiver(description, bucket_bytes)
+    if kind == "cuda_ipc":
+        return CudaIpcReceiver(description)
+    return BroadcastReceiver(description, bucket_bytes, device, host, deadline)

@@ -1,0 +1,228 @@
+"""The sending end of a refit on a rank that drives engines: it starts their reading, and hands them bucket after bucket."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.errors import KdrlError, RefitError
+from kdrl_mcore.rollout.weight_stream import Channel, Piece, num_bytes, remaining, same_token
+from kdrl_mcore.rollout.weight_transport import SLOTS, Sender, make_sender
+
+_POLL = 0.2
+_LAST_WORDS = 5.0
+"""Seconds for a server to say why it closed the connection."""
+
+Table = Mapping[str, tuple[Sequence[int], str]]
+"""Shape and dtype of each tensor of the model, by its HF name."""
+
+
+class WeightServer(Protocol):
+    """An engine server as a refit sees it: its number, for messages, and its address, `host:port`."""
+
+    index: int
+    address: str | None
+
+    def receive_weights(self, version: int, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Let its workers read what `spec` announces, and return what each of them reports. Blocks."""
+
+
+class WeightWriter:
+    """Feeds the workers of some servers. The first failure is kept in `error`; what comes after it goes nowhere, so that the
+    ranks that send can go on in step."""
+
+    def __init__(
+        self,
+        servers: Sequence[WeightServer],
+        version: int,
+        table: Table,
+        bucket_bytes: int,
+        device: torch.device,
+        deadline: float,
+        colocated: bool,
+    ) -> None:
+        """Start the servers' reading and connect to every worker.
+
+        Args:
+            device: where the weights are.
+            deadline: `time.monotonic()` behind which everything fails.
+            colocated: the servers run on this host, and on CUDA on GPUs of it, this rank's among them.
+        """
+        self.error: str | None = None
+        self._servers, self._version, self._table = servers, version, table
+        self._bucket_bytes, self._device, self._deadline = bucket_bytes, device, deadline
+        self._place, self._colocated = "the connection", colocated
+        self._published = 0
+        self._channels: dict[tuple[int, int], Channel] = {}  # by server and worker
+        self._replies: list[Future[list[dict[str, Any]]]] = []
+        self._threads = ThreadPoolExecutor(len(servers), "refit")
+        self._sender: Sender | None = None
+        self._scratch: Tensor | None = None
+        try:
+            self._open()
+        except (OSError, EOFError, RuntimeError, KdrlError) as error:
+            self._fail(error)
+
+    def next_slot(self) -> Tensor:
+        """Where the coming bucket is to be put: its receivers have read what was there before."""
+        number = self._published
+        if self.error is None and number >= SLOTS:
+            try:
+                for key, channel in self._channels.items():
+                    self._expect_ack(key, channel, number - SLOTS)
+            except (OSError, EOFError, KdrlError) as error:
+                self._fail(error)
+        if self._sender is None:
+            if self._scratch is None:
+                self._scratch = torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self._device)
+            return self._scratch
+        return self._sender.slots[number % SLOTS]
+
+    def publish(self, bucket: Sequence[Piece]) -> None:
+        """The bucket is complete in the slot that `next_slot` gave."""
+        if self._sender is None:
+            return
+        self._place = bucket[0].name
+        slot = self._published % SLOTS
+        message = {"slot": slot, "pieces": [[p.name, p.start, p.offset, p.length] for p in bucket]}
+        try:
+            for channel in self._channels.values():
+                channel.send(message)
+            self._sender.publish(slot, num_bytes(bucket))
+            self._published += 1
+        except (OSError, EOFError, RuntimeError) as error:
+            self._fail(error)
+
+    def finish(self, checksums: Mapping[str, str], digest: str) -> None:
+        """Say that nothing more comes, and wait until every worker has loaded what it got and has reported the digest."""
+        if self.error is not None:
+            return
+        self._place = "the end"
+        try:
+            for channel in self._channels.values():
+                channel.send({"checksums": dict(checksums)})
+            for server, reply in zip(self._servers, self._replies, strict=True):
+                for worker, result in enumerate(_answer(reply, remaining(self._deadline))):
+                    if result.get("digest") != digest:
+                        found = result.get("digest")
+                        raise RefitError(
+                            f"worker {worker} of {_name(server)} reports digest {found} of what it got, not {digest}"
+                        )
+        except (OSError, EOFError, KdrlError) as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Close the connections; a worker that still reads sees the end, and fails."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self) -> None:
+        """Start the requests, and give every worker of every server its end of the transport."""
+        if self._colocated:
+            kind, host = {"cpu": "shared_memory", "cuda": "cuda_ipc"}[self._device.type], "127.0.0.1"
+        else:
+            kind, host = "broadcast", _own_address(str(self._servers[0].address).rpartition(":")[0])
+        token = secrets.token_hex(16)
+        with socket.create_server((host, 0), backlog=128) as listening:
+            spec = {
+                "host": host,
+                "port": listening.getsockname()[1],
+                "token": token,
+                "version": self._version,
+                "timeout": remaining(self._deadline),
+            }
+            self._replies = [
+                self._threads.submit(server.receive_weights, self._version, {**spec, "server": number})
+                for number, server in enumerate(self._servers)
+            ]
+            self._accept_workers(listening, token)
+        self._sender = make_sender(kind, self._bucket_bytes, self._device, host, self._deadline)
+        for index, channel in enumerate(self._channels.values()):
+            channel.send(
+                {
+                    "transport": kind,
+                    "bucket_bytes": self._bucket_bytes,
+                    "tensors": self._table,
+                    "description": self._sender.describe(index, len(self._channels)),
+                }
+            )
+        self._sender.connect()
+
+    def _accept_workers(self, listening: socket.socket, token: str) -> None:
+        """Wait for every worker of every server; the first one of each tells how many there are."""
+        missing = {(number, 0) for number in range(len(self._servers))}
+        listening.settimeout(_POLL)
+        while missing:
+            number, worker = min(missing)
+            self._place = f"the connection of worker {worker} of {_name(self._servers[number])}"
+            remaining(self._deadline)
+            for reply in self._replies:
+                if reply.done():
+                    _answer(reply, 0.0)
+                    raise EOFError("the request ended before anything was sent")
+            try:
+                channel = Channel(listening.accept()[0], self._deadline)
+                hello = channel.receive()
+            except (TimeoutError, EOFError):
+                continue
+            if not same_token(hello.get("token"), token):
+                channel.close()
+                continue
+            missing |= {(hello["server"], rank) for rank in range(hello["ranks"])} - self._channels.keys()
+            missing.discard((hello["server"], hello["rank"]))
+            self._channels[hello["server"], hello["rank"]] = channel
+        self._channels = dict(sorted(self._channels.items()))
+
+    def _expect_ack(self, key: tuple[int, int], channel: Channel, number: int) -> None:
+        message = channel.receive()
+        if message.get("read") != number:
+            raise RefitError(f"worker {key[1]} of {_name(self._servers[key[0]])} answered {message} instead of {number}")
+
+    def _fail(self, error: Exception) -> None:
+        """Keep the error, with what a server itself says if it says it soon, and let go of the workers."""
+        why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
+        causes = []
+        give_up = time.monotonic() + (0 if isinstance(error, TimeoutError) else _LAST_WORDS)
+        for reply in self._replies:
+            try:
+                _answer(reply, max(0.0, min(give_up, self._deadline) - time.monotonic()))
+            except TimeoutError:
+                continue
+            except RefitError as cause:
+                causes.append(str(cause))
+        names = ", ".join(map(_name, self._servers))
+        self.error = f"at {self._place}: {'; '.join(causes) or f'{names}: {why}'}"
+        self.close()
+
+
+def _answer(reply: Future[list[dict[str, Any]]], timeout: float) -> list[dict[str, Any]]:
+    """What a server answers. Raises TimeoutError, or RefitError with what its client raised, whatever that is."""
+    if not wait([reply], timeout).done:
+        raise TimeoutError("no answer")
+    error = reply.exception()
+    if error is not None:
+        raise RefitError(str(error)) from error
+    return reply.result()
+
+
+def _name(server: WeightServer) -> str:
+    return f"engine {server.index}"
+
+
+def _own_address(host: str) -> str:
+    """The address of the interface through which this machine reaches `host`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return probe.getsockname()[0]

@@ -1,0 +1,203 @@
+"""Sharing prompts among servers: by expected length, every response exactly once, whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdrl_mcore.errors import EngineError
+from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response, request_seed
+from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.vllm_client import ServerFailed
+from kdrl_mcore.types import Prompt
+
+TOKEN_SECONDS = 1e-4
+
+
+@dataclass
+class FakeServer:
+    """Decodes everything it has at once, a token per TOKEN_SECONDS; a response's tokens are its seed's.
+
+    `fails_after`: responses until the server fails, with all that it works on. `length`: of a response, by prompt and seed.
+    """
+
+    length: Callable[[list[int], int], int] = lambda prompt, seed: 1 + seed % 50
+    fails_after: int | None = None
+    error: Exception = field(default_factory=lambda: ServerFailed("killed"))
+    begun: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    tokens: int = 0
+    at_once: int = 0
+    most_at_once: int = 0
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda line: line
+
+    async def generate(
+        self, http: Any, version: int | None, requests: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        self.begun += [each["id"] for each in requests]
+        self.at_once += len(requests)
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        left = len(requests)
+        try:
+            spent = 0
+            for each in sorted(requests, key=lambda each: self.length(each["prompt_token_ids"], each["seed"])):
+                length = self.length(each["prompt_token_ids"], each["seed"])
+                await asyncio.sleep((length - spent) * TOKEN_SECONDS)
+                spent = length
+                if self.fails_after is not None and len(self.finished) >= self.fails_after:
+                    raise self.error
+                self.finished.append(each["id"])
+                self.tokens += length
+                ids = [each["seed"] % 1000, *range(1, length)]
+                left -= 1
+                self.at_once -= 1
+                line = {"id": each["id"], "token_ids": ids, "log_probs": [-1.0] * length, "finish_reason": "stop"}
+                yield self.change({**line, "version": version})
+        finally:
+            self.at_once -= left
+
+
+def prompts_of(count: int) -> list[Prompt]:
+    return [Prompt(f"p{i}", "", np.array([i + 1, 2, 3]), "") for i in range(count)]
+
+
+def sampling_of(copies: int) -> Sampling:
+    return Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, copies=copies, key=(1, 0, 7))
+
+
+def run(
+    servers: Sequence[FakeServer],
+    prompts: Sequence[Prompt],
+    copies: int = 4,
+    max_sequences: int = 256,
+    lengths: ExpectedLengths | None = None,
+    on_failure: Callable[[Failure], bool] = lambda failure: True,
+) -> tuple[dict[tuple[int, int], Response], list[Failure]]:
+    """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
+    got: list[Response] = []
+    failures: list[Failure] = []
+    dispatch = Dispatch(servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append)
+    dispatch.start()
+    try:
+        while True:
+            event = dispatch.next_event(20.0)
+            if event == "done":
+                break
+            if isinstance(event, Failure):
+                failures.append(event)
+                if on_failure(event):
+                    dispatch.bring_back(event.index, 3)
+                continue
+            if isinstance(event, BaseException):
+                raise event
+            raise TimeoutError("the dispatch hangs")
+    finally:
+        dispatch.stop()
+    assert Counter(response.place for response in got).most_common(1)[0][1] == 1  # none came twice
+    return {response.place: response for response in got}, failures
+
+
+def everything(prompts: int, copies: int) -> set[tuple[int, int]]:
+    return {(place, copy) for place in range(prompts) for copy in range(copies)}
+
+
+def test_every_response_comes_once_and_no_server_is_idle() -> None:
+    servers = [FakeServer(), FakeServer(), FakeServer()]
+    got, failures = run(servers, prompts_of(10), max_sequences=8)
+    assert set(got) == everything(10, 4) and not failures
+    assert all(server.finished for server in servers)
+    assert max(server.most_at_once for server in servers) <= 8
+
+
+def test_a_servers_failure_costs_and_doubles_nothing() -> None:
+    def revive(failure: Failure) -> bool:
+        servers[failure.index].fails_after = None
+        return True
+
+    alone, _ = run([FakeServer()], prompts_of(8))
+    servers = [FakeServer(fails_after=5), FakeServer(fails_after=0)]
+    got, failures = run(servers, prompts_of(8), on_failure=revive)
+    assert sorted(failure.index for failure in failures) == [0, 1]
+    assert set(got) == everything(8, 4)
+    for place, response in got.items():  # the redone ones are the same draws
+        assert response.token_ids.tolist() == alone[place].token_ids.tolist()
+    redone = [name for name, times in Counter(servers[0].begun + servers[1].begun).items() if times > 1]
+    assert redone and all(Counter(servers[0].finished + servers[1].finished)[name] == 1 for name in redone)
+
+
+def test_the_others_take_over_from_a_server_that_does_not_come_back() -> None:
+    servers = [FakeServer(fails_after=3), FakeServer()]
+    got, failures = run(servers, prompts_of(8), on_failure=lambda failure: False)
+    assert set(got) == everything(8, 4) and [failure.index for failure in failures] == [0]
+
+
+def test_a_refused_request_ends_the_generation() -> None:
+    with pytest.raises(EngineError, match="too long"):
+        run([FakeServer(fails_after=2, error=EngineError("too long"))], prompts_of(3))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"version": 2}, {"token_ids": [], "log_probs": []}, {"finish_reason": "abort"}], ids=["stale", "empty", "abort"]
+)
+def test_what_is_no_answer_is_asked_for_again(damage: dict[str, Any]) -> None:
+    def spoil(line: dict[str, Any]) -> dict[str, Any]:
+        return {**line, **damage} if len(server.finished) == 3 else line
+
+    server = FakeServer(change=spoil)
+    got, failures = run([server], prompts_of(4))
+    assert set(got) == everything(4, 4) and len(failures) == 1
+    assert all(response.version == 3 and len(response.token_ids) for response in got.values())
+
+
+def test_prompts_are_shared_by_the_length_of_their_answers() -> None:
+    """One prompt in five has answers ten times as long; sharing by count would put them all on one server."""
+
+    def length(prompt: list[int], seed: int) -> int:
+        return 50 if prompt[0] % 5 == 1 else 5
+
+    known = ExpectedLengths()
+    for prompt in prompts_of(20):
+        known.add(prompt.prompt_id, length(prompt.token_ids.tolist(), 0))
+    servers = [FakeServer(length), FakeServer(length)]
+    run(servers, prompts_of(20), lengths=known)
+    assert max(server.tokens for server in servers) / min(server.tokens for server in servers) < 1.3
+
+
+def test_a_server_with_room_takes_what_waits_behind_long_answers() -> None:
+    """Nothing is known of the lengths: whoever is done takes more."""
+
+    def length(prompt: list[int], seed: int) -> int:
+        return 2000 if prompt[0] <= 2 else 10
+
+    servers = [FakeServer(length), FakeServer(length)]
+    run(servers, prompts_of(40), copies=1, max_sequences=2)
+    assert min(len(server.finished) for server in servers) >= 1
+    assert sum(len(server.finished) for server in servers) == 40
+    assert all(server.most_at_once <= 2 for server in servers)
+
+
+def test_copies_of_few_prompts_are_spread() -> None:
+    servers = [FakeServer() for _ in range(4)]
+    got, _ = run(servers, prompts_of(1), copies=16)
+    assert set(got) == everything(1, 16)
+    assert all(len(server.finished) == 4 for server in servers)
+
+
+def test_expected_lengths() -> None:
+    lengths = ExpectedLengths()
+    assert lengths.of("a", 64) == 64
+    lengths.add("a", 10)
+    lengths.add("a", 20)
+    assert lengths.of("a", 64) == 15 and lengths.of("b", 64) == 15 and lengths.of("a", 8) == 8
+
+
+def test_seeds_are_distinct_and_fit_a_signed_64_bit_number() -> None:
+    seeds = {request_seed((1, 0, 3), place, copy) for place in range(50) for copy in range(20)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed((1, 0, 3), 0, 1) != request_seed((1, 0, 4), 0, 1)

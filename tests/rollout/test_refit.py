@@ -1,0 +1,71 @@
+"""A refit brings every engine the bytes of the student's weights, from any layout, by either transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.convert.test_conversion import all_tensors
+from tests.ranks import RankPool
+from tests.reference.tiny_models import make_model
+from tests.rollout import refit_ranks
+from tests.rollout.receiver import Process
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Process]:
+    """A server of two workers."""
+    process = Process(2)
+    yield process
+    process.close()
+
+
+def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Both workers hold the tensors of an HF folder, byte for byte, and no others."""
+    receiver.client().post("save", {"folder": str(folder)})
+    expected = all_tensors(hf)
+    for worker in range(2):
+        got = load_file(folder / f"worker{worker}.safetensors")
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            wanted = tensor if dtype is None else tensor.to(dtype)
+            assert (got[name].dtype, got[name].shape) == (wanted.dtype, wanted.shape)
+            assert torch.equal(got[name].view(-1).view(torch.uint8), wanted.view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])
+@pytest.mark.parametrize(
+    "family, layout, settings",
+    [
+        ("qwen2", {"tensor": 2}, {"vocab_size": 67}),
+        ("qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
+        ("qwen3_moe", {"expert": 2}, {}),
+        ("qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
+    ],
+    ids=["tp2-padded", "pp2-tied", "ep2", "tp2-ep2"],
+)
+def test_every_worker_gets_the_bytes(
+    family: str,
+    layout: dict[str, Any],
+    settings: dict[str, Any],
+    colocated: bool,
+    ranks2: RankPool,
+    receiver: Process,
+    tmp_path: Path,
+) -> None:
+    hf = make_model(family, tmp_path / "hf", seed=6, **settings)
+    results = ranks2.run(_refit, str(hf), layout, {0: [receiver.port]}, {"colocated": colocated})
+    assert "error" not in results[0], results[0]
+    assert_holds(receiver, hf, tmp_path)
+    assert len({result["digest"] for result in results}) == 1
+    assert results[0]["num_bytes"] == sum(tensor.nbytes for tensor in all_tensors(hf).values())
+    assert receiver.client().post("version", {}) == 3
+
+
+def _refit(path: str, layout: dict[str, Any], ports: dict[int, list[int]], settings: dict[str, Any]) -> dict[str, Any]:
+    return refit_ranks.refit(path, layout, ports, **settings)

@@ -1,0 +1,106 @@
+"""A refit that goes wrong says so on every rank, within its time-out, naming the tensor; and a later one puts it right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_mcore.errors import RefitError
+from tests.ranks import RankDiedError, RankPool
+from tests.reference.tiny_models import make_model
+from tests.rollout import refit_ranks
+from tests.rollout.receiver import Process
+from tests.rollout.refit_ranks import VICTIM
+from tests.rollout.test_refit import assert_holds
+
+TIMEOUT = 6.0
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("qwen2", tmp_path_factory.mktemp("refit") / "hf", seed=6)
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Process]:
+    """A server of two workers that outlives every test."""
+    process = Process(2)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Process]:
+    """One that does not."""
+    process = Process(2)
+    yield process
+    process.close()
+
+
+def run(ranks2: RankPool, hf: Path, receiver: Process, fault: str, **settings: Any) -> list[dict[str, Any]]:
+    settings = {"timeout": TIMEOUT, **settings}
+    return ranks2.run(refit_ranks.sabotage, str(hf), {"tensor": 2}, receiver.port, fault, settings, timeout=60)
+
+
+@pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])
+@pytest.mark.parametrize("fault", ["damaged", "lost"])
+def test_a_wrong_byte_or_a_missing_tensor_is_named_and_put_right(
+    fault: str, colocated: bool, ranks2: RankPool, hf: Path, receiver: Process, tmp_path: Path
+) -> None:
+    results = run(ranks2, hf, receiver, fault, version=2, colocated=colocated)
+    for result in results:
+        assert "refit to version 2 failed on rank 0" in result["error"]
+        assert f"tensor {VICTIM} {'is damaged' if fault == 'damaged' else ''}" in result["error"]
+        assert result["seconds"] < TIMEOUT
+    assert receiver.client().post("version", {}) is None  # what it holds is unknown
+    assert "error" not in run(ranks2, hf, receiver, "none", version=2, colocated=colocated)[0]
+    assert receiver.client().post("version", {}) == 2
+    assert_holds(receiver, hf, tmp_path)
+
+
+def test_what_the_ranks_give_must_be_the_whole_model(ranks2: RankPool, hf: Path, receiver: Process) -> None:
+    for result in run(ranks2, hf, receiver, "incomplete"):
+        assert VICTIM in result["error"] and "the ranks give none" in result["error"]
+
+
+@pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])
+def test_a_receiver_that_is_killed_is_noticed_at_once(colocated: bool, ranks2: RankPool, hf: Path, mortal: Process) -> None:
+    mortal.client().post("fault", {"die_at": VICTIM})
+    for result in run(ranks2, hf, mortal, "none", colocated=colocated, timeout=60.0):
+        assert "failed on rank 0, at " in result["error"]
+        assert result["seconds"] < 20
+    mortal.process.wait(5)
+
+
+def test_a_receiver_that_hangs_fails_within_the_time_out(ranks2: RankPool, hf: Path, mortal: Process) -> None:
+    mortal.client().post("fault", {"stop_at": VICTIM})
+    for result in run(ranks2, hf, mortal, "none", bucket_bytes=4000):
+        assert "engine 0: it does not answer" in result["error"] and "at model.layers.1." in result["error"]
+        assert result["seconds"] < TIMEOUT + 1
+
+
+@pytest.mark.parametrize("fault, rank", [("sender stopped", 0), ("peer stopped", 1)])
+def test_a_rank_that_is_stopped_is_named_by_the_others(
+    fault: str, rank: int, ranks2: RankPool, hf: Path, receiver: Process
+) -> None:
+    """The rank that sends, or one that holds a part of its tensors."""
+    begin = time.monotonic()
+    waited = rf"rank {rank} does not answer; rank {1 - rank} waited for rank 0, tensor model.layers.1."
+    with pytest.raises(RefitError, match=waited):
+        run(ranks2, hf, receiver, fault, catch=False)
+    assert time.monotonic() - begin < TIMEOUT + 20  # the pool waits a while for the stopped rank
+    assert receiver.client().post("version", {}) is None
+
+
+def test_a_sender_that_is_killed_leaves_the_engine_unusable_and_alive(
+    ranks2: RankPool, hf: Path, receiver: Process, tmp_path: Path
+) -> None:
+    with pytest.raises(RankDiedError, match="rank 0"):
+        run(ranks2, hf, receiver, "sender killed", catch=False)
+    assert receiver.client().post("version", {}) is None
+    assert "error" not in run(ranks2, hf, receiver, "none")[0]
+    assert_holds(receiver, hf, tmp_path)
