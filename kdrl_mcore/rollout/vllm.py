@@ -69,7 +69,9 @@ class VllmEngine:
         """
         assert self._student is not None
         if self._version != self._student.version:
-            raise EngineError(f"the engines have weight version {self._version}, the student {self._student.version}: refit first")
+            raise EngineError(
+                f"the engines have weight version {self._version}, the student {self._student.version}: refit first"
+            )
         if not prompts:
             return []
         work = _Work(self, prompts, sampling) if dist.get_rank() == 0 else None

@@ -62,7 +62,9 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
         for each in body["requests"]:
             if not 0 < len(each["prompt_token_ids"]) <= limit:
                 length = len(each["prompt_token_ids"])
-                raise HTTPException(400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer")
+                raise HTTPException(
+                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                )
         return StreamingResponse(stream(body, held["version"]), media_type="application/x-ndjson")
 
     async def stream(body: dict[str, Any], version: int | None) -> AsyncIterator[str]:
@@ -107,7 +109,10 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     async def weights(request: Request) -> dict[str, Any]:
         body = await request.json()
         held.update(usable=False)
-        workers = await engine.receive_weights(body["spec"])
+        try:
+            workers = await engine.receive_weights(body["spec"])
+        except Exception as error:  # whatever vLLM makes of its worker's error: the trainer decides what to do
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
         held.update(version=body["version"], usable=True)
         return {"version": body["version"], "workers": workers}
 
@@ -205,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
     parser.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
     parser.add_argument("--model", required=True, help="HF model directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
+    )
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's")

@@ -82,9 +82,7 @@ def run(
     """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
     got: list[Response] = []
     failures: list[Failure] = []
-    dispatch = Dispatch(
-        servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append
-    )
+    dispatch = Dispatch(servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append)
     dispatch.start()
     try:
         while True:
