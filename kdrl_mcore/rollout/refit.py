@@ -78,10 +78,12 @@ def send_weights(
             at all, the process group is of no more use. What the engines hold is then unknown: they must not be used until a
             refit has succeeded.
     """
+    call = next(_calls)
     refit = _Refit(parts, servers, version, time.monotonic() + timeout * _SERVERS_SHARE, bucket_bytes, colocated, dtype)
-    return _run_within(
-        timeout, refit.run, lambda: f"refit to version {version}: rank {dist.get_rank()} waited for {refit.place}"
-    )
+    result = _run_within(timeout, refit.run)
+    if result is None:
+        raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.place)}")
+    return result
 
 
 @dataclass

@@ -149,8 +149,8 @@ def _device_of(uuid: str) -> int:
         if str(torch.cuda.get_device_properties(index).uuid) == uuid:
             return index
     raise RefitError(
-        f"the engine does not see the GPU {uuid} of the rank that sends: the GPU of the rank that drives a colocated engine must "
-        "be in the engine's CUDA_VISIBLE_DEVICES"
+        f"the engine does not see GPU {uuid}: the GPU of the rank that drives a colocated engine must be in the engine's "
+        "CUDA_VISIBLE_DEVICES"
     )
 
 

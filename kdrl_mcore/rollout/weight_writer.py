@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -109,7 +109,7 @@ class WeightWriter:
             for channel in self._channels.values():
                 channel.send({"checksums": dict(checksums)})
             for server, reply in zip(self._servers, self._replies, strict=True):
-                for worker, result in enumerate(reply.result(remaining(self._deadline))):
+                for worker, result in enumerate(_answer(reply, remaining(self._deadline))):
                     if result.get("digest") != digest:
                         found = result.get("digest")
                         raise RefitError(
@@ -170,7 +170,7 @@ class WeightWriter:
             remaining(self._deadline)
             for reply in self._replies:
                 if reply.done():
-                    reply.result()
+                    _answer(reply, 0.0)
                     raise EOFError("the request ended before anything was sent")
             try:
                 channel = Channel(listening.accept()[0], self._deadline)
@@ -197,14 +197,24 @@ class WeightWriter:
         give_up = time.monotonic() + (0 if isinstance(error, TimeoutError) else _LAST_WORDS)
         for reply in self._replies:
             try:
-                reply.result(max(0.0, min(give_up, self._deadline) - time.monotonic()))
+                _answer(reply, max(0.0, min(give_up, self._deadline) - time.monotonic()))
             except TimeoutError:
                 continue
-            except Exception as cause:  # whatever the client raises is the reason
-                causes.append(f"{cause}")
+            except RefitError as cause:
+                causes.append(str(cause))
         names = ", ".join(map(_name, self._servers))
         self.error = f"at {self._place}: {'; '.join(causes) or f'{names}: {why}'}"
         self.close()
+
+
+def _answer(reply: Future[list[dict[str, Any]]], timeout: float) -> list[dict[str, Any]]:
+    """What a server answers. Raises TimeoutError, or RefitError with what its client raised, whatever that is."""
+    if not wait([reply], timeout).done:
+        raise TimeoutError("no answer")
+    error = reply.exception()
+    if error is not None:
+        raise RefitError(str(error)) from error
+    return reply.result()
 
 
 def _name(server: WeightServer) -> str:
