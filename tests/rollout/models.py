@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,8 @@ def make_student(path: Path, seed: int = 1) -> Path:
 def make_prompts(path: Path, count: int = 16) -> Path:
     """Sums, with answers."""
     return write_jsonl(path, [{"prompt": f"{a}+{a % 7}=", "answer": str(a + a % 7)} for a in range(count)])
+
+
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, with changes."""
+    return {**os.environ, **changes}
