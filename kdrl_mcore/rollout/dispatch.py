@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -175,10 +176,8 @@ class Dispatch:
                 self._main.cancel()
 
         if self._thread.is_alive():
-            try:
+            with suppress(RuntimeError):  # it ended by itself in the meantime
                 self._loop.call_soon_threadsafe(cancel)
-            except RuntimeError:  # it ended by itself in the meantime
-                pass
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -134,6 +134,10 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         if cuda
         else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
     )
+    if not cuda and settings.tensor == 1:
+        # A third process, only to bind OpenMP's threads, would take half as long again to start.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        on_device["distributed_executor_backend"] = "uni"
     return AsyncEngineArgs(
         model=settings.model,
         dtype=settings.dtype,

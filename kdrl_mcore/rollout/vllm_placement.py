@@ -203,7 +203,7 @@ def _environment(config: Config, index: int) -> dict[str, str]:
     mine = devices[first : first + settings.tensor]
     if len(mine) < settings.tensor:
         raise ConfigError(
-            f"engine {index} needs {settings.tensor} GPUs beside those of the {local} ranks, and the node shows {len(devices)}: "
+            f"engine {index} needs {settings.tensor} GPUs beside those of {local} ranks, and the node shows {len(devices)}: "
             "use fewer ranks, rollout.vllm.placement=colocated, or servers on other nodes (docs/rollout.md)"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}

@@ -109,7 +109,10 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     async def weights(request: Request) -> dict[str, Any]:
         body = await request.json()
         held.update(usable=False)
-        workers = await engine.receive_weights(body["spec"])
+        try:
+            workers = await engine.receive_weights(body["spec"])
+        except Exception as error:  # whatever vLLM makes of its worker's error: the trainer decides what to do
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
         held.update(version=body["version"], usable=True)
         return {"version": body["version"], "workers": workers}
 
