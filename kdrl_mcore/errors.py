@@ -46,3 +46,7 @@ class EngineError(KdrlError):
 
 class RefitError(KdrlError):
     """An engine did not get the student's weights: what it holds is unknown until a refit succeeds."""
+
+
+HANG_EXIT_CODE = 75
+"""Of a run that its watchdog ended (BSD's EX_TEMPFAIL): started again, it goes on from its last checkpoint."""
