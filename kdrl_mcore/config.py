@@ -180,6 +180,7 @@ class RolloutConfig:
     top_p: float = 1.0  # 1.0 is off; the log-probs are then those of the truncated distribution
     max_sequences: int = 256  # responses one data-parallel replica (or one vLLM engine) decodes at once
     max_log_prob_drift: float | None = None  # largest |sampler - trainer| log-prob that is rounding; None goes by model.dtype
+    steps_ahead: int = 0  # 1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -382,6 +383,7 @@ def check_config(config: Config) -> None:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
+    _check_steps_ahead(config)
     _check_objective(config)
 
 
@@ -401,6 +403,23 @@ def _check_vllm(settings: VllmConfig) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise ConfigError(f"rollout.vllm.servers: '{address}' is not host:port")
+
+
+def _check_steps_ahead(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.steps_ahead not in (0, 1):
+        raise ConfigError(f"rollout.steps_ahead={rollout.steps_ahead} is not one of: 0, 1")
+    if not rollout.steps_ahead:
+        return
+    if rollout.engine != "vllm" or rollout.vllm.placement != "server":
+        raise ConfigError(
+            "rollout.steps_ahead=1 needs an engine that does not share the training's devices: set rollout=vllm and "
+            "rollout.vllm.placement=server"
+        )
+    if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
+        raise ConfigError(
+            "rollout.steps_ahead=1 trains on responses of older weights: set objective.sampler_correction.kind=truncate or mask"
+        )
 
 
 def _check_objective(config: Config) -> None:

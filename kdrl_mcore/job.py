@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from kdrl_mcore.config import Config, ObjectiveConfig, TeacherConfig, TeacherPar
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.data.vocabulary import shared_vocabulary
-from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
 from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.scoring import score_rollouts
@@ -23,6 +24,7 @@ from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, s
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.rollout.ahead import NextBatch, refuse_stale
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
@@ -64,29 +66,66 @@ class Job:
     eval_prompts: list[Prompt]
     alpha: Coefficient
     beta: Coefficient
+    next_batch: NextBatch | None = None
 
     def refit(self) -> None:
         """Give the engine the student's present weights; nothing to do where the student samples for itself or rollouts are
-        replayed."""
+        replayed. One step ahead, what the engine samples meanwhile is waited for."""
+        if self.next_batch is not None:
+            self.next_batch.finish()
         if self.replay is None and self.engine is not None:
             self.engine.refit(self.student)
 
     def sample(self, step: int) -> list[Rollout]:
-        """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file."""
+        """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file.
+
+        One step ahead, they were sampled during the step before, and those of the step after it are begun now.
+        """
         if self.replay is not None:
             return self.replay.rollouts()
         assert self.engine is not None and self.prompts is not None
+        config, ahead = self.config, self.next_batch
+        rollouts = None if ahead is None else ahead.take()
+        if rollouts is None:
+            rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling(step))
+        if ahead is not None and step < config.trainer.steps:
+            ahead.begin(self.prompts.next_batch(), self._sampling(step + 1))
+        self.engine.sleep()
+        refuse_stale(rollouts, self.student.version, config.rollout.steps_ahead * config.batch.updates_per_step)
+        return rollouts
+
+    def _sampling(self, step: int) -> Sampling:
         settings = self.config.rollout
-        sampling = Sampling(
+        return Sampling(
             settings.temperature,
             settings.top_p,
             settings.max_response_tokens,
             settings.responses_per_prompt,
             (self.config.trainer.seed, 0, step),
         )
-        rollouts = self.engine.generate(self.prompts.next_batch(), sampling)
-        self.engine.sleep()
-        return rollouts
+
+    def sampling_state(self) -> dict[str, Any]:
+        """Where sampling stands, for a checkpoint: the cursor of the prompts, and the complete batch of the coming step. One
+        that is still being sampled is as if it had not been begun."""
+        prompts = None if self.prompts is None else self.prompts.state_dict()
+        if prompts is not None and self.next_batch is not None and self.next_batch.is_running:
+            prompts["given"] -= self.config.rollout.prompts_per_step
+        return {"prompts": prompts, "pending": None if self.next_batch is None else self.next_batch.state_dict()}
+
+    def load_sampling_state(self, state: dict[str, Any]) -> None:
+        """Go on where `sampling_state` stood.
+
+        Raises:
+            CheckpointError: there is a pending batch, and this run does not sample ahead.
+        """
+        if self.prompts is not None and state["prompts"] is not None:
+            self.prompts.load_state_dict(state["prompts"])
+        if self.next_batch is not None:
+            self.next_batch.load_state_dict(state.get("pending"))
+        elif state.get("pending"):
+            raise CheckpointError(
+                "the checkpoint holds responses that were sampled ahead: resume with rollout.steps_ahead=1"
+            )
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have
@@ -133,7 +172,8 @@ class Job:
             old = [log_probs for log_probs, _ in scored]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
         # With top_p the sampler's distribution is not the student's, but its nucleus.
-        on_policy = updates == 1 and self.replay is None and self.config.rollout.top_p == 1
+        sampled_now = self.replay is None and self.config.rollout.steps_ahead == 0
+        on_policy = updates == 1 and sampled_now and self.config.rollout.top_p == 1
         experience = Experience(rollouts, distil_N, on_policy, teacher.log_probs, teacher.hidden, old, reference)
         return experience.split_by_group(updates)
 
@@ -280,4 +320,5 @@ def build_job(config: Config) -> Job:
         eval_prompts=eval_prompts or [],
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
+        next_batch=NextBatch(engine) if isinstance(engine, VllmEngine) and config.rollout.steps_ahead else None,
     )

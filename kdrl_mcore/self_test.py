@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -145,10 +145,37 @@ def check_head(job: Job, rollouts: Sequence[Rollout]) -> None:
 def alert_thresholds(config: Config) -> AlertThresholds:
     """Of the run's alerts. Where the student samples for itself and makes one update per batch, sampler and trainer must agree
     to rounding at every step, so that more drift is a fault, not a property of another engine."""
-    settings = config.rollout
-    if settings.engine == "megatron" and settings.top_p == 1 and config.batch.updates_per_step == 1:
+    if config.rollout.engine == "megatron" and _is_on_policy(config):
         return AlertThresholds(drift_max=drift_bound(config))
     return DEFAULT_THRESHOLDS
+
+
+def check_drift(config: Config, step: int, metrics: Mapping[str, float]) -> None:
+    """The log-probs of a training step agree with the sampler's, where both have the same weights.
+
+    In float32, or with `rollout.max_log_prob_drift`, the largest difference counts. In bfloat16 two engines differ much on a
+    few improbable tokens, so the mean over the step counts.
+
+    Raises:
+        NumericalError: on all ranks, as all have the same metrics.
+    """
+    if not _is_on_policy(config) or config.objective.kind == "sft":
+        return
+    largest = config.model.dtype == "float32" or config.rollout.max_log_prob_drift is not None
+    name, bound = ("drift_max", drift_bound(config)) if largest else ("drift_mean", DEFAULT_THRESHOLDS.drift_mean)
+    if metrics.get(name, 0.0) > bound:
+        raise NumericalError(
+            f"step {step}: the log-probs of sampler and trainer differ by {metrics['drift_mean']:.3g} nats on average and up "
+            f"to {metrics['drift_max']:.3g} on one token ({name} may be {bound:g}): the sampler has other weights than the "
+            "student, or another temperature; if this is rounding, raise rollout.max_log_prob_drift"
+        )
+
+
+def _is_on_policy(config: Config) -> bool:
+    """Whether every update is made with the weights that sampled its batch, and from their whole distribution."""
+    settings = config.rollout
+    sampled_now = settings.engine != "replay" and settings.steps_ahead == 0
+    return sampled_now and settings.top_p == 1 and config.batch.updates_per_step == 1
 
 
 def drift_bound(config: Config) -> float:

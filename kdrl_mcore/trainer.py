@@ -25,7 +25,7 @@ from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
-from kdrl_mcore.self_test import alert_thresholds, run_self_test
+from kdrl_mcore.self_test import alert_thresholds, check_drift, run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ class Trainer:
         if _is_due(step, config.eval.every, config.trainer.steps):
             metrics.update(self._evaluate())
         self._record(step, metrics)
+        check_drift(config, step, metrics)
         self._count_bad_updates(step, int(metrics["skipped_updates"]))
 
     def _evaluate(self) -> dict[str, float]:
@@ -149,7 +150,7 @@ class Trainer:
         job, engine = self.job, self.job.engine
         assert engine is not None
         self._show_phase("evaluation")
-        engine.refit(job.student)
+        job.refit()
         metrics = evaluate(
             engine, job.eval_prompts, job.verify_sampled, self.config.eval, self.config.rollout, self.config.trainer.seed
         )
@@ -187,7 +188,7 @@ class Trainer:
             "weight_version": job.student.version,
             "alpha": job.alpha.state_dict(),
             "beta": job.beta.state_dict(),
-            "prompts": job.prompts.state_dict() if job.prompts is not None else None,
+            **job.sampling_state(),
             "bad_updates": self._bad_updates,
             "seed": self.config.trainer.seed,
         }
@@ -195,6 +196,8 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
             return
+        if self.job.next_batch is not None:
+            self.job.next_batch.finish()  # it is part of the checkpoint
         self._checkpoints.save(step, self.job.student, self._state(step))
 
     def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
@@ -219,8 +222,7 @@ class Trainer:
         job.student.version = state["weight_version"]
         job.alpha.load_state_dict(state["alpha"])
         job.beta.load_state_dict(state["beta"])
-        if job.prompts is not None and state["prompts"] is not None:
-            job.prompts.load_state_dict(state["prompts"])
+        job.load_sampling_state(state)
         self._bad_updates = state["bad_updates"]
         if self._is_main:
             logger.info("resumed from %s after step %d", path, state["step"])

@@ -103,6 +103,7 @@ class _Lane:
 
     index: int
     server: Server
+    version: int | None
     up: bool = True
     work: dict[_Piece, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -129,13 +130,13 @@ class Dispatch:
         on_finished: Callable[[Response], None],
     ) -> None:
         """Args:
-        version: of the weights that must have sampled every response.
+        version: of the servers' weights; every response must come from those.
         max_sequences: responses that one server decodes at once.
         on_finished: called in the dispatch's thread, once for each response.
         """
-        self._prompts, self._sampling, self._version = prompts, sampling, version
+        self._prompts, self._sampling = prompts, sampling
         self._max_sequences, self._lengths, self._on_finished = max_sequences, lengths, on_finished
-        self._lanes = [_Lane(index, server) for index, server in enumerate(servers)]
+        self._lanes = [_Lane(index, server, version) for index, server in enumerate(servers)]
         self._waiting = sorted(self._cut(), key=lambda piece: (-piece.load, piece.prompt, min(piece.copies)))
         self._missing = {(place, copy) for place in range(len(prompts)) for copy in range(sampling.copies)}
         self._events: queue.SimpleQueue[Failure | BaseException | None] = queue.SimpleQueue()
@@ -158,11 +159,11 @@ class Dispatch:
             return "waiting"
         return "done" if event is None else event
 
-    def bring_back(self, index: int) -> None:
-        """Give work again to a server that failed; it has the right weights now."""
+    def bring_back(self, index: int, version: int | None) -> None:
+        """Give work again to a server that failed; it has weights of this version now."""
 
         def give() -> None:
-            self._lanes[index].up = True
+            self._lanes[index].version, self._lanes[index].up = version, True
             self._changed.set()
 
         self._loop.call_soon_threadsafe(give)
@@ -242,8 +243,8 @@ class Dispatch:
             "max_tokens": sampling.max_response_tokens,
         }
         try:
-            async for line in lane.server.generate(http, self._version, requests, how):
-                self._take(piece, line)
+            async for line in lane.server.generate(http, lane.version, requests, how):
+                self._take(lane, piece, line)
         except ServerFailed as error:
             self._fail(lane, str(error))
         except asyncio.CancelledError:
@@ -263,11 +264,11 @@ class Dispatch:
             "seed": request_seed(self._sampling.key, place, copy),
         }
 
-    def _take(self, piece: _Piece, line: Mapping[str, Any]) -> None:
+    def _take(self, lane: _Lane, piece: _Piece, line: Mapping[str, Any]) -> None:
         """Keep a response, the first time it comes."""
         place, copy = map(int, line["id"].split("."))
-        if line["version"] != self._version:
-            raise ServerFailed(f"response {line['id']} comes from weight version {line['version']}, not {self._version}")
+        if line["version"] != lane.version:
+            raise ServerFailed(f"response {line['id']} comes from weight version {line['version']}, not {lane.version}")
         if line["finish_reason"] not in ("stop", "length") or not line["token_ids"]:
             raise ServerFailed(f"response {line['id']} ended by {line['finish_reason']!r} with {len(line['token_ids'])} tokens")
         piece.copies.discard(copy)

@@ -52,7 +52,7 @@ def write_rollouts(
     try:
         with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate becomes its JSON escape
             for index, rollout in enumerate(rollouts):
-                row = _to_row(rollout) | {key: values[index].tolist() for key, values in (scores or {}).items()}
+                row = to_row(rollout) | {key: values[index].tolist() for key, values in (scores or {}).items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -100,7 +100,7 @@ def read_scored(path: str | Path) -> list[tuple[Rollout, dict[str, TokenFloats]]
             )
             raise DataError(f"{path} line {number} {hint}") from error
         try:
-            rollout = _from_row(row)
+            rollout = from_row(row)
             rollouts.append((rollout, _scores(row, len(rollout.response_token_ids))))
         except _BadRow as error:
             raise DataError(f"{path} line {number}: {error}") from error
@@ -124,7 +124,8 @@ class _BadRow(Exception):
     """What is wrong with a line."""
 
 
-def _to_row(rollout: Rollout) -> dict[str, Any]:
+def to_row(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a line of a rollout file holds it; a float32 log-prob comes back as the same float32."""
     row: dict[str, Any] = {
         "prompt_id": rollout.prompt_id,
         "group_id": rollout.group_id,
@@ -145,7 +146,8 @@ def _to_row(rollout: Rollout) -> dict[str, Any]:
     return row | {key: float(value) for key, value in rollout.extra.items()}
 
 
-def _from_row(row: Any) -> Rollout:
+def from_row(row: Any) -> Rollout:
+    """The rollout of `to_row`."""
     if not isinstance(row, dict):
         raise _BadRow("is not a JSON object: write one response a line")
     for key, kind in _TYPES.items():

@@ -48,6 +48,8 @@ class VllmEngine:
         self._lengths = ExpectedLengths()
         self._student: Student | None = None
         self._version: int | None = None  # of the weights that all servers hold
+        self._is_sampling = False  # between `begin` and `finish`
+        self._work: _Work | None = None  # rank 0's part of it
         self._restarts = [0] * len(replicas)  # since the replica last took part in a whole batch
 
     def refit(self, student: Student) -> None:
@@ -67,29 +69,48 @@ class VllmEngine:
         Raises:
             EngineError: on all ranks: a server cannot be brought back, refuses a request, or has stale weights.
         """
-        assert self._student is not None
+        self.begin(prompts, sampling)
+        return self.finish()
+
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Start to sample, in threads of rank 0; no communication among ranks.
+
+        Raises:
+            EngineError: on all ranks: the servers have stale weights.
+        """
+        assert self._student is not None and not self._is_sampling
         if self._version != self._student.version:
             raise EngineError(
                 f"the engines have weight version {self._version}, the student {self._student.version}: refit first"
             )
-        if not prompts:
+        self._is_sampling = bool(prompts)
+        if prompts and dist.get_rank() == 0:
+            self._work = _Work(self, prompts, sampling)
+
+    def finish(self) -> list[Rollout]:
+        """The responses of `begin`, on every rank. A server that failed meanwhile gets the student's present weights.
+
+        Raises:
+            EngineError: see `generate`.
+        """
+        assert self._student is not None
+        if not self._is_sampling:
             return []
-        work = _Work(self, prompts, sampling) if dist.get_rank() == 0 else None
+        work = self._work
         try:
             while True:
                 event = _from_rank_0(None if work is None else work.next_event())
                 if isinstance(event, Failure):
                     self._bring_up([event.index], event.reason)
                     if work is not None:
-                        work.dispatch.bring_back(event.index)
+                        work.dispatch.bring_back(event.index, self._student.version)
                 elif isinstance(event, BaseException):
                     raise event
                 elif isinstance(event, list):
                     self._restarts = [0] * len(self._replicas)
                     return event
         finally:
-            if work is not None:
-                work.stop()
+            self._stop_sampling()
 
     def sleep(self) -> None:
         """See `RolloutEngine`. Only engines that share the training's GPUs sleep; a refit has to bring their weights again."""
@@ -98,7 +119,14 @@ class VllmEngine:
 
     def close(self) -> None:
         """See `RolloutEngine`."""
+        self._stop_sampling()
         self._replicas.stop()
+
+    def _stop_sampling(self) -> None:
+        self._is_sampling = False
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
 
     def _bring_up(self, indices: Sequence[int], failure: str | None = None) -> None:
         """Give these replicas the student's weights; one that fails is started again first. Collective over the world.

@@ -92,7 +92,7 @@ def run(
             if isinstance(event, Failure):
                 failures.append(event)
                 if on_failure(event):
-                    dispatch.bring_back(event.index)
+                    dispatch.bring_back(event.index, 3)
                 continue
             if isinstance(event, BaseException):
                 raise event

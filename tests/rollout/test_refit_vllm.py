@@ -1,0 +1,84 @@
+"""Real vLLM samples with the student's weights: after every refit, and one step ahead of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPool
+from tests.rollout import vllm_runs
+from tests.training import metrics_of
+
+pytest.importorskip("vllm")
+
+from kdrl_mcore.rollout.vllm_client import EngineServer, Launch
+
+TOKEN = "of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm_refit")
+    vllm_runs.make_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[EngineServer]:
+    """One engine, for all runs."""
+    arguments = ("--model", str(models / "student"), "--max-model-len", "64", "--kv-cache-gib", "0.1", "--max-sequences", "32")
+    engine = EngineServer(0, models, token=TOKEN, launch=Launch(arguments, {"OMP_NUM_THREADS": "1"}))
+    engine.start()
+    engine.wait_until_ready()
+    yield engine
+    engine.stop()
+
+
+def train(ranks: RankPool, models: Path, run: Path, server: EngineServer, *more: str) -> None:
+    outcomes = ranks.run(vllm_runs.train, TOKEN, vllm_runs.overrides(models, run, str(server.address), *more), timeout=240)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr + outcomes[1].stderr
+
+
+def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
+    """The lines of each step's rollout file."""
+    return [[json.loads(line) for line in file.open()] for file in sorted((run / "rollouts").glob("step_*.jsonl"))]
+
+
+def test_sampler_and_trainer_agree_after_every_refit(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """And the weights did move: the drift of a sampler that kept its first weights would be seen."""
+    train(ranks2, models, tmp_path, server)
+    metrics = metrics_of(tmp_path)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert all(row["drift_max"] < 1e-3 for row in metrics), [row["drift_max"] for row in metrics]
+    assert [[line["weight_version"] for line in step] for step in rollouts_of(tmp_path)] == [[n] * 16 for n in range(4)]
+    assert metrics[0]["grad_norm"] > 0
+
+
+def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    ahead = ("rollout.steps_ahead=1", "trainer.self_test=false")
+    train(ranks2, models, tmp_path / "whole", server, *ahead)
+    whole = rollouts_of(tmp_path / "whole")
+    assert [{line["weight_version"] for line in step} for step in whole] == [{0}, {0}, {1}, {2}]
+    drift = [row["drift_max"] for row in metrics_of(tmp_path / "whole")]
+    assert drift[0] < 1e-3 < min(drift[1:])  # one step off-policy, and it shows
+
+    resumable = (*ahead, "checkpoint.every=2", "checkpoint.asynchronous=false")
+    train(ranks2, models, tmp_path / "parts", server, *resumable, "trainer.steps=3")
+    checkpoint = tmp_path / "parts" / "checkpoints" / "step_000002"
+    pending = json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
+    train(ranks2, models, tmp_path / "parts", server, *resumable, f"checkpoint.resume={checkpoint}")
+    parts = rollouts_of(tmp_path / "parts")
+
+    def places(step: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+        return [(line["prompt_id"], line["group_id"], line["weight_version"]) for line in step]
+
+    assert list(map(places, parts)) == list(map(places, whole))
+    assert [line["response_token_ids"] for line in parts[2]] == [line["response_token_ids"] for line in pending]
