@@ -62,6 +62,7 @@ class TeacherParallelConfig:
 
     tensor: int = 1  # ranks that split each of its layers
     pipeline: int = 1  # stages of its layers
+    expert: int = 1  # ranks that split its experts
 
 
 @dataclass
@@ -367,6 +368,7 @@ def check_config(config: Config) -> None:
             raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
     positive = (
         "parallel.tensor parallel.pipeline parallel.context parallel.expert teacher.parallel.tensor teacher.parallel.pipeline "
+        "teacher.parallel.expert "
         "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
         "rollout.temperature rollout.vllm.tensor rollout.vllm.kv_cache_gib rollout.vllm.startup_timeout "
         "rollout.vllm.generation_timeout rollout.vllm.refit_timeout rollout.vllm.refit_bucket_mib batch.micro_tokens "

@@ -294,7 +294,7 @@ def build_job(config: Config) -> Job:
             shard = student.parts.chunks[-1].shard
             student.teacher_head = TeacherHead(config.teacher.path, shard, config.model.dtype, config.objective.kd)
     if not sft and config.objective.reference_kl.coefficient > 0:
-        layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline)
+        layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline, config.parallel.expert)
         reference = Teacher(config.student.path, TeacherConfig(parallel=layout), config.model, world, vocabulary)
     samples = train is not None and not sft
     in_vllm = config.rollout.engine == "vllm"

@@ -32,7 +32,8 @@ class Teacher:
             path: an HF model directory.
             vocabulary: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
         """
-        layout = Layout(world, tensor=teacher.parallel.tensor, pipeline=teacher.parallel.pipeline)
+        parallel = teacher.parallel
+        layout = Layout(world, tensor=parallel.tensor, pipeline=parallel.pipeline, expert=parallel.expert)
         architecture = read_architecture(path)
         if architecture.vocab_size < vocabulary:
             raise ConfigError(

@@ -170,6 +170,21 @@ class TorchDistWriter:
         self._results.append(WriteResult(index, length, _StorageInfo(os.path.basename(file.name), begin, length)))
 
 
+# What Megatron-Bridge reads without asking whether it is there, and these families do not have or leave to the reader.
+_NOT_USED: dict[str, Any] = {
+    **dict.fromkeys(("apply_layernorm_1p", "squared_relu", "init_method_xavier_uniform", "multi_latent_attention"), False),
+    **dict.fromkeys(("is_hybrid_model", "qk_l2_norm", "no_persist_layer_norm", "overlap_p2p_comm"), False),
+    **dict.fromkeys(("fp8_param_gather", "bias_gelu_fusion", "fp16_lm_cross_entropy", "init_model_with_meta_device"), False),
+    **dict.fromkeys(("heterogeneous_layers_config_path", "decoder_first_pipeline_num_layers", "mtp_num_layers", "spec")),
+    **dict.fromkeys(("decoder_last_pipeline_num_layers", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm")),
+    "bias_swiglu_fusion": True,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "transformer_impl": "transformer_engine",
+    "tokenizer_type": "NullTokenizer",  # only counts the columns; the tokenizer lies beside the weights
+}
+
+
 def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.Namespace:
     """The model as Megatron-LM's arguments, which it and Megatron-Bridge read from a checkpoint."""
     rope, experts = architecture.rope, architecture.experts
@@ -190,9 +205,12 @@ def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.N
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         position_embedding_type="yarn" if rope.kind == "yarn" else "rope",
         rotary_base=int(rope.theta) if math.isclose(rope.theta, int(rope.theta)) else rope.theta,
         rotary_percent=1.0,
+        rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=rope.factor if rope.kind == "linear" else None,
         use_rope_scaling=rope.kind == "llama3",
         rope_scaling_factor=rope.factor,
@@ -215,4 +233,5 @@ def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.N
         no_save_rng=True,
         consumed_train_samples=0,
         consumed_valid_samples=0,
+        **_NOT_USED,
     )

@@ -3,7 +3,9 @@ weights, no refit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
@@ -34,7 +35,8 @@ class MegatronEngine:
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Finished sequences
-    leave the batch.
+    leave the batch. Replicas decode on their own, but where experts are spread over several of them: then all take as many
+    steps as the longest, so that none waits for another's experts.
     """
 
     verifies = False
@@ -61,31 +63,33 @@ class MegatronEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See `RolloutEngine`. Collective over the world.
-
-        Raises:
-            ConfigError: experts are spread over several replicas.
-        """
+        """See `RolloutEngine`. Collective over the world."""
         groups = self._parts.groups
-        if groups.layout.tensor % groups.layout.expert:
-            # Replicas decode different numbers of steps, and experts spread over them would wait for each other for ever.
-            raise ConfigError(
-                f"parallel.expert={groups.layout.expert} spreads experts over several replicas of parallel.tensor="
-                f"{groups.layout.tensor}, which the embedded engine cannot sample with: make it divide parallel.tensor, or use "
-                "rollout=vllm"
-            )
         for chunk in self._parts.chunks:
             chunk.eval()
         mine = partition([len(prompt.token_ids) for prompt in prompts], groups.replicas.size())[groups.replicas.rank()]
         wave = max(1, self._max_sequences // sampling.copies)
         rollouts: list[tuple[int, Rollout]] = []
-        for begin in range(0, len(mine), wave):
-            indices = mine[begin : begin + wave]
-            rollouts += self._generate_wave([prompts[i] for i in indices], indices, sampling)
+        for number in range(self._most(math.ceil(len(mine) / wave))):
+            indices = mine[number * wave : (number + 1) * wave]
+            if indices:
+                rollouts += self._generate_wave([prompts[i] for i in indices], indices, sampling)
+            else:  # only so that this replica's experts serve the others
+                self._generate_wave(list(prompts[:1]), [0], replace(sampling, copies=1))
         for chunk in self._parts.chunks:
             chunk.train()
         gathered = sorted(gather_from_replicas(groups, rollouts), key=lambda item: item[0])
         return [rollout for _, rollout in gathered]
+
+    def _most(self, count: int) -> int:
+        """The largest count of the replicas that share experts with this one; `count` itself where none does. Collective over
+        the replicas then."""
+        groups = self._parts.groups
+        if groups.layout.tensor % groups.layout.expert == 0:
+            return count
+        largest = torch.tensor(count, device=device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=groups.replicas)
+        return int(largest)
 
     def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
         """(place in the global batch, rollout) of each response of these prompts."""
@@ -112,11 +116,11 @@ class MegatronEngine:
             tokens[slots, step], log_probs[slots, step] = token, log_prob
             running &= ~self._is_stop[token]
             num_running = int(running.sum())
-            if num_running == 0 or step == limit - 1:
+            if step == limit - 1 or self._most(num_running) == 0:
                 break
             # Dropping finished sequences copies the cache, which costs about as much as a step; until then they go on, and
             # what follows their end is not counted.
-            if num_running <= _COMPACT_BELOW * len(slots):
+            if 0 < num_running <= _COMPACT_BELOW * len(slots):
                 kept = running.nonzero().squeeze(1)
                 slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
                 cache.keep(kept)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_mcore.convert.convert import import_hf
+from tests.convert import worker
 from tests.parallel.test_dense_agreement import JOINT, Case, check
 from tests.parallel.test_matrix import StudentLayout, case
 from tests.parallel.test_optimizer_agreement import check_adam
 from tests.ranks import RankPool
+from tests.reference.tiny_models import make_model
 from tests.zoo import Zoo
 
 BESIDE = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.19"
@@ -65,4 +68,12 @@ def test_core_rows(row: Case, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.tensor=1"], ids=["tp2", "dp2"])
 def test_two_steps_of_adam(layout: str, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -> None:
     check_adam(2, layout, True, zoo, newer_ranks, tmp_path)
+    assert_newer(newer_ranks)
+
+
+@pytest.mark.parametrize("family, layout", [("qwen2", {"tensor": 2}), ("qwen3_moe", {"expert": 2})], ids=["tp2", "ep2"])
+def test_it_loads_a_converted_model(family: str, layout: dict[str, int], newer_ranks: RankPool, tmp_path: Path) -> None:
+    hf = make_model(family, tmp_path / "hf", seed=4)
+    import_hf(hf, tmp_path / "megatron", None, lambda total: lambda num_bytes: None)
+    assert all(newer_ranks.run(worker.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
     assert_newer(newer_ranks)
