@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kdrl_mcore.convert.extent import num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
 from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
-from kdrl_mcore.convert.weight_map import hf_shapes, pieces
+from kdrl_mcore.convert.weight_map import Piece, hf_shapes, pieces
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
@@ -26,7 +26,7 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
     The other tensor-parallel ranks get None in their places, so that they can keep step.
 
     Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
-    iterate. At most one parameter is held in full at a time.
+    iterate. At most one parameter is held in full at a time; a tensor may be a view of it.
     """
     architecture, tensor = parts.architecture, parts.groups.tensor
     for mapped in mapped_parameters(parts):
@@ -34,22 +34,31 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
         if experts_only and not rule.is_expert:
             continue
         local = mapped.parameter.detach().contiguous()
-        shards, ranks = [local], 1
-        if not rule.is_expert:
-            ranks = tensor.size()
-            shards = [torch.empty_like(local) for _ in range(ranks)]
-            dist.all_gather(shards, local, group=tensor)
+        shards, ranks = [local], 1 if rule.is_expert else tensor.size()
+        if ranks > 1:
+            shards = [torch.empty_like(local) for _ in range(ranks if tensor.rank() == 0 else 0)]
+            dist.gather(local, shards or None, dst=dist.get_global_rank(tensor, 0), group=tensor)
             if tensor.rank() != 0:
                 yield from ((name, None) for name in mapped.hf_names)
                 continue
         size = local.shape[1 if rule.kind == "row" else 0]
-        shapes = hf_shapes(rule, architecture)
-        whole = {name: local.new_empty(shape) for name, shape in zip(mapped.hf_names, shapes, strict=True)}
-        for rank, shard in enumerate(shards):
-            for piece in pieces(rule, mapped.hf_names, architecture, rank, ranks, size):
-                target = whole[piece.hf].narrow(piece.dim, piece.hf_start, piece.length)
-                target.copy_(shard.narrow(piece.dim, piece.start, piece.length))
-        yield from whole.items()
+        found = [
+            (piece, shard.narrow(piece.dim, piece.start, piece.length))
+            for rank, shard in enumerate(shards)
+            for piece in pieces(rule, mapped.hf_names, architecture, rank, ranks, size)
+        ]
+        for name, shape in zip(mapped.hf_names, hf_shapes(rule, architecture), strict=True):
+            yield name, _join([(piece, part) for piece, part in found if piece.hf == name], shape)
+
+
+def _join(found: Sequence[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """One HF tensor from its pieces: a view where there is only one."""
+    if len(found) == 1 and found[0][1].shape == shape:
+        return found[0][1]
+    whole = found[0][1].new_empty(shape)
+    for piece, part in found:
+        whole.narrow(piece.dim, piece.hf_start, piece.length).copy_(part)
+    return whole
 
 
 def mapped_parameters(parts: ModelParts) -> Iterator[MappedParameter]:

@@ -160,13 +160,13 @@ class Dispatch:
         return "done" if event is None else event
 
     def bring_back(self, index: int, version: int | None) -> None:
-        """Give work again to a server that failed; it has weights of this version now."""
+        """Give work again to a server that failed; it has weights of this version now. The others may have done it all."""
 
         def give() -> None:
             self._lanes[index].version, self._lanes[index].up = version, True
             self._changed.set()
 
-        self._loop.call_soon_threadsafe(give)
+        self._soon(give)
 
     def stop(self) -> None:
         """End the generation, finished or not, and the thread."""
@@ -175,11 +175,14 @@ class Dispatch:
             if self._main is not None:
                 self._main.cancel()
 
-        if self._thread.is_alive():
-            with suppress(RuntimeError):  # it ended by itself in the meantime
-                self._loop.call_soon_threadsafe(cancel)
+        self._soon(cancel)
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        """Run it in the dispatch's thread, unless the generation has ended by itself."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(action)
 
     def _cut(self) -> list[_Piece]:
         copies = self._sampling.copies

@@ -81,8 +81,8 @@ class Engine:
 
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any]
-    ) -> AsyncIterator[int | Finished]:
-        """One response: the number of its tokens so far, now and then, and in the end the response."""
+    ) -> AsyncIterator[Finished | None]:
+        """One response: None now and then while it grows, and in the end the response."""
         params = SamplingParams(
             temperature=sampling["temperature"],
             top_p=sampling["top_p"],
@@ -99,10 +99,7 @@ class Engine:
             part = output.outputs[0]
             token_ids += part.token_ids
             log_probs += [column[token].logprob for token, column in zip(part.token_ids, part.logprobs or (), strict=True)]
-            if part.finish_reason is not None:
-                yield Finished(token_ids, log_probs, part.finish_reason)
-            else:
-                yield len(token_ids)
+            yield None if part.finish_reason is None else Finished(token_ids, log_probs, part.finish_reason)
 
     async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
         """Every worker takes the weights that a refit sends (`vllm_worker.RefitWorker`), and nothing computed with the old

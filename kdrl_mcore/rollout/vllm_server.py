@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     can be used (in and after a refit that did not end well, and asleep)."""
     app = FastAPI(openapi_url=None)
     held: dict[str, Any] = {"version": None, "usable": settings.load_format != "dummy"}
+    progress = {"parts": 0}  # of responses, since the start
 
     @app.middleware("http")
     async def authorize(request: Request, proceed: Any) -> Any:
@@ -68,21 +68,18 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
         return StreamingResponse(stream(body, held["version"]), media_type="application/x-ndjson")
 
     async def stream(body: dict[str, Any], version: int | None) -> AsyncIterator[str]:
-        """A line for each finished response, and a sign of progress where tokens came and no response has ended."""
+        """A line for each finished response, and each second in which the engine made tokens, for whomever, a sign of that."""
         results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        signed = time.monotonic()
+        seen = progress["parts"]
 
         async def run(each: dict[str, Any]) -> None:
-            nonlocal signed
             name = f"{each['id']}-{secrets.token_hex(4)}"  # vLLM wants names that it has never seen
             async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
+                progress["parts"] += 1
                 if isinstance(out, Finished):
                     if not held["usable"] or held["version"] != version:
                         raise RuntimeError(f"the weights changed from version {version} while {each['id']} was sampled")
                     results.put_nowait({"id": each["id"], "version": version, **vars(out)})
-                elif time.monotonic() - signed > _SIGN_SECONDS:
-                    signed = time.monotonic()
-                    results.put_nowait({"tokens": out})
 
         tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
         for task in tasks:
@@ -90,9 +87,14 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
         try:
             left = len(tasks)
             while left:
-                line = await results.get()
+                try:
+                    line = await asyncio.wait_for(results.get(), _SIGN_SECONDS)
+                except TimeoutError:
+                    if progress["parts"] > seen:
+                        seen = progress["parts"]
+                        yield "{}\n"
+                    continue
                 if line is not None:
-                    signed = time.monotonic()
                     yield json.dumps(line) + "\n"
                     continue
                 left -= 1

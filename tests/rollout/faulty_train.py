@@ -56,7 +56,7 @@ def main() -> int:
     def faulty_keep(work: Any, response: Any) -> None:
         keep(work, response)
         now["responses"] += 1
-        if now["generation"] and now["step"] == 3 and now["responses"] == 5:
+        if now["generation"] and now["step"] == 3 and now["responses"] == 2:
             kill(work._engine._replicas.servers[0])
 
     def faulty_publish(writer: WeightWriter, bucket: Any) -> None:

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from tests.convert.worker import build  # prepares the platform first
-from tests.rollout.receiver import DictServer
+import torch
+import torch.distributed as dist
 
-import torch  # isort: skip
-import torch.distributed as dist  # isort: skip
+from tests.convert.worker import build
+from tests.rollout.receiver import DictServer
 
 VICTIM = "model.layers.1.self_attn.o_proj.weight"
 """The tensor at which something goes wrong."""

@@ -11,6 +11,7 @@ import pytest
 
 from tests.ranks import RankPool
 from tests.rollout import vllm_runs
+from tests.rollout.refit_ranks import VICTIM
 from tests.training import metrics_of
 
 pytest.importorskip("vllm")
@@ -58,6 +59,17 @@ def test_sampler_and_trainer_agree_after_every_refit(
     assert all(row["drift_max"] < 1e-3 for row in metrics), [row["drift_max"] for row in metrics]
     assert [[line["weight_version"] for line in step] for step in rollouts_of(tmp_path)] == [[n] * 16 for n in range(4)]
     assert metrics[0]["grad_norm"] > 0
+
+
+def test_a_refit_that_breaks_off_leaves_no_trace_in_the_next(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """vLLM has loaded half of a layer by then. Through memory, with tiny buckets."""
+    told = ranks2.run(vllm_runs.broken_refit, TOKEN, str(models / "student"), str(tmp_path), server.address)
+    assert all(f"tensor {VICTIM} is missing" in text for text in told)
+    assert server.health()["usable"] is False
+    train(ranks2, models, tmp_path, server, "trainer.steps=1")
+    assert metrics_of(tmp_path)[0]["drift_max"] < 1e-3
 
 
 def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(

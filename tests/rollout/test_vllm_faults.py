@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "optimizer.lr=1e-2",
         f"rollout.prompts_per_step={PROMPTS}",
         f"rollout.responses_per_prompt={COPIES}",
-        "rollout.max_response_tokens=24",
+        "rollout.max_response_tokens=200",
         "rollout.max_prompt_tokens=16",
         "logging.progress=false",
         "logging.tensorboard=false",

@@ -1,4 +1,4 @@
-"""One engine server with real vLLM, started by hand on an exported checkpoint: what it samples, what it refuses, how it ends."""
+"""A server with real vLLM, started by hand on an exported checkpoint: what it samples, what it refuses, how it ends."""
 
 from __future__ import annotations
 

@@ -52,3 +52,22 @@ def overrides(folder: Path, run: Path, address: str, *more: str) -> list[str]:
         "trainer.steps=4",
         *more,
     ]
+
+
+def broken_refit(token: str, model: str, folder: str, address: str) -> str:
+    """A refit of which one tensor never arrives; what it says."""
+    from kdrl_mcore.errors import RefitError
+    from kdrl_mcore.rollout.refit import send_weights
+    from kdrl_mcore.rollout.vllm_client import EngineServer
+    from tests.rollout.refit_ranks import FAULTS, build
+
+    parts = build(model, {"tensor": 2}, student=True)
+    servers = []
+    if parts.groups.tensor.rank() == 0:
+        servers = [EngineServer(0, Path(folder), address=address, token=token)]
+    try:
+        with FAULTS["lost"]():
+            send_weights(parts, servers, 1, 30.0, 10_000, colocated=True)
+    except RefitError as error:
+        return str(error)
+    return ""
