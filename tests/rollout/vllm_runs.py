@@ -56,11 +56,10 @@ def overrides(folder: Path, run: Path, address: str, *more: str) -> list[str]:
 
 def broken_refit(token: str, model: str, folder: str, address: str) -> str:
     """A refit of which one tensor never arrives; what it says."""
-    from tests.rollout.refit_ranks import FAULTS, build
-
     from kdrl_mcore.errors import RefitError
     from kdrl_mcore.rollout.refit import send_weights
     from kdrl_mcore.rollout.vllm_client import EngineServer
+    from tests.rollout.refit_ranks import FAULTS, build
 
     parts = build(model, {"tensor": 2}, student=True)
     servers = []
