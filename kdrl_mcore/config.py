@@ -7,7 +7,7 @@ them with Hydra, so the command line takes Hydra overrides (`key=value`, `group=
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,7 +342,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    flat = dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
@@ -393,18 +393,20 @@ def can_be_positive(schedule: ScheduleConfig) -> bool:
     return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """A nested configuration as `group.key: value`."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}.")
+            flat.update({f"{key}.{inner}": each for inner, each in flatten(value).items()})
         else:
-            yield name, value
+            flat[key] = value
+    return flat
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
-    keys = [key for key, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(Config())))]
+    keys = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config()))))
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
     sections = {key.split(".")[0] for key in keys}
     for override in overrides:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,8 +37,20 @@ STUDENT_CHECKPOINT_EVERY = 25
 SIZES: dict[str, dict[str, int]] = {
     "student": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
     "teacher": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "student_small": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "student_large": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-"""Both have 2 layers, 32 wide heads and a tied output head: 0.1M and 0.3M parameters."""
+"""All have 2 layers, 32 wide heads and a tied output head; the pair has 0.1M and 0.3M parameters. Other teachers are of the
+teacher's size."""
+PAIR = ("student", "teacher")
+VARIANTS: dict[str, list[str]] = {
+    "teacher_weak": ["trainer.steps=200"],  # stopped at a quarter
+    "teacher_strong": ["data.train={directory}/data/sft.jsonl"],  # correct answers
+    "student_small": [],
+    "student_large": [],
+}
+"""What the studies of teacher strength and student scale need beside the pair, and how its training differs
+(`conf/experiments/base/tiny.yaml`; made by `examples/tiny/make_family.py`)."""
 
 
 def main() -> int:
@@ -58,18 +71,28 @@ def make_pair(directory: Path) -> None:
     Raises:
         KdrlError: a training run or the export failed.
     """
-    started, absolute = time.monotonic(), ROOT / directory
+    absolute = ROOT / directory
     if not (absolute / "data").is_dir():
         print(f"writing data to {directory / 'data'}", flush=True)
         unfinished = absolute / "data.unfinished"
         write_data(unfinished, FLAW_RATE, SEED)
         unfinished.rename(absolute / "data")
-    missing = [name for name in SIZES if not (absolute / name).is_dir()]
+    make_models(PAIR, directory)
+
+
+def make_models(names: Sequence[str], directory: Path) -> None:
+    """Train those that do not exist, side by side: a student to `STUDENT_ACCURACY`, a teacher to the end.
+
+    Raises:
+        KdrlError: a training run or the export failed.
+    """
+    started, absolute = time.monotonic(), ROOT / directory
+    missing = [name for name in names if not (absolute / name).is_dir()]
     for name in missing:
         write_random_model(absolute / f"init_{name}", name)
     if not missing:
         return
-    print(f"training {' and '.join(missing)} (about two minutes on two cores)", flush=True)
+    print(f"training {' and '.join(missing)} (about a minute each)", flush=True)
     follow([_start(name, directory) for name in missing])
     for name in missing:
         _finish(name, directory)
@@ -91,12 +114,16 @@ def write_random_model(directory: Path, name: str) -> None:
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **SIZES[name],
+            **SIZES[name if name in SIZES else _role(name)],
         )
     )
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _role(name: str) -> str:
+    return name.split("_")[0]
 
 
 def _start(name: str, directory: Path) -> Job:
@@ -125,7 +152,8 @@ def _start(name: str, directory: Path) -> Job:
             f"student.path={directory}/init_{name}",
             f"data.eval={directory}/data/validation.jsonl",
             f"trainer.seed={SEED}",
-            *own[name],
+            *own[_role(name)],
+            *(override.format(directory=directory) for override in VARIANTS.get(name, [])),
         ],
     )
 
@@ -134,11 +162,11 @@ def _finish(name: str, directory: Path) -> None:
     """Put the trained model into place; the folder appears only when it is complete."""
     run_dir, unfinished = directory / f"sft_{name}", ROOT / directory / f"{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if name == "teacher":
+    if _role(name) == "teacher":
         shutil.copytree(ROOT / run_dir / "hf", unfinished)
     else:
         step, accuracy = nearest_step(ROOT / run_dir)
-        print(f"student: step {step}, validation accuracy {accuracy:.1%}", flush=True)
+        print(f"{name}: step {step}, validation accuracy {accuracy:.1%}", flush=True)
         _export(run_dir / "checkpoints" / f"step_{step:06d}", unfinished)
     unfinished.rename(ROOT / directory / name)
 

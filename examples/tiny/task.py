@@ -28,7 +28,7 @@ from transformers import Qwen2Tokenizer
 MIN_DIGITS, MAX_DIGITS = 2, 5
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 FLAWED_DIGIT = 7
-SPLITS: dict[str, int] = {"eval": 400, "validation": 200, "train": 8000, "sft": 24000}
+SPLITS: dict[str, int] = {"eval": 400, "validation": 200, "train": 8000, "sft": 24000, "tuning": 400}
 """Problems in each set."""
 TEACHER_SET = "sft_teacher"
 """The `sft` problems once more, with flawed worked answers."""
@@ -85,7 +85,7 @@ def write_data(directory: Path, flaw_rate: float, seed: int = 0) -> None:
     """Write each set as `NAME.jsonl`: `prompt` and `answer`, and for the supervised sets the worked `response`."""
     directory.mkdir(parents=True, exist_ok=True)
     splits, rng = make_splits(seed), random.Random(seed)
-    for name in ("train", "validation", "eval"):
+    for name in ("train", "validation", "eval", "tuning"):
         _write(directory / f"{name}.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in splits[name]))
     for name, rate in (("sft", 0.0), (TEACHER_SET, flaw_rate)):
         rows = ({"prompt": p.prompt, "answer": p.answer, "response": worked_answer(p, rate, rng)} for p in splits["sft"])

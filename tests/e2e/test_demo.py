@@ -12,7 +12,7 @@ from examples.tiny.make_pair import FLAW_RATE, write_random_model
 from kdrl_mcore.monitoring.metrics import read_metrics
 
 STEPS = 2
-FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2}
+FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
 
 
 @pytest.fixture
