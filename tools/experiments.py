@@ -10,8 +10,9 @@ the same configuration share the run. `key=value` is `base=NAME` (the pair: a fi
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--sbatch", default="", metavar="'OPTIONS'", help="further options of sbatch, such as '--partition=gpu'"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     files = [Path(word) for word in arguments.words if "=" not in word]
     settings = [word for word in arguments.words if "=" in word]
     if not files:
@@ -47,8 +48,7 @@ def main() -> int:
     console = Console()
     try:
         studies = {file: load_study(file, settings) for file in files}
-        runs = list({run.identity: run for study in studies.values() for run in reversed(study)}.values())
-        runs.sort(key=lambda run: run.seed)
+        runs = distinct(itertools.chain(*studies.values()))
         if arguments.slurm:
             for line in submit(runs, arguments.sbatch):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -62,6 +62,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return conclude(runs, outcomes, complete, console)
+
+
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """One run of each identity, by the name of the first study that has it; all with the first seed come first."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.identity, run)
+    return sorted(found.values(), key=lambda run: run.seed)
 
 
 def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcome], bool]:
@@ -88,7 +96,7 @@ def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcom
 
 def collect(study: str, runs: Sequence[Run], console: Console) -> None:
     """Write the study's results beside its runs, and print its table."""
-    rows, root = table(runs), runs[0].directory.parent
+    rows, root = table(runs), runs[0].root
     write_csv(runs, root / f"{study}.csv")
     replace_file(root / f"{study}.md", markdown(rows))
     shown = Table(title=f"{study}: mean and 95 % t interval over seeds", title_justify="left")

@@ -112,7 +112,7 @@ def _start(run: Run) -> _Started | None:
 
 def _lock(run: Run) -> IO[bytes] | None:
     """The run's lock, by its identity: two studies may know it by two names."""
-    folder = run.directory.parent / ".locks"
+    folder = run.root / ".locks"
     folder.mkdir(exist_ok=True)
     file = (folder / run.identity).open("wb")
     try:

@@ -22,11 +22,11 @@ def submit(runs: Sequence[Run], options: str = "") -> Iterator[str]:
     Raises:
         KdrlError: sbatch or squeue failed.
     """
-    queued = {run for root in {run.directory.parent for run in runs} for run in _queued(root / LISTS)}
+    queued = {run for root in {run.root for run in runs} for run in _queued(root / LISTS)}
     wanted = [run for run in runs if not is_finished(run) and run.identity not in queued]
     yield f"{len(runs)} runs: {sum(map(is_finished, runs))} finished, {len(wanted)} to submit, the rest in the queue"
-    for root, nodes in sorted({(run.directory.parent, run.nodes) for run in wanted}):
-        array = [run for run in wanted if (run.directory.parent, run.nodes) == (root, nodes)]
+    for root, nodes in sorted({(run.root, run.nodes) for run in wanted}):
+        array = [run for run in wanted if (run.root, run.nodes) == (root, nodes)]
         folder = root / LISTS
         folder.mkdir(parents=True, exist_ok=True)
         unnamed = folder / "new"

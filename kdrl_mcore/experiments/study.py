@@ -36,7 +36,7 @@ class Run:
         seed: `trainer.seed`.
         overrides: what `kdrl_mcore.train` is called with, besides `run.dir`.
         identity: hash of the resolved configuration; studies that hold the same configuration share the run.
-        directory: where it lives: a readable name and the identity. What another study made is taken as it is.
+        root, label: the folder of all runs, and a readable name for this one's in it.
         steps, ranks, nodes: its length; its processes on each of its machines.
     """
 
@@ -45,7 +45,8 @@ class Run:
     seed: int
     overrides: tuple[str, ...]
     identity: str
-    directory: Path
+    root: Path
+    label: str
     steps: int
     ranks: int
     nodes: int
@@ -54,6 +55,11 @@ class Run:
     def name(self) -> str:
         """For people: `kdrl weak, seed 3`."""
         return f"{' '.join(self.setting)}, seed {self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives: what any study made of this identity, under whatever name, else one by its own label."""
+        return min(self.root.glob(f"*-{self.identity}"), default=self.root / f"{self.label}-{self.identity}")
 
 
 def load_study(path: Path, arguments: Sequence[str] = ()) -> list[Run]:
@@ -126,10 +132,8 @@ def _runs(study: str, root: Path, setting: tuple[str, ...], seeds: Sequence[int]
     runs = []
     for seed in seeds:
         identity = identify(flat | {"trainer.seed": seed})
-        made = sorted(root.glob(f"*-{identity}/"))
-        directory = made[0] if made else root / f"{name}-seed{seed}-{identity}"
         own = (*overrides, f"trainer.seed={seed}")
-        runs.append(Run(study, setting, seed, own, identity, directory, config.trainer.steps, ranks, nodes))
+        runs.append(Run(study, setting, seed, own, identity, root, f"{name}-seed{seed}", config.trainer.steps, ranks, nodes))
     return runs
 
 
