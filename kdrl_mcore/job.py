@@ -85,7 +85,8 @@ class Job:
             verify_together(self.student, self.verifier, rollouts)
 
     def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
-        """What the teacher says of the responses to distil; it sees no others."""
+        """What the teacher says of the responses to distil; it sees no others. Log-probs are put into the rollouts too, for
+        the step's file."""
         wanted = {index: rollouts[index] for index in distil_N.nonzero().squeeze(1).tolist()}
         if not wanted:
             return TeacherScores()
@@ -93,6 +94,8 @@ class Job:
         if self.config.objective.kd.estimator in OVER_THE_VOCABULARY:
             return TeacherScores(hidden=self.teacher.hidden_states(wanted, micro_tokens=self.config.batch.micro_tokens))
         scored = dict(zip(wanted, self._score(self.teacher, list(wanted.values())), strict=True))
+        for index, log_probs in scored.items():
+            rollouts[index].teacher_log_probs = log_probs
         return TeacherScores(log_probs=[scored.get(index) for index in range(len(rollouts))])
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[Experience]:

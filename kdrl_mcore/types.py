@@ -30,10 +30,11 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """One response to one prompt, with what the sampler and the verifier said of it.
+    """One response to one prompt, with what the sampler, the verifier and the teacher said of it.
 
     The responses of one prompt share a `group_id`. `sampler_log_probs` [response tokens] is log mu(o_t|s_t) at the
-    sampling temperature, as the sampler itself reports it. `weight_version` counts the optimizer updates the sampling
+    sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
+    teacher was not asked for it. `weight_version` counts the optimizer updates the sampling
     weights had seen. The end-of-sequence token, when sampled, is the last response token.
     """
 
@@ -49,6 +50,7 @@ class Rollout:
     prompt: str = ""
     response: str = ""
     answer: str = ""
+    teacher_log_probs: TokenFloats | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
-from kdrl_mcore.experiments.results import MEASURES, markdown, replace_file, table, write_csv
+from kdrl_mcore.experiments.results import markdown, replace_file, table, write_csv
 from kdrl_mcore.experiments.slurm import submit
 from kdrl_mcore.experiments.study import Run, load_study
 from kdrl_mcore.monitoring.metrics import read_metrics
+from kdrl_mcore.monitoring.summary import MEASURES
 
 
 # Hydra's own --multirun was considered: its launchers run every combination anew, so nothing is shared, skipped or resumed.
@@ -45,7 +46,7 @@ def main() -> int:
         parser.error("name a study file, such as conf/experiments/main.yaml")
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         studies = {file: load_study(file, settings) for file in files}
         runs = distinct(itertools.chain(*studies.values()))

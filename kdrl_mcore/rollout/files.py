@@ -36,7 +36,8 @@ def write_rollouts(
 ) -> None:
     """Write a rollout file. It appears whole or not at all: it is written aside and then moved into place.
 
-    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, and the keys of `extra`. A float32
+    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, `teacher_log_probs` where the teacher
+    gave them, and the keys of `extra`. A float32
     log-prob is written with the digits that give the same float32 back. Log-probs that are not finite are written as they
     are (`NaN`), as evidence; `read_rollouts` refuses them.
 
@@ -139,6 +140,8 @@ def _to_row(rollout: Rollout) -> dict[str, Any]:
         "response": rollout.response,
         "answer": rollout.answer,
     }
+    if rollout.teacher_log_probs is not None:
+        row["teacher_log_probs"] = rollout.teacher_log_probs.tolist()
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
