@@ -1,0 +1,241 @@
+"""Studies become runs that share what is equal; runs are trained once, survive what stops them, and are collected.
+
+The runs here are a stand-in for `kdrl_mcore.train` that a child process finds first: it "trains" in a moment.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdrl_mcore.config import CHOICES, load_config, save_config
+from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.experiments import slurm
+from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
+from kdrl_mcore.experiments.results import markdown, table, write_csv
+from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / "conf" / "experiments"
+STUDY = """
+base: pair
+grid:
+  method:
+    kdrl: [objective=kdrl, "objective.beta.init=${times:2e-3,${scale}}"]
+    grpo: [objective=grpo]
+"""
+SHARING = """
+base: pair
+grid:
+  estimator: {k2: [objective=kdrl, objective.beta.init=0.02, objective.kd.estimator=k2]}
+  length: {short: [trainer.steps=2], long: [trainer.steps=9]}
+"""
+BASE = "root: {root}\nseeds: [1, 2]\nscale: 10\noverrides: [experiment=tiny_cpu, trainer.steps=2]\n"
+STAND_IN = '''
+"""Trains in a moment, as its overrides say: data.train=fail fails, data.train=wait waits to be asked to stop."""
+import json, os, signal, sys, time
+from pathlib import Path
+settings = dict(word.split("=", 1) for word in sys.argv[1:])
+run = Path(settings["run.dir"])
+with (run / "starts").open("a") as file:
+    file.write(f"{os.environ['OMP_NUM_THREADS']}\\n")
+kind = settings.get("data.train")
+if kind == "fail" and settings["trainer.seed"] == "1":
+    sys.exit("error: data.train=fail does not exist")
+if kind == "wait":
+    def stop(*_):
+        (run / "saved").touch()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, stop)
+    (run / "waits").touch()
+    time.sleep(120)
+accuracy = 0.5 + int(settings["trainer.seed"]) / 10
+(run / "metrics.jsonl").write_text(json.dumps({"step": int(settings["trainer.steps"]), "eval/accuracy": accuracy}) + "\\n")
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the studies `study` and `sharing` and the stand-in; the current one, so that a child finds it first."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "pair.yaml").write_text(BASE.format(root=tmp_path / "runs"))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    (tmp_path / "sharing.yaml").write_text(SHARING)
+    (tmp_path / "kdrl_mcore").mkdir()
+    (tmp_path / "kdrl_mcore" / "__init__.py").touch()
+    (tmp_path / "kdrl_mcore" / "train.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(runs: list[Run], jobs: int = 2) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    assert run_missing(runs, jobs, outcomes.append)
+    return outcomes
+
+
+def starts(run: Run) -> int:
+    return len((run.directory / "starts").read_text().splitlines())
+
+
+def test_a_study_is_the_product_of_its_axes_and_seeds_first_seeds_first(folder: Path) -> None:
+    runs = load_study(folder / "study.yaml")
+    assert [run.name for run in runs] == ["kdrl, seed 1", "grpo, seed 1", "kdrl, seed 2", "grpo, seed 2"]
+    assert "objective.beta.init=0.02" in runs[0].overrides and runs[0].directory.name.startswith("kdrl-seed1-")
+    assert len({run.identity for run in runs}) == 4
+    changed = load_study(folder / "study.yaml", ["seeds=[7]", "scale=20", "optimizer.lr=1e-3"])
+    assert [run.seed for run in changed] == [7, 7]
+    assert {"objective.beta.init=0.04", "optimizer.lr=1e-3"} <= set(changed[0].overrides)
+    both = load_study(folder / "sharing.yaml")
+    assert [run.setting for run in both[:2]] == [("k2", "short"), ("k2", "long")]
+
+
+def test_the_same_configuration_is_the_same_run_in_every_study(folder: Path) -> None:
+    first, shared = load_study(folder / "study.yaml")[0], load_study(folder / "sharing.yaml")[0]
+    assert first.identity == shared.identity  # k2 is the default, 0.02 = 10 * 2e-3
+    first.directory.mkdir(parents=True)
+    assert shared.directory == first.directory != load_study(folder / "sharing.yaml")[1].directory
+
+
+def test_the_identity_is_that_of_the_configuration_a_run_wrote(folder: Path) -> None:
+    run = load_study(folder / "study.yaml")[0]
+    run.directory.mkdir(parents=True)
+    save_config(load_config([*run.overrides, f"run.dir={run.directory}"]), run.directory / "config.yaml")
+    assert identify(read_config(run.directory)) == run.identity
+
+
+def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(folder: Path) -> None:
+    runs = load_study(folder / "study.yaml", ["data.train=fail"])
+    outcomes = {outcome.run.name: outcome for outcome in train(runs)}
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        **{"kdrl, seed 1": "failed", "grpo, seed 1": "failed"},
+        **{"kdrl, seed 2": "finished", "grpo, seed 2": "finished"},
+    }
+    assert "exit code 1: error: data.train=fail does not exist" in outcomes["kdrl, seed 1"].message
+    assert [is_finished(run) for run in runs] == [False, False, True, True]
+    assert [outcome.run.seed for outcome in train(runs)] == [1, 1]
+    assert [starts(run) for run in runs] == [2, 2, 1, 1]
+    assert (runs[2].directory / "starts").read_text() == "1\n"  # a thread each
+
+
+def test_results_are_a_line_a_run_and_an_interval_a_setting(folder: Path) -> None:
+    runs = load_study(folder / "study.yaml")
+    train(runs[:3])
+    write_csv(runs, folder / "runs" / "study.csv")
+    rows = list(csv.DictReader((folder / "runs" / "study.csv").open()))
+    assert [(row["setting"], row["seed"], row["finished"], row["accuracy"]) for row in rows] == [
+        *(("kdrl", "1", "True", "0.6"), ("grpo", "1", "True", "0.6"), ("kdrl", "2", "True", "0.7"), ("grpo", "2", "False", "")),
+    ]
+    header, kdrl, grpo = table(runs)
+    assert header[:4] == ["study", "setting", "seeds", "accuracy"]
+    assert kdrl[:4] == ["study", "kdrl", "2", f"65.0% ± {12.706 * 0.05:.1%}"] and grpo[2:4] == ["1", "60.0%"]
+    assert markdown([header, kdrl]).splitlines()[0].startswith("| study | setting |")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_grid_lets_its_runs_save_and_goes_on(folder: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-P", "-c", CALL, str(folder / "study.yaml"), "data.train=wait"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE
+    )
+    runs = load_study(folder / "study.yaml", ["data.train=wait"])
+    wait_for(lambda: all((run.directory / "waits").is_file() for run in runs[:2]))
+    other: list[Outcome] = []
+    runs_elsewhere = [run for run in runs if (run.directory / "waits").is_file()]
+    assert run_missing(runs_elsewhere, 1, other.append)  # a second runner leaves them alone
+    assert [outcome.status for outcome in other] == ["running elsewhere"] * 2
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert output.split() == ["stopped", "stopped", "False"]
+    assert [(run.directory / "saved").is_file() for run in runs_elsewhere] == [True, True]
+    assert [run.directory.is_dir() for run in runs[2:]] == [False, False]  # nothing new was started
+
+
+CALL = """
+import os, sys
+from pathlib import Path
+from kdrl_mcore.experiments.local import run_missing
+from kdrl_mcore.experiments.study import load_study
+os.environ.pop("PYTHONPATH")
+runs = load_study(Path(sys.argv[1]), sys.argv[2:])
+print(run_missing(runs, 2, lambda outcome: print(outcome.status)))
+"""
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_only_what_is_missing_is_submitted_and_nothing_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    queue = ["7 1\n"]
+
+    def answer(command: list[str]) -> str:
+        calls.append(command)
+        return {"sbatch": f"{6 + sum(call[0] == 'sbatch' for call in calls)}\n", "squeue": queue[0]}.get(command[0], "")
+
+    monkeypatch.setattr(slurm, "_run", answer)
+    runs = load_study(folder / "study.yaml")
+    train(runs[:1])
+    assert "job 7: 3 runs on 1 node" in list(slurm.submit(runs, "--partition=gpu"))[-1]
+    assert {"--array=0-2", "--partition=gpu", "--nodes=1"} <= set(calls[0]) and calls[1] == ["scontrol", "release", "7"]
+    lines = (folder / "runs" / ".slurm" / "7").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [run.identity for run in runs[1:]]
+    assert lines[0].endswith(f"run.dir={runs[1].directory}")
+    list(slurm.submit(runs))  # the second of the three still waits in the queue
+    again = (folder / "runs" / ".slurm" / "8").read_text().splitlines()
+    assert [line.split()[0] for line in again] == [runs[1].identity, runs[3].identity]
+
+
+def test_bad_studies_and_overrides_are_named(folder: Path) -> None:
+    for text, problem in {
+        "grid: {method: {}}": "base",
+        "base: other\ngrid: {}": "there are: pair",
+        "base: pair": "grid",
+        "base: pair\ngrid: {method: {a: objective=grpo}}": "named lists",
+        "base: pair\ngrid: {method: {a: ['${nothing}']}}": "nothing",
+        "base: [": "YAML",
+    }.items():
+        (folder / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=problem):
+            load_study(folder / "bad.yaml")
+    with pytest.raises(ConfigError, match=r"there are: .*sharing, study"):
+        load_study(folder / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer\.lr'"):
+        load_study(folder / "study.yaml", ["optimizer.lrr=1"])
+    with pytest.raises(ConfigError, match="--slurm"):
+        run_missing(load_study(folder / "study.yaml", ["cluster.nodes=2"]), 1, lambda _: None)
+    if not any((Path(folder) / "sbatch").is_file() for folder in os.environ["PATH"].split(os.pathsep)):
+        with pytest.raises(KdrlError, match="sbatch is not there"):
+            list(slurm.submit(load_study(folder / "study.yaml")))
+
+
+@pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml")))
+def test_the_studies_compose_for_every_pair(base: str) -> None:
+    names = ["main", "teacher", "scale", *(("estimator", "coefficient", "mask") if base == "tiny" else ())]
+    studies = {name: load_study(STUDIES / f"{name}.yaml", [f"base={base}", "seeds=[1]"]) for name in names}
+    settings = {name: {run.setting[0] for run in runs} for name, runs in studies.items()}
+    assert settings["main"] >= {"sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "reward_shaping", "distill_then_grpo"}
+    assert len({run.setting[1] for run in studies["teacher"]}) == len({run.setting[1] for run in studies["scale"]}) == 3
+    identity = {name: {run.setting[0]: run.identity for run in runs} for name, runs in studies.items()}
+    kdrl = identity["main"]["kdrl"]
+    if base == "tiny":
+        assert settings["estimator"] < set(CHOICES["objective.kd.estimator"]) and len(settings["coefficient"]) == 6
+        assert settings["mask"] == set(CHOICES["objective.kd.mask"])
+        assert kdrl == identity["estimator"]["k2"] == identity["coefficient"]["constant_2"] == identity["mask"]["none"]
+        assert identity["main"]["kdrl_annealing"] == identity["coefficient"]["annealed_5"]
+    else:  # the paper's own numbers, where nothing was re-tuned
+        preset = load_config([f"experiment={base}", "objective=kdrl"]).objective
+        run = next(run for run in studies["main"] if run.setting == ("kdrl",))
+        assert load_config(run.overrides).objective == preset
