@@ -407,7 +407,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
     keys = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config()))))
-    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiments"]
     sections = {key.split(".")[0] for key in keys}
     for override in overrides:
         if "=" not in override:

@@ -4,7 +4,7 @@
 
 Finished runs are skipped and interrupted ones go on, so the same command is started again until all is there. Studies that hold
 the same configuration share the run. `key=value` is `base=NAME` (the pair: a file in `conf/experiments/base/`), `seeds=[1,2]`,
-`root=DIR`, a key of the base file, or an override of every run. Writes `ROOT/STUDY.csv` (a line a run) and `ROOT/STUDY.md`.
+`root=DIR`, a key of the base file, or an override of every run. Writes `ROOT/STUDY.csv` (a line a run), `STUDY.md` and `accuracy.png`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,11 +20,12 @@ from rich.table import Table
 
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
-from kdrl_mcore.experiments.results import markdown, replace_file, table, write_csv
+from kdrl_mcore.experiments.results import finished_by_setting, intervals, markdown, replace_file, table, write_csv
 from kdrl_mcore.experiments.slurm import submit
 from kdrl_mcore.experiments.study import Run, load_study
 from kdrl_mcore.monitoring.metrics import read_metrics
 from kdrl_mcore.monitoring.summary import MEASURES
+from kdrl_mcore.reporting.picture import intervals_picture
 
 
 # Hydra's own --multirun was considered: its launchers run every combination anew, so nothing is shared, skipped or resumed.
@@ -57,8 +58,7 @@ def main() -> int:
         outcomes, complete = [], True
         if not arguments.collect:
             outcomes, complete = train(runs, arguments.jobs, console)
-        for file, study in studies.items():
-            collect(file.stem, study, console)
+        collect({file.stem: study for file, study in studies.items()}, console)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -95,18 +95,23 @@ def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcom
     return outcomes, run_missing(missing, jobs, show)
 
 
-def collect(study: str, runs: Sequence[Run], console: Console) -> None:
-    """Write the study's results beside its runs, and print its table."""
-    rows, root = table(runs), runs[0].root
-    write_csv(runs, root / f"{study}.csv")
-    replace_file(root / f"{study}.md", markdown(rows))
-    shown = Table(title=f"{study}: mean and 95 % t interval over seeds", title_justify="left")
-    for column in rows[0][1:]:
-        shown.add_column(column, justify="left" if column == "setting" else "right")
-    for row in rows[1:]:
-        shown.add_row(*row[1:])
-    console.print(shown)
-    console.print(f"wrote {root / f'{study}.csv'} and {root / f'{study}.md'}", markup=False, highlight=False, soft_wrap=True)
+def collect(studies: Mapping[str, Sequence[Run]], console: Console) -> None:
+    """Write each study's results beside its runs, and a picture of the accuracies of all of them; print the tables."""
+    panels = {}
+    root = next(iter(studies.values()))[0].root
+    for study, runs in studies.items():
+        settings = finished_by_setting(runs)
+        rows, panels[study] = table(settings), intervals(settings, MEASURES[0])
+        write_csv(runs, root / f"{study}.csv")
+        replace_file(root / f"{study}.md", markdown(rows).encode())
+        shown = Table(title=f"{study}: mean and 95 % t interval over seeds", title_justify="left")
+        for column in rows[0]:
+            shown.add_column(column, justify="left" if column == "setting" else "right")
+        for row in rows[1:]:
+            shown.add_row(*row)
+        console.print(shown)
+    replace_file(root / "accuracy.png", intervals_picture("held-out accuracy", panels))
+    console.print(f"wrote STUDY.csv, STUDY.md and accuracy.png in {root}", markup=False, highlight=False, soft_wrap=True)
 
 
 def conclude(runs: Sequence[Run], outcomes: Sequence[Outcome], complete: bool, console: Console) -> int:

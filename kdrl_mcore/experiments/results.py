@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.experiments.local import is_finished
 from kdrl_mcore.experiments.study import Run
 from kdrl_mcore.monitoring.metrics import read_metrics
-from kdrl_mcore.monitoring.summary import MEASURES, Rows, t_interval
+from kdrl_mcore.monitoring.summary import MEASURES, Interval, Measure, Rows, t_interval
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
@@ -25,10 +25,10 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
         values = [measure.of(rows) for measure in MEASURES]
         cells = ["" if value is None else f"{value:.6g}" for value in values]
         writer.writerow([run.study, " ".join(run.setting), run.seed, bool(rows), *cells, run.directory])
-    replace_file(path, text.getvalue())
+    replace_file(path, text.getvalue().encode())
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file aside and move it into place.
 
     Raises:
@@ -37,26 +37,41 @@ def replace_file(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); name another place") from error
 
 
-def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A header, then for each study and setting the number of finished seeds and the key measures with their intervals."""
-    groups: dict[tuple[str, str], list[Rows]] = {}
+def finished_by_setting(runs: Sequence[Run]) -> dict[str, list[Rows]]:
+    """The metrics of each setting's finished runs."""
+    settings: dict[str, list[Rows]] = {}
     for run in runs:
-        finished = groups.setdefault((run.study, " ".join(run.setting)), [])
+        finished = settings.setdefault(" ".join(run.setting), [])
         if is_finished(run):
             finished.append(read_metrics(run.directory))
+    return settings
+
+
+def intervals(settings: Mapping[str, Sequence[Rows]], measure: Measure) -> dict[str, Interval]:
+    """A measure of each setting that has it."""
+    found = {setting: t_interval(v for r in rows if (v := measure.of(r)) is not None) for setting, rows in settings.items()}
+    return {setting: interval for setting, interval in found.items() if interval is not None}
+
+
+def table(settings: Mapping[str, Sequence[Rows]]) -> list[list[str]]:
+    """A header, then for each setting the number of finished seeds and the key measures with their intervals."""
     columns = [measure for measure in MEASURES if measure.is_key]
-    body = []
-    for (study, setting), group in groups.items():
-        intervals = [t_interval(v for rows in group if (v := measure.of(rows)) is not None) for measure in columns]
-        cells = ["-" if each is None else each.text(column.form) for each, column in zip(intervals, columns, strict=True)]
-        body.append([study, setting, str(len(group)), *cells])
-    return [["study", "setting", "seeds", *(column.title for column in columns)], *body]
+    cells = [intervals(settings, measure) for measure in columns]
+    body = [
+        [
+            setting,
+            str(len(rows)),
+            *(each[setting].text(c.form) if setting in each else "-" for c, each in zip(columns, cells, strict=True)),
+        ]
+        for setting, rows in settings.items()
+    ]
+    return [["setting", "seeds", *(column.title for column in columns)], *body]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ FLOORS = (
     {
         *("student", "teacher", "teacher_head", "hidden_states"),
         *("rollout", "reward", "data", "evaluation", "checkpointing", "monitoring", "planning"),
+        *("experiments", "reporting"),
         *("interrupt", "config_help"),
     },
     {"trainer", "iteration", "supervised", "experience", "job", "step_metrics", "self_test"},
