@@ -4,7 +4,8 @@
 
 Finished runs are skipped and interrupted ones go on, so the same command is started again until all is there. Studies that hold
 the same configuration share the run. `key=value` is `base=NAME` (the pair: a file in `conf/experiments/base/`), `seeds=[1,2]`,
-`root=DIR`, a key of the base file, or an override of every run. Writes `ROOT/STUDY.csv` (a line a run), `STUDY.md` and `accuracy.png`.
+`root=DIR`, a key of the base file, or an override of every run. Writes `STUDY.csv` (a line a run), `STUDY.md` and `accuracy.png`
+in ROOT.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> int:
             for line in submit(runs, arguments.sbatch):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             return 0
-        outcomes, complete = [], True
+        outcomes, complete = list[Outcome](), True
         if not arguments.collect:
             outcomes, complete = train(runs, arguments.jobs, console)
         collect({file.stem: study for file, study in studies.items()}, console)

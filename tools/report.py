@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdrl_mcore.errors import ConfigError, DataError, KdrlError
+from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.experiments.results import replace_file
 from kdrl_mcore.monitoring.summary import FINAL_STEPS, MEASURES, t_interval
 from kdrl_mcore.reporting.page import write_page
 from kdrl_mcore.reporting.picture import picture
@@ -65,7 +66,7 @@ def make_report(directories: Sequence[Path], output: Path, console: Console) -> 
     _check_format(output, FORMATS)
     groups = by_configuration(read_runs(directories))
     _print_table(groups, console)
-    _write(output, write_page(groups).encode() if output.suffix == ".html" else picture(groups))
+    replace_file(output, write_page(groups).encode() if output.suffix == ".html" else picture(groups))
     console.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -84,7 +85,7 @@ def watch(directories: Sequence[Path], output: Path, seconds: float, console: Co
     while True:
         groups = by_configuration(read_runs(directories))
         live = not all(run.is_done for group in groups for run in group.runs)
-        _write(output, write_page(groups, seconds if live else None).encode())
+        replace_file(output, write_page(groups, seconds if live else None).encode())
         if not told:
             console.print(f"wrote {output}; it follows the runs until they end (Ctrl-C stops)", markup=False, soft_wrap=True)
             told = True
@@ -93,24 +94,13 @@ def watch(directories: Sequence[Path], output: Path, seconds: float, console: Co
         try:
             time.sleep(seconds)
         except KeyboardInterrupt:
-            _write(output, write_page(groups).encode())
+            replace_file(output, write_page(groups).encode())
             raise
 
 
 def _check_format(output: Path, formats: Sequence[str]) -> None:
     if output.suffix not in formats:
         raise ConfigError(f"--output {output}: name a file that ends in {' or '.join(formats)}")
-
-
-def _write(output: Path, content: bytes) -> None:
-    """Write aside, then replace: a browser never sees half a page."""
-    aside = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        aside.replace(output)
-    except OSError as error:
-        raise DataError(f"--output {output}: cannot be written ({error.strerror}); name another place") from error
 
 
 def _print_table(groups: Sequence[Group], console: Console) -> None:

@@ -33,7 +33,7 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
     ("Entropy of the student (nats per token)", "entropy", False),
 )
 """Title, metric, and whether the axis is in per cent."""
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -19,7 +19,7 @@ from kdrl_mcore.config import CHOICES, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.experiments import slurm
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
-from kdrl_mcore.experiments.results import markdown, table, write_csv
+from kdrl_mcore.experiments.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,10 +133,10 @@ def test_results_are_a_line_a_run_and_an_interval_a_setting(folder: Path) -> Non
     assert [(row["setting"], row["seed"], row["finished"], row["accuracy"]) for row in rows] == [
         *(("kdrl", "1", "True", "0.6"), ("grpo", "1", "True", "0.6"), ("kdrl", "2", "True", "0.7"), ("grpo", "2", "False", "")),
     ]
-    header, kdrl, grpo = table(runs)
-    assert header[:4] == ["study", "setting", "seeds", "accuracy"]
-    assert kdrl[:4] == ["study", "kdrl", "2", f"65.0% ± {12.706 * 0.05:.1%}"] and grpo[2:4] == ["1", "60.0%"]
-    assert markdown([header, kdrl]).splitlines()[0].startswith("| study | setting |")
+    header, kdrl, grpo = table(finished_by_setting(runs))
+    assert header[:3] == ["setting", "seeds", "accuracy"]
+    assert kdrl[:3] == ["kdrl", "2", f"65.0% ± {12.706 * 0.05:.1%}"] and grpo[:3] == ["grpo", "1", "60.0%"]
+    assert markdown([header, kdrl]).splitlines()[0].startswith("| setting | seeds |")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
