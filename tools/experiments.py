@@ -4,8 +4,8 @@
 
 Finished runs are skipped and interrupted ones go on, so the same command is started again until all is there. Studies that hold
 the same configuration share the run. `key=value` is `base=NAME` (the pair: a file in `conf/experiments/base/`), `seeds=[1,2]`,
-`root=DIR`, a key of the base file, or an override of every run. Writes `STUDY.csv` (a line a run), `STUDY.md` and `accuracy.png`
-in ROOT.
+`root=DIR`, a key of the base file, or an override of every run. Writes STUDY.csv (a line a run), STUDY.md and accuracy.png
+into ROOT.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.experiments.results import replace_file
+from kdrl_mcore.monitoring.metrics import METRICS_FILE
 from kdrl_mcore.monitoring.summary import FINAL_STEPS, MEASURES, t_interval
 from kdrl_mcore.reporting.page import write_page
 from kdrl_mcore.reporting.picture import picture
@@ -71,8 +72,8 @@ def make_report(directories: Sequence[Path], output: Path, console: Console) -> 
 
 
 def watch(directories: Sequence[Path], output: Path, seconds: float, console: Console) -> None:
-    """Write the page every `seconds`, each time whole, until every run has its last step. Ctrl-C leaves a page that does not
-    reload itself.
+    """Write the page every `seconds`, each time whole, until every run has its last step. A run that has yet to begin is left
+    out so far. Ctrl-C leaves a page that does not reload itself.
 
     Raises:
         ConfigError: `output` is not .html, or `seconds` is not positive.
@@ -83,8 +84,10 @@ def watch(directories: Sequence[Path], output: Path, seconds: float, console: Co
         raise ConfigError(f"--watch {seconds:g} must be greater than 0")
     told = False
     while True:
-        groups = by_configuration(read_runs(directories))
-        live = not all(run.is_done for group in groups for run in group.runs)
+        begun = [directory for directory in directories if (directory / METRICS_FILE).is_file()]
+        runs = read_runs(begun or directories)
+        live = len(runs) < len(directories) or not all(run.is_done for run in runs)
+        groups = by_configuration(runs)
         replace_file(output, write_page(groups, seconds if live else None).encode())
         if not told:
             console.print(f"wrote {output}; it follows the runs until they end (Ctrl-C stops)", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from examples.tiny import demo, task
 from examples.tiny.demo import Training
 from examples.tiny.make_pair import FLAW_RATE, write_random_model
 from kdrl_mcore.monitoring.metrics import read_metrics
+from kdrl_mcore.rollout.files import read_scored
 
 STEPS = 2
 FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
@@ -39,6 +40,9 @@ def test_every_method_trains_from_the_same_start_is_reported_and_is_not_repeated
     assert metrics["grpo"][-1]["teacher_tokens"] == 0 < metrics["kdrl"][-1]["teacher_tokens"]
     assert (metrics["kdrl"][-1]["alpha"], metrics["kd"][-1]["alpha"]) == (1.0, 0.0)
     assert metrics["kdrl"][1]["beta"] > metrics["kdrl"][2]["beta"]  # it falls
+    scored = {t.method.name: read_scored(t.run_dir / "rollouts" / "step_000001.jsonl") for t in trainings}
+    assert all("teacher_log_probs" in scores for _, scores in scored["kdrl"])  # for the report's log-ratios
+    assert not any("teacher_log_probs" in scores for _, scores in scored["grpo"])
     assert "tensor: 2" in (trainings[0].run_dir / "config.yaml").read_text()
     assert all((training.run_dir / "hf" / "model.safetensors").is_file() for training in trainings)
     assert (directory / "demo.png").stat().st_size > 10_000

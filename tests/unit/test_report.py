@@ -189,13 +189,16 @@ def test_the_picture_draws_every_run_in_every_panel_that_has_it(runs: list[Path]
 def test_watching_ends_with_the_runs_and_the_last_page_stays(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "experiment=tiny_cpu", steps=3, planned=4)
     output = tmp_path / "report.html"
-    watcher = threading.Thread(target=watch, args=([run], output, 0.05, Console(file=io.StringIO())), daemon=True)
+    watcher = threading.Thread(
+        target=watch, args=([run, tmp_path / "later"], output, 0.05, Console(file=io.StringIO())), daemon=True
+    )
     watcher.start()
     while not output.is_file():
         watcher.join(0.05)
     assert '"reload":0.05' in output.read_text() and watcher.is_alive()
     with MetricsLog(run, tensorboard=False) as log:
         log.write(4, {"reward": 0.9})
+    write_run(tmp_path / "later", "experiment=tiny_cpu", "trainer.seed=2", steps=4)
     watcher.join(30)
     assert not watcher.is_alive() and '"reload":null' in output.read_text() and '"step":4,"steps":4' in output.read_text()
     assert not list(tmp_path.glob(".*.tmp"))

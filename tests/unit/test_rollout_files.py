@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_mcore.errors import DataError
-from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
+from kdrl_mcore.rollout.files import read_rollouts, read_scored, write_rollouts
 from kdrl_mcore.types import Rollout
 
 CONTRACT = [
@@ -76,6 +76,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert_equal(left, right)
     lines = path.read_text(encoding="utf-8").split("\n")
     assert [list(json.loads(line)) for line in lines[:-1]] == [[*CONTRACT, "advantage"], CONTRACT]
+
+
+def test_the_teachers_log_probs_stand_where_it_gave_them(tmp_path: Path) -> None:
+    log_probs = np.array([-0.3, -2.5], dtype=np.float32)
+    write_rollouts(tmp_path / "r.jsonl", [rollout(teacher_log_probs=log_probs), rollout()])
+    (_, with_teacher), (_, without) = read_scored(tmp_path / "r.jsonl")
+    assert with_teacher["teacher_log_probs"].tobytes() == log_probs.tobytes() and "teacher_log_probs" not in without
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
