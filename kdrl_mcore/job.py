@@ -102,6 +102,7 @@ class Job:
             settings.max_response_tokens,
             settings.responses_per_prompt,
             (self.config.trainer.seed, 0, step),
+            verify=True,
         )
 
     def sampling_state(self) -> dict[str, Any]:

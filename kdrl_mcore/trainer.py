@@ -171,7 +171,7 @@ class Trainer:
         if self.job.evaluation is None:
             return {}
         job, engine = self.job, self.job.engine
-        assert engine is not None
+        assert engine is not None and job.evaluation is not None
         self._enter("evaluation")
         job.refit()
         keeps = self._is_main and self.config.logging.rollouts

@@ -12,20 +12,22 @@ from kdrl_mcore.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `key` makes each call's draws its own."""
+    """How to sample. `temperature` 0 is greedy; `key` makes each call's draws its own; `verify` asks an engine that can
+    (`RolloutEngine.verifies`) for the rewards too."""
 
     temperature: float
     top_p: float
     max_response_tokens: int
     copies: int
     key: tuple[int, ...]
+    verify: bool = False
 
 
 class RolloutEngine(Protocol):
     """Samples with the weights that the student had at the last `refit`. Every method is collective over the world."""
 
     verifies: bool
-    """Whether responses come with their rewards: then they were verified while others were still being sampled."""
+    """Whether it can verify responses while others are still being sampled: then those of `Sampling.verify` have their rewards."""
 
     def refit(self, student: Student) -> None:
         """Take over the student's present weights, and be ready to sample."""

@@ -184,7 +184,7 @@ class _Work:
     """Rank 0's part of one generation: the dispatch, and the verification of what has arrived."""
 
     def __init__(self, engine: VllmEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        self._engine, self._prompts, self._copies = engine, prompts, sampling.copies
+        self._engine, self._prompts, self._verifies = engine, prompts, sampling.verify
         self._rollouts: dict[tuple[int, int], Rollout] = {}
         self._arrived: queue.SimpleQueue[Rollout | None] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
@@ -239,7 +239,7 @@ class _Work:
 
     def _verify(self) -> None:
         """Verify what has arrived, until None does."""
-        verifier = self._engine._verifier
+        verifier = self._engine._verifier if self._verifies else None
         while True:
             arrived = [self._arrived.get()]
             while not self._arrived.empty():
