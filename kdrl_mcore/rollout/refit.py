@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,7 @@ class _Refit:
     dtype: torch.dtype | None
     place: str = "the other ranks to begin"
     checksums: dict[str, str] = field(default_factory=dict)
+    is_expert: dict[str, bool] = field(default_factory=dict)  # of this rank's HF names
     scratch: Tensor | None = None
 
     def run(self) -> RefitResult:
@@ -107,6 +109,7 @@ class _Refit:
             name: (shape, str(self.dtype or dtype).removeprefix("torch."))
             for name, (shape, dtype) in owned_tensors(self.parts).items()
         }
+        self.is_expert = {n: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for n in mapped.hf_names}
         everyone = _gather((given, len(self.servers)))
         table: Table = {name: described for tensors, _ in everyone for name, described in tensors.items()}
         self._check_complete([name for tensors, _ in everyone for name in tensors], table)
@@ -161,8 +164,7 @@ class _Refit:
 
     def _stream(self, giver: int, tensors: Table) -> tuple[Iterator[tuple[str, Tensor | None]], set[str]]:
         """What this rank iterates over in the giver's turn, and the names of the turn that occur in it."""
-        mine = {name: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for name in mapped.hf_names}
-        gathered = {name for name in tensors if not mine.get(name, True)}  # over the giver's tensor-parallel group
+        gathered = {name for name in tensors if not self.is_expert.get(name, True)}  # over the giver's tensor-parallel group
         if dist.get_rank() == giver:
             return hf_tensors(self.parts, experts_only=not gathered), set(tensors)
         if giver in dist.get_process_group_ranks(self.parts.groups.tensor) and gathered:
@@ -184,8 +186,9 @@ class _Refit:
             for tensor in global_tensors(FAMILIES[architecture.family].rules(architecture), architecture)
             for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True)
         }
+        given = Counter(names)
         for name in sorted(expected.keys() | table.keys()):
-            if name not in table or name not in expected or tuple(table[name][0]) != expected[name] or names.count(name) > 1:
+            if given[name] != 1 or name not in expected or tuple(table[name][0]) != expected[name]:
                 raise RefitError(
                     f"tensor {name}: the architecture has shape {expected.get(name)}, the ranks give "
                     f"{[tuple(table[name][0])] * names.count(name) if name in table else 'none'}"

@@ -93,7 +93,7 @@ class Channel:
         """
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connected
-        self._deadline = deadline
+        self.deadline = deadline
 
     @property
     def host(self) -> str:
@@ -103,7 +103,7 @@ class Channel:
     def send(self, message: Mapping[str, object]) -> None:
         """Raises TimeoutError behind the deadline, OSError or EOFError when the other side is gone."""
         data = json.dumps(message).encode()
-        self._socket.settimeout(remaining(self._deadline))
+        self._socket.settimeout(remaining(self.deadline))
         self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self) -> dict:
@@ -122,7 +122,7 @@ class Channel:
     def _read(self, length: int) -> bytes:
         data = bytearray()
         while len(data) < length:
-            self._socket.settimeout(remaining(self._deadline))
+            self._socket.settimeout(remaining(self.deadline))
             more = self._socket.recv(length - len(data))
             if not more:
                 raise EOFError("the other side closed the connection")

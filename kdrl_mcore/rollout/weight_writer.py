@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from kdrl_mcore.rollout.weight_stream import Channel, Piece, num_bytes, remainin
 from kdrl_mcore.rollout.weight_transport import SLOTS, Sender, make_sender
 
 _POLL = 0.2
+_HELLO = 5.0
+"""Seconds for whoever connects to say who it is."""
 _LAST_WORDS = 5.0
 """Seconds for a server to say why it closed the connection."""
 
@@ -62,7 +65,6 @@ class WeightWriter:
         self._published = 0
         self._channels: dict[tuple[int, int], Channel] = {}  # by server and worker
         self._replies: list[Future[list[dict[str, Any]]]] = []
-        self._threads = ThreadPoolExecutor(len(servers), "refit")
         self._sender: Sender | None = None
         self._scratch: Tensor | None = None
         try:
@@ -91,6 +93,8 @@ class WeightWriter:
             return
         self._place = bucket[0].name
         slot = self._published % SLOTS
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the bytes are there before anyone is told
         message = {"slot": slot, "pieces": [[p.name, p.start, p.offset, p.length] for p in bucket]}
         try:
             for channel in self._channels.values():
@@ -126,7 +130,6 @@ class WeightWriter:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _open(self) -> None:
         """Start the requests, and give every worker of every server its end of the transport."""
@@ -144,8 +147,7 @@ class WeightWriter:
                 "timeout": remaining(self._deadline),
             }
             self._replies = [
-                self._threads.submit(server.receive_weights, self._version, {**spec, "server": number})
-                for number, server in enumerate(self._servers)
+                _request(server, self._version, {**spec, "server": number}) for number, server in enumerate(self._servers)
             ]
             self._accept_workers(listening, token)
         self._sender = make_sender(kind, self._bucket_bytes, self._device, host, self._deadline)
@@ -173,13 +175,14 @@ class WeightWriter:
                     _answer(reply, 0.0)
                     raise EOFError("the request ended before anything was sent")
             try:
-                channel = Channel(listening.accept()[0], self._deadline)
+                channel = Channel(listening.accept()[0], min(self._deadline, time.monotonic() + _HELLO))
                 hello = channel.receive()
             except (TimeoutError, EOFError):
                 continue
             if not same_token(hello.get("token"), token):
                 channel.close()
                 continue
+            channel.deadline = self._deadline
             missing |= {(hello["server"], rank) for rank in range(hello["ranks"])} - self._channels.keys()
             missing.discard((hello["server"], hello["rank"]))
             self._channels[hello["server"], hello["rank"]] = channel
@@ -205,6 +208,20 @@ class WeightWriter:
         names = ", ".join(map(_name, self._servers))
         self.error = f"at {self._place}: {'; '.join(causes) or f'{names}: {why}'}"
         self.close()
+
+
+def _request(server: WeightServer, version: int, spec: Mapping[str, Any]) -> Future[list[dict[str, Any]]]:
+    """Ask a server in a thread that no one need wait for: not even the end of the process, if the server hangs."""
+    reply: Future[list[dict[str, Any]]] = Future()
+
+    def ask() -> None:
+        try:
+            reply.set_result(server.receive_weights(version, spec))
+        except BaseException as error:  # whatever the client raises
+            reply.set_exception(error)
+
+    threading.Thread(target=ask, name="refit request", daemon=True).start()
+    return reply
 
 
 def _answer(reply: Future[list[dict[str, Any]]], timeout: float) -> list[dict[str, Any]]:
