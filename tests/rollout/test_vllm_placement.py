@@ -90,7 +90,7 @@ def test_addresses_are_checked() -> None:
     ]
     with pytest.raises(ConfigError, match="'node1' is not host:port"):
         config("placement=server", "servers=[node1]")
-    with pytest.raises(ConfigError, match="replicas=3 but .* names 1"):
+    with pytest.raises(ConfigError, match=r"replicas=3 but .* names 1"):
         config("placement=server", "servers=[node1:1]", "replicas=3")
 
 
