@@ -33,6 +33,7 @@ class EngineSettings:
     Attributes:
         vocabulary: tokens of the tokenizer; columns of the model beyond them are never sampled, as in the trainer.
         stop_ids: token ids that end a response.
+        dtype: of the weights, float32 or bfloat16.
         max_model_len: prompt and response tokens together.
         max_sequences: responses decoded at once.
         gpu_memory_utilization: share of a GPU for weights and KV cache. kv_cache_gib: the KV cache on CPU, GiB.
@@ -42,7 +43,7 @@ class EngineSettings:
     model: str
     vocabulary: int
     stop_ids: tuple[int, ...]
-    dtype: str
+    dtype: Any
     max_model_len: int
     max_sequences: int
     tensor: int
@@ -98,7 +99,8 @@ class Engine:
         async for output in self._llm.generate({"prompt_token_ids": list(prompt_token_ids)}, params, request_id):
             part = output.outputs[0]
             token_ids += part.token_ids
-            log_probs += [column[token].logprob for token, column in zip(part.token_ids, part.logprobs or (), strict=True)]
+            columns: Any = part.logprobs or ()  # by token id, of each token
+            log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
             yield None if part.finish_reason is None else Finished(token_ids, log_probs, part.finish_reason)
 
     async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:

@@ -92,7 +92,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(
     waited = rf"rank {rank} does not answer; rank {1 - rank} waited for rank 0, tensor model.layers.1."
     with pytest.raises(RefitError, match=waited):
         run(ranks2, hf, receiver, fault, catch=False)
-    assert time.monotonic() - begin < TIMEOUT + 20  # the pool waits a while for the stopped rank
+    assert time.monotonic() - begin < 60  # with the pool; the process group alone would wait for half an hour
     assert receiver.client().post("version", {}) is None
 
 

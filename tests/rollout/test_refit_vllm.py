@@ -64,7 +64,7 @@ def test_sampler_and_trainer_agree_after_every_refit(
 def test_a_refit_that_breaks_off_leaves_no_trace_in_the_next(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """vLLM has loaded half of a layer by then. Through memory, with tiny buckets."""
+    """vLLM has loaded half of a layer by then. Through memory, in several buckets."""
     told = ranks2.run(vllm_runs.broken_refit, TOKEN, str(models / "student"), str(tmp_path), server.address)
     assert all(f"tensor {VICTIM} is missing" in text for text in told)
     assert server.health()["usable"] is False
