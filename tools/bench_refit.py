@@ -150,7 +150,8 @@ class _Discarding(RefitWorker):
 class _Client:
     """The receiver, as a rank sees it."""
 
-    index, address = 0, "127.0.0.1:0"
+    index: int = 0
+    address: str | None = "127.0.0.1:0"
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
