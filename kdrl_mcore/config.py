@@ -371,7 +371,8 @@ def check_config(config: Config) -> None:
         "teacher.parallel.expert "
         "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
         "rollout.temperature rollout.vllm.tensor rollout.vllm.kv_cache_gib rollout.vllm.startup_timeout "
-        "rollout.vllm.generation_timeout rollout.vllm.refit_timeout rollout.vllm.refit_bucket_mib batch.micro_tokens batch.updates_per_step reward.workers reward.timeout eval.samples"
+        "rollout.vllm.generation_timeout rollout.vllm.refit_timeout rollout.vllm.refit_bucket_mib batch.micro_tokens "
+        "batch.updates_per_step reward.workers reward.timeout eval.samples"
     )
     for key in positive.split():
         if flat[key] <= 0:

@@ -123,9 +123,7 @@ class Job:
         if self.next_batch is not None:
             self.next_batch.load_state_dict(state.get("pending"))
         elif state.get("pending"):
-            raise CheckpointError(
-                "the checkpoint holds responses that were sampled ahead: resume with rollout.steps_ahead=1"
-            )
+            raise CheckpointError("the checkpoint holds responses that were sampled ahead: resume with rollout.steps_ahead=1")
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """Set each rollout's reward and correctness. Each replica's leader verifies its share; replayed rollouts have

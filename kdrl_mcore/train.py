@@ -46,7 +46,8 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
         prepare_platform(config.trainer.deterministic)
         created = initialize_distributed(config.trainer.distributed_timeout_minutes)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("megatron").setLevel(logging.WARNING)
+        for library in ("megatron", "httpx"):
+            logging.getLogger(library).setLevel(logging.WARNING)
         # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
         from kdrl_mcore.job import build_job
         from kdrl_mcore.trainer import Trainer

@@ -150,7 +150,7 @@ class _Discarding(RefitWorker):
 class _Client:
     """The receiver, as a rank sees it."""
 
-    index: int = 0
+    index = 0
     address: str | None = "127.0.0.1:0"
 
     def __init__(self, connection: Connection) -> None:

@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -159,13 +160,13 @@ class Dispatch:
         return "done" if event is None else event
 
     def bring_back(self, index: int, version: int | None) -> None:
-        """Give work again to a server that failed; it has weights of this version now."""
+        """Give work again to a server that failed; it has weights of this version now. The others may have done it all."""
 
         def give() -> None:
             self._lanes[index].version, self._lanes[index].up = version, True
             self._changed.set()
 
-        self._loop.call_soon_threadsafe(give)
+        self._soon(give)
 
     def stop(self) -> None:
         """End the generation, finished or not, and the thread."""
@@ -174,13 +175,14 @@ class Dispatch:
             if self._main is not None:
                 self._main.cancel()
 
-        if self._thread.is_alive():
-            try:
-                self._loop.call_soon_threadsafe(cancel)
-            except RuntimeError:  # it ended by itself in the meantime
-                pass
+        self._soon(cancel)
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        """Run it in the dispatch's thread, unless the generation has ended by itself."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(action)
 
     def _cut(self) -> list[_Piece]:
         copies = self._sampling.copies

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.config import RolloutConfig
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.errors import EngineError, RefitError
+from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response
 from kdrl_mcore.rollout.engine import Sampling
@@ -202,15 +202,15 @@ class _Work:
 
     def next_event(self) -> Any:
         """A failure, an error, all rollouts at the end, or "waiting"."""
-        event = self.dispatch.next_event(_BEAT_SECONDS)
-        if event != "done":
-            return event
-        self._arrived.put(None)
-        try:
-            self._verification.result()
-        except Exception as error:  # for all ranks
-            return error
-        return [self._rollouts[place] for place in sorted(self._rollouts)]
+        event: Any = self.dispatch.next_event(_BEAT_SECONDS)
+        if event == "done":
+            self._arrived.put(None)
+            event = self._verification.exception() or [self._rollouts[place] for place in sorted(self._rollouts)]
+        if isinstance(event, BaseException) and not isinstance(event, KdrlError):
+            # A fault of this program; not every exception can be sent to the other ranks.
+            logger.error("rank 0 failed while the engines sampled", exc_info=event)
+            event = RuntimeError(f"rank 0: {type(event).__name__}: {event}")
+        return event
 
     def stop(self) -> None:
         """End both threads."""

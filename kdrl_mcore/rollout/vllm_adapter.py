@@ -33,6 +33,7 @@ class EngineSettings:
     Attributes:
         vocabulary: tokens of the tokenizer; columns of the model beyond them are never sampled, as in the trainer.
         stop_ids: token ids that end a response.
+        dtype: of the weights, float32 or bfloat16.
         max_model_len: prompt and response tokens together.
         max_sequences: responses decoded at once.
         gpu_memory_utilization: share of a GPU for weights and KV cache. kv_cache_gib: the KV cache on CPU, GiB.
@@ -42,7 +43,7 @@ class EngineSettings:
     model: str
     vocabulary: int
     stop_ids: tuple[int, ...]
-    dtype: str
+    dtype: Any
     max_model_len: int
     max_sequences: int
     tensor: int
@@ -81,8 +82,8 @@ class Engine:
 
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any]
-    ) -> AsyncIterator[int | Finished]:
-        """One response: the number of its tokens so far, now and then, and in the end the response."""
+    ) -> AsyncIterator[Finished | None]:
+        """One response: None now and then while it grows, and in the end the response."""
         params = SamplingParams(
             temperature=sampling["temperature"],
             top_p=sampling["top_p"],
@@ -98,11 +99,9 @@ class Engine:
         async for output in self._llm.generate({"prompt_token_ids": list(prompt_token_ids)}, params, request_id):
             part = output.outputs[0]
             token_ids += part.token_ids
-            log_probs += [column[token].logprob for token, column in zip(part.token_ids, part.logprobs or (), strict=True)]
-            if part.finish_reason is not None:
-                yield Finished(token_ids, log_probs, part.finish_reason)
-            else:
-                yield len(token_ids)
+            columns: Any = part.logprobs or ()  # by token id, of each token
+            log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
+            yield None if part.finish_reason is None else Finished(token_ids, log_probs, part.finish_reason)
 
     async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
         """Every worker takes the weights that a refit sends (`vllm_worker.RefitWorker`), and nothing computed with the old
@@ -134,6 +133,10 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         if cuda
         else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
     )
+    if not cuda and settings.tensor == 1:
+        # A third process, only to bind OpenMP's threads, would take half as long again to start.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        on_device["distributed_executor_backend"] = "uni"
     return AsyncEngineArgs(
         model=settings.model,
         dtype=settings.dtype,

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from kdrl_mcore.errors import EngineError
+from kdrl_mcore.errors import EngineError, KdrlError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
 
 TOKEN_VARIABLE = "KDRL_ENGINE_TOKEN"
@@ -28,7 +28,7 @@ _SHORT_SECONDS = 10.0  # for an answer that needs no work
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class ServerFailed(Exception):
+class ServerFailed(KdrlError):
     """The server is gone, hangs or answers with a failure of its own: start it again."""
 
 
@@ -124,7 +124,7 @@ class EngineServer:
         raise ServerFailed(f"engine {self.index} did not start within {self._startup_timeout:g} s ({reason}); see {self.log}")
 
     def restart(self) -> None:
-        """End the server, start it again and wait. One that somebody else started is told to end, for them to start it again."""
+        """End the server, start it again and wait. One that somebody else started is told to end: they start it again."""
         if self._launch is None:
             with suppress(ServerFailed):
                 self._post("stop", timeout=_SHORT_SECONDS)

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +99,17 @@ def start_replicas(config: Config, vocabulary: int) -> Replicas:
         EngineError: a server did not start, or was not found within the start-up time-out.
     """
     settings, run_dir = config.rollout.vllm, Path(config.run.dir)
-    timeouts = {
-        "startup_timeout": settings.startup_timeout,
-        "generation_timeout": settings.generation_timeout,
-        "refit_timeout": settings.refit_timeout,
-    }
+    make = partial(
+        EngineServer,
+        startup_timeout=settings.startup_timeout,
+        generation_timeout=settings.generation_timeout,
+        refit_timeout=settings.refit_timeout,
+    )
     if settings.servers:
         token = os.environ.get(TOKEN_VARIABLE)
         if token is None:
             raise ConfigError(f"rollout.vllm.servers is set but {TOKEN_VARIABLE} is not: export the servers' token")
-        servers = [
-            EngineServer(index, run_dir, address=address, token=token, **timeouts)
-            for index, address in enumerate(settings.servers)
-        ]
+        servers = [make(index, run_dir, address=address, token=token) for index, address in enumerate(settings.servers)]
         replicas = Replicas(servers, [0] * len(servers))
     else:
         owners = _owners(config)
@@ -118,10 +117,10 @@ def start_replicas(config: Config, vocabulary: int) -> Replicas:
         (token,) = _gather(secrets.token_urlsafe(32))[:1]
         replicas = Replicas([], owners)
         for index, owner in enumerate(owners):
-            server = EngineServer(index, run_dir, **timeouts)
+            server = make(index, run_dir)
             if owner == dist.get_rank() and (settings.placement == "colocated" or (single_node and not _is_there(server))):
                 launch = Launch(_arguments(config, vocabulary, single_node), _environment(config, index))
-                server = EngineServer(index, run_dir, token=token, launch=launch, **timeouts)
+                server = make(index, run_dir, token=token, launch=launch)
                 server.start()
             replicas.servers.append(server)
     try:
@@ -203,7 +202,7 @@ def _environment(config: Config, index: int) -> dict[str, str]:
     mine = devices[first : first + settings.tensor]
     if len(mine) < settings.tensor:
         raise ConfigError(
-            f"engine {index} needs {settings.tensor} GPUs beside those of the {local} ranks, and the node shows {len(devices)}: "
+            f"engine {index} needs {settings.tensor} GPUs beside those of {local} ranks, and the node shows {len(devices)}: "
             "use fewer ranks, rollout.vllm.placement=colocated, or servers on other nodes (docs/rollout.md)"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}

@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     can be used (in and after a refit that did not end well, and asleep)."""
     app = FastAPI(openapi_url=None)
     held: dict[str, Any] = {"version": None, "usable": settings.load_format != "dummy"}
+    progress = {"parts": 0}  # of responses, since the start
 
     @app.middleware("http")
     async def authorize(request: Request, proceed: Any) -> Any:
@@ -62,25 +62,24 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
         for each in body["requests"]:
             if not 0 < len(each["prompt_token_ids"]) <= limit:
                 length = len(each["prompt_token_ids"])
-                raise HTTPException(400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer")
+                raise HTTPException(
+                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                )
         return StreamingResponse(stream(body, held["version"]), media_type="application/x-ndjson")
 
     async def stream(body: dict[str, Any], version: int | None) -> AsyncIterator[str]:
-        """A line for each finished response, and a sign of progress where tokens came and no response has ended."""
+        """A line for each finished response, and each second in which the engine made tokens, for whomever, a sign of that."""
         results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        signed = time.monotonic()
+        seen = progress["parts"]
 
         async def run(each: dict[str, Any]) -> None:
-            nonlocal signed
             name = f"{each['id']}-{secrets.token_hex(4)}"  # vLLM wants names that it has never seen
             async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
+                progress["parts"] += 1
                 if isinstance(out, Finished):
                     if not held["usable"] or held["version"] != version:
                         raise RuntimeError(f"the weights changed from version {version} while {each['id']} was sampled")
                     results.put_nowait({"id": each["id"], "version": version, **vars(out)})
-                elif time.monotonic() - signed > _SIGN_SECONDS:
-                    signed = time.monotonic()
-                    results.put_nowait({"tokens": out})
 
         tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
         for task in tasks:
@@ -88,9 +87,14 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
         try:
             left = len(tasks)
             while left:
-                line = await results.get()
+                try:
+                    line = await asyncio.wait_for(results.get(), _SIGN_SECONDS)
+                except TimeoutError:
+                    if progress["parts"] > seen:
+                        seen = progress["parts"]
+                        yield "{}\n"
+                    continue
                 if line is not None:
-                    signed = time.monotonic()
                     yield json.dumps(line) + "\n"
                     continue
                 left -= 1
@@ -107,7 +111,10 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     async def weights(request: Request) -> dict[str, Any]:
         body = await request.json()
         held.update(usable=False)
-        workers = await engine.receive_weights(body["spec"])
+        try:
+            workers = await engine.receive_weights(body["spec"])
+        except Exception as error:  # whatever vLLM makes of its worker's error: the trainer decides what to do
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
         held.update(version=body["version"], usable=True)
         return {"version": body["version"], "workers": workers}
 
@@ -205,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
     parser.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
     parser.add_argument("--model", required=True, help="HF model directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
+    )
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's")

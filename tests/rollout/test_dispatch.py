@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,9 +83,7 @@ def run(
     """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
     got: list[Response] = []
     failures: list[Failure] = []
-    dispatch = Dispatch(
-        servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append
-    )
+    dispatch = Dispatch(servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append)
     dispatch.start()
     try:
         while True:
@@ -137,6 +136,16 @@ def test_the_others_take_over_from_a_server_that_does_not_come_back() -> None:
     servers = [FakeServer(fails_after=3), FakeServer()]
     got, failures = run(servers, prompts_of(8), on_failure=lambda failure: False)
     assert set(got) == everything(8, 4) and [failure.index for failure in failures] == [0]
+
+
+def test_a_server_may_come_back_when_the_others_have_done_it_all() -> None:
+    def come_back_late(failure: Failure) -> bool:
+        time.sleep(0.5)
+        return True
+
+    servers = [FakeServer(fails_after=3), FakeServer()]
+    got, failures = run(servers, prompts_of(4), on_failure=come_back_late)
+    assert set(got) == everything(4, 4) and [failure.index for failure in failures] == [0]
 
 
 def test_a_refused_request_ends_the_generation() -> None:

@@ -1,0 +1,80 @@
+"""`kdrl_mcore.train` in which engines are killed at chosen moments: python -m tests.rollout.faulty_train KEY=VALUE ...
+
+Step 2 begins with engine 1 killed while idle; in step 3 engine 0 is killed after a few responses, and in step 4 engine 1 in the
+middle of its refit. In step 5 engine 0 is killed and cannot start again. Rank 0 prints a line for each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+
+from kdrl_mcore.parallel.platform import prepare_platform
+
+prepare_platform()
+
+import torch.distributed as dist  # noqa: E402
+
+from kdrl_mcore import train  # noqa: E402
+from kdrl_mcore.rollout import vllm  # noqa: E402
+from kdrl_mcore.rollout.vllm_client import EngineServer, Launch  # noqa: E402
+from kdrl_mcore.rollout.weight_writer import WeightWriter  # noqa: E402
+from kdrl_mcore.trainer import Trainer  # noqa: E402
+
+now: dict[str, Any] = {"step": 0, "responses": 0, "generation": False}
+killed: list[list[psutil.Process]] = []
+
+
+def kill(server: EngineServer) -> None:
+    """SIGKILL to the server alone; its children must follow by themselves."""
+    process = psutil.Process(server.pid)
+    killed.append([process, *process.children(recursive=True)])
+    os.kill(process.pid, signal.SIGKILL)
+    print(f"killed engine {server.index} in step {now['step']}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Train, with the faults."""
+    train_step, keep, publish = Trainer._train_step, vllm._Work._keep, WeightWriter.publish
+
+    def faulty_step(trainer: Trainer, step: int) -> None:
+        now.update(step=step, responses=0, generation=True)
+        servers = trainer.job.engine._replicas.servers  # type: ignore[union-attr]
+        if step == 2 and dist.get_rank() == 1:
+            kill(servers[1])
+        if step == 5 and dist.get_rank() == 0:
+            servers[0]._launch = Launch(("--model", "/nowhere"))
+            kill(servers[0])
+        train_step(trainer, step)
+        now["generation"] = False
+
+    def faulty_keep(work: Any, response: Any) -> None:
+        keep(work, response)
+        now["responses"] += 1
+        if now["generation"] and now["step"] == 3 and now["responses"] == 2:
+            kill(work._engine._replicas.servers[0])
+
+    def faulty_publish(writer: WeightWriter, bucket: Any) -> None:
+        if now["step"] == 4 and dist.get_rank() == 1 and now["generation"] and not now.get("refit"):
+            now["refit"] = True
+            kill(writer._servers[0])  # type: ignore[arg-type]
+        publish(writer, bucket)
+
+    with (
+        patch.object(Trainer, "_train_step", faulty_step),
+        patch.object(vllm._Work, "_keep", faulty_keep),
+        patch.object(WeightWriter, "publish", faulty_publish),
+    ):
+        code = train.main(sys.argv[1:])
+    left = [member.pid for family in killed for member in family if member.is_running() and member.status() != "zombie"]
+    print(f"left running: {left}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
