@@ -39,6 +39,8 @@ class TrainerConfig:
     deterministic: bool = False  # deterministic kernels: the same run gives the same bits
     max_bad_updates: int = 3  # abort after this many updates in a row skipped for NaN or Inf
     distributed_timeout_minutes: int = 30  # a collective that hangs longer ends the job
+    hang_timeout: float = 1200.0  # seconds without progress on any rank after which the job ends, naming who hangs; 0 is off
+    slow_ranks_every: int = 10  # steps between comparisons of the ranks' own work, which name a slow one; 0 is off
 
 
 @dataclass
@@ -252,6 +254,17 @@ class LoggingConfig:
 
 
 @dataclass
+class FaultConfig:
+    """A fault on purpose, to test what a run survives."""
+
+    kind: str = "none"  # none, fail (raise), hang, slow, kill (SIGKILL), stop (SIGTERM), full_disk, or nan (the model's next output)
+    rank: int = 0  # the rank it strikes
+    step: int = 1  # the step in which it strikes; slow goes on from there
+    phase: str = "train"  # at whose beginning: rollout, reward, teacher, train, logging, evaluation or checkpoint
+    seconds: float = 1.0  # slow: added to each such phase
+
+
+@dataclass
 class ClusterConfig:
     """The machine, for launch scripts and planning; training itself takes its size from torchrun."""
 
@@ -278,6 +291,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -302,6 +316,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.template": ("chat", "plain"),
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "fault.kind": ("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "nan"),
+    "fault.phase": ("rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
 }
 """The allowed values of every key that is a choice."""
 
@@ -355,6 +371,12 @@ def check_config(config: Config) -> None:
     for key in positive.split():
         if flat[key] <= 0:
             raise ConfigError(f"{key}={flat[key]} must be greater than 0")
+    if not 0 <= config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
+        raise ConfigError(
+            f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "
+            f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
+            "telling who hangs"
+        )
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be in (0, 1]")
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:

@@ -38,3 +38,7 @@ class RewardError(KdrlError):
 
 class NumericalError(KdrlError):
     """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
+
+
+HANG_EXIT_CODE = 75
+"""Of a run that its watchdog ended (BSD's EX_TEMPFAIL): started again, it goes on from its last checkpoint."""

@@ -49,12 +49,14 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
         logging.getLogger("megatron").setLevel(logging.WARNING)
         # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
         from kdrl_mcore.job import build_job
+        from kdrl_mcore.monitoring.watchdog import Watchdog
         from kdrl_mcore.trainer import Trainer
 
         kept = set() if created else set(dist.distributed_c10d._world.pg_map)
         job = build_job(config)
         try:
-            Trainer(job, stop).run()
+            with Watchdog(config.trainer.hang_timeout, run) as watchdog:
+                Trainer(job, stop, watchdog).run()
         finally:
             if job.verifier is not None:
                 job.verifier.close()

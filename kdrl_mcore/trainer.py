@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
 from kdrl_mcore.errors import CheckpointError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import evaluate
+from kdrl_mcore.faults import FaultInjector
 from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.iteration import run_iteration
 from kdrl_mcore.job import Job, verify_together
@@ -23,6 +26,7 @@ from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.progress import Progress
+from kdrl_mcore.monitoring.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.self_test import alert_thresholds, run_self_test
@@ -34,16 +38,20 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Runs a job for `trainer.steps` steps, from its latest checkpoint if there is one."""
 
-    def __init__(self, job: Job, stop: StopRequest) -> None:
+    def __init__(self, job: Job, stop: StopRequest, watchdog: Watchdog) -> None:
         """Collective over the world (the rest of an interrupted checkpoint is removed).
 
         Args:
             stop: asked between steps; when any rank was asked to stop, all save and end.
+            watchdog: is told what this rank does.
         """
         self.job = job
         self.config = job.config
         self.run_dir = Path(self.config.run.dir)
         self._stop = stop
+        self._watchdog = watchdog
+        self._step = 0  # in progress
+        self._compared = time.monotonic()  # the ranks' own work
         self._is_main = dist.get_rank() == 0
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
@@ -51,16 +59,26 @@ class Trainer:
         self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
         self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
+        models = (job.student, job.teacher, job.reference)
+        student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
+        for chunk in (*student, *teacher, *reference):
+            chunk.register_forward_pre_hook(watchdog.mark)
+        self._fault = FaultInjector(
+            self.config.fault, dist.get_rank(), {"rollout": student, "teacher": teacher, "train": student}
+        )
 
     def run(self) -> None:
         """Train to the end and export the student; or to the step in which a rank was asked to stop. Collective over the
         world."""
-        step = self._resume()
+        self._enter("resume")
+        step = self._step = self._resume()
         if self.config.trainer.self_test:
+            self._enter("self-test")
             run_self_test(self.job)
         self._open_log(step)
         try:
             stopped = self._train_from(step)
+            self._enter("checkpoint")
             self._checkpoints.finish()
         finally:
             if self._log is not None and self._progress is not None:
@@ -68,6 +86,7 @@ class Trainer:
                 with suppress(OSError):  # on a full disk the line that could not be written is tried again: told already
                     self._log.close()
         if self.config.checkpoint.export_hf and not stopped:
+            self._enter("export")
             with self._writing():
                 export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
 
@@ -83,12 +102,14 @@ class Trainer:
                     self._save(step)
                 self._report_stop(step)
                 return True
-            step += 1
+            step = self._step = step + 1
             self._train_step(step)
             if _is_due(step, config.checkpoint.every, config.trainer.steps):
                 self._save(step)
                 saved = step
             self._checkpoints.poll()
+            if config.trainer.slow_ranks_every and step % config.trainer.slow_ranks_every == 0:
+                self._compare_ranks()
         return False
 
     def _open_log(self, step: int) -> None:
@@ -125,11 +146,12 @@ class Trainer:
             ) from error
 
     def _train_step(self, step: int) -> None:
-        config, clock = self.config, Clock(self._show_phase)
+        config, clock = self.config, Clock(self._enter)
         if config.objective.kind == "sft":
             metrics = run_supervised_iteration(self.job, clock)
         else:
             rollouts, metrics = run_iteration(self.job, step, clock)
+            self._enter("logging")
             if self._is_main and config.logging.rollouts:
                 with self._writing():
                     write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
@@ -142,7 +164,7 @@ class Trainer:
         if not self.job.eval_prompts:
             return {}
         assert self.job.engine is not None
-        self._show_phase("evaluation")
+        self._enter("evaluation")
         return evaluate(
             self.job.engine,
             self.job.eval_prompts,
@@ -152,9 +174,26 @@ class Trainer:
             self.config.trainer.seed,
         )
 
-    def _show_phase(self, name: str) -> None:
+    def _enter(self, phase: str) -> None:
+        """A phase begins: show it, tell the watchdog, and let happen what a test asked for."""
         if self._progress is not None:
-            self._progress.phase(name)
+            self._progress.phase(phase)
+        self._watchdog.enter(self._step, phase)
+        self._fault.strike(self._step, phase)
+
+    def _compare_ranks(self) -> None:
+        """Name the ranks that the others wait for. Collective over the world: one all-gather of a few numbers."""
+        now = time.monotonic()
+        seconds, self._compared = now - self._compared, now
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (socket.gethostname(), self._watchdog.take_own_work()))
+        if self._is_main:
+            hosts, own_work = zip(*gathered, strict=True)
+            for rank, phase, own, usual in slow_ranks(own_work, seconds):
+                logger.warning(
+                    "step %d: rank %d on %s is slow in %s: %.1f s of own work in the last %.1f s, the median rank %.1f s",
+                    *(self._step, rank, hosts[rank], phase, own, seconds, usual),
+                )
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is None or self._progress is None:
@@ -189,6 +228,7 @@ class Trainer:
         }
 
     def _save(self, step: int) -> None:
+        self._enter("checkpoint")
         if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
             return
         self._checkpoints.save(step, self.job.student, self._state(step))

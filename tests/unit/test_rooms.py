@@ -15,7 +15,7 @@ FLOORS = (
     {
         *("student", "teacher", "teacher_head", "hidden_states"),
         *("rollout", "reward", "data", "evaluation", "checkpointing", "monitoring", "planning"),
-        *("interrupt", "config_help"),
+        *("interrupt", "faults", "config_help"),
     },
     {"trainer", "iteration", "supervised", "experience", "job", "step_metrics", "self_test"},
     {"train", "preflight"},

@@ -1,0 +1,261 @@
+"""A run that hangs ends, and says which rank it was; a rank that is slow is found by its own work.
+
+A thread beside each rank's main thread looks at it many times a second. A main thread that stands in a collective waits for
+other ranks; else it works (or hangs) by itself. The seconds of own work are kept by phase.
+
+Progress is a mark by the main thread: a phase begins, a model runs forward. The threads add their ranks' marks to one number in
+the job's store. While any rank is alive the number moves, however long a phase takes. When it stands still for the time-out,
+every rank writes the stacks of its threads, one names the ranks that do not wait for others, and all end.
+
+Neither torch nor Megatron-Core has this: gloo's and NCCL's time-outs end the ranks that wait, not the one that is waited for, and
+NCCL's flight recorder knows collectives only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from statistics import median_low
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from kdrl_mcore.errors import HANG_EXIT_CODE
+
+SAMPLE_SECONDS = 0.05
+"""Between looks at the main thread."""
+STDERR = 2
+"""Written to by descriptor: `sys.stderr` may be replaced, and its lock held by the thread that hangs."""
+WAITING_FILES = (
+    "/torch/distributed/",
+    "/torch/cuda/",  # synchronize: for kernels, among them other ranks' collectives
+    "/megatron/core/pipeline_parallel/p2p_communication.py",
+    "/kdrl_mcore/parallel/collect.py",
+)
+"""A thread whose innermost frame is of one of these waits for other ranks."""
+SLOW_RATIO = 1.5
+"""A rank is slow when its own work takes this many times as long as the median rank's ..."""
+SLOW_SHARE = 0.1
+"""... and that much longer, as a share of the time measured: the time it costs everybody."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank's main thread stands.
+
+    Attributes:
+        marks: how many it has made since the start.
+        waits: for other ranks, in a collective.
+    """
+
+    host: str
+    step: int
+    phase: str
+    marks: int
+    waits: bool
+    place: str
+
+
+class Watchdog:
+    """Watches this process's main thread while it is entered as a context. Needs an initialised world."""
+
+    def __init__(self, timeout: float, run: int = 0) -> None:
+        """Args:
+        timeout: seconds without progress on any rank; 0 never ends the run.
+        run: distinguishes the runs of one world.
+        """
+        self._timeout = timeout
+        self._key = f"kdrl_mcore/watchdog/{run}"
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._store = _own_connection()
+        self._main = threading.get_ident()
+        self._step, self._phase, self._marks = 0, "start", 0
+        self._told = 0  # marks that the store knows of
+        self._total = -1
+        self._moved = time.monotonic()
+        self._interval = max(SAMPLE_SECONDS, min(5.0, timeout / 10))  # between looks at the others
+        self._grace = 2 * self._interval + min(5.0, timeout)  # for the others' answers
+        self._own: defaultdict[str, float] = defaultdict(float)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def enter(self, step: int, phase: str) -> None:
+        """A phase begins."""
+        self._step, self._phase = step, phase
+        self.mark()
+
+    def mark(self, *_: Any) -> None:
+        """Progress was made. Costs an addition; its signature is that of a module's forward pre-hook."""
+        self._marks += 1
+
+    def take_own_work(self) -> dict[str, float]:
+        """Seconds of own work by phase since the last call."""
+        own, self._own = self._own, defaultdict(float)
+        return dict(own)
+
+    def _watch(self) -> None:
+        looked = told = time.monotonic()
+        try:
+            while not self._stopped.wait(SAMPLE_SECONDS):
+                now = time.monotonic()
+                frame = sys._current_frames().get(self._main)
+                if frame is not None and not _waits(frame):
+                    self._own[self._phase] += now - looked
+                looked = now
+                if self._timeout and now - told >= self._interval:
+                    told = now
+                    self._look_at_others(now)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look_at_others(self, now: float) -> None:
+        # Should the main thread never give the interpreter back, this thread cannot run: then the C library's takes over.
+        faulthandler.dump_traceback_later(self._timeout + 2 * self._grace, exit=True, file=STDERR)
+        marks = self._marks
+        try:
+            total = self._store.add(f"{self._key}/marks", marks - self._told)
+            self._told = marks
+        except RuntimeError:  # whoever holds the store has ended: the own marks are left
+            total = self._total + marks - self._told
+            self._told = marks
+        if total != self._total:
+            self._total, self._moved = total, now
+        elif now - self._moved >= self._timeout:
+            self._end()
+
+    def _end(self) -> None:
+        """Write the stacks, name who hangs, end the process."""
+        frame = sys._current_frames()[self._main]
+        innermost = traceback.extract_stack(frame)[-1]
+        standing = Standing(
+            socket.gethostname(),
+            self._step,
+            self._phase,
+            self._marks,
+            _waits(frame),
+            f"{_short(innermost.filename)}:{innermost.lineno} in {innermost.name}",
+        )
+        _write(f"{_stacks(self._main)}\n", prefix=f"[rank {self._rank}] ")
+        with suppress(RuntimeError):
+            self._store.set(f"{self._key}/standing/{self._rank}", json.dumps(asdict(standing)))
+            if self._store.add(f"{self._key}/ending", 1) == 1:
+                _write(f"error: {describe_hang(self._collect(), self._timeout)}\n")
+                self._store.set(f"{self._key}/named", "1")
+            else:  # the first process that ends takes the others with it
+                self._wait_for([f"{self._key}/named"], 2 * self._grace)
+        os._exit(HANG_EXIT_CODE)
+
+    def _collect(self) -> list[Standing | None]:
+        """Each rank's standing; None for one that does not answer in time."""
+        keys = [f"{self._key}/standing/{rank}" for rank in range(self._world)]
+        self._wait_for(keys, self._grace)
+        return [Standing(**json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
+
+    def _wait_for(self, keys: Sequence[str], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._store.check(list(keys)) and time.monotonic() < deadline:
+            time.sleep(SAMPLE_SECONDS)
+
+
+def describe_hang(standings: Sequence[Standing | None], timeout: float) -> str:
+    """One line: which ranks hang, and where.
+
+    Those hang that do not answer, and those that do not wait for others. Where all wait, it is the network or a rank that went
+    another way: the one with the least progress is named.
+    """
+    named = [f"rank {rank} does not answer" for rank, standing in enumerate(standings) if standing is None]
+    answered = {rank: standing for rank, standing in enumerate(standings) if standing is not None}
+    alone = {rank: standing for rank, standing in answered.items() if not standing.waits}
+    named += [
+        f"rank {rank} on {standing.host} hangs in step {standing.step}, {standing.phase}, at {standing.place}"
+        for rank, standing in alone.items()
+    ]
+    if not named:
+        rank, standing = min(answered.items(), key=lambda item: item[1].marks)
+        named = [
+            f"every rank waits for another; the least progress has rank {rank} on {standing.host}, in step {standing.step}, "
+            f"{standing.phase}, at {standing.place}"
+        ]
+    waiting = len(answered) - len(alone)
+    return (
+        f"no rank made progress for {timeout:g} s: {'; '.join(named)}"
+        f"{f'; {waiting} wait for others' if alone or waiting < len(standings) else ''}; the stacks of every rank are above and in "
+        "the other nodes' logs (trainer.hang_timeout)"
+    )
+
+
+def slow_ranks(own_work: Sequence[Mapping[str, float]], seconds: float) -> list[tuple[int, str, float, float]]:
+    """Who is slow: (rank, phase, its seconds of own work, the median's), the costliest first.
+
+    Only ranks that work in a phase are compared with each other: some phases are the business of a few.
+
+    Args:
+        own_work: seconds of own work by phase, of each rank.
+        seconds: the time in which it was measured.
+    """
+    found = []
+    for phase in dict.fromkeys(phase for own in own_work for phase in own):
+        worked = [own[phase] for own in own_work if own.get(phase, 0.0) > 0]
+        usual = median_low(worked) if worked else 0.0
+        found += [
+            (rank, phase, own[phase], usual)
+            for rank, own in enumerate(own_work)
+            if own.get(phase, 0.0) >= SLOW_RATIO * usual and own.get(phase, 0.0) - usual >= SLOW_SHARE * seconds
+        ]
+    return sorted(found, key=lambda each: each[3] - each[2])
+
+
+def _own_connection() -> dist.Store:
+    """A connection to the job's store that no other thread waits on."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return store
+
+
+def _waits(frame: FrameType) -> bool:
+    return any(file in frame.f_code.co_filename for file in WAITING_FILES)
+
+
+def _stacks(main: int) -> str:
+    """The stacks of this process's threads, the main thread's last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == main)
+    parts = [
+        f"Thread {names.get(ident, ident)} (most recent call last):\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames
+        if ident != threading.get_ident()
+    ]
+    return "".join(parts).rstrip()
+
+
+def _write(text: str, prefix: str = "") -> None:
+    lines = "".join(f"{prefix}{line}\n" for line in text.splitlines())
+    with suppress(OSError):
+        os.write(STDERR, lines.encode())
+
+
+def _short(filename: str) -> str:
+    """From the package on."""
+    return "/".join(filename.rsplit("/", 3)[1:]) if filename.count("/") >= 3 else filename

@@ -1,0 +1,134 @@
+"""A fault on one rank: who hangs or is slow is named, with the stacks of every rank; nothing ends silently."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdrl_mcore.errors import HANG_EXIT_CODE
+from kdrl_mcore.monitoring.watchdog import Standing, describe_hang, slow_ranks
+from tests.faults import resuming
+from tests.faults.launching import Launcher
+from tests.ranks import RankPool
+
+HANG_TIMEOUT = 8.0
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The run's overrides."""
+    return [*resuming.make_job(tmp_path_factory.mktemp("job")), "checkpoint.every=-1", f"trainer.hang_timeout={HANG_TIMEOUT}"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "phase", "layout"),
+    [(1, "teacher", "parallel.tensor=2"), (0, "train", "parallel.pipeline=2"), (1, "reward", "parallel.tensor=1")],
+    ids=["tensor", "pipeline", "data"],
+)
+def test_a_hung_rank_is_named_and_every_rank_leaves_its_stacks(
+    rank: int, phase: str, layout: str, job: list[str], launcher: Launcher, tmp_path: Path
+) -> None:
+    fault = ["fault.kind=hang", f"fault.rank={rank}", "fault.step=2", f"fault.phase={phase}"]
+    ended = launcher.train(2, [*job, layout, f"run.dir={tmp_path}/run", "trainer.steps=3", *fault], tmp_path / "log")
+    assert ended.codes == [HANG_EXIT_CODE] * 2, ended.output
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
+    assert f"no rank made progress for {HANG_TIMEOUT:g} s: rank {rank} on " in line
+    assert f"hangs in step 2, {phase}, at " in line and "faults.py:" in line
+    assert "1 wait for others" in line and f"rank {1 - rank} on" not in line
+    for each in range(2):
+        stack = [text for text in ended.output.splitlines() if text.startswith(f"[rank {each}] ")]
+        assert any("Thread MainThread" in text for text in stack)
+        assert any("in run_iteration" in text for text in stack)
+
+
+def test_a_rank_that_never_gives_its_interpreter_back_still_leaves_its_stack() -> None:
+    """A call into C that holds the lock: the thread beside it cannot run, so the C library's timer ends the process."""
+    script = (
+        "import torch.distributed as dist\n"
+        "from kdrl_mcore.monitoring.watchdog import Watchdog\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "with Watchdog(timeout=1.0) as watchdog:\n"
+        "    __import__('time').sleep(0.5)\n"
+        "    9 ** 9 ** 9\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Timeout (" in done.stderr and 'File "<string>", line 6 in <module>' in done.stderr
+
+
+def wait_for_a_live_rank(timeout: float, seconds: float) -> bool:
+    """On a rank: rank 0 makes marks while the others wait for it in a barrier, all in one phase."""
+    import torch.distributed as dist
+
+    from kdrl_mcore.monitoring.watchdog import Watchdog
+
+    with Watchdog(timeout, run=10**6) as watchdog:
+        watchdog.enter(1, "rollout")
+        if dist.get_rank() == 0:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(0.1)
+                watchdog.mark()
+        dist.barrier()
+        return True
+
+
+def test_a_phase_may_be_longer_than_the_time_out_while_one_rank_makes_progress(ranks2: RankPool) -> None:
+    assert ranks2.run(wait_for_a_live_rank, 2.0, 5.0) == [True, True]
+
+
+def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
+    """Rank 1 takes half a second longer to begin its rollouts, of which rank 0 has about a tenth of a second."""
+    fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "fault.seconds=0.5", "trainer.slow_ranks_every=4"]
+    ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
+    assert ended.codes == [0, 0]
+    assert "step 4: rank 1 on " in ended.output and "is slow in rollout" in ended.output
+    assert "rank 0 on" not in ended.output
+
+
+def test_an_unforeseen_error_on_one_rank_ends_all(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
+    fault = ["fault.kind=fail", "fault.rank=1", "fault.step=1", "fault.phase=reward"]
+    ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
+    assert all(ended.codes) and ended.first == 1
+    assert "InjectedFault: injected failure: rank 1, step 1, phase reward" in ended.output
+
+
+WAITING = Standing("alpha", 7, "train", 90, True, "distributed/distributed_c10d.py:1 in all_reduce")
+
+
+def test_who_hangs() -> None:
+    alone = replace(WAITING, host="beta", phase="reward", waits=False, place="reward/pool.py:3 in compare")
+    line = describe_hang([WAITING, alone, WAITING], 60)
+    assert "rank 1 on beta hangs in step 7, reward, at reward/pool.py:3 in compare; 2 wait for others" in line
+    line = describe_hang([WAITING, WAITING, None], 60)
+    assert "60 s: rank 2 does not answer; 2 wait for others" in line
+    line = describe_hang([WAITING, replace(WAITING, marks=80)], 60)
+    assert "every rank waits for another; the least progress has rank 1 on alpha, in step 7, train" in line
+
+
+@pytest.mark.parametrize(
+    ("own_work", "slow"),
+    [
+        ([{"train": 5.0}, {"train": 5.5}, {"train": 4.5}], []),
+        ([{"train": 5.0}, {"train": 10.0}, {"train": 4.5}], [(1, "train", 10.0, 5.0)]),
+        ([{"train": 5.0}, {"train": 10.0}], [(1, "train", 10.0, 5.0)]),
+        ([{"train": 0.1}, {"train": 0.4}], []),  # it costs nobody anything
+        ([{"reward": 6.0}, {}, {}, {"reward": 6.5}], []),  # the business of two of them
+        ([{"logging": 6.0}, {}, {}, {}], []),
+        ([{"rollout": 9.0, "train": 3.0}, {"rollout": 3.0, "train": 6.0}], [(0, "rollout", 9.0, 3.0), (1, "train", 6.0, 3.0)]),
+    ],
+)
+def test_who_is_slow(own_work: list[dict[str, float]], slow: list[tuple[int, str, float, float]]) -> None:
+    assert slow_ranks(own_work, seconds=20.0) == slow
