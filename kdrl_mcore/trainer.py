@@ -224,6 +224,7 @@ class Trainer:
             "beta": job.beta.state_dict(),
             "prompts": job.prompts.state_dict() if job.prompts is not None else None,
             "bad_updates": self._bad_updates,
+            "alerts": self._alerts.state_dict(),
             "seed": self.config.trainer.seed,
         }
 
@@ -250,6 +251,7 @@ class Trainer:
         if job.prompts is not None and state["prompts"] is not None:
             job.prompts.load_state_dict(state["prompts"])
         self._bad_updates = state["bad_updates"]
+        self._alerts.load_state_dict(state["alerts"])
         if self._is_main:
             logger.info("resumed from %s after step %d", path, state["step"])
         return int(state["step"])

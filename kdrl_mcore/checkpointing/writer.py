@@ -26,6 +26,7 @@ from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_dire
 from kdrl_mcore.convert.hf_files import copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
+from kdrl_mcore.parallel import mcore
 from kdrl_mcore.student import Student
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class CheckpointWriter:
         self._asynchronous = asynchronous
         self._queue = AsyncCallsQueue(persistent=False)
         self._step: int | None = None  # of the checkpoint that is being written
+        self._errors: list[Exception] = []  # of what Megatron-Core writes on rank 0 alone
         if dist.get_rank() == 0 and directory.is_dir():
             for left_over in directory.glob(".step_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -63,9 +65,10 @@ class CheckpointWriter:
         self._on_rank_0(partial(_prepare, aside, Path(student.source), state))
         with children_ignore_stop_signals():  # the writer's processes must outlive the signal that asks for a last checkpoint
             try:
-                request = dist_checkpointing.save(
-                    student.sharded_state(loading=False), str(aside / WEIGHTS_DIR), async_sharded_save=True
-                )
+                state_dict = student.sharded_state(loading=False)
+                with mcore.rank_0_write_errors() as errors:
+                    request = dist_checkpointing.save(state_dict, str(aside / WEIGHTS_DIR), async_sharded_save=True)
+                self._on_rank_0(partial(_raise_first, errors))
                 assert request is not None
                 if request.async_fn is not None:
                     request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, aside))
@@ -88,13 +91,16 @@ class CheckpointWriter:
 
     def _finalize(self, *, blocking: bool) -> None:
         try:
-            if self._queue.maybe_finalize_async_calls(blocking=blocking):
+            with mcore.rank_0_write_errors() as self._errors:
+                finalized = self._queue.maybe_finalize_async_calls(blocking=blocking)
+            if finalized:
                 self._step = None
         except (CheckpointException, OSError) as error:
             raise self._failure(_causes(error)) from error
 
     def _publish(self, step: int) -> None:
         """The checkpoint's files are written: make it count. Collective."""
+        self._on_rank_0(partial(_raise_first, self._errors))
         aside, target = self._aside(step), self._directory / f"step_{step:06d}"
         own = aside / _sums_file(dist.get_rank())
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -137,8 +143,8 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             try:
                 action()
-            except OSError as error:
-                message = [str(error)]
+            except (OSError, RuntimeError) as error:
+                message = [" ".join(str(error).split())]
         dist.broadcast_object_list(message, src=0)
         if message[0] is not None:
             raise self._failure(message[0])
@@ -167,6 +173,11 @@ def _prepare(aside: Path, source: Path, state: dict[str, Any]) -> None:
     (aside / MODEL_DIR).mkdir()
     copy_side_files(source, aside / MODEL_DIR)
     write_durably(aside / STATE_FILE, json.dumps(state, indent=2) + "\n")
+
+
+def _raise_first(errors: list[Exception]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _write_and_checksum(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:

@@ -42,6 +42,9 @@ class AlertThresholds:
 
 DEFAULT_THRESHOLDS = AlertThresholds()
 
+WATCHED = ("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max")
+"""The metrics that the signatures look at."""
+
 
 def reward_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
     """The reward falls far below the best it had been (beta too high, or KD in the reward)."""
@@ -130,17 +133,29 @@ class AlertWatch:
 
     def __init__(self, history: History = (), thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> None:
         """Start from the steps already done (`history`, for a resumed run)."""
-        self._history = list(history)
         self._thresholds = thresholds
-        self._showing = {alert.name for alert in check_alerts(self._history, thresholds)}
+        self.load_state_dict(history)
+
+    def state_dict(self) -> list[dict[str, float]]:
+        """The steps so far, as JSON values."""
+        return list(self._history)
+
+    def load_state_dict(self, history: History) -> None:
+        """Go on from these steps: what shows in them was reported."""
+        self._history = [_watched(metrics) for metrics in history]
+        self._showing = {alert.name for alert in check_alerts(self._history, self._thresholds)}
 
     def observe(self, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in one more step and return the signatures that were not showing before it."""
-        self._history.append(dict(metrics))
+        self._history.append(_watched(metrics))
         alerts = check_alerts(self._history, self._thresholds)
         new = [alert for alert in alerts if alert.name not in self._showing]
         self._showing = {alert.name for alert in alerts}
         return new
+
+
+def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(metrics[name])}
 
 
 def _window_means(history: History, name: str, window: int) -> list[float]:

@@ -123,6 +123,39 @@ def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
             buffer.param_index_map = original
 
 
+@contextmanager
+def rank_0_write_errors() -> Iterator[list[Exception]]:
+    """What goes wrong in the small files of a checkpoint that Megatron-Core writes on rank 0 alone (common.pt, .metadata,
+    metadata.json) is put into the list, not raised: it calls a collective next, in which the others would wait for ever. The
+    caller tells them."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    errors: list[Exception] = []
+
+    def collecting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def collect(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter
+                errors.append(error)
+
+        return collect
+
+    writers: list[tuple[Any, str]] = [(FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+    if hasattr(common, "TorchCommonSaveStrategy"):  # from 0.19 on this is written with the shards
+        writers.append((common.TorchCommonSaveStrategy, "save_common"))
+    originals = [getattr(owner, name) for owner, name in writers]
+    for (owner, name), original in zip(writers, originals, strict=True):
+        setattr(owner, name, collecting(original))
+    try:
+        yield errors
+    finally:
+        for (owner, name), original in zip(writers, originals, strict=True):
+            setattr(owner, name, original)
+
+
 def forward_backward_function(pipeline_size: int, virtual_pipeline_size: int | None) -> Callable[..., list[Any]]:
     """Megatron-Core's schedule for a pipeline of this size."""
     from megatron.core.pipeline_parallel import get_forward_backward_func

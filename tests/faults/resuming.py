@@ -152,6 +152,19 @@ def without_its_file_system(call: int) -> Any:
     return _instead(CheckpointWriter, "save", call, vanish)
 
 
+def rank_0_cannot_write(name: str, run_dir: Path, step: int) -> Any:
+    """A file that rank 0 alone writes into the checkpoint of `step`, the second one, cannot be opened."""
+    import torch.distributed as dist
+
+    from kdrl_mcore.student import Student
+
+    def stand_in_the_way(self: Any) -> None:
+        if dist.get_rank() == 0:
+            (run_dir / "checkpoints" / f".step_{step:06d}.partial" / "weights" / name).mkdir()
+
+    return _instead(Student, "sharded_state", 2, stand_in_the_way)
+
+
 def find(directory: str, resume: str = "auto") -> str:
     """On a rank: what would be resumed from, or the error's message."""
     from kdrl_mcore.parallel.platform import prepare_platform

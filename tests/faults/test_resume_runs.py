@@ -121,3 +121,17 @@ def test_without_room_to_save_the_last_checkpoint_stays_whole_and_one_line_says_
     assert "Traceback" not in printed
     (found,) = tmp_path.glob("*/checkpoints")
     assert ranks2.run(resuming.find, str(found)) == [f"{found}/step_000003"] * 2
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata.tmp", "metadata.json"])
+def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(
+    name: str, job: list[str], ranks2: RankPool, tmp_path: Path
+) -> None:
+    overrides = [*job, *LAYOUT, f"run.dir={tmp_path}", f"trainer.steps={STEPS}"]
+    results = ranks2.run(resuming.train, overrides, partial(resuming.rank_0_cannot_write, name, tmp_path, 6), timeout=60)
+    assert [code for code, _ in results] == [1, 1]
+    printed = "".join(errors for _, errors in results)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "the checkpoint of step 6 could not be written" in line and name in line and "Traceback" not in printed
+    checkpoints = tmp_path / "checkpoints"
+    assert ranks2.run(resuming.find, str(checkpoints)) == [f"{checkpoints}/step_000003"] * 2

@@ -240,6 +240,12 @@ def test_a_watch_reports_a_signature_once_until_it_clears() -> None:
     assert [alert.name for alert in seen] == ["reward_collapse", "reward_collapse"]
 
 
-def test_a_resumed_watch_does_not_repeat_what_was_showing() -> None:
-    watch = AlertWatch(history({"reward": 0.0}))
-    assert watch.observe({"reward": 0.0}) == []
+def test_a_watch_that_goes_on_from_its_state_says_what_it_would_have_said() -> None:
+    steps = [*history({"reward": math.nan, "kl": 0.5}), *history({"reward": 0.0}), *history()]
+    whole, parts = AlertWatch(), AlertWatch()
+    for metrics in steps:
+        expected = whole.observe(metrics)
+        state = json.loads(json.dumps(parts.state_dict(), allow_nan=False))
+        parts = AlertWatch()
+        parts.load_state_dict(state)
+        assert parts.observe(metrics) == expected
