@@ -1,0 +1,63 @@
+"""A bad night: a hundred steps with a fault every twenty, started again as SLURM would, come out as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from kdrl_mcore.errors import HANG_EXIT_CODE
+from tests.faults import resuming
+from tests.faults.launching import Ended, Launcher
+from tests.faults.test_resume_runs import rows, tokens
+
+STEPS = 100
+RANKS = 2
+NAN = "fault.kind=nan fault.rank=1 fault.step=91 fault.phase=train"
+STARTS = (
+    "fault.kind=kill fault.rank=1 fault.step=10 fault.phase=train",
+    "fault.kind=hang fault.rank=0 fault.step=30 fault.phase=reward",
+    "fault.kind=stop fault.rank=1 fault.step=50 fault.phase=rollout",  # a preemption
+    "fault.kind=full_disk fault.rank=1 fault.step=72 fault.phase=checkpoint",
+    NAN,  # the whole run has it too
+)
+
+
+def began_after(ended: Ended) -> int:
+    """The step whose checkpoint a start went on from."""
+    found = re.search(r"resumed from \S+ after step (\d+)", ended.output)
+    return int(found.group(1)) if found else 0
+
+
+@pytest.mark.timeout(600)
+def test_a_hundred_steps_with_a_fault_every_twenty_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
+    job = [*resuming.make_job(tmp_path), f"trainer.steps={STEPS}", "parallel.tensor=2", "trainer.hang_timeout=10"]
+    job += ["checkpoint.every=4", "checkpoint.asynchronous=false"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    done = attempts = 0  # steps, with those begun and not ended
+    with Launcher() as launcher:
+        ended = []
+        for number, fault in enumerate(STARTS):
+            ended.append(launcher.train(RANKS, [*job, f"run.dir={run}", *fault.split()], tmp_path / f"start{number}.log"))
+            done = rows(run)[-1]["step"]
+            attempts += done - began_after(ended[-1]) + ("kill" in fault or "hang" in fault)
+        uninterrupted = launcher.train(
+            RANKS, [*job, f"run.dir={whole}", "checkpoint.every=0", *NAN.split()], tmp_path / "whole.log"
+        )
+    killed, hung, stopped, full, last = ended
+    assert killed.codes[1] == -signal.SIGKILL and killed.codes[0] != 0 and killed.first == 1
+    assert hung.codes == [HANG_EXIT_CODE] * RANKS and "rank 0 on" in hung.output and "hangs in step 30, reward" in hung.output
+    assert stopped.codes == [0] * RANKS and f"after step 50 of {STEPS}" in stopped.output
+    assert full.codes == [1] * RANKS and "error: the checkpoint of step 72 could not be written" in full.output
+    assert last.codes == uninterrupted.codes == [0] * RANKS, last.output
+    assert [began_after(each) for each in ended] == [0, 8, 28, 50, 68]
+
+    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
+    assert rows(run) == rows(whole)
+    assert [tokens(run, step) for step in range(1, STEPS + 1)] == [tokens(whole, step) for step in range(1, STEPS + 1)]
+    assert (run / "hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes()
+    skipped = sum(row["skipped_updates"] for row in rows(run))
+    assert (done, skipped) == (STEPS, 1)
+    assert (done - skipped) / attempts >= 0.9, attempts
