@@ -268,8 +268,9 @@ class FaultConfig:
 class ClusterConfig:
     """The machine, for launch scripts and planning; training itself takes its size from torchrun."""
 
-    nodes: int = 1  # machines of the job
+    nodes: int = 1  # machines that train
     gpus_per_node: int = 8  # ranks on each
+    server_nodes: int = 0  # further machines of the same job, each with a server for rollout=vllm (slurm/serve.sh)
 
 
 @dataclass

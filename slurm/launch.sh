@@ -4,6 +4,7 @@
 #   batch script (this file)   size of the job, preflight, training, requeue
 #     srun: slurm/task.sh      once per node (torchrun) or once per GPU; rendezvous, signals, logs
 #       kdrl_mcore.train       one process per GPU
+#     srun: slurm/serve.sh     once per server node (the last cluster.server_nodes of the job): a server for rollout=vllm
 #
 # Settings, from the environment (sbatch passes it on):
 #   KDRL_ROOT        this repository; default: the folder sbatch was called in
@@ -13,7 +14,7 @@
 #   KDRL_LAUNCHER    torchrun (default: one task per node) or srun (one task per GPU)
 #   KDRL_PREFLIGHT   0 leaves the preflight out
 #   KDRL_MIN_BANDWIDTH  GB/s of all-reduce below which the preflight fails; default: 10 with GPUs, else 0
-#   KDRL_SERVER_NODES, KDRL_SERVER_COMMAND  that many of the job's last nodes run this command instead of training
+#   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm_server with the configuration's model
 
 launch() { # launch EXPERIMENT [key=value ...]
   set -euo pipefail
@@ -39,7 +40,7 @@ launch() { # launch EXPERIMENT [key=value ...]
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
   start_servers
-  run_step train kdrl_mcore.train "${overrides[@]}"
+  run_step train kdrl_mcore.train "${overrides[@]}" "${server_overrides[@]}"
   say "finished"
 }
 
@@ -55,23 +56,22 @@ choose_python() {
   [[ -x $KDRL_PYTHON ]] || fail "no Python at $KDRL_PYTHON: run make setup, or set KDRL_PYTHON or KDRL_CONTAINER"
 }
 
-read_settings() { # sets config_nodes, ranks_per_node, run_dir from the composed configuration; refuses a wrong override
+read_settings() { # sets the variables below from the composed configuration; refuses a wrong override
   local found enter=()
   ((${#container[@]} == 0)) || enter=(srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}")
   found=$("${enter[@]}" "$KDRL_PYTHON" slurm/settings.py "${overrides[@]}") || exit 2
-  eval "$(grep -E '^(config_nodes|ranks_per_node|run_dir)=' <<<"$found")"
+  eval "$(grep -E '^(config_nodes|server_nodes|ranks_per_node|run_dir|server_arguments|server_overrides)=' <<<"$found")"
 }
 
 fit_allocation() { # sets train_nodes; sends a one-node job that needs more back to the queue
-  local servers=${KDRL_SERVER_NODES:-0} wanted
-  wanted=$((config_nodes + servers))
+  local wanted=$((config_nodes + server_nodes))
   if ((SLURM_JOB_NUM_NODES == 1 && wanted > 1)); then
     say "the configuration is good; it needs $wanted nodes: job $SLURM_JOB_ID goes back to the queue for them"
     grow "$wanted" || fail "the job could not change its size: sbatch --nodes=$wanted slurm/... with the same arguments"
     exit 0
   fi
-  train_nodes=$((SLURM_JOB_NUM_NODES - servers))
-  ((train_nodes > 0)) || fail "KDRL_SERVER_NODES=$servers leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
+  train_nodes=$((SLURM_JOB_NUM_NODES - server_nodes))
+  ((train_nodes > 0)) || fail "cluster.server_nodes=$server_nodes leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
 }
 
 grow() { # the job's own resize commands act on the allocation while SLURM_JOB_ID names it: they must not see it
@@ -81,8 +81,9 @@ grow() { # the job's own resize commands act on the allocation while SLURM_JOB_I
 }
 
 run_step() { # run_step NAME MODULE ARGUMENTS...: on all training nodes; returns when it succeeded, else ends the job
-  local name=$1 code=0 tasks=$train_nodes
+  local name=$1 code=0 tasks=$train_nodes before
   [[ $KDRL_LAUNCHER == srun ]] && tasks=$((train_nodes * ranks_per_node))
+  before=$(latest_checkpoint)
   srun --nodes="$train_nodes" --ntasks="$tasks" --ntasks-per-node=$((tasks / train_nodes)) --relative=0 --cpu-bind=none \
     --kill-on-bad-exit=1 --job-name="$name" --output="$KDRL_LOG_DIR/$name-node%n.log" "${container[@]}" \
     bash slurm/task.sh "${@:2}" &
@@ -90,12 +91,18 @@ run_step() { # run_step NAME MODULE ARGUMENTS...: on all training nodes; returns
   wait_out "$step_pid" || code=$?
   step_pid=
   if ((code == 0)); then
-    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || requeue "$name" # left by slurm/task.sh
+    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || requeue "$name was asked to stop" # left by slurm/task.sh
     return 0
   fi
-  grep -hs '^error:' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 || tail -n 30 "$KDRL_LOG_DIR/$name-node0.log" >&2
+  grep -hsE '^(error|hang):' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 || tail -n 30 "$KDRL_LOG_DIR/$name-node0.log" >&2
+  # A foreseen error would come again. A hang, a kill or a crash may not: going on is safe while each start gets further.
+  if ! grep -qs '^error:' "$KDRL_LOG_DIR/$name"-*.log && [[ $(latest_checkpoint) != "$before" ]]; then
+    requeue "$name ended with exit code $code after saving $(latest_checkpoint)"
+  fi
   fail "$name ended with exit code $code; its output: $KDRL_LOG_DIR/$name-node*.log"
 }
+
+latest_checkpoint() { readlink "$run_dir/checkpoints/latest" || true; }
 
 wait_out() { # the exit code of a child, however many trapped signals interrupt the waiting
   local code=0
@@ -103,18 +110,24 @@ wait_out() { # the exit code of a child, however many trapped signals interrupt 
   wait "$1"
 }
 
-start_servers() { # on the last KDRL_SERVER_NODES nodes; training finds their names in KDRL_SERVERS
-  local servers=${KDRL_SERVER_NODES:-0} hosts
-  ((servers)) || return 0
-  [[ -n ${KDRL_SERVER_COMMAND:-} ]] || fail "KDRL_SERVER_NODES=$servers needs KDRL_SERVER_COMMAND"
-  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$servers")
-  KDRL_SERVERS=$(IFS=,; echo "${hosts[*]}")
-  export KDRL_SERVERS
-  srun --nodes="$servers" --ntasks="$servers" --nodelist="$KDRL_SERVERS" --cpu-bind=none --job-name=servers \
-    --output="$KDRL_LOG_DIR/servers-%N.log" "${container[@]}" bash -c "$KDRL_SERVER_COMMAND" &
+start_servers() { # on the job's last nodes, while it lasts; training finds their addresses in RUN/servers
+  local nodes hosts
+  ((server_nodes)) || return 0
+  rm -f "$run_dir"/servers/*.json # of another start
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$server_nodes")
+  mapfile -t hosts < <(scontrol --oneliner show nodes "$(IFS=,; echo "${nodes[*]}")" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+  export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_RUN_DIR=$run_dir
+  : "${KDRL_SERVER_COMMAND:=$KDRL_PYTHON -m kdrl_mcore.rollout.vllm_server $server_arguments}"
+  srun --nodes="$server_nodes" --ntasks="$server_nodes" --nodelist="$(IFS=,; echo "${nodes[*]}")" --cpu-bind=none \
+    --job-name=servers --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash slurm/serve.sh "$KDRL_SERVER_COMMAND" &
   server_pid=$!
-  trap 'kill "$server_pid" 2>/dev/null' EXIT
-  say "servers on $KDRL_SERVERS"
+  trap stop_servers EXIT
+  say "servers on ${nodes[*]}"
+}
+
+stop_servers() { # they outlive a signal that asks the job to stop, since training ends its step: this tells them apart
+  touch "$KDRL_LOG_DIR/stop-servers"
+  kill "$server_pid" 2>/dev/null || true
 }
 
 forward() { # SLURM signals the batch script; srun passes on what it is sent
@@ -122,11 +135,11 @@ forward() { # SLURM signals the batch script; srun passes on what it is sent
   [[ -z ${step_pid:-} ]] || kill -s USR1 "$step_pid" 2>/dev/null || true
 }
 
-requeue() { # a job that was cancelled must not come back
+requeue() { # requeue WHY; a job that was cancelled must not come back
   local state
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
   if [[ $state == RUNNING ]]; then
-    say "$1 was asked to stop: job $SLURM_JOB_ID goes back to the queue"
+    say "$1: job $SLURM_JOB_ID goes back to the queue"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # SLURM ends this script
   fi

@@ -25,10 +25,13 @@ def main(overrides: list[str]) -> int:
         return error.exit_code
     settings = {
         "config_nodes": config.cluster.nodes,
+        "server_nodes": config.cluster.server_nodes,
         "ranks_per_node": ranks_per_node(config, visible_gpus()),
         "run_dir": Path(config.run.dir).absolute(),
     }
     print("\n".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()))
+    print(f"server_arguments={shlex.quote(shlex.join(server_arguments(config)))}")
+    print(f"server_overrides=({shlex.join(server_overrides(config))})")
     return 0
 
 
@@ -40,6 +43,27 @@ def ranks_per_node(config: Config, gpus: int) -> int:
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
     return max(per_node, -(-math.lcm(student, teacher) // config.cluster.nodes))
+
+
+def server_arguments(config: Config) -> list[str]:
+    """What the servers of `rollout=vllm` are told of the configuration. Their weights come from the trainer."""
+    rollout = config.rollout
+    values = {
+        "model": Path(config.student.path or "").absolute(),
+        "dtype": config.model.dtype,
+        "max-model-len": rollout.max_prompt_tokens + rollout.max_response_tokens,
+        "max-sequences": rollout.max_sequences,
+        "seed": config.trainer.seed,
+        "load-format": "dummy",
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def server_overrides(config: Config) -> list[str]:
+    """Tell the trainer that its engines are the job's servers."""
+    if config.rollout.engine != "vllm" or not config.cluster.server_nodes:
+        return []
+    return ["rollout.vllm.placement=server", f"rollout.vllm.replicas={config.cluster.server_nodes}"]
 
 
 def visible_gpus() -> int:

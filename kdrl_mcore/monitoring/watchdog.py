@@ -158,7 +158,7 @@ class Watchdog:
         with suppress(RuntimeError):
             self._store.set(f"{self._key}/standing/{self._rank}", json.dumps(asdict(standing)))
             if self._store.add(f"{self._key}/ending", 1) == 1:
-                _write(f"error: {describe_hang(self._collect(), self._timeout)}\n")
+                _write(f"hang: {describe_hang(self._collect(), self._timeout)}\n")
                 self._store.set(f"{self._key}/named", "1")
             else:  # the first process that ends takes the others with it
                 self._wait_for([f"{self._key}/named"], 2 * self._grace)

@@ -43,7 +43,7 @@ def test_a_hung_rank_is_named_and_every_rank_leaves_its_stacks(
     fault = ["fault.kind=hang", f"fault.rank={rank}", "fault.step=2", f"fault.phase={phase}"]
     ended = launcher.train(2, [*job, layout, f"run.dir={tmp_path}/run", "trainer.steps=3", *fault], tmp_path / "log")
     assert ended.codes == [HANG_EXIT_CODE] * 2, ended.output
-    (line,) = [line for line in ended.output.splitlines() if line.startswith("error:")]
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("hang:")]
     assert f"no rank made progress for {HANG_TIMEOUT:g} s: rank {rank} on " in line
     assert f"hangs in step 2, {phase}, at " in line and "faults.py:" in line
     assert "1 wait for others" in line and f"rank {1 - rank} on" not in line

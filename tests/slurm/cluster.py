@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -78,19 +79,28 @@ class Cluster:
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, ..."""
         return self.job(number)["JobState"]
 
+    def end_of(self, number: str, seconds: float = 400) -> str:
+        """Wait until a job is over; its last state."""
+        self.wait(lambda: self.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), f"the end of job {number}", seconds)
+        return self.state(number)
+
     def start_again(self, number: str, restarts: int) -> None:
         """Wait until a job was requeued for the `restarts`-th time, and start it soon.
 
         SLURM lets it rest for two minutes, so that no node still has the credential of the start before as revoked; that
-        takes until the next second.
+        takes until the next second. It may set the rest anew when the last node is cleaned up.
         """
 
-        def requeued() -> bool:
+        def started() -> bool:
             job = self.job(number)
-            return job["Restarts"] == str(restarts) and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
+            if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
+                return job["Restarts"] == str(restarts)
+            rest = datetime.fromisoformat(job["StartTime"]) - datetime.now() if job["Reason"] == "BeginTime" else timedelta()
+            if rest.total_seconds() > 4:
+                self.run("scontrol", "update", f"jobid={number}", "starttime=now+3")
+            return False
 
-        self.wait(requeued, f"job {number} to be requeued", 400)
-        self.run("scontrol", "update", f"jobid={number}", "starttime=now+3")
+        self.wait(started, f"job {number} to start for the {restarts + 1}th time", 400)
 
     @staticmethod
     def wait(condition: Callable[[], bool], what: str, seconds: float) -> None:
@@ -134,10 +144,11 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=1
+KillWait=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kdrl_mcore.monitoring.metrics import read_metrics
@@ -17,6 +19,7 @@ from tests.reference.tiny_models import make_qwen2, make_tokenizer
 from tests.slurm.cluster import Cluster, missing_programs
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
 
 pytestmark = [
     pytest.mark.skipif(
@@ -83,7 +86,9 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
 ) -> None:
     run_dir = tmp_path / "run"
     layout = ["cluster.nodes=2", "cluster.gpus_per_node=1", "parallel.tensor=2"]
-    number = submit(cluster, tmp_path, [*tiny_job, *layout, f"run.dir={run_dir}", "trainer.steps=60", "checkpoint.every=5"])
+    unhurried = ["fault.kind=slow", "fault.seconds=0.25"]  # so that the job is not over before it is preempted
+    overrides = [*tiny_job, *layout, *unhurried, f"run.dir={run_dir}", f"trainer.steps={STEPS}", "checkpoint.every=5"]
+    number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
 
     cluster.start_again(number, restarts=1)  # submitted on one node, it asked for a second one
     assert "it needs 2 nodes" in job_log(tmp_path, number)
@@ -99,27 +104,61 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     cluster.run("scancel", "--batch", "--signal=USR1", number)  # what SLURM sends before the time limit
     cluster.start_again(number, restarts=3)
     second = steps_done(run_dir)[-1]
-    assert first + 2 <= second < 60
+    assert first + 2 <= second < STEPS
     assert (run_dir / "checkpoints" / "latest").readlink() == Path(f"step_{second:06d}")
 
-    cluster.wait(lambda: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
-    assert cluster.state(number) == "COMPLETED"
+    assert cluster.end_of(number) == "COMPLETED"
     assert cluster.job(number)["Restarts"] == "3"
-    assert steps_done(run_dir) == list(range(1, 61))
+    assert steps_done(run_dir) == list(range(1, STEPS + 1))
     assert (run_dir / "hf" / "model.safetensors").is_file()
     logs = sorted(path.relative_to(run_dir / "logs").as_posix() for path in (run_dir / "logs").glob("*/*.log"))
-    starts = [
-        f"{number}-{start}/{step}-node{node}.log" for start in (1, 2, 3) for step in ("preflight", "train") for node in (0, 1)
-    ]
-    assert logs == starts
+    assert logs == [f"{number}-{start}/train-node{node}.log" for start in (1, 2, 3) for node in (0, 1)]
 
 
-def test_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_job, "parallel.tensor=2", f"run.dir={tmp_path}/run", "trainer.steps=2"]
-    number = submit(cluster, tmp_path, overrides, "--nodes=1", KDRL_LAUNCHER="srun", KDRL_PREFLIGHT="0")
-    cluster.wait(lambda: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
-    assert cluster.state(number) == "COMPLETED", job_log(tmp_path, number)
+    number = submit(cluster, tmp_path, overrides, "--nodes=1", KDRL_LAUNCHER="srun")
+    assert cluster.end_of(number) == "COMPLETED", job_log(tmp_path, number)
     assert steps_done(tmp_path / "run") == [1, 2]
+    report = (tmp_path / "run" / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
+    assert re.findall(r"^ok +(\S+)", report, re.MULTILINE) == [
+        *("versions", "devices", "models", "layout", "data", "memory", "run.dir", "all-reduce")
+    ]
+
+
+SERVER = """import json, os, sys, time
+run_dir, index, host = sys.argv[-5], sys.argv[-3], sys.argv[-1]
+address = os.path.join(run_dir, "servers", index + ".json")
+os.makedirs(os.path.dirname(address), exist_ok=True)
+json.dump({"address": host, "pid": os.getpid(), "arguments": sys.argv[1:-6]}, open(address, "w"))
+history = open(os.path.join(run_dir, "served"), "a")
+print(os.getpid(), file=history, flush=True)
+time.sleep(10**6 if "SLURM_RESTART_COUNT" in os.environ else 0.5)
+"""
+"""Stands for an engine server: it ends by itself in the job's first start."""
+
+
+def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_its_server_node_serves(
+    cluster: Cluster, tiny_job: list[str], tmp_path: Path
+) -> None:
+    """Killed in step 4: the first start saves step 3 and goes back to the queue, the second gets no further and fails."""
+    run_dir = tmp_path / "run"
+    (tmp_path / "server.py").write_text(SERVER)
+    fault = ["fault.kind=kill", "fault.step=4", "fault.phase=reward"]
+    overrides = [*tiny_job, *fault, f"run.dir={run_dir}", "checkpoint.every=3", "checkpoint.asynchronous=false"]
+    serving = {"KDRL_SERVER_COMMAND": f"{sys.executable} {tmp_path}/server.py", "KDRL_SERVER_PAUSE": "0.2"}
+    nodes = ["cluster.server_nodes=1", "cluster.gpus_per_node=1"]
+    number = submit(cluster, tmp_path, [*overrides, *nodes], "--nodes=2", KDRL_PREFLIGHT="0", **serving)
+    cluster.start_again(number, restarts=1)
+    assert f"train ended with exit code 1 after saving step_000003: job {number} goes back" in job_log(tmp_path, number)
+    (log,) = (run_dir / "logs" / f"{number}-0").glob("servers-*.log")
+    assert "server 0 on 127.0.0.1 ended with exit code 0: it is started again" in log.read_text()
+    assert cluster.end_of(number) == "FAILED"
+    assert cluster.job(number)["Restarts"] == "1"
+    assert steps_done(run_dir) == [1, 2, 3]
+    pids = [int(pid) for pid in (run_dir / "served").read_text().split()]
+    assert len(pids) >= 3
+    cluster.wait(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the servers to end", 60)
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
@@ -138,8 +177,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_trains(
     unknown = submit(cluster, tmp_path, [*tiny_job, f"run.dir={tmp_path}/run", "trainer.step=5"])
     absent = submit(cluster, tmp_path, [*tiny_job, f"run.dir={tmp_path}/run", "data.train=absent.jsonl"])
     for number in (unknown, absent):
-        cluster.wait(lambda number=number: cluster.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 400)
-        assert cluster.state(number) == "FAILED"
+        assert cluster.end_of(number) == "FAILED"
         assert cluster.job(number)["Restarts"] == "0"
     assert "error: unknown configuration key 'trainer.step'; did you mean 'trainer.steps'?" in job_log(tmp_path, unknown)
     assert "error: preflight, data: absent.jsonl is not on" in job_log(tmp_path, absent)
