@@ -95,8 +95,8 @@ class Cluster:
             job = self.job(number)
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
                 return job["Restarts"] == str(restarts)
-            rest = datetime.fromisoformat(job["StartTime"]) - datetime.now() if job["Reason"] == "BeginTime" else timedelta()
-            if rest.total_seconds() > 4:
+            held = job["EligibleTime"] == "Unknown"
+            if not held and datetime.fromisoformat(job["EligibleTime"]) - datetime.now() > timedelta(seconds=4):
                 self.run("scontrol", "update", f"jobid={number}", "starttime=now+3")
             return False
 

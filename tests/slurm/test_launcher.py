@@ -81,6 +81,18 @@ def job_log(folder: Path, number: str) -> str:
     return (folder / f"kdrl_32b-{number}.log").read_text()
 
 
+def train_log(run_dir: Path, number: str, start: int) -> str:
+    """The first node's output of one start of a job."""
+    return (run_dir / "logs" / f"{number}-{start}" / "train-node0.log").read_text()
+
+
+def stopped_after(run_dir: Path, number: str, start: int) -> int:
+    """The step after which a start of a job ended on request."""
+    found = re.search(r"stopped on .* after step (\d+)", train_log(run_dir, number, start))
+    assert found is not None, train_log(run_dir, number, start)
+    return int(found.group(1))
+
+
 def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_finishes(
     cluster: Cluster, tiny_job: list[str], tmp_path: Path
 ) -> None:
@@ -94,20 +106,19 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     assert "it needs 2 nodes" in job_log(tmp_path, number)
     cluster.wait(lambda: len(steps_done(run_dir)) >= 3, "three steps", 400)
     assert cluster.job(number)["NumNodes"] == "2"
-
     cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--wrap=true", cwd=tmp_path)
+
     cluster.start_again(number, restarts=2)
-    first = steps_done(run_dir)[-1]
-    assert (run_dir / "checkpoints" / "latest").readlink() == Path(f"step_{first:06d}")
+    first = stopped_after(run_dir, number, 1)
     cluster.wait(lambda: steps_done(run_dir)[-1] >= first + 2, "two more steps", 400)
-
     cluster.run("scancel", "--batch", "--signal=USR1", number)  # what SLURM sends before the time limit
-    cluster.start_again(number, restarts=3)
-    second = steps_done(run_dir)[-1]
-    assert first + 2 <= second < STEPS
-    assert (run_dir / "checkpoints" / "latest").readlink() == Path(f"step_{second:06d}")
 
+    cluster.start_again(number, restarts=3)
+    second = stopped_after(run_dir, number, 2)
     assert cluster.end_of(number) == "COMPLETED"
+    assert 3 <= first and first + 2 <= second < STEPS
+    for start, step in ((2, first), (3, second)):
+        assert f"resumed from {run_dir}/checkpoints/step_{step:06d} after step {step}" in train_log(run_dir, number, start)
     assert cluster.job(number)["Restarts"] == "3"
     assert steps_done(run_dir) == list(range(1, STEPS + 1))
     assert (run_dir / "hf" / "model.safetensors").is_file()
@@ -115,7 +126,9 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     assert logs == [f"{number}-{start}/train-node{node}.log" for start in (1, 2, 3) for node in (0, 1)]
 
 
-def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(
+    cluster: Cluster, tiny_job: list[str], tmp_path: Path
+) -> None:
     overrides = [*tiny_job, "parallel.tensor=2", f"run.dir={tmp_path}/run", "trainer.steps=2"]
     number = submit(cluster, tmp_path, overrides, "--nodes=1", KDRL_LAUNCHER="srun")
     assert cluster.end_of(number) == "COMPLETED", job_log(tmp_path, number)
