@@ -7,8 +7,8 @@ Progress is a mark by the main thread: a phase begins, a model runs forward. The
 the job's store. While any rank is alive the number moves, however long a phase takes. When it stands still for the time-out,
 every rank writes the stacks of its threads, one names the ranks that do not wait for others, and all end.
 
-Neither torch nor Megatron-Core has this: gloo's and NCCL's time-outs end the ranks that wait, not the one that is waited for, and
-NCCL's flight recorder knows collectives only.
+Neither torch nor Megatron-Core has this: the time-outs of gloo and NCCL end the ranks that wait, not the one that is waited
+for, and NCCL's flight recorder knows collectives only.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def describe_hang(standings: Sequence[Standing | None], timeout: float) -> str:
     waiting = len(answered) - len(alone)
     return (
         f"no rank made progress for {timeout:g} s: {'; '.join(named)}"
-        f"{f'; {waiting} wait for others' if alone or waiting < len(standings) else ''}; the stacks of every rank are above and in "
-        "the other nodes' logs (trainer.hang_timeout)"
+        f"{f'; {waiting} wait for others' if waiting < len(standings) else ''}; the stacks of every rank are above and in the "
+        "other nodes' logs (trainer.hang_timeout)"
     )
 
 

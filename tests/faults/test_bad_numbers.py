@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.faults import resuming
 from tests.ranks import RankPool
 from tests.reference.tiny_models import read_hf_weights, read_jsonl, write_jsonl
 from tests.training import QUIET, Outcome, metrics_of, train_on_rank
@@ -96,6 +97,23 @@ def test_all_ranks_skip_the_update_and_go_on(
     one_step, start = read_hf_weights(tmp_path / "clean" / "hf"), read_hf_weights(zoo.model("untied"))
     for name, weight in read_hf_weights(tmp_path / "poisoned" / "hf").items():
         assert torch.equal(weight, one_step[name]) and not torch.equal(weight, start[name]), name
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"], ids=["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("phase", ["rollout", "teacher", "train"])
+def test_nan_logits_of_the_sampler_the_teacher_or_the_student_leave_the_weights_alone(
+    phase: str, layout: str, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """One model output is NaN on one rank: what follows of it, log-probs of the sampler or the teacher, or the loss and the
+    gradient, never reaches the weights, and no run takes it for a KL of zero."""
+    job = [*resuming.make_job(tmp_path), f"run.dir={tmp_path}/run", "trainer.steps=1", *layout.split()]
+    fault = ["fault.kind=nan", "fault.rank=1", "fault.step=1", f"fault.phase={phase}"]
+    outcomes = ranks2.run(train_on_rank, [*job, *fault])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["skipped_updates"] == 1 and row.get("kl") != 0
+    start, end = read_hf_weights(tmp_path / "student"), read_hf_weights(tmp_path / "run" / "hf")
+    assert all(torch.equal(weight, start[name]) for name, weight in end.items())
 
 
 def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
