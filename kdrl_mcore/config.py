@@ -328,9 +328,7 @@ class LoggingConfig:
 class FaultConfig:
     """A fault on purpose, to test what a run survives."""
 
-    kind: str = (
-        "none"  # none, fail (raise), hang, slow, kill (SIGKILL), stop (SIGTERM), full_disk, or nan (the model's next output)
-    )
+    kind: str = "none"  # none, fail (raise), hang, slow, kill, stop (SIGTERM), full_disk or nan (the next model output)
     rank: int = 0  # the rank it strikes
     step: int = 1  # the step in which it strikes; slow goes on from there
     phase: str = "train"  # at whose beginning: rollout, reward, teacher, train, logging, evaluation or checkpoint

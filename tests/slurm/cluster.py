@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -102,6 +103,16 @@ class Cluster:
 
         self.wait(started, f"job {number} to start for the {restarts + 1}th time", 400)
 
+    def wait_in_job(self, number: str, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
+        """Wait until `condition()` holds in a job that lasts."""
+
+        def holds() -> bool:
+            if not condition() and self.state(number) not in ("PENDING", "RUNNING", "COMPLETING"):
+                raise RuntimeError(f"job {number} ended ({self.state(number)}) before {what}")
+            return condition()
+
+        self.wait(holds, what, seconds)
+
     @staticmethod
     def wait(condition: Callable[[], bool], what: str, seconds: float) -> None:
         """Wait until `condition()` holds."""
@@ -121,6 +132,7 @@ class Cluster:
 
 
 def _configuration(folder: Path, ports: list[int]) -> str:
+    """The number of the first job is a random one: the rendezvous' port is made of it, and other clusters may run here."""
     user, host = getpass.getuser(), socket.gethostname().split(".")[0]
     nodes = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000"
@@ -145,6 +157,7 @@ MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=1
 KillWait=120
+FirstJobId={random.randrange(1000, 60000)}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}

@@ -104,13 +104,13 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
 
     cluster.start_again(number, restarts=1)  # submitted on one node, it asked for a second one
     assert "it needs 2 nodes" in job_log(tmp_path, number)
-    cluster.wait(lambda: len(steps_done(run_dir)) >= 3, "three steps", 400)
+    cluster.wait_in_job(number, lambda: len(steps_done(run_dir)) >= 3, "three steps")
     assert cluster.job(number)["NumNodes"] == "2"
     cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--wrap=true", cwd=tmp_path)
 
     cluster.start_again(number, restarts=2)
     first = stopped_after(run_dir, number, 1)
-    cluster.wait(lambda: steps_done(run_dir)[-1] >= first + 2, "two more steps", 400)
+    cluster.wait_in_job(number, lambda: steps_done(run_dir)[-1] >= first + 2, "two more steps")
     cluster.run("scancel", "--batch", "--signal=USR1", number)  # what SLURM sends before the time limit
 
     cluster.start_again(number, restarts=3)
@@ -177,7 +177,7 @@ def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_i
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_job, f"run.dir={tmp_path}/run", "trainer.steps=2000"]
     number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
-    cluster.wait(lambda: len(steps_done(tmp_path / "run")) >= 2, "two steps", 400)
+    cluster.wait_in_job(number, lambda: len(steps_done(tmp_path / "run")) >= 2, "two steps")
     cluster.run("scancel", number)
     cluster.wait(lambda: cluster.state(number) == "CANCELLED", "the end", 60)
     last = steps_done(tmp_path / "run")[-1]
