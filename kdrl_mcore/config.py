@@ -228,6 +228,7 @@ class OptimizerConfig:
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-8  # added to the root of the second moment
+    offload: bool = False  # keep the state in host memory between updates (CUDA only)
 
 
 @dataclass
@@ -257,6 +258,16 @@ class ClusterConfig:
 
     nodes: int = 1  # machines of the job
     gpus_per_node: int = 8  # ranks on each
+    name: str = ""  # of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for tools/plan.py
+    memory_gib: float = 0.0  # memory of one GPU, GiB
+    peak_tflops: float = 0.0  # dense bfloat16 matrix products, TFLOP/s of one GPU
+    fp8_peak_tflops: float = 0.0  # the same in FP8; 0 where there is none
+    memory_gbs: float = 0.0  # memory bandwidth of one GPU, GB/s
+    node_gbs: float = 0.0  # between GPUs of a node, GB/s of one GPU in one direction
+    network_gbs: float = 0.0  # between nodes, GB/s of one GPU in one direction
+    host_gbs: float = 0.0  # between one GPU and host memory, GB/s in one direction
+    storage_gbs: float = 0.0  # one node's writes to the file system, GB/s
+    usd_per_gpu_hour: float = 0.0  # price of one GPU for one hour, USD
 
 
 @dataclass

@@ -21,7 +21,7 @@ from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.preflight import STATIC_SHARE, num_parameters, static_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = Path(__file__).parent / "published_configs"
+CONFIGS = ROOT / "kdrl_mcore" / "planning" / "shapes"
 EXPERIMENTS = {
     "paper_1p5b": ("DeepSeek-R1-Distill-Qwen-1.5B", "Skywork-OR1-Math-7B", 8),
     "paper_zero_3b": ("Qwen2.5-3B", "Qwen2.5-7B", 8),

@@ -1,0 +1,210 @@
+"""Bytes of one rank by kind, and the phase of the step in which they add up to most. docs/planning.md has the equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Placed, Setup
+from kdrl_mcore.planning.workload import Packing
+from kdrl_mcore.vocab_parallel import VocabShard
+from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
+
+GIB = 2**30
+RUNTIME = 1.5 * GIB
+"""CUDA context, kernels, cuBLAS and cuDNN workspaces of one process."""
+PER_GROUP = 0.15 * GIB
+"""NCCL's buffers of one communicator."""
+FRAGMENTATION = 0.05
+"""Share of the GPU that the allocator cannot hand out."""
+PHASES = ("rollout", "teacher", "head", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one kind, and when they are there (empty: always)."""
+
+    kind: str
+    bytes: float
+    phases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One pipeline stage's ranks, which are alike.
+
+    Attributes:
+        ranks: which, as text.
+        capacity: bytes of a GPU that can be used; None where it is not known.
+    """
+
+    stage: int
+    ranks: str
+    items: tuple[Item, ...]
+    capacity: float | None
+
+    def at(self, phase: str) -> float:
+        """Bytes in a phase."""
+        return sum(item.bytes for item in self.items if not item.phases or phase in item.phases)
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs most."""
+        return max(PHASES, key=self.at)
+
+    @property
+    def peak(self) -> float:
+        """Bytes in the fullest phase."""
+        return self.at(self.fullest)
+
+    @property
+    def between_steps(self) -> float:
+        """Bytes that are always there."""
+        return sum(item.bytes for item in self.items if not item.phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits."""
+        return self.capacity is None or self.peak <= self.capacity
+
+
+def plan_memory(setup: Setup) -> list[RankMemory]:
+    """Every pipeline stage of the student; where the teacher's stages differ, the largest one counts."""
+    layout, cluster = setup.student.layout, setup.cluster
+    capacity = cluster.memory_gib * GIB * (1 - FRAGMENTATION) if cluster.memory_gib else None
+    per_stage = layout.world // layout.pipeline
+    result = []
+    for stage in range(layout.pipeline):
+        items = [
+            *_state(setup, stage),
+            *_activations(setup, stage),
+            *_teacher(setup),
+            *(_runtime(setup) if capacity is not None else ()),
+        ]
+        items += _rollout(setup, stage, sum(item.bytes for item in items if not item.phases), capacity)
+        ranks = f"{stage * per_stage}-{(stage + 1) * per_stage - 1}"
+        result.append(RankMemory(stage, ranks, tuple(item for item in items if item.bytes), capacity))
+    return result
+
+
+def _state(setup: Setup, stage: int) -> list[Item]:
+    """Weights, gradients in float32, and the optimizer's state, which the distributed optimizer shares over replicas."""
+    student, settings = setup.student, setup.config.optimizer
+    held, layout = student.shard.stages[stage], student.layout
+    distributed = setup.config.parallel.distributed_optimizer and settings.name == "adam"
+    copies = layout.data * layout.context
+    expert_copies = layout.world // layout.pipeline // layout.expert
+    per_element = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
+    shared = (held.parameters - held.experts) / (copies if distributed else 1)
+    experts = held.experts / (expert_copies if distributed else 1)
+    return [
+        Item("weights", held.parameters * student.element),
+        Item("gradients", held.parameters * 4),
+        Item("optimizer", (shared + experts) * per_element, ("update",) if settings.offload else ()),
+    ]
+
+
+def _activations(setup: Setup, stage: int) -> list[Item]:
+    """What the forward pass keeps, what one layer's backward pass needs beside it, and the output head."""
+    student = setup.student
+    layout, layer, packed = student.layout, student.shard.layer, setup.update_packing
+    tokens = max(packed.largest, layout.token_alignment)
+    waiting = kept_micro_batches(layout.pipeline, stage, packed.micro_batches, layout.virtual_pipeline)
+    layers = student.shard.stages[stage].layers
+    full = setup.config.parallel.recompute == "full"
+    kept = waiting * layers * tokens * (layer.input if full else layer.saved)
+    more = tokens * (layer.backward if full else max(0.0, layer.backward - layer.saved))
+    items = [Item("activations", kept, ("head", "backward")), Item("backward of a layer", more, ("backward",))]
+    if stage == layout.pipeline - 1:
+        exact = setup.teacher is not None and setup.config.objective.kd.estimator in OVER_THE_VOCABULARY
+        items.append(Item("logits head", head_bytes(student, tokens, setup, train=True, exact=exact), ("head",)))
+        if exact:
+            assert setup.teacher is not None
+            columns, width = student.shard.columns, setup.teacher.architecture.hidden_size
+            items.append(Item("teacher head", columns * width * student.element))
+    return items
+
+
+def kept_micro_batches(pipeline: int, stage: int, micro_batches: int, virtual: int | None) -> float:
+    """How many micro-batches' activations a stage keeps: the 1F1B schedule (arXiv 2006.09503), interleaved: arXiv
+    2104.04473, in whole micro-batches of all its chunks."""
+    if virtual is None:
+        return min(pipeline - stage, micro_batches)
+    warm_up = (pipeline - stage - 1) * 2 + (virtual - 1) * pipeline + 1
+    return min(warm_up, micro_batches * virtual) / virtual
+
+
+def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: bool = False) -> float:
+    """Of one pass over the output head: one chunk's logits, and in training dW (float32 and, at the end, as the weight) and
+    dX. Every token counts as a loss row."""
+    layout, columns, hidden = model.layout, model.shard.columns, model.architecture.hidden_size
+    cuda = setup.cluster.memory_gib > 0
+    rows = default_chunk_tokens(VocabShard(None, 0, columns, columns), torch.device("cuda" if cuda else "cpu"))
+    # Triton's kernels keep the products' own output; torch's path logits and exponentials in float32.
+    buffers = model.element if cuda else 8 + (2 if model.element == 2 else 0)
+    if exact:
+        buffers += model.element if cuda else 4
+    chunk = min(rows, max(1, tokens)) * columns * buffers
+    gathered = tokens * hidden * model.element if layout.sequence_parallel else 0
+    if not train:
+        return chunk + gathered
+    d_weight = columns * hidden * (4 + (2 if model.element == 2 else 0))
+    return chunk + gathered + d_weight + 2 * tokens * hidden * model.element
+
+
+def _teacher(setup: Setup) -> list[Item]:
+    """The teacher's weights, in host memory while idle or always here, and its forward pass; the reference likewise."""
+    items = []
+    phases = ("teacher",) if setup.config.teacher.offload else ()
+    if setup.teacher is not None:
+        teacher = setup.teacher
+        largest = max(stage.parameters for stage in teacher.shard.stages) * teacher.element
+        items.append(Item("teacher", largest, phases))
+        items.append(Item("teacher's activations", _scoring(teacher, setup.teacher_packing, setup), ("teacher",)))
+    if setup.reference:
+        student = setup.student
+        items.append(Item("reference", max(stage.parameters for stage in student.shard.stages) * student.element))
+        if setup.config.teacher.offload:
+            items[-1] = Item("reference", items[-1].bytes, ("reference",))
+    return items
+
+
+def _scoring(model: Placed, packed: Packing, setup: Setup) -> float:
+    tokens = packed.largest
+    return tokens * model.shard.layer.forward + head_bytes(model, tokens, setup, train=False)
+
+
+def _rollout(setup: Setup, stage: int, always: float, capacity: float | None) -> list[Item]:
+    """The engine's own weights, where it has any, and its KV cache."""
+    if setup.config.objective.kind == "sft" or setup.config.rollout.engine == "replay" or setup.choices.rollout_gpus:
+        return []
+    if setup.engine is None:
+        student = setup.student
+        sequences = min(
+            setup.config.rollout.max_sequences,
+            -(-setup.workload.responses // (student.layout.data * student.layout.context)),
+        )
+        columns = setup.config.rollout.max_prompt_tokens + setup.config.rollout.max_response_tokens
+        cache = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
+        return [Item("KV cache", cache, ("rollout",))]
+    weights = setup.engine.shard.stages[0].parameters * setup.engine.element
+    wanted = -(-setup.workload.responses // setup.engine.layout.data) * sequence_kv_bytes(setup)
+    free = wanted if capacity is None else max(0.0, capacity - always - weights)
+    cache = max(min(wanted, free), sequence_kv_bytes(setup))
+    return [Item("rollout engine", weights, ("rollout",)), Item("KV cache", cache, ("rollout",))]
+
+
+def sequence_kv_bytes(setup: Setup) -> float:
+    """Keys and values of one response of full length on one rank of a vLLM engine."""
+    assert setup.engine is not None
+    tokens = setup.workload.prompt_tokens + setup.workload.longest
+    return tokens * setup.engine.shard.stages[0].layers * setup.engine.shard.kv_bytes
+
+
+def _runtime(setup: Setup) -> list[Item]:
+    layout = setup.student.layout
+    sizes = [layout.tensor, layout.pipeline, layout.data, layout.context, layout.expert, layout.data * layout.context]
+    if setup.teacher is not None:
+        sizes += [setup.teacher.layout.tensor, setup.teacher.layout.pipeline, setup.teacher.layout.data]
+    return [Item("communication", PER_GROUP * sum(size > 1 for size in sizes)), Item("CUDA", RUNTIME)]

@@ -1,0 +1,173 @@
+"""Seconds of forward and backward passes, and of generation. docs/planning.md has the equations and their sources."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdrl_mcore.planning.memory import GIB, plan_memory
+from kdrl_mcore.planning.rates import CACHE_SHARE, CPU, FLOP, LATENCY, LAUNCH, MEMORY, MESSAGE, NETWORK, Rates, Seconds
+from kdrl_mcore.planning.setup import Placed, Setup
+from kdrl_mcore.planning.workload import Packing
+
+LAYER_KERNELS = 20
+"""Kernels of one layer's forward pass with fused norms and activations; twice that backward."""
+EAGER_STEP = 1e-3
+"""Seconds of one decoding step of the embedded engine outside the layers: sampling, bookkeeping."""
+ENGINE_STEP = 8e-3
+"""Seconds of one decoding step of vLLM outside the model: scheduling, sampling with log-probs, detokenisation of some hundred
+sequences."""
+GRID = 64
+"""Points at which a decode's progress is looked at."""
+
+
+def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
+    """One token through one layer, forward, on one rank."""
+    a, layout, bytes_ = model.architecture, model.layout, model.element
+    held = model.shard.stages[0]
+    width = a.experts.per_token * a.experts.ffn_hidden_size if a.experts else a.ffn_hidden_size
+    heads = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
+    split = layout.tensor if layout.sequence_parallel else 1
+    touched = 10 * a.hidden_size / split + (2 * heads + 3 * width) / layout.tensor
+    if rates.fp8:  # each product's input is read once more and written twice (as it is, and transposed), a byte each time
+        touched += (2 * a.hidden_size + heads + width) / layout.tensor * (bytes_ + 2) / bytes_
+    seconds = Seconds()
+    seconds[FLOP] = rates.matmul(2 * held.layer_matrices)
+    seconds[FLOP] += rates.attention(4 * a.num_attention_heads * a.head_dim / layout.tensor * attended)
+    seconds[MEMORY] = rates.memory(touched * bytes_)
+    if not overlap_tensor:
+        seconds[NETWORK] = 4 * rates.ring(a.hidden_size * bytes_, layout.tensor, 1)
+    keys = 2 * max(1, a.num_key_value_heads // layout.tensor) * a.head_dim * bytes_
+    seconds[NETWORK] += rates.ring(keys * layout.context, layout.context, layout.tensor)
+    if a.experts and layout.expert > 1:
+        sent = 2 * a.experts.per_token * a.hidden_size * bytes_ / layout.tensor * (layout.expert - 1) / layout.expert
+        seconds[NETWORK] += rates.link(sent, layout.expert, 1)
+    return seconds
+
+
+def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
+    """The same, backward: two products for each one forward; flash attention's five for two; under sequence parallelism the
+    gathered inputs are gathered again for the weight gradients."""
+    forward = layer_forward(model, rates, attended, overlap_tensor=overlap_tensor)
+    a = model.architecture
+    attention = rates.attention(4 * a.num_attention_heads * a.head_dim / model.layout.tensor * attended)
+    backward = 2 * forward
+    backward[FLOP] += 0.5 * attention
+    backward[NETWORK] = forward[NETWORK] * (1.5 if model.layout.sequence_parallel else 1.0)
+    return backward
+
+
+def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: float, *, train: bool) -> Seconds:
+    """All micro-batches through all stages, forward and, to train, backward.
+
+    The slowest stage works through all of them; filling and draining the pipeline takes pipeline - 1 micro-batches of an
+    average stage, divided by the chunks of an interleaved one (arXiv 2104.04473).
+
+    Args:
+        loss_tokens: rows of the output head on the most loaded rank.
+    """
+    rates, overlap = Rates(setup.cluster, setup.choices.fp8), setup.choices.overlap_tensor
+    attended, layout = setup.workload.attended, model.layout
+    forward = layer_forward(model, rates, attended, overlap_tensor=overlap)
+    layer, kernels = forward, LAYER_KERNELS
+    if train:
+        layer = forward + layer_backward(model, rates, attended, overlap_tensor=overlap)
+        kernels *= 3
+        if setup.config.parallel.recompute == "full":
+            layer, kernels = layer + forward, kernels + LAYER_KERNELS
+    stages = []
+    for stage in model.shard.stages:
+        seconds = layer * (stage.layers * packed.tokens)
+        seconds[LATENCY] += (packed.stall - 1) * seconds.total
+        launch = stage.layers * kernels * LAUNCH * packed.micro_batches
+        seconds[LATENCY] = max(seconds[LATENCY], launch - seconds.total + seconds[LATENCY])
+        # The head stays in the parameters' own type.
+        seconds[FLOP] += Rates(setup.cluster).matmul((6 if train else 2) * stage.head * loss_tokens)
+        stages.append(seconds)
+    slowest = max(stages, key=lambda seconds: seconds.total)
+    mean = sum(seconds.total for seconds in stages) / len(stages) / packed.micro_batches
+    slowest[LATENCY] += (layout.pipeline - 1) / (layout.virtual_pipeline or 1) * mean
+    if layout.pipeline > 1 and layout.virtual_pipeline is None:  # an interleaved schedule hides them
+        sent = model.architecture.hidden_size * model.element / (layout.tensor if layout.sequence_parallel else 1)
+        stride = layout.world // layout.pipeline
+        slowest[NETWORK] += (2 if train else 1) * packed.tokens * rates.link(sent, 2, stride)
+    return slowest
+
+
+def generation(setup: Setup) -> Seconds:
+    """The most loaded replica's prompts and responses."""
+    return _engine_generation(setup) if setup.engine is not None else _embedded_generation(setup)
+
+
+def _embedded_generation(setup: Setup) -> Seconds:
+    """Waves of `max_sequences`, each as long as its longest response; stages work one after the other."""
+    model, rollout = setup.student, setup.config.rollout
+    lengths = setup.workload.share(model.layout.data * model.layout.context)
+    copies = rollout.responses_per_prompt
+    wave = max(1, rollout.max_sequences // copies) * copies
+    seconds = Seconds()
+    count = -(-len(lengths) // wave)
+    for first in range(count):
+        seconds += _decode(setup, model, lengths[first::count], embedded=True)
+    return seconds + _prefill(setup, model, len(lengths) / copies)
+
+
+def _engine_generation(setup: Setup) -> Seconds:
+    """As many sequences at once as the KV cache holds; while others wait, that many run; then they run out."""
+    assert setup.engine is not None
+    model = setup.engine
+    lengths = setup.workload.share(model.layout.data)
+    per_token = model.shard.stages[0].layers * model.shard.kv_bytes
+    if setup.choices.rollout_gpus:
+        weights = model.shard.stages[0].parameters * model.element
+        cache = max(per_token, 0.9 * setup.cluster.memory_gib * GIB - weights)
+    else:
+        cache = sum(item.bytes for item in plan_memory(setup)[0].items if item.kind == "KV cache")
+    # A running response is on average half done.
+    held = setup.workload.prompt_tokens + float(lengths.mean()) / 2
+    at_once = int(max(1, min(len(lengths), cache / per_token / held)))
+    seconds = _prefill(setup, model, len(lengths) / setup.config.rollout.responses_per_prompt)
+    last = lengths[:: max(1, round(len(lengths) / at_once))][:at_once]
+    steps = (float(lengths.sum()) - float(last.sum())) / at_once
+    if steps > 0:
+        seconds += _step(setup, model, at_once, held, embedded=False) * steps
+    return seconds + _decode(setup, model, last, embedded=False)
+
+
+def _decode(setup: Setup, model: Placed, lengths: NDArray[np.int64], *, embedded: bool) -> Seconds:
+    """Until the longest of these sequences, begun together, is done."""
+    seconds, longest = Seconds(), int(lengths.max())
+    for point in range(GRID):
+        done = (point + 0.5) / GRID * longest
+        running = int((lengths > done).sum())
+        step = _step(setup, model, running, setup.workload.prompt_tokens + done, embedded=embedded)
+        seconds += step * (longest / GRID)
+    return seconds
+
+
+def _step(setup: Setup, model: Placed, running: float, context: float, *, embedded: bool) -> Seconds:
+    """One token of each running sequence: the weights are read once, the cache once; matrix products hide behind the weights
+    while there are few sequences."""
+    rates, layout, a = Rates(setup.cluster), model.layout, model.architecture
+    layers = sum(stage.layers for stage in model.shard.stages)
+    weights = sum(stage.parameters - stage.embedding for stage in model.shard.stages) * model.element
+    matrices = sum(stage.layers * stage.layer_matrices + stage.head for stage in model.shard.stages)
+    flop, read = rates.matmul(2 * matrices * running), rates.memory(weights)
+    seconds = Seconds()
+    seconds[FLOP if flop > read else MEMORY] += max(flop, read)
+    seconds[MEMORY] += rates.memory(running * context * layers * model.shard.kv_bytes, CACHE_SHARE)
+    if layout.tensor > 1:
+        seconds[LATENCY] += 2 * layers * MESSAGE
+        seconds[NETWORK] += 4 * layers * rates.ring(running * a.hidden_size * model.element, layout.tensor, 1)
+    seconds[LATENCY] += 2 * MESSAGE * (layout.pipeline - 1) * (layout.virtual_pipeline or 1)
+    if embedded:
+        seconds[LATENCY] += max(0.0, layers * LAYER_KERNELS * LAUNCH - seconds.total)
+    seconds[CPU] += EAGER_STEP if embedded else ENGINE_STEP
+    return seconds
+
+
+def _prefill(setup: Setup, model: Placed, prompts: float) -> Seconds:
+    """The prompts' forward pass, once for all responses of a group."""
+    layers = sum(stage.layers for stage in model.shard.stages)
+    tokens = prompts * setup.workload.prompt_tokens
+    return layer_forward(model, Rates(setup.cluster), setup.workload.prompt_tokens / 2) * (layers * tokens)

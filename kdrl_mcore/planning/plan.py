@@ -1,0 +1,178 @@
+"""The plan of a run: memory of every rank, time of an iteration by phase, what the run costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdrl_mcore.planning.memory import RankMemory, plan_memory
+from kdrl_mcore.planning.passes import generation, layer_backward, pipeline_pass
+from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
+from kdrl_mcore.planning.setup import Setup
+
+VERIFY = 0.02
+"""Seconds of one worker for one answer (math-verify)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of an iteration."""
+
+    name: str
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is queued.
+
+    Attributes:
+        phases: of one iteration.
+        seconds: of one iteration: the phases' sum, or, where generation runs ahead on GPUs of its own, the longer of both sides.
+    """
+
+    setup: Setup
+    memory: tuple[RankMemory, ...]
+    phases: tuple[Phase, ...]
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's peak fits."""
+        return all(rank.fits for rank in self.memory)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest rank in its fullest phase."""
+        return max(rank.peak for rank in self.memory)
+
+    @property
+    def tokens_per_gpu_second(self) -> float:
+        """Prompt and response tokens of one iteration, per GPU and second."""
+        return self.setup.workload.tokens / self.seconds / self.setup.gpus
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run, evaluations left out."""
+        return self.setup.config.trainer.steps * self.seconds * self.setup.gpus / 3600
+
+    @property
+    def cost(self) -> float:
+        """Of the whole run, USD."""
+        return self.gpu_hours * self.setup.cluster.usd_per_gpu_hour
+
+    def phase(self, name: str) -> Seconds:
+        """A phase's seconds; none where the run has no such phase."""
+        return next((phase.seconds for phase in self.phases if phase.name == name), Seconds())
+
+
+def make_plan(setup: Setup) -> Plan:
+    """Memory and time of a run.
+
+    Raises:
+        ConfigError: the cluster is not described.
+    """
+    sft = setup.config.objective.kind == "sft"
+    samples = not sft and setup.config.rollout.engine != "replay"
+    phases = []
+    if samples:
+        phases += [Phase("rollout", generation(setup)), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
+    if setup.teacher is not None:
+        phases.append(Phase("teacher", _teacher(setup)))
+    if not sft and setup.updates > 1:
+        phases.append(Phase("old policy", _score_with_student(setup)))
+    if setup.reference:
+        phases.append(Phase("reference", _score_with_student(setup) + _move_reference(setup)))
+    phases.append(Phase("training", _training(setup)))
+    if setup.config.checkpoint.every > 0:
+        phases.append(Phase("checkpoint", _checkpoint(setup)))
+    total = sum(phase.seconds.total for phase in phases)
+    if setup.choices.rollout_gpus and setup.choices.steps_ahead:
+        ahead = phases[0].seconds.total
+        total = max(ahead, total - ahead - phases[1].seconds.total) + phases[1].seconds.total
+    return Plan(setup, tuple(plan_memory(setup)), tuple(phases), total)
+
+
+def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
+    """Response tokens among those of the most loaded rank."""
+    return packed_tokens * float(setup.workload.lengths_N.sum()) / setup.workload.tokens
+
+
+def _training(setup: Setup) -> Seconds:
+    """Every update of a step: passes, reduction of gradients, the optimizer, gathering of weights."""
+    packed, student, rates = setup.update_packing, setup.student, Rates(setup.cluster)
+    layout, settings = student.layout, setup.config.optimizer
+    passes = pipeline_pass(setup, student, packed, _loss_tokens(setup, packed.tokens), train=True)
+    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
+    copies, stride = layout.data * layout.context, layout.tensor
+    distributed = setup.config.parallel.distributed_optimizer and settings.name == "adam"
+    reduce = rates.ring(4 * stage.parameters, copies, stride) * (1 if distributed else 2)
+    if setup.config.parallel.overlap_grad_reduce:
+        # Only the last micro-batch's backward pass is there to hide it.
+        backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
+        reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
+    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    held = stage.parameters / (copies if distributed else 1)
+    state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
+    update = Seconds()
+    update[NETWORK] = reduce + gather
+    # The gradient is read for the norm, for clipping (and written), and for the update; the state is read and written.
+    update[MEMORY] = rates.memory(held * (4 * 4 + 2 * state + student.element))
+    if settings.offload:
+        update[HOST] = rates.host(2 * held * state)
+    return (passes + update) * setup.updates
+
+
+def _teacher(setup: Setup) -> Seconds:
+    """The teacher's weights come, score what the mask keeps, and go (their host copy is still there)."""
+    assert setup.teacher is not None
+    packed = setup.teacher_packing
+    seconds = pipeline_pass(setup, setup.teacher, packed, _loss_tokens(setup, packed.tokens), train=False)
+    if setup.config.teacher.offload:
+        largest = max(stage.parameters for stage in setup.teacher.shard.stages)
+        seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
+    return seconds
+
+
+def _score_with_student(setup: Setup) -> Seconds:
+    packed = setup.scoring_packing
+    return pipeline_pass(setup, setup.student, packed, _loss_tokens(setup, packed.tokens), train=False)
+
+
+def _move_reference(setup: Setup) -> Seconds:
+    seconds = Seconds()
+    if setup.config.teacher.offload:
+        largest = max(stage.parameters for stage in setup.student.shard.stages)
+        seconds[HOST] = Rates(setup.cluster).host(largest * setup.student.element)
+    return seconds
+
+
+def _refit(setup: Setup) -> Seconds:
+    """Each engine rank gets its shard of the weights: from other nodes where the student is spread over several."""
+    seconds = Seconds()
+    if setup.engine is not None:
+        received = setup.engine.shard.stages[0].parameters * setup.engine.element
+        seconds[NETWORK] = Rates(setup.cluster).link(received, setup.gpus, 1 if setup.gpus <= setup.cluster.gpus_per_node else 8)
+    return seconds
+
+
+def _reward(setup: Setup) -> Seconds:
+    """The replicas' leaders share the answers; each has `reward.workers` processes."""
+    seconds, layout = Seconds(), setup.student.layout
+    seconds[CPU] = setup.workload.responses * VERIFY / (layout.data * layout.context * setup.config.reward.workers)
+    return seconds
+
+
+def _checkpoint(setup: Setup) -> Seconds:
+    """A checkpoint's share of one step: its copy to host memory; the writing too where training waits for it."""
+    student, settings = setup.student, setup.config.checkpoint
+    layout, rates = student.layout, Rates(setup.cluster)
+    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
+    copies = layout.data * layout.context
+    state = 8 + (4 if student.element == 2 else 0)
+    own = stage.parameters * (student.element + state) / copies  # ranks that hold the same weights share the writing
+    seconds = Seconds()
+    seconds[HOST] = rates.host(own) / settings.every
+    if not settings.asynchronous:
+        per_node = min(setup.cluster.gpus_per_node, layout.world)
+        seconds["storage"] = own * per_node / (setup.cluster.storage_gbs * 1e9) / settings.every
+    return seconds

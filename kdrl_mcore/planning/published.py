@@ -1,0 +1,104 @@
+"""Step times that others have published, and what the planner says of the same runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdrl_mcore.config import load_config
+from kdrl_mcore.planning.plan import Plan, make_plan
+from kdrl_mcore.planning.setup import Choices, make_setup
+from kdrl_mcore.planning.workload import workload_of
+
+_GRPO = (
+    "objective=grpo model.dtype=bfloat16 cluster=h100 rollout.engine=vllm rollout.prompts_per_step=64 "
+    "rollout.responses_per_prompt=32 rollout.max_response_tokens=3968 batch.updates_per_step=4 batch.micro_tokens=4096 "
+    "objective.reference_kl.coefficient=0.01 parallel.overlap_grad_reduce=true reward.workers=8"
+)
+"""NeMo-RL 0.5's performance recipes: 2048 samples in four updates, so that it scores old policy and reference; sequences are
+packed to 4096 tokens."""
+_QWEN = "student.path=Qwen3-32B parallel.tensor=4 parallel.pipeline=4 parallel.sequence_parallel=true"
+_LLAMA_8B = "student.path=Llama-3.1-8B-Instruct parallel.recompute=full"
+_PRETRAINING = (
+    "objective=sft model.dtype=bfloat16 student.path=DeepSeek-R1-Distill-Llama-70B cluster=h100 cluster.nodes=8 "
+    "parallel.tensor=4 parallel.pipeline=8 parallel.virtual_pipeline=5 parallel.sequence_parallel=true batch.micro_tokens=8192 "
+    "rollout.responses_per_prompt=1 rollout.max_response_tokens=8192 parallel.overlap_grad_reduce=true"
+)
+PROMPT = 128
+"""Mean tokens of a prompt, assumed; the published lengths are of whole sequences."""
+NEMO_RL = "https://docs.nvidia.com/nemo/rl/0.5.0/about/performance-summary.html"
+MEGATRON_BRIDGE = "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published run.
+
+    Attributes:
+        overrides: the run as this project's configuration.
+        tokens: mean length of a sequence.
+        value: seconds of a step, or tokens per second and GPU.
+        source: where it was published.
+    """
+
+    name: str
+    overrides: str
+    tokens: int
+    unit: str
+    value: float
+    source: str
+    choices: Choices = Choices()
+
+    def plan(self) -> Plan:
+        """The planner's answer."""
+        config = load_config(self.overrides.split())
+        prompt = 0 if config.objective.kind == "sft" else PROMPT
+        workload = workload_of(config, prompt_tokens=prompt, response_tokens=self.tokens - prompt)
+        return make_plan(make_setup(config, workload, self.choices))
+
+    def planned(self) -> float:
+        """In the published unit."""
+        plan = self.plan()
+        return plan.seconds if self.unit == "s" else plan.tokens_per_gpu_second
+
+
+def _nemo(ahead: int = 0) -> Choices:
+    return Choices(rollout_gpus=ahead, steps_ahead=int(ahead > 0), sorted_by_length=False)
+
+
+_FP8 = Choices(fp8=True, overlap_tensor=True)
+RUNS = (
+    Published("Qwen3-32B GRPO, 32 GPUs", f"{_GRPO} {_QWEN} cluster.nodes=4", 3251, "s", 376, NEMO_RL, _nemo()),
+    Published("the same, one step off-policy, 32+32", f"{_GRPO} {_QWEN} cluster.nodes=8", 3252, "s", 200, NEMO_RL, _nemo(32)),
+    Published(
+        "Llama-3.1-8B GRPO, 16 GPUs", f"{_GRPO} {_LLAMA_8B} parallel.pipeline=2 cluster.nodes=2", 1019, "s", 92.8, NEMO_RL, _nemo()
+    ),
+    Published("the same, one step off-policy, 8+8", f"{_GRPO} {_LLAMA_8B} cluster.nodes=2", 1123, "s", 64.8, NEMO_RL, _nemo(8)),
+    Published(
+        "Llama3-70B pre-training FP8, batch 128",
+        f"{_PRETRAINING} rollout.prompts_per_step=128",
+        8192,
+        "tokens/s/GPU",
+        1619,
+        MEGATRON_BRIDGE,
+        _FP8,
+    ),
+    Published(
+        "Llama3-70B pre-training FP8, batch 256",
+        f"{_PRETRAINING} rollout.prompts_per_step=256",
+        8192,
+        "tokens/s/GPU",
+        1621,
+        MEGATRON_BRIDGE,
+        _FP8,
+    ),
+)
+"""All on DGX H100."""
+
+
+def markdown() -> str:
+    """The comparison as docs/planning.md shows it."""
+    lines = ["| run | published | planned | difference |", "|---|---|---|---|"]
+    for run in RUNS:
+        planned = run.planned()
+        lines.append(f"| {run.name} | {run.value:g} {run.unit} | {planned:.0f} {run.unit} | {planned / run.value - 1:+.0%} |")
+    return "\n".join(lines)

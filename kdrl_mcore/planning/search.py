@@ -1,0 +1,150 @@
+"""The best layouts for a number of GPUs: every combination that exists is planned, and the fastest that fit are kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from kdrl_mcore.config import Config, ParallelConfig
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.parallel.layout import Layout
+from kdrl_mcore.planning.memory import GIB
+from kdrl_mcore.planning.plan import Plan, make_plan
+from kdrl_mcore.planning.setup import Choices, make_setup, shard_requests, uses_teacher
+from kdrl_mcore.planning.shards import ShardRequest, find_shape, try_shards
+from kdrl_mcore.planning.workload import Workload
+
+SIZES = (1, 2, 4, 8, 16)
+VIRTUAL = (None, 2, 4)
+LONG = 8192
+"""Tokens of a sequence from which on context parallelism is worth a look."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+    reason: str
+
+
+def search(config: Config, workload: Workload, choices: Choices, best: int = 5) -> tuple[list[Candidate], int]:
+    """The fastest layouts that fit, and how many were looked at.
+
+    Tensor parallelism stays within a node. Layouts that differ in nothing but recompute or micro-batch size count as one: the
+    faster one is shown.
+    """
+    if uses_teacher(config):
+        config = _with_fastest_teacher(config, workload, choices)
+    variants = list(_variants(config, choices))
+    requests = [request for variant, chosen in variants for request in _requests(variant, chosen)]
+    try_shards(requests)  # all in one faked world; each plan below finds its shards there
+    found: dict[Layout, Plan] = {}
+    looked_at = 0
+    for variant, chosen in variants:
+        try:
+            plan = make_plan(make_setup(variant, workload, chosen))
+        except ConfigError:
+            continue  # the model cannot be split this way
+        looked_at += 1
+        layout = plan.setup.student.layout
+        if plan.fits and (layout not in found or plan.seconds < found[layout].seconds):
+            found[layout] = plan
+    ranked = sorted(found.values(), key=lambda plan: plan.seconds)[:best]
+    return [Candidate(tuple(_overrides(plan)), plan, _reason(plan, ranked[0])) for plan in ranked], looked_at
+
+
+def _with_fastest_teacher(config: Config, workload: Workload, choices: Choices) -> Config:
+    """The teacher's layout depends on nothing else: of those that leave half of the GPU to others, the fastest."""
+    layouts = [(tensor, pipeline) for tensor in _tensors(config) for pipeline in (1, 2, 4)]
+    plain = copy.deepcopy(config)
+    plain.parallel = ParallelConfig()
+    variants = []
+    for tensor, pipeline in layouts:
+        variant = copy.deepcopy(plain)
+        variant.teacher.parallel.tensor, variant.teacher.parallel.pipeline = tensor, pipeline
+        variants.append(variant)
+    try_shards([request for variant in variants for request in _requests(variant, choices)])
+    fastest, seconds = config, math.inf
+    for variant in variants:
+        try:
+            setup = make_setup(variant, workload, choices)
+        except ConfigError:
+            continue
+        assert setup.teacher is not None
+        held = max(stage.parameters for stage in setup.teacher.shard.stages) * setup.teacher.element
+        taken = make_plan(setup).phase("teacher").total
+        if held <= config.cluster.memory_gib * GIB / 2 and taken < seconds:
+            fastest, seconds = copy.deepcopy(config), taken
+            fastest.teacher.parallel = variant.teacher.parallel
+    return fastest
+
+
+def _tensors(config: Config) -> list[int]:
+    return [size for size in SIZES if size <= config.cluster.gpus_per_node]
+
+
+def _variants(config: Config, choices: Choices) -> Iterator[tuple[Config, Choices]]:
+    world = config.cluster.nodes * config.cluster.gpus_per_node - choices.rollout_gpus
+    architecture = read_architecture(find_shape(config.student.path, "student.path"))
+    sequence = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    engines = _tensors(config) if config.rollout.engine == "vllm" else [None]
+    experts = SIZES if architecture.experts else (1,)
+    for tensor, pipeline, virtual, context, expert in product(_tensors(config), SIZES, VIRTUAL, (1, 2, 4), experts):
+        if world % (tensor * pipeline * context) or (virtual and pipeline == 1) or (context > 1 and sequence < LONG):
+            continue
+        if architecture.num_layers % (pipeline * (virtual or 1)):
+            continue
+        for engine, recompute, pack in product(engines, ("none", "full"), (1, 2)):
+            changed = copy.deepcopy(config)
+            changed.parallel = replace(
+                config.parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=virtual,
+                context=context,
+                expert=expert,
+                sequence_parallel=tensor > 1,
+                recompute=recompute,
+            )
+            changed.batch.micro_tokens = pack * -(-sequence // context)
+            yield changed, replace(choices, rollout_tensor=engine)
+
+
+def _overrides(plan: Plan) -> Iterator[str]:
+    config, parallel = plan.setup.config, plan.setup.config.parallel
+    for key in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
+        if getattr(parallel, key) not in (None, 1):
+            yield f"parallel.{key}={getattr(parallel, key)}"
+    yield f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}"
+    yield f"parallel.recompute={parallel.recompute}"
+    yield f"batch.micro_tokens={config.batch.micro_tokens}"
+    if plan.setup.teacher is not None:
+        yield f"teacher.parallel.tensor={config.teacher.parallel.tensor}"
+        yield f"teacher.parallel.pipeline={config.teacher.parallel.pipeline}"
+    if plan.setup.engine is not None:
+        yield f"--rollout-tensor={plan.setup.choices.rollout_tensor}"
+
+
+def _requests(config: Config, choices: Choices) -> list[ShardRequest]:
+    try:
+        return list(shard_requests(config, config.cluster.nodes * config.cluster.gpus_per_node, choices).values())
+    except ConfigError:
+        return []
+
+
+def _reason(plan: Plan, best: Plan) -> str:
+    """What sets a layout apart from the best one."""
+    longest = max(plan.phases, key=lambda phase: phase.seconds.total)
+    text = f"{longest.name} {longest.seconds.total:.0f} s, ruled by {longest.seconds.bound}"
+    fullest = max(plan.memory, key=lambda rank: rank.peak)
+    text += f"; {(fullest.capacity or 0) / GIB - fullest.peak / GIB:.0f} GiB free in {fullest.fullest}"
+    if plan is best:
+        return text
+    slower = max(plan.phases, key=lambda phase: phase.seconds.total - best.phase(phase.name).total)
+    return f"{slower.name} {slower.seconds.total - best.phase(slower.name).total:+.1f} s; {text}"

@@ -1,0 +1,1 @@
+def run_study(a,b): return []
