@@ -33,13 +33,12 @@ from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
+from kdrl_mcore.planning.memory import GIB, RankMemory, plan_run_memory
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "kdrl-mcore")
 ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 SHARED_WITHIN_SECONDS = 30.0
 """How long a network file system may take to show one node's file to another."""
-STATIC_SHARE = 0.8
-"""The share of a GPU that weights, gradients and optimizer may take; the rest is for activations and the KV cache."""
 LEAST_DEFAULT_BANDWIDTH = 10.0
 
 
@@ -186,19 +185,25 @@ def check_data(config: Config) -> str:
 
 
 def check_memory(config: Config) -> str:
-    """Weights, gradients, optimizer state and the teacher's weights fit the GPUs, with room for activations."""
-    need = static_bytes(config, dist.get_world_size())
-    total = sum(need.values())
-    text = f"{total / 2**30:.2f} GiB a rank (" + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in need.items()) + ")"
+    """The plan (docs/planning.md) of every rank's memory fits the smallest GPU there is. Rank 0 makes it."""
     if not torch.cuda.is_available():
-        return text
-    have = torch.cuda.get_device_properties(device()).total_memory
-    if total > STATIC_SHARE * have:
-        raise CheckFailed(
-            f"{text} is more than {STATIC_SHARE:.0%} of the GPU's {have / 2**30:.0f} GiB: raise parallel.tensor, "
-            "parallel.pipeline or cluster.nodes"
-        )
-    return f"{text} of {have / 2**30:.0f} GiB"
+        return "no GPU to fill; tools/plan.py tells what this run needs on one"
+    smallest = min(_gather(torch.cuda.get_device_properties(device()).total_memory)) / GIB
+    planned: list[list[RankMemory] | KdrlError] = [[]]
+    if dist.get_rank() == 0:
+        try:
+            planned = [plan_run_memory(config, dist.get_world_size(), smallest)]
+        except KdrlError as error:
+            planned = [error]
+    dist.broadcast_object_list(planned, src=0)
+    if isinstance(planned[0], KdrlError):
+        raise planned[0]
+    worst = max(planned[0], key=lambda rank: rank.peak)
+    held = ", ".join(f"{item.kind} {item.bytes / GIB:.1f}" for item in worst.items if item.bytes >= GIB / 20)
+    text = f"at most {worst.peak / GIB:.1f} GiB a rank, in {worst.fullest} ({held}), of {smallest:.0f}"
+    if not worst.fits:
+        raise CheckFailed(f"{text}: tools/plan.py with the same overrides tells what would make it fit")
+    return text
 
 
 def check_run_dir(run_dir: Path) -> str:
@@ -254,26 +259,6 @@ def num_parameters(architecture: Architecture) -> int:
     """The model's parameters, without padding."""
     rules = FAMILIES[architecture.family].rules(architecture)
     return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture))
-
-
-def static_bytes(config: Config, world: int) -> dict[str, float]:
-    """What one rank holds between steps, in bytes, on the assumption of even shards.
-
-    Gradients are float32; the optimizer has a float32 copy (for bfloat16 weights) and two moments, shared over data-parallel
-    ranks by the distributed optimizer. The teacher's weights count: they are on the device while it scores.
-    """
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    parallel = config.parallel
-    student = read_architecture(str(config.student.path))
-    shard = num_parameters(student) / (parallel.tensor * parallel.pipeline)
-    state = {"adam": 8, "sgd": 0}[config.optimizer.name] + (4 if size == 2 else 0)
-    replicas = world / (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
-    need = {"weights": shard * size, "gradients": shard * 4, "optimizer": shard * state / replicas}
-    models = _models(config)
-    if len(models) > 1:
-        teacher = config.teacher.parallel
-        need["teacher"] = num_parameters(read_architecture(models[1][1])) / (teacher.tensor * teacher.pipeline) * size
-    return need
 
 
 def _models(config: Config) -> list[tuple[str, str]]:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from kdrl_mcore.config import Config
 from kdrl_mcore.convert.load import load_weights
+from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
 from kdrl_mcore.objective.joint import measured_divergences
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
+from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device
@@ -134,6 +136,11 @@ class Student:
             ),
             self.ddp,
         )
+        if settings.offload and not torch.cuda.is_available():
+            raise ConfigError(
+                "optimizer.offload=true needs a GPU: without one the state is in host memory anyway; leave it out"
+            )
+        self._host_state = HostState(self.optimizer) if settings.offload else None
         no_sync = [chunk.no_sync for chunk in self.ddp]
         self.parts.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self.parts.config.finalize_model_grads_func = _reduce_gradients
@@ -162,6 +169,8 @@ class Student:
                 group["weight_decay"] = self._weight_decay * group["wd_mult"]
             self.optimizer.step_with_ready_grads()
             self.version += 1
+        if self._host_state is not None:
+            self._host_state.leave()
         return UpdateResult(sums, maxima, grad_norm, lr, skipped)
 
     def gradient_norm(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -171,6 +180,8 @@ class Student:
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
         into."""
+        if self._host_state is not None:
+            self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {name.format(index): chunk.module.sharded_state_dict() for index, chunk in enumerate(self.ddp)}
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -190,6 +201,8 @@ class Student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         measures = self._forward_backward(micro_batches)
+        if self._host_state is not None:
+            self._host_state.enter()
         self.optimizer.prepare_grads()
         return measures, float(self.optimizer.get_grad_norm())
 

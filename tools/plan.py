@@ -76,12 +76,12 @@ def show(console: Console, plan: Plan) -> None:
     student, cluster, workload = setup.student, setup.cluster, setup.workload
     layout = student.layout
     console.print(
-        f"{setup.config.student.path} ({student.parameters / 1e9:.2f}B) on {setup.gpus} x {cluster.name}: tensor {layout.tensor} x "
-        f"pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
+        f"{setup.config.student.path} ({student.parameters / 1e9:.2f}B) on {setup.gpus} x {cluster.name}: tensor "
+        f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
     )
     console.print(
-        f"assumed: {workload.responses} responses of {workload.response_tokens} tokens (longest {workload.longest}) to prompts of "
-        f"{workload.prompt_tokens}, {workload.correct:.0%} correct"
+        f"assumed: {workload.responses} responses of {workload.response_tokens} tokens (longest {workload.longest}) to prompts "
+        f"of {workload.prompt_tokens}, {workload.correct:.0%} correct"
     )
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
@@ -124,7 +124,9 @@ def _time_table(plan: Plan) -> Table:
         table.add_column(name, justify="right" if name in ("seconds", "share") else "left")
     for phase in plan.phases:
         seconds = phase.seconds
-        parts = ", ".join(f"{bound} {value:.2f}" for bound, value in sorted(seconds.items(), key=lambda x: -x[1]) if value >= 0.005)
+        parts = ", ".join(
+            f"{bound} {value:.2f}" for bound, value in sorted(seconds.items(), key=lambda x: -x[1]) if value >= 0.005
+        )
         table.add_row(phase.name, f"{seconds.total:.2f}", f"{seconds.total / plan.seconds:.0%}", seconds.bound, parts)
     return table
 

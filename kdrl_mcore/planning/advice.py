@@ -10,7 +10,7 @@ from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.memory import GIB
 from kdrl_mcore.planning.plan import Plan, make_plan
-from kdrl_mcore.planning.setup import Setup, make_setup
+from kdrl_mcore.planning.setup import make_setup
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def advise(plan: Plan) -> list[str]:
         (item for item in worst.items if not item.phases or worst.fullest in item.phases), key=lambda item: item.bytes
     )
     lines.append(
-        f"DOES NOT FIT: stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, {worst.capacity / GIB:.1f} can be "
-        f"used; most of it is {largest.kind} ({largest.bytes / GIB:.1f} GiB)."
+        f"DOES NOT FIT: stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, {worst.capacity / GIB:.1f} "
+        f"can be used; most of it is {largest.kind} ({largest.bytes / GIB:.1f} GiB)."
     )
     fits = [(name, other) for name, other in _changes(plan) if other.fits]
     lines += [f"It would fit with {name}: {other.peak / GIB:.1f} GiB, {other.seconds:.1f} s." for name, other in fits]

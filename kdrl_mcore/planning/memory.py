@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
-from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Placed, Setup
-from kdrl_mcore.planning.workload import Packing
+from kdrl_mcore.config import Config
+from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Choices, Placed, Setup, make_setup
+from kdrl_mcore.planning.workload import Packing, workload_of
 from kdrl_mcore.vocab_parallel import VocabShard
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
 
@@ -86,6 +88,17 @@ def plan_memory(setup: Setup) -> list[RankMemory]:
         ranks = f"{stage * per_stage}-{(stage + 1) * per_stage - 1}"
         result.append(RankMemory(stage, ranks, tuple(item for item in items if item.bytes), capacity))
     return result
+
+
+def plan_run_memory(config: Config, world: int, memory_gib: float) -> list[RankMemory]:
+    """The memory of a run on GPUs of this size.
+
+    Raises:
+        ConfigError: a layout does not fit its model or the world.
+    """
+    config = copy.deepcopy(config)
+    config.cluster.memory_gib = memory_gib
+    return plan_memory(make_setup(config, workload_of(config), Choices(), world=world))
 
 
 def _state(setup: Setup, stage: int) -> list[Item]:

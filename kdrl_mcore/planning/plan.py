@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         phases: of one iteration.
-        seconds: of one iteration: the phases' sum, or, where generation runs ahead on GPUs of its own, the longer of both sides.
+        seconds: of one iteration: the phases' sum, or, where generation runs ahead on GPUs of its own, the longer side.
     """
 
     setup: Setup
@@ -151,7 +151,9 @@ def _refit(setup: Setup) -> Seconds:
     seconds = Seconds()
     if setup.engine is not None:
         received = setup.engine.shard.stages[0].parameters * setup.engine.element
-        seconds[NETWORK] = Rates(setup.cluster).link(received, setup.gpus, 1 if setup.gpus <= setup.cluster.gpus_per_node else 8)
+        # Beyond one node every GPU receives over its own adapter.
+        stride = 1 if setup.gpus <= setup.cluster.gpus_per_node else setup.cluster.gpus_per_node
+        seconds[NETWORK] = Rates(setup.cluster).link(received, setup.gpus, stride)
     return seconds
 
 

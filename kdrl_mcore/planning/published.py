@@ -17,7 +17,7 @@ _GRPO = (
 """NeMo-RL 0.5's performance recipes: 2048 samples in four updates, so that it scores old policy and reference; sequences are
 packed to 4096 tokens."""
 _QWEN = "student.path=Qwen3-32B parallel.tensor=4 parallel.pipeline=4 parallel.sequence_parallel=true"
-_LLAMA_8B = "student.path=Llama-3.1-8B-Instruct parallel.recompute=full"
+_LLAMA_8B = "student.path=Llama-3.1-8B-Instruct parallel.recompute=full cluster.nodes=2"
 _PRETRAINING = (
     "objective=sft model.dtype=bfloat16 student.path=DeepSeek-R1-Distill-Llama-70B cluster=h100 cluster.nodes=8 "
     "parallel.tensor=4 parallel.pipeline=8 parallel.virtual_pipeline=5 parallel.sequence_parallel=true batch.micro_tokens=8192 "
@@ -46,7 +46,7 @@ class Published:
     unit: str
     value: float
     source: str
-    choices: Choices = Choices()
+    choices: Choices
 
     def plan(self) -> Plan:
         """The planner's answer."""
@@ -69,27 +69,19 @@ _FP8 = Choices(fp8=True, overlap_tensor=True)
 RUNS = (
     Published("Qwen3-32B GRPO, 32 GPUs", f"{_GRPO} {_QWEN} cluster.nodes=4", 3251, "s", 376, NEMO_RL, _nemo()),
     Published("the same, one step off-policy, 32+32", f"{_GRPO} {_QWEN} cluster.nodes=8", 3252, "s", 200, NEMO_RL, _nemo(32)),
-    Published(
-        "Llama-3.1-8B GRPO, 16 GPUs", f"{_GRPO} {_LLAMA_8B} parallel.pipeline=2 cluster.nodes=2", 1019, "s", 92.8, NEMO_RL, _nemo()
-    ),
-    Published("the same, one step off-policy, 8+8", f"{_GRPO} {_LLAMA_8B} cluster.nodes=2", 1123, "s", 64.8, NEMO_RL, _nemo(8)),
-    Published(
-        "Llama3-70B pre-training FP8, batch 128",
-        f"{_PRETRAINING} rollout.prompts_per_step=128",
-        8192,
-        "tokens/s/GPU",
-        1619,
-        MEGATRON_BRIDGE,
-        _FP8,
-    ),
-    Published(
-        "Llama3-70B pre-training FP8, batch 256",
-        f"{_PRETRAINING} rollout.prompts_per_step=256",
-        8192,
-        "tokens/s/GPU",
-        1621,
-        MEGATRON_BRIDGE,
-        _FP8,
+    Published("Llama-3.1-8B GRPO, 16 GPUs", f"{_GRPO} {_LLAMA_8B} parallel.pipeline=2", 1019, "s", 92.8, NEMO_RL, _nemo()),
+    Published("the same, one step off-policy, 8+8", f"{_GRPO} {_LLAMA_8B}", 1123, "s", 64.8, NEMO_RL, _nemo(8)),
+    *(
+        Published(
+            f"Llama3-70B pre-training FP8, 64 GPUs, batch {batch}",
+            f"{_PRETRAINING} rollout.prompts_per_step={batch}",
+            8192,
+            "tokens/s/GPU",
+            value,
+            MEGATRON_BRIDGE,
+            _FP8,
+        )
+        for batch, value in ((128, 1619), (256, 1621))
     ),
 )
 """All on DGX H100."""

@@ -39,14 +39,15 @@ def search(config: Config, workload: Workload, choices: Choices, best: int = 5) 
     Tensor parallelism stays within a node. Layouts that differ in nothing but recompute or micro-batch size count as one: the
     faster one is shown.
     """
-    if uses_teacher(config):
-        config = _with_fastest_teacher(config, workload, choices)
-    variants = list(_variants(config, choices))
-    requests = [request for variant, chosen in variants for request in _requests(variant, chosen)]
-    try_shards(requests)  # all in one faked world; each plan below finds its shards there
+    teachers = _teacher_variants(config) if uses_teacher(config) else []
+    tried = [*((variant, choices) for variant in teachers), *_variants(config, choices)]
+    # All in one faked world; each plan below finds its shards there.
+    try_shards([request for variant, chosen in tried for request in _requests(variant, chosen)])
+    if teachers:
+        config = _with_fastest_teacher(config, teachers, workload, choices)
     found: dict[Layout, Plan] = {}
     looked_at = 0
-    for variant, chosen in variants:
+    for variant, chosen in _variants(config, choices):
         try:
             plan = make_plan(make_setup(variant, workload, chosen))
         except ConfigError:
@@ -59,17 +60,18 @@ def search(config: Config, workload: Workload, choices: Choices, best: int = 5) 
     return [Candidate(tuple(_overrides(plan)), plan, _reason(plan, ranked[0])) for plan in ranked], looked_at
 
 
-def _with_fastest_teacher(config: Config, workload: Workload, choices: Choices) -> Config:
-    """The teacher's layout depends on nothing else: of those that leave half of the GPU to others, the fastest."""
-    layouts = [(tensor, pipeline) for tensor in _tensors(config) for pipeline in (1, 2, 4)]
-    plain = copy.deepcopy(config)
-    plain.parallel = ParallelConfig()
+def _teacher_variants(config: Config) -> list[Config]:
     variants = []
-    for tensor, pipeline in layouts:
-        variant = copy.deepcopy(plain)
+    for tensor, pipeline in product(_tensors(config), (1, 2, 4)):
+        variant = copy.deepcopy(config)
+        variant.parallel = ParallelConfig()
         variant.teacher.parallel.tensor, variant.teacher.parallel.pipeline = tensor, pipeline
         variants.append(variant)
-    try_shards([request for variant in variants for request in _requests(variant, choices)])
+    return variants
+
+
+def _with_fastest_teacher(config: Config, variants: list[Config], workload: Workload, choices: Choices) -> Config:
+    """The teacher's layout depends on nothing else: of those that leave half of the GPU to others, the fastest."""
     fastest, seconds = config, math.inf
     for variant in variants:
         try:

@@ -172,7 +172,8 @@ def make_setup(
     if "engine" in requests:
         layouts["engine"] = Layout(choices.rollout_gpus or world, requests["engine"].tensor)
     placed = {
-        role: Placed(read_architecture(request.path), layouts[role], shards[role], element) for role, request in requests.items()
+        role: Placed(read_architecture(request.path), layouts[role], shards[role], element)
+        for role, request in requests.items()
     }
     sft = config.objective.kind == "sft"
     return Setup(

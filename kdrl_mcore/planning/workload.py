@@ -109,9 +109,7 @@ class Packing:
 
 
 @cache
-def packing(
-    sequences: tuple[int, ...], layout: Layout, micro_tokens: int, *, sorted_by_length: bool = True
-) -> Packing:
+def packing(sequences: tuple[int, ...], layout: Layout, micro_tokens: int, *, sorted_by_length: bool = True) -> Packing:
     """What the trainer's own packing makes of these sequence lengths; tokens are those of one context-parallel rank.
 
     Args:

@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from kdrl_mcore.model import attention, gpt  # noqa: E402
 from kdrl_mcore.model.families import read_architecture  # noqa: E402
 from kdrl_mcore.model.families.base import Architecture  # noqa: E402
-from kdrl_mcore.parallel.layout import Layout, ModelGroups, create_student_groups  # noqa: E402
+from kdrl_mcore.parallel.layout import Layout, create_student_groups  # noqa: E402
 from kdrl_mcore.parallel.packing import pack  # noqa: E402
 from kdrl_mcore.planning.live import LiveBytes  # noqa: E402
 from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  # noqa: E402
@@ -75,9 +75,7 @@ def build_shard(request: ShardRequest) -> Shard:
     plain = replace(request, context=1)
     built = {stage: _build_stage(plain, stage) for stage in {0, min(1, request.pipeline - 1), request.pipeline - 1}}
     stages = tuple(built[stage] if stage in built else built[1] for stage in range(request.pipeline))
-    layer = _trace_layer(
-        architecture, request.dtype, request.tensor, request.context, request.sequence_parallel
-    )
+    layer = _trace_layer(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel)
     groups_here = max(1, architecture.num_key_value_heads // request.tensor)
     size = torch.empty(0, dtype=gpt.DTYPES[request.dtype]).element_size()
     columns = gpt.padded_vocab_size(architecture.vocab_size, request.tensor) // request.tensor

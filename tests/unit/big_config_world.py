@@ -13,21 +13,18 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.parallel.platform import prepare_platform
 
 prepare_platform()
 
-from megatron.core import parallel_state  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
-
 from kdrl_mcore import student as student_module  # noqa: E402
 from kdrl_mcore import teacher as teacher_module  # noqa: E402
 from kdrl_mcore.convert.parameters import map_chunk  # noqa: E402
 from kdrl_mcore.model import gpt  # noqa: E402
 from kdrl_mcore.model.families import FAMILIES  # noqa: E402
+from kdrl_mcore.planning.world import fake_process_groups, faked_world  # noqa: E402
 
 META = torch.device("meta")
 
@@ -47,8 +44,7 @@ def _first_replica(world: int, ranks_per_stage: int, stages: int) -> set[int]:
 
 
 def _as_rank(config: Config, rank: int, world: int) -> dict[str, Any]:
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
+    with faked_world(rank, world):
         assert config.student.path and config.teacher.path
         student = student_module.Student(config, world, vocabulary=1000)
         teacher = teacher_module.Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary=1000)
@@ -58,9 +54,6 @@ def _as_rank(config: Config, rank: int, world: int) -> dict[str, Any]:
             "teacher": _holds(teacher.parts),
             "optimized": sum(parameter.numel() for group in student.optimizer.param_groups for parameter in group["params"]),
         }
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
@@ -82,9 +75,7 @@ def fake_the_machine() -> None:
     """Every tensor on the meta device, no gloo groups, no weights."""
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
     gpt.device = lambda: META
-    new_group = dist.new_group
-    # Gloo groups beside the main ones would look for the other ranks.
-    dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
+    fake_process_groups()
     type_of = torch.Tensor.type
     # The distributed optimizer knows the tensors of a GPU by name.
     torch.Tensor.type = lambda self, *args: type_of(self, *args) if args else type_of(self).replace("meta.", "")  # type: ignore[method-assign]

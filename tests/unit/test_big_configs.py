@@ -18,7 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.preflight import STATIC_SHARE, num_parameters, static_bytes
+from kdrl_mcore.planning.plan import make_plan
+from kdrl_mcore.planning.setup import Choices, make_setup
+from kdrl_mcore.planning.workload import workload_of
+from kdrl_mcore.preflight import num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "kdrl_mcore" / "planning" / "shapes"
@@ -29,7 +32,6 @@ EXPERIMENTS = {
     "kdrl_70b": ("DeepSeek-R1-Distill-Llama-70B", "DeepSeek-R1-Distill-Llama-70B", 256),
 }
 """Student, teacher, and number of GPUs."""
-GPU_BYTES = 80e9
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,9 +40,8 @@ pytestmark = pytest.mark.timeout(600)
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model directories that hold nothing but the published config."""
     folder = tmp_path_factory.mktemp("models")
-    for path in CONFIGS.glob("*.json"):
-        (folder / path.stem).mkdir()
-        shutil.copyfile(path, folder / path.stem / "config.json")
+    for path in CONFIGS.glob("*/config.json"):
+        shutil.copytree(path.parent, folder / path.parent.name)
     return folder
 
 
@@ -106,12 +107,25 @@ def test_the_optimizer_state_is_shared_by_the_replicas(experiment: str, models: 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_config_asks_for_the_gpus_it_says_and_fits_them(experiment: str, models: Path) -> None:
-    config = load_config(overrides_of(experiment, models))
+    config = load_config([*overrides_of(experiment, models), "cluster=h100"])
     assert world_size(config) == EXPERIMENTS[experiment][2]
-    assert sum(static_bytes(config, world_size(config)).values()) < STATIC_SHARE * GPU_BYTES
+    plan = make_plan(make_setup(config, workload_of(config), Choices()))
+    assert plan.fits
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_planner_counts_the_parameters_that_ranks_hold(experiment: str, models: Path) -> None:
+    overrides = overrides_of(experiment, models)
+    config = load_config([*overrides, "cluster=h100"])
+    setup = make_setup(config, workload_of(config), Choices())
+    assert setup.teacher is not None
+    for rank in built(*overrides):
+        for role, model in (("student", setup.student), ("teacher", setup.teacher)):
+            stage = rank["rank"] // (world_size(config) // model.layout.pipeline)
+            assert rank[role]["parameters"] == model.shard.stages[stage].parameters
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in CONFIGS.glob("*/config.json")))
 def test_the_preflight_counts_the_parameters_of_published_models(name: str, models: Path) -> None:
     counted = sum(int(torch.Size(shape).numel()) for shape in hf_tensors(models / name).values())
     assert num_parameters(read_architecture(models / name)) == counted
