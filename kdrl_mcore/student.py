@@ -137,9 +137,7 @@ class Student:
             self.ddp,
         )
         if settings.offload and not torch.cuda.is_available():
-            raise ConfigError(
-                "optimizer.offload=true needs a GPU: without one the state is in host memory anyway; leave it out"
-            )
+            raise ConfigError("optimizer.offload=true needs a GPU: without one the state is in host memory anyway")
         self._host_state = HostState(self.optimizer) if settings.offload else None
         no_sync = [chunk.no_sync for chunk in self.ddp]
         self.parts.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync

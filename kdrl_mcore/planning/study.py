@@ -119,26 +119,15 @@ def markdown(points: list[Point], study: Path, picture: Path) -> str:
         f"[planning.md](planning.md), which also tells how far they were off published runs, for {cluster.name}.",
         "",
         f"Strong scaling: {workload.responses} responses a step. Lengths: {workload.response_tokens} tokens on average,",
-        f"{workload.longest} at most, after prompts of {workload.prompt_tokens}. Each student keeps its layout; data parallelism",
-        "and rollout engines grow with the GPUs. Points that do not fit are left out. An efficiency above 100 % means that the",
-        "first row's GPUs are so full that its engines' KV cache holds few responses at once.",
+        f"{workload.longest} at most, after prompts of {workload.prompt_tokens}. Each student keeps its layout; data",
+        "parallelism and rollout engines grow with the GPUs. Points that do not fit are left out. An efficiency above 100 %",
+        "means that the first row's GPUs are so full that its engines' KV cache holds few responses at once.",
         "",
         f"![Planned scaling]({picture})",
         "",
     ]
-    columns = [
-        "student",
-        "GPUs",
-        "s/iteration",
-        "rollout",
-        "teacher",
-        "training",
-        "peak GiB",
-        "tokens/s/GPU",
-        "strong",
-        "weak",
-        "KDRL / GRPO",
-    ]
+    phases = ["rollout", "teacher", "training"]
+    columns = ["student", "GPUs", "s/iteration", *phases, "peak GiB", "tokens/s/GPU", "strong", "weak", "KDRL / GRPO"]
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for point in points:
         first = _first(points, point)
@@ -151,8 +140,9 @@ def markdown(points: list[Point], study: Path, picture: Path) -> str:
         )
     lines += [
         "",
-        "Efficiency is relative to the student's first row: strong, its time x GPUs over this row's; weak (the batch grows with",
-        "the GPUs), this row's tokens/s/GPU over its. KDRL / GRPO: time of an iteration with and without the teacher, no mask.",
+        "Efficiency is relative to the student's first row: strong, its time x GPUs over this row's; weak (the batch grows",
+        "with the GPUs), this row's tokens/s/GPU over its. KDRL / GRPO: time of an iteration with and without the teacher, no",
+        "mask.",
         "",
     ]
     return "\n".join(lines)
