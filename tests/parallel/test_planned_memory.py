@@ -20,7 +20,6 @@ LAYOUTS = {
     "tensor, sequence, bfloat16": ["parallel.tensor=2", "parallel.sequence_parallel=true", "model.dtype=bfloat16"],
     "pipeline, bfloat16, recompute": ["parallel.pipeline=2", "parallel.recompute=full", "model.dtype=bfloat16"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
-    "context": ["parallel.context=2"],
     "not distributed": ["parallel.distributed_optimizer=false"],
 }
 
