@@ -1,5 +1,5 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head,
-`python tools/bench.py convert` checkpoint conversion with a plain copy."""
+`python tools/bench.py convert` checkpoint conversion with a plain copy, `python tools/bench.py step` KDRL with GRPO."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_mcore.errors import ConfigError, KdrlError
-from tools import bench_convert
+from tools import bench_convert, bench_step
 from tools.bench_vocab_parallel import VARIANTS, Problem, Ranks, Reference
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -74,9 +74,10 @@ def main(arguments: list[str]) -> int:
     head.add_argument("--threads", type=int, help="CPU threads of all ranks together (default: one for each core)")
     head.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there as well")
     bench_convert.add_parser(commands)
+    bench_step.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        {"vocab-parallel": vocab_parallel, "convert": bench_convert.run}[options.command](options)
+        {"vocab-parallel": vocab_parallel, "convert": bench_convert.run, "step": bench_step.run}[options.command](options)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

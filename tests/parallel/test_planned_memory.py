@@ -52,5 +52,5 @@ def test_planned_memory_is_within_a_tenth_of_live_tensors(layout: str, model: Pa
     for measured in ranks2.run(measure_on_rank, overrides, TOKENS, MICRO_BATCHES):
         rank = planned[measured.stage]
         print(layout, measured, rank.between_steps, rank.peak, rank.peak / measured.peak - 1)
-        assert rank.between_steps == pytest.approx(measured.between, rel=0.02)
+        assert rank.between_steps == pytest.approx(measured.between, rel=0.03)
         assert rank.peak == pytest.approx(measured.peak, rel=0.10)
