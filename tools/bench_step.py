@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.types import Rollout
 
 PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "tiny": (
@@ -112,21 +114,20 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         times.cpu_seconds.append(time.process_time() - cpu)
         return result
 
+    def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float) -> None:
+        teacher = timed(f"teacher: {name}", lambda: job.score_with_teacher(rollouts, distil_N))
+        batches = job.split(rollouts, teacher, distil_N)
+        timed(f"training: {name}", lambda: [job.update(prepare(job, b, 1.0, beta), 1.0, beta) for b in batches])
+
     for repeat in range(repeats + 1):
         rollouts = timed("rollout", lambda: job.sample(1))
-        timed("reward", lambda rollouts=rollouts: job.verify(rollouts))
+        timed("reward", partial(job.verify, rollouts))
         for index, rollout in enumerate(rollouts):
             rollout.correct = (index * correct) % 1 + correct >= 1  # evenly spread
             rollout.reward = float(rollout.correct)
-        for name, beta, keep_all in (("GRPO", 0.0, False), ("KDRL", BETA, True), ("KDRL, mask", BETA, False)):
-            distil_N = torch.ones(len(rollouts), dtype=torch.bool) if keep_all else mask_responses(job, rollouts, beta)
-            teacher = timed(f"teacher: {name}", lambda d=distil_N: job.score_with_teacher(rollouts, d))
-
-            def update(t: Any = teacher, d: Any = distil_N, beta: float = beta) -> None:
-                for batch in job.split(rollouts, t, d):
-                    job.update(prepare(job, batch, 1.0, beta), 1.0, beta)
-
-            timed(f"training: {name}", update)
+        train_on("GRPO", rollouts, mask_responses(job, rollouts, 0.0), 0.0)
+        train_on("KDRL", rollouts, torch.ones(len(rollouts), dtype=torch.bool), BETA)
+        train_on("KDRL, mask", rollouts, mask_responses(job, rollouts, BETA), BETA)
         if repeat == 0:  # caches fill, the optimizer makes its state
             measured.clear()
     if job.verifier is not None:
