@@ -1,5 +1,5 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head,
-`python tools/bench.py convert` checkpoint conversion, and `python tools/bench.py refit` a refit, with a plain copy."""
+`python tools/bench.py convert` checkpoint conversion, and `refit` a refit, with a plain copy; `step` compares KDRL with GRPO."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_mcore.errors import ConfigError, KdrlError
-from tools import bench_convert, bench_refit
+from tools import bench_convert, bench_refit, bench_step
 from tools.bench_vocab_parallel import VARIANTS, Problem, Ranks, Reference
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -75,9 +75,11 @@ def main(arguments: list[str]) -> int:
     head.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there as well")
     bench_convert.add_parser(commands)
     bench_refit.add_parser(commands)
+    bench_step.add_parser(commands)
     options = parser.parse_args(arguments)
+    runs = {"vocab-parallel": vocab_parallel, "convert": bench_convert.run, "refit": bench_refit.run, "step": bench_step.run}
     try:
-        {"vocab-parallel": vocab_parallel, "convert": bench_convert.run, "refit": bench_refit.run}[options.command](options)
+        runs[options.command](options)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -91,7 +91,7 @@ def plan_study(path: Path) -> list[Point]:
 
 def _build_at_once(study: dict[str, Any]) -> None:
     """One faked world for all layouts: the plans then find their shards there."""
-    requests = []
+    requests: list[Any] = []
     for student in study["students"].values():
         config = load_config([*study["kdrl"], *study["overrides"], *student["overrides"]])
         world = max(study["nodes"]) * config.cluster.gpus_per_node

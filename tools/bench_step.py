@@ -1,0 +1,170 @@
+"""`python tools/bench.py step`: the phases of a step, and what the teacher adds to GRPO on the same rollouts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kdrl_mcore.config import load_config
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.types import Rollout
+
+PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "tiny": (
+        {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2},
+        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
+    ),
+    "larger": (
+        {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_hidden_layers": 6},
+        {"hidden_size": 512, "intermediate_size": 1664, "num_attention_heads": 16, "num_hidden_layers": 8},
+    ),
+}
+"""Random student and teacher; the larger teacher has five times its student's parameters."""
+BETA = 2e-3
+
+
+@dataclass
+class Times:
+    """Wall clock and CPU seconds of one phase, a value for each repeat."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser(
+        "step",
+        help="the phases of a training step, and KDRL over GRPO",
+        description="Samples one batch with a random student, then updates it with GRPO and with KDRL, with and without the "
+        "response mask, on these same rollouts, in turn.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="student and teacher")
+    parser.add_argument("--correct", type=float, default=0.6, help="share of the responses taken for correct")
+    parser.add_argument("--repeats", type=int, default=5, help="of every phase, in turn; the median counts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time there as well")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every pair in turn.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    if options.repeats < 1 or not 0 <= options.correct <= 1:
+        raise ConfigError(f"--repeats={options.repeats} must be at least 1 and --correct={options.correct} between 0 and 1")
+    from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
+
+    prepare_platform()
+    created = initialize_distributed(timeout_minutes=5)
+    console, report = Console(highlight=False), {}
+    for pair in options.pairs:
+        with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
+            measured = measure(Path(folder), pair, options.correct, options.repeats)
+        console.print(table(pair, measured))
+        report[pair] = {phase: asdict(times) for phase, times in measured.items()}
+    if created:
+        torch.distributed.destroy_process_group()
+    if options.json is not None:
+        aside = options.json.with_name(options.json.name + ".part")
+        aside.write_text(json.dumps(report, indent=1) + "\n")
+        aside.replace(options.json)
+
+
+def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, Times]:
+    """Seconds of each phase. The learning rate is zero: every repeat does the same work on the same weights."""
+    from examples.tiny.task import write_data
+    from kdrl_mcore.iteration import mask_responses, prepare
+    from kdrl_mcore.job import build_job
+
+    write_data(folder / "data", 0.0, 0)
+    for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
+        _write_model(folder / name, sizes)
+    job = build_job(
+        load_config(
+            [
+                *("experiment=tiny_cpu", "objective=kdrl_response_mask", f"objective.beta.init={BETA}", "optimizer.lr=0"),
+                *(f"student.path={folder}/student", f"teacher.path={folder}/teacher", "eval.every=-1", "reward.workers=1"),
+                *(f"data.train={folder}/data/train.jsonl", f"data.eval={folder}/data/eval.jsonl"),
+            ]
+        )
+    )
+    measured: dict[str, Times] = {}
+
+    def timed(phase: str, work: Callable[[], Any]) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times = measured.setdefault(phase, Times())
+        times.seconds.append(time.perf_counter() - wall)
+        times.cpu_seconds.append(time.process_time() - cpu)
+        return result
+
+    def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float) -> None:
+        teacher = timed(f"teacher: {name}", lambda: job.score_with_teacher(rollouts, distil_N))
+        batches = job.split(rollouts, teacher, distil_N)
+        timed(f"training: {name}", lambda: [job.update(prepare(job, b, 1.0, beta), 1.0, beta) for b in batches])
+
+    for repeat in range(repeats + 1):
+        rollouts = timed("rollout", lambda: job.sample(1))
+        timed("reward", partial(job.verify, rollouts))
+        for index, rollout in enumerate(rollouts):
+            rollout.correct = (index * correct) % 1 + correct >= 1  # evenly spread
+            rollout.reward = float(rollout.correct)
+        train_on("GRPO", rollouts, mask_responses(job, rollouts, 0.0), 0.0)
+        train_on("KDRL", rollouts, torch.ones(len(rollouts), dtype=torch.bool), BETA)
+        train_on("KDRL, mask", rollouts, mask_responses(job, rollouts, BETA), BETA)
+        if repeat == 0:  # caches fill, the optimizer makes its state
+            measured.clear()
+    if job.verifier is not None:
+        job.verifier.close()
+    return measured
+
+
+def _write_model(folder: Path, sizes: dict[str, int]) -> None:
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from examples.tiny.task import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=256, **sizes, **ends)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def step_seconds(measured: dict[str, Times], method: str, *, cpu: bool) -> float:
+    """A whole step of a method: medians of its phases."""
+    phases = ("rollout", "reward", f"teacher: {method}", f"training: {method}")
+    return sum(median(measured[phase].cpu_seconds if cpu else measured[phase].seconds) for phase in phases)
+
+
+def table(pair: str, measured: dict[str, Times]) -> Table:
+    """Medians by phase, and the ratios."""
+    result = Table(title=f"{pair} pair, {len(measured['rollout'].seconds)} repeats", title_justify="left")
+    for name in ("phase", "seconds", "CPU seconds"):
+        result.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, times in measured.items():
+        result.add_row(phase, f"{median(times.seconds):.3f}", f"{median(times.cpu_seconds):.3f}")
+    result.add_section()
+    for method in ("KDRL", "KDRL, mask"):
+        ratios = [step_seconds(measured, method, cpu=cpu) / step_seconds(measured, "GRPO", cpu=cpu) for cpu in (False, True)]
+        result.add_row(f"step: {method} / GRPO", *(f"{ratio:.2f}" for ratio in ratios))
+    return result
