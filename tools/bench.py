@@ -1,5 +1,5 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head,
-`python tools/bench.py convert` checkpoint conversion, and `refit` a refit, with a plain copy; `step` compares KDRL with GRPO."""
+`python tools/bench.py convert` checkpoint conversion, and `refit` a refit, with a plain copy; `step` KDRL with GRPO."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class RolloutEngine(Protocol):
     """Samples with the weights that the student had at the last `refit`. Every method is collective over the world."""
 
     verifies: bool
-    """Whether it can verify responses while others are still being sampled: then those of `Sampling.verify` have their rewards."""
+    """Whether it verifies responses while others are still being sampled, where `Sampling.verify` asks for it."""
 
     def refit(self, student: Student) -> None:
         """Take over the student's present weights, and be ready to sample."""

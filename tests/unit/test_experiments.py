@@ -21,6 +21,7 @@ from kdrl_mcore.experiments import slurm
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
 from kdrl_mcore.experiments.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
+from tools import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "conf" / "experiments"
@@ -137,6 +138,26 @@ def test_results_are_a_line_a_run_and_an_interval_a_setting(folder: Path) -> Non
     assert header[:3] == ["setting", "seeds", "accuracy"]
     assert kdrl[:3] == ["kdrl", "2", f"65.0% ± {12.706 * 0.05:.1%}"] and grpo[:3] == ["grpo", "1", "60.0%"]
     assert markdown([header, kdrl]).splitlines()[0].startswith("| setting | seeds |")
+
+
+def test_the_command_runs_collects_and_names_what_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["experiments.py", *words])
+        return experiments.main(), *capsys.readouterr()
+
+    code, shown, errors = call("study.yaml", "--jobs", "2", "data.train=fail")
+    assert code == 1 and "2/4" in shown and "65.0%" not in shown
+    assert [line.split(",")[0] for line in errors.splitlines()] == ["error: kdrl", "error: grpo"]
+    code, shown, errors = call("study.yaml", "sharing.yaml", "--jobs", "2", "seeds=[1]")
+    assert (code, errors) == (0, "") and "3 runs, 0 of them finished before" in shown  # four with one shared
+    written = sorted(path.name for path in (folder / "runs").glob("*.*") if path.is_file())
+    assert written == ["accuracy.png", "sharing.csv", "sharing.md", "study.csv", "study.md"]
+    code, shown, _ = call("--collect", "study.yaml")
+    assert code == 1 and "2 of 4 runs are not finished" in shown
+    code, _, errors = call("study.yaml", "optimizer.lrr=1")
+    assert code == 2 and errors.startswith("error: unknown configuration key 'optimizer.lrr'")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
