@@ -95,7 +95,8 @@ class Cluster:
         def started() -> bool:
             job = self.job(number)
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
-                return job["Restarts"] == str(restarts)
+                # A job on its way back to the queue shows other states as well.
+                return job["Restarts"] == str(restarts) and job["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
             held = job["EligibleTime"] == "Unknown"
             if not held and datetime.fromisoformat(job["EligibleTime"]) - datetime.now() > timedelta(seconds=4):
                 self.run("scontrol", "update", f"jobid={number}", "starttime=now+3")
