@@ -6,7 +6,6 @@ Imported by engine servers and by vLLM's own worker processes, never by a traini
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,6 +19,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from kdrl_mcore.rollout.vllm_client import kill_group
 
 STREAM_INTERVAL = 32
 """Tokens of a response between two signs of its progress."""
@@ -137,6 +138,8 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         # A third process, only to bind OpenMP's threads, would take half as long again to start.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         on_device["distributed_executor_backend"] = "uni"
+    elif not cuda:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker wants a NUMA node
     return AsyncEngineArgs(
         model=settings.model,
         dtype=settings.dtype,
@@ -189,6 +192,6 @@ def end_group_with(pid: int) -> None:
                 time.sleep(_WATCH_SECONDS)
         except psutil.NoSuchProcess:
             pass
-        os.killpg(0, signal.SIGKILL)
+        kill_group(os.getpgrp())
 
     threading.Thread(target=watch, daemon=True).start()

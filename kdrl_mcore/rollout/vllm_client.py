@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from kdrl_mcore.errors import EngineError, KdrlError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
@@ -23,6 +23,7 @@ from kdrl_mcore.interrupt import children_ignore_stop_signals
 TOKEN_VARIABLE = "KDRL_ENGINE_TOKEN"
 """The environment variable with the token that a server asks for."""
 _POLL_SECONDS = 0.2
+_KILL_SECONDS = 0.05
 _STOP_SECONDS = 15.0
 _SHORT_SECONDS = 10.0  # for an answer that needs no work
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -147,8 +148,7 @@ class EngineServer:
     def kill(self) -> None:
         """Kill a server that was started from here and everything it started. Raises nothing."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
             self._process.wait()
             self._process = None
             address_path(self.run_dir, self.index).unlink(missing_ok=True)
@@ -258,6 +258,28 @@ def write_address(run_dir: Path, index: int, address: str, token: str) -> None:
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"address": address, "token": token, "pid": os.getpid()}, file)
     os.replace(aside, path)
+
+
+def kill_group(group: int) -> None:
+    """Kill every process of a process group, this one last if it is one of them, but for the resource tracker of Python's
+    multiprocessing: it then removes the shared memory that the others leave, and ends."""
+    while True:
+        members = [process for process in psutil.process_iter() if _is_victim(process, group)]
+        for process in sorted(members, key=lambda process: process.pid == os.getpid()):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if not members:
+            return
+        time.sleep(_KILL_SECONDS)
+
+
+def _is_victim(process: psutil.Process, group: int) -> bool:
+    try:
+        if os.getpgid(process.pid) != group or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not any("resource_tracker" in word for word in process.cmdline())
+    except (psutil.Error, OSError):  # it has ended, or is not ours
+        return False
 
 
 def last_line(log: Path) -> str:
