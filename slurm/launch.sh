@@ -140,8 +140,9 @@ requeue() { # requeue WHY; a job that was cancelled must not come back
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
   if [[ $state == RUNNING ]]; then
     say "$1: job $SLURM_JOB_ID goes back to the queue"
+    [[ -z ${server_pid:-} ]] || stop_servers
     scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # SLURM ends this script
+    exec sleep 60 # SLURM ends it at once: no trap is left that would wait for it
   fi
   exit 0
 }
