@@ -3,7 +3,7 @@
     python examples/tiny/make_family.py [answers] [teacher] [student]      (default: all; what exists is kept)
 
 - `data/teacher_answers.jsonl`: one answer of the teacher to each training problem, right or wrong, for SFT.
-- `teacher_weak` (stopped at a quarter of its training) and `teacher_strong` (trained on correct answers).
+- `teacher_weak` (half of the training) and `teacher_strong` (trained on correct answers).
 - `student_small` and `student_large` (half and twice as wide), stopped where their accuracy is nearest to the student's.
 """
 

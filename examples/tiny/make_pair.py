@@ -61,9 +61,9 @@ SIZES: dict[str, dict[str, int]] = {
 teacher's size."""
 PAIR = ("student", "teacher")
 VARIANTS: dict[str, list[str]] = {
-    "teacher_weak": ["trainer.steps=200"],  # stopped at a quarter
+    "teacher_weak": ["trainer.steps=400"],  # half of the training
     "teacher_strong": ["data.train={directory}/data/sft.jsonl"],  # correct answers
-    "student_small": [],
+    "student_small": ["trainer.steps=2000", "eval.every=50", "checkpoint.every=50"],  # half as wide: it learns slowly
     "student_large": [],
 }
 """What the studies of teacher strength and student scale need beside the pair, and how its training differs
