@@ -400,7 +400,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "fault.kind": ("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "nan"),
-    "fault.phase": ("rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
+    "fault.phase": ("refit", "rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
 }
 """The allowed values of every key that is a choice."""
 

@@ -199,7 +199,7 @@ def _rollout(setup: Setup, stage: int, always: float, capacity: float | None) ->
             -(-setup.workload.responses // (student.layout.data * student.layout.context)),
         )
         columns = setup.config.rollout.max_prompt_tokens + setup.config.rollout.max_response_tokens
-        cache = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
+        cache: float = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
         return [Item("KV cache", cache, ("rollout",))]
     weights = setup.engine.shard.stages[0].parameters * setup.engine.element
     wanted = -(-setup.workload.responses // setup.engine.layout.data) * sequence_kv_bytes(setup)

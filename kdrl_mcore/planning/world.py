@@ -197,7 +197,8 @@ def _prepare() -> None:
     # Nothing here draws random numbers, and comparing states that hold no values fails.
     CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
     gpt.LanguageModel.to = lambda self, *args, **kwargs: self  # everything is where it shall be
-    attention.causal_lower_right = lambda *_: None  # type: ignore[assignment] # type: ignore[assignment] # a tensor subclass that cannot be faked; flash attention needs no mask
+    # A tensor subclass that cannot be faked; flash attention needs no mask.
+    attention.causal_lower_right = lambda *_: None  # type: ignore[assignment]
 
 
 def main() -> None:
