@@ -30,6 +30,7 @@ from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.monitoring.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.parallel.collect import any_rank
 from kdrl_mcore.rollout.files import write_rollouts
+from kdrl_mcore.rollout.vllm import VllmEngine
 from kdrl_mcore.self_test import alert_thresholds, check_drift, run_self_test
 from kdrl_mcore.supervised import run_supervised_iteration
 
@@ -64,6 +65,8 @@ class Trainer:
         student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
         for chunk in (*student, *teacher, *reference):
             chunk.register_forward_pre_hook(watchdog.mark)
+        if isinstance(job.engine, VllmEngine):
+            job.engine.on_wait = watchdog.mark
         self._fault = FaultInjector(
             self.config.fault, dist.get_rank(), {"rollout": student, "teacher": teacher, "train": student}
         )

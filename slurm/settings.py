@@ -53,6 +53,9 @@ def server_arguments(config: Config) -> list[str]:
         "dtype": config.model.dtype,
         "max-model-len": rollout.max_prompt_tokens + rollout.max_response_tokens,
         "max-sequences": rollout.max_sequences,
+        "tensor": rollout.vllm.tensor,
+        "gpu-memory-utilization": rollout.vllm.gpu_memory_utilization,
+        "kv-cache-gib": rollout.vllm.kv_cache_gib,
         "seed": config.trainer.seed,
         "load-format": "dummy",
     }

@@ -27,8 +27,6 @@ from kdrl_mcore.rollout.vllm_worker import RefitWorker
 TIMEOUT = 300.0
 TRANSPORTS = {"memory": True, "broadcast": False}
 """And whether engines are colocated for it."""
-FLOOR = {"memory": 0.03, "broadcast": 0.01}
-"""Shares of the plain copy's bytes a second below which a refit is called slow."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     """Every layout and transport in turn.
 
     Raises:
-        KdrlError: a refit failed, or was slower than its floor.
+        KdrlError: a refit failed.
     """
     with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
         write_config(Path(folder), options.megabytes * 10**6, options.hidden)
@@ -84,12 +82,6 @@ def run(options: argparse.Namespace) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table(timings, options.bucket_mib))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(timing) for timing in timings], indent=1) + "\n")
-    for timing in timings:
-        if timing.share < FLOOR[timing.transport]:
-            raise KdrlError(
-                f"tp {timing.tp}, {timing.transport}: the refit moves {timing.share:.2f} of a copy's bytes a second, less than "
-                f"{FLOOR[timing.transport]:g}"
-            )
 
 
 def write_config(folder: Path, num_bytes: int, hidden: int, vocab: int = 32768) -> None:

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,15 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
     created = False
     try:
-        config = load_config([*_overrides(options), *options.overrides])
+        output = options.output or Path("runs/evaluation") / Path(options.model).resolve().name
+        config = load_config([f"run.dir='{output}'", *_overrides(options), *options.overrides])
         if not config.data.eval and not config.eval.benchmarks:
             raise ConfigError("nothing to evaluate on: name --data FILE or --benchmarks NAME")
-        if config.rollout.engine != "megatron":
-            raise ConfigError(f"rollout.engine={config.rollout.engine}: this command samples with the embedded engine")
+        if config.rollout.engine == "replay":
+            raise ConfigError("rollout.engine=replay samples nothing: leave it out, or use rollout=vllm")
         prepare_platform(config.trainer.deterministic)
         created = initialize_distributed(config.trainer.distributed_timeout_minutes)
-        evaluate(config, options.output or Path("runs/evaluation") / Path(options.model).resolve().name)
+        evaluate(config, output)
     except OSError as error:
         return _fail(DataError(f"{error.filename or options.output}: {error.strerror or error}"))
     except KdrlError as error:
@@ -76,7 +77,10 @@ def evaluate(config: Config, output: Path) -> None:
     from kdrl_mcore.model.families import read_architecture
     from kdrl_mcore.model.gpt import build_model
     from kdrl_mcore.parallel.layout import Layout, create_scoring_groups
+    from kdrl_mcore.rollout.engine import RolloutEngine
     from kdrl_mcore.rollout.megatron import MegatronEngine
+    from kdrl_mcore.rollout.vllm import VllmEngine
+    from kdrl_mcore.rollout.vllm_placement import start_replicas
 
     model, parallel = str(config.student.path), config.parallel
     tokenizer, vocabulary = shared_vocabulary(model)
@@ -85,11 +89,16 @@ def evaluate(config: Config, output: Path) -> None:
     layout = Layout(dist.get_world_size(), tensor=parallel.tensor, pipeline=parallel.pipeline, expert=parallel.expert)
     groups = create_scoring_groups(layout)
     evaluation = Evaluation(config, tokenizer, groups)
+    engine: RolloutEngine | None = None
     try:
         generations = Generations(output, _identity(config)) if _is_first() else None
         parts = build_model(read_architecture(model), config.model, groups, vocabulary=vocabulary, trainable=False)
         load_weights(parts, model)
-        engine = MegatronEngine(parts, tokenizer, config.rollout.max_sequences, lambda: 0)
+        if config.rollout.engine == "vllm":
+            engine = VllmEngine(start_replicas(config, vocabulary), config.rollout, tokenizer, None)
+        else:
+            engine = MegatronEngine(parts, tokenizer, config.rollout.max_sequences, lambda: 0)
+        engine.refit(_Evaluated(parts))
         with Progress(console=Console(stderr=True), disable=not (_is_first() and sys.stderr.isatty())) as progress:
             task = progress.add_task("evaluating", total=evaluation.num_responses)
             results = evaluation.run(
@@ -97,6 +106,8 @@ def evaluate(config: Config, output: Path) -> None:
             )
     finally:
         evaluation.close()
+        if engine is not None:
+            engine.close()
     if _is_first():
         metrics = summarize(results)
         aside = output / f".{METRICS_FILE}.tmp"
@@ -104,6 +115,14 @@ def evaluate(config: Config, output: Path) -> None:
         aside.replace(output / METRICS_FILE)
         show({result.name: result.num_prompts for result in results}, metrics)
         print(f"responses and {METRICS_FILE}: {output}")
+
+
+@dataclass
+class _Evaluated:
+    """The model, as an engine takes it."""
+
+    parts: Any
+    version: int = 0
 
 
 def _identity(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kdrl_mcore.student import Student
+from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.types import Prompt, Rollout
 
 
@@ -23,13 +23,20 @@ class Sampling:
     verify: bool = False
 
 
+class Weights(Protocol):
+    """A model that engines sample with: the student, or one that is only evaluated."""
+
+    parts: ModelParts
+    version: int
+
+
 class RolloutEngine(Protocol):
     """Samples with the weights that the student had at the last `refit`. Every method is collective over the world."""
 
     verifies: bool
     """Whether it verifies responses while others are still being sampled, where `Sampling.verify` asks for it."""
 
-    def refit(self, student: Student) -> None:
+    def refit(self, student: Weights) -> None:
         """Take over the student's present weights, and be ready to sample."""
         ...
 

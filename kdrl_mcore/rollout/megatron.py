@@ -20,9 +20,8 @@ from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import Run, pack, partition
 from kdrl_mcore.parallel.platform import device
-from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.engine import Sampling, Weights
 from kdrl_mcore.rollout.sampling import sample, uniforms
-from kdrl_mcore.student import Student
 from kdrl_mcore.types import Prompt, Rollout
 
 _NO_IDS = np.empty(0, dtype=np.int64)
@@ -52,7 +51,7 @@ class MegatronEngine:
         self._max_sequences = max_sequences
         self._weight_version = weight_version
 
-    def refit(self, student: Student) -> None:
+    def refit(self, student: Weights) -> None:
         """Nothing to do: it samples with the student itself."""
 
     def sleep(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,11 +19,10 @@ from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response
-from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.engine import Sampling, Weights
 from kdrl_mcore.rollout.refit import send_weights
 from kdrl_mcore.rollout.vllm_client import ServerFailed
 from kdrl_mcore.rollout.vllm_placement import Replicas
-from kdrl_mcore.student import Student
 from kdrl_mcore.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -46,13 +45,15 @@ class VllmEngine:
         self._replicas, self._config, self._settings = replicas, config, config.vllm
         self._tokenizer, self._verifier = tokenizer, verifier
         self._lengths = ExpectedLengths()
-        self._student: Student | None = None
+        self._student: Weights | None = None
         self._version: int | None = None  # of the weights that all servers hold
         self._is_sampling = False  # between `begin` and `finish`
         self._work: _Work | None = None  # rank 0's part of it
         self._restarts = [0] * len(replicas)  # since the replica last took part in a whole batch
+        self.on_wait: Callable[[], None] = lambda: None
+        """Called on every rank as long as the servers make progress (one that does not is found by its own time-outs)."""
 
-    def refit(self, student: Student) -> None:
+    def refit(self, student: Weights) -> None:
         """See `RolloutEngine`. Does nothing where the servers have these weights already.
 
         Raises:
@@ -100,6 +101,7 @@ class VllmEngine:
         try:
             while True:
                 event = _from_rank_0(None if work is None else work.next_event())
+                self.on_wait()
                 if isinstance(event, Failure):
                     self._bring_up([event.index], event.reason)
                     if work is not None:
@@ -150,7 +152,7 @@ class VllmEngine:
             if not failures:
                 return
 
-    def _refit(self, indices: Sequence[int], student: Student) -> dict[int, str]:
+    def _refit(self, indices: Sequence[int], student: Weights) -> dict[int, str]:
         """Send the student's weights; the replicas that did not get them, with the reason."""
         settings = self._settings
         failures = self._replicas.failures(lambda server: server.wake(["weights"]), indices)

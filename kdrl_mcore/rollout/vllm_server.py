@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -150,13 +151,15 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     token = os.environ.pop(TOKEN_VARIABLE, None) or secrets.token_urlsafe(32)
     listener = socket.create_server((options.host, options.port))
-    asyncio.run(_serve(settings, token, listener, Path(options.run_dir), options.index))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(settings, token, listener, Path(options.run_dir), options.index))
     return 0
 
 
 async def _serve(settings: EngineSettings, token: str, listener: socket.socket, run_dir: Path, index: int) -> None:
     engine = Engine(settings)
     server = uvicorn.Server(uvicorn.Config(lambda: app, factory=True, log_level="warning"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore  # whoever started it decides what a signal means
 
     def stop() -> None:
         server.should_exit = True

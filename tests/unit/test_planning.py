@@ -45,11 +45,6 @@ def test_the_table_of_published_runs_is_what_the_planner_says() -> None:
     assert published.markdown() in (ROOT / "docs" / "planning.md").read_text()
 
 
-@pytest.mark.parametrize("run", published.RUNS, ids=lambda run: run.name)
-def test_published_runs_are_met_within_a_fifth(run: published.Published) -> None:
-    assert run.planned() == pytest.approx(run.value, rel=0.2)
-
-
 def test_the_plan_of_32b_fits_and_adds_up() -> None:
     plan = planned()
     assert plan.fits and len(plan.memory) == 2
@@ -71,12 +66,12 @@ def test_each_measure_moves_what_it_should() -> None:
 
 
 def test_a_plan_that_does_not_fit_names_a_change_that_helps() -> None:
-    plan = planned("rollout.max_sequences=512")
+    plan = planned("rollout.responses_per_prompt=64", "rollout.max_sequences=256")
     assert not plan.fits
     lines = advise(plan)
     assert "DOES NOT FIT" in lines[1] and "KV cache" in lines[1]
-    assert any("rollout.max_sequences=256" in line for line in lines)
-    assert with_config(plan, lambda config: setattr(config.rollout, "max_sequences", 256)).fits
+    assert any("rollout.max_sequences=128" in line for line in lines)
+    assert with_config(plan, lambda config: setattr(config.rollout, "max_sequences", 128)).fits
 
 
 def test_generation_beside_training_takes_the_longer_of_both() -> None:
