@@ -22,6 +22,9 @@ VLLM_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.ven
 SYSTEM_PACKAGES := slurm-wlm munge chromium
 SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get)),.venv/.system-packages)
 
+# What a target needs is installed side by side.
+MAKEFLAGS += --jobs=3
+
 .PHONY: help setup demo test check clean
 
 help: ## list the targets
@@ -35,7 +38,7 @@ demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillatio
 test: check $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks, then every test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile </dev/null
 
-check: $(INSTALLED) ## ruff (rules and format) and mypy
+check: $(INSTALLED) $(VLLM_INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy

@@ -156,10 +156,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals alone: whoever started the process decides what they mean to it."""
+
+    def capture_signals(self) -> Any:
+        """See uvicorn."""
+        return contextlib.nullcontext()
+
+
 async def _serve(settings: EngineSettings, token: str, listener: socket.socket, run_dir: Path, index: int) -> None:
     engine = Engine(settings)
-    server = uvicorn.Server(uvicorn.Config(lambda: app, factory=True, log_level="warning"))
-    server.capture_signals = contextlib.nullcontext  # type: ignore  # whoever started it decides what a signal means
+    server = _Server(uvicorn.Config(lambda: app, factory=True, log_level="warning"))
 
     def stop() -> None:
         server.should_exit = True
