@@ -286,7 +286,7 @@ def last_line(log: Path) -> str:
     """The last line of a server's log that says something."""
     with suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "rror" in line]
+        errors = [line for line in lines if "rror" in line and "://" not in line]
         return (errors or lines or ["no output"])[-1]
     return "no output"
 

@@ -26,6 +26,7 @@ from fastapi.responses import StreamingResponse
 
 from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.rollout.vllm_adapter import Engine, EngineSettings, Finished, end_group_with
 from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, write_address
 
@@ -201,13 +202,14 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         model=options.model,
         vocabulary=options.vocabulary or tokenizer.vocabulary_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
-        **{name: getattr(options, name) for name in _FLAGS},
+        **{name: getattr(options, name) for name in _FLAGS}
+        | {"max_model_len": min(options.max_model_len, read_architecture(options.model).max_positions)},
     )
 
 
 _FLAGS: dict[str, tuple[Any, str]] = {
     "dtype": ("float32", "of the weights: float32 or bfloat16"),
-    "max_model_len": (2048, "prompt and response tokens together"),
+    "max_model_len": (2048, "prompt and response tokens together, at most what the model was made for"),
     "max_sequences": (256, "responses decoded at once"),
     "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
     "seed": (1, "of the engine; each request brings its own"),
