@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -24,3 +24,14 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
         with set_current_vllm_config(worker.vllm_config):
             finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
         raise
+    _repack_tied_head(worker.model_runner.get_model())
+
+
+def _repack_tied_head(model: nn.Module) -> None:
+    """On CPU vLLM computes with a packed copy of each matrix. A head that shares the embedding's weight has a copy of its own,
+    which its reload forgets: the head would stay at the old weights."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
