@@ -8,6 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 PIP_INSTALL := $(PIP) --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # A newer Megatron-Core than the one installed, in a folder of its own, for its tests (Linux on x86-64). Its wheel asks for
 # Python 3.12 and runs on 3.11 too.
 NEWER_CORE := 0.19.2
@@ -25,7 +26,7 @@ SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt
 # What a target needs is installed side by side.
 MAKEFLAGS += --jobs=3
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test test-without-vllm check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,10 +36,14 @@ setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## make .venv here
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-test: check $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks, then every test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile </dev/null
+# vLLM takes minutes to download: what does not need it is tested meanwhile.
+test: test-without-vllm $(VLLM_INSTALLED) ## set-up, checks, then every test
+	@$(PYTEST) tests/rollout </dev/null
 
-check: $(INSTALLED) $(VLLM_INSTALLED) ## ruff (rules and format) and mypy
+test-without-vllm: check $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
+	@$(PYTEST) --ignore tests/rollout </dev/null
+
+check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
@@ -55,7 +60,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[1/4] .venv with $$("$(PYTHON)" --version)"
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
 	@echo "[2/4] pip"
-	@$(PIP_INSTALL) --upgrade pip
+	@$(PIP_INSTALL) --upgrade pip setuptools
 	@echo "[3/4] torch (the largest part: a minute or more)"
 	@$(PIP_INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "[4/4] kdrl_mcore, its dependencies and the test tools"

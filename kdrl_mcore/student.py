@@ -213,7 +213,7 @@ class Student:
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
         layout = self.groups.layout
-        return mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
+        measures = mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self.ddp],
             model=self.ddp,
@@ -223,6 +223,9 @@ class Student:
             p2p_communicator=P2PCommunicator(self.groups.pipeline, self.parts.config),
             pg_collection=self.groups.groups,
         )
+        for chunk in self.ddp:
+            chunk.module.set_input_tensor(None)  # the last hidden states that came through the pipeline
+        return measures
 
     def _forward_step(self, iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         micro = next(iterator)
