@@ -172,7 +172,7 @@ async def _serve(settings: EngineSettings, token: str, listener: socket.socket, 
     def stop() -> None:
         server.should_exit = True
 
-    app = make_app(engine, settings, token, stop)
+    app: FastAPI = make_app(engine, settings, token, stop)
     watching = asyncio.create_task(_announce(server, engine, token, listener, run_dir, index))
     try:
         await server.serve(sockets=[listener])
