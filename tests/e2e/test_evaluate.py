@@ -151,7 +151,7 @@ def test_training_evaluates_with_the_same_numbers(folder: Path, whole: dict[str,
         (["--samples", "0"], 2, "eval.samples=0"),
         (["--tensor-parallel", "3"], 2, "3"),
         (["reward.kind=nothing"], 2, "reward.kind=nothing"),
-        (["rollout=replay", "rollout.path=x"], 2, "embedded engine"),
+        (["rollout=replay", "rollout.path=x"], 2, "rollout.engine=replay samples nothing"),
         (["--model", "/nowhere"], 1, "/nowhere"),
     ],
 )

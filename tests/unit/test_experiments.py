@@ -181,7 +181,8 @@ def test_an_interrupted_grid_lets_its_runs_save_and_goes_on(folder: Path, number
 
 
 CALL = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from pathlib import Path
 from kdrl_mcore.experiments.local import run_missing
 from kdrl_mcore.experiments.study import load_study
