@@ -134,25 +134,28 @@ def rank_0_write_errors() -> Iterator[list[Exception]]:
 
     errors: list[Exception] = []
 
-    def collecting(write: Callable[..., Any]) -> Callable[..., Any]:
+    def collecting(write: Callable[..., Any], file: str) -> Callable[..., Any]:
         def collect(*args: Any, **kwargs: Any) -> Any:
             try:
                 return write(*args, **kwargs)
             except (OSError, RuntimeError) as error:  # torch.save raises the latter
-                errors.append(error)
+                errors.append(OSError(f"{file}: {error}"))  # torch's own message does not name it
 
         return collect
 
-    writers: list[tuple[Any, str]] = [(FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+    writers: list[tuple[Any, str, str]] = [
+        (FileSystemWriterAsync, "finish", ".metadata"),
+        (serialization, "save_config", "metadata.json"),
+    ]
     if hasattr(common, "TorchCommonSaveStrategy"):  # from 0.19 on this is written with the shards
-        writers.append((common.TorchCommonSaveStrategy, "save_common"))
-    originals = [getattr(owner, name) for owner, name in writers]
-    for (owner, name), original in zip(writers, originals, strict=True):
-        setattr(owner, name, collecting(original))
+        writers.append((common.TorchCommonSaveStrategy, "save_common", "common.pt"))
+    originals = [getattr(owner, name) for owner, name, _ in writers]
+    for (owner, name, file), original in zip(writers, originals, strict=True):
+        setattr(owner, name, collecting(original, file))
     try:
         yield errors
     finally:
-        for (owner, name), original in zip(writers, originals, strict=True):
+        for (owner, name, _), original in zip(writers, originals, strict=True):
             setattr(owner, name, original)
 
 

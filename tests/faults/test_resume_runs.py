@@ -132,6 +132,7 @@ def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(
     assert [code for code, _ in results] == [1, 1]
     printed = "".join(errors for _, errors in results)
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert "the checkpoint of step 6 could not be written" in line and name in line and "Traceback" not in printed
+    assert "the checkpoint of step 6 could not be written" in line and "Traceback" not in printed
+    assert name in line, line
     checkpoints = tmp_path / "checkpoints"
     assert ranks2.run(resuming.find, str(checkpoints)) == [f"{checkpoints}/step_000003"] * 2
