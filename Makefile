@@ -39,9 +39,10 @@ demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillatio
 # vLLM takes minutes to download: what does not need it is tested meanwhile.
 test: test-without-vllm $(VLLM_INSTALLED) ## set-up, checks, then every test
 	@$(PYTEST) tests/rollout </dev/null
+	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
 
 test-without-vllm: check $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
-	@$(PYTEST) --ignore tests/rollout </dev/null
+	@$(PYTEST) --ignore tests/rollout --ignore tests/slurm </dev/null
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
