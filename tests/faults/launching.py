@@ -28,12 +28,10 @@ class Ended:
 
     Attributes:
         codes: of each rank; minus a signal's number where one killed it.
-        first: the rank that ended first among those that ended badly, or None.
         output: what the ranks wrote to standard output and standard error.
     """
 
     codes: list[int]
-    first: int | None
     output: str
 
 
@@ -59,8 +57,7 @@ class Launcher:
         """One `kdrl_mcore.train` on so many ranks."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps([ranks, list(overrides), str(log)]), file=self._process.stdin, flush=True)
-        codes, first = json.loads(self._process.stdout.readline())
-        return Ended(codes, first, log.read_text())
+        return Ended(json.loads(self._process.stdout.readline()), log.read_text())
 
 
 def serve() -> None:
@@ -115,9 +112,9 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _wait_for(children: list[int]) -> tuple[list[int], int | None]:
+def _wait_for(children: list[int]) -> list[int]:
     codes: dict[int, int] = {}
-    first = deadline = None
+    deadline = None
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank in codes:
@@ -127,15 +124,15 @@ def _wait_for(children: list[int]) -> tuple[list[int], int | None]:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 codes[rank] = os.waitstatus_to_exitcode(status)
-                if codes[rank] and first is None:
-                    first, deadline = rank, time.monotonic() + PATIENCE
+                if codes[rank] and deadline is None:
+                    deadline = time.monotonic() + PATIENCE
         time.sleep(0.02)
     for child in children:  # the writers and verifiers of a rank that was killed
         try:
             os.killpg(child, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    return [codes[rank] for rank in range(len(children))], first
+    return [codes[rank] for rank in range(len(children))]
 
 
 if __name__ == "__main__":

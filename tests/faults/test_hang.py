@@ -101,7 +101,7 @@ def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher,
 def test_an_unforeseen_error_on_one_rank_ends_all(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
     fault = ["fault.kind=fail", "fault.rank=1", "fault.step=1", "fault.phase=reward"]
     ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
-    assert all(ended.codes) and ended.first == 1
+    assert all(ended.codes)
     assert "InjectedFault: injected failure: rank 1, step 1, phase reward" in ended.output
 
 
