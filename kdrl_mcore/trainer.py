@@ -53,7 +53,7 @@ class Trainer:
         self._stop = stop
         self._watchdog = watchdog
         self._step = 0  # in progress
-        self._compared = time.monotonic()  # the ranks' own work
+        self._compared = 0.0  # when the ranks' own work was last compared
         self._is_main = dist.get_rank() == 0
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
@@ -100,6 +100,8 @@ class Trainer:
         saved = step
         if step == 0 and config.eval.at_start and not any_rank(self._stop.received is not None):
             self._record(0, self._evaluate(0))
+        self._watchdog.take_own_work()  # the set-up's: only steps are compared
+        self._compared = time.monotonic()
         while step < config.trainer.steps:
             if any_rank(self._stop.received is not None):
                 if saved < step and config.checkpoint.every >= 0:

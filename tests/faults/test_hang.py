@@ -90,8 +90,8 @@ def test_a_phase_may_be_longer_than_the_time_out_while_one_rank_makes_progress(r
 
 
 def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
-    """Rank 1 takes half a second longer to begin its rollouts, of which rank 0 has about a tenth of a second."""
-    fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "fault.seconds=0.5", "trainer.slow_ranks_every=4"]
+    """Rank 1 takes two seconds longer to begin its rollouts, of which rank 0 has about a tenth of a second."""
+    fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "fault.seconds=2", "trainer.slow_ranks_every=4"]
     ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
     assert ended.codes == [0, 0]
     assert "step 4: rank 1 on " in ended.output and "is slow in rollout" in ended.output
