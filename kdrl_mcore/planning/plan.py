@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrl_mcore.planning.memory import RankMemory, plan_memory
+from kdrl_mcore.planning.memory import RankMemory, plan_memory, plan_server_memory
 from kdrl_mcore.planning.passes import generation, layer_backward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
@@ -86,10 +86,10 @@ def make_plan(setup: Setup) -> Plan:
     if setup.config.checkpoint.every > 0:
         phases.append(Phase("checkpoint", _checkpoint(setup)))
     total = sum(phase.seconds.total for phase in phases)
-    if setup.choices.rollout_gpus and setup.choices.steps_ahead:
+    if setup.engine_gpus and setup.config.rollout.steps_ahead:
         ahead = phases[0].seconds.total
         total = max(ahead, total - ahead - phases[1].seconds.total) + phases[1].seconds.total
-    return Plan(setup, tuple(plan_memory(setup)), tuple(phases), total)
+    return Plan(setup, (*plan_memory(setup), *plan_server_memory(setup)), tuple(phases), total)
 
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
@@ -110,7 +110,7 @@ def _training(setup: Setup) -> Seconds:
         # Only the last micro-batch's backward pass is there to hide it.
         backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
-    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    gather = gather_seconds(setup) / setup.updates
     held = stage.parameters / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     update = Seconds()
@@ -131,6 +131,21 @@ def _teacher(setup: Setup) -> Seconds:
         largest = max(stage.parameters for stage in setup.teacher.shard.stages)
         seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
     return seconds
+
+
+def gather_seconds(setup: Setup) -> float:
+    """In which a step's updates gather the weights that the distributed optimizer's ranks have changed."""
+    if not setup.config.parallel.distributed_optimizer or setup.config.optimizer.name != "adam":
+        return 0.0
+    student = setup.student
+    largest = max(stage.parameters for stage in student.shard.stages) * student.element
+    copies = student.layout.data * student.layout.context
+    return setup.updates * Rates(setup.cluster).ring(largest, copies, student.layout.tensor)
+
+
+def old_policy_seconds(setup: Setup) -> float:
+    """Of a pass that scores a step's responses with the student before its first update."""
+    return _score_with_student(setup).total
 
 
 def _score_with_student(setup: Setup) -> Seconds:
