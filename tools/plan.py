@@ -19,12 +19,14 @@ from rich.table import Table
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.experiments.results import replace_file
 from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.measures import Measure, measures
 from kdrl_mcore.planning.memory import GIB, PHASES
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.search import Candidate, search
 from kdrl_mcore.planning.setup import make_setup
+from kdrl_mcore.planning.summary import to_json
 from kdrl_mcore.planning.workload import workload_of
 
 WIDTH = 140
@@ -127,7 +129,10 @@ def _measures_table(rows: list[Measure]) -> Table:
     for name in ("measure", "switched by", "is", "time", "memory", "note"):
         table.add_column(name, justify="right" if name in ("time", "memory") else "left")
     for row in rows:
-        cells = ["-" if row.seconds is None else f"{row.seconds:.1f} s", "-" if row.bytes is None else f"{row.bytes / GIB:.1f} GiB"]
+        cells = [
+            "-" if row.seconds is None else f"{row.seconds:.1f} s",
+            "-" if row.bytes is None else f"{row.bytes / GIB:.1f} GiB",
+        ]
         table.add_row(row.name, row.key or "-", "on" if row.on else "off", *cells, row.note)
     return table
 

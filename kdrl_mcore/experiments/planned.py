@@ -1,6 +1,6 @@
 """Planned runs: the planner's answer to a configuration, in `plan.json` of the run's directory; several processes at a time.
 
-    python -m kdrl_mcore.experiments.planned key=value ... run.dir=DIR       one of them: an element of a SLURM job array
+python -m kdrl_mcore.experiments.planned key=value ... run.dir=DIR       one of them: an element of a SLURM job array
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.planning.memory import fit_engine
 from kdrl_mcore.planning.plan import make_plan
 from kdrl_mcore.planning.setup import make_setup, shard_requests, training_world, uses_teacher
-from kdrl_mcore.planning.shards import find_shape, try_shards
+from kdrl_mcore.planning.shards import ShardRequest, find_shape, try_shards
 from kdrl_mcore.planning.summary import summarise
 from kdrl_mcore.planning.workload import workload_of
 
@@ -63,7 +63,7 @@ def _leave_interrupts_to_the_parent() -> None:
 def _plan_runs(runs: Sequence[Run]) -> list[Outcome]:
     """Plan them in one faked world."""
     configs: dict[Run, Config | KdrlError] = {}
-    requests = []
+    requests: list[ShardRequest] = []
     for run in runs:
         try:
             config = load_config(run.overrides)

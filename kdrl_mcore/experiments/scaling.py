@@ -1,7 +1,8 @@
 """What planned studies say: one row a run in a CSV file, and a page with a table and plots.
 
-Three axes of a study's grid have a meaning here: `nodes` (sizes of the cluster), `method` (the first choice is compared with the
-second) and `batch` (the first choice is the same on every size, the second grows with it). What the others choose is a series.
+Two axes of a study's grid have a meaning here: `nodes`, sizes of the cluster, and `run`, whose choices may be `strong` (KDRL
+on one batch for all sizes), `weak` (on a batch that grows with the cluster) and `grpo` (the strong one without its teacher).
+What the other axes choose is a series.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kdrl_mcore.experiments.study import Run
 
 GIB = 2**30
 PHASES = ("rollout", "teacher", "training")
-SPECIAL = ("nodes", "method", "batch")
+SPECIAL = ("nodes", "run")
 
 Answer = dict[str, Any]
 """The content of a `plan.json`."""
@@ -32,13 +33,13 @@ class Point:
 
     Attributes:
         strong: the plan, on the fixed batch.
-        weak, other: on the batch that grows, and of the other method; None where the study has none, or it does not fit.
+        weak, grpo: on the batch that grows, and without the teacher; None where the study has none, or it does not fit.
     """
 
     series: str
     strong: Answer
     weak: Answer | None
-    other: Answer | None
+    grpo: Answer | None
 
     @property
     def gpus(self) -> int:
@@ -47,8 +48,8 @@ class Point:
 
     @property
     def overhead(self) -> float | None:
-        """Time of an iteration over the other method's."""
-        return None if self.other is None else self.strong["seconds"] / self.other["seconds"]
+        """Time of an iteration of KDRL over GRPO."""
+        return None if self.grpo is None else self.strong["seconds"] / self.grpo["seconds"]
 
 
 def read_answer(run: Run) -> Answer | None:
@@ -69,30 +70,26 @@ def read_answer(run: Run) -> Answer | None:
 
 def collect_points(runs: Sequence[Run]) -> list[Point]:
     """Every point whose plan on the fixed batch fits."""
-    found: dict[tuple[str, str], dict[tuple[str, str], Answer]] = {}
-    choices: dict[str, list[str]] = {axis: [] for axis in SPECIAL}
+    found: dict[tuple[str, str], dict[str, Answer]] = {}
     for run in runs:
-        named = dict(zip(run.axes, run.setting, strict=True))
-        for axis in SPECIAL:
-            if named.get(axis, "") not in choices[axis]:
-                choices[axis].append(named.get(axis, ""))
         answer = read_answer(run)
         if answer is not None and answer["fits"]:
-            series = " ".join(name for axis, name in named.items() if axis not in SPECIAL)
-            of_point = found.setdefault((series, named.get("nodes", "")), {})
-            of_point[named.get("method", ""), named.get("batch", "")] = answer
-    method, other = (choices["method"] + [""])[:2]
-    fixed, growing = (choices["batch"] + [""])[:2]
+            found.setdefault(_place(run), {})[_named(run).get("run", "strong")] = answer
     return [
-        Point(
-            series,
-            answers[method, fixed],
-            answers.get((method, growing)) if growing else None,
-            answers.get((other, fixed)) if other else None,
-        )
+        Point(series, answers["strong"], answers.get("weak"), answers.get("grpo"))
         for (series, _), answers in found.items()
-        if (method, fixed) in answers
+        if "strong" in answers
     ]
+
+
+def _named(run: Run) -> dict[str, str]:
+    return dict(zip(run.axes, run.setting, strict=True))
+
+
+def _place(run: Run) -> tuple[str, str]:
+    """Its series, and its choice on the axis `nodes`."""
+    named = _named(run)
+    return " ".join(name for axis, name in named.items() if axis not in SPECIAL), named.get("nodes", "")
 
 
 def csv_of(runs: Sequence[Run]) -> bytes:
@@ -135,7 +132,19 @@ def _first(points: Iterable[Point], point: Point) -> Point:
 
 def table(points: Sequence[Point]) -> list[list[str]]:
     """A header, then a row a point."""
-    header = ["", "parameters", "teacher", "GPUs", "s/iteration", *PHASES, "peak GiB", "tokens/s/GPU", "strong", "weak", "ratio"]
+    header = [
+        "",
+        "parameters",
+        "teacher",
+        "GPUs",
+        "s/iteration",
+        *PHASES,
+        "GiB",
+        "tokens/s/GPU",
+        "strong",
+        "weak",
+        "KDRL / GRPO",
+    ]
     rows = []
     for point in points:
         first, plan = _first(points, point), point.strong
@@ -148,7 +157,7 @@ def table(points: Sequence[Point]) -> list[list[str]]:
                 str(point.gpus),
                 f"{plan['seconds']:.0f}",
                 *(f"{_phase(plan, phase):.1f}" for phase in PHASES),
-                f"{plan['peak_bytes'] / GIB:.0f}",
+                f"{plan['training_peak_bytes'] / GIB:.0f}",
                 f"{plan['tokens_per_gpu_second']:.0f}",
                 _percent(strong_efficiency(first, point)),
                 _percent(weak_efficiency(first, point)),
@@ -164,59 +173,30 @@ def _percent(value: float | None) -> str:
 
 def page(points: Sequence[Point], runs: Sequence[Run], study: Path, picture: str, table_text: str) -> str:
     """The study's page, in Markdown."""
-    plan, left_out = points[0].strong, _left_out(points, runs)
-    methods = _choices(runs, "method")
+    plan = points[0].strong
+    strong = [run for run in runs if _named(run).get("run", "strong") == "strong"]
+    missing = [_place(run) for run in strong if (answer := read_answer(run)) is None or not answer["fits"]]
+    left_out = ", ".join(f"{series}{f' on {nodes} nodes' if nodes else ''}" for series, nodes in missing) or "nothing"
     lines = [
         f"# {study.stem.replace('_', ' ').capitalize()}: a plan, not a measurement",
         "",
         f"**Nothing on this page was measured.** `python tools/experiments.py {study}` computed it from the equations of",
         f"[planning.md](planning.md), which also tells how far they are off published runs, for {plan['cluster']}.",
         "",
-        f"Responses have {plan['response_tokens']} tokens on average, {plan['longest_response']} at most, after prompts of "
-        f"{plan['prompt_tokens']}; {plan['responses']} a step.",
-        "Data parallelism and rollout engines grow with the GPUs; an engine takes what training leaves of a GPU, in steps of a "
-        "twentieth.",
-        f"Left out, because a rank is too small for it or the layout does not exist: {left_out}.",
+        f"{plan['responses']} responses a step (strong scaling) have {plan['response_tokens']} tokens on average, at most "
+        f"{plan['longest_response']}, after prompts of {plan['prompt_tokens']}.",
+        "Data parallelism and rollout engines grow with the GPUs; an engine takes what training leaves of a GPU, in steps of a",
+        f"twentieth. Left out, as a GPU is too small or the layout does not exist: {left_out}.",
         "",
         f"![Planned]({picture})",
         "",
         table_text,
-        "Seconds are of one iteration. Efficiency is relative to the series' first row: strong (a fixed batch), its time x GPUs over",
-        "this row's; weak (the batch grows with the GPUs), this row's tokens/s/GPU over its. Above 100 % the first row's GPUs are so",
-        "full that their KV cache holds few responses at once.",
+        "Efficiency is relative to the series' first row: strong (a fixed batch), its time x GPUs over this row's; weak (the",
+        "batch grows with the GPUs), this row's tokens/s/GPU over its. Above 100 % the first row's GPUs are so full that their",
+        "KV cache holds few responses at once. GiB: a GPU's peak outside generation, whose engine takes the rest. KDRL / GRPO:",
+        "time of an iteration with and without the teacher, no mask.",
     ]
-    if len(methods) > 1:
-        lines.append(f"Ratio: time of an iteration, {methods[0]} over {methods[1]}.")
     return "\n".join(lines) + "\n"
-
-
-def _choices(runs: Sequence[Run], axis: str) -> list[str]:
-    return list(dict.fromkeys(dict(zip(run.axes, run.setting, strict=True)).get(axis, "") for run in runs))
-
-
-def _left_out(points: Sequence[Point], runs: Sequence[Run]) -> str:
-    """The points that are not in the table, for people."""
-    every = dict.fromkeys(
-        (
-            " ".join(name for axis, name in zip(run.axes, run.setting, strict=True) if axis not in SPECIAL),
-            dict(zip(run.axes, run.setting, strict=True)).get("nodes", ""),
-        )
-        for run in runs
-    )
-    there = {(point.series, point.strong["gpus"]) for point in points}
-    sizes = {name: size for name, size in _sizes(runs).items()}
-    missing = [(series, nodes) for series, nodes in every if (series, sizes.get(nodes)) not in there]
-    return ", ".join(f"{series}{f' on {nodes} nodes' if nodes else ''}" for series, nodes in missing) or "none"
-
-
-def _sizes(runs: Sequence[Run]) -> dict[str, int]:
-    """GPUs by the name on the axis `nodes`."""
-    sizes = {}
-    for run in runs:
-        answer = read_answer(run)
-        if answer is not None:
-            sizes[dict(zip(run.axes, run.setting, strict=True)).get("nodes", "")] = int(answer["gpus"])
-    return sizes
 
 
 def picture_of(points: Sequence[Point]) -> bytes:
@@ -250,13 +230,13 @@ def picture_of(points: Sequence[Point]) -> bytes:
         axes[0, 0].legend(fontsize=7)
         lines(axes[0, 1], "Strong scaling", lambda point: strong_efficiency(_first(points, point), point), "efficiency")
         lines(axes[0, 2], "Weak scaling", lambda point: weak_efficiency(_first(points, point), point), "efficiency")
-        lines(axes[1, 0], "Peak memory of a GPU", lambda point: point.strong["peak_bytes"] / GIB, "GiB")
+        lines(axes[1, 0], "Peak memory in training", lambda point: point.strong["training_peak_bytes"] / GIB, "GiB of a GPU")
         _stack(axes[1, 1].bar, series, smallest, "bottom", shares=True)
         axes[1, 1].set(title="Phases on the fewest GPUs", ylabel="share of the iteration")
         axes[1, 1].legend(fontsize=7)
         axes[1, 2].bar(series, [point.overhead or 0.0 for point in smallest])
         axes[1, 2].axhline(1.0, color="grey", lw=0.8)
-        axes[1, 2].set(title="With over without the teacher, fewest GPUs", ylabel="time of an iteration")
+        axes[1, 2].set(title="KDRL / GRPO on the fewest GPUs", ylabel="time of an iteration")
         for axis in axes[1, 1:]:
             axis.tick_params(axis="x", labelsize=7)
     figure.suptitle("Planned, not measured")

@@ -1,8 +1,9 @@
 """Studies: a grid of settings x seeds over a pair of models, read from `conf/experiments/*.yaml`, as a list of runs.
 
 A study names a `base` (the pair, in `conf/experiments/base/`), `seeds`, and a `grid` of axes; each choice of an axis is a list
-of training overrides. The grid's product, with every seed, gives the runs. `${times:2e-3,${scale}}` multiplies. With
-`planned: true` nothing is trained: each run is a plan (docs/planning.md), and there is one seed and no base.
+of training overrides. The grid's product, with every seed, gives the runs. `${times:2e-3,${scale}}` multiplies, `${AXIS}` is
+the name chosen on that axis. With `planned: true` nothing is trained: each run is a plan (docs/planning.md), with one seed and
+no base.
 """
 
 from __future__ import annotations
@@ -86,21 +87,32 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[Run]:
     base = _read(base_path) if base_name else {"seeds": [1]}
     own |= {key: value for key, value in overrides.items() if key in base}
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.merge(base, study, OmegaConf.create(own)), resolve=True)
-        axes, root, seeds = tree["grid"], Path(tree["root"]), [int(seed) for seed in tree["seeds"]]
-        if not axes or not all(isinstance(choice, list) for axis in axes.values() for choice in axis.values()):
+        merged = OmegaConf.merge(base, study, OmegaConf.create(own))
+        axes = {axis: list(choices) for axis, choices in _resolved(merged, {})["grid"].items()}
+        points = [dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values())]
+        trees = [_resolved(merged, point) for point in points]
+        tree = trees[0]
+        root, seeds = Path(tree["root"]), [int(seed) for seed in tree["seeds"]]
+        if not axes or not all(isinstance(choice, list) for axis in tree["grid"].values() for choice in axis.values()):
             raise ConfigError(f"{path}: 'grid' must hold axes, each with named lists of overrides")
-    except (OmegaConfBaseException, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OmegaConfBaseException, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         where = f"{path} with {base_path}" if base_name else f"{path}"
         raise ConfigError(f"{where}: {' '.join(str(error).split())}: grid, root and seeds are needed") from error
     extra = [f"{key}={value}" for key, value in overrides.items() if key not in own]
-    common = [*tree.get("overrides", [])]
-    points = [zip(*point, strict=True) for point in itertools.product(*(axis.items() for axis in axes.values()))]
-    settings = [
-        _runs(path.stem, root, dict(zip(axes, names, strict=True)), seeds, [*common, *itertools.chain(*choices), *extra], planned)
-        for names, choices in points
-    ]
+    settings = []
+    for point, tree in zip(points, trees, strict=True):
+        choices = itertools.chain(*(tree["grid"][axis][name] for axis, name in point.items()))
+        settings.append(_runs(path.stem, root, point, seeds, [*tree.get("overrides", []), *choices, *extra], planned))
     return list(itertools.chain(*zip(*settings, strict=True)))
+
+
+def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:
+    """A study with its interpolations resolved, `${AXIS}` being the choice on that axis: at a point of the grid, or, to learn
+    the axes, anywhere."""
+    raw: Any = OmegaConf.to_container(merged.grid, resolve=False)
+    names = {axis: point.get(axis, next(iter(choices), "")) for axis, choices in raw.items() if axis not in merged}
+    result: Any = OmegaConf.to_container(OmegaConf.merge(merged, names), resolve=True)
+    return result
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,7 +143,10 @@ def _runs(
     """One setting, a name on each axis, with each seed."""
     overrides = _last_of_each_key(overrides)
     config = load_config(overrides)
-    flat, name = flatten(OmegaConf.to_container(OmegaConf.structured(config))), re.sub(r"[^\w.]+", "-", "-".join(setting.values()))
+    flat, name = (
+        flatten(OmegaConf.to_container(OmegaConf.structured(config))),
+        re.sub(r"[^\w.]+", "-", "-".join(setting.values())),
+    )
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
     nodes = 1 if planned else config.cluster.nodes

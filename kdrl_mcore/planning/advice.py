@@ -11,7 +11,7 @@ from kdrl_mcore.planning.measures import with_config
 from kdrl_mcore.planning.memory import GIB, fit_engine
 from kdrl_mcore.planning.plan import Plan
 from kdrl_mcore.planning.setup import shard_requests
-from kdrl_mcore.planning.shards import try_shards
+from kdrl_mcore.planning.shards import ShardRequest, try_shards
 
 
 def advise(plan: Plan) -> list[str]:
@@ -84,7 +84,7 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
 
 def _build_at_once(plan: Plan, changes: list[Callable[[Config], None]]) -> None:
     """One faked world for all; each plan then finds its shards there."""
-    requests = []
+    requests: list[ShardRequest] = []
     for change in changes:
         config = copy.deepcopy(plan.setup.config)
         change(config)

@@ -155,7 +155,9 @@ def _step(setup: Setup, model: Placed, running: float, context: float, *, embedd
     while there are few sequences."""
     rates, layout, a = Rates(setup.cluster), model.layout, model.architecture
     layers = sum(stage.layers for stage in model.shard.stages)
-    weights = sum(stage.parameters - stage.embedding - _idle(model, stage.experts, running) for stage in model.shard.stages)
+    weights = sum(
+        stage.parameters - stage.embedding - idle_experts(model, stage.experts, running) for stage in model.shard.stages
+    )
     weights *= model.element
     matrices = sum(stage.layers * stage.layer_matrices + stage.head for stage in model.shard.stages)
     flop, read = rates.matmul(2 * matrices * running), rates.memory(weights)
@@ -172,7 +174,7 @@ def _step(setup: Setup, model: Placed, running: float, context: float, *, embedd
     return seconds
 
 
-def _idle(model: Placed, experts: int, running: float) -> float:
+def idle_experts(model: Placed, experts: int, running: float) -> float:
     """Weights of a stage's experts that none of the running sequences is sent to, where routing is even."""
     mixture = model.architecture.experts
     return 0.0 if mixture is None else experts * (1 - mixture.per_token / mixture.count) ** running

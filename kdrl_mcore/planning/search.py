@@ -36,8 +36,8 @@ class Candidate:
 def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Candidate], int]:
     """The fastest layouts that fit, and how many were looked at.
 
-    Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration says. Layouts that differ in nothing but recompute or micro-batch size count as one: the
-    faster one is shown.
+    Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration says.
+    Layouts that differ in nothing but recompute or micro-batch size count as one: the faster one is shown.
     """
     teachers = _teacher_variants(config) if uses_teacher(config) else []
     # All in one faked world; each plan below finds its shards there.

@@ -193,7 +193,7 @@ def training_world(config: Config) -> int:
 def make_setup(
     config: Config,
     workload: Workload,
-    choices: Choices = Choices(),  # noqa: B008
+    choices: Choices = Choices(),
     *,
     world: int | None = None,
     build: Callable[[Sequence[ShardRequest]], Sequence[Shard]] = get_shards,

@@ -6,26 +6,28 @@ import json
 from typing import Any
 
 from kdrl_mcore.planning.measures import measures
+from kdrl_mcore.planning.memory import PHASES
 from kdrl_mcore.planning.plan import Plan
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
     """What `tools/plan.py` prints: seconds, bytes, tokens/s/GPU, GPU-hours, USD."""
     setup, workload = plan.setup, plan.setup.workload
+    config, student, teacher = setup.config, setup.student, setup.teacher
     return {
-        "student": {"path": setup.config.student.path, "parameters": setup.student.parameters},
-        "teacher": None if setup.teacher is None else {"path": setup.config.teacher.path, "parameters": setup.teacher.parameters},
+        "student": {"path": config.student.path, "parameters": student.parameters},
+        "teacher": None if teacher is None else {"path": config.teacher.path, "parameters": teacher.parameters},
         "cluster": setup.cluster.name,
         "gpus": setup.gpus,
         "server_gpus": setup.engine_gpus,
         "layout": {
-            "tensor": setup.student.layout.tensor,
-            "pipeline": setup.student.layout.pipeline,
-            "context": setup.student.layout.context,
-            "expert": setup.student.layout.expert,
-            "data": setup.student.layout.data,
+            "tensor": student.layout.tensor,
+            "pipeline": student.layout.pipeline,
+            "context": student.layout.context,
+            "expert": student.layout.expert,
+            "data": student.layout.data,
         },
-        "gpu_memory_utilization": setup.config.rollout.vllm.gpu_memory_utilization if setup.engine is not None else None,
+        "gpu_memory_utilization": config.rollout.vllm.gpu_memory_utilization if setup.engine is not None else None,
         "responses": workload.responses,
         "prompt_tokens": workload.prompt_tokens,
         "response_tokens": workload.response_tokens,
@@ -35,6 +37,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "phases": {phase.name: {"seconds": phase.seconds.total, **phase.seconds} for phase in plan.phases},
         "fits": plan.fits,
         "peak_bytes": plan.peak,
+        "training_peak_bytes": max(rank.at(phase) for rank in plan.memory for phase in PHASES if phase != "rollout"),
         "memory": {
             rank.name: {"peak_bytes": rank.peak, "capacity_bytes": rank.capacity, "fullest": rank.fullest}
             for rank in plan.memory
