@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import httpx
@@ -236,7 +237,9 @@ class Dispatch:
             if not free:
                 return
             lane = min(free, key=lambda each: each.load)
-            lane.work[self._waiting.pop(0)] = asyncio.create_task(self._work(http, lane, piece))
+            del self._waiting[0]
+            task = lane.work[piece] = asyncio.create_task(self._work(http, lane, piece))
+            task.add_done_callback(partial(self._put_back, lane, piece))  # runs too if the task is cancelled before it begins
 
     def _has_room(self, lane: _Lane, piece: _Piece) -> bool:
         return not lane.work or lane.responses + len(piece.copies) <= self._max_sequences
@@ -258,11 +261,12 @@ class Dispatch:
             pass
         except Exception as error:  # ends the generation, in `_generate`
             self._error = error
-        finally:
-            del lane.work[piece]
-            if piece.copies:
-                self._waiting.insert(0, piece)
-            self._changed.set()
+
+    def _put_back(self, lane: _Lane, piece: _Piece, _: asyncio.Task[None]) -> None:
+        del lane.work[piece]
+        if piece.copies:
+            self._waiting.insert(0, piece)
+        self._changed.set()
 
     def _request(self, place: int, copy: int) -> dict[str, Any]:
         return {
