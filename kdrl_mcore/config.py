@@ -445,7 +445,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    flat = flatten(asdict(config))
+    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))  # which checks the types inside lists as well
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
