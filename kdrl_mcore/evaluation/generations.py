@@ -38,7 +38,7 @@ class Generations:
         file = folder / SETTINGS_FILE
         wanted = json.dumps(settings, indent=2, sort_keys=True)
         if file.is_file() and (difference := _difference(file, json.loads(wanted))):
-            raise DataError(f"{folder} holds an evaluation with other settings, {difference}: name another folder, or remove it")
+            raise DataError(f"{folder} has an evaluation with other settings, {difference}: name another folder, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".tmp")
         aside.write_text(wanted, encoding="utf-8")
@@ -76,5 +76,7 @@ def _difference(file: Path, wanted: Mapping[str, Any]) -> str | None:
         before, now = flatten(json.loads(file.read_text(encoding="utf-8"))), flatten(wanted)
     except (ValueError, AttributeError):
         return f"{file} is damaged"
-    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return f"{differ[0]} was {json.dumps(before.get(differ[0]))} and is now {json.dumps(now.get(differ[0]))}" if differ else None
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} was {json.dumps(before.get(key))} and is now {json.dumps(now.get(key))}"
+    return None
