@@ -20,6 +20,7 @@ from rich.table import Table
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.types import Rollout
+from tools.help import Defaults
 
 PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "tiny": (
@@ -50,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="the phases of a training step, and KDRL over GRPO",
         description="Samples one batch with a random student, then updates it with GRPO and with KDRL, with and without the "
         "response mask, on these same rollouts, in turn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="student and teacher")
     parser.add_argument("--correct", type=float, default=0.6, help="share of the responses taken for correct")
@@ -89,6 +90,7 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
     from examples.tiny.task import write_data
     from kdrl_mcore.iteration import mask_responses, prepare
     from kdrl_mcore.job import build_job
+    from kdrl_mcore.teacher import TeacherScores
 
     write_data(folder / "data", 0.0, 0)
     for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
@@ -115,7 +117,8 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         return result
 
     def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float) -> None:
-        teacher = timed(f"teacher: {name}", lambda: job.score_with_teacher(rollouts, distil_N))
+        teacher = TeacherScores()
+        timed(f"teacher: {name}", lambda: job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N))
         batches = job.split(rollouts, teacher, distil_N)
         timed(f"training: {name}", lambda: [job.update(prepare(job, b, 1.0, beta), 1.0, beta) for b in batches])
 
