@@ -186,6 +186,8 @@ def test_a_reader_hides_sorts_and_turns_the_panels(tmp_path: Path, browser: Brow
     click("a configuration each")
     assert texts("#panels figcaption") == ["weak", "usual", "strong"]
     assert len(set(texts("#panels svg > text:first-of-type"))) == 1  # one axis for all
+    faint = tab.evaluate("[...document.querySelectorAll('#panels svg')].map(s => s.querySelectorAll(':scope > path').length)")
+    assert faint == [3, 3, 3]  # the others, to compare with
     click("usual")
     assert texts("#panels figcaption") == texts("#table tbody td:first-child") == ["weak", "strong"]
     colours = []
