@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class TeacherConfig:
     path: str | None = None  # an HF checkpoint directory with the student's tokenizer
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = True  # keep the weights in host memory while the teacher is idle (CUDA only)
+    score_while_sampling: bool = False  # score complete groups while servers sample the others (rollout.vllm.placement=server)
 
 
 @dataclass
@@ -377,6 +378,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
+ConfigStore.instance().store(name="schema", node=Config)
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.spec": ("auto", "local", "transformer_engine"),
@@ -420,7 +423,6 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an unknown key (naming the nearest one), an unknown group choice, or a value of the wrong type.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
@@ -444,7 +446,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))  # which checks the types inside lists as well
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
@@ -474,7 +476,7 @@ def check_config(config: Config) -> None:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
-    _check_steps_ahead(config)
+    _check_overlap(config)
     _check_rewards(config.reward)
     _check_objective(config)
 
@@ -527,8 +529,16 @@ def _check_vllm(settings: VllmConfig) -> None:
             raise ConfigError(f"rollout.vllm.servers: '{address}' is not host:port")
 
 
-def _check_steps_ahead(config: Config) -> None:
+def _check_overlap(config: Config) -> None:
+    """What goes on while servers sample."""
     rollout = config.rollout
+    if config.teacher.score_while_sampling and (
+        rollout.engine != "vllm" or rollout.vllm.placement != "server" or rollout.steps_ahead
+    ):
+        raise ConfigError(
+            "teacher.score_while_sampling=true needs an engine that samples this step's responses on devices of its own: set "
+            "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
+        )
     if rollout.steps_ahead not in (0, 1):
         raise ConfigError(f"rollout.steps_ahead={rollout.steps_ahead} is not one of: 0, 1")
     if not rollout.steps_ahead:
@@ -586,7 +596,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
-    keys = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config()))))
+    keys = list(flatten(asdict(Config())))
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiments"]
     sections = {key.split(".")[0] for key in keys}
     for override in overrides:

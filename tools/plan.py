@@ -83,6 +83,8 @@ def show(console: Console, plan: Plan) -> None:
     )
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
+    if plan.hidden:
+        console.print(f"{plan.hidden:.1f} s of these are hidden: servers sample meanwhile")
     console.print(
         f"{plan.seconds:.1f} s per iteration, {plan.tokens_per_gpu_second:.0f} tokens/s/GPU; {setup.config.trainer.steps} "
         f"iterations: {plan.gpu_hours:.0f} GPU-hours, {plan.cost:.0f} USD"

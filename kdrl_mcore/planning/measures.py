@@ -10,6 +10,8 @@ from kdrl_mcore.config import Config
 from kdrl_mcore.planning.plan import Plan, gather_seconds, make_plan, old_policy_seconds
 from kdrl_mcore.planning.setup import make_setup
 
+NEEDS_SERVERS = "needs vLLM servers"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -95,6 +97,11 @@ def _of_teacher(plan: Plan) -> Iterator[Measure]:
         return
     mask = config.objective.kd.mask
     yield _switch(plan, "teacher off-load", "teacher.offload", config.teacher.offload)
+    name, key = "teacher while servers sample", "teacher.score_while_sampling"
+    if setup.engine_gpus and not config.rollout.steps_ahead:
+        yield _switch(plan, name, key, config.teacher.score_while_sampling)
+    else:
+        yield Measure(name, key, False, None, None, f"{NEEDS_SERVERS}, and no step ahead")
     with_mask = "response" if mask == "none" else mask
     yield _switch(plan, "teacher pruned by mask", "objective.kd.mask", mask != "none", (with_mask, "none"))
 
@@ -109,4 +116,4 @@ def _of_sampling(plan: Plan) -> Iterator[Measure]:
     if setup.engine_gpus:
         yield _switch(plan, name, key, config.rollout.steps_ahead > 0, (1, 0))
     else:
-        yield Measure(name, key, False, None, None, "needs vLLM servers (rollout=vllm, cluster.server_nodes)")
+        yield Measure(name, key, False, None, None, NEEDS_SERVERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,9 +105,29 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
     return slowest
 
 
-def generation(setup: Setup) -> Seconds:
+@dataclass(frozen=True)
+class Generation:
+    """Of the most loaded replica.
+
+    Attributes:
+        at_once: share of the responses that run from the start.
+        waiting: as long as others wait for their place.
+        last: the prompts, and the last ones that run together.
+    """
+
+    at_once: float
+    waiting: Seconds
+    last: Seconds
+
+    @property
+    def seconds(self) -> Seconds:
+        """Of all."""
+        return self.waiting + self.last
+
+
+def generation(setup: Setup) -> Generation:
     """The most loaded replica's prompts and responses."""
-    return _engine_generation(setup) if setup.engine is not None else _embedded_generation(setup)
+    return _engine_generation(setup) if setup.engine is not None else Generation(1.0, Seconds(), _embedded_generation(setup))
 
 
 def _embedded_generation(setup: Setup) -> Seconds:
@@ -121,7 +143,7 @@ def _embedded_generation(setup: Setup) -> Seconds:
     return seconds + _prefill(setup, model, len(lengths) / copies)
 
 
-def _engine_generation(setup: Setup) -> Seconds:
+def _engine_generation(setup: Setup) -> Generation:
     """As many sequences at once as the KV cache holds; while others wait, that many run; then they run out."""
     assert setup.engine is not None
     model = setup.engine
@@ -131,12 +153,11 @@ def _engine_generation(setup: Setup) -> Seconds:
     held = setup.workload.prompt_tokens + float(lengths.mean()) / 2
     room = engine_cache_bytes(setup) / per_token / held
     at_once = int(max(1, min(len(lengths), setup.config.rollout.max_sequences, room)))
-    seconds = _prefill(setup, model, len(lengths) / setup.config.rollout.responses_per_prompt)
     last = lengths[:: max(1, round(len(lengths) / at_once))][:at_once]
     steps = (float(lengths.sum()) - float(last.sum())) / at_once
-    if steps > 0:
-        seconds += _step(setup, model, at_once, held, embedded=False) * steps
-    return seconds + _decode(setup, model, last, embedded=False)
+    waiting = _step(setup, model, at_once, held, embedded=False) * max(0.0, steps)
+    prompts = _prefill(setup, model, len(lengths) / setup.config.rollout.responses_per_prompt)
+    return Generation(at_once / len(lengths), waiting, prompts + _decode(setup, model, last, embedded=False))
 
 
 def _decode(setup: Setup, model: Placed, lengths: NDArray[np.int64], *, embedded: bool) -> Seconds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdrl_mcore.planning.memory import RankMemory, plan_memory, plan_server_memory
+from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
@@ -27,13 +28,18 @@ class Plan:
 
     Attributes:
         phases: of one iteration.
-        seconds: of one iteration: the phases' sum, or, where generation runs ahead on GPUs of its own, the longer side.
+        hidden: seconds of them during which servers sample.
     """
 
     setup: Setup
     memory: tuple[RankMemory, ...]
     phases: tuple[Phase, ...]
-    seconds: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """Of one iteration."""
+        return sum(phase.seconds.total for phase in self.phases) - self.hidden
 
     @property
     def fits(self) -> bool:
@@ -74,8 +80,9 @@ def make_plan(setup: Setup) -> Plan:
     sft = setup.config.objective.kind == "sft"
     samples = not sft and setup.config.rollout.engine != "replay"
     phases = []
-    if samples:
-        phases += [Phase("rollout", generation(setup)), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
+    sampled = generation(setup) if samples else None
+    if sampled is not None:
+        phases += [Phase("rollout", sampled.seconds), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
     if setup.teacher is not None:
         phases.append(Phase("teacher", _teacher(setup)))
     if not sft and setup.updates > 1:
@@ -85,11 +92,12 @@ def make_plan(setup: Setup) -> Plan:
     phases.append(Phase("training", _training(setup)))
     if setup.config.checkpoint.every > 0:
         phases.append(Phase("checkpoint", _checkpoint(setup)))
-    total = sum(phase.seconds.total for phase in phases)
-    if setup.engine_gpus and setup.config.rollout.steps_ahead:
-        ahead = phases[0].seconds.total
-        total = max(ahead, total - ahead - phases[1].seconds.total) + phases[1].seconds.total
-    return Plan(setup, (*plan_memory(setup), *plan_server_memory(setup)), tuple(phases), total)
+    hidden = 0.0
+    if sampled is not None:
+        rest = sum(phase.seconds.total for phase in phases if phase.name not in ("rollout", "refit"))
+        teacher = next((phase.seconds for phase in phases if phase.name == "teacher"), Seconds())
+        hidden = hidden_seconds(setup, sampled, teacher, rest)
+    return Plan(setup, (*plan_memory(setup), *plan_server_memory(setup)), tuple(phases), hidden)
 
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:

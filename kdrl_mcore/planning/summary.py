@@ -34,6 +34,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "longest_response": workload.longest,
         "correct": workload.correct,
         "seconds": plan.seconds,
+        "hidden_seconds": plan.hidden,
         "phases": {phase.name: {"seconds": phase.seconds.total, **phase.seconds} for phase in plan.phases},
         "fits": plan.fits,
         "peak_bytes": plan.peak,

@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from kdrl_mcore.config import CHOICES, load_config, save_config
+from kdrl_mcore.config import CHOICES, Config, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.experiments import planned, scaling, slurm
+from kdrl_mcore.experiments import planned, scaling, slurm, study
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
 from kdrl_mcore.experiments.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
+from kdrl_mcore.parallel.layout import Layout, student_layout
 from tests.reference.tiny_models import make_qwen2
 from tools import experiments
 
@@ -44,10 +47,9 @@ planned: true
 root: {root}
 overrides: [cluster=h100, objective=grpo, student.path={root}/model, rollout.max_response_tokens=512]
 grid:
-  size: {{small: [], large: [rollout.max_prompt_tokens=8]}}
+  layout: {{TP2: [parallel.tensor=2], TP3: [parallel.tensor=3]}}
   nodes: {{"1": [cluster.nodes=1], "2": [cluster.nodes=2]}}
   run: {{strong: [rollout.prompts_per_step=64], weak: ["rollout.prompts_per_step=${{times:64,${{nodes}}}}"]}}
-  layout: {{TP2: [parallel.tensor=2], TP3: [parallel.tensor=3]}}
 """
 BASE = "root: {root}\nseeds: [1, 2]\nscale: 10\noverrides: [experiment=tiny_cpu, trainer.steps=2]\n"
 STAND_IN = '''
@@ -178,38 +180,36 @@ def test_a_planned_study_is_planned_collected_and_resumed(
     (folder / "planned.yaml").write_text(PLANNED.format(root=root))
     monkeypatch.syspath_prepend(str(ROOT))  # not the stand-in
     runs = load_study(folder / "planned.yaml")
-    assert len(runs) == 16 and all(run.planned and (run.nodes, run.ranks) == (1, 1) for run in runs)
-    assert runs[-2].name == "large 2 weak TP2" and "rollout.prompts_per_step=128" in runs[-2].overrides
-
-    monkeypatch.chdir(ROOT)
+    assert len(runs) == 8 and all(run.planned and (run.nodes, run.ranks) == (1, 1) for run in runs)
+    assert runs[3].name == "TP2 2 weak" and "rollout.prompts_per_step=128" in runs[3].overrides
     make_qwen2(root / "model", seed=1, num_layers=1)
+    monkeypatch.chdir(ROOT)
 
-    def call(*words: str) -> tuple[int, str, str]:
+    def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["experiments.py", str(folder / "planned.yaml"), *words])
-        return experiments.main(), *capsys.readouterr()
+        return experiments.main(), capsys.readouterr().out
 
     assert planned.main([*runs[0].overrides, f"run.dir={runs[0].directory}"]) == 0  # an element of a job array
-    code, shown, errors = call("--jobs", "2")
-    assert (code, errors) == (0, "") and "16 runs, 1 of them finished before" in shown and "15/15" in shown
+    code, shown = call("--jobs", "2")
+    assert code == 0 and "8 runs, 1 of them finished before" in shown and "  7/7 " in shown
     rows = list(csv.DictReader((root / "planned.csv").open()))
-    assert [row["gpus"] for row in rows[:4]] == ["8", "", "8", ""] and {row["planned"] for row in rows} == {"True"}
+    assert [row["gpus"] for row in rows] == ["8", "8", "16", "16", *4 * [""]] and {row["planned"] for row in rows} == {"True"}
     page = (root / "planned.md").read_text()
-    assert "not a measurement" in page and "small TP3 on 1 nodes" in page and "| small TP2 |" in page
+    assert "not a measurement" in page and "TP3 on 1 nodes" in page and "| TP2 |" in page
     assert (root / "images" / "planned.png").stat().st_size > 1000
-    first, second = (point for point in scaling.collect_points(runs) if point.series == "small TP2")
+    first, second = scaling.collect_points(runs)
     assert second.gpus == 2 * first.gpus and second.weak is not None and second.grpo is None
     assert scaling.strong_efficiency(first, second) == pytest.approx(first.strong["seconds"] / second.strong["seconds"] / 2)
     assert scaling.weak_efficiency(first, second) == pytest.approx(1, abs=0.2)
 
-    before = (runs[2].directory / "plan.json").stat().st_mtime_ns
+    before = (runs[1].directory / "plan.json").stat().st_mtime_ns
     (runs[0].directory / "plan.json").unlink()
-    code, shown, _ = call("--collect")
-    assert code == 1 and "1 of 16 runs are not finished" in shown
-    code, shown, _ = call()
-    assert code == 0 and "1/1 small 1 strong TP2: finished" in shown
-    assert (runs[2].directory / "plan.json").stat().st_mtime_ns == before
-    code, _, errors = call("student.path=nowhere")
-    assert code == 1 and "student.path=nowhere has no config.json" in errors
+    assert is_finished(runs[1]) and not is_finished(runs[0]) and scaling.read_answer(runs[0]) is None
+    code, shown = call()
+    assert code == 0 and "1/1 TP2 1 strong: finished" in shown
+    assert (runs[1].directory / "plan.json").stat().st_mtime_ns == before
+    assert planned.main(["student.path=nowhere", "cluster=h100", "objective=grpo", f"run.dir={root}/x"]) == 2
+    assert "student.path=nowhere has no config.json" in capsys.readouterr().err and not (root / "x").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -295,21 +295,37 @@ def test_bad_studies_and_overrides_are_named(folder: Path) -> None:
             list(slurm.submit(load_study(folder / "study.yaml")))
 
 
+@cache
+def composed(overrides: tuple[str, ...]) -> Config:
+    return load_config(overrides)
+
+
 @pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml")))
-def test_the_studies_compose_for_every_pair(base: str) -> None:
-    names = ["main", "teacher", "scale", *(("estimator", "coefficient", "mask") if base == "tiny" else ())]
-    studies = {name: load_study(STUDIES / f"{name}.yaml", [f"base={base}", "seeds=[1]"]) for name in names}
-    settings = {name: {run.setting[0] for run in runs} for name, runs in studies.items()}
-    assert settings["main"] >= {"sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "reward_shaping", "distill_then_grpo"}
-    assert len({run.setting[1] for run in studies["teacher"]}) == len({run.setting[1] for run in studies["scale"]}) == 3
-    identity = {name: {run.setting[0]: run.identity for run in runs} for name, runs in studies.items()}
-    kdrl = identity["main"]["kdrl"]
-    if base == "tiny":
-        assert settings["estimator"] < set(CHOICES["objective.kd.estimator"]) and len(settings["coefficient"]) == 6
-        assert settings["mask"] == set(CHOICES["objective.kd.mask"])
-        assert kdrl == identity["estimator"]["k2"] == identity["coefficient"]["constant_2"] == identity["mask"]["none"]
-        assert identity["main"]["kdrl_annealing"] == identity["coefficient"]["annealed_5"]
-    else:  # the paper's own numbers, where nothing was re-tuned
-        preset = load_config([f"experiment={base}", "objective=kdrl"]).objective
-        run = next(run for run in studies["main"] if run.setting == ("kdrl",))
-        assert load_config(run.overrides).objective == preset
+def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "load_config", lambda overrides: composed(tuple(overrides)))
+    files = [path for path in sorted(STUDIES.glob("*.yaml")) if "grid" in OmegaConf.load(path)]
+    studies = {path.stem: load_study(path, [f"base={base}", "seeds=[1]"]) for path in files}
+    settings = {name: {" ".join(run.setting): run for run in runs} for name, runs in studies.items()}
+    methods = {"start", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "kdrl_response_mask", "kdrl_group_mask"}
+    assert settings.pop("main").keys() == methods | {"reward_shaping", "distill_then_grpo"}
+    assert {name: len(runs) for name, runs in settings.items()} == {
+        **{"estimator": 5, "coefficient": 6, "mask": 3, "teacher": 2 * 3, "scale": 3 * 3}
+    }
+    assert settings["estimator"].keys() < set(CHOICES["objective.kd.estimator"])
+    assert settings["mask"].keys() == set(CHOICES["objective.kd.mask"])
+    shared = {run.setting: run.identity for run in studies["main"]}
+    assert {settings["estimator"]["k2"].identity, settings["coefficient"]["constant_2"].identity} == {shared["kdrl",]}
+    assert settings["mask"]["none"].identity == shared["kdrl",]
+    assert settings["coefficient"]["annealed_5"].identity == shared["kdrl_annealing",]
+    scale = 25 if base == "tiny" else 1  # the paper's own numbers, where nothing was re-tuned
+    for name, run in settings["coefficient"].items():
+        kind, thousandths = name.split("_")
+        beta = composed(run.overrides[:-1]).objective.beta
+        assert beta.init == pytest.approx(scale * float(thousandths) / 1000)
+        assert kind == "constant" or beta.min == pytest.approx(beta.init / 5)
+    for runs in studies.values():
+        assert len({run.identity for run in runs}) == len(runs)
+        for run in runs:
+            parallel, teacher = (config := composed(run.overrides[:-1])).parallel, config.teacher.parallel
+            student_layout(run.ranks * run.nodes, parallel)  # refuses what does not fit the machine
+            Layout(run.ranks * run.nodes, teacher.tensor, teacher.pipeline)

@@ -29,6 +29,8 @@ from tools import plan as plan_tool
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["experiment=kdrl_32b", "cluster=h100"]
 VLLM = ["rollout=vllm", "rollout.vllm.tensor=4"]
+SERVERS = [*VLLM, "rollout.vllm.placement=server", "cluster.server_nodes=4"]
+EXPERTS = ["student.path=Qwen3-30B-A3B", "teacher.path=Qwen3-32B", "parallel.pipeline=1", "parallel.expert=8", *VLLM]
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,8 +43,12 @@ def planned(*overrides: str) -> Plan:
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     """One faked world for all plans of this file."""
-    configs = [load_config(run.overrides.split()) for run in published.RUNS] + [load_config(RUN), load_config([*RUN, *VLLM])]
-    get_shards([request for config in configs for request in shard_requests(config, 64).values()])
+    configs = [load_config(run.overrides.split()) for run in published.RUNS]
+    # The run itself, and what is tried where it does not fit.
+    changes = [[], VLLM, [*VLLM, "rollout.vllm.tensor=8"], EXPERTS]
+    changes += [[f"parallel.{key}"] for key in ("tensor=16", "pipeline=4", "context=2")]
+    configs += [load_config([*RUN, *change]) for change in changes]
+    get_shards([request for config in configs for request in shard_requests(config, 128).values()])
 
 
 def test_the_table_of_published_runs_is_what_the_planner_says() -> None:
@@ -98,7 +104,7 @@ def test_engines_are_where_the_configuration_puts_them() -> None:
     few = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.6", "rollout.max_sequences=8")
     assert few.phase("rollout").total > 1.5 * colocated.phase("rollout").total
 
-    servers = planned(*VLLM, "cluster.server_nodes=4")  # one engine on each
+    servers = planned(*SERVERS)  # one engine on each
     engine = servers.setup.engine
     assert engine is not None and (engine.layout.data, servers.setup.engine_gpus, servers.setup.gpus) == (4, 32, 160)
     assert servers.memory[-1].name == "servers" and servers.memory[-1].peak == pytest.approx(0.85 * 80 * GIB)
@@ -111,11 +117,17 @@ def test_engines_are_where_the_configuration_puts_them() -> None:
 
 
 def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
-    plans = {on: planned(*VLLM, f"rollout.steps_ahead={on}", "cluster.server_nodes=4") for on in (0, 1)}
+    plans = {on: planned(*SERVERS, f"rollout.steps_ahead={on}") for on in (0, 1)}
     kept = {on: {each.name: each for each in measures(plan)} for on, plan in plans.items()}
     off, on = kept[0]["one-step-off generation"], kept[1]["one-step-off generation"]
     assert (off.on, on.on) == (False, True) and on.seconds == pytest.approx(off.seconds)
     assert off.seconds == pytest.approx(plans[0].seconds - plans[1].seconds) and off.seconds > 0
+    early = planned(*SERVERS, "teacher.score_while_sampling=true")
+    shorter = plans[0].seconds - early.seconds
+    assert kept[0]["teacher while servers sample"].seconds == pytest.approx(shorter)
+    assert 0.1 * early.phase("teacher").total < shorter == pytest.approx(early.hidden) <= early.phase("teacher").total
+    assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no full part
+    assert kept[1]["teacher while servers sample"].seconds is None
     saved = {each.name: each for each in measures(planned())}
     assert saved["one-step-off generation"].seconds is None and "server" in saved["one-step-off generation"].note
     assert saved["recompute"].on and saved["recompute"].bytes > 0 > saved["recompute"].seconds
@@ -131,8 +143,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
 
 
 def test_an_engine_of_experts_reads_those_that_its_sequences_are_sent_to() -> None:
-    run = ["student.path=Qwen3-30B-A3B", "teacher.path=Qwen3-32B", "parallel.pipeline=1", "parallel.expert=8", *VLLM]
-    setup = planned(*run).setup
+    setup = planned(*EXPERTS).setup
     assert setup.engine is not None and setup.student.parameters == pytest.approx(30.5e9, rel=0.01)
     stage = setup.engine.shard.stages[0]
     assert stage.parameters * 4 == pytest.approx(setup.student.parameters, rel=0.05)  # split over four GPUs, experts too
@@ -157,7 +168,7 @@ def test_the_tool_prints_a_plan_and_refuses_in_one_line(tmp_path: Path, capsys: 
     shown = capsys.readouterr().out
     answer = json.loads((tmp_path / "plan.json").read_text())
     assert "peak" in shown and f"{answer['seconds']:.1f} s per iteration" in shown
-    assert all(each["name"] in shown for each in answer["measures"]) and len(answer["measures"]) == 10
+    assert all(each["name"] in shown for each in answer["measures"]) and len(answer["measures"]) == 11
     for overrides, message in (
         (["experiment=kdrl_32b"], "add cluster=h100"),
         ([*RUN, "student.path=nowhere"], "student.path=nowhere has no config.json"),
