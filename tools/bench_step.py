@@ -139,8 +139,9 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         train_on("KDRL, padded", [_padded(rollout, rollouts) for rollout in rollouts], every, BETA)
         with _recomputed(job.student.parts.config):
             train_on("KDRL, recompute", rollouts, every, BETA)
-        settings = {"temperature": job.config.rollout.temperature, "micro_tokens": job.config.batch.micro_tokens}
-        timed("old-policy pass", partial(score_rollouts, job.student.parts, rollouts, **settings))
+        temperature, tokens = job.config.rollout.temperature, job.config.batch.micro_tokens
+        score = partial(score_rollouts, job.student.parts, rollouts, temperature=temperature, micro_tokens=tokens)
+        timed("old-policy pass", score)
         if repeat == 0:  # caches fill, the optimizer makes its state
             measured.clear()
     if job.verifier is not None:

@@ -71,7 +71,7 @@ def _switch(plan: Plan, name: str, key: str, on: bool, values: tuple[object, obj
 
     other = with_config(plan, change)
     sign = 1 if on else -1
-    return Measure(name, key, on, sign * (other.seconds - plan.seconds), sign * (other.peak - plan.peak))
+    return Measure(name, key, on, sign * (other.seconds - plan.seconds) + 0.0, sign * (other.peak - plan.peak) + 0.0)
 
 
 def _packing(plan: Plan) -> Measure:
