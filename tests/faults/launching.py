@@ -7,6 +7,7 @@ torchrun's agent does, and when a rank ends badly it ends the others.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -60,6 +61,20 @@ class Launcher:
         return Ended(json.loads(self._process.stdout.readline()), log.read_text())
 
 
+class WriteResults:
+    """Carries what Megatron-Core's checkpoint writers did back to the processes that started them, for all the processes
+    forked here. Else each starts a process of its own for that, which imports torch at the first checkpoint."""
+
+    def __init__(self) -> None:
+        self._manager = multiprocessing.get_context("spawn").Manager()
+
+    def use(self) -> None:
+        """In a forked process, before its first checkpoint."""
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        filesystem_async._results_queue = self._manager.Queue()
+
+
 def serve() -> None:
     """Run what the test sends, line by line."""
     from kdrl_mcore.parallel.platform import prepare_platform
@@ -70,15 +85,16 @@ def serve() -> None:
     import kdrl_mcore.train
     import kdrl_mcore.trainer  # noqa: F401 - with all that a run imports
 
+    results = WriteResults()
     for line in sys.stdin:
         ranks, overrides, log = json.loads(line)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        children = [_fork(rank, ranks, store.port, overrides, log) for rank in range(ranks)]
+        children = [_fork(rank, ranks, store.port, overrides, log, results) for rank in range(ranks)]
         print(json.dumps(_wait_for(children)), flush=True)
         del store
 
 
-def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str) -> int:
+def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str, results: WriteResults) -> int:
     parent = os.getpid()
     child = os.fork()
     if child:
@@ -92,6 +108,7 @@ def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str) -> i
         os.dup2(output, 2)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        results.use()
         from kdrl_mcore.train import main
 
         code = main(overrides)
