@@ -75,6 +75,7 @@ class TeacherConfig:
     path: str | None = None  # an HF checkpoint directory with the student's tokenizer
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = True  # keep the weights in host memory while the teacher is idle (CUDA only)
+    score_while_sampling: bool = False  # score complete groups while servers sample the others (rollout.vllm.placement=server)
 
 
 @dataclass
@@ -474,7 +475,7 @@ def check_config(config: Config) -> None:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
-    _check_steps_ahead(config)
+    _check_overlap(config)
     _check_rewards(config.reward)
     _check_objective(config)
 
@@ -527,8 +528,16 @@ def _check_vllm(settings: VllmConfig) -> None:
             raise ConfigError(f"rollout.vllm.servers: '{address}' is not host:port")
 
 
-def _check_steps_ahead(config: Config) -> None:
+def _check_overlap(config: Config) -> None:
+    """What goes on while servers sample."""
     rollout = config.rollout
+    if config.teacher.score_while_sampling and (
+        rollout.engine != "vllm" or rollout.vllm.placement != "server" or rollout.steps_ahead
+    ):
+        raise ConfigError(
+            "teacher.score_while_sampling=true needs an engine that samples this step's responses on devices of its own: set "
+            "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
+        )
     if rollout.steps_ahead not in (0, 1):
         raise ConfigError(f"rollout.steps_ahead={rollout.steps_ahead} is not one of: 0, 1")
     if not rollout.steps_ahead:

@@ -42,6 +42,12 @@ class HiddenStates:
             local={place: self.local[index] for index, place in places.items() if index in self.local},
         )
 
+    def joined(self, others: HiddenStates | None) -> HiddenStates:
+        """These and those of other rollouts."""
+        if others is None:
+            return self
+        return replace(self, owner={**others.owner, **self.owner}, local={**others.local, **self.local})
+
     def deliver(self, wanted: Mapping[int, Sequence[Span]]) -> Tensor:
         """The states of the spans that this rank wants, in their order: [tokens, G] on the device.
 

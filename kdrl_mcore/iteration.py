@@ -7,7 +7,7 @@ rollouts; what is computed where is told in the function that does it. N respons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,28 +19,36 @@ from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
 from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics
+from kdrl_mcore.teacher import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
 def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dict[str, float]]:
     """Refit, rollout, reward, mask, teacher, advantages, loss and update, schedules. Collective over the world."""
     alpha, beta = job.alpha.value, job.beta.value
+    teacher = TeacherScores()
+
+    def score_part(part: Mapping[int, Rollout]) -> None:  # whole verified groups, while others are being sampled
+        job.score_with_teacher(teacher, part, mask_responses(job, list(part.values()), beta))
+
     with clock("refit"):
         job.refit()  # mu <- pi
     with clock("rollout"):
-        rollouts = job.sample(step)  # o ~ mu( . | x), G responses to each prompt
+        rollouts = job.sample(step, score_part)  # o ~ mu( . | x), G responses to each prompt
+        early_tokens = teacher.tokens
     with clock("reward"):
         job.verify(rollouts)  # r_i, and whether the answer is correct
     distil_N = mask_responses(job, rollouts, beta)  # which responses the teacher teaches
     with clock("teacher"):
-        teacher = job.score_with_teacher(rollouts, distil_N)  # T( . | s_t), only where the mask keeps it
+        job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N)  # T( . | s_t), only where the mask keeps it
     with clock("train"):
         updates = [
             job.update(prepare(job, batch, alpha, beta), alpha, beta) for batch in job.split(rollouts, teacher, distil_N)
         ]
     for update in updates:
         job.advance_schedules(update)  # alpha_t and beta_t move with the optimizer step
-    return rollouts, step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
+    metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
+    return rollouts, {**metrics, "teacher_tokens_early": float(early_tokens)}
 
 
 def mask_responses(job: Job, rollouts: Sequence[Rollout], beta: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,36 +19,22 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
-from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.ahead import NextBatch, refuse_stale
-from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayEngine
 from kdrl_mcore.rollout.vllm import VllmEngine
 from kdrl_mcore.rollout.vllm_placement import start_replicas
 from kdrl_mcore.student import Measures, Student, UpdateResult
-from kdrl_mcore.teacher import Teacher
+from kdrl_mcore.teacher import Teacher, TeacherScores
 from kdrl_mcore.teacher_head import OVER_THE_VOCABULARY, TeacherHead
 from kdrl_mcore.types import Rollout, TokenFloats
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TeacherScores:
-    """What the teacher says of a rollout batch: log-probs of the sampled tokens, or hidden states, or nothing (both None).
-
-    Attributes:
-        log_probs: log T [T] per response, None where the teacher was not asked.
-        hidden: its last hidden states, for a divergence over the vocabulary.
-    """
-
-    log_probs: list[TokenFloats | None] | None = None
-    hidden: HiddenStates | None = None
 
 
 @dataclass
@@ -76,8 +62,9 @@ class Job:
         if self.replay is None and self.engine is not None:
             self.engine.refit(self.student)
 
-    def sample(self, step: int) -> list[Rollout]:
-        """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file.
+    def sample(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
+        """The step's rollouts, the same list on every rank: sampled from the next prompts, or replayed from a file. Under
+        `teacher.score_while_sampling`, `on_part` is called meanwhile with the groups that are complete.
 
         One step ahead, they were sampled during the step before, and those of the step after it are begun now.
         """
@@ -87,7 +74,7 @@ class Job:
         config, ahead = self.config, self.next_batch
         rollouts = None if ahead is None else ahead.take()
         if rollouts is None:
-            rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling(step))
+            rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling(step), on_part)
         if ahead is not None and step < config.trainer.steps:
             ahead.begin(self.prompts.next_batch(), self._sampling(step + 1))
         self.engine.sleep()
@@ -103,7 +90,15 @@ class Job:
             settings.responses_per_prompt,
             (self.config.trainer.seed, 0, step),
             verify=True,
+            part_tokens=self._part_tokens(),
         )
+
+    def _part_tokens(self) -> int:
+        """Of a part that the teacher scores while others are sampled: a full micro-batch for every stage of every replica."""
+        if self.teacher is None or not self.config.teacher.score_while_sampling:
+            return 0
+        layout = self.teacher.parts.groups.layout
+        return self.config.batch.micro_tokens * layout.context * layout.pipeline * layout.data
 
     def sampling_state(self) -> dict[str, Any]:
         """Where sampling stands, for a checkpoint: the cursor of the prompts, and the complete batch of the coming step. One
@@ -140,19 +135,29 @@ class Job:
             if part is not None:
                 part.close()
 
-    def score_with_teacher(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> TeacherScores:
-        """What the teacher says of the responses to distil; it sees no others. Log-probs are put into the rollouts too, for
-        the step's file."""
-        wanted = {index: rollouts[index] for index in distil_N.nonzero().squeeze(1).tolist()}
-        if not wanted:
-            return TeacherScores()
-        assert self.teacher is not None
-        if self.config.objective.kd.estimator in OVER_THE_VOCABULARY:
-            return TeacherScores(hidden=self.teacher.hidden_states(wanted, micro_tokens=self.config.batch.micro_tokens))
-        scored = dict(zip(wanted, self._score(self.teacher, list(wanted.values())), strict=True))
-        for index, log_probs in scored.items():
-            rollouts[index].teacher_log_probs = log_probs
-        return TeacherScores(log_probs=[scored.get(index) for index in range(len(rollouts))])
+    def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
+        """Let the teacher score the responses to distil, once; it sees no others. Log-probs are put into the rollouts too,
+        for the step's file.
+
+        Args:
+            scores: of this batch; is added to.
+            rollouts: some of the batch or all, by their places in it. distil_N: which of these are distilled.
+        """
+        wanted = {
+            place: rollout
+            for (place, rollout), distil in zip(rollouts.items(), distil_N.tolist(), strict=True)
+            if distil and place not in scores
+        }
+        if wanted:
+            assert self.teacher is not None
+            if self.config.objective.kd.estimator in OVER_THE_VOCABULARY:
+                hidden = self.teacher.hidden_states(wanted, micro_tokens=self.config.batch.micro_tokens)
+                scores.hidden = hidden.joined(scores.hidden)
+            else:
+                scores.log_probs.update(zip(wanted, self._score(self.teacher, list(wanted.values())), strict=True))
+            scores.tokens += sum(len(rollout.response_token_ids) for rollout in wanted.values())
+        for place, rollout in rollouts.items():
+            rollout.teacher_log_probs = scores.log_probs.get(place)
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[Experience]:
         """The batches of the step's optimizer updates. More than one makes later ones off-policy: then pi_old is scored
@@ -171,7 +176,8 @@ class Job:
         # With top_p the sampler's distribution is not the student's, but its nucleus.
         sampled_now = self.replay is None and self.config.rollout.steps_ahead == 0
         on_policy = updates == 1 and sampled_now and self.config.rollout.top_p == 1
-        experience = Experience(rollouts, distil_N, on_policy, teacher.log_probs, teacher.hidden, old, reference)
+        teacher_log_probs = [teacher.log_probs.get(place) for place in range(len(rollouts))] if teacher.log_probs else None
+        experience = Experience(rollouts, distil_N, on_policy, teacher_log_probs, teacher.hidden, old, reference)
         return experience.split_by_group(updates)
 
     def update(self, experience: Experience, alpha: float, beta: float) -> UpdateResult:

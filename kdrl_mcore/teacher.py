@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,24 @@ from kdrl_mcore.parallel.layout import Layout, create_scoring_groups
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.types import Rollout, TokenFloats
+
+
+@dataclass
+class TeacherScores:
+    """What the teacher has said so far of a rollout batch, by the responses' places in it.
+
+    Attributes:
+        tokens: response tokens it has scored.
+        log_probs: log T [T] of the sampled tokens.
+        hidden: its last hidden states instead, for a divergence over the vocabulary.
+    """
+
+    tokens: int = 0
+    log_probs: dict[int, TokenFloats] = field(default_factory=dict)
+    hidden: HiddenStates | None = None
+
+    def __contains__(self, place: int) -> bool:
+        return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)
 
 
 class Teacher:

@@ -107,6 +107,24 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
     return outcome
 
 
+def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`score_and_train_on_rank`; the step's groups but the first come in parts, the last group first, as if others were still
+    being sampled."""
+    from kdrl_mcore.job import Job
+
+    sample = Job.sample
+
+    def sample_in_parts(job: Any, step: int, on_part: Any = None) -> Any:
+        rollouts = sample(job, step)
+        if on_part is not None:
+            for group in sorted({rollout.group_id for rollout in rollouts})[:0:-1]:
+                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+        return rollouts
+
+    with patch.object(Job, "sample", sample_in_parts):
+        return score_and_train_on_rank(overrides)
+
+
 def listen(job: Callable[[], int]) -> Outcome:
     """Run the job and record what it returns, prints and logs."""
 

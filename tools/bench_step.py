@@ -89,6 +89,7 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
     from examples.tiny.task import write_data
     from kdrl_mcore.iteration import mask_responses, prepare
     from kdrl_mcore.job import build_job
+    from kdrl_mcore.teacher import TeacherScores
 
     write_data(folder / "data", 0.0, 0)
     for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
@@ -115,7 +116,8 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         return result
 
     def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float) -> None:
-        teacher = timed(f"teacher: {name}", lambda: job.score_with_teacher(rollouts, distil_N))
+        teacher = TeacherScores()
+        timed(f"teacher: {name}", lambda: job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N))
         batches = job.split(rollouts, teacher, distil_N)
         timed(f"training: {name}", lambda: [job.update(prepare(job, b, 1.0, beta), 1.0, beta) for b in batches])
 

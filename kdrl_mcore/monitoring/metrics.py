@@ -41,6 +41,7 @@ METRICS: dict[str, str] = {
     "drift_mean": "mean |sampler - trainer| log-prob per token, nats",
     "drift_max": "largest |sampler - trainer| log-prob, nats",
     "teacher_tokens": "response tokens the teacher scored in this step",
+    "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
     "teacher_tokens_saved": "response tokens the mask kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses sampled in this step",

@@ -139,7 +139,7 @@ class Dispatch:
         self._lanes = [_Lane(index, server, version) for index, server in enumerate(servers)]
         self._waiting = sorted(self._cut(), key=lambda piece: (-piece.load, piece.prompt, min(piece.copies)))
         self._missing = {(place, copy) for place in range(len(prompts)) for copy in range(sampling.copies)}
-        self._events: queue.SimpleQueue[Failure | BaseException | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
@@ -150,9 +150,13 @@ class Dispatch:
         """Begin."""
         self._thread.start()
 
-    def next_event(self, seconds: float) -> Failure | BaseException | str:
-        """What happened next: a server's failure (the others go on), what ended the generation, "done" after the last
-        response, or "waiting" when nothing happened within `seconds`."""
+    def announce(self, event: Any) -> None:
+        """Have `next_event` tell it, unless the generation ends before."""
+        self._events.put(event)
+
+    def next_event(self, seconds: float) -> Any:
+        """What happened next: a server's failure (the others go on), what was announced, what ended the generation, "done"
+        after the last response, or "waiting" when nothing happened within `seconds`."""
         try:
             event = self._events.get(timeout=seconds)
         except queue.Empty:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from kdrl_mcore.types import Prompt, Rollout
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. `temperature` 0 is greedy; `key` makes each call's draws its own; `verify` asks an engine that can
-    (`RolloutEngine.verifies`) for the rewards too."""
+    (`RolloutEngine.verifies`) for the rewards too; `part_tokens` are enough for `OnPart` (0: never)."""
 
     temperature: float
     top_p: float
@@ -21,6 +21,12 @@ class Sampling:
     copies: int
     key: tuple[int, ...]
     verify: bool = False
+    part_tokens: int = 0
+
+
+OnPart = Callable[[Mapping[int, Rollout]], None]
+"""Takes whole verified groups, by the responses' place in the batch, while others are still being sampled. Collective over the
+world."""
 
 
 class Weights(Protocol):
@@ -40,10 +46,11 @@ class RolloutEngine(Protocol):
         """Take over the student's present weights, and be ready to sample."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
         """`copies` responses to each prompt, on every rank of the world, in the order of the prompts.
 
-        Every rank passes the same prompts.
+        Every rank passes the same prompts. An engine that verifies calls `on_part` meanwhile, with parts of the batch of at
+        least `part_tokens` tokens, each group at most once.
         """
         ...
 

@@ -20,7 +20,7 @@ from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import Run, pack, partition
 from kdrl_mcore.parallel.platform import device
-from kdrl_mcore.rollout.engine import Sampling, Weights
+from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
 
@@ -61,8 +61,8 @@ class MegatronEngine:
         """Nothing to do."""
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """See `RolloutEngine`. Collective over the world."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
+        """See `RolloutEngine`; it does not verify. Collective over the world."""
         groups = self._parts.groups
         for chunk in self._parts.chunks:
             chunk.eval()

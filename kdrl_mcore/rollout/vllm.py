@@ -19,7 +19,7 @@ from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response
-from kdrl_mcore.rollout.engine import Sampling, Weights
+from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
 from kdrl_mcore.rollout.refit import send_weights
 from kdrl_mcore.rollout.vllm_client import ServerFailed
 from kdrl_mcore.rollout.vllm_placement import Replicas
@@ -64,14 +64,14 @@ class VllmEngine:
             self._bring_up(range(len(self._replicas)))
             self._version = student.version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutEngine`.
 
         Raises:
             EngineError: on all ranks: a server cannot be brought back, refuses a request, or has stale weights.
         """
         self.begin(prompts, sampling)
-        return self.finish()
+        return self.finish(on_part)
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Start to sample, in threads of rank 0; no communication among ranks.
@@ -88,7 +88,7 @@ class VllmEngine:
         if prompts and dist.get_rank() == 0:
             self._work = _Work(self, prompts, sampling)
 
-    def finish(self) -> list[Rollout]:
+    def finish(self, on_part: OnPart | None = None) -> list[Rollout]:
         """The responses of `begin`, on every rank. A server that failed meanwhile gets the student's present weights.
 
         Raises:
@@ -106,6 +106,9 @@ class VllmEngine:
                     self._bring_up([event.index], event.reason)
                     if work is not None:
                         work.dispatch.bring_back(event.index, self._student.version)
+                elif isinstance(event, dict):
+                    if on_part is not None:
+                        on_part(event)
                 elif isinstance(event, BaseException):
                     raise event
                 elif isinstance(event, list):
@@ -186,9 +189,10 @@ class _Work:
     """Rank 0's part of one generation: the dispatch, and the verification of what has arrived."""
 
     def __init__(self, engine: VllmEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        self._engine, self._prompts, self._verifies = engine, prompts, sampling.verify
+        self._engine, self._prompts, self._sampling = engine, prompts, sampling
         self._rollouts: dict[tuple[int, int], Rollout] = {}
-        self._arrived: queue.SimpleQueue[Rollout | None] = queue.SimpleQueue()
+        self._verified: dict[int, dict[int, Rollout]] = {}  # by group and place in the batch, until announced
+        self._arrived: queue.SimpleQueue[tuple[int, Rollout] | None] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
         self._verification = self._thread.submit(self._verify)
         self.dispatch = Dispatch(
@@ -203,7 +207,7 @@ class _Work:
         self.dispatch.start()
 
     def next_event(self) -> Any:
-        """A failure, an error, all rollouts at the end, or "waiting"."""
+        """A failure, an error, a part of the rollouts as a dictionary, all of them as a list at the end, or "waiting"."""
         event: Any = self.dispatch.next_event(_BEAT_SECONDS)
         if event == "done":
             self._arrived.put(None)
@@ -221,7 +225,7 @@ class _Work:
         self._thread.shutdown()
 
     def _keep(self, response: Response) -> None:
-        place, _ = response.place
+        place, copy = response.place
         prompt = self._prompts[place]
         assert response.version is not None
         rollout = Rollout(
@@ -237,20 +241,32 @@ class _Work:
             answer=prompt.answer,
         )
         self._rollouts[response.place] = rollout
-        self._arrived.put(rollout)
+        self._arrived.put((place * self._sampling.copies + copy, rollout))
 
     def _verify(self) -> None:
-        """Verify what has arrived, until None does."""
-        verifier = self._engine._verifier if self._verifies else None
+        """Verify what has arrived, and announce it in parts of whole groups, until None arrives."""
+        verifier = self._engine._verifier if self._sampling.verify else None
         while True:
             arrived = [self._arrived.get()]
             while not self._arrived.empty():
                 arrived.append(self._arrived.get())
-            rollouts = [rollout for rollout in arrived if rollout is not None]
+            rollouts = dict(each for each in arrived if each is not None)
             if verifier is not None and rollouts:
-                verifier.score(rollouts)
+                verifier.score(list(rollouts.values()))
+                if self._sampling.part_tokens:
+                    self._announce(rollouts)
             if len(rollouts) < len(arrived):
                 return
+
+    def _announce(self, verified: dict[int, Rollout]) -> None:
+        for index, rollout in verified.items():
+            self._verified.setdefault(rollout.group_id, {})[index] = rollout
+        whole = {group: responses for group, responses in self._verified.items() if len(responses) == self._sampling.copies}
+        part = {index: rollout for responses in whole.values() for index, rollout in responses.items()}
+        if sum(rollout.num_tokens for rollout in part.values()) >= self._sampling.part_tokens:
+            self.dispatch.announce(part)
+            for group in whole:
+                del self._verified[group]
 
 
 def _from_rank_0(item: Any) -> Any:

@@ -25,6 +25,7 @@ from kdrl_mcore.rollout.vllm_client import kill_group
 STREAM_INTERVAL = 32
 """Tokens of a response between two signs of its progress."""
 _WATCH_SECONDS = 0.5
+_CPU_STEP_TOKENS = 4096  # of one step of vLLM on CPU, where a longer prompt fits too
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,13 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
     on_device: dict[str, Any] = (
         {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
         if cuda
-        else {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
+        else {
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            # After a part of a prompt vLLM winds the request's generator back, which torch cannot do on CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_STEP_TOKENS, settings.max_model_len),
+        }
     )
     if not cuda and settings.tensor == 1:
         # A third process, only to bind OpenMP's threads, would take half as long again to start.

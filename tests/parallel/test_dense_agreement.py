@@ -6,6 +6,7 @@ Loss, log-probs of every token under student and teacher, and the gradient of ev
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from tests.ranks import RankPool
 from tests.reference.dense import Result, Settings
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, score_and_train_on_rank
+from tests.training import FAST, PROBE, PROBE_LR, Outcome, metrics_of, objective_overrides, score_and_train_on_rank
 from tests.zoo import Zoo
 
 TOLERANCE = 1e-4
@@ -106,7 +107,9 @@ def test_loss_log_probs_and_gradients_are_those_of_the_dense_reference(
     check(case, zoo, pools[case.ranks], tmp_path)
 
 
-def check(case: Case, zoo: Zoo, pool: RankPool, run: Path) -> None:
+def check(
+    case: Case, zoo: Zoo, pool: RankPool, run: Path, on_rank: Callable[[Sequence[str]], Outcome] = score_and_train_on_rank
+) -> None:
     """Run the case on the pool and compare everything with the dense reference."""
     settings = replace(case.settings, vocabulary=zoo.vocabulary(case.student))
     expected = zoo.reference(case.student, case.teacher, case.rollouts, settings)
@@ -121,7 +124,7 @@ def check(case: Case, zoo: Zoo, pool: RankPool, run: Path) -> None:
         *FAST,
         *case.overrides.split(),
     ]
-    outcomes = pool.run(score_and_train_on_rank, overrides)
+    outcomes = pool.run(on_rank, overrides)
     assert [outcome.code for outcome in outcomes] == [0] * case.ranks, outcomes[0].stderr
     for outcome in outcomes:  # every rank holds all of the scores
         assert_log_probs(outcome.found["student"], expected.log_probs)

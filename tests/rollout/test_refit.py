@@ -40,26 +40,28 @@ def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype |
 
 @pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])
 @pytest.mark.parametrize(
-    "family, layout, settings",
+    "ranks, family, layout, settings",
     [
-        ("qwen2", {"tensor": 2}, {"vocab_size": 67}),
-        ("qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
-        ("qwen3_moe", {"expert": 2}, {}),
-        ("qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
+        (2, "qwen2", {"tensor": 2}, {"vocab_size": 67}),
+        (2, "qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
+        (2, "qwen3_moe", {"expert": 2}, {}),
+        (2, "qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
+        (4, "qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 2, "sequence_parallel": True}, {"vocab_size": 67}),
     ],
-    ids=["tp2-padded", "pp2-tied", "ep2", "tp2-ep2"],
+    ids=["tp2-padded", "pp2-tied", "ep2", "tp2-ep2", "tp2-pp2-ep2-padded"],
 )
 def test_every_worker_gets_the_bytes(
+    ranks: int,
     family: str,
     layout: dict[str, Any],
     settings: dict[str, Any],
     colocated: bool,
-    ranks2: RankPool,
+    pools: dict[int, RankPool],
     receiver: Process,
     tmp_path: Path,
 ) -> None:
     hf = make_model(family, tmp_path / "hf", seed=6, **settings)
-    results = ranks2.run(_refit, str(hf), layout, {0: [receiver.port]}, {"colocated": colocated})
+    results = pools[ranks].run(_refit, str(hf), layout, {0: [receiver.port]}, {"colocated": colocated})
     assert "error" not in results[0], results[0]
     assert_holds(receiver, hf, tmp_path)
     assert len({result["digest"] for result in results}) == 1

@@ -53,8 +53,11 @@ def test_sampler_and_trainer_agree_after_every_refit(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
     """And the weights did move: the drift of a sampler that kept its first weights would be seen."""
-    train(ranks2, models, tmp_path, server)
+    in_parts = ("teacher.score_while_sampling=true", "batch.micro_tokens=32", "rollout.max_sequences=8")
+    train(ranks2, models, tmp_path, server, *in_parts)
     metrics = metrics_of(tmp_path)
+    assert any(row["teacher_tokens_early"] > 0 for row in metrics)
+    assert all("teacher_log_probs" in line for step in rollouts_of(tmp_path) for line in step)
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert all(row["drift_max"] < 1e-3 for row in metrics), [row["drift_max"] for row in metrics]
     assert [[line["weight_version"] for line in step] for step in rollouts_of(tmp_path)] == [[n] * 16 for n in range(4)]

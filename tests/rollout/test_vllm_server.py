@@ -126,6 +126,18 @@ def test_log_probs_are_those_of_the_distribution_that_is_sampled_from(temperatur
         np.testing.assert_allclose(line["log_probs"], dense.log_prob_of(log_p, row), atol=1e-3)
 
 
+def test_more_prompt_tokens_than_one_step_of_vllm_takes(served: Served, model: Any) -> None:
+    """vLLM cannot cut a seeded request's prompt in two on CPU: such prompts wait for the next step."""
+    prompts = [[1 + (7 * place + step * step) % (TOKENS - 1) for step in range(MAX_MODEL_LEN - 4)] for place in range(128)]
+    lines = served.generate(prompts, range(128), max_tokens=4)
+    assert len(lines) == 128
+    for prompt, line in list(zip(prompts, lines, strict=True))[::9]:
+        row = {"prompt_token_ids": prompt, "response_token_ids": line["token_ids"]}
+        with torch.no_grad():
+            log_p = dense.response_logits(model, row, TOKENS, 1.0).log_softmax(-1)
+        np.testing.assert_allclose(line["log_probs"], dense.log_prob_of(log_p, row), atol=1e-3)
+
+
 def test_responses_stop_at_either_end_of_sequence_or_at_the_limit(served: Served) -> None:
     lines = served.generate([PROMPTS[0]] * 96, range(96))
     ended = [line for line in lines if line["finish_reason"] == "stop"]

@@ -89,6 +89,7 @@ def test_the_coming_batch_goes_through_a_checkpoint() -> None:
         (["rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
         (["rollout=vllm", "rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
         (["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=2"], "not one of: 0, 1"),
+        (["rollout=vllm", "teacher.score_while_sampling=true"], "rollout.vllm.placement=server"),
         (
             [
                 "rollout=vllm",
@@ -100,7 +101,7 @@ def test_the_coming_batch_goes_through_a_checkpoint() -> None:
         ),
     ],
 )
-def test_one_step_ahead_needs_other_devices_and_a_correction(overrides: list[str], told: str) -> None:
+def test_sampling_beside_other_work_needs_other_devices_and_a_correction(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config(overrides)
 

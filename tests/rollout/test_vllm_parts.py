@@ -1,0 +1,107 @@
+"""Groups that are complete and verified are handed out while other responses are still being sampled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from kdrl_mcore.config import load_config
+from kdrl_mcore.rollout.vllm import VllmEngine
+from kdrl_mcore.types import Prompt, Rollout
+from tests.rollout.test_dispatch import sampling_of
+
+COPIES = 2
+
+
+@dataclass
+class GatedServer:
+    """Answers at once, but for the prompt 0: its second response waits for the gate."""
+
+    gate: threading.Event
+
+    async def generate(
+        self, http: Any, version: int | None, requests: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        for each in requests:
+            if each["id"] == "0.1" and not await asyncio.to_thread(self.gate.wait, 30):
+                raise TimeoutError("no part was handed out")
+            line = {"id": each["id"], "token_ids": [3, 4], "log_probs": [-1.0] * 2, "finish_reason": "stop"}
+            yield {**line, "version": version}
+
+
+@dataclass
+class OneReplica:
+    servers: list[GatedServer]
+
+    def __len__(self) -> int:
+        return 1
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class AllCorrect:
+    seen: list[Rollout] = field(default_factory=list)
+
+    def score(self, rollouts: Sequence[Rollout]) -> None:
+        self.seen += rollouts
+        for rollout in rollouts:
+            rollout.reward, rollout.correct = 1.0, True
+
+
+class Letters:
+    def decode_response(self, ids: Sequence[int]) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+@dataclass
+class Weights:
+    parts: Any = None
+    version: int = 0
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("part_tokens", "least"), [(1, 1), (20, 2), (0, 0)])
+def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, least: int, world: None) -> None:
+    gate = threading.Event()
+    verifier = AllCorrect()
+    config = load_config(["rollout=vllm", "objective=grpo"]).rollout
+    engine: Any = VllmEngine(OneReplica([GatedServer(gate)]), config, Letters(), verifier)  # type: ignore[arg-type]
+    engine._student, engine._version = Weights(), 0
+    prompts = [Prompt(f"p{i}", "", np.array([i + 1, 2, 3]), "") for i in range(4)]
+    parts: list[dict[int, Rollout]] = []
+
+    def take(part: dict[int, Rollout]) -> None:
+        parts.append(part)
+        if sum(map(len, parts)) == 3 * COPIES or part_tokens == 20:
+            gate.set()
+
+    if part_tokens == 0:
+        gate.set()
+    sampling = replace(sampling_of(COPIES), verify=True, part_tokens=part_tokens)
+    rollouts = engine.generate(prompts, sampling, take)
+    engine.close()
+
+    assert [rollout.prompt_id for rollout in rollouts] == [f"p{i}" for i in range(4) for _ in range(COPIES)]
+    assert len(verifier.seen) == len(rollouts) and all(rollout.correct for rollout in rollouts)
+    assert bool(parts) == (part_tokens > 0)
+    for part in parts:
+        assert sum(rollout.num_tokens for rollout in part.values()) >= part_tokens
+        assert len(part) >= least * COPIES and all(rollouts[place] is rollout for place, rollout in part.items())
+        groups = {rollout.group_id for rollout in part.values()}
+        assert set(part) == {group * COPIES + copy for group in groups for copy in range(COPIES)}
+    places = [place for part in parts for place in part]
+    assert len(places) == len(set(places))
