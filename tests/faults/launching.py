@@ -47,11 +47,12 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            start_new_session=True,  # ends with all that it started
         )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()  # its ranks notice, and end
+        os.killpg(self._process.pid, signal.SIGKILL)  # its ranks notice, and end
         self._process.communicate()
 
     def train(self, ranks: int, overrides: Sequence[str], log: Path) -> Ended:
