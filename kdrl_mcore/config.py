@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +378,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
+ConfigStore.instance().store(name="schema", node=Config)
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.spec": ("auto", "local", "transformer_engine"),
@@ -421,7 +423,6 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an unknown key (naming the nearest one), an unknown group choice, or a value of the wrong type.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
@@ -445,7 +446,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what to set instead.
     """
-    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))  # which checks the types inside lists as well
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
@@ -595,7 +596,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
-    keys = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config()))))
+    keys = list(flatten(asdict(Config())))
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiments"]
     sections = {key.split(".")[0] for key in keys}
     for override in overrides:

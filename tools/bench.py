@@ -22,6 +22,7 @@ from rich.table import Table
 from kdrl_mcore.errors import ConfigError, KdrlError
 from tools import bench_convert, bench_refit, bench_step
 from tools.bench_vocab_parallel import VARIANTS, Problem, Ranks, Reference
+from tools.help import Defaults
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of losses and gradients, relative to the largest element."""
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
         help="loss and gradients of the output head",
         description="Materialised logits, chunks with recompute, the fused head and the bare matrix products, on the same "
         "inputs in one run: time, peak memory and equality, for every combination of tokens, vocabulary and ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     head.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="loss rows")
     head.add_argument("--hidden", type=int, default=512, help="hidden size, of student and teacher")

@@ -22,6 +22,7 @@ from kdrl_mcore.convert.hf_files import lay_out, shard_name, split_into_shards, 
 from kdrl_mcore.convert.weight_map import global_tensors
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.model.families import FAMILIES, read_architecture
+from tools.help import Defaults
 
 TOOL = Path(__file__).with_name("convert_hf.py")
 NOISE_BYTES = 2**26  # of random bytes, written over and over
@@ -49,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="import, export and verify of a checkpoint",
         description="Generates a bfloat16 checkpoint in several files and measures cp, import, cp, export and verify on it, "
         "each in a process of its own: time, time relative to cp, and peak memory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the generated checkpoint")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: a temporary folder)")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.rollout.vllm_worker import RefitWorker
+from tools.help import Defaults
 
 TIMEOUT = 300.0
 TRANSPORTS = {"memory": True, "broadcast": False}
@@ -58,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Sends a random Qwen2 of bfloat16 weights from `tp` ranks to one receiving process, through shared memory "
         "and by broadcast: gather, rename, checksum on both sides, the receiver's own copy. Between the refits the same number "
         "of bytes is copied once from memory to memory by one thread.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--megabytes", type=int, default=400, help="size of the model")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the model")

@@ -20,6 +20,7 @@ from rich.table import Table
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.types import Rollout
+from tools.help import Defaults
 
 PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "tiny": (
@@ -50,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="the phases of a training step, and KDRL over GRPO",
         description="Samples one batch with a random student, then updates it with GRPO and with KDRL, with and without the "
         "response mask, on these same rollouts, in turn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="student and teacher")
     parser.add_argument("--correct", type=float, default=0.6, help="share of the responses taken for correct")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kdrl_mcore.config import flatten
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
 from kdrl_mcore.types import Prompt, Rollout
@@ -28,7 +29,7 @@ class Generations:
                 are written anew.
 
         Raises:
-            DataError: the folder holds responses made with other settings.
+            DataError: the folder holds responses made with other settings (naming the first that differs).
         """
         self._folder = folder
         self._resumes = settings is not None
@@ -36,8 +37,8 @@ class Generations:
             return
         file = folder / SETTINGS_FILE
         wanted = json.dumps(settings, indent=2, sort_keys=True)
-        if file.is_file() and file.read_text(encoding="utf-8") != wanted:
-            raise DataError(f"{folder} holds an evaluation with other settings ({file}): name another folder, or remove it")
+        if file.is_file() and (difference := _difference(file, json.loads(wanted))):
+            raise DataError(f"{folder} has an evaluation with other settings, {difference}: name another folder, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".tmp")
         aside.write_text(wanted, encoding="utf-8")
@@ -67,3 +68,15 @@ class Generations:
 
     def _file(self, benchmark: str, mode: str, block: int) -> Path:
         return self._folder / benchmark / f"{mode}_{block + 1:06d}.jsonl"
+
+
+def _difference(file: Path, wanted: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, as `rollout.engine was "megatron" and is now "vllm"`."""
+    try:
+        before, now = flatten(json.loads(file.read_text(encoding="utf-8"))), flatten(wanted)
+    except (ValueError, AttributeError):
+        return f"{file} is damaged"
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} was {json.dumps(before.get(key))} and is now {json.dumps(now.get(key))}"
+    return None

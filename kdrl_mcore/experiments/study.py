@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _runs(study: str, root: Path, setting: tuple[str, ...], seeds: Sequence[int]
     """One setting with each seed."""
     overrides = _last_of_each_key(overrides)
     config = load_config(overrides)
-    flat, name = flatten(OmegaConf.to_container(OmegaConf.structured(config))), re.sub(r"[^\w.]+", "-", "-".join(setting))
+    flat, name = flatten(asdict(config)), re.sub(r"[^\w.]+", "-", "-".join(setting))
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
     nodes = config.cluster.nodes
@@ -144,7 +144,7 @@ def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
 
 def changed_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     """What of a flat configuration differs from the defaults, without the place of the run."""
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(Config())))
+    defaults = flatten(asdict(Config()))
     return {key: value for key, value in flat.items() if key != "run.dir" and value != defaults.get(key)}
 
 

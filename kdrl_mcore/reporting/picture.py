@@ -86,7 +86,9 @@ def intervals_picture(title: str, panels: Mapping[str, Mapping[str, Interval]]) 
             for height, (setting, interval) in enumerate(panel.items()):
                 axis.errorbar(interval.mean, height, xerr=interval.half_width, fmt="o", color=colour, capsize=3, label=setting)
             axis.set_yticks(range(len(panel)), list(panel))
-            axis.set_ylim(len(panel) - 0.5, -0.5)
+            axis.set_ylim(max(1, len(panel)) - 0.5, -0.5)
+            if not panel:
+                _say_nothing(axis, "nothing is finished")
         axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[-1, 0].set_xlabel(title)
     return _png(figure)
@@ -120,12 +122,16 @@ def _draw(axis: Axes, group: Group, metric: str, colour: str) -> None:
 def _finish_axis(axis: Axes, is_share: bool) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if not axis.lines:
-        axis.text(0.5, 0.5, "no run has this", transform=axis.transAxes, ha="center", va="center", color="#999999")
-        axis.set_yticks([])
+        _say_nothing(axis, "no run has this")
     elif is_share:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     elif axis.get_ylim()[0] > 0:
         axis.set_ylim(bottom=0)
+
+
+def _say_nothing(axis: Axes, why: str) -> None:
+    axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", color="#999999")
+    axis.set_yticks([])
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

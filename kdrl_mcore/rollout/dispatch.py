@@ -15,13 +15,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import httpx
 import numpy as np
 
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.vllm_client import ServerFailed
+from kdrl_mcore.rollout.vllm_client import ServerFailed, connections
 from kdrl_mcore.types import FinishReason, Prompt, TokenFloats, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -214,8 +215,7 @@ class Dispatch:
 
     async def _generate(self) -> None:
         self._main = asyncio.current_task()
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(trust_env=False, limits=limits) as http:
+        async with connections() as http:
             try:
                 while self._missing:
                     self._hand_out(http)
@@ -236,7 +236,9 @@ class Dispatch:
             if not free:
                 return
             lane = min(free, key=lambda each: each.load)
-            lane.work[self._waiting.pop(0)] = asyncio.create_task(self._work(http, lane, piece))
+            del self._waiting[0]
+            task = lane.work[piece] = asyncio.create_task(self._work(http, lane, piece))
+            task.add_done_callback(partial(self._put_back, lane, piece))  # runs too if the task is cancelled before it begins
 
     def _has_room(self, lane: _Lane, piece: _Piece) -> bool:
         return not lane.work or lane.responses + len(piece.copies) <= self._max_sequences
@@ -258,11 +260,12 @@ class Dispatch:
             pass
         except Exception as error:  # ends the generation, in `_generate`
             self._error = error
-        finally:
-            del lane.work[piece]
-            if piece.copies:
-                self._waiting.insert(0, piece)
-            self._changed.set()
+
+    def _put_back(self, lane: _Lane, piece: _Piece, _: asyncio.Task[None]) -> None:
+        del lane.work[piece]
+        if piece.copies:
+            self._waiting.insert(0, piece)
+        self._changed.set()
 
     def _request(self, place: int, copy: int) -> dict[str, Any]:
         return {

@@ -175,6 +175,8 @@ class VllmEngine:
                 logger.debug("refit to version %d: %d bytes in %.2f s", result.version, result.num_bytes, result.seconds)
         except RefitError as error:
             reason = str(error)
+            if dist.get_rank() == 0:
+                logger.warning("%s", reason)
 
         def check(server: Any) -> None:
             health = server.health()

@@ -17,6 +17,7 @@ import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -71,7 +72,14 @@ class Engine:
         """Start vLLM's processes and load the model; takes from half a minute to minutes."""
         self._settings = settings
         self._sleeps = torch.cuda.is_available()
-        self._llm = AsyncLLM.from_engine_args(engine_args(settings, self._sleeps))
+        args = engine_args(settings, self._sleeps)
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        if not self._sleeps:
+            # vLLM's processes are forked: spawned ones, which it chooses on CPU, would import everything once more. Nothing has
+            # been computed in this process, so OpenMP has no threads yet that a fork would lose.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            torch.compiler.set_stance("force_eager")  # compiling the sampler takes longer than it saves; forked as well
+        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
 
     @property
     def dead(self) -> bool:
@@ -124,8 +132,8 @@ class Engine:
             await self._llm.wake_up(list(tags))
 
     def shutdown(self) -> None:
-        """End vLLM's processes."""
-        self._llm.shutdown()
+        """End vLLM's processes at once: they have nothing to save."""
+        self._llm.shutdown(timeout=0)
 
 
 def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -19,6 +20,8 @@ import psutil
 
 from kdrl_mcore.errors import EngineError, KdrlError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
+
+logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "KDRL_ENGINE_TOKEN"
 """The environment variable with the token that a server asks for."""
@@ -131,6 +134,8 @@ class EngineServer:
             with suppress(ServerFailed):
                 self._post("stop", timeout=_SHORT_SECONDS)
         else:
+            if self._process is not None and (code := self._process.poll()) is not None:
+                logger.warning("engine %d had ended by %s", self.index, f"signal {-code}" if code < 0 else f"exit code {code}")
             self.kill()
             self.start()
         self.wait_until_ready()
@@ -244,6 +249,12 @@ class EngineServer:
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise EngineError(f"engine {self.index} at {self.address} refuses a request: {text}")
         raise ServerFailed(f"engine {self.index} at {self.address}: {text} (status {status})")
+
+
+def connections() -> httpx.AsyncClient:
+    """For `EngineServer.generate`. Each request has a connection of its own, as many as there are: a server may close an idle
+    one at the very moment in which it is used again."""
+    return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 def address_path(run_dir: Path, index: int) -> Path:

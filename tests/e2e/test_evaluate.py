@@ -145,7 +145,9 @@ def test_training_evaluates_with_the_same_numbers(folder: Path, whole: dict[str,
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
-        (["--seed", "2"], 1, "other settings"),
+        (["--seed", "2"], 1, "other settings, seed was 1 and is now 2"),
+        (["--top-p", "0.9"], 1, "rollout.top_p was 1.0 and is now 0.9"),
+        (["rollout=vllm"], 1, 'rollout.engine was "megatron" and is now "vllm"'),
         (["--benchmarks", "aime42"], 2, "no such benchmark 'aime42'"),
         (["--benchmarks", "[]"], 2, "Cannot convert"),
         (["--samples", "0"], 2, "eval.samples=0"),

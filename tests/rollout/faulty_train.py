@@ -1,11 +1,13 @@
-"""`kdrl_mcore.train` in which engines are killed at chosen moments: python -m tests.rollout.faulty_train KEY=VALUE ...
+"""`kdrl_mcore.train` in which engines are killed or hang at chosen moments: python -m tests.rollout.faulty_train KEY=VALUE ...
 
-Step 2 begins with engine 1 killed while idle; in step 3 engine 0 is killed after a few responses, and in step 4 engine 1 in the
-middle of its refit. In step 5 engine 0 is killed and cannot start again. Rank 0 prints a line for each.
+Step 2 begins with engine 1 killed while idle. In step 3, after a few responses, engine 0 is killed and vLLM hangs in engine 1,
+whose server still answers. In step 4, in the middle of the refit, engine 1 is killed and all of engine 0 hangs. In step 5
+engine 0 is killed and cannot start again. A line is printed for each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -22,20 +24,36 @@ import torch.distributed as dist  # noqa: E402
 
 from kdrl_mcore import train  # noqa: E402
 from kdrl_mcore.rollout import vllm  # noqa: E402
-from kdrl_mcore.rollout.vllm_client import EngineServer, Launch  # noqa: E402
+from kdrl_mcore.rollout.vllm_client import EngineServer, Launch, address_path  # noqa: E402
 from kdrl_mcore.rollout.weight_writer import WeightWriter  # noqa: E402
 from kdrl_mcore.trainer import Trainer  # noqa: E402
 
 now: dict[str, Any] = {"step": 0, "responses": 0, "generation": False}
-killed: list[list[psutil.Process]] = []
+ended: list[list[psutil.Process]] = []
 
 
 def kill(server: EngineServer) -> None:
     """SIGKILL to the server alone; its children must follow by themselves."""
-    process = psutil.Process(server.pid)
-    killed.append([process, *process.children(recursive=True)])
+    process, *_ = family(server)
     os.kill(process.pid, signal.SIGKILL)
     print(f"killed engine {server.index} in step {now['step']}", file=sys.stderr, flush=True)
+
+
+def hang(server: EngineServer, *, answers: bool) -> None:
+    """SIGSTOP to vLLM's processes and, unless it `answers`, to the server."""
+    process, *children = family(server)
+    for member in children if answers else [process, *children]:
+        os.kill(member.pid, signal.SIGSTOP)
+    print(f"engine {server.index} hangs in step {now['step']}", file=sys.stderr, flush=True)
+
+
+def family(server: EngineServer) -> list[psutil.Process]:
+    """The server and vLLM's processes, which must not be there at the end."""
+    process = psutil.Process(json.loads(address_path(server.run_dir, server.index).read_text())["pid"])
+    children = [child for child in process.children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    assert children
+    ended.append([process, *children])
+    return ended[-1]
 
 
 def main() -> int:
@@ -57,12 +75,17 @@ def main() -> int:
         keep(work, response)
         now["responses"] += 1
         if now["generation"] and now["step"] == 3 and now["responses"] == 2:
+            hang(work._engine._replicas.servers[1], answers=True)
             kill(work._engine._replicas.servers[0])
 
     def faulty_publish(writer: WeightWriter, bucket: Any) -> None:
-        if now["step"] == 4 and dist.get_rank() == 1 and now["generation"] and not now.get("refit"):
+        if now["step"] == 4 and now["generation"] and not now.get("refit"):
             now["refit"] = True
-            kill(writer._servers[0])  # type: ignore[arg-type]
+            (server,) = writer._servers
+            if dist.get_rank() == 1:
+                kill(server)  # type: ignore[arg-type]
+            else:
+                hang(server, answers=False)  # type: ignore[arg-type]
         publish(writer, bucket)
 
     with (
@@ -71,7 +94,7 @@ def main() -> int:
         patch.object(WeightWriter, "publish", faulty_publish),
     ):
         code = train.main(sys.argv[1:])
-    left = [member.pid for family in killed for member in family if member.is_running() and member.status() != "zombie"]
+    left = [member.pid for family in ended for member in family if member.is_running() and member.status() != "zombie"]
     print(f"left running: {left}", file=sys.stderr, flush=True)
     return code
 

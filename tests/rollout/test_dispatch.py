@@ -132,6 +132,21 @@ def test_a_servers_failure_costs_and_doubles_nothing() -> None:
     assert redone and all(Counter(servers[0].finished + servers[1].finished)[name] == 1 for name in redone)
 
 
+class RefusedConnection(FakeServer):
+    """Fails the first time it is asked, before anything is awaited."""
+
+    def generate(self, *arguments: Any) -> AsyncIterator[dict[str, Any]]:
+        if not self.begun:
+            self.begun.append("refused")
+            raise ServerFailed("refused")
+        return super().generate(*arguments)
+
+
+def test_work_that_had_not_begun_when_its_server_failed_is_done_too() -> None:
+    got, failures = run([RefusedConnection()], prompts_of(5))
+    assert set(got) == everything(5, 4) and len(failures) == 1
+
+
 def test_the_others_take_over_from_a_server_that_does_not_come_back() -> None:
     servers = [FakeServer(fails_after=3), FakeServer()]
     got, failures = run(servers, prompts_of(8), on_failure=lambda failure: False)

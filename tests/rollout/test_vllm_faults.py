@@ -1,8 +1,9 @@
-"""A real torchrun job at tensor-parallel size 2 with two colocated engines, of which one is killed in every phase."""
+"""A real torchrun job at tensor-parallel size 2 with two colocated engines, which are killed or hang in every phase."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -43,6 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "rollout=vllm",
         "rollout.vllm.kv_cache_gib=0.1",
         "rollout.vllm.restarts=1",
+        "rollout.vllm.generation_timeout=30",
+        "rollout.vllm.refit_timeout=40",
         "rollout.vllm.refit_bucket_mib=1",
         "objective=kd_rkl",
         "reward=exact_match",
@@ -77,8 +80,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_killed_engine_is_started_again_in_every_phase(run: Run) -> None:
     for engine, step in ((1, 2), (0, 3), (1, 4)):
         assert f"killed engine {engine} in step {step}\n" in run.stderr, run.stderr
-    assert run.stderr.count("is started again") == 4  # one of them in vain
+    assert run.stderr.count("is started again") == 6  # one of them in vain
     assert [row["step"] for row in metrics_of(run.folder)] == [1, 2, 3, 4]
+
+
+def test_an_engine_that_hangs_is_found_within_its_time_out(run: Run) -> None:
+    for engine, step in ((1, 3), (0, 4)):
+        assert f"engine {engine} hangs in step {step}\n" in run.stderr, run.stderr
+    # While it generated: its server answered, and told of no progress.
+    assert re.search(r"engine 1 is started again: engine 1 at \S+: no progress within the time-out", run.stderr)
+    # In the refit.
+    assert re.search(r"refit to version 3 failed on rank 0, at (the end|\S+\.weight): engine 0: it does not answer", run.stderr)
 
 
 def test_a_restarted_engine_has_the_students_present_weights(run: Run) -> None:
@@ -112,6 +124,6 @@ def test_an_engine_that_cannot_come_back_ends_the_run_with_one_line_and_a_checkp
     assert (run.folder / "checkpoints" / "latest").resolve().name == "step_000004"
 
 
-def test_killed_engines_leave_no_process_behind(run: Run) -> None:
+def test_killed_and_hung_engines_leave_no_process_behind(run: Run) -> None:
     assert run.stderr.count("left running: []") == 2
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(run.folder) in (process.info["cmdline"] or [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +101,12 @@ def test_bad_options_are_one_line(options: list[str], message: str, capsys: pyte
     assert bench.main([*SMALL, *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["vocab-parallel", "convert", "refit", "step"])
+def test_help_tells_each_default_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        bench.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: " in shown and "default: None" not in shown
+    assert not re.search(r"\(default:[^)]*\) \(default:", shown)

@@ -12,7 +12,7 @@ import pytest
 
 from kdrl_mcore.config import REWARD_KINDS, BenchmarkConfig, conf_dir, load_benchmark, load_config
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
-from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.evaluation.benchmarks import load_benchmarks
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.reward.verifier import Verifier
@@ -92,3 +92,16 @@ def test_experiments_use_the_template_of_their_model() -> None:
 def test_an_evaluation_in_training_is_not_taken_up_again(tmp_path: Path) -> None:
     assert Generations(tmp_path / "anew").read("b", "sampled", 0, [], 1) is None
     assert not (tmp_path / "anew").exists()
+
+
+def test_an_evaluation_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    settings = {"seed": 1, "rollout": {"engine": "megatron"}}
+    for _ in range(2):
+        Generations(tmp_path, settings)
+    with pytest.raises(DataError, match=r'other settings, rollout\.engine was "megatron" and is now "vllm"'):
+        Generations(tmp_path, settings | {"rollout": {"engine": "vllm"}})
+    with pytest.raises(DataError, match="seed was 1 and is now null"):
+        Generations(tmp_path, {"rollout": {"engine": "megatron"}})
+    (tmp_path / "settings.json").write_text("[")
+    with pytest.raises(DataError, match=r"settings\.json is damaged"):
+        Generations(tmp_path, settings)

@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from kdrl_mcore.config import CHOICES, load_config, save_config
+from kdrl_mcore.config import CHOICES, Config, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.experiments import slurm
+from kdrl_mcore.experiments import slurm, study
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
 from kdrl_mcore.experiments.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
+from kdrl_mcore.parallel.layout import Layout, student_layout
 from tools import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,21 +246,37 @@ def test_bad_studies_and_overrides_are_named(folder: Path) -> None:
             list(slurm.submit(load_study(folder / "study.yaml")))
 
 
+@cache
+def composed(overrides: tuple[str, ...]) -> Config:
+    return load_config(overrides)
+
+
 @pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml")))
-def test_the_studies_compose_for_every_pair(base: str) -> None:
-    names = ["main", "teacher", "scale", *(("estimator", "coefficient", "mask") if base == "tiny" else ())]
-    studies = {name: load_study(STUDIES / f"{name}.yaml", [f"base={base}", "seeds=[1]"]) for name in names}
-    settings = {name: {run.setting[0] for run in runs} for name, runs in studies.items()}
-    assert settings["main"] >= {"sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "reward_shaping", "distill_then_grpo"}
-    assert len({run.setting[1] for run in studies["teacher"]}) == len({run.setting[1] for run in studies["scale"]}) == 3
-    identity = {name: {run.setting[0]: run.identity for run in runs} for name, runs in studies.items()}
-    kdrl = identity["main"]["kdrl"]
-    if base == "tiny":
-        assert settings["estimator"] < set(CHOICES["objective.kd.estimator"]) and len(settings["coefficient"]) == 6
-        assert settings["mask"] == set(CHOICES["objective.kd.mask"])
-        assert kdrl == identity["estimator"]["k2"] == identity["coefficient"]["constant_2"] == identity["mask"]["none"]
-        assert identity["main"]["kdrl_annealing"] == identity["coefficient"]["annealed_5"]
-    else:  # the paper's own numbers, where nothing was re-tuned
-        preset = load_config([f"experiment={base}", "objective=kdrl"]).objective
-        run = next(run for run in studies["main"] if run.setting == ("kdrl",))
-        assert load_config(run.overrides).objective == preset
+def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "load_config", lambda overrides: composed(tuple(overrides)))
+    files = [path for path in sorted(STUDIES.glob("*.yaml")) if "grid" in OmegaConf.load(path)]
+    studies = {path.stem: load_study(path, [f"base={base}", "seeds=[1]"]) for path in files}
+    settings = {name: {" ".join(run.setting): run for run in runs} for name, runs in studies.items()}
+    methods = {"start", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "kdrl_response_mask", "kdrl_group_mask"}
+    assert settings.pop("main").keys() == methods | {"reward_shaping", "distill_then_grpo"}
+    assert {name: len(runs) for name, runs in settings.items()} == {
+        **{"estimator": 5, "coefficient": 6, "mask": 3, "teacher": 2 * 3, "scale": 3 * 3}
+    }
+    assert settings["estimator"].keys() < set(CHOICES["objective.kd.estimator"])
+    assert settings["mask"].keys() == set(CHOICES["objective.kd.mask"])
+    shared = {run.setting: run.identity for run in studies["main"]}
+    assert {settings["estimator"]["k2"].identity, settings["coefficient"]["constant_2"].identity} == {shared["kdrl",]}
+    assert settings["mask"]["none"].identity == shared["kdrl",]
+    assert settings["coefficient"]["annealed_5"].identity == shared["kdrl_annealing",]
+    scale = 25 if base == "tiny" else 1  # the paper's own numbers, where nothing was re-tuned
+    for name, run in settings["coefficient"].items():
+        kind, thousandths = name.split("_")
+        beta = composed(run.overrides[:-1]).objective.beta
+        assert beta.init == pytest.approx(scale * float(thousandths) / 1000)
+        assert kind == "constant" or beta.min == pytest.approx(beta.init / 5)
+    for runs in studies.values():
+        assert len({run.identity for run in runs}) == len(runs)
+        for run in runs:
+            parallel, teacher = (config := composed(run.overrides[:-1])).parallel, config.teacher.parallel
+            student_layout(run.ranks * run.nodes, parallel)  # refuses what does not fit the machine
+            Layout(run.ranks * run.nodes, teacher.tensor, teacher.pipeline)

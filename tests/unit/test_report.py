@@ -181,9 +181,12 @@ def test_the_picture_draws_every_run_in_every_panel_that_has_it(runs: list[Path]
     assert [len(colours) for title, colours in panels.items() if "KL" in title] == [1]
     assert all(len(colours) == 2 for title, colours in panels.items() if "KL" not in title)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kdrl", "grpo"]
-    assert intervals_picture("accuracy", {"study": {"a": Interval(0.5, 0.1), "b": Interval(0.6, None)}}).startswith(
-        PNG_SIGNATURE
-    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_study_is_drawn_where_settings_or_all_of_it_are_missing() -> None:
+    panels = {"study": {"a": Interval(0.5, 0.1), "b": Interval(0.6, None)}, "not begun": {}}
+    assert intervals_picture("accuracy", panels).startswith(PNG_SIGNATURE)
 
 
 def test_watching_ends_with_the_runs_and_the_last_page_stays(tmp_path: Path) -> None:
