@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,8 +107,8 @@ class EngineServer:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
-    def wait_until_ready(self) -> None:
-        """Wait until the server answers; then its address is known.
+    def wait_until_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Wait until the server answers, calling `on_wait` meanwhile; then its address is known.
 
         Raises:
             ServerFailed: it ended, or did not answer within the start-up time-out.
@@ -116,6 +116,7 @@ class EngineServer:
         deadline = time.monotonic() + self._startup_timeout
         reason = "it wrote no address"
         while time.monotonic() < deadline:
+            on_wait()
             if self._process is not None and self._process.poll() is not None:
                 raise ServerFailed(f"engine {self.index} ended while it started ({last_line(self.log)}); see {self.log}")
             if self.read_address():

@@ -1,8 +1,8 @@
 """`kdrl_mcore.train` in which engines are killed or hang at chosen moments: python -m tests.rollout.faulty_train KEY=VALUE ...
 
 Step 2 begins with engine 1 killed while idle. In step 3, after a few responses, engine 0 is killed and vLLM hangs in engine 1,
-whose server still answers. In step 4, in the middle of the refit, engine 1 is killed and all of engine 0 hangs. In step 5 engine
-0 is killed and cannot start again. A line is printed for each.
+whose server still answers. In step 4, in the middle of the refit, engine 1 is killed and all of engine 0 hangs. In step 5
+engine 0 is killed and cannot start again. A line is printed for each.
 """
 
 from __future__ import annotations
