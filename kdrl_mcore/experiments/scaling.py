@@ -186,7 +186,7 @@ def page(points: Sequence[Point], runs: Sequence[Run], study: Path, picture: str
         f"{plan['responses']} responses a step (strong scaling) have {plan['response_tokens']} tokens on average, at most "
         f"{plan['longest_response']}, after prompts of {plan['prompt_tokens']}.",
         "Data parallelism and rollout engines grow with the GPUs; an engine takes what training leaves of a GPU, in steps of a",
-        f"twentieth. Left out, as a GPU is too small or the layout does not exist: {left_out}.",
+        f"hundredth. Left out, as a GPU is too small or the layout does not exist: {left_out}.",
         "",
         f"![Planned]({picture})",
         "",

@@ -234,11 +234,11 @@ def engine_cache_bytes(setup: Setup) -> float:
 
 
 def fit_engine(setup: Setup) -> Setup:
-    """The same run, with colocated engines that take no more of a GPU than training leaves them, in steps of a twentieth."""
+    """The same run, with colocated engines that take no more of a GPU than training leaves them, in steps of a hundredth."""
     if setup.engine is None or setup.engine_gpus or not setup.cluster.memory_gib:
         return setup
     left = min((rank.capacity or 0) - rank.between_steps for rank in plan_memory(setup))
-    share = math.floor(20 * left / (setup.cluster.memory_gib * GIB)) / 20
+    share = math.floor(100 * left / (setup.cluster.memory_gib * GIB)) / 100
     config = copy.deepcopy(setup.config)
     config.rollout.vllm.gpu_memory_utilization = min(config.rollout.vllm.gpu_memory_utilization, max(0.05, share))
     return replace(setup, config=config)
