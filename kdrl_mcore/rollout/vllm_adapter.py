@@ -19,7 +19,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from kdrl_mcore.rollout.vllm_client import kill_group
 
@@ -176,16 +177,17 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
     )
 
 
-class OnlyTokens(LogitsProcessor):
-    """Masks the columns of the logits that no token has. Made in each of vLLM's worker processes, where it also sees to it that
-    they end with the server: a killed server leaves vLLM's own processes behind."""
+class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):
+    """Masks the columns of the logits that no token has, under either of vLLM's model runners (the second one, where there is
+    Triton, has an interface of its own). Made in each of vLLM's worker processes, where it also sees to it that they end with
+    the server: a killed server leaves vLLM's own processes behind."""
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
         self._num_tokens = vllm_config.additional_config["num_tokens"]
         end_group_with(vllm_config.additional_config["server_pid"])
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """See vLLM."""
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """See vLLM. logits: [rows, columns], changed in place."""
         logits[:, self._num_tokens :] = float("-inf")
         return logits
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import RankPool
+from tests.reference.tiny_models import read_jsonl
 from tests.rollout import vllm_runs
 from tests.rollout.refit_ranks import VICTIM
 from tests.training import metrics_of
@@ -97,3 +98,42 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
 
     assert list(map(places, parts)) == list(map(places, whole))
     assert [line["response_token_ids"] for line in parts[2]] == [line["response_token_ids"] for line in pending]
+
+
+def test_the_tool_evaluates_with_vllm_as_with_the_embedded_engine(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """And samples only what an interruption has left out."""
+    files = ["--model", str(models / "student"), "--data", str(models / "prompts.jsonl")]
+    sizes = ["--samples", "2", "--block", "16", "--max-response-tokens", "24", "data.template=plain", "reward=exact_match"]
+    engines = {
+        "embedded": ["--tensor-parallel", "2"],
+        "vllm": ["rollout=vllm", "rollout.vllm.placement=server", f'rollout.vllm.servers=["{server.address}"]'],
+    }
+
+    def evaluate(engine: str) -> dict[str, float]:
+        arguments = [*files, *sizes, "--output", str(tmp_path / engine), *engines[engine]]
+        outcomes = ranks2.run(vllm_runs.evaluate, TOKEN, arguments, timeout=240)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        return json.loads((tmp_path / engine / "metrics.json").read_text())
+
+    def kept(engine: str) -> dict[str, list[dict[str, Any]]]:
+        return {file.name: read_jsonl(file) for file in sorted((tmp_path / engine / "prompts").iterdir())}
+
+    metrics, responses = evaluate("vllm"), kept("vllm")
+    embedded = evaluate("embedded")
+    assert metrics.keys() == embedded.keys()
+    assert (
+        responses.keys()
+        == kept("embedded").keys()
+        == {f"{mode}_00000{n}.jsonl" for mode in ("greedy", "sampled") for n in (1, 2)}
+    )
+    for name, rows in kept("embedded").items():
+        assert [row.keys() for row in responses[name]] == [row.keys() for row in rows]
+        if name.startswith("greedy"):
+            assert [row["response_token_ids"] for row in responses[name]] == [row["response_token_ids"] for row in rows]
+
+    (tmp_path / "vllm" / "prompts" / "sampled_000002.jsonl").unlink()
+    others = {file: file.stat().st_mtime_ns for file in (tmp_path / "vllm" / "prompts").iterdir()}
+    assert evaluate("vllm") == metrics and kept("vllm") == responses
+    assert {file: file.stat().st_mtime_ns for file in others} == others

@@ -54,6 +54,14 @@ def overrides(folder: Path, run: Path, address: str, *more: str) -> list[str]:
     ]
 
 
+def evaluate(token: str, arguments: list[str]) -> Outcome:
+    """`tools/evaluate.py` on the ranks of a pool, which know the server's token."""
+    from tests.e2e.test_evaluate import evaluate_on_rank
+
+    os.environ["KDRL_ENGINE_TOKEN"] = token
+    return evaluate_on_rank(arguments)
+
+
 def broken_refit(token: str, model: str, folder: str, address: str) -> str:
     """A refit of which one tensor never arrives; what it says."""
     from kdrl_mcore.errors import RefitError

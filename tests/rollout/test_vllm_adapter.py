@@ -1,0 +1,68 @@
+"""What vLLM makes of the adapter where this machine cannot run it: its second model runner, the default on CUDA."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.worker.gpu.sample.logits_processor import (
+    build_custom_logits_processors,
+    build_custom_logits_processors_params_validator,
+)
+
+from kdrl_mcore.rollout import vllm_adapter
+
+NUM_TOKENS, COLUMNS = 5, 8
+
+
+SETTINGS = vllm_adapter.EngineSettings(
+    model="nowhere",
+    vocabulary=NUM_TOKENS,
+    stop_ids=(0,),
+    dtype="bfloat16",
+    max_model_len=64,
+    max_sequences=4,
+    tensor=1,
+    seed=1,
+    gpu_memory_utilization=0.5,
+    kv_cache_gib=0.1,
+    load_format="dummy",
+)
+STATE: Any = SimpleNamespace(
+    device=None, max_num_reqs=4, vocab_size=COLUMNS, all_token_ids=None, prompt_len=None, prefill_len=None, total_len=None
+)
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+def test_columns_without_a_token_are_masked_under_both_model_runners(runner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends_with: list[int] = []
+    monkeypatch.setattr(vllm_adapter, "end_group_with", ends_with.append)
+    config: Any = SimpleNamespace(
+        additional_config={"num_tokens": NUM_TOKENS, "server_pid": 1},
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        speculative_config=None,
+    )
+    names: Any = vllm_adapter.engine_args(SETTINGS, cuda=True).logits_processors
+    logits = torch.randn(3, COLUMNS)
+    expected = logits.clone()
+    expected[:, NUM_TOKENS:] = float("-inf")
+    if runner == 1:
+        *_, processor = build_logitsprocs(config, torch.device("cpu"), False, False, names).non_argmax_invariant
+        masked = processor.apply(logits)
+    else:
+        (on_gpu,) = build_custom_logits_processors(config, STATE, False, names)
+        assert on_gpu.add_request(0, SamplingParams())  # else it would not be applied
+        masked = on_gpu.apply(logits, SimpleNamespace())  # type: ignore[arg-type]
+    assert torch.equal(masked, expected) and ends_with == [1]
+
+
+def test_the_frontend_of_the_second_model_runner_takes_it() -> None:
+    names: Any = vllm_adapter.engine_args(SETTINGS, cuda=True).logits_processors
+    build_custom_logits_processors_params_validator(names)(SamplingParams())
