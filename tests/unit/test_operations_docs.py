@@ -64,3 +64,14 @@ def test_the_metrics_to_watch_are_written() -> None:
     names = re.findall(r"`([\w/]+)\*?`", watched.group(1))
     assert len(names) >= 4
     assert [name for name in names if not any(metric.startswith(name) for metric in METRICS)] == []
+
+
+def test_every_message_to_look_up_is_one_that_is_written() -> None:
+    """The parts of it between what changes from run to run."""
+    sources = "".join(path.read_text() for path in ROOT.glob("kdrl_mcore/**/*.py"))
+    written = re.sub(r'"\s*\n\s*f?"', "", sources)  # a message over several lines of code
+    messages = re.findall(r"^\| `(?:preflight, [\w.-]+: )?(.*?)` \|", PAGES["troubleshooting"], re.MULTILINE)
+    assert len(messages) >= 10
+    for message in messages:
+        parts = re.split(r"\.\.\.|manifest\.json|\b[A-Z]+\b|\d+|[(:]", message)
+        assert [part.strip() for part in parts if len(part.strip()) > 5 and part.strip() not in written] == [], message
