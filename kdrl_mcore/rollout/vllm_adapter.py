@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -180,11 +181,12 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
 class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):
     """Masks the columns of the logits that no token has, under either of vLLM's model runners (the second one, where there is
     Triton, has an interface of its own). Made in each of vLLM's worker processes, where it also sees to it that they end with
-    the server: a killed server leaves vLLM's own processes behind."""
+    the server and leave no shared memory behind."""
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self._num_tokens = vllm_config.additional_config["num_tokens"]
         end_group_with(vllm_config.additional_config["server_pid"])
+        unlink_shared_memory()
 
     def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         """See vLLM. logits: [rows, columns], changed in place."""
@@ -197,6 +199,14 @@ class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):
 
     def update_state(self, batch_update: Any) -> None:
         """See vLLM; there is no state."""
+
+
+def unlink_shared_memory() -> None:
+    """On CPU the workers of one engine talk through shared memory, which nobody would remove if they were killed. All have
+    opened it when the first one gets here, so it needs no name any more."""
+    name = os.environ.get("VLLM_DIST_IDENT")
+    for file in Path("/dev/shm").glob(f"{name}-*") if name else ():
+        file.unlink(missing_ok=True)
 
 
 def end_group_with(pid: int) -> None:

@@ -2,7 +2,7 @@
 
 `colocated`: on the GPUs of the training ranks; rank e * E starts server e, which uses the GPUs of ranks e * E to e * E + E - 1
 (E is `rollout.vllm.tensor`). `server`: elsewhere. They are found in RUN/servers or listed in `rollout.vllm.servers`; a job on a
-single node starts those that are missing itself, on GPUs that no rank uses.
+single node without `cluster.server_nodes` starts those that are missing itself, on GPUs that no rank uses.
 """
 
 from __future__ import annotations
@@ -117,11 +117,12 @@ def start_replicas(config: Config, vocabulary: int, on_wait: Callable[[], None] 
     else:
         owners = _owners(config)
         single_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+        starts_missing = single_node and not config.cluster.server_nodes
         (token,) = _gather(secrets.token_urlsafe(32))[:1]
         replicas = Replicas([], owners)
         for index, owner in enumerate(owners):
             server = make(index, run_dir)
-            if owner == dist.get_rank() and (settings.placement == "colocated" or (single_node and not _is_there(server))):
+            if owner == dist.get_rank() and (settings.placement == "colocated" or (starts_missing and not _is_there(server))):
                 launch = Launch(_arguments(config, vocabulary, single_node), _environment(config, index))
                 server = make(index, run_dir, token=token, launch=launch)
                 server.start()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.ranks import RankPool
@@ -31,13 +32,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(models: Path) -> Iterator[EngineServer]:
-    """One engine, for all runs."""
-    arguments = ("--model", str(models / "student"), "--max-model-len", "64", "--kv-cache-gib", "0.1", "--max-sequences", "32")
-    engine = EngineServer(0, models, token=TOKEN, launch=Launch(arguments, {"OMP_NUM_THREADS": "1"}))
+    """One engine of two workers, for all runs."""
+    sizes = ("--max-model-len", "64", "--kv-cache-gib", "0.1", "--max-sequences", "32", "--tensor", "2")
+    launch = Launch(("--model", str(models / "student"), *sizes), {"OMP_NUM_THREADS": "1"})
+    engine = EngineServer(0, models, token=TOKEN, launch=launch)
     engine.start()
     engine.wait_until_ready()
     yield engine
     engine.stop()
+
+
+def test_the_memory_that_workers_share_has_no_name(server: EngineServer) -> None:
+    """So that none is left when they are killed."""
+    workers = psutil.Process(server.pid).children(recursive=True)
+    shared = {Path(mapped.path) for worker in workers for mapped in worker.memory_maps() if "cpushm" in mapped.path}
+    assert len(shared) == 2 and not [path for path in shared if path.exists()]
 
 
 def train(ranks: RankPool, models: Path, run: Path, server: EngineServer, *more: str) -> None:

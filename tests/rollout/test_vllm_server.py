@@ -23,10 +23,8 @@ from transformers import AutoModelForCausalLM
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
-from tests.e2e.test_evaluate import evaluate_on_rank
 from tests.ranks import RankPool
 from tests.reference import dense
-from tests.reference.tiny_models import read_jsonl
 from tests.rollout.models import QUIET_ENGINE, make_prompts, make_student, needs_vllm
 from tests.training import Outcome, metrics_of, train_on_rank
 from tests.zoo import TOKENS
@@ -227,28 +225,6 @@ def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, t
     assert served.server.health() == {"version": 2, "usable": True}  # those that sampled step 3
     with pytest.raises(EngineError, match="the engine has 2"):
         served.generate([[5]], [0], version=1)
-
-
-def evaluate_with_servers_on_rank(arguments: list[str], environment: Mapping[str, str]) -> Outcome:
-    os.environ.update(environment)
-    return evaluate_on_rank(arguments)
-
-
-def test_an_evaluation_says_the_same_with_either_engine(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
-    """The greedy responses of vLLM are those of the embedded engine, of weights that the server did not start with."""
-    model, data = make_teacher(tmp_path / "model"), make_prompts(tmp_path / "sums.jsonl", 6)
-    token = {TOKEN_VARIABLE: str(served.server.token)}
-    servers = ["rollout=vllm", "rollout.vllm.placement=server", f"rollout.vllm.servers=[{served.server.address}]"]
-    greedy = []
-    for name, engine in (("vllm", servers), ("megatron", [])):
-        files = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / name), "--samples", "2"]
-        command = [*files, "--max-response-tokens", str(LIMIT), *engine, "data.template=plain"]
-        (outcome,) = ranks1.run(evaluate_with_servers_on_rank, command, token, timeout=300)
-        assert outcome.code == 0, outcome.stderr
-        rows = read_jsonl(tmp_path / name / "sums" / "greedy_000001.jsonl")
-        greedy.append([row["response_token_ids"] for row in rows])
-        assert "eval/sums/pass@2" in json.loads((tmp_path / name / "metrics.json").read_text())
-    assert greedy[0] == greedy[1] and len({tuple(response) for response in greedy[0]}) > 1
 
 
 def make_teacher(path: Path) -> Path:

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from kdrl_mcore.monitoring.metrics import read_metrics
-from tests.reference.tiny_models import make_qwen2, make_tokenizer
+from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_jsonl
+from tests.rollout.models import make_student, needs_vllm
 from tests.slurm.cluster import Cluster, missing_programs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +176,26 @@ def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_i
     pids = [int(pid) for pid in (run_dir / "served").read_text().split()]
     assert len(pids) >= 3
     cluster.wait(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the servers to end", 60)
+
+
+@needs_vllm
+def test_a_node_trains_and_another_one_serves_real_vllm(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    models = [f"{name}.path={make_student(tmp_path / name, seed)}" for name, seed in (("student", 1), ("teacher", 2))]
+    vllm = ["rollout=vllm", "rollout.vllm.kv_cache_gib=0.1", "cluster.server_nodes=1", "cluster.gpus_per_node=1"]
+    overrides = [*tiny_job, *models, *vllm, f"run.dir={run_dir}", "trainer.steps=2", "checkpoint.every=-1"]
+    number = submit(cluster, tmp_path, overrides, "--nodes=2", KDRL_PREFLIGHT="0")
+    assert cluster.end_of(number) == "COMPLETED", job_log(tmp_path, number)
+    assert cluster.job(number)["Restarts"] == "0"
+    metrics = list(read_metrics(run_dir))
+    assert [row["step"] for row in metrics] == [1, 2] and all(row["drift_max"] < 1e-3 for row in metrics)
+    for step in (1, 2):
+        lines = read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl")
+        assert lines and {line["weight_version"] for line in lines} == {step - 1}
+    (log,) = (run_dir / "logs" / f"{number}-0").glob("servers-*.log")
+    assert "it is started again" not in log.read_text()
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    assert not [command for command in commands if str(run_dir) in command]
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
