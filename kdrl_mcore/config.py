@@ -332,7 +332,7 @@ class FaultConfig:
     kind: str = "none"  # none, fail (raise), hang, slow, kill, stop (SIGTERM), full_disk or nan (the next model output)
     rank: int = 0  # the rank it strikes
     step: int = 1  # the step in which it strikes; slow goes on from there
-    phase: str = "train"  # at whose beginning: rollout, reward, teacher, train, logging, evaluation or checkpoint
+    phase: str = "train"  # at whose beginning: rollout, reward, ...; "load student" is in step 0
     seconds: float = 1.0  # slow: added to each such phase
 
 
@@ -403,7 +403,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "fault.kind": ("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "nan"),
-    "fault.phase": ("refit", "rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
+    "fault.phase": ("load student", "refit", "rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
 }
 """The allowed values of every key that is a choice."""
 

@@ -26,12 +26,10 @@ class InjectedFault(RuntimeError):
 class FaultInjector:
     """The fault of one rank's run."""
 
-    def __init__(self, fault: FaultConfig, rank: int, models: Mapping[str, Sequence[nn.Module]]) -> None:
-        """Args:
-        models: the model chunks that work in a phase, for `nan`.
-        """
+    def __init__(self, fault: FaultConfig, rank: int) -> None:
         self._fault = fault if fault.kind != "none" and fault.rank == rank else None
-        self._models = models
+        self.models: Mapping[str, Sequence[nn.Module]] = {}
+        """The model chunks that work in a phase, for `nan`."""
 
     def strike(self, step: int, phase: str) -> None:
         """Called when a phase begins. Does nothing unless this is the place."""
@@ -55,7 +53,7 @@ class FaultInjector:
         if fault.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.kind])
         if fault.kind == "nan":
-            _poison_next_output(self._models[phase][-1])
+            _poison_next_output(self.models[phase][-1])
 
 
 def _poison_next_output(chunk: nn.Module) -> None:

@@ -6,13 +6,17 @@ sends these signals to every process of a job step, so the processes a rank star
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -46,6 +50,14 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
+
+
+def end_with_parent(parent: int) -> None:
+    """In a process that `parent` started: end when it does, however that comes (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 @contextmanager

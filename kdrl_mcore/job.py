@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -248,8 +248,11 @@ def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tup
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
 
 
-def build_job(config: Config) -> Job:
+def build_job(config: Config, on_phase: Callable[[str], None] = lambda phase: None) -> Job:
     """Build every part of the run. Collective over the world.
+
+    Args:
+        on_phase: called with what is being done when it begins, and whenever it gets further.
 
     Raises:
         ConfigError, DataError, ModelError: before anything is trained, naming what to change.
@@ -257,6 +260,7 @@ def build_job(config: Config) -> Job:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     world = dist.get_world_size()
+    on_phase("load tokenizers")
     tokenizer, vocabulary = shared_vocabulary(config.student.path, config.teacher.path)
     if tokenizer is None and config.rollout.engine != "replay":
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
@@ -267,16 +271,20 @@ def build_job(config: Config) -> Job:
         if not config.data.train:
             raise ConfigError("data.train is not set: name a JSONL or parquet file, or a hub id")
         assert tokenizer is not None
+        on_phase("load prompts")
         train = load_prompts(config.data.train, config.data, tokenizer, config.rollout.max_prompt_tokens, with_targets=sft)
     evaluates = config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
     if evaluates and tokenizer is None:
         raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval and eval.benchmarks need")
-    student = Student(config, world, vocabulary)
+    student = Student(config, world, vocabulary, partial(on_phase, "load student"))
+    on_phase("load evaluation")
     evaluation = Evaluation(config, tokenizer, student.groups) if evaluates and tokenizer is not None else None
     teacher = reference = None
     if not sft and can_be_positive(config.objective.beta):
         assert config.teacher.path is not None
-        teacher = Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary)
+        teacher = Teacher(
+            config.teacher.path, config.teacher, config.model, world, vocabulary, partial(on_phase, "load teacher")
+        )
         if config.objective.kd.clamp is not None and dist.get_rank() == 0:
             logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", config.objective.kd.clamp)
         if config.objective.kd.estimator in OVER_THE_VOCABULARY and student.groups.is_last_stage:
@@ -284,7 +292,15 @@ def build_job(config: Config) -> Job:
             student.teacher_head = TeacherHead(config.teacher.path, shard, config.model.dtype, config.objective.kd)
     if not sft and config.objective.reference_kl.coefficient > 0:
         layout = TeacherParallelConfig(config.parallel.tensor, config.parallel.pipeline, config.parallel.expert)
-        reference = Teacher(config.student.path, TeacherConfig(parallel=layout), config.model, world, vocabulary)
+        reference = Teacher(
+            config.student.path,
+            TeacherConfig(parallel=layout),
+            config.model,
+            world,
+            vocabulary,
+            partial(on_phase, "load reference"),
+        )
+    on_phase("start engines")
     samples = train is not None and not sft
     in_vllm = config.rollout.engine == "vllm"
     # vLLM's responses arrive on rank 0, which verifies them while others are still being sampled.
@@ -294,7 +310,8 @@ def build_job(config: Config) -> Job:
     if tokenizer is not None and not in_vllm:
         engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
     elif tokenizer is not None and (samples or evaluation is not None):
-        engine = VllmEngine(start_replicas(config, vocabulary), config.rollout, tokenizer, verifier)
+        replicas = start_replicas(config, vocabulary, partial(on_phase, "start engines"))
+        engine = VllmEngine(replicas, config.rollout, tokenizer, verifier)
     return Job(
         config=config,
         student=student,

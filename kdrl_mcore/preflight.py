@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -222,7 +223,8 @@ def check_run_dir(run_dir: Path) -> str:
     failures = [text for text in _gather(failure) if text]
     unseen = [] if failures else _wait_for(files, SHARED_WITHIN_SECONDS)
     dist.barrier()
-    own.unlink(missing_ok=True)
+    with suppress(OSError):  # it may not have been written
+        own.unlink()
     if failures or free is None:
         raise CheckFailed(failures[0])
     if unseen:

@@ -78,11 +78,12 @@ class UpdateResult:
 class Student:
     """The learning model of one rank."""
 
-    def __init__(self, config: Config, world: int, vocabulary: int) -> None:
+    def __init__(self, config: Config, world: int, vocabulary: int, on_parameter: Callable[[], None] = lambda: None) -> None:
         """Build and load this rank's shard. Collective over the world.
 
         Args:
             vocabulary: the number of tokens of the tokenizer; further columns are masked out of the softmax.
+            on_parameter: called when the next one is loaded.
         """
         parallel = config.parallel
         layout = student_layout(world, parallel)
@@ -96,7 +97,7 @@ class Student:
             recompute=parallel.recompute,
             trainable=True,
         )
-        load_weights(self.parts, config.student.path)
+        load_weights(self.parts, config.student.path, on_parameter)
         self.source = config.student.path
         self.version = 0  # optimizer updates the weights have seen
         self._clip_grad = config.optimizer.clip_grad

@@ -3,7 +3,7 @@ GPU while idle."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,12 +44,21 @@ class TeacherScores:
 class Teacher:
     """Scores given tokens; also serves as the frozen reference model."""
 
-    def __init__(self, path: str, teacher: TeacherConfig, model: ModelConfig, world: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        teacher: TeacherConfig,
+        model: ModelConfig,
+        world: int,
+        vocabulary: int,
+        on_parameter: Callable[[], None] = lambda: None,
+    ) -> None:
         """Build and load this rank's shard. Collective over the world.
 
         Args:
             path: an HF model directory.
             vocabulary: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
+            on_parameter: called when the next one is loaded.
         """
         parallel = teacher.parallel
         layout = Layout(world, tensor=parallel.tensor, pipeline=parallel.pipeline, expert=parallel.expert)
@@ -60,7 +69,7 @@ class Teacher:
                 "it shares with the student"
             )
         self.parts = build_model(architecture, model, create_scoring_groups(layout), vocabulary=vocabulary, trainable=False)
-        load_weights(self.parts, path)
+        load_weights(self.parts, path, on_parameter)
         self._offload = teacher.offload and torch.cuda.is_available()
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
         if self._offload:

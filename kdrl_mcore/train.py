@@ -9,7 +9,7 @@ import sys
 
 import torch.distributed as dist
 
-from kdrl_mcore.config import load_config
+from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.config_help import help_text
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.interrupt import StopRequest
@@ -48,18 +48,8 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for library in ("megatron", "httpx"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
-        from kdrl_mcore.job import build_job
-        from kdrl_mcore.monitoring.watchdog import Watchdog
-        from kdrl_mcore.trainer import Trainer
-
         kept = set() if created else set(dist.distributed_c10d._world.pg_map)
-        job = build_job(config)
-        try:
-            with Watchdog(config.trainer.hang_timeout, run) as watchdog:
-                Trainer(job, stop, watchdog).run()
-        finally:
-            job.close()
+        _run(config, stop, run)
     except KdrlError as error:
         if _is_first(run):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -67,9 +57,31 @@ def _train(overrides: list[str], stop: StopRequest, run: int) -> int:
     if created:
         dist.destroy_process_group()
     else:
-        del job
         destroy_groups(kept)
     return 0
+
+
+def _run(config: Config, stop: StopRequest, run: int) -> None:
+    # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
+    from kdrl_mcore.faults import FaultInjector
+    from kdrl_mcore.job import build_job
+    from kdrl_mcore.monitoring.watchdog import Watchdog
+    from kdrl_mcore.trainer import Trainer
+
+    fault = FaultInjector(config.fault, dist.get_rank())
+    job = None
+    try:
+        with Watchdog(config.trainer.hang_timeout, run) as watchdog:
+
+            def enter(phase: str) -> None:
+                watchdog.enter(0, phase)
+                fault.strike(0, phase)
+
+            job = build_job(config, enter)
+            Trainer(job, stop, watchdog, fault).run()
+    finally:
+        if job is not None:
+            job.close()
 
 
 def _is_first(run: int) -> bool:

@@ -40,12 +40,13 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Runs a job for `trainer.steps` steps, from its latest checkpoint if there is one."""
 
-    def __init__(self, job: Job, stop: StopRequest, watchdog: Watchdog) -> None:
+    def __init__(self, job: Job, stop: StopRequest, watchdog: Watchdog, fault: FaultInjector) -> None:
         """Collective over the world (the rest of an interrupted checkpoint is removed).
 
         Args:
             stop: asked between steps; when any rank was asked to stop, all save and end.
             watchdog: is told what this rank does.
+            fault: strikes where a phase begins.
         """
         self.job = job
         self.config = job.config
@@ -67,9 +68,8 @@ class Trainer:
             chunk.register_forward_pre_hook(watchdog.mark)
         if isinstance(job.engine, VllmEngine):
             job.engine.on_wait = watchdog.mark
-        self._fault = FaultInjector(
-            self.config.fault, dist.get_rank(), {"rollout": student, "teacher": teacher, "train": student}
-        )
+        self._fault = fault
+        fault.models = {"rollout": student, "teacher": teacher, "train": student}
 
     def run(self) -> None:
         """Train to the end and export the student; or to the step in which a rank was asked to stop. Collective over the

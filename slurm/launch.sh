@@ -40,6 +40,7 @@ launch() { # launch EXPERIMENT [key=value ...]
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
   start_servers
+  go_on_from_own_checkpoint
   run_step train kdrl_mcore.train "${overrides[@]}" "${server_overrides[@]}"
   say "finished"
 }
@@ -100,6 +101,16 @@ run_step() { # run_step NAME MODULE ARGUMENTS...: on all training nodes; returns
     requeue "$name ended with exit code $code after saving $(latest_checkpoint)"
   fi
   fail "$name ended with exit code $code; its output: $KDRL_LOG_DIR/$name-node*.log"
+}
+
+go_on_from_own_checkpoint() { # checkpoint.resume says where a job begins, not what it goes back to each time it was requeued
+  local found=$run_dir/logs/$SLURM_JOB_ID-found latest
+  latest=$(stat -c '%N %Z' "$run_dir/checkpoints/latest" 2>/dev/null) || true
+  if [[ ! -e $found ]]; then
+    echo "$latest" >"$found"
+  elif [[ $latest != "$(<"$found")" ]]; then
+    overrides+=(checkpoint.resume=auto)
+  fi
 }
 
 latest_checkpoint() { readlink "$run_dir/checkpoints/latest" || true; }

@@ -6,13 +6,15 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -77,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             measured = measure(Path(folder), pair, options.correct, options.repeats)
         console.print(table(pair, measured))
         report[pair] = {phase: asdict(times) for phase, times in measured.items()}
+    console.print(NOT_MEASURED)
     if created:
         torch.distributed.destroy_process_group()
     if options.json is not None:
@@ -90,6 +93,7 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
     from examples.tiny.task import write_data
     from kdrl_mcore.iteration import mask_responses, prepare
     from kdrl_mcore.job import build_job
+    from kdrl_mcore.model.scoring import score_rollouts
     from kdrl_mcore.teacher import TeacherScores
 
     write_data(folder / "data", 0.0, 0)
@@ -129,13 +133,43 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
             rollout.correct = (index * correct) % 1 + correct >= 1  # evenly spread
             rollout.reward = float(rollout.correct)
         train_on("GRPO", rollouts, mask_responses(job, rollouts, 0.0), 0.0)
-        train_on("KDRL", rollouts, torch.ones(len(rollouts), dtype=torch.bool), BETA)
+        every = torch.ones(len(rollouts), dtype=torch.bool)
+        train_on("KDRL", rollouts, every, BETA)
         train_on("KDRL, mask", rollouts, mask_responses(job, rollouts, BETA), BETA)
+        train_on("KDRL, padded", [_padded(rollout, rollouts) for rollout in rollouts], every, BETA)
+        with _recomputed(job.student.parts.config):
+            train_on("KDRL, recompute", rollouts, every, BETA)
+        temperature, tokens = job.config.rollout.temperature, job.config.batch.micro_tokens
+        score = partial(score_rollouts, job.student.parts, rollouts, temperature=temperature, micro_tokens=tokens)
+        timed("old-policy pass", score)
         if repeat == 0:  # caches fill, the optimizer makes its state
             measured.clear()
     if job.verifier is not None:
         job.verifier.close()
     return measured
+
+
+def _padded(rollout: Rollout, rollouts: list[Rollout]) -> Rollout:
+    """The same response made as long as the longest sequence of the batch: what padding computes."""
+    missing = max(each.num_tokens for each in rollouts) - rollout.num_tokens
+    tokens, log_probs = rollout.response_token_ids, rollout.sampler_log_probs
+    return replace(
+        rollout,
+        response_token_ids=np.concatenate([tokens, np.repeat(tokens[-1:], missing)]),
+        sampler_log_probs=np.concatenate([log_probs, np.repeat(log_probs[-1:], missing)]),
+    )
+
+
+@contextmanager
+def _recomputed(config: Any) -> Iterator[None]:
+    """Every layer of the model with this `TransformerConfig` is computed again in the backward pass."""
+    before = {name: getattr(config, f"recompute_{name}") for name in ("granularity", "method", "num_layers")}
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, f"recompute_{name}", value)
 
 
 def _write_model(folder: Path, sizes: dict[str, int]) -> None:
@@ -159,8 +193,36 @@ def step_seconds(measured: dict[str, Times], method: str, *, cpu: bool) -> float
     return sum(median(measured[phase].cpu_seconds if cpu else measured[phase].seconds) for phase in phases)
 
 
+def savings(measured: dict[str, Times]) -> dict[str, tuple[float, float]]:
+    """What each measure saves of a KDRL step, or costs (negative): wall clock and CPU seconds."""
+
+    def of(name: str, *, cpu: bool) -> float:
+        return median(measured[name].cpu_seconds if cpu else measured[name].seconds)
+
+    def scored_and_trained(method: str, *, cpu: bool) -> float:
+        return of(f"teacher: {method}", cpu=cpu) + of(f"training: {method}", cpu=cpu)
+
+    def over(one: str, other: str) -> tuple[float, float]:
+        wall, cpu = (scored_and_trained(one, cpu=each) - scored_and_trained(other, cpu=each) for each in (False, True))
+        return wall, cpu
+
+    return {
+        "packing, against padding": over("KDRL, padded", "KDRL"),
+        "teacher pruned by mask": over("KDRL", "KDRL, mask"),
+        "no old-policy pass": (of("old-policy pass", cpu=False), of("old-policy pass", cpu=True)),
+        "recompute": over("KDRL", "KDRL, recompute"),
+    }
+
+
+NOT_MEASURED = (
+    "Not measured by this command: overlapped gradient reduction (one rank has nothing to reduce), off-load of optimizer and "
+    "teacher (CUDA only), the teacher while servers sample and one-step-off generation (vLLM servers), memory. tools/plan.py "
+    "plans them."
+)
+
+
 def table(pair: str, measured: dict[str, Times]) -> Table:
-    """Medians by phase, and the ratios."""
+    """Medians by phase, the ratios, and what each measure saves."""
     result = Table(title=f"{pair} pair, {len(measured['rollout'].seconds)} repeats", title_justify="left")
     for name in ("phase", "seconds", "CPU seconds"):
         result.add_column(name, justify="left" if name == "phase" else "right")
@@ -170,4 +232,7 @@ def table(pair: str, measured: dict[str, Times]) -> Table:
     for method in ("KDRL", "KDRL, mask"):
         ratios = [step_seconds(measured, method, cpu=cpu) / step_seconds(measured, "GRPO", cpu=cpu) for cpu in (False, True)]
         result.add_row(f"step: {method} / GRPO", *(f"{ratio:.2f}" for ratio in ratios))
+    result.add_section()
+    for name, saved in savings(measured).items():
+        result.add_row(f"saved by {name}", *(f"{seconds:.3f}" for seconds in saved))
     return result

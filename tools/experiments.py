@@ -5,7 +5,8 @@
 Finished runs are skipped and interrupted ones go on, so the same command is started again until all is there. Studies that hold
 the same configuration share the run. `key=value` is `base=NAME` (the pair: a file in `conf/experiments/base/`), `seeds=[1,2]`,
 `root=DIR`, a key of the base file, or an override of every run. Writes STUDY.csv (a line a run), STUDY.md and accuracy.png
-into ROOT.
+into ROOT. A study with `planned: true` (scaling.yaml) trains nothing: its runs are planned (docs/planning.md), and its picture
+is images/STUDY.png.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.experiments import scaling
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
+from kdrl_mcore.experiments.planned import plan_missing
 from kdrl_mcore.experiments.results import finished_by_setting, intervals, markdown, replace_file, table, write_csv
 from kdrl_mcore.experiments.slurm import submit
 from kdrl_mcore.experiments.study import Run, load_study
@@ -58,8 +61,11 @@ def main() -> int:
             return 0
         outcomes, complete = list[Outcome](), True
         if not arguments.collect:
-            outcomes, complete = train(runs, arguments.jobs, console)
-        collect({file.stem: study for file, study in studies.items()}, console)
+            outcomes, complete = run_all(runs, arguments.jobs, console)
+        collect({file.stem: study for file, study in studies.items() if not study[0].planned}, console)
+        for file, study in studies.items():
+            if study[0].planned:
+                collect_plans(file, study, console)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -74,8 +80,8 @@ def distinct(runs: Iterable[Run]) -> list[Run]:
     return sorted(found.values(), key=lambda run: run.seed)
 
 
-def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcome], bool]:
-    """Train what is missing, a line for each run that ends; returns the outcomes, and whether nothing asked to stop."""
+def run_all(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcome], bool]:
+    """Train or plan what is missing, a line for each run that ends; returns the outcomes, and whether nothing asked to stop."""
     missing = [run for run in runs if not is_finished(run)]
     outcomes: list[Outcome] = []
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished before")
@@ -83,7 +89,7 @@ def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcom
     def show(outcome: Outcome) -> None:
         outcomes.append(outcome)
         text = outcome.message
-        if outcome.status == "finished":
+        if outcome.status == "finished" and not outcome.run.planned:
             rows = read_metrics(outcome.run.directory)
             accuracy = MEASURES[0].of(rows)
             text = "" if accuracy is None else f"accuracy {MEASURES[0].form(accuracy)}"
@@ -93,11 +99,14 @@ def train(runs: Sequence[Run], jobs: int, console: Console) -> tuple[list[Outcom
         line = f"{len(outcomes):>3}/{len(missing)} {outcome.run.name}: {outcome.status} {text}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    return outcomes, run_missing(missing, jobs, show)
+    complete = plan_missing([run for run in missing if run.planned], jobs, show)
+    return outcomes, complete and run_missing([run for run in missing if not run.planned], jobs, show)
 
 
 def collect(studies: Mapping[str, Sequence[Run]], console: Console) -> None:
     """Write each study's results beside its runs, and a picture of the accuracies of all of them; print the tables."""
+    if not studies:
+        return
     panels = {}
     root = next(iter(studies.values()))[0].root
     for study, runs in studies.items():
@@ -105,14 +114,34 @@ def collect(studies: Mapping[str, Sequence[Run]], console: Console) -> None:
         rows, panels[study] = table(settings), intervals(settings, MEASURES[0])
         write_csv(runs, root / f"{study}.csv")
         replace_file(root / f"{study}.md", markdown(rows).encode())
-        shown = Table(title=f"{study}: mean and 95 % t interval over seeds", title_justify="left")
-        for column in rows[0]:
-            shown.add_column(column, justify="left" if column == "setting" else "right")
-        for row in rows[1:]:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(_shown(f"{study}: mean and 95 % t interval over seeds", rows))
     replace_file(root / "accuracy.png", intervals_picture("held-out accuracy", panels))
     console.print(f"wrote STUDY.csv, STUDY.md and accuracy.png in {root}", markup=False, highlight=False, soft_wrap=True)
+
+
+def collect_plans(file: Path, runs: Sequence[Run], console: Console) -> None:
+    """Write a planned study's results into its root, and print its table."""
+    root, points = runs[0].root, scaling.collect_points(runs)
+    replace_file(root / f"{file.stem}.csv", scaling.csv_of(runs))
+    if not points:
+        console.print(f"{file.stem}: no run is planned yet that fits", markup=False, highlight=False)
+        return
+    rows, picture = scaling.table(points), f"images/{file.stem}.png"
+    replace_file(root / picture, scaling.picture_of(points))
+    replace_file(root / f"{file.stem}.md", scaling.page(points, runs, file, picture, markdown(rows)).encode())
+    console.print(_shown(f"{file.stem}: planned, not measured", rows))
+    console.print(
+        f"wrote {file.stem}.csv, {file.stem}.md and {picture} in {root}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _shown(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for number, column in enumerate(rows[0]):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    return shown
 
 
 def conclude(runs: Sequence[Run], outcomes: Sequence[Outcome], complete: bool, console: Console) -> int:

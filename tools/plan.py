@@ -2,10 +2,9 @@
 
     python tools/plan.py experiment=kdrl_32b cluster=h100 cluster.nodes=16 [key=value ...]
     python tools/plan.py --search experiment=kdrl_32b cluster=h100
-    python tools/plan.py --study conf/experiments/scaling.yaml --output docs
 
 The overrides are those of kdrl_mcore.train. A model is a directory with a config.json, or the name of a published one. Every
-equation is in docs/planning.md.
+equation is in docs/planning.md. Many plans at once, over sizes of cluster and models: tools/experiments.py.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from rich.table import Table
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.planning.advice import advise, levers
+from kdrl_mcore.experiments.results import replace_file
+from kdrl_mcore.planning.advice import advise
+from kdrl_mcore.planning.measures import Measure, measures
 from kdrl_mcore.planning.memory import GIB, PHASES
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.search import Candidate, search
-from kdrl_mcore.planning.setup import Choices, make_setup
-from kdrl_mcore.planning.study import run_study
+from kdrl_mcore.planning.setup import make_setup
+from kdrl_mcore.planning.summary import to_json
 from kdrl_mcore.planning.workload import workload_of
 
 WIDTH = 140
@@ -33,36 +34,29 @@ WIDTH = 140
 
 
 def main(arguments: list[str]) -> int:
-    """Plan, search or study; returns the exit code: 1 also where the plan does not fit."""
+    """Plan or search; returns the exit code: 1 also where the plan does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, help="mean prompt (default: 256, or the longest allowed)")
     parser.add_argument("--response-tokens", type=int, help="mean response (default: half of the longest allowed)")
     parser.add_argument("--correct", type=float, default=0.6, help="share of correct responses (default: %(default)s)")
-    parser.add_argument("--rollout-tensor", type=int, help="GPUs of one vLLM engine (default: parallel.tensor)")
-    parser.add_argument("--rollout-gpus", type=int, default=0, help="GPUs of the cluster that only generate (default: none)")
-    parser.add_argument("--steps-ahead", type=int, default=0, help="updates that generation may run ahead (default: none)")
     parser.add_argument("--search", action="store_true", help="the best layouts for this number of GPUs")
-    parser.add_argument("--study", type=Path, metavar="FILE", help="plan every run of a study; tables and plots")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of a study's result (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     try:
-        if options.study:
-            for path in run_study(options.study, options.output):
-                console.print(f"wrote {path}")
-            return 0
         config = load_config(options.overrides)
         workload = workload_of(
             config, prompt_tokens=options.prompt_tokens, response_tokens=options.response_tokens, correct=options.correct
         )
-        choices = Choices(options.rollout_tensor, options.rollout_gpus, options.steps_ahead)
         if options.search:
             started = time.monotonic()
-            found, looked_at = search(config, workload, choices)
+            found, looked_at = search(config, workload)
             show_search(console, found, looked_at, time.monotonic() - started)
             return 0 if found else 1
-        plan = make_plan(make_setup(config, workload, choices))
+        plan = make_plan(make_setup(config, workload))
+        if options.json is not None:
+            replace_file(options.json, to_json(plan))
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -79,22 +73,23 @@ def show(console: Console, plan: Plan) -> None:
         f"{setup.config.student.path} ({student.parameters / 1e9:.2f}B) on {setup.gpus} x {cluster.name}: tensor "
         f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
     )
+    if setup.engine is not None:
+        where = f"on {setup.engine_gpus} GPUs of their own" if setup.engine_gpus else "on the same GPUs in turn"
+        engines = setup.engine.layout
+        console.print(f"vLLM: {engines.data} engines of {engines.tensor} GPUs, {where}")
     console.print(
         f"assumed: {workload.responses} responses of {workload.response_tokens} tokens (longest {workload.longest}) to prompts "
         f"of {workload.prompt_tokens}, {workload.correct:.0%} correct"
     )
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
+    if plan.hidden:
+        console.print(f"{plan.hidden:.1f} s of these are hidden: servers sample meanwhile")
     console.print(
         f"{plan.seconds:.1f} s per iteration, {plan.tokens_per_gpu_second:.0f} tokens/s/GPU; {setup.config.trainer.steps} "
         f"iterations: {plan.gpu_hours:.0f} GPU-hours, {plan.cost:.0f} USD"
     )
-    table = Table(title="What each measure does here", title_justify="left")
-    for name in ("measure", "now", "changed: time", "changed: peak memory"):
-        table.add_column(name)
-    for lever in levers(plan):
-        table.add_row(lever.name, lever.state, f"{lever.seconds:+.1f} s", f"{lever.bytes / GIB:+.1f} GiB")
-    console.print(table)
+    console.print(_measures_table(measures(plan)))
     for line in advise(plan):
         console.print(line)
 
@@ -103,7 +98,7 @@ def _memory_table(plan: Plan) -> Table:
     table = Table(title="Memory of a rank, GiB", title_justify="left")
     table.add_column("kind")
     for rank in plan.memory:
-        table.add_column(f"stage {rank.stage}\nranks {rank.ranks}", justify="right")
+        table.add_column(f"{rank.name}\n{rank.ranks}", justify="right")
     kinds = list(dict.fromkeys((item.kind, item.phases) for rank in plan.memory for item in rank.items))
     for kind, phases in kinds:
         cells = [sum(item.bytes for item in rank.items if item.kind == kind) for rank in plan.memory]
@@ -128,6 +123,19 @@ def _time_table(plan: Plan) -> Table:
             f"{bound} {value:.2f}" for bound, value in sorted(seconds.items(), key=lambda x: -x[1]) if value >= 0.005
         )
         table.add_row(phase.name, f"{seconds.total:.2f}", f"{seconds.total / plan.seconds:.0%}", seconds.bound, parts)
+    return table
+
+
+def _measures_table(rows: list[Measure]) -> Table:
+    table = Table(title="What each measure saves here, of an iteration and of the peak", title_justify="left")
+    for name in ("measure", "switched by", "is", "time", "memory", "note"):
+        table.add_column(name, justify="right" if name in ("time", "memory") else "left")
+    for row in rows:
+        cells = [
+            "-" if row.seconds is None else f"{row.seconds:.1f} s",
+            "-" if row.bytes is None else f"{row.bytes / GIB:.1f} GiB",
+        ]
+        table.add_row(row.name, row.key or "-", "on" if row.on else "off", *cells, row.note)
     return table
 
 

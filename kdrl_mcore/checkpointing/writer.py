@@ -65,6 +65,7 @@ class CheckpointWriter:
         self._on_rank_0(partial(_prepare, aside, Path(student.source), state))
         with children_ignore_stop_signals():  # the writer's processes must outlive the signal that asks for a last checkpoint
             try:
+                mcore.start_write_results_process()
                 state_dict = student.sharded_state(loading=False)
                 with mcore.rank_0_write_errors() as errors:
                     request = dist_checkpointing.save(state_dict, str(aside / WEIGHTS_DIR), async_sharded_save=True)

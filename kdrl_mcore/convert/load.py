@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ from kdrl_mcore.model.gpt import ModelParts
 
 
 @torch.no_grad()
-def load_weights(parts: ModelParts, path: str | Path) -> None:
+def load_weights(parts: ModelParts, path: str | Path, on_parameter: Callable[[], None] = lambda: None) -> None:
     """Fill this rank's parameters from a model folder, casting to the model's dtype; vocabulary padding becomes zero.
+
+    Args:
+        on_parameter: called when the next one is begun.
 
     Raises:
         ModelError, CheckpointError: a missing or unexpected tensor, a wrong shape, or a damaged file.
@@ -26,6 +30,7 @@ def load_weights(parts: ModelParts, path: str | Path) -> None:
         check_names(weights, parts.architecture, rules)
         for chunk in parts.chunks:
             for mapped in map_chunk(chunk, rules, parts.groups):
+                on_parameter()
                 covered = 0
                 for piece in mapped.pieces:
                     source = weights.read(piece.hf, piece.hf_start, piece.length, piece.dim)

@@ -19,6 +19,7 @@ from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.monitoring.metrics import read_metrics
 
 LOG_FILE = "train.log"
+PLAN_FILE = "plan.json"
 SECONDS_BETWEEN_LOOKS = 0.2
 Status = Literal["finished", "failed", "stopped", "running elsewhere"]
 
@@ -41,7 +42,9 @@ class _Started:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run has trained (and evaluated) its last step."""
+    """Whether the run has trained (and evaluated) its last step, or is planned."""
+    if run.planned:
+        return (run.directory / PLAN_FILE).is_file()
     try:
         return int(read_metrics(run.directory)[-1]["step"]) == run.steps
     except DataError:

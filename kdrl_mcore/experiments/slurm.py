@@ -13,7 +13,8 @@ from kdrl_mcore.experiments.study import Run
 
 SCRIPT = Path("slurm/experiments.sh")
 LISTS = ".slurm"
-"""Folder beside the runs: `JOB` holds a line for each element of the array with that number: identity, then overrides."""
+"""Folder beside the runs: `JOB` holds a line for each element of the array with that number: identity, what to do with the
+run (train or plan), its overrides."""
 
 
 def submit(runs: Sequence[Run], options: str = "") -> Iterator[str]:
@@ -30,14 +31,17 @@ def submit(runs: Sequence[Run], options: str = "") -> Iterator[str]:
         folder = root / LISTS
         folder.mkdir(parents=True, exist_ok=True)
         unnamed = folder / "new"
-        lines = (shlex.join([run.identity, *run.overrides, f"run.dir={run.directory}"]) for run in array)
-        unnamed.write_text("\n".join(lines) + "\n")
+        unnamed.write_text("".join(_line(run) for run in array))
         # Held until the list has the job's number for its name, by which the elements find it.
         command = ["sbatch", "--parsable", "--hold", f"--nodes={nodes}", f"--array=0-{len(array) - 1}", *shlex.split(options)]
         job = _run([*command, str(SCRIPT), str(folder.resolve())]).strip().split(";")[0]
         unnamed.rename(folder / job)
         _run(["scontrol", "release", job])
         yield f"job {job}: {len(array)} runs on {nodes} node{'s' * (nodes > 1)} each; when it is done, collect with --collect"
+
+
+def _line(run: Run) -> str:
+    return shlex.join([run.identity, "plan" if run.planned else "train", *run.overrides, f"run.dir={run.directory}"]) + "\n"
 
 
 def _queued(folder: Path) -> set[str]:

@@ -1,7 +1,9 @@
 """Studies: a grid of settings x seeds over a pair of models, read from `conf/experiments/*.yaml`, as a list of runs.
 
 A study names a `base` (the pair, in `conf/experiments/base/`), `seeds`, and a `grid` of axes; each choice of an axis is a list
-of training overrides. The grid's product, with every seed, gives the runs. `${times:2e-3,${scale}}` multiplies.
+of training overrides. The grid's product, with every seed, gives the runs. `${times:2e-3,${scale}}` multiplies, `${AXIS}` is
+the name chosen on that axis. With `planned: true` nothing is trained: each run is a plan (docs/planning.md), with one seed and
+no base.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ class Run:
     """One training run of a study.
 
     Attributes:
-        study, setting: the study's name, and the chosen name on each axis, such as ("kdrl",).
+        study, axes, setting: the study's name, its axes, and the chosen name on each, such as ("method",) and ("kdrl",).
         seed: `trainer.seed`.
         overrides: what `kdrl_mcore.train` is called with, besides `run.dir`.
         identity: hash of the resolved configuration; studies that hold the same configuration share the run.
         root, label: the folder of all runs, and a readable name for this one's in it.
         steps, ranks, nodes: its length; its processes on each of its machines.
+        planned: it is a plan, which one process makes.
     """
 
     study: str
+    axes: tuple[str, ...]
     setting: tuple[str, ...]
     seed: int
     overrides: tuple[str, ...]
@@ -50,11 +54,12 @@ class Run:
     steps: int
     ranks: int
     nodes: int
+    planned: bool
 
     @property
     def name(self) -> str:
         """For people: `kdrl weak, seed 3`."""
-        return f"{' '.join(self.setting)}, seed {self.seed}"
+        return " ".join(self.setting) + ("" if self.planned else f", seed {self.seed}")
 
     @property
     def directory(self) -> Path:
@@ -75,27 +80,39 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[Run]:
     study = _read(path)
     own, overrides = _split(arguments)
     base_name = own.get("base", study.get("base"))
-    if not base_name:
+    planned = bool(study.get("planned"))
+    if not base_name and not planned:
         raise ConfigError(f"{path}: names no base; set base=NAME, a file in {path.parent / 'base'}")
     base_path = path.parent / "base" / f"{base_name}.yaml"
-    base = _read(base_path)
+    base = _read(base_path) if base_name else {"seeds": [1]}
     own |= {key: value for key, value in overrides.items() if key in base}
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.merge(base, study, OmegaConf.create(own)), resolve=True)
-        axes, root, seeds = tree["grid"], Path(tree["root"]), [int(seed) for seed in tree["seeds"]]
-        if not axes or not all(isinstance(choice, list) for axis in axes.values() for choice in axis.values()):
+        merged = OmegaConf.merge(base, study, OmegaConf.create(own))
+        axes = {axis: list(choices) for axis, choices in _resolved(merged, {})["grid"].items()}
+        points = [dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values())]
+        trees = [_resolved(merged, point) for point in points]
+        tree = trees[0]
+        root, seeds = Path(tree["root"]), [int(seed) for seed in tree["seeds"]]
+        if not axes or not all(isinstance(choice, list) for axis in tree["grid"].values() for choice in axis.values()):
             raise ConfigError(f"{path}: 'grid' must hold axes, each with named lists of overrides")
-    except (OmegaConfBaseException, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} with {base_path}: {' '.join(str(error).split())}: grid, root and seeds are needed"
-        ) from error
+    except (OmegaConfBaseException, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        where = f"{path} with {base_path}" if base_name else f"{path}"
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}: grid, root and seeds are needed") from error
     extra = [f"{key}={value}" for key, value in overrides.items() if key not in own]
-    common = [*tree.get("overrides", [])]
-    points = [zip(*point, strict=True) for point in itertools.product(*(axis.items() for axis in axes.values()))]
-    settings = [
-        _runs(path.stem, root, tuple(names), seeds, [*common, *itertools.chain(*choices), *extra]) for names, choices in points
-    ]
+    settings = []
+    for point, tree in zip(points, trees, strict=True):
+        choices = itertools.chain(*(tree["grid"][axis][name] for axis, name in point.items()))
+        settings.append(_runs(path.stem, root, point, seeds, [*tree.get("overrides", []), *choices, *extra], planned))
     return list(itertools.chain(*zip(*settings, strict=True)))
+
+
+def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:
+    """A study with its interpolations resolved, `${AXIS}` being the choice on that axis: at a point of the grid, or, to learn
+    the axes, anywhere."""
+    raw: Any = OmegaConf.to_container(merged.grid, resolve=False)
+    names = {axis: point.get(axis, next(iter(choices), "")) for axis, choices in raw.items() if axis not in merged}
+    result: Any = OmegaConf.to_container(OmegaConf.merge(merged, names), resolve=True)
+    return result
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,21 +137,34 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     return own, overrides
 
 
-def _runs(study: str, root: Path, setting: tuple[str, ...], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
-    """One setting with each seed."""
+def _runs(
+    study: str, root: Path, setting: Mapping[str, str], seeds: Sequence[int], overrides: Sequence[str], planned: bool
+) -> list[Run]:
+    """One setting, a name on each axis, with each seed."""
     overrides = _last_of_each_key(overrides)
     config = load_config(overrides)
-    flat, name = flatten(asdict(config)), re.sub(r"[^\w.]+", "-", "-".join(setting))
+    flat, name = flatten(asdict(config)), re.sub(r"[^\w.]+", "-", "-".join(setting.values()))
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
-    nodes = config.cluster.nodes
-    ranks = max(config.cluster.gpus_per_node, -(-math.lcm(student, teacher) // nodes))
-    runs = []
-    for seed in seeds:
-        identity = identify(flat | {"trainer.seed": seed})
-        own = (*overrides, f"trainer.seed={seed}")
-        runs.append(Run(study, setting, seed, own, identity, root, f"{name}-seed{seed}", config.trainer.steps, ranks, nodes))
-    return runs
+    nodes = 1 if planned else config.cluster.nodes
+    ranks = 1 if planned else max(config.cluster.gpus_per_node, -(-math.lcm(student, teacher) // nodes))
+    return [
+        Run(
+            study=study,
+            axes=tuple(setting),
+            setting=tuple(setting.values()),
+            seed=seed,
+            overrides=(*overrides, f"trainer.seed={seed}"),
+            identity=identify(flat | {"trainer.seed": seed}),
+            root=root,
+            label=f"{name}-seed{seed}",
+            steps=config.trainer.steps,
+            ranks=ranks,
+            nodes=nodes,
+            planned=planned,
+        )
+        for seed in seeds
+    ]
 
 
 def _last_of_each_key(overrides: Sequence[str]) -> list[str]:

@@ -42,8 +42,9 @@ WAITING_FILES = (
     "/torch/cuda/",  # synchronize: for kernels, among them other ranks' collectives
     "/megatron/core/pipeline_parallel/p2p_communication.py",
     "/kdrl_mcore/parallel/collect.py",
+    "/kdrl_mcore/rollout/dispatch.py",  # rank 0's main thread: for the engines
 )
-"""A thread whose innermost frame is of one of these waits for other ranks."""
+"""A thread whose innermost frame is of one of these waits for other ranks or for engines."""
 SLOW_RATIO = 1.5
 """A rank is slow when its own work takes this many times as long as the median rank's ..."""
 SLOW_SHARE = 0.1

@@ -4,11 +4,16 @@ its CUDA extras."""
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+
+from kdrl_mcore.interrupt import end_with_parent
 
 
 def has_transformer_engine() -> bool:
@@ -121,6 +126,20 @@ def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
     finally:
         for buffer, original in changed:
             buffer.param_index_map = original
+
+
+def start_write_results_process() -> None:
+    """Start the process that brings this one what its checkpoint writers did; it ends with this one. Idempotent.
+
+    The one that Megatron-Core starts lives on when a rank is killed or ends in a hang, and keeps the rank's output open: who
+    reads that waits for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 @contextmanager

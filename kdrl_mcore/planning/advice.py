@@ -1,89 +1,17 @@
-"""What a change would do to a plan: each measure that makes big runs cheap, and what would make a run fit."""
+"""What would make a run fit, and what rules its longest phase."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.planning.memory import GIB
-from kdrl_mcore.planning.plan import Plan, make_plan
-from kdrl_mcore.planning.setup import make_setup
-
-
-@dataclass(frozen=True)
-class Lever:
-    """A measure, and the plan with it changed (switched on where it is off, and the reverse).
-
-    Attributes:
-        state: how it is now.
-        seconds, bytes: of an iteration and of the peak, changed minus now.
-    """
-
-    name: str
-    state: str
-    seconds: float
-    bytes: float
-
-
-def with_config(plan: Plan, change: Callable[[Config], None]) -> Plan:
-    """The plan of the same run with its configuration changed.
-
-    Raises:
-        ConfigError: it then does not fit the number of GPUs.
-    """
-    config = copy.deepcopy(plan.setup.config)
-    change(config)
-    world = plan.setup.student.layout.world
-    return make_plan(make_setup(config, plan.setup.workload, plan.setup.choices, world=world))
-
-
-def levers(plan: Plan) -> list[Lever]:
-    """Every measure that applies to the run."""
-    setup, config = plan.setup, plan.setup.config
-    result = [_padding(plan)]
-
-    def toggle(name: str, state: str, change: Callable[[Config], None]) -> None:
-        other = with_config(plan, change)
-        result.append(Lever(name, state, other.seconds - plan.seconds, other.peak - plan.peak))
-
-    parallel, offload = config.parallel, config.optimizer.offload
-    recompute = {"full": "none", "none": "full"}[parallel.recompute]
-    toggle("recompute", parallel.recompute, lambda c: setattr(c.parallel, "recompute", recompute))
-    overlap = parallel.overlap_grad_reduce
-    toggle("overlap_grad_reduce", _on(overlap), lambda c: setattr(c.parallel, "overlap_grad_reduce", not overlap))
-    toggle("optimizer.offload", _on(offload), lambda c: setattr(c.optimizer, "offload", not offload))
-    if setup.teacher is not None:
-        away = config.teacher.offload
-        toggle("teacher.offload", _on(away), lambda c: setattr(c.teacher, "offload", not away))
-        mask = config.objective.kd.mask
-        other = "response" if mask == "none" else "none"
-        toggle("teacher pruned by mask", mask, lambda c: setattr(c.objective.kd, "mask", other))
-    if config.objective.kind != "sft":
-        updates = config.batch.updates_per_step
-        name = f"updates_per_step ({'an' if updates > 1 else 'no'} old-policy pass)"
-        toggle(name, str(updates), lambda c: setattr(c.batch, "updates_per_step", 1 if updates > 1 else 2))
-    if setup.choices.rollout_gpus:
-        ahead = setup.choices.steps_ahead
-        other_plan = make_plan(replace(setup, choices=replace(setup.choices, steps_ahead=0 if ahead else 1)))
-        result.append(Lever("one-step-off generation", f"{ahead} ahead", other_plan.seconds - plan.seconds, 0.0))
-    return result
-
-
-def _on(switch: bool) -> str:
-    return "on" if switch else "off"
-
-
-def _padding(plan: Plan) -> Lever:
-    """Every sequence padded to the longest, and dealt out by count: what packing balanced by tokens avoids."""
-    workload = plan.setup.workload
-    padded = replace(workload, response_tokens=workload.longest)
-    other = make_plan(replace(plan.setup, workload=padded))
-    dense = ("teacher", "old policy", "reference", "training")
-    seconds = sum(other.phase(name).total - plan.phase(name).total for name in dense)
-    return Lever("token-balanced packing", "on", seconds, 0.0)
+from kdrl_mcore.planning.measures import with_config
+from kdrl_mcore.planning.memory import GIB, fit_engine
+from kdrl_mcore.planning.plan import Plan
+from kdrl_mcore.planning.setup import shard_requests
+from kdrl_mcore.planning.shards import ShardRequest, try_shards
 
 
 def advise(plan: Plan) -> list[str]:
@@ -98,7 +26,7 @@ def advise(plan: Plan) -> list[str]:
         (item for item in worst.items if not item.phases or worst.fullest in item.phases), key=lambda item: item.bytes
     )
     lines.append(
-        f"DOES NOT FIT: stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, {worst.capacity / GIB:.1f} "
+        f"DOES NOT FIT: {worst.name} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, {worst.capacity / GIB:.1f} "
         f"can be used; most of it is {largest.kind} ({largest.bytes / GIB:.1f} GiB)."
     )
     fits = [(name, other) for name, other in _changes(plan) if other.fits]
@@ -120,6 +48,9 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
 
         candidates.append((name, change))
 
+    def add_engine(key: str, value: float) -> None:
+        candidates.append((f"rollout.vllm.{key}={value:g}", lambda c: setattr(c.rollout.vllm, key, value)))
+
     if config.parallel.recompute == "none":
         add("parallel.recompute=full", "parallel", "recompute", "full")
     if not config.optimizer.offload:
@@ -130,12 +61,18 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         smaller = max(setup.workload.longest + config.rollout.max_prompt_tokens, config.batch.micro_tokens // 2)
         if smaller < config.batch.micro_tokens:
             add(f"batch.micro_tokens={smaller}", "batch", "micro_tokens", smaller)
-    if config.rollout.max_sequences > config.rollout.responses_per_prompt:
+    if setup.engine is not None:
+        add_engine("tensor", 2 * config.rollout.vllm.tensor)
+        share = fit_engine(setup).config.rollout.vllm.gpu_memory_utilization
+        if share < config.rollout.vllm.gpu_memory_utilization:
+            add_engine("gpu_memory_utilization", share)
+    elif config.rollout.max_sequences > config.rollout.responses_per_prompt:
         half = config.rollout.max_sequences // 2
         add(f"rollout.max_sequences={half}", "rollout", "max_sequences", half)
     for key in ("tensor", "pipeline", "context"):
         double = 2 * getattr(config.parallel, key)
         add(f"parallel.{key}={double}", "parallel", key, double)
+    _build_at_once(plan, [change for _, change in candidates])
     result = []
     for name, change in candidates:
         try:
@@ -143,3 +80,16 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         except ConfigError:
             continue  # that layout does not exist
     return result
+
+
+def _build_at_once(plan: Plan, changes: list[Callable[[Config], None]]) -> None:
+    """One faked world for all; each plan then finds its shards there."""
+    requests: list[ShardRequest] = []
+    for change in changes:
+        config = copy.deepcopy(plan.setup.config)
+        change(config)
+        try:
+            requests += shard_requests(config, plan.setup.student.layout.world).values()
+        except ConfigError:
+            continue
+    try_shards(requests)

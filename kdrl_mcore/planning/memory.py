@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Choices, Placed, Setup, make_setup
+from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Placed, Setup, make_setup
 from kdrl_mcore.planning.workload import Packing, workload_of
 from kdrl_mcore.vocab_parallel import VocabShard
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
@@ -34,14 +35,14 @@ class Item:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One pipeline stage's ranks, which are alike.
+    """GPUs that are alike: those of a pipeline stage, or those of vLLM's servers.
 
     Attributes:
-        ranks: which, as text.
+        name, ranks: which, as text.
         capacity: bytes of a GPU that can be used; None where it is not known.
     """
 
-    stage: int
+    name: str
     ranks: str
     items: tuple[Item, ...]
     capacity: float | None
@@ -84,10 +85,21 @@ def plan_memory(setup: Setup) -> list[RankMemory]:
             *_teacher(setup),
             *(_runtime(setup) if capacity is not None else ()),
         ]
-        items += _rollout(setup, stage, sum(item.bytes for item in items if not item.phases), capacity)
-        ranks = f"{stage * per_stage}-{(stage + 1) * per_stage - 1}"
-        result.append(RankMemory(stage, ranks, tuple(item for item in items if item.bytes), capacity))
+        items += _rollout(setup, stage)
+        ranks = f"ranks {stage * per_stage}-{(stage + 1) * per_stage - 1}"
+        result.append(RankMemory(f"stage {stage}", ranks, tuple(item for item in items if item.bytes), capacity))
     return result
+
+
+def plan_server_memory(setup: Setup) -> list[RankMemory]:
+    """The GPUs of vLLM's servers, of which there may be none. An engine takes its share of a GPU for itself; what its weights
+    leave is KV cache."""
+    if setup.engine is None or not setup.engine_gpus:
+        return []
+    memory = setup.cluster.memory_gib * GIB
+    capacity = setup.config.rollout.vllm.gpu_memory_utilization * memory if memory else None
+    layout = setup.engine.layout
+    return [RankMemory("servers", f"{layout.data} x {layout.tensor} GPUs", tuple(_engine(setup)), capacity)]
 
 
 def plan_run_memory(config: Config, world: int, memory_gib: float) -> list[RankMemory]:
@@ -98,7 +110,7 @@ def plan_run_memory(config: Config, world: int, memory_gib: float) -> list[RankM
     """
     config = copy.deepcopy(config)
     config.cluster.memory_gib = memory_gib
-    return plan_memory(make_setup(config, workload_of(config), Choices(), world=world))
+    return plan_memory(make_setup(config, workload_of(config), world=world))
 
 
 def _state(setup: Setup, stage: int) -> list[Item]:
@@ -188,31 +200,48 @@ def _scoring(model: Placed, packed: Packing, setup: Setup) -> float:
     return tokens * model.shard.layer.forward + head_bytes(model, tokens, setup, train=False)
 
 
-def _rollout(setup: Setup, stage: int, always: float, capacity: float | None) -> list[Item]:
-    """The engine's own weights, where it has any, and its KV cache."""
-    if setup.config.objective.kind == "sft" or setup.config.rollout.engine == "replay" or setup.choices.rollout_gpus:
+def _rollout(setup: Setup, stage: int) -> list[Item]:
+    """What generation holds on a GPU that trains: the embedded engine's KV cache, or a colocated vLLM engine."""
+    if setup.config.objective.kind == "sft" or setup.config.rollout.engine == "replay" or setup.engine_gpus:
         return []
-    if setup.engine is None:
-        student = setup.student
-        sequences = min(
-            setup.config.rollout.max_sequences,
-            -(-setup.workload.responses // (student.layout.data * student.layout.context)),
-        )
-        columns = setup.config.rollout.max_prompt_tokens + setup.config.rollout.max_response_tokens
-        cache: float = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
-        return [Item("KV cache", cache, ("rollout",))]
-    weights = setup.engine.shard.stages[0].parameters * setup.engine.element
-    wanted = -(-setup.workload.responses // setup.engine.layout.data) * sequence_kv_bytes(setup)
-    free = wanted if capacity is None else max(0.0, capacity - always - weights)
-    cache = max(min(wanted, free), sequence_kv_bytes(setup))
-    return [Item("rollout engine", weights, ("rollout",)), Item("KV cache", cache, ("rollout",))]
+    if setup.engine is not None:
+        return _engine(setup)
+    student = setup.student
+    sequences = min(
+        setup.config.rollout.max_sequences,
+        -(-setup.workload.responses // (student.layout.data * student.layout.context)),
+    )
+    columns = setup.config.rollout.max_prompt_tokens + setup.config.rollout.max_response_tokens
+    cache: float = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
+    return [Item("KV cache", cache, ("rollout",))]
 
 
-def sequence_kv_bytes(setup: Setup) -> float:
-    """Keys and values of one response of full length on one rank of a vLLM engine."""
+def _engine(setup: Setup) -> list[Item]:
     assert setup.engine is not None
-    tokens = setup.workload.prompt_tokens + setup.workload.longest
-    return tokens * setup.engine.shard.stages[0].layers * setup.engine.shard.kv_bytes
+    weights = setup.engine.shard.stages[0].parameters * setup.engine.element
+    return [Item("rollout engine", weights, ("rollout",)), Item("KV cache", engine_cache_bytes(setup), ("rollout",))]
+
+
+def engine_cache_bytes(setup: Setup) -> float:
+    """The KV cache on one GPU of a vLLM engine: what the weights leave of its share, and at least one response of full
+    length, without which vLLM does not start."""
+    assert setup.engine is not None
+    stage, rollout, memory = setup.engine.shard.stages[0], setup.config.rollout, setup.cluster.memory_gib * GIB
+    longest = (rollout.max_prompt_tokens + rollout.max_response_tokens) * stage.layers * setup.engine.shard.kv_bytes
+    weights = stage.parameters * setup.engine.element
+    left = rollout.vllm.gpu_memory_utilization * memory - weights if memory else rollout.vllm.kv_cache_gib * GIB
+    return max(left, longest)
+
+
+def fit_engine(setup: Setup) -> Setup:
+    """The same run, with colocated engines that take no more of a GPU than training leaves them, in steps of a twentieth."""
+    if setup.engine is None or setup.engine_gpus or not setup.cluster.memory_gib:
+        return setup
+    left = min((rank.capacity or 0) - rank.between_steps for rank in plan_memory(setup))
+    share = math.floor(20 * left / (setup.cluster.memory_gib * GIB)) / 20
+    config = copy.deepcopy(setup.config)
+    config.rollout.vllm.gpu_memory_utilization = min(config.rollout.vllm.gpu_memory_utilization, max(0.05, share))
+    return replace(setup, config=config)
 
 
 def _runtime(setup: Setup) -> list[Item]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from kdrl_mcore.planning.memory import GIB, plan_memory
+from kdrl_mcore.planning.memory import engine_cache_bytes
 from kdrl_mcore.planning.rates import CACHE_SHARE, CPU, FLOP, LATENCY, LAUNCH, MEMORY, MESSAGE, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Placed, Setup
 from kdrl_mcore.planning.workload import Packing
@@ -17,6 +19,12 @@ EAGER_STEP = 1e-3
 ENGINE_STEP = 8e-3
 """Seconds of one decoding step of vLLM outside the model: scheduling, sampling with log-probs, detokenisation of some hundred
 sequences."""
+FUSED_HEAD = {False: 2, True: 6}
+"""Bytes read and written for each logit in bfloat16 beside the matrix products, in scoring and in training: the kernels read
+it for the statistics, and in training read it again and write the derivative."""
+MATERIALISED_HEAD = {False: 46, True: 68}
+"""The same where log-softmax is a kernel for each operation in float32: convert, maximum, subtract, exponential, sum, subtract,
+exponential; in training also negate, scale, convert (counted in NeMo-RL's `DistributedLogprob`)."""
 GRID = 64
 """Points at which a decode's progress is looked at."""
 
@@ -83,6 +91,9 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
         seconds[LATENCY] = max(seconds[LATENCY], launch - seconds.total + seconds[LATENCY])
         # The head stays in the parameters' own type.
         seconds[FLOP] += Rates(setup.cluster).matmul((6 if train else 2) * stage.head * loss_tokens)
+        if stage.head:
+            traffic = (FUSED_HEAD if setup.choices.fused_head else MATERIALISED_HEAD)[train]
+            seconds[MEMORY] += rates.memory(traffic * model.shard.columns * loss_tokens)
         stages.append(seconds)
     slowest = max(stages, key=lambda seconds: seconds.total)
     mean = sum(seconds.total for seconds in stages) / len(stages) / packed.micro_batches
@@ -94,9 +105,29 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
     return slowest
 
 
-def generation(setup: Setup) -> Seconds:
+@dataclass(frozen=True)
+class Generation:
+    """Of the most loaded replica.
+
+    Attributes:
+        at_once: share of the responses that run from the start.
+        waiting: as long as others wait for their place.
+        last: the prompts, and the last ones that run together.
+    """
+
+    at_once: float
+    waiting: Seconds
+    last: Seconds
+
+    @property
+    def seconds(self) -> Seconds:
+        """Of all."""
+        return self.waiting + self.last
+
+
+def generation(setup: Setup) -> Generation:
     """The most loaded replica's prompts and responses."""
-    return _engine_generation(setup) if setup.engine is not None else _embedded_generation(setup)
+    return _engine_generation(setup) if setup.engine is not None else Generation(1.0, Seconds(), _embedded_generation(setup))
 
 
 def _embedded_generation(setup: Setup) -> Seconds:
@@ -112,26 +143,21 @@ def _embedded_generation(setup: Setup) -> Seconds:
     return seconds + _prefill(setup, model, len(lengths) / copies)
 
 
-def _engine_generation(setup: Setup) -> Seconds:
+def _engine_generation(setup: Setup) -> Generation:
     """As many sequences at once as the KV cache holds; while others wait, that many run; then they run out."""
     assert setup.engine is not None
     model = setup.engine
     lengths = setup.workload.share(model.layout.data)
     per_token = model.shard.stages[0].layers * model.shard.kv_bytes
-    if setup.choices.rollout_gpus:
-        weights = model.shard.stages[0].parameters * model.element
-        cache = max(per_token, 0.9 * setup.cluster.memory_gib * GIB - weights)
-    else:
-        cache = sum(item.bytes for item in plan_memory(setup)[0].items if item.kind == "KV cache")
     # A running response is on average half done.
     held = setup.workload.prompt_tokens + float(lengths.mean()) / 2
-    at_once = int(max(1, min(len(lengths), cache / per_token / held)))
-    seconds = _prefill(setup, model, len(lengths) / setup.config.rollout.responses_per_prompt)
+    room = engine_cache_bytes(setup) / per_token / held
+    at_once = int(max(1, min(len(lengths), setup.config.rollout.max_sequences, room)))
     last = lengths[:: max(1, round(len(lengths) / at_once))][:at_once]
     steps = (float(lengths.sum()) - float(last.sum())) / at_once
-    if steps > 0:
-        seconds += _step(setup, model, at_once, held, embedded=False) * steps
-    return seconds + _decode(setup, model, last, embedded=False)
+    waiting = _step(setup, model, at_once, held, embedded=False) * max(0.0, steps)
+    prompts = _prefill(setup, model, len(lengths) / setup.config.rollout.responses_per_prompt)
+    return Generation(at_once / len(lengths), waiting, prompts + _decode(setup, model, last, embedded=False))
 
 
 def _decode(setup: Setup, model: Placed, lengths: NDArray[np.int64], *, embedded: bool) -> Seconds:
@@ -150,7 +176,10 @@ def _step(setup: Setup, model: Placed, running: float, context: float, *, embedd
     while there are few sequences."""
     rates, layout, a = Rates(setup.cluster), model.layout, model.architecture
     layers = sum(stage.layers for stage in model.shard.stages)
-    weights = sum(stage.parameters - stage.embedding for stage in model.shard.stages) * model.element
+    weights = sum(
+        stage.parameters - stage.embedding - idle_experts(model, stage.experts, running) for stage in model.shard.stages
+    )
+    weights *= model.element
     matrices = sum(stage.layers * stage.layer_matrices + stage.head for stage in model.shard.stages)
     flop, read = rates.matmul(2 * matrices * running), rates.memory(weights)
     seconds = Seconds()
@@ -164,6 +193,12 @@ def _step(setup: Setup, model: Placed, running: float, context: float, *, embedd
         seconds[LATENCY] += max(0.0, layers * LAYER_KERNELS * LAUNCH - seconds.total)
     seconds[CPU] += EAGER_STEP if embedded else ENGINE_STEP
     return seconds
+
+
+def idle_experts(model: Placed, experts: int, running: float) -> float:
+    """Weights of a stage's experts that none of the running sequences is sent to, where routing is even."""
+    mixture = model.architecture.experts
+    return 0.0 if mixture is None else experts * (1 - mixture.per_token / mixture.count) ** running
 
 
 def _prefill(setup: Setup, model: Placed, prompts: float) -> Seconds:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrl_mcore.planning.memory import RankMemory, plan_memory
+from kdrl_mcore.planning.memory import RankMemory, plan_memory, plan_server_memory
+from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
@@ -27,13 +28,18 @@ class Plan:
 
     Attributes:
         phases: of one iteration.
-        seconds: of one iteration: the phases' sum, or, where generation runs ahead on GPUs of its own, the longer side.
+        hidden: seconds of them during which servers sample.
     """
 
     setup: Setup
     memory: tuple[RankMemory, ...]
     phases: tuple[Phase, ...]
-    seconds: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """Of one iteration."""
+        return sum(phase.seconds.total for phase in self.phases) - self.hidden
 
     @property
     def fits(self) -> bool:
@@ -74,8 +80,9 @@ def make_plan(setup: Setup) -> Plan:
     sft = setup.config.objective.kind == "sft"
     samples = not sft and setup.config.rollout.engine != "replay"
     phases = []
-    if samples:
-        phases += [Phase("rollout", generation(setup)), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
+    sampled = generation(setup) if samples else None
+    if sampled is not None:
+        phases += [Phase("rollout", sampled.seconds), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
     if setup.teacher is not None:
         phases.append(Phase("teacher", _teacher(setup)))
     if not sft and setup.updates > 1:
@@ -85,11 +92,12 @@ def make_plan(setup: Setup) -> Plan:
     phases.append(Phase("training", _training(setup)))
     if setup.config.checkpoint.every > 0:
         phases.append(Phase("checkpoint", _checkpoint(setup)))
-    total = sum(phase.seconds.total for phase in phases)
-    if setup.choices.rollout_gpus and setup.choices.steps_ahead:
-        ahead = phases[0].seconds.total
-        total = max(ahead, total - ahead - phases[1].seconds.total) + phases[1].seconds.total
-    return Plan(setup, tuple(plan_memory(setup)), tuple(phases), total)
+    hidden = 0.0
+    if sampled is not None:
+        rest = sum(phase.seconds.total for phase in phases if phase.name not in ("rollout", "refit"))
+        teacher = next((phase.seconds for phase in phases if phase.name == "teacher"), Seconds())
+        hidden = hidden_seconds(setup, sampled, teacher, rest)
+    return Plan(setup, (*plan_memory(setup), *plan_server_memory(setup)), tuple(phases), hidden)
 
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
@@ -110,7 +118,7 @@ def _training(setup: Setup) -> Seconds:
         # Only the last micro-batch's backward pass is there to hide it.
         backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
-    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    gather = gather_seconds(setup) / setup.updates
     held = stage.parameters / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     update = Seconds()
@@ -131,6 +139,21 @@ def _teacher(setup: Setup) -> Seconds:
         largest = max(stage.parameters for stage in setup.teacher.shard.stages)
         seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
     return seconds
+
+
+def gather_seconds(setup: Setup) -> float:
+    """In which a step's updates gather the weights that the distributed optimizer's ranks have changed."""
+    if not setup.config.parallel.distributed_optimizer or setup.config.optimizer.name != "adam":
+        return 0.0
+    student = setup.student
+    largest = max(stage.parameters for stage in student.shard.stages) * student.element
+    copies = student.layout.data * student.layout.context
+    return setup.updates * Rates(setup.cluster).ring(largest, copies, student.layout.tensor)
+
+
+def old_policy_seconds(setup: Setup) -> float:
+    """Of a pass that scores a step's responses with the student before its first update."""
+    return _score_with_student(setup).total
 
 
 def _score_with_student(setup: Setup) -> Seconds:

@@ -16,8 +16,16 @@ _GRPO = (
 )
 """NeMo-RL 0.5's performance recipes: 2048 samples in four updates, so that it scores old policy and reference; sequences are
 packed to 4096 tokens."""
-_QWEN = "student.path=Qwen3-32B parallel.tensor=4 parallel.pipeline=4 parallel.sequence_parallel=true"
-_LLAMA_8B = "student.path=Llama-3.1-8B-Instruct parallel.recompute=full cluster.nodes=2"
+_COLOCATED = "rollout.vllm.gpu_memory_utilization=0.6"
+_SERVERS = (
+    "rollout.vllm.placement=server rollout.vllm.gpu_memory_utilization=0.8 rollout.steps_ahead=1 "
+    "objective.sampler_correction.kind=truncate"
+)
+_QWEN = (
+    "student.path=Qwen3-32B parallel.tensor=4 parallel.pipeline=4 parallel.sequence_parallel=true rollout.vllm.tensor=4 "
+    "cluster.nodes=4"
+)
+_LLAMA_8B = "student.path=Llama-3.1-8B-Instruct parallel.recompute=full"
 _PRETRAINING = (
     "objective=sft model.dtype=bfloat16 student.path=DeepSeek-R1-Distill-Llama-70B cluster=h100 cluster.nodes=8 "
     "parallel.tensor=4 parallel.pipeline=8 parallel.virtual_pipeline=5 parallel.sequence_parallel=true batch.micro_tokens=8192 "
@@ -61,16 +69,37 @@ class Published:
         return plan.seconds if self.unit == "s" else plan.tokens_per_gpu_second
 
 
-def _nemo(ahead: int = 0) -> Choices:
-    return Choices(rollout_gpus=ahead, steps_ahead=int(ahead > 0), sorted_by_length=False)
-
-
+_NEMO = Choices(sorted_by_length=False, fused_head=False)
 _FP8 = Choices(fp8=True, overlap_tensor=True)
 RUNS = (
-    Published("Qwen3-32B GRPO, 32 GPUs", f"{_GRPO} {_QWEN} cluster.nodes=4", 3251, "s", 376, NEMO_RL, _nemo()),
-    Published("the same, one step off-policy, 32+32", f"{_GRPO} {_QWEN} cluster.nodes=8", 3252, "s", 200, NEMO_RL, _nemo(32)),
-    Published("Llama-3.1-8B GRPO, 16 GPUs", f"{_GRPO} {_LLAMA_8B} parallel.pipeline=2", 1019, "s", 92.8, NEMO_RL, _nemo()),
-    Published("the same, one step off-policy, 8+8", f"{_GRPO} {_LLAMA_8B}", 1123, "s", 64.8, NEMO_RL, _nemo(8)),
+    Published("Qwen3-32B GRPO, 32 GPUs", f"{_GRPO} {_QWEN} {_COLOCATED}", 3251, "s", 376, NEMO_RL, _NEMO),
+    Published(
+        "the same, one step off-policy, 32+32",
+        f"{_GRPO} {_QWEN} {_SERVERS} rollout.vllm.replicas=8",
+        3252,
+        "s",
+        200,
+        NEMO_RL,
+        _NEMO,
+    ),
+    Published(
+        "Llama-3.1-8B GRPO, 16 GPUs",
+        f"{_GRPO} {_LLAMA_8B} parallel.pipeline=2 cluster.nodes=2 {_COLOCATED}",
+        1019,
+        "s",
+        92.8,
+        NEMO_RL,
+        _NEMO,
+    ),
+    Published(
+        "the same, one step off-policy, 8+8",
+        f"{_GRPO} {_LLAMA_8B} {_SERVERS} rollout.vllm.replicas=8",
+        1123,
+        "s",
+        64.8,
+        NEMO_RL,
+        _NEMO,
+    ),
     *(
         Published(
             f"Llama3-70B pre-training FP8, 64 GPUs, batch {batch}",

@@ -12,9 +12,9 @@ from kdrl_mcore.config import Config, ParallelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.planning.memory import GIB
+from kdrl_mcore.planning.memory import GIB, fit_engine
 from kdrl_mcore.planning.plan import Plan, make_plan
-from kdrl_mcore.planning.setup import Choices, make_setup, shard_requests, uses_teacher
+from kdrl_mcore.planning.setup import find_engines, make_setup, shard_requests, training_world, uses_teacher
 from kdrl_mcore.planning.shards import ShardRequest, find_shape, try_shards
 from kdrl_mcore.planning.workload import Workload
 
@@ -33,23 +33,22 @@ class Candidate:
     reason: str
 
 
-def search(config: Config, workload: Workload, choices: Choices, best: int = 5) -> tuple[list[Candidate], int]:
+def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Candidate], int]:
     """The fastest layouts that fit, and how many were looked at.
 
-    Tensor parallelism stays within a node. Layouts that differ in nothing but recompute or micro-batch size count as one: the
-    faster one is shown.
+    Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration says.
+    Layouts that differ in nothing but recompute or micro-batch size count as one: the faster one is shown.
     """
     teachers = _teacher_variants(config) if uses_teacher(config) else []
-    tried = [*((variant, choices) for variant in teachers), *_variants(config, choices)]
     # All in one faked world; each plan below finds its shards there.
-    try_shards([request for variant, chosen in tried for request in _requests(variant, chosen)])
+    try_shards([request for variant in [*teachers, *_variants(config)] for request in _requests(variant)])
     if teachers:
-        config = _with_fastest_teacher(config, teachers, workload, choices)
+        config = _with_fastest_teacher(config, teachers, workload)
     found: dict[Layout, Plan] = {}
     looked_at = 0
-    for variant, chosen in _variants(config, choices):
+    for variant in _variants(config):
         try:
-            plan = make_plan(make_setup(variant, workload, chosen))
+            plan = make_plan(fit_engine(make_setup(variant, workload)))
         except ConfigError:
             continue  # the model cannot be split this way
         looked_at += 1
@@ -70,12 +69,12 @@ def _teacher_variants(config: Config) -> list[Config]:
     return variants
 
 
-def _with_fastest_teacher(config: Config, variants: list[Config], workload: Workload, choices: Choices) -> Config:
+def _with_fastest_teacher(config: Config, variants: list[Config], workload: Workload) -> Config:
     """The teacher's layout depends on nothing else: of those that leave half of the GPU to others, the fastest."""
     fastest, seconds = config, math.inf
     for variant in variants:
         try:
-            setup = make_setup(variant, workload, choices)
+            setup = make_setup(variant, workload)
         except ConfigError:
             continue
         assert setup.teacher is not None
@@ -91,11 +90,11 @@ def _tensors(config: Config) -> list[int]:
     return [size for size in SIZES if size <= config.cluster.gpus_per_node]
 
 
-def _variants(config: Config, choices: Choices) -> Iterator[tuple[Config, Choices]]:
-    world = config.cluster.nodes * config.cluster.gpus_per_node - choices.rollout_gpus
+def _variants(config: Config) -> Iterator[Config]:
+    world = training_world(config)
     architecture = read_architecture(find_shape(config.student.path, "student.path"))
     sequence = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    engines = _tensors(config) if config.rollout.engine == "vllm" else [None]
+    engines = [1] if find_engines(_with_engine(config, 1), world) is None else _tensors(config)
     experts = SIZES if architecture.experts else (1,)
     for tensor, pipeline, virtual, context, expert in product(_tensors(config), SIZES, VIRTUAL, (1, 2, 4), experts):
         if world % (tensor * pipeline * context) or (virtual and pipeline == 1) or (context > 1 and sequence < LONG):
@@ -103,7 +102,7 @@ def _variants(config: Config, choices: Choices) -> Iterator[tuple[Config, Choice
         if architecture.num_layers % (pipeline * (virtual or 1)):
             continue
         for engine, recompute, pack in product(engines, ("none", "full"), (1, 2)):
-            changed = copy.deepcopy(config)
+            changed = _with_engine(config, engine)
             changed.parallel = replace(
                 config.parallel,
                 tensor=tensor,
@@ -115,7 +114,13 @@ def _variants(config: Config, choices: Choices) -> Iterator[tuple[Config, Choice
                 recompute=recompute,
             )
             changed.batch.micro_tokens = pack * -(-sequence // context)
-            yield changed, replace(choices, rollout_tensor=engine)
+            yield changed
+
+
+def _with_engine(config: Config, tensor: int) -> Config:
+    changed = copy.deepcopy(config)
+    changed.rollout.vllm.tensor = tensor
+    return changed
 
 
 def _overrides(plan: Plan) -> Iterator[str]:
@@ -130,12 +135,13 @@ def _overrides(plan: Plan) -> Iterator[str]:
         yield f"teacher.parallel.tensor={config.teacher.parallel.tensor}"
         yield f"teacher.parallel.pipeline={config.teacher.parallel.pipeline}"
     if plan.setup.engine is not None:
-        yield f"--rollout-tensor={plan.setup.choices.rollout_tensor}"
+        yield f"rollout.vllm.tensor={config.rollout.vllm.tensor}"
+        yield f"rollout.vllm.gpu_memory_utilization={config.rollout.vllm.gpu_memory_utilization:g}"
 
 
-def _requests(config: Config, choices: Choices) -> list[ShardRequest]:
+def _requests(config: Config) -> list[ShardRequest]:
     try:
-        return list(shard_requests(config, config.cluster.nodes * config.cluster.gpus_per_node, choices).values())
+        return list(shard_requests(config, training_world(config)).values())
     except ConfigError:
         return []
 

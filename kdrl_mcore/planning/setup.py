@@ -38,23 +38,33 @@ class Placed:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the rollout engine runs, which the configuration of training does not tell.
+    """What other trainers, whose published runs are planned as well, do differently: no key of the configuration tells it.
 
     Attributes:
-        rollout_tensor: GPUs of one vLLM engine; None is the student's tensor-parallel size.
-        rollout_gpus: GPUs that only generate, beside those that train; 0 is the same GPUs in turn.
-        steps_ahead: rollouts may be this many updates old: with GPUs of its own, generation then runs beside training.
-        fp8: matrix products in FP8 (published runs use it; this trainer does not).
+        fp8: matrix products in FP8.
         overlap_tensor: tensor-parallel communication hidden behind matrix products (Transformer Engine's user buffers).
         sorted_by_length: neighbouring micro-batches are alike in length, as this trainer's packing leaves them.
+        fused_head: log-probs in chunks that kernels read as few times as they can, as here; else logits are materialised.
     """
 
-    rollout_tensor: int | None = None
-    rollout_gpus: int = 0
-    steps_ahead: int = 0
     fp8: bool = False
     overlap_tensor: bool = False
     sorted_by_length: bool = True
+    fused_head: bool = True
+
+
+@dataclass(frozen=True)
+class Engines:
+    """vLLM's engines.
+
+    Attributes:
+        tensor: GPUs of each.
+        own_gpus: GPUs that only generate, idle ones of server nodes included; 0 where they share those that train.
+    """
+
+    count: int
+    tensor: int
+    own_gpus: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Setup:
     choices: Choices
     student: Placed
     teacher: Placed | None
-    engine: Placed | None  # the rollout engine's own copy of the student
+    engine: Placed | None  # vLLM's own copy of the student
+    engine_gpus: int  # that only generate
     reference: bool
 
     @property
@@ -77,7 +88,7 @@ class Setup:
     @property
     def gpus(self) -> int:
         """That are paid for."""
-        return self.student.layout.world + self.choices.rollout_gpus
+        return self.student.layout.world + self.engine_gpus
 
     @property
     def updates(self) -> int:
@@ -117,8 +128,37 @@ def uses_teacher(config: Config) -> bool:
     return config.objective.kind != "sft" and can_be_positive(config.objective.beta)
 
 
-def shard_requests(config: Config, world: int, choices: Choices) -> dict[str, ShardRequest]:
-    """What must be built to plan a run, by role: student, and where there are any teacher and engine."""
+def find_engines(config: Config, world: int) -> Engines | None:
+    """Where `rollout.vllm` puts engines beside `world` ranks that train; None where the run samples without vLLM.
+
+    Raises:
+        ConfigError: they do not fit the GPUs they are to run on.
+    """
+    if config.rollout.engine != "vllm" or config.objective.kind == "sft":
+        return None
+    settings, cluster = config.rollout.vllm, config.cluster
+    here = min(world, cluster.gpus_per_node)
+    if cluster.server_nodes:  # the launcher starts one server on each (slurm/settings.py)
+        if settings.tensor > cluster.gpus_per_node:
+            raise ConfigError(
+                f"rollout.vllm.tensor={settings.tensor} does not fit a server node of {cluster.gpus_per_node} GPUs: change it"
+            )
+        return Engines(cluster.server_nodes, settings.tensor, cluster.server_nodes * cluster.gpus_per_node)
+    if settings.placement == "server":
+        count = max(1, settings.replicas, len(settings.servers))
+        return Engines(count, settings.tensor, count * settings.tensor)
+    if here % settings.tensor or settings.replicas > world // settings.tensor:
+        raise ConfigError(
+            f"colocated engines of rollout.vllm.tensor={settings.tensor} do not fit {world} ranks on nodes of {here} GPUs"
+            + (f" {settings.replicas} times (rollout.vllm.replicas)" if settings.replicas else "")
+            + ": change it, or set rollout.vllm.placement=server"
+        )
+    return Engines(settings.replicas or world // settings.tensor, settings.tensor, 0)
+
+
+def shard_requests(config: Config, world: int) -> dict[str, ShardRequest]:
+    """What must be built to plan a run of `world` training ranks, by role: student, and where there are any teacher and
+    engine."""
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
     requests = {
         "student": ShardRequest(
@@ -134,19 +174,26 @@ def shard_requests(config: Config, world: int, choices: Choices) -> dict[str, Sh
     }
     if uses_teacher(config):
         teacher, layout = find_shape(config.teacher.path, "teacher.path"), config.teacher.parallel
-        requests["teacher"] = ShardRequest(teacher, config.model.dtype, layout.tensor, layout.pipeline, trainable=False)
-    if config.rollout.engine == "vllm":
-        tensor = choices.rollout_tensor or parallel.tensor
-        if (choices.rollout_gpus or world) % tensor:
-            raise ConfigError(f"{choices.rollout_gpus or world} GPUs cannot hold engines of {tensor}: change --rollout-tensor")
-        requests["engine"] = ShardRequest(student, config.model.dtype, tensor, trainable=False)
+        requests["teacher"] = ShardRequest(
+            teacher, config.model.dtype, layout.tensor, layout.pipeline, expert=layout.expert, trainable=False
+        )
+    engines = find_engines(config, world)
+    if engines is not None:
+        # vLLM splits each expert over its GPUs, which then hold as much as if each had whole ones.
+        expert = engines.tensor if read_architecture(student).experts else 1
+        requests["engine"] = ShardRequest(student, config.model.dtype, engines.tensor, expert=expert, trainable=False)
     return requests
+
+
+def training_world(config: Config) -> int:
+    """Ranks that train, one on each GPU of `cluster.nodes`."""
+    return config.cluster.nodes * config.cluster.gpus_per_node
 
 
 def make_setup(
     config: Config,
     workload: Workload,
-    choices: Choices,
+    choices: Choices = Choices(),
     *,
     world: int | None = None,
     build: Callable[[Sequence[ShardRequest]], Sequence[Shard]] = get_shards,
@@ -154,23 +201,21 @@ def make_setup(
     """Build what a run needs.
 
     Args:
-        world: ranks that train; None takes all GPUs of the cluster, less those that only generate.
+        world: ranks that train; None takes all GPUs of the cluster's training nodes.
 
     Raises:
         ConfigError: a layout does not fit its model or the number of GPUs.
     """
-    if world is None:
-        world = config.cluster.nodes * config.cluster.gpus_per_node - choices.rollout_gpus
-    if world < 1:
-        raise ConfigError(f"{choices.rollout_gpus} GPUs that only generate leave none to train on")
-    requests = shard_requests(config, world, choices)
+    world = training_world(config) if world is None else world
+    requests, engines = shard_requests(config, world), find_engines(config, world)
     shards = dict(zip(requests, build(list(requests.values())), strict=True))
     element = 2 if config.model.dtype == "bfloat16" else 4
     layouts = {"student": student_layout(world, config.parallel)}
     if "teacher" in requests:
-        layouts["teacher"] = Layout(world, config.teacher.parallel.tensor, config.teacher.parallel.pipeline)
-    if "engine" in requests:
-        layouts["engine"] = Layout(choices.rollout_gpus or world, requests["engine"].tensor)
+        teacher = config.teacher.parallel
+        layouts["teacher"] = Layout(world, teacher.tensor, teacher.pipeline, expert=teacher.expert)
+    if engines is not None:
+        layouts["engine"] = Layout(engines.count * engines.tensor, engines.tensor, expert=requests["engine"].expert)
     placed = {
         role: Placed(read_architecture(request.path), layouts[role], shards[role], element)
         for role, request in requests.items()
@@ -183,5 +228,6 @@ def make_setup(
         placed["student"],
         placed.get("teacher"),
         placed.get("engine"),
+        0 if engines is None else engines.own_gpus,
         reference=not sft and config.objective.reference_kl.coefficient > 0,
     )

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.vllm_client import ServerFailed
+from kdrl_mcore.rollout.vllm_client import ServerFailed, connections
 from kdrl_mcore.types import FinishReason, Prompt, TokenFloats, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,7 @@ class Dispatch:
 
     async def _generate(self) -> None:
         self._main = asyncio.current_task()
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(trust_env=False, limits=limits) as http:
+        async with connections() as http:
             try:
                 while self._missing:
                     self._hand_out(http)

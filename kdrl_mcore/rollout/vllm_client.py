@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ import psutil
 
 from kdrl_mcore.errors import EngineError, KdrlError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
+
+logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "KDRL_ENGINE_TOKEN"
 """The environment variable with the token that a server asks for."""
@@ -104,8 +107,8 @@ class EngineServer:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
-    def wait_until_ready(self) -> None:
-        """Wait until the server answers; then its address is known.
+    def wait_until_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Wait until the server answers, calling `on_wait` meanwhile; then its address is known.
 
         Raises:
             ServerFailed: it ended, or did not answer within the start-up time-out.
@@ -113,6 +116,7 @@ class EngineServer:
         deadline = time.monotonic() + self._startup_timeout
         reason = "it wrote no address"
         while time.monotonic() < deadline:
+            on_wait()
             if self._process is not None and self._process.poll() is not None:
                 raise ServerFailed(f"engine {self.index} ended while it started ({last_line(self.log)}); see {self.log}")
             if self.read_address():
@@ -130,6 +134,8 @@ class EngineServer:
             with suppress(ServerFailed):
                 self._post("stop", timeout=_SHORT_SECONDS)
         else:
+            if self._process is not None and (code := self._process.poll()) is not None:
+                logger.warning("engine %d had ended by %s", self.index, f"signal {-code}" if code < 0 else f"exit code {code}")
             self.kill()
             self.start()
         self.wait_until_ready()
@@ -243,6 +249,12 @@ class EngineServer:
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise EngineError(f"engine {self.index} at {self.address} refuses a request: {text}")
         raise ServerFailed(f"engine {self.index} at {self.address}: {text} (status {status})")
+
+
+def connections() -> httpx.AsyncClient:
+    """For `EngineServer.generate`. Each request has a connection of its own, as many as there are: a server may close an idle
+    one at the very moment in which it is used again."""
+    return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 def address_path(run_dir: Path, index: int) -> Path:

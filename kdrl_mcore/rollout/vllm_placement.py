@@ -91,8 +91,11 @@ class Replicas:
         return failed, any(outcome is True for outcome in outcomes.values())
 
 
-def start_replicas(config: Config, vocabulary: int) -> Replicas:
+def start_replicas(config: Config, vocabulary: int, on_wait: Callable[[], None] = lambda: None) -> Replicas:
     """Start or find every server, and wait until all are ready. Collective over the world.
+
+    Args:
+        on_wait: called again and again until then, by a thread for each server.
 
     Raises:
         ConfigError: vLLM is not installed, or the layout does not fit.
@@ -125,7 +128,7 @@ def start_replicas(config: Config, vocabulary: int) -> Replicas:
                 server.start()
             replicas.servers.append(server)
     try:
-        failures = replicas.failures(lambda server: server.wait_until_ready(), range(len(replicas)))
+        failures = replicas.failures(lambda server: server.wait_until_ready(on_wait), range(len(replicas)))
         if failures:
             raise EngineError("; ".join(failures.values()))
     except BaseException:

@@ -12,8 +12,9 @@ import torch
 
 from tests.ranks import RankPool
 from tests.reference import dense
-from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_hf_weights, read_jsonl
+from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_hf_weights, read_jsonl, write_jsonl
 from tests.training import metrics_of, train_on_rank
+from tests.zoo import Zoo
 
 PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b", "7*7*7=", "zz"]
 TP2, PP2, DP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"
@@ -158,3 +159,25 @@ def test_on_policy_gradients_are_the_dense_ones_of_what_was_sampled(
     for name, gradient in expected.gradients.items():
         found = (before[name].double() - after[name].double()) / lr
         assert float((found - gradient).norm()) <= 1e-4 * max(float(gradient.norm()), 1e-3 * expected.grad_norm), name
+
+
+def test_an_alert_counts_the_steps_before_a_stop_and_is_told_once(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    """The replayed sampler is two nats off: that shows with the tenth step, wherever the run was stopped before or after."""
+    rows = read_jsonl(zoo.rollouts("uneven"))
+    for row in rows:
+        row["sampler_log_probs"] = [log_prob - 2 for log_prob in row["sampler_log_probs"]]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    overrides = ["objective=grpo", "rollout=replay", f"rollout.path={tmp_path}/rows.jsonl", "optimizer.lr=1e-4"]
+    overrides += [
+        "trainer.self_test=false",
+        "logging.progress=false",
+        "logging.tensorboard=false",
+        "checkpoint.export_hf=false",
+    ]
+    told = []
+    for steps in (7, 11, 13):
+        job = [*overrides, f"student.path={zoo.model('untied')}", f"run.dir={tmp_path}/run", f"trainer.steps={steps}"]
+        (outcome,) = ranks1.run(train_on_rank, job)
+        assert outcome.code == 0, outcome.stderr
+        told += [line.split(": sampler")[0] for line in outcome.stdout.splitlines() if "sampler_drift" in line]
+    assert told == ["step 10"]

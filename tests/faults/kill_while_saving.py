@@ -22,6 +22,7 @@ from kdrl_mcore.checkpointing.manifest import checksum, files_below, read_manife
 from kdrl_mcore.checkpointing.writer import CheckpointWriter  # noqa: E402
 from kdrl_mcore.config import load_config  # noqa: E402
 from kdrl_mcore.student import Student  # noqa: E402
+from tests.faults.launching import WriteResults  # noqa: E402
 
 
 def save_for_ever(folder: Path, directory: Path, first: int) -> None:
@@ -44,6 +45,7 @@ def main(folder: Path, kills: int) -> None:
     moments = random.Random(0)
     directory = folder / "run" / "checkpoints"
     directory.parent.mkdir()
+    results = WriteResults()
     for _ in range(kills):
         latest = directory / LATEST
         before = latest.readlink().name if latest.is_symlink() else "step_000000"
@@ -51,6 +53,7 @@ def main(folder: Path, kills: int) -> None:
         victim = os.fork()
         if victim == 0:
             os.setsid()
+            results.use()
             save_for_ever(folder, directory, first)
         while not latest.is_symlink() or latest.readlink().name == before:
             time.sleep(0.002)

@@ -7,6 +7,7 @@ torchrun's agent does, and when a rank ends badly it ends the others.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -46,11 +47,12 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            start_new_session=True,  # ends with all that it started
         )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()  # its ranks notice, and end
+        os.killpg(self._process.pid, signal.SIGKILL)  # its ranks notice, and end
         self._process.communicate()
 
     def train(self, ranks: int, overrides: Sequence[str], log: Path) -> Ended:
@@ -58,6 +60,20 @@ class Launcher:
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps([ranks, list(overrides), str(log)]), file=self._process.stdin, flush=True)
         return Ended(json.loads(self._process.stdout.readline()), log.read_text())
+
+
+class WriteResults:
+    """Carries what Megatron-Core's checkpoint writers did back to the processes that started them, for all the processes
+    forked here. Else each starts a process of its own for that, which imports torch at the first checkpoint."""
+
+    def __init__(self) -> None:
+        self._manager = multiprocessing.get_context("spawn").Manager()
+
+    def use(self) -> None:
+        """In a forked process, before its first checkpoint."""
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        filesystem_async._results_queue = self._manager.Queue()
 
 
 def serve() -> None:
@@ -70,15 +86,16 @@ def serve() -> None:
     import kdrl_mcore.train
     import kdrl_mcore.trainer  # noqa: F401 - with all that a run imports
 
+    results = WriteResults()
     for line in sys.stdin:
         ranks, overrides, log = json.loads(line)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        children = [_fork(rank, ranks, store.port, overrides, log) for rank in range(ranks)]
+        children = [_fork(rank, ranks, store.port, overrides, log, results) for rank in range(ranks)]
         print(json.dumps(_wait_for(children)), flush=True)
         del store
 
 
-def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str) -> int:
+def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str, results: WriteResults) -> int:
     parent = os.getpid()
     child = os.fork()
     if child:
@@ -92,6 +109,7 @@ def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str) -> i
         os.dup2(output, 2)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        results.use()
         from kdrl_mcore.train import main
 
         code = main(overrides)

@@ -179,6 +179,29 @@ def find(directory: str, resume: str = "auto") -> str:
         return f"error: {error}"
 
 
+def leave_write_results_process() -> int:
+    """On a rank: a process starts the one that brings it what its checkpoint writers did, and is killed. Returns its id."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from kdrl_mcore.parallel.mcore import start_write_results_process
+
+    answer, ask = os.pipe()
+    child = os.fork()
+    if child == 0:
+        filesystem_async._results_queue = None
+        start_write_results_process()
+        os.write(ask, str(filesystem_async._results_queue._manager._process.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = int(os.read(answer, 20))
+    os.waitpid(child, 0)
+    os.close(answer)
+    os.close(ask)
+    return started
+
+
 def prune(directory: str, keep: int, newest: str) -> None:
     """On a rank: delete old checkpoints as after writing `newest`."""
     from kdrl_mcore.parallel.platform import prepare_platform

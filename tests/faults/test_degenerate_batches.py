@@ -55,7 +55,7 @@ def test_a_degenerate_batch_is_trained_on(
     write_jsonl(tmp_path / "rows.jsonl", degenerate(read_jsonl(zoo.rollouts("uneven"))))
     overrides = [f"student.path={zoo.model('untied')}", f"teacher.path={zoo.model('teacher')}", f"run.dir={tmp_path}/run"]
     overrides += ["rollout=replay", f"rollout.path={tmp_path}/rows.jsonl", "objective.kd.mask=response", "optimizer.lr=0.01"]
-    outcomes = pools[ranks].run(train_on_rank, [*overrides, *FAST, "trainer.steps=2", *layout.split()], timeout=60)
+    outcomes = pools[ranks].run(train_on_rank, [*overrides, *FAST, "trainer.steps=2", *layout.split()])
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
     rows = metrics_of(tmp_path / "run")
     assert [row["skipped_updates"] for row in rows] == [0, 0]

@@ -33,24 +33,29 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "phase", "layout"),
-    [(1, "teacher", "parallel.tensor=2"), (0, "train", "parallel.pipeline=2"), (1, "reward", "parallel.tensor=1")],
-    ids=["tensor", "pipeline", "data"],
+    ("rank", "step", "phase", "layout"),
+    [
+        (1, 2, "teacher", "parallel.tensor=2"),
+        (0, 2, "train", "parallel.pipeline=2"),
+        (1, 2, "reward", "parallel.tensor=1"),
+        (1, 0, "load student", "parallel.tensor=2"),
+    ],
+    ids=["tensor", "pipeline", "data", "loading"],
 )
 def test_a_hung_rank_is_named_and_every_rank_leaves_its_stacks(
-    rank: int, phase: str, layout: str, job: list[str], launcher: Launcher, tmp_path: Path
+    rank: int, step: int, phase: str, layout: str, job: list[str], launcher: Launcher, tmp_path: Path
 ) -> None:
-    fault = ["fault.kind=hang", f"fault.rank={rank}", "fault.step=2", f"fault.phase={phase}"]
+    fault = ["fault.kind=hang", f"fault.rank={rank}", f"fault.step={step}", f"fault.phase={phase}"]
     ended = launcher.train(2, [*job, layout, f"run.dir={tmp_path}/run", "trainer.steps=3", *fault], tmp_path / "log")
     assert ended.codes == [HANG_EXIT_CODE] * 2, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("hang:")]
     assert f"no rank made progress for {HANG_TIMEOUT:g} s: rank {rank} on " in line
-    assert f"hangs in step 2, {phase}, at " in line and "faults.py:" in line
+    assert f"hangs in step {step}, {phase}, at " in line and "faults.py:" in line
     assert "1 wait for others" in line and f"rank {1 - rank} on" not in line
     for each in range(2):
         stack = [text for text in ended.output.splitlines() if text.startswith(f"[rank {each}] ")]
         assert any("Thread MainThread" in text for text in stack)
-        assert any("in run_iteration" in text for text in stack)
+        assert any(f"in {'run_iteration' if step else 'build_job'}" in text for text in stack)
 
 
 def test_a_rank_that_never_gives_its_interpreter_back_still_leaves_its_stack() -> None:
@@ -60,7 +65,7 @@ def test_a_rank_that_never_gives_its_interpreter_back_still_leaves_its_stack() -
         "from kdrl_mcore.monitoring.watchdog import Watchdog\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "with Watchdog(timeout=1.0) as watchdog:\n"
-        "    __import__('time').sleep(0.5)\n"
+        "    while watchdog._total < 0: __import__('time').sleep(0.01)\n"  # until the timer is set
         "    9 ** 9 ** 9\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -86,7 +91,7 @@ def wait_for_a_live_rank(timeout: float, seconds: float) -> bool:
 
 
 def test_a_phase_may_be_longer_than_the_time_out_while_one_rank_makes_progress(ranks2: RankPool) -> None:
-    assert ranks2.run(wait_for_a_live_rank, 2.0, 5.0) == [True, True]
+    assert ranks2.run(wait_for_a_live_rank, 3.0, 5.0) == [True, True]
 
 
 def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
@@ -94,8 +99,8 @@ def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher,
     fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "fault.seconds=2", "trainer.slow_ranks_every=4"]
     ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
     assert ended.codes == [0, 0]
-    assert "step 4: rank 1 on " in ended.output and "is slow in rollout" in ended.output
-    assert "rank 0 on" not in ended.output
+    slow = [line for line in ended.output.splitlines() if "is slow in rollout" in line]
+    assert len(slow) == 1 and "step 4: rank 1 on " in slow[0], ended.output
 
 
 def test_an_unforeseen_error_on_one_rank_ends_all(job: list[str], launcher: Launcher, tmp_path: Path) -> None:

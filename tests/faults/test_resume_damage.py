@@ -6,9 +6,12 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults import resuming
@@ -84,6 +87,15 @@ def test_of_a_run_that_went_back_later_checkpoints_do_not_count(copied: Path, ra
     (copied / "latest").unlink()
     (copied / "latest").symlink_to("step_000001")
     assert ranks1.run(resuming.find, str(copied)) == [str(copied / "step_000001")]
+
+
+def test_a_killed_rank_leaves_no_process_that_keeps_its_output_open(ranks1: RankPool) -> None:
+    (left,) = ranks1.run(resuming.leave_write_results_process)
+    deadline = time.monotonic() + 60
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it lives on"
+            time.sleep(0.05)
 
 
 def test_killed_at_20_random_moments_of_a_save_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:

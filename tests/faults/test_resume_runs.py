@@ -128,7 +128,7 @@ def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(
     name: str, job: list[str], ranks2: RankPool, tmp_path: Path
 ) -> None:
     overrides = [*job, *LAYOUT, f"run.dir={tmp_path}", f"trainer.steps={STEPS}"]
-    results = ranks2.run(resuming.train, overrides, partial(resuming.rank_0_cannot_write, name, tmp_path, 6), timeout=60)
+    results = ranks2.run(resuming.train, overrides, partial(resuming.rank_0_cannot_write, name, tmp_path, 6))
     assert [code for code, _ in results] == [1, 1]
     printed = "".join(errors for _, errors in results)
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]

@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.planning.memory import plan_memory
-from kdrl_mcore.planning.setup import Choices, make_setup, shard_requests
+from kdrl_mcore.planning.setup import make_setup, shard_requests
 from kdrl_mcore.planning.shards import get_shards
 from kdrl_mcore.planning.workload import Workload
 from tests.planned_memory import PROMPT, measure_on_rank, write_model
@@ -38,7 +38,7 @@ def config_of(layout: str, model: Path) -> tuple[list[str], Config]:
 def built(model: Path) -> None:
     """One faked world for all layouts."""
     configs = [config_of(layout, model)[1] for layout in LAYOUTS]
-    get_shards([request for config in configs for request in shard_requests(config, 2, Choices()).values()])
+    get_shards([request for config in configs for request in shard_requests(config, 2).values()])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -48,7 +48,7 @@ def test_planned_memory_is_within_a_tenth_of_live_tensors(layout: str, model: Pa
     data = 2 // (parallel.tensor * parallel.pipeline * parallel.context)
     length = TOKENS * parallel.context - PROMPT
     workload = Workload(MICRO_BATCHES * data, PROMPT, length, length)
-    planned = plan_memory(make_setup(config, workload, Choices(), world=2))
+    planned = plan_memory(make_setup(config, workload, world=2))
     for measured in ranks2.run(measure_on_rank, overrides, TOKENS, MICRO_BATCHES):
         rank = planned[measured.stage]
         print(layout, measured, rank.between_steps, rank.peak, rank.peak / measured.peak - 1)

@@ -13,11 +13,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import httpx
 import pytest
 
 from kdrl_mcore.errors import EngineError
-from kdrl_mcore.rollout.vllm_client import EngineServer, Launch, ServerFailed, address_path, write_address
+from kdrl_mcore.rollout.vllm_client import EngineServer, Launch, ServerFailed, address_path, connections, write_address
 
 LINE = {"id": "0.0", "version": 1, "token_ids": [5], "log_probs": [-1.0], "finish_reason": "stop"}
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -51,12 +50,12 @@ def answering(*pieces: bytes | float) -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def generate(address: str, count: int = 2, timeout: float = 1.0) -> list[dict[str, Any]]:
+def generate(address: str, count: int = 2, timeout: float = 1.0, times: int = 1) -> list[dict[str, Any]]:
     server = EngineServer(0, Path("nowhere"), address=address, token="t", generation_timeout=timeout)
 
     async def run() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(trust_env=False) as http:
-            return [line async for line in server.generate(http, 1, [{"id": "0.0"}] * count, {})]
+        async with connections() as http:
+            return [line for _ in range(times) async for line in server.generate(http, 1, [{"id": "0.0"}] * count, {})]
 
     return asyncio.run(run())
 
@@ -65,6 +64,11 @@ def test_signs_of_progress_keep_a_slow_answer_alive() -> None:
     signs: list[bytes | float] = [chunk({}), 0.6, chunk({}), 0.6, chunk({}), 0.6]
     with answering(HEAD, *signs, chunk(LINE), b"0\r\n\r\n") as address:
         assert generate(address, count=1) == [LINE]
+
+
+def test_a_connection_that_the_server_is_about_to_close_is_not_used_again() -> None:
+    with answering(HEAD, chunk(LINE), b"0\r\n\r\n", 0.2) as address:  # it looks open meanwhile
+        assert generate(address, count=1, times=2) == [LINE, LINE]
 
 
 def test_an_engine_without_progress_hangs() -> None:

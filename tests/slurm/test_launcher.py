@@ -155,11 +155,13 @@ time.sleep(10**6 if "SLURM_RESTART_COUNT" in os.environ else 0.5)
 def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_its_server_node_serves(
     cluster: Cluster, tiny_job: list[str], tmp_path: Path
 ) -> None:
-    """Killed in step 4: the first start saves step 3 and goes back to the queue, the second gets no further and fails."""
+    """Killed in step 4: the first start saves step 3 and goes back to the queue, the second gets no further and fails. That it
+    was to begin anew counts for the first alone."""
     run_dir = tmp_path / "run"
     (tmp_path / "server.py").write_text(SERVER)
     fault = ["fault.kind=kill", "fault.step=4", "fault.phase=reward"]
     overrides = [*tiny_job, *fault, f"run.dir={run_dir}", "checkpoint.every=3", "checkpoint.asynchronous=false"]
+    overrides += ["checkpoint.resume=never"]
     serving = {"KDRL_SERVER_COMMAND": f"{sys.executable} {tmp_path}/server.py", "KDRL_SERVER_PAUSE": "0.2"}
     nodes = ["cluster.server_nodes=1", "cluster.gpus_per_node=1"]
     number = submit(cluster, tmp_path, [*overrides, *nodes], "--nodes=2", KDRL_PREFLIGHT="0", **serving)
@@ -169,6 +171,7 @@ def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_i
     assert "server 0 on 127.0.0.1 ended with exit code 0: it is started again" in log.read_text()
     assert cluster.end_of(number) == "FAILED"
     assert cluster.job(number)["Restarts"] == "1"
+    assert f"resumed from {run_dir}/checkpoints/step_000003 after step 3" in train_log(run_dir, number, 1)
     assert steps_done(run_dir) == [1, 2, 3]
     pids = [int(pid) for pid in (run_dir / "served").read_text().split()]
     assert len(pids) >= 3

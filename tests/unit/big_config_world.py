@@ -1,14 +1,16 @@
 """Ranks of a world of hundreds, built one after the other in one process on the meta device: nothing is allocated.
 
-Run as a program, because a process can be in only one world. It prints what each rank of one student replica, and each rank
-of one teacher replica, holds, as JSON:
+Run as a program, because a process can be in only one world. For each experiment, forked with everything imported, it prints
+what each rank of one student replica, and each rank of one teacher replica, holds, as a line of JSON; null if it cannot be
+built:
 
-    python -m tests.unit.big_config_world key=value ...
+    python -m tests.unit.big_config_world '["key=value", ...]' ...
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -80,9 +82,14 @@ def fake_the_machine() -> None:
     # The distributed optimizer knows the tensors of a GPU by name.
     torch.Tensor.type = lambda self, *args: type_of(self, *args) if args else type_of(self).replace("meta.", "")  # type: ignore[method-assign]
     for module in (student_module, teacher_module):
-        module.load_weights = lambda parts, path: None  # type: ignore[attr-defined]
+        module.load_weights = lambda *args: None  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
     fake_the_machine()
-    print(json.dumps(describe(load_config(sys.argv[1:]))))
+    for experiment in sys.argv[1:]:
+        if os.fork() == 0:
+            print(json.dumps(describe(load_config(json.loads(experiment)))), flush=True)
+            os._exit(0)
+        if os.wait()[1]:
+            print("null", flush=True)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,15 @@ def overrides_of(experiment: str, models: Path) -> list[str]:
     return [f"experiment={experiment}", f"student.path={models}/{student}", f"teacher.path={models}/{teacher}"]
 
 
-@cache
-def built(*overrides: str) -> list[dict[str, Any]]:
-    """What the ranks hold, built in a process of its own."""
+@pytest.fixture(scope="module")
+def worlds(models: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the ranks of each experiment hold, built in a process of its own."""
+    overrides = [json.dumps(overrides_of(experiment, models)) for experiment in EXPERIMENTS]
     command = [sys.executable, "-m", "tests.unit.big_config_world", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    built = {name: json.loads(line) for name, line in zip(EXPERIMENTS, done.stdout.splitlines(), strict=True)}
+    assert all(built.values()), done.stderr[-3000:]
+    return built
 
 
 def hf_tensors(config_file: Path) -> dict[str, tuple[int, ...]]:
@@ -87,20 +88,23 @@ def homeless(ranks: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) ->
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_student_teacher_and_optimizer_build_on_every_rank_and_every_tensor_has_a_home(experiment: str, models: Path) -> None:
-    ranks = built(*overrides_of(experiment, models))
+def test_student_teacher_and_optimizer_build_on_every_rank_and_every_tensor_has_a_home(
+    experiment: str, models: Path, worlds: dict[str, list[dict[str, Any]]]
+) -> None:
+    ranks = worlds[experiment]
     for role, name in zip(("student", "teacher"), EXPERIMENTS[experiment], strict=False):
         replica = [rank[role] for rank in ranks if rank[role]["replica"] == 0]
         assert homeless(replica, hf_tensors(models / name)) == []
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_optimizer_state_is_shared_by_the_replicas(experiment: str, models: Path) -> None:
-    overrides = overrides_of(experiment, models)
-    config = load_config(overrides)
+def test_the_optimizer_state_is_shared_by_the_replicas(
+    experiment: str, models: Path, worlds: dict[str, list[dict[str, Any]]]
+) -> None:
+    config = load_config(overrides_of(experiment, models))
     replicas = world_size(config) // (config.parallel.tensor * config.parallel.pipeline)
     assert replicas > 1
-    for rank in built(*overrides):
+    for rank in worlds[experiment]:
         share = rank["student"]["parameters"] / replicas
         assert abs(rank["optimized"] - share) <= 0.01 * share
 
@@ -114,12 +118,13 @@ def test_the_config_asks_for_the_gpus_it_says_and_fits_them(experiment: str, mod
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_planner_counts_the_parameters_that_ranks_hold(experiment: str, models: Path) -> None:
-    overrides = overrides_of(experiment, models)
-    config = load_config([*overrides, "cluster=h100"])
+def test_the_planner_counts_the_parameters_that_ranks_hold(
+    experiment: str, models: Path, worlds: dict[str, list[dict[str, Any]]]
+) -> None:
+    config = load_config([*overrides_of(experiment, models), "cluster=h100"])
     setup = make_setup(config, workload_of(config), Choices())
     assert setup.teacher is not None
-    for rank in built(*overrides):
+    for rank in worlds[experiment]:
         for role, model in (("student", setup.student), ("teacher", setup.teacher)):
             stage = rank["rank"] // (world_size(config) // model.layout.pipeline)
             assert rank[role]["parameters"] == model.shard.stages[stage].parameters

@@ -205,9 +205,9 @@ def test_loading_is_quick_silent_and_leaves_no_cache(
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     path = write(tmp_path / "a.jsonl", [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8000)])
     bars = datasets.are_progress_bars_disabled()
-    begin = time.perf_counter()
+    begin = time.process_time()
     prompts = load_prompts(path, PLAIN, tokenizer, 64)
-    assert time.perf_counter() - begin < 1.5
+    assert time.process_time() - begin < 1.5
     assert len(prompts) == 8000
     assert capfd.readouterr() == ("", "")
     assert os.listdir(scratch) == []

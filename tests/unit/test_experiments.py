@@ -19,11 +19,12 @@ from omegaconf import OmegaConf
 
 from kdrl_mcore.config import CHOICES, Config, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.experiments import slurm, study
+from kdrl_mcore.experiments import planned, scaling, slurm, study
 from kdrl_mcore.experiments.local import Outcome, is_finished, run_missing
 from kdrl_mcore.experiments.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.experiments.study import Run, identify, load_study, read_config
 from kdrl_mcore.parallel.layout import Layout, student_layout
+from tests.reference.tiny_models import make_qwen2
 from tools import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,15 @@ base: pair
 grid:
   estimator: {k2: [objective=kdrl, objective.beta.init=0.02, objective.kd.estimator=k2]}
   length: {short: [trainer.steps=2], long: [trainer.steps=9]}
+"""
+PLANNED = """
+planned: true
+root: {root}
+overrides: [cluster=h100, objective=grpo, student.path={root}/model, rollout.max_response_tokens=512]
+grid:
+  layout: {{TP2: [parallel.tensor=2], TP3: [parallel.tensor=3]}}
+  nodes: {{"1": [cluster.nodes=1], "2": [cluster.nodes=2]}}
+  run: {{strong: [rollout.prompts_per_step=64], weak: ["rollout.prompts_per_step=${{times:64,${{nodes}}}}"]}}
 """
 BASE = "root: {root}\nseeds: [1, 2]\nscale: 10\noverrides: [experiment=tiny_cpu, trainer.steps=2]\n"
 STAND_IN = '''
@@ -163,6 +173,45 @@ def test_the_command_runs_collects_and_names_what_failed(
     assert code == 2 and errors.startswith("error: unknown configuration key 'optimizer.lrr'")
 
 
+def test_a_planned_study_is_planned_collected_and_resumed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder / "runs"
+    (folder / "planned.yaml").write_text(PLANNED.format(root=root))
+    monkeypatch.syspath_prepend(str(ROOT))  # not the stand-in
+    runs = load_study(folder / "planned.yaml")
+    assert len(runs) == 8 and all(run.planned and (run.nodes, run.ranks) == (1, 1) for run in runs)
+    assert runs[3].name == "TP2 2 weak" and "rollout.prompts_per_step=128" in runs[3].overrides
+    make_qwen2(root / "model", seed=1, num_layers=1)
+    monkeypatch.chdir(ROOT)
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["experiments.py", str(folder / "planned.yaml"), *words])
+        return experiments.main(), capsys.readouterr().out
+
+    assert planned.main([*runs[0].overrides, f"run.dir={runs[0].directory}"]) == 0  # an element of a job array
+    code, shown = call("--jobs", "2")
+    assert code == 0 and "8 runs, 1 of them finished before" in shown and "  7/7 " in shown
+    rows = list(csv.DictReader((root / "planned.csv").open()))
+    assert [row["gpus"] for row in rows] == ["8", "8", "16", "16", *4 * [""]] and {row["planned"] for row in rows} == {"True"}
+    page = (root / "planned.md").read_text()
+    assert "not a measurement" in page and "TP3 on 1 nodes" in page and "| TP2 |" in page
+    assert (root / "images" / "planned.png").stat().st_size > 1000
+    first, second = scaling.collect_points(runs)
+    assert second.gpus == 2 * first.gpus and second.weak is not None and second.grpo is None
+    assert scaling.strong_efficiency(first, second) == pytest.approx(first.strong["seconds"] / second.strong["seconds"] / 2)
+    assert scaling.weak_efficiency(first, second) == pytest.approx(1, abs=0.2)
+
+    before = (runs[1].directory / "plan.json").stat().st_mtime_ns
+    (runs[0].directory / "plan.json").unlink()
+    assert is_finished(runs[1]) and not is_finished(runs[0]) and scaling.read_answer(runs[0]) is None
+    code, shown = call()
+    assert code == 0 and "1/1 TP2 1 strong: finished" in shown
+    assert (runs[1].directory / "plan.json").stat().st_mtime_ns == before
+    assert planned.main(["student.path=nowhere", "cluster=h100", "objective=grpo", f"run.dir={root}/x"]) == 2
+    assert "student.path=nowhere has no config.json" in capsys.readouterr().err and not (root / "x").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_grid_lets_its_runs_save_and_goes_on(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-P", "-c", CALL, str(folder / "study.yaml"), "data.train=wait"]
@@ -216,7 +265,7 @@ def test_only_what_is_missing_is_submitted_and_nothing_twice(folder: Path, monke
     assert "job 7: 3 runs on 1 node" in list(slurm.submit(runs, "--partition=gpu"))[-1]
     assert {"--array=0-2", "--partition=gpu", "--nodes=1"} <= set(calls[0]) and calls[1] == ["scontrol", "release", "7"]
     lines = (folder / "runs" / ".slurm" / "7").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == [run.identity for run in runs[1:]]
+    assert [line.split()[:2] for line in lines] == [[run.identity, "train"] for run in runs[1:]]
     assert lines[0].endswith(f"run.dir={runs[1].directory}")
     list(slurm.submit(runs))  # the second of the three still waits in the queue
     again = (folder / "runs" / ".slurm" / "8").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,33 +13,42 @@ from kdrl_mcore import preflight
 from kdrl_mcore.config import ClusterConfig, load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning import published
-from kdrl_mcore.planning.advice import advise, with_config
+from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.live import LiveBytes
-from kdrl_mcore.planning.memory import GIB, kept_micro_batches
+from kdrl_mcore.planning.measures import measures, with_config
+from kdrl_mcore.planning.memory import GIB, fit_engine, kept_micro_batches
+from kdrl_mcore.planning.passes import idle_experts
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.rates import Rates
 from kdrl_mcore.planning.search import search
-from kdrl_mcore.planning.setup import Choices, make_setup, shard_requests
+from kdrl_mcore.planning.setup import Engines, find_engines, make_setup, shard_requests
 from kdrl_mcore.planning.shards import get_shards
 from kdrl_mcore.planning.workload import Workload, packing, workload_of
 from tools import plan as plan_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["experiment=kdrl_32b", "cluster=h100"]
+VLLM = ["rollout=vllm", "rollout.vllm.tensor=4"]
+SERVERS = [*VLLM, "rollout.vllm.placement=server", "cluster.server_nodes=4"]
+EXPERTS = ["student.path=Qwen3-30B-A3B", "teacher.path=Qwen3-32B", "parallel.pipeline=1", "parallel.expert=8", *VLLM]
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def planned(*overrides: str, choices: Choices = Choices()) -> Plan:  # noqa: B008
+def planned(*overrides: str) -> Plan:
     config = load_config([*RUN, *overrides])
-    return make_plan(make_setup(config, workload_of(config), choices))
+    return make_plan(make_setup(config, workload_of(config)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     """One faked world for all plans of this file."""
-    configs = [load_config(run.overrides.split()) for run in published.RUNS] + [load_config(RUN)]
-    get_shards([request for config in configs for request in shard_requests(config, 64, Choices()).values()])
+    configs = [load_config(run.overrides.split()) for run in published.RUNS]
+    # The run itself, and what is tried where it does not fit.
+    changes = [[], VLLM, [*VLLM, "rollout.vllm.tensor=8"], EXPERTS]
+    changes += [[f"parallel.{key}"] for key in ("tensor=16", "pipeline=4", "context=2")]
+    configs += [load_config([*RUN, *change]) for change in changes]
+    get_shards([request for config in configs for request in shard_requests(config, 128).values()])
 
 
 def test_the_table_of_published_runs_is_what_the_planner_says() -> None:
@@ -81,21 +91,84 @@ def test_generation_beside_training_takes_the_longer_of_both() -> None:
     assert run.seconds == pytest.approx(max(rollout, rest) + refit)
 
 
+def test_engines_are_where_the_configuration_puts_them() -> None:
+    colocated = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.6")
+    engine = colocated.setup.engine
+    assert engine is not None and (engine.layout.data, colocated.setup.gpus) == (32, 128) and colocated.fits
+    for rank in colocated.memory:
+        assert sum(item.bytes for item in rank.items if item.kind in ("rollout engine", "KV cache")) == 0.6 * 80 * GIB
+    full = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.95")  # and what training holds
+    assert not full.fits and any("rollout.vllm.gpu_memory_utilization=0.7" in line for line in advise(full))
+    share = fit_engine(full.setup).config.rollout.vllm.gpu_memory_utilization
+    assert make_plan(fit_engine(full.setup)).fits and fit_engine(colocated.setup) == colocated.setup and share < 0.95
+    few = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.6", "rollout.max_sequences=8")
+    assert few.phase("rollout").total > 1.5 * colocated.phase("rollout").total
+
+    servers = planned(*SERVERS)  # one engine on each
+    engine = servers.setup.engine
+    assert engine is not None and (engine.layout.data, servers.setup.engine_gpus, servers.setup.gpus) == (4, 32, 160)
+    assert servers.memory[-1].name == "servers" and servers.memory[-1].peak == pytest.approx(0.85 * 80 * GIB)
+    assert not any(item.kind == "KV cache" for item in servers.memory[0].items)
+    found = find_engines(load_config([*RUN, *VLLM, "rollout.vllm.placement=server", "rollout.vllm.replicas=6"]), 128)
+    assert found == Engines(6, 4, 24)
+    for overrides, message in ((["rollout.vllm.replicas=99"], "99 times"), (["rollout.vllm.tensor=3"], "tensor=3 do not fit")):
+        with pytest.raises(ConfigError, match=message):
+            planned(*VLLM, *overrides)
+
+
+def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
+    plans = {on: planned(*SERVERS, f"rollout.steps_ahead={on}") for on in (0, 1)}
+    kept = {on: {each.name: each for each in measures(plan)} for on, plan in plans.items()}
+    off, on = kept[0]["one-step-off generation"], kept[1]["one-step-off generation"]
+    assert (off.on, on.on) == (False, True) and on.seconds == pytest.approx(off.seconds)
+    assert off.seconds == pytest.approx(plans[0].seconds - plans[1].seconds) and off.seconds > 0
+    early = planned(*SERVERS, "teacher.score_while_sampling=true")
+    shorter = plans[0].seconds - early.seconds
+    assert kept[0]["teacher while servers sample"].seconds == pytest.approx(shorter)
+    assert 0.1 * early.phase("teacher").total < shorter == pytest.approx(early.hidden) <= early.phase("teacher").total
+    assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no full part
+    assert kept[1]["teacher while servers sample"].seconds is None
+    saved = {each.name: each for each in measures(planned())}
+    assert saved["one-step-off generation"].seconds is None and "server" in saved["one-step-off generation"].note
+    assert saved["recompute"].on and saved["recompute"].bytes > 0 > saved["recompute"].seconds
+    assert not saved["optimizer off-load"].on and saved["optimizer off-load"].bytes > 0
+    assert saved["teacher pruned by mask"].seconds == pytest.approx(
+        planned().seconds - planned("objective.kd.mask=response").seconds
+    )
+    assert saved["micro-batching by memory"].bytes > GIB and saved["token-balanced packing"].seconds > 0
+    assert saved["no old-policy pass on-policy"].seconds == pytest.approx(
+        planned("batch.updates_per_step=2").phase("old policy").total
+    )
+    assert 0 < saved["overlapped parameter gathering"].seconds < 1
+
+
+def test_an_engine_of_experts_reads_those_that_its_sequences_are_sent_to() -> None:
+    setup = planned(*EXPERTS).setup
+    assert setup.engine is not None and setup.student.parameters == pytest.approx(30.5e9, rel=0.01)
+    stage = setup.engine.shard.stages[0]
+    assert stage.parameters * 4 == pytest.approx(setup.student.parameters, rel=0.05)  # split over four GPUs, experts too
+    assert idle_experts(setup.engine, stage.experts, 1) == pytest.approx(stage.experts * 120 / 128)
+    assert idle_experts(setup.engine, stage.experts, 1000) < 1
+
+
 def test_search_finds_layouts_that_fit_fastest_first() -> None:
     small = ["model.dtype=bfloat16", "student.path=Qwen2.5-3B", "objective=grpo", "cluster=h100", "cluster.gpus_per_node=2"]
     small.append("rollout.max_response_tokens=2048")
     config = load_config(small)
-    found, looked_at = search(config, workload_of(config), Choices())
+    found, looked_at = search(config, workload_of(config))
     assert looked_at > len(found) > 1 and all(candidate.plan.fits for candidate in found)
     seconds = [candidate.plan.seconds for candidate in found]
     assert seconds == sorted(seconds)
     again = load_config([*small, *found[0].overrides])
-    assert make_plan(make_setup(again, workload_of(again), Choices())).seconds == pytest.approx(seconds[0])
+    assert make_plan(make_setup(again, workload_of(again))).seconds == pytest.approx(seconds[0])
 
 
-def test_the_tool_prints_a_plan_and_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_tool.main(RUN) == 0
-    assert "peak" in capsys.readouterr().out
+def test_the_tool_prints_a_plan_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_tool.main([*RUN, "--json", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    answer = json.loads((tmp_path / "plan.json").read_text())
+    assert "peak" in shown and f"{answer['seconds']:.1f} s per iteration" in shown
+    assert all(each["name"] in shown for each in answer["measures"]) and len(answer["measures"]) == 11
     for overrides, message in (
         (["experiment=kdrl_32b"], "add cluster=h100"),
         ([*RUN, "student.path=nowhere"], "student.path=nowhere has no config.json"),

@@ -119,9 +119,8 @@ def test_children_of_a_program_end_with_it() -> None:
     before = {process.pid for process in psutil.process_iter()}
     spawn = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(321)\n" + ADDS
     assert score(PythonCode(RewardConfig(timeout=10)), (spawn, ADD)) == [1.0]
-    time.sleep(0.2)
     left = [p for p in psutil.process_iter() if p.pid not in before and sandbox.__file__ in " ".join(_command(p))]
-    assert left == []
+    assert psutil.wait_procs(left, timeout=15)[1] == []
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -42,6 +42,12 @@ def compare(reference, answer):
         raise ValueError(answer)
     if answer == "exit":
         sys.exit(0)
+    if answer.startswith("write "):
+        open(answer.split()[1], "w").close()
+    if answer.startswith("wait for "):
+        while not os.path.exists(answer.split()[2]):
+            time.sleep(0.01)
+        return True
     if answer == "modules":
         return "torch" not in sys.modules and "hydra" not in sys.modules
     return reference == answer
@@ -63,7 +69,7 @@ def workers_of(process: int) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    with Verifier(RewardConfig(timeout=2.0)) as verifier:
+    with Verifier(RewardConfig(timeout=60)) as verifier:  # no answer may be given up because this machine is busy
         yield verifier
 
 
@@ -184,18 +190,16 @@ def test_a_missing_reference_is_an_error(verifier: Verifier) -> None:
         verifier.score([boxed("1", " ")])
 
 
-def test_plain_integers_cost_nothing(own_workers: OwnWorkers) -> None:
+def test_plain_integers_start_no_worker(own_workers: OwnWorkers) -> None:
     some = [boxed(str(i), str(i + i % 2)) for i in range(128)]
     with Verifier(RewardConfig()) as verifier:
-        begin = time.perf_counter()
         verifier.score(some)
-        seconds = time.perf_counter() - begin
         assert own_workers() == []
     assert [one.correct for one in some] == [i % 2 == 0 for i in range(128)]
-    assert seconds < 0.02
 
 
-def test_hostile_answers_have_no_effect(verifier: Verifier, tmp_path: Path) -> None:
+def test_hostile_answers_have_no_effect(tmp_path: Path) -> None:
+    """Some of them would go on for ever."""
     target = tmp_path / "touched"
     hostile = [
         "9**9**9",
@@ -211,9 +215,8 @@ def test_hostile_answers_have_no_effect(verifier: Verifier, tmp_path: Path) -> N
     some.append(boxed(r"\frac{1}{" * 120_000, "3/4"))  # a megabyte
     some.append(rollout(r"\frac{1}{2} " * 90_000 + r"\boxed{\frac{3}{4}}", "3/4"))
     some += [boxed("0.75", "3/4"), boxed(r"\frac{6}{8}", "3/4"), boxed("0.74", "3/4")]
-    begin = time.monotonic()
-    verifier.score(some)
-    assert time.monotonic() - begin < 30
+    with Verifier(RewardConfig(timeout=4.0)) as verifier:
+        verifier.score(some)
     assert [one.correct for one in some] == [False] * (len(hostile) + 1) + [True, True, True, False]
     assert not target.exists()
 
@@ -224,28 +227,27 @@ def test_the_verdicts_of_other_answers_survive_what_one_does_to_its_process(
     monkeypatch.setattr(rules, "MATH_VERIFY", hostile)
     bad = ["loop", "hold the interpreter lock", "crash", "raise", "exit", "eat memory"]
     some = [boxed(answer, "a") for answer in ["b", *bad, "c"]] + [boxed("modules", f"a{i}") for i in range(20)]
-    begin = time.monotonic()
-    with Verifier(RewardConfig(timeout=0.5)) as verifier:
+    with Verifier(RewardConfig(timeout=4.0)) as verifier:
         verifier.score(some)
         assert (verifier.timeouts, verifier.crashes) == (2, 4)
         assert len(own_workers()) <= 2
         again = [boxed("modules", "a"), boxed("x", "y")]
         verifier.score(again)
-    assert time.monotonic() - begin < 20
     assert [one.correct for one in some] == [False] * 8 + [True] * 20
     assert [one.correct for one in again] == [True, False]
     assert own_workers() == []
 
 
-def test_other_answers_go_on_while_one_hangs(hostile: str) -> None:
-    pool = WorkerPool(hostile, workers=2, timeout=1.5)
-    pool.compare([("a", "modules"), ("b", "modules")])  # both workers are up
-    begin = time.monotonic()
-    verdicts = pool.compare([("a", "loop"), *((str(i), "modules") for i in range(200))])
-    seconds = time.monotonic() - begin
+def test_other_answers_go_on_while_one_hangs(hostile: str, tmp_path: Path) -> None:
+    """The first answer waits for what the last one writes."""
+    file = tmp_path / "written"
+    pool = WorkerPool(hostile, workers=2, timeout=60)
+    verdicts = pool.compare(
+        [("a", f"wait for {file}"), *((str(i), "modules") for i in range(200)), (f"write {file}", f"write {file}")]
+    )
     pool.close()
-    assert verdicts == [False] + [True] * 200
-    assert seconds < 4
+    assert verdicts == [True] * 202
+    assert pool.timeouts == 0
 
 
 def test_a_worker_killed_while_idle_is_replaced(hostile: str, own_workers: OwnWorkers) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kdrl_mcore"
 FLOORS = (
-    {"errors", "types", "config"},
+    {"errors", "types", "config", "interrupt"},
     {"objective"},
     {"vocab_parallel", "parallel"},
     {"model", "convert"},
@@ -16,7 +16,7 @@ FLOORS = (
         *("student", "teacher", "teacher_head", "hidden_states"),
         *("rollout", "reward", "data", "evaluation", "checkpointing", "monitoring", "planning"),
         *("experiments", "reporting"),
-        *("interrupt", "faults", "config_help"),
+        *("faults", "config_help"),
     },
     {"trainer", "iteration", "supervised", "experience", "job", "step_metrics", "self_test"},
     {"train", "preflight"},

@@ -1,0 +1,64 @@
+"""What goes on while vLLM's servers sample: the next step's training, or the teacher."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdrl_mcore.planning.passes import Generation
+from kdrl_mcore.planning.rates import HOST, Seconds
+from kdrl_mcore.planning.setup import Setup
+
+
+def hidden_seconds(setup: Setup, generation: Generation, teacher: Seconds, rest: float) -> float:
+    """By how much an iteration is shorter than its phases together.
+
+    Args:
+        rest: seconds of all phases but generation and refit.
+    """
+    if not setup.engine_gpus:
+        return 0.0
+    if setup.config.rollout.steps_ahead:
+        return min(generation.seconds.total, rest)
+    if setup.teacher is None or not setup.config.teacher.score_while_sampling:
+        return 0.0
+    return _scored_early(setup, generation, teacher)
+
+
+def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> float:
+    """The teacher takes complete groups in parts: a micro-batch for each stage of each of its replicas. Its weights come once
+    for each part; what is left when the last response arrives is scored then."""
+    assert setup.teacher is not None
+    layout = setup.teacher.layout
+    part = setup.config.batch.micro_tokens * layout.pipeline * layout.data
+    parts = int(setup.workload.tokens * setup.distilled // part)
+    if not parts:
+        return 0.0
+    sampled = generation.seconds.total
+    complete = _complete_groups(setup, generation)
+    share = part / (setup.workload.tokens * setup.distilled)
+    loading = teacher[HOST] if setup.config.teacher.offload else 0.0
+    scoring = teacher.total - loading
+    now, done = 0.0, 0
+    while done < parts:
+        begins = max(now, float(np.quantile(complete, min(1.0, (done + 1) * share))))
+        if begins >= sampled:
+            break
+        now, done = begins + loading + scoring * share, done + 1
+    left = teacher.total - scoring * done * share if done * share < 1 else 0.0
+    return sampled + teacher.total - (max(now, sampled) + left)
+
+
+def _complete_groups(setup: Setup, generation: Generation) -> np.ndarray:
+    """Seconds after which each group of responses is complete. Those that do not run from the start begin evenly spread over
+    the time in which others wait; a group is complete with its longest response."""
+    workload, rollout = setup.workload, setup.config.rollout
+    groups = np.arange(rollout.prompts_per_step)
+    shortest, longest = float(workload.lengths_N.min()), workload.longest
+    # The longest of G draws that are even between the shortest and the longest; neighbours differ (the golden ratio).
+    quantile = ((groups * 0.618034) % 1.0) ** (1 / rollout.responses_per_prompt)
+    length = shortest + (longest - shortest) * quantile
+    waited = np.maximum(0.0, groups / len(groups) - generation.at_once) / max(1e-9, 1 - generation.at_once)
+    return np.minimum(
+        generation.seconds.total,
+        waited * generation.waiting.total + length / longest * generation.last.total,
+    )

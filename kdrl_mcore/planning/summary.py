@@ -1,0 +1,58 @@
+"""A plan as plain numbers, for files and tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kdrl_mcore.planning.measures import measures
+from kdrl_mcore.planning.memory import PHASES
+from kdrl_mcore.planning.plan import Plan
+
+
+def summarise(plan: Plan) -> dict[str, Any]:
+    """What `tools/plan.py` prints: seconds, bytes, tokens/s/GPU, GPU-hours, USD."""
+    setup, workload = plan.setup, plan.setup.workload
+    config, student, teacher = setup.config, setup.student, setup.teacher
+    return {
+        "student": {"path": config.student.path, "parameters": student.parameters},
+        "teacher": None if teacher is None else {"path": config.teacher.path, "parameters": teacher.parameters},
+        "cluster": setup.cluster.name,
+        "gpus": setup.gpus,
+        "server_gpus": setup.engine_gpus,
+        "layout": {
+            "tensor": student.layout.tensor,
+            "pipeline": student.layout.pipeline,
+            "context": student.layout.context,
+            "expert": student.layout.expert,
+            "data": student.layout.data,
+        },
+        "gpu_memory_utilization": config.rollout.vllm.gpu_memory_utilization if setup.engine is not None else None,
+        "responses": workload.responses,
+        "prompt_tokens": workload.prompt_tokens,
+        "response_tokens": workload.response_tokens,
+        "longest_response": workload.longest,
+        "correct": workload.correct,
+        "seconds": plan.seconds,
+        "hidden_seconds": plan.hidden,
+        "phases": {phase.name: {"seconds": phase.seconds.total, **phase.seconds} for phase in plan.phases},
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "training_peak_bytes": max(rank.at(phase) for rank in plan.memory for phase in PHASES if phase != "rollout"),
+        "memory": {
+            rank.name: {"peak_bytes": rank.peak, "capacity_bytes": rank.capacity, "fullest": rank.fullest}
+            for rank in plan.memory
+        },
+        "tokens_per_gpu_second": plan.tokens_per_gpu_second,
+        "gpu_hours": plan.gpu_hours,
+        "usd": plan.cost,
+    }
+
+
+def to_json(plan: Plan) -> bytes:
+    """The summary, and what each measure saves, as a file."""
+    saved = [
+        {"name": each.name, "key": each.key, "on": each.on, "seconds": each.seconds, "bytes": each.bytes}
+        for each in measures(plan)
+    ]
+    return (json.dumps({**summarise(plan), "measures": saved}, indent=1) + "\n").encode()
