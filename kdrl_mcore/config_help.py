@@ -1,4 +1,4 @@
-"""Every configuration key with its default and meaning, read from `config.py` itself: for `--help` and the documentation."""
+"""Every configuration key with its default and meaning, read from `config/schema.py` itself: for `--help` and the documentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Key:
 
 
 def documented_keys() -> Iterator[Key]:
-    """Every key, in the order of `config.py`."""
+    """Every key, in the order of `config/schema.py`."""
     yield from _keys(Config(), "")
 
 

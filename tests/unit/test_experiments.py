@@ -49,7 +49,7 @@ overrides: [cluster=h100, objective=grpo, student.path={root}/model, rollout.max
 grid:
   layout: {{TP2: [parallel.tensor=2], TP3: [parallel.tensor=3]}}
   nodes: {{"1": [cluster.nodes=1], "2": [cluster.nodes=2]}}
-  run: {{strong: [rollout.prompts_per_step=64], weak: ["rollout.prompts_per_step=${{times:64,${{nodes}}}}"]}}
+  run: {{strong: [rollout.prompts_per_step=64], weak: ["rollout.prompts_per_step=${{times:48,${{nodes}}}}"]}}
 """
 BASE = "root: {root}\nseeds: [1, 2]\nscale: 10\noverrides: [experiment=tiny_cpu, trainer.steps=2]\n"
 STAND_IN = '''
@@ -181,7 +181,7 @@ def test_a_planned_study_is_planned_collected_and_resumed(
     monkeypatch.syspath_prepend(str(ROOT))  # not the stand-in
     runs = load_study(folder / "planned.yaml")
     assert len(runs) == 8 and all(run.planned and (run.nodes, run.ranks) == (1, 1) for run in runs)
-    assert runs[3].name == "TP2 2 weak" and "rollout.prompts_per_step=128" in runs[3].overrides
+    assert runs[3].name == "TP2 2 weak" and "rollout.prompts_per_step=96" in runs[3].overrides
     make_qwen2(root / "model", seed=1, num_layers=1)
     monkeypatch.chdir(ROOT)
 
