@@ -1,4 +1,4 @@
-"""Every configuration key with its default and meaning, read from `config/schema.py` itself: for `--help` and the documentation."""
+"""Every configuration key with its default and meaning, read from `config/schema.py` itself: for `--help` and the docs."""
 
 from __future__ import annotations
 

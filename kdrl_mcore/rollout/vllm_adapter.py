@@ -23,6 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from kdrl_mcore.errors import RefitError
 from kdrl_mcore.rollout.vllm_client import kill_group
 
 STREAM_INTERVAL = 32
@@ -117,8 +118,15 @@ class Engine:
 
     async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
         """Every worker takes the weights that a refit sends (`vllm_worker.RefitWorker`), and nothing computed with the old
-        ones stays in the prefix cache. Returns each worker's answer."""
-        answers = await self._llm.collective_rpc("receive_weights", args=(dict(spec),))
+        ones stays in the prefix cache. Returns each worker's answer.
+
+        Raises:
+            RefitError: a worker did not get them.
+        """
+        answers = await self._llm.collective_rpc("try_to_receive_weights", args=(dict(spec),))
+        errors = {answer["error"] for answer in answers if "error" in answer}
+        if errors:
+            raise RefitError("; ".join(sorted(errors)))
         await self._llm.reset_prefix_cache()
         return answers
 

@@ -133,6 +133,10 @@ class EngineServer:
         if self._launch is None:
             with suppress(ServerFailed):
                 self._post("stop", timeout=_SHORT_SECONDS)
+                give_up = time.monotonic() + _STOP_SECONDS
+                while time.monotonic() < give_up:  # the old one may answer for a while: it must not pass for the new one
+                    self.health()
+                    time.sleep(_POLL_SECONDS)
         else:
             if self._process is not None and (code := self._process.poll()) is not None:
                 logger.warning("engine %d had ended by %s", self.index, f"signal {-code}" if code < 0 else f"exit code {code}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kdrl_mcore.errors import RefitError
 from kdrl_mcore.rollout.weight_reader import WeightReader
+
+logger = logging.getLogger(__name__)
 
 
 class RefitWorker:
@@ -39,6 +42,15 @@ class RefitWorker:
         if not reader.result:
             raise RefitError(f"worker {self.rank} did not read all tensors")
         return reader.result
+
+    def try_to_receive_weights(self, spec: dict) -> dict:
+        """`receive_weights`, but an error is an answer too (`error`): after a worker's exception vLLM takes the other workers'
+        answers for those to the next call."""
+        try:
+            return self.receive_weights(spec)
+        except Exception as error:
+            logger.exception("worker %d did not get its weights", self.rank)
+            return {"error": str(error) or type(error).__name__}
 
     def load_received(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load tensors that come under their HF names."""

@@ -109,6 +109,28 @@ def test_a_server_that_does_not_appear_in_time(tmp_path: Path) -> None:
         EngineServer(3, tmp_path, startup_timeout=0.5).wait_until_ready()
 
 
+def test_the_last_answers_of_a_server_that_was_told_to_end_are_not_those_of_its_successor() -> None:
+    def answer(body: bytes) -> bytes:
+        return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+    told_to_end, old, gone, new = b"null", b'{"version": 3}', None, b'{"version": null}'
+    coming = [told_to_end, old, old, gone, gone, new]
+
+    def serve() -> None:
+        while coming:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                body = coming.pop(0)
+                if body is not None:
+                    connection.sendall(answer(body))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=serve, daemon=True).start()
+        EngineServer(0, Path("nowhere"), address=f"127.0.0.1:{listener.getsockname()[1]}", token="t").restart()
+        assert not coming
+
+
 def test_a_server_that_ends_while_it_starts_says_why(tmp_path: Path) -> None:
     server = EngineServer(0, tmp_path, launch=Launch(("--no-such-option", "1")), startup_timeout=120)
     server.start()

@@ -62,6 +62,16 @@ def test_a_colocated_engine_has_its_ranks_gpus_and_a_server_those_that_no_rank_h
         vllm_placement._environment(server, 2)
 
 
+@pytest.mark.parametrize(("single_node", "host"), [(True, "127.0.0.1"), (False, "10.0.0.5")])
+def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
+    single_node: bool, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_placement, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_placement, "_own_address", lambda: "10.0.0.5")
+    words = vllm_placement._arguments(config(), 61, single_node)
+    assert words[words.index("--host") + 1] == host
+
+
 def test_without_vllm_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs vLLM, which is not installed: pip install"):

@@ -226,7 +226,7 @@ def test_an_interrupted_grid_lets_its_runs_save_and_goes_on(folder: Path, number
     assert run_missing(runs_elsewhere, 1, other.append)  # a second runner leaves them alone
     assert [outcome.status for outcome in other] == ["running elsewhere"] * 2
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert output.split() == ["stopped", "stopped", "False"]
     assert [(run.directory / "saved").is_file() for run in runs_elsewhere] == [True, True]
     assert [run.directory.is_dir() for run in runs[2:]] == [False, False]  # nothing new was started
@@ -244,7 +244,7 @@ print(run_missing(runs, 2, lambda outcome: print(outcome.status)))
 """
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
+def wait_for(condition: object, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline

@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -173,10 +172,9 @@ def test_following_shows_the_newest_step_of_each_job(tmp_path: Path, capsys: pyt
 
 
 def test_a_job_that_fails_stops_the_others_and_shows_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = job("slow", tmp_path / "slow", "import time; time.sleep(60)")
+    slow = job("slow", tmp_path / "slow", "import time; time.sleep(600)")
     broken = job("broken", tmp_path / "broken", "print('no such file'); raise SystemExit(3)")
-    started = time.monotonic()
     with pytest.raises(KdrlError, match=r"'broken' ended with exit code 3.*broken\.log"):
         jobs.follow([slow, broken])
-    assert time.monotonic() - started < 30 and slow.process.poll() is not None
+    assert slow.process.poll() not in (None, 0)  # not by itself
     assert "no such file" in capsys.readouterr().err
