@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,12 +86,10 @@ def test_a_receiver_that_hangs_fails_within_the_time_out(ranks2: RankPool, hf: P
 def test_a_rank_that_is_stopped_is_named_by_the_others(
     fault: str, rank: int, ranks2: RankPool, hf: Path, receiver: Process
 ) -> None:
-    """The rank that sends, or one that holds a part of its tensors."""
-    begin = time.monotonic()
+    """The rank that sends, or one that holds a part of its tensors. The process group alone would say nothing of either."""
     waited = rf"rank {rank} does not answer; rank {1 - rank} waited for rank 0, tensor model.layers.1."
     with pytest.raises(RefitError, match=waited):
         run(ranks2, hf, receiver, fault, catch=False)
-    assert time.monotonic() - begin < 60  # with the pool; the process group alone would wait for half an hour
     assert receiver.client().post("version", {}) is None
 
 
