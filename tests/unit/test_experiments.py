@@ -303,7 +303,7 @@ def composed(overrides: tuple[str, ...]) -> Config:
 @pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml")))
 def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "load_config", lambda overrides: composed(tuple(overrides)))
-    files = [path for path in sorted(STUDIES.glob("*.yaml")) if "grid" in OmegaConf.load(path)]
+    files = [path for path in sorted(STUDIES.glob("*.yaml")) if "base" in OmegaConf.load(path)]
     studies = {path.stem: load_study(path, [f"base={base}", "seeds=[1]"]) for path in files}
     settings = {name: {" ".join(run.setting): run for run in runs} for name, runs in studies.items()}
     methods = {"start", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "kdrl_response_mask", "kdrl_group_mask"}
