@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from kdrl_mcore.errors import EngineError
+from kdrl_mcore.monitoring.watchdog import _waits
 from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response, request_seed
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.vllm_client import ServerFailed
@@ -145,6 +148,19 @@ class RefusedConnection(FakeServer):
 def test_work_that_had_not_begun_when_its_server_failed_is_done_too() -> None:
     got, failures = run([RefusedConnection()], prompts_of(5))
     assert set(got) == everything(5, 4) and len(failures) == 1
+
+
+def test_waiting_for_engines_is_not_taken_for_own_work() -> None:
+    never = Dispatch([FakeServer()], prompts_of(1), sampling_of(1), 3, 8, ExpectedLengths(), lambda response: None)
+    thread = threading.Thread(target=never.next_event, args=(2.0,))
+    thread.start()
+    assert thread.ident is not None
+    waits = []
+    while thread.is_alive():
+        frame = sys._current_frames().get(thread.ident)
+        waits.append(frame is not None and _waits(frame))
+        time.sleep(0.01)
+    assert sum(waits) > len(waits) / 2
 
 
 def test_the_others_take_over_from_a_server_that_does_not_come_back() -> None:
