@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -108,9 +109,13 @@ class Student:
         self._build_optimizer(config)
 
     def _build_optimizer(self, config: Config) -> None:
+        parallel = config.parallel
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=True,  # every bucket is dispatched after the update, not one from another's forward hook
+            bucket_size=parallel.bucket_size,
             use_distributed_optimizer=self._distributed_optimizer,
         )
         self.ddp = [
@@ -134,15 +139,18 @@ class Student:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=self._distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
             ),
             self.ddp,
         )
+        self._overlaps_gather = parallel.overlap_param_gather
+        if self._overlaps_gather:
+            # It must not refer to the optimizer: its views of the weights keep their graph, and no such cycle is ever collected.
+            self.parts.chunks[-1].before_head = partial(mcore.finish_param_gather, self.ddp[-1])
+            self._gather_weights()
         if settings.offload and not torch.cuda.is_available():
             raise ConfigError("optimizer.offload=true needs a GPU: without one the state is in host memory anyway")
         self._host_state = HostState(self.optimizer) if settings.offload else None
-        no_sync = [chunk.no_sync for chunk in self.ddp]
-        self.parts.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        self.parts.config.finalize_model_grads_func = _reduce_gradients
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:
         """One optimizer step on the global batch. Collective over the world.
@@ -168,17 +176,28 @@ class Student:
                 group["weight_decay"] = self._weight_decay * group["wd_mult"]
             self.optimizer.step_with_ready_grads()
             self.version += 1
+        self._gather_weights()
         if self._host_state is not None:
             self._host_state.leave()
         return UpdateResult(sums, maxima, grad_norm, lr, skipped)
 
     def gradient_norm(self, micro_batches: Sequence[MicroBatch]) -> float:
         """The global norm of the gradient on the global batch; the weights stay as they are. Collective over the world."""
-        return self._gradient(micro_batches)[1]
+        norm = self._gradient(micro_batches)[1]
+        self._gather_weights()
+        return norm
+
+    def wait_for_weights(self) -> None:
+        """Under `parallel.overlap_param_gather`, wait for what the other ranks have updated. Forward passes do so by
+        themselves; whoever reads weights otherwise calls this first."""
+        if self._overlaps_gather:
+            for chunk in self.ddp:
+                mcore.finish_param_gather(chunk)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
         into."""
+        self.wait_for_weights()
         if self._host_state is not None:
             self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
@@ -193,6 +212,16 @@ class Student:
         for index, chunk in enumerate(self.ddp):
             chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def _gather_weights(self) -> None:
+        """Begin to gather what the ranks have updated, or, after a pass without an update, what they have: Megatron would
+        otherwise begin in the next forward pass, which may be one that only some ranks run. Collective over the data-parallel
+        group."""
+        if self._overlaps_gather:
+            self.wait_for_weights()
+            for chunk in self.ddp:
+                chunk.start_param_sync()
 
     def _gradient(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Measures], float]:
         """Form the main gradients of the global batch: (this rank's measures, global norm)."""
@@ -214,19 +243,32 @@ class Student:
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
         layout = self.groups.layout
-        measures = mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
-            forward_step_func=self._forward_step,
-            data_iterator=[iter(micro_batches) for _ in self.ddp],
-            model=self.ddp,
-            num_microbatches=len(micro_batches),
-            seq_length=1,  # only a hint: variable_seq_lengths sends each micro-batch's own shape
-            micro_batch_size=1,
-            p2p_communicator=P2PCommunicator(self.groups.pipeline, self.parts.config),
-            pg_collection=self.groups.groups,
-        )
+        with self._reducing_gradients():
+            measures = mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)(
+                forward_step_func=self._forward_step,
+                data_iterator=[iter(micro_batches) for _ in self.ddp],
+                model=self.ddp,
+                num_microbatches=len(micro_batches),
+                seq_length=1,  # only a hint: variable_seq_lengths sends each micro-batch's own shape
+                micro_batch_size=1,
+                p2p_communicator=P2PCommunicator(self.groups.pipeline, self.parts.config),
+                pg_collection=self.groups.groups,
+            )
         for chunk in self.ddp:
             chunk.module.set_input_tensor(None)  # the last hidden states that came through the pipeline
         return measures
+
+    @contextmanager
+    def _reducing_gradients(self) -> Iterator[None]:
+        """The schedule reduces gradients after the last micro-batch. Only while training: a forward-only schedule enters
+        `no_sync` too and never leaves it, so that it would end whenever its generator is collected, in mid-update."""
+        config, no_sync = self.parts.config, [chunk.no_sync for chunk in self.ddp]
+        config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+        config.finalize_model_grads_func = _reduce_gradients
+        try:
+            yield
+        finally:
+            config.no_sync_func = config.finalize_model_grads_func = None
 
     def _forward_step(self, iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         micro = next(iterator)

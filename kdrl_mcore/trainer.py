@@ -91,6 +91,7 @@ class Trainer:
                     self._log.close()
         if self.config.checkpoint.export_hf and not stopped:
             self._enter("export")
+            self.job.student.wait_for_weights()
             with self._writing():
                 export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
 

@@ -54,6 +54,7 @@ def check_config(config: Config) -> None:
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
     _check_overlap(config)
+    _check_reduction(config)
     _check_rewards(config.reward)
     _check_objective(config)
 
@@ -109,6 +110,24 @@ def _check_overlap(config: Config) -> None:
     if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
         raise ConfigError(
             "rollout.steps_ahead=1 trains on responses of older weights: set objective.sampler_correction.kind=truncate or mask"
+        )
+
+
+def _check_reduction(config: Config) -> None:
+    """How gradients are reduced and updated weights gathered."""
+    parallel = config.parallel
+    if parallel.bucket_size is not None and parallel.bucket_size < 1:
+        raise ConfigError(f"parallel.bucket_size={parallel.bucket_size} must be at least 1, or null")
+    for key, cut in (
+        ("parallel.bucket_size", parallel.bucket_size is not None),
+        ("parallel.overlap_param_gather", parallel.overlap_param_gather),
+    ):
+        if cut and not parallel.overlap_grad_reduce:
+            raise ConfigError(f"{key} needs buckets, which only parallel.overlap_grad_reduce=true makes")
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and config.optimizer.name == "adam"):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and optimizer.name=adam: otherwise "
+            "every rank updates all its weights and gathers none"
         )
 
 

@@ -76,6 +76,8 @@ class ParallelConfig:
     recompute: str = "none"  # activation recompute: none or full (each layer)
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks (adam only)
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass goes on
+    overlap_param_gather: bool = False  # gather the updated weights while the next pass goes on (distributed_optimizer only)
+    bucket_size: int | None = None  # weights that are reduced or gathered together where overlapped; null: Megatron's choice
 
 
 @dataclass

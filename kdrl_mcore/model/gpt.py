@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class LanguageModel(GPTModel):
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
+    before_head: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
         """One packed micro-batch through this chunk's layers."""
@@ -67,7 +68,10 @@ class LanguageModel(GPTModel):
         return self.run(batch.tokens_S, batch.positions_S, self.pack_batch(batch))
 
     def head_weight(self) -> Tensor:
-        """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied)."""
+        """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied). It is read outside its
+        module, so no hook of that module runs: `before_head` does."""
+        if self.before_head is not None:
+            self.before_head()
         return (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )

@@ -103,6 +103,13 @@ def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=total_norm)
 
 
+def finish_param_gather(chunk: Any) -> None:
+    """Wait for the all-gathers of weights that `start_param_sync` of this DDP chunk began."""
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if group.param_gather_dispatched:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
 @contextmanager
 def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
     """While the distributed optimizer describes its state for a checkpoint, its parameters' ranges leave out padding between

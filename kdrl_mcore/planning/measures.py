@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.planning.plan import Plan, gather_seconds, make_plan, old_policy_seconds
+from kdrl_mcore.planning.plan import Plan, make_plan, old_policy_seconds
 from kdrl_mcore.planning.setup import make_setup
 
 NEEDS_SERVERS = "needs vLLM servers"
@@ -52,7 +52,7 @@ def measures(plan: Plan) -> list[Measure]:
         _micro_batches(plan),
         _switch(plan, "recompute", "parallel.recompute", config.parallel.recompute == "full", ("full", "none")),
         _switch(plan, "overlapped gradient reduction", "parallel.overlap_grad_reduce", config.parallel.overlap_grad_reduce),
-        Measure("overlapped parameter gathering", "", False, gather_seconds(plan.setup), 0.0, "not built; at most this"),
+        _switch(plan, "overlapped parameter gathering", "parallel.overlap_param_gather", config.parallel.overlap_param_gather),
         _switch(plan, "optimizer off-load", "optimizer.offload", config.optimizer.offload),
         *_of_teacher(plan),
         *_of_sampling(plan),

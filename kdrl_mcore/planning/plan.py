@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kdrl_mcore.planning.memory import RankMemory, plan_memory, plan_server_memory
 from kdrl_mcore.planning.overlap import hidden_seconds
-from kdrl_mcore.planning.passes import generation, layer_backward, pipeline_pass
+from kdrl_mcore.planning.passes import generation, layer_backward, layer_forward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
 
@@ -118,7 +118,12 @@ def _training(setup: Setup) -> Seconds:
         # Only the last micro-batch's backward pass is there to hide it.
         backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
-    gather = gather_seconds(setup) / setup.updates
+    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    if setup.config.parallel.overlap_param_gather:
+        # Only the next update's first forward pass is there to hide it; what follows a step's last update reads the weights.
+        followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
+        forward = layer_forward(student, rates, setup.workload.attended) * stage.layers
+        gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
     held = stage.parameters / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     update = Seconds()
@@ -139,16 +144,6 @@ def _teacher(setup: Setup) -> Seconds:
         largest = max(stage.parameters for stage in setup.teacher.shard.stages)
         seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
     return seconds
-
-
-def gather_seconds(setup: Setup) -> float:
-    """In which a step's updates gather the weights that the distributed optimizer's ranks have changed."""
-    if not setup.config.parallel.distributed_optimizer or setup.config.optimizer.name != "adam":
-        return 0.0
-    student = setup.student
-    largest = max(stage.parameters for stage in student.shard.stages) * student.element
-    copies = student.layout.data * student.layout.context
-    return setup.updates * Rates(setup.cluster).ring(largest, copies, student.layout.tensor)
 
 
 def old_policy_seconds(setup: Setup) -> float:

@@ -13,6 +13,7 @@ from tests.convert import worker
 from tests.parallel.test_dense_agreement import JOINT, Case, check
 from tests.parallel.test_matrix import StudentLayout, case
 from tests.parallel.test_optimizer_agreement import check_adam
+from tests.parallel.test_overlap import OVERLAPPED
 from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model
 from tests.zoo import Zoo
@@ -65,7 +66,9 @@ def test_core_rows(row: Case, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -
     assert_newer(newer_ranks)
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.tensor=1"], ids=["tp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=2", "", f"parallel.context=2 {OVERLAPPED}"], ids=["tp2", "dp2", "cp2 overlapped"]
+)
 def test_two_steps_of_adam(layout: str, zoo: Zoo, newer_ranks: RankPool, tmp_path: Path) -> None:
     check_adam(2, layout, True, zoo, newer_ranks, tmp_path)
     assert_newer(newer_ranks)

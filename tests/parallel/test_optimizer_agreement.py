@@ -24,13 +24,13 @@ LAYOUTS = {
 SETTINGS = replace(JOINT, vocabulary=TOKENS)
 
 
-def overrides_of(zoo: Zoo, run: Path, student: str) -> list[str]:
+def overrides_of(zoo: Zoo, run: Path, student: str, rollouts: str = "uneven") -> list[str]:
     return [
         f"run.dir={run}",
         f"student.path={zoo.model(student)}",
         f"teacher.path={zoo.model('teacher')}",
         "rollout=replay",
-        f"rollout.path={zoo.rollouts('uneven')}",
+        f"rollout.path={zoo.rollouts(rollouts)}",
         f"objective.beta.init={SETTINGS.beta}",
         *FAST,
     ]
@@ -60,7 +60,7 @@ def test_two_steps_of_adam_are_those_of_torch(
     check_adam(ranks, layout, sharded, zoo, pools[ranks], tmp_path)
 
 
-def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool, run: Path) -> None:
+def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool, run: Path, rollouts: str = "uneven") -> None:
     """Weight decay is on matrices only, as in Megatron-Core. A large epsilon keeps Adam from blowing up the rounding of
     gradients that are zero."""
     lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-3, 1.5
@@ -73,14 +73,14 @@ def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool,
     adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon)
     losses = []
     for _ in range(2):
-        result = dense.kdrl_of_models(student, teacher, zoo.rows("uneven"), SETTINGS)
+        result = dense.kdrl_of_models(student, teacher, zoo.rows(rollouts), SETTINGS)
         losses.append(result.loss)
         torch.nn.utils.clip_grad_norm_(student.parameters(), clip)
         adam.step()
     moved = {name: start[name] - parameter.detach() for name, parameter in student.named_parameters()}
 
     overrides = [
-        *overrides_of(zoo, run, "untied"),
+        *overrides_of(zoo, run, "untied", rollouts),
         "trainer.steps=2",
         "optimizer.name=adam",
         f"optimizer.lr={lr}",

@@ -19,7 +19,7 @@ from kdrl_mcore.planning.measures import measures, with_config
 from kdrl_mcore.planning.memory import GIB, fit_engine, kept_micro_batches
 from kdrl_mcore.planning.passes import idle_experts
 from kdrl_mcore.planning.plan import Plan, make_plan
-from kdrl_mcore.planning.rates import Rates
+from kdrl_mcore.planning.rates import NETWORK, Rates
 from kdrl_mcore.planning.search import search
 from kdrl_mcore.planning.setup import Engines, find_engines, make_setup, shard_requests
 from kdrl_mcore.planning.shards import try_shards
@@ -139,7 +139,12 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     assert saved["no old-policy pass on-policy"].seconds == pytest.approx(
         planned("batch.updates_per_step=2").phase("old policy").total
     )
-    assert 0 < saved["overlapped parameter gathering"].seconds < 1
+    assert saved["overlapped parameter gathering"].seconds == 0  # the refit follows and reads the weights
+    four = planned("batch.updates_per_step=4", "parallel.overlap_grad_reduce=true")
+    gathers = {each.name: each for each in measures(four)}["overlapped parameter gathering"]
+    assert not gathers.on and 0 < gathers.seconds < four.phase("training")[NETWORK]
+    hidden = planned("batch.updates_per_step=4", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    assert four.seconds - hidden.seconds == pytest.approx(gathers.seconds)
 
 
 def test_an_engine_of_experts_reads_those_that_its_sequences_are_sent_to() -> None:

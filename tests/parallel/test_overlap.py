@@ -1,0 +1,238 @@
+"""Gradients reduced during the backward pass and weights gathered during the next forward pass: the same updates, in every
+layout, from the second step on too (in the first, Megatron-Core only learns the order of the gradients)."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from kdrl_mcore.config import load_config
+from kdrl_mcore.errors import ConfigError
+from tests.parallel.test_matrix import StudentLayout, layouts, teacher_layout
+from tests.parallel.test_optimizer_agreement import check_adam
+from tests.ranks import RankPool
+from tests.reference.tiny_models import (
+    make_model,
+    make_qwen2,
+    make_rollouts,
+    make_tokenizer,
+    read_hf_weights,
+    read_jsonl,
+    write_jsonl,
+)
+from tests.training import QUIET, Outcome, metrics_of, train_on_rank
+from tests.zoo import Zoo
+
+OVERLAPPED = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true parallel.bucket_size=3000"
+"""With several buckets in the models of the tests."""
+REPLICATED = [layout for layout in layouts() if layout.data * layout.context > 1]
+"""The others reduce and gather over one rank."""
+
+
+@pytest.mark.parametrize("layout", REPLICATED, ids=str)
+def test_two_steps_of_adam_are_those_of_torch(
+    layout: StudentLayout, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    overrides = f"{layout.overrides} {teacher_layout(layout)} batch.micro_tokens={60 // layout.data} {OVERLAPPED}"
+    check_adam(layout.ranks, overrides, True, zoo, pools[layout.ranks], tmp_path)
+
+
+def test_two_steps_of_adam_with_a_rank_without_tokens(zoo: Zoo, ranks4: RankPool, tmp_path: Path) -> None:
+    check_adam(4, f"{OVERLAPPED} batch.micro_tokens=1", True, zoo, ranks4, tmp_path, "two")
+
+
+def late_gathers_on_rank(overrides: list[str]) -> Outcome:
+    """`train_on_rank`, with weights that arrive when they are waited for: until then what other ranks have updated is NaN; and
+    with what nobody holds any more collected before every micro-batch. `found` has how many gathers there were, and how many of
+    them nobody had waited for when the run ended."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    import torch.distributed as dist
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    from kdrl_mcore.student import Student
+
+    forward_step = Student._forward_step
+    waiting: list[Any] = []
+    gathered = 0
+
+    class Late:
+        def __init__(self, group: Any) -> None:
+            self.arrived = [bucket.param_data.clone() for bucket in group.buckets]
+            self.buckets = group.buckets
+            waiting.append(self)
+
+        def wait(self) -> None:
+            waiting.remove(self)
+            for bucket, arrived in zip(self.buckets, self.arrived, strict=True):
+                bucket.param_data.copy_(arrived)
+
+    def start_late(group: Any, force_sync: bool = False) -> None:
+        nonlocal gathered
+        assert not force_sync and group.param_gather_handle is None
+        gathered += 1
+        members, rank = group.intra_distributed_optimizer_instance_group, group.intra_distributed_optimizer_instance_rank
+        own = [bucket.param_data.chunk(members.size())[rank].clone() for bucket in group.buckets]
+        for bucket, part in zip(group.buckets, own, strict=True):
+            dist.all_gather_into_tensor(bucket.param_data, part, group=members)
+        group.param_gather_handle, group.param_gather_dispatched = Late(group), True
+        for bucket, part in zip(group.buckets, own, strict=True):
+            bucket.param_data.fill_(torch.nan)
+            bucket.param_data.chunk(members.size())[rank].copy_(part)
+
+    def collect_first(*args: Any) -> Any:
+        gc.collect()
+        return forward_step(*args)
+
+    gc.freeze()
+    try:
+        with patch.object(Group, "start_param_sync", start_late), patch.object(Student, "_forward_step", collect_first):
+            outcome = train_on_rank(overrides)
+    finally:
+        gc.unfreeze()
+    outcome.found = {"gathered": gathered, "waiting": len(waiting)}
+    return outcome
+
+
+PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("overlap")
+    for name, seed in (("student", 11), ("teacher", 12)):
+        make_qwen2(folder / name, seed=seed, tied=name == "student")
+        make_tokenizer(folder / name)
+    rows = [json.dumps({"prompt": prompt, "answer": "5"}) for prompt in PROMPTS]
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def everything_on(folder: Path, run: Path) -> list[str]:
+    """A run in which all that reads the student's weights does: self-test, sampling, old-policy pass, both gradients apart,
+    evaluation, checkpoints, resuming, export."""
+    return [
+        f"run.dir={run}",
+        "trainer.steps=4",
+        f"student.path={folder / 'student'}",
+        f"teacher.path={folder / 'teacher'}",
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'train.jsonl'}",
+        "data.template=plain",
+        "eval.every=1",
+        "eval.at_start=true",
+        "reward=exact_match",
+        "reward.workers=1",
+        "objective=kdrl",
+        "objective.beta.init=0.3",
+        "objective.kd.estimator=exact",
+        "rollout.prompts_per_step=2",
+        "rollout.responses_per_prompt=3",
+        "rollout.max_response_tokens=8",
+        "batch.updates_per_step=2",
+        "batch.micro_tokens=20",
+        "optimizer.lr=0.01",
+        "optimizer.adam_eps=1e-3",
+        "logging.gradient_split_every=2",
+        "checkpoint.every=1",
+        "trainer.deterministic=true",
+        *QUIET[:2],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, ""), (4, "parallel.pipeline=2"), (4, "parallel.pipeline=2 parallel.virtual_pipeline=2")],
+    ids=["dp2", "dp2 pp2", "dp2 pp2 interleaved"],
+)
+def test_whatever_reads_weights_waits_for_them(
+    ranks: int, layout: str, folder: Path, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    plain, late = tmp_path / "plain", tmp_path / "late"
+    outcomes = pools[ranks].run(train_on_rank, [*everything_on(folder, plain), *layout.split()])
+    assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
+    overrides = [*everything_on(folder, late), *layout.split(), *OVERLAPPED.split()]
+    for steps in (2, 4):  # the second run goes on from the first one's checkpoint
+        outcomes = pools[ranks].run(late_gathers_on_rank, [*overrides, f"trainer.steps={steps}"])
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
+        for outcome in outcomes:
+            assert outcome.found["gathered"] > 0
+            assert outcome.found["waiting"] == 0
+    assert_same_runs(plain, late, 4)
+
+
+def assert_same_runs(plain: Path, other: Path, steps: int) -> None:
+    for step in range(1, steps + 1):
+        rows = [read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl") for run in (plain, other)]
+        assert [row["response_token_ids"] for row in rows[0]] == [row["response_token_ids"] for row in rows[1]]
+    for row, expected in zip(metrics_of(other), metrics_of(plain), strict=True):
+        assert row["step"] == expected["step"]
+        for name, value in expected.items():
+            if isinstance(value, float) and not name.startswith("time/"):
+                assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    weights, expected_weights = (read_hf_weights(run / "hf") for run in (other, plain))
+    assert all(
+        (weights[name] - expected_weights[name]).norm() < 1e-4 * expected_weights[name].norm() for name in expected_weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "parallel.expert=2"),
+        (2, ""),
+        (4, "parallel.expert=2"),
+        (4, "parallel.expert=2 parallel.pipeline=2"),
+        (4, "parallel.tensor=2 parallel.sequence_parallel=true parallel.expert=2"),
+    ],
+    ids=["dp2 ep2", "dp2", "dp4 ep2", "dp2 pp2 ep2", "dp2 tp2 sp ep2"],
+)
+def test_a_mixture_learns_the_same(ranks: int, layout: str, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    """Its experts have buckets of their own, and some get no token in a micro-batch."""
+    student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+    teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+    rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13))
+    for run, overlap in (("plain", ""), ("late", OVERLAPPED)):
+        overrides = [
+            f"run.dir={tmp_path / run}",
+            f"student.path={student}",
+            f"teacher.path={teacher}",
+            "rollout=replay",
+            f"rollout.path={rollouts}",
+            "objective=kdrl",
+            "objective.beta.init=0.1",
+            "optimizer.lr=0.01",
+            "optimizer.adam_eps=1e-3",
+            "batch.micro_tokens=8",
+            "trainer.steps=3",
+            "trainer.self_test=false",
+            *QUIET,
+            *layout.split(),
+            *overlap.split(),
+        ]
+        outcomes = pools[ranks].run(late_gathers_on_rank if overlap else train_on_rank, overrides)
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
+    assert_same_runs(tmp_path / "plain", tmp_path / "late", 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather needs buckets"),
+        (["parallel.bucket_size=1000"], "parallel.bucket_size needs buckets"),
+        (["parallel.overlap_grad_reduce=true", "parallel.bucket_size=0"], "parallel.bucket_size=0 must be at least 1"),
+        ([*OVERLAPPED.split(), "optimizer.name=sgd"], "optimizer.name=adam"),
+        ([*OVERLAPPED.split(), "parallel.distributed_optimizer=false"], "parallel.distributed_optimizer=true"),
+    ],
+)
+def test_settings_that_overlap_nothing_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(["objective=grpo", *overrides])
+    assert expected in str(error.value)
