@@ -33,11 +33,11 @@ SIZES = {
     "rollout.responses_per_prompt": 8,
     "rollout.max_prompt_tokens": 16,
     "rollout.max_response_tokens": 192,
-    "rollout.max_sequences": 32,
+    "rollout.max_sequences": 16,
     "batch.micro_tokens": 1024,
 }
-"""Half of a random student's responses end before the limit, and four groups of the eight are decoded at once: groups are
-complete one after the other. A part that the teacher scores meanwhile is one group, or two short ones."""
+"""Most of a random student's responses end before the limit, but hardly a group without one that reaches it: that groups are
+complete one after the other comes from decoding two of the eight at once. A part that the teacher scores is a group or two."""
 STEP = 2
 """Every iteration is this one: the same prompts and seeds. One step ahead, the one before it fills the pipe."""
 PHASES = {"refit": "wait, refit", "rollout": "rollout", "teacher": "teacher", "train": "training"}
