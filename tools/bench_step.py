@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from rich.table import Table
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.types import Rollout
+from tools import bench_servers
 from tools.help import Defaults
 
 PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -36,6 +38,8 @@ PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 """Random student and teacher; the larger teacher has five times its student's parameters."""
 BETA = 2e-3
+WIDTH = 120
+"""Of a table that is not shown on a terminal."""
 
 
 @dataclass
@@ -52,12 +56,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "step",
         help="the phases of a training step, and KDRL over GRPO",
         description="Samples one batch with a random student, then updates it with GRPO and with KDRL, with and without the "
-        "response mask, on these same rollouts, in turn.",
+        "response mask, on these same rollouts, in turn. With vLLM, also whole iterations with a server: plain, with the "
+        "teacher while it samples, and one step ahead.",
         formatter_class=Defaults,
     )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="student and teacher")
     parser.add_argument("--correct", type=float, default=0.6, help="share of the responses taken for correct")
     parser.add_argument("--repeats", type=int, default=5, help="of every phase, in turn; the median counts")
+    parser.add_argument("--no-servers", action="store_true", default=None, help="leave out the part with a vLLM server")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time there as well")
 
 
@@ -66,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an option is wrong.
+        EngineError: the vLLM server cannot be used.
     """
     if options.repeats < 1 or not 0 <= options.correct <= 1:
         raise ConfigError(f"--repeats={options.repeats} must be at least 1 and --correct={options.correct} between 0 and 1")
@@ -73,12 +80,19 @@ def run(options: argparse.Namespace) -> None:
 
     prepare_platform()
     created = initialize_distributed(timeout_minutes=5)
-    console, report = Console(highlight=False), {}
+    console, report = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), {}
+    no_servers = "--no-servers" if options.no_servers else bench_servers.why_not_here()
     for pair in options.pairs:
         with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
             measured = measure(Path(folder), pair, options.correct, options.repeats)
-        console.print(table(pair, measured))
-        report[pair] = {phase: asdict(times) for phase, times in measured.items()}
+            console.print(table(pair, measured))
+            report[pair] = {phase: asdict(times) for phase, times in measured.items()}
+            if no_servers is None:
+                iterations = bench_servers.measure(Path(folder), options.repeats)
+                console.print(bench_servers.table(pair, iterations))
+                report[pair]["with a vLLM server"] = iterations
+    if no_servers is not None:
+        console.print(f"Not measured, the teacher while servers sample and one-step-off generation: {no_servers}.")
     console.print(NOT_MEASURED)
     if created:
         torch.distributed.destroy_process_group()
@@ -216,8 +230,7 @@ def savings(measured: dict[str, Times]) -> dict[str, tuple[float, float]]:
 
 NOT_MEASURED = (
     "Not measured by this command: overlapped gradient reduction (one rank has nothing to reduce), off-load of optimizer and "
-    "teacher (CUDA only), the teacher while servers sample and one-step-off generation (vLLM servers), memory. tools/plan.py "
-    "plans them."
+    "teacher (CUDA only), memory. tools/plan.py plans them."
 )
 
 
