@@ -10,9 +10,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.errors import ConfigError, KdrlError
@@ -45,7 +46,7 @@ LAYOUTS: dict[str, list[str]] = {
 }
 """Of two ranks."""
 ON_GPU_ONLY = ("communication", "CUDA")
-"""Planned, but outside torch's allocator."""
+"""Kinds of planned memory that are outside torch's allocator."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--tokens={options.tokens} must be more than the prompt's {PROMPT}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
-        kinds = {name in LAYOUTS and "parallel.expert=2" in LAYOUTS[name] for name in options.layouts}
-        for mixture in kinds:
+        for mixture in {_mixture(name) for name in options.layouts}:
             write_model(Path(folder) / f"model{mixture:d}", options.hidden, options.layers, options.vocab, mixture=mixture)
             write_model(Path(folder) / f"small{mixture:d}", 128, 4, 256, mixture=mixture)
         for layout in options.layouts:
@@ -169,10 +169,12 @@ def plan(config: Config, tokens: int, micro_batches: int) -> list[RankMemory]:
     if torch.cuda.is_available():
         config.cluster.memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
     workload = Workload(micro_batches * data, PROMPT, length, length)
-    return [
-        RankMemory(rank.name, rank.ranks, tuple(item for item in rank.items if item.kind not in ON_GPU_ONLY), rank.capacity)
-        for rank in plan_memory(make_setup(config, workload, world=RANKS))
-    ]
+    return [without(rank, ON_GPU_ONLY) for rank in plan_memory(make_setup(config, workload, world=RANKS))]
+
+
+def without(rank: RankMemory, kinds: Sequence[str]) -> RankMemory:
+    """The same, but for some kinds of memory."""
+    return replace(rank, items=tuple(item for item in rank.items if item.kind not in kinds))
 
 
 def measure(folder: Path, layout: str, tokens: int, micro_batches: int) -> list[Row]:
@@ -181,40 +183,62 @@ def measure(folder: Path, layout: str, tokens: int, micro_batches: int) -> list[
     Raises:
         KdrlError: a rank failed or died.
     """
-    mixture = "parallel.expert=2" in LAYOUTS[layout]
+    mixture = _mixture(layout)
     overrides, config = configure(layout, folder / f"model{mixture:d}", tokens)
     planned = plan(config, tokens, micro_batches)
     small, _ = configure(layout, folder / f"small{mixture:d}", tokens)
     context = multiprocessing.get_context("spawn")
-    members = []
+    processes, ranks = [], {}
     try:
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
             settings = (rank, folder / f"store {layout}", small, overrides, tokens, micro_batches, theirs)
-            process = context.Process(target=_serve, args=settings, daemon=True)
-            process.start()
+            processes.append(context.Process(target=_serve, args=settings, daemon=True))
+            processes[-1].start()
             theirs.close()
-            members.append((process, ours))
-        measured = [_answer(f"{layout}, rank {rank}", ours) for rank, (_, ours) in enumerate(members)]
+            ranks[ours] = f"{layout}, rank {rank}"
+        measured = collect(ranks)
     finally:
-        for process, _ in members:
+        for process in processes:
             process.kill()
             process.join()
     rows = []
-    for stage, rank in enumerate(planned):
+    for stage, expected in enumerate(planned):
         fullest = max((one for one in measured if one.stage == stage), key=lambda one: one.held.peak)
-        rows.append(Row(layout, stage, Bytes(round(rank.between_steps), round(rank.peak)), fullest))
+        rows.append(Row(layout, stage, Bytes(round(expected.between_steps), round(expected.peak)), fullest))
     return rows
 
 
-def _answer(who: str, connection: Connection) -> Measured:
-    try:
-        answer = connection.recv() if connection.poll(TIMEOUT) else f"no answer in {TIMEOUT:g} s"
-    except (EOFError, ConnectionError):
-        answer = "its process died (out of memory?)"
-    if isinstance(answer, str):
-        raise KdrlError(f"{who}: {answer}")
-    return answer
+def _mixture(layout: str) -> bool:
+    return "parallel.expert=2" in LAYOUTS[layout]
+
+
+def collect(ranks: dict[Connection, str]) -> list[Measured]:
+    """What the ranks answer, in the order in which they do: one that failed is not waited for by way of another.
+
+    Args:
+        ranks: each with its name.
+
+    Raises:
+        KdrlError: a rank failed, died or is silent.
+    """
+    answers: list[Measured] = []
+    silent = dict(ranks)
+    while silent:
+        ready = wait(list(silent), TIMEOUT)
+        if not ready:
+            raise KdrlError(f"{', '.join(silent.values())}: no answer in {TIMEOUT:g} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            who = silent.pop(connection)
+            try:
+                answer = connection.recv()
+            except (EOFError, ConnectionError):
+                answer = "its process died (out of memory?)"
+            if isinstance(answer, str):
+                raise KdrlError(f"{who}: {answer}")
+            answers.append(answer)
+    return answers
 
 
 def _serve(
@@ -261,7 +285,7 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
     from kdrl_mcore.model.families import read_architecture
     from kdrl_mcore.student import MicroBatch, Student
 
-    def token_loss(log_probs, entropy, divergence, rows):  # type: ignore[no-untyped-def]
+    def token_loss(log_probs: Tensor, entropy: Tensor, divergence: Tensor | None, rows: slice) -> tuple[Tensor, Any]:
         return -log_probs / tokens, ({}, {})
 
     config = load_config(overrides)
