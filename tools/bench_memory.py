@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -120,14 +121,15 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--hidden must be a multiple of 128, --layers of 4, and --micro-batches at least 1")
     if options.tokens <= PROMPT:
         raise ConfigError(f"--tokens={options.tokens} must be more than the prompt's {PROMPT}")
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
+    console, rows = Console(width=None if sys.stdout.isatty() else 130), []
+    with console.status("") as status, tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
         for mixture in {_mixture(name) for name in options.layouts}:
             write_model(Path(folder) / f"model{mixture:d}", options.hidden, options.layers, options.vocab, mixture=mixture)
             write_model(Path(folder) / f"small{mixture:d}", 128, 4, 256, mixture=mixture)
         for layout in options.layouts:
+            status.update(layout)
             rows += measure(Path(folder), layout, options.tokens, options.micro_batches)
-    Console(width=None if sys.stdout.isatty() else 130).print(table(rows))
+    console.print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
@@ -255,8 +257,7 @@ def _serve(
 
     try:
         torch.set_num_threads(1)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(rank)
+        os.environ["LOCAL_RANK"] = str(rank)  # chooses the GPU
         prepare_platform()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, f"file://{store}", timedelta(seconds=TIMEOUT), world_size=RANKS, rank=rank)
@@ -312,6 +313,7 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
         ]
         student.update(batches, lr=1e-4)  # makes the optimizer's state
         gc.collect()
+        _held()  # what the allocator keeps for later is no part of the next peak
         _restart_peak()
         if live is not None:
             live.restart_peak()
@@ -328,7 +330,10 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
 
 
 def _held() -> int:
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else resident_bytes()
+    if not torch.cuda.is_available():
+        return resident_bytes()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _peak() -> int:
