@@ -313,7 +313,6 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
         ]
         student.update(batches, lr=1e-4)  # makes the optimizer's state
         gc.collect()
-        _held()  # what the allocator keeps for later is no part of the next peak
         _restart_peak()
         if live is not None:
             live.restart_peak()
@@ -342,6 +341,7 @@ def _peak() -> int:
 
 def _restart_peak() -> None:
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the allocator keeps for later is no part of the next peak
         torch.cuda.reset_peak_memory_stats()
     else:
         restart_peak()
