@@ -1,5 +1,6 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head,
-`python tools/bench.py convert` checkpoint conversion, and `refit` a refit, with a plain copy; `step` KDRL with GRPO."""
+`python tools/bench.py convert` checkpoint conversion, and `refit` a refit, with a plain copy; `step` KDRL with GRPO,
+`memory` what ranks hold with the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_mcore.errors import ConfigError, KdrlError
-from tools import bench_convert, bench_refit, bench_step
+from tools import bench_convert, bench_memory, bench_refit, bench_step
 from tools.bench_vocab_parallel import VARIANTS, Problem, Ranks, Reference
 from tools.help import Defaults
 
@@ -77,8 +78,15 @@ def main(arguments: list[str]) -> int:
     bench_convert.add_parser(commands)
     bench_refit.add_parser(commands)
     bench_step.add_parser(commands)
+    bench_memory.add_parser(commands)
     options = parser.parse_args(arguments)
-    runs = {"vocab-parallel": vocab_parallel, "convert": bench_convert.run, "refit": bench_refit.run, "step": bench_step.run}
+    runs = {
+        "vocab-parallel": vocab_parallel,
+        "convert": bench_convert.run,
+        "refit": bench_refit.run,
+        "step": bench_step.run,
+        "memory": bench_memory.run,
+    }
     try:
         runs[options.command](options)
     except KdrlError as error:

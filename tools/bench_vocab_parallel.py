@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
+from tools.resident import peak_resident_bytes, resident_bytes, restart_peak
 
 WARM_UP_TOKENS = 16
 TIMEOUT = 1800.0  # seconds for one command
@@ -355,17 +356,10 @@ def _extra_memory(run: Callable[[], Tensor | None], inputs: Inputs) -> tuple[flo
         before = torch.cuda.memory_allocated()
         loss = run()
         return float(torch.cuda.max_memory_allocated() - before), loss
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
-    before = _status_bytes("VmRSS")
+    restart_peak()
+    before = resident_bytes()
     loss = run()
-    return float(_status_bytes("VmHWM") - before), loss
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KdrlError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
+    return float(peak_resident_bytes() - before), loss
 
 
 def _time(run: Callable[[], Any], inputs: Inputs) -> dict[str, float]:

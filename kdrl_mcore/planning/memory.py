@@ -21,6 +21,8 @@ PER_GROUP = 0.15 * GIB
 """NCCL's buffers of one communicator."""
 FRAGMENTATION = 0.05
 """Share of the GPU that the allocator cannot hand out."""
+GLOO_COPY = "gloo's copy"
+"""Kind of what gloo's reduce-scatter allocates inside itself; no tensor of ours."""
 PHASES = ("rollout", "teacher", "head", "backward", "update")
 
 
@@ -114,7 +116,11 @@ def plan_run_memory(config: Config, world: int, memory_gib: float) -> list[RankM
 
 
 def _state(setup: Setup, stage: int) -> list[Item]:
-    """Weights, gradients in float32, and the optimizer's state, which the distributed optimizer shares over replicas."""
+    """Weights, gradients in float32, and the optimizer's state, which the distributed optimizer shares over replicas.
+
+    On CPU gloo reduces the distributed optimizer's gradients in a copy of their buffer, in a group of one rank as well. Experts
+    have a buffer of their own, which is reduced after the other.
+    """
     student, settings = setup.student, setup.config.optimizer
     held, layout = student.shard.stages[stage], student.layout
     distributed = setup.config.parallel.distributed_optimizer and settings.name == "adam"
@@ -123,10 +129,13 @@ def _state(setup: Setup, stage: int) -> list[Item]:
     per_element = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     shared = (held.parameters - held.experts) / (copies if distributed else 1)
     experts = held.experts / (expert_copies if distributed else 1)
+    on_gloo = distributed and not setup.cluster.memory_gib
+    reduced = max(held.parameters - held.experts, held.experts) if on_gloo else 0
     return [
         Item("weights", held.parameters * student.element),
         Item("gradients", held.parameters * 4),
         Item("optimizer", (shared + experts) * per_element, ("update",) if settings.offload else ()),
+        Item(GLOO_COPY, reduced * 4, ("update",)),
     ]
 
 

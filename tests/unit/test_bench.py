@@ -103,7 +103,7 @@ def test_bad_options_are_one_line(options: list[str], message: str, capsys: pyte
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["vocab-parallel", "convert", "refit", "step"])
+@pytest.mark.parametrize("command", ["vocab-parallel", "convert", "refit", "step", "memory"])
 def test_help_tells_each_default_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         bench.main([command, "--help"])
