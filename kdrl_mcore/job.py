@@ -60,7 +60,6 @@ class Job:
         if self.next_batch is not None:
             self.next_batch.finish()
         if self.replay is None and self.engine is not None:
-            self.student.wait_for_weights()
             self.engine.refit(self.student)
 
     def sample(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:

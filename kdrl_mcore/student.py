@@ -145,7 +145,7 @@ class Student:
         )
         self._overlaps_gather = parallel.overlap_param_gather
         if self._overlaps_gather:
-            # It must not refer to the optimizer: its views of the weights keep their graph, and no such cycle is ever collected.
+            # It must not refer to the optimizer, whose views of the weights keep their graph: such a cycle is never collected.
             self.parts.chunks[-1].before_head = partial(mcore.finish_param_gather, self.ddp[-1])
             self._gather_weights()
         if settings.offload and not torch.cuda.is_available():

@@ -7,13 +7,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,13 @@ from rich.table import Table
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.planning.live import LiveBytes
 from kdrl_mcore.types import Rollout
-from tools import bench_servers
+from tools import bench_replicas, bench_servers
 from tools.help import Defaults
+
+if TYPE_CHECKING:
+    from kdrl_mcore.job import Job
 
 PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "tiny": (
@@ -38,16 +42,24 @@ PAIRS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 """Random student and teacher; the larger teacher has five times its student's parameters."""
 BETA = 2e-3
+OPTIMIZER_OFF, TEACHER_ON = "KDRL, optimizer off-load", "KDRL, teacher on the GPU"
 WIDTH = 120
 """Of a table that is not shown on a terminal."""
 
 
 @dataclass
 class Times:
-    """Wall clock and CPU seconds of one phase, a value for each repeat."""
+    """One phase.
+
+    Attributes:
+        seconds, cpu_seconds: by the wall clock and of the CPU, a value for each repeat.
+        peak_bytes: the most that tensors made in it held at once, in a repeat of its own (optimizer state excluded, which is
+            there by then).
+    """
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -56,13 +68,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "step",
         help="the phases of a training step, and KDRL over GRPO",
         description="Samples one batch with a random student, then updates it with GRPO and with KDRL, with and without the "
-        "response mask, on these same rollouts, in turn. With vLLM, also whole iterations with a server: plain, with the "
-        "teacher while it samples, and one step ahead.",
+        "response mask, on these same rollouts, in turn; also what each measure that makes big runs cheap saves. Then updates "
+        "of two replicas, with and without overlapped reduction and gathering. With vLLM, also whole iterations with a server: "
+        "plain, with the teacher while it samples, and one step ahead.",
         formatter_class=Defaults,
     )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="student and teacher")
     parser.add_argument("--correct", type=float, default=0.6, help="share of the responses taken for correct")
     parser.add_argument("--repeats", type=int, default=5, help="of every phase, in turn; the median counts")
+    parser.add_argument("--no-replicas", action="store_true", default=None, help="leave out the part with two replicas")
     parser.add_argument("--no-servers", action="store_true", default=None, help="leave out the part with a vLLM server")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time there as well")
 
@@ -72,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an option is wrong.
-        EngineError: the vLLM server cannot be used.
+        KdrlError: a replica or the vLLM server failed.
     """
     if options.repeats < 1 or not 0 <= options.correct <= 1:
         raise ConfigError(f"--repeats={options.repeats} must be at least 1 and --correct={options.correct} between 0 and 1")
@@ -81,19 +95,28 @@ def run(options: argparse.Namespace) -> None:
     prepare_platform()
     created = initialize_distributed(timeout_minutes=5)
     console, report = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), {}
+    no_replicas = "--no-replicas" if options.no_replicas else bench_replicas.why_not_here()
     no_servers = "--no-servers" if options.no_servers else bench_servers.why_not_here()
     for pair in options.pairs:
         with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
             measured = measure(Path(folder), pair, options.correct, options.repeats)
             console.print(table(pair, measured))
             report[pair] = {phase: asdict(times) for phase, times in measured.items()}
+            if no_replicas is None:
+                updates = bench_replicas.measure(Path(folder), options.repeats)
+                console.print(bench_replicas.table(pair, updates))
+                report[pair]["two replicas"] = asdict(updates)
             if no_servers is None:
                 iterations = bench_servers.measure(Path(folder), options.repeats)
                 console.print(bench_servers.table(pair, iterations))
                 report[pair]["with a vLLM server"] = iterations
-    if no_servers is not None:
-        console.print(f"Not measured, the teacher while servers sample and one-step-off generation: {no_servers}.")
-    console.print(NOT_MEASURED)
+    for what, why in (
+        ("overlapped gradient reduction and parameter gathering", no_replicas),
+        ("the teacher while servers sample and one-step-off generation", no_servers),
+        ("off-load of optimizer and teacher", None if torch.cuda.is_available() else "there is no GPU to free"),
+    ):
+        if why is not None:
+            console.print(f"Not measured: {what}: {why}.")
     if created:
         torch.distributed.destroy_process_group()
     if options.json is not None:
@@ -103,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, Times]:
-    """Seconds of each phase. The learning rate is zero: every repeat does the same work on the same weights."""
+    """Each phase. The learning rate is zero: every repeat does the same work on the same weights."""
     from examples.tiny.task import write_data
     from kdrl_mcore.iteration import mask_responses, prepare
     from kdrl_mcore.job import build_job
@@ -113,18 +136,21 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
     write_data(folder / "data", 0.0, 0)
     for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
         _write_model(folder / name, sizes)
-    job = build_job(
-        load_config(
-            [
-                *("experiment=tiny_cpu", "objective=kdrl_response_mask", f"objective.beta.init={BETA}", "optimizer.lr=0"),
-                *(f"student.path={folder}/student", f"teacher.path={folder}/teacher", "eval.every=-1", "reward.workers=1"),
-                *(f"data.train={folder}/data/train.jsonl", f"data.eval={folder}/data/eval.jsonl"),
-            ]
-        )
-    )
+    settings = [
+        *("experiment=tiny_cpu", "objective=kdrl_response_mask", f"objective.beta.init={BETA}", "optimizer.lr=0"),
+        *(f"student.path={folder}/student", f"teacher.path={folder}/teacher", "eval.every=-1", "reward.workers=1"),
+        *(f"data.train={folder}/data/train.jsonl", f"data.eval={folder}/data/eval.jsonl"),
+    ]
+    job = build_job(load_config(settings))
     measured: dict[str, Times] = {}
+    following = False
 
     def timed(phase: str, work: Callable[[], Any]) -> Any:
+        if following:
+            with LiveBytes() as live:
+                result = work()
+            measured[phase] = Times(peak_bytes=live.peak)
+            return result
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
         if torch.cuda.is_available():
@@ -134,13 +160,16 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         times.cpu_seconds.append(time.process_time() - cpu)
         return result
 
-    def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float) -> None:
+    def train_on(name: str, rollouts: list[Rollout], distil_N: torch.Tensor, beta: float, job: Job = job) -> None:
         teacher = TeacherScores()
         timed(f"teacher: {name}", lambda: job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N))
         batches = job.split(rollouts, teacher, distil_N)
         timed(f"training: {name}", lambda: [job.update(prepare(job, b, 1.0, beta), 1.0, beta) for b in batches])
 
-    for repeat in range(repeats + 1):
+    whole = replace(job, config=load_config([*settings, f"batch.micro_tokens={sys.maxsize}"]))
+    off_loads = _off_loads(job, settings) if torch.cuda.is_available() else {}
+    for repeat in range(repeats + 2):  # caches fill, the optimizer makes its state; then memory is followed
+        following = repeat == 1
         rollouts = timed("rollout", lambda: job.sample(1))
         timed("reward", partial(job.verify, rollouts))
         for index, rollout in enumerate(rollouts):
@@ -153,14 +182,30 @@ def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, 
         train_on("KDRL, padded", [_padded(rollout, rollouts) for rollout in rollouts], every, BETA)
         with _recomputed(job.student.parts.config):
             train_on("KDRL, recompute", rollouts, every, BETA)
+        train_on("KDRL, one micro-batch", rollouts, every, BETA, whole)
+        for name, off_load in off_loads.items():
+            train_on(name, rollouts, every, BETA, off_load)
         temperature, tokens = job.config.rollout.temperature, job.config.batch.micro_tokens
         score = partial(score_rollouts, job.student.parts, rollouts, temperature=temperature, micro_tokens=tokens)
         timed("old-policy pass", score)
-        if repeat == 0:  # caches fill, the optimizer makes its state
-            measured.clear()
     if job.verifier is not None:
         job.verifier.close()
     return measured
+
+
+def _off_loads(job: Job, settings: Sequence[str]) -> dict[str, Job]:
+    """The same job with its optimizer in host memory, and with its teacher, which otherwise is there, on the GPU."""
+    from kdrl_mcore.student import Student
+    from kdrl_mcore.teacher import Teacher
+
+    vocabulary = job.student.parts.chunks[-1].shard.size
+    config = load_config([*settings, "optimizer.offload=true"])
+    on_gpu = replace(job.config.teacher, offload=False)
+    assert on_gpu.path is not None
+    return {
+        OPTIMIZER_OFF: replace(job, config=config, student=Student(config, 1, vocabulary)),
+        TEACHER_ON: replace(job, teacher=Teacher(on_gpu.path, on_gpu, job.config.model, 1, vocabulary)),
+    }
 
 
 def _padded(rollout: Rollout, rollouts: list[Rollout]) -> Rollout:
@@ -207,8 +252,9 @@ def step_seconds(measured: dict[str, Times], method: str, *, cpu: bool) -> float
     return sum(median(measured[phase].cpu_seconds if cpu else measured[phase].seconds) for phase in phases)
 
 
-def savings(measured: dict[str, Times]) -> dict[str, tuple[float, float]]:
-    """What each measure saves of a KDRL step, or costs (negative): wall clock and CPU seconds."""
+def savings(measured: dict[str, Times]) -> dict[str, tuple[float, float, int | None]]:
+    """What each measure saves of a KDRL step, or costs (negative): wall clock and CPU seconds, and bytes of the training's peak
+    where it is for memory."""
 
     def of(name: str, *, cpu: bool) -> float:
         return median(measured[name].cpu_seconds if cpu else measured[name].seconds)
@@ -216,36 +262,37 @@ def savings(measured: dict[str, Times]) -> dict[str, tuple[float, float]]:
     def scored_and_trained(method: str, *, cpu: bool) -> float:
         return of(f"teacher: {method}", cpu=cpu) + of(f"training: {method}", cpu=cpu)
 
-    def over(one: str, other: str) -> tuple[float, float]:
+    def over(one: str, other: str, *, memory: bool = False) -> tuple[float, float, int | None]:
         wall, cpu = (scored_and_trained(one, cpu=each) - scored_and_trained(other, cpu=each) for each in (False, True))
-        return wall, cpu
+        peaks = [measured[f"training: {name}"].peak_bytes for name in (one, other)]
+        return wall, cpu, peaks[0] - peaks[1] if memory else None
 
-    return {
+    saved = {
         "packing, against padding": over("KDRL, padded", "KDRL"),
+        "micro-batches, against one": over("KDRL, one micro-batch", "KDRL", memory=True),
         "teacher pruned by mask": over("KDRL", "KDRL, mask"),
-        "no old-policy pass": (of("old-policy pass", cpu=False), of("old-policy pass", cpu=True)),
-        "recompute": over("KDRL", "KDRL, recompute"),
+        "no old-policy pass": (of("old-policy pass", cpu=False), of("old-policy pass", cpu=True), None),
+        "recompute": over("KDRL", "KDRL, recompute", memory=True),
     }
-
-
-NOT_MEASURED = (
-    "Not measured by this command: overlapped gradient reduction (one rank has nothing to reduce), off-load of optimizer and "
-    "teacher (CUDA only), memory. tools/plan.py plans them."
-)
+    if f"training: {OPTIMIZER_OFF}" in measured:
+        saved["optimizer off-load"] = over("KDRL", OPTIMIZER_OFF)
+        saved["teacher off-load"] = over(TEACHER_ON, "KDRL")
+    return saved
 
 
 def table(pair: str, measured: dict[str, Times]) -> Table:
     """Medians by phase, the ratios, and what each measure saves."""
     result = Table(title=f"{pair} pair, {len(measured['rollout'].seconds)} repeats", title_justify="left")
-    for name in ("phase", "seconds", "CPU seconds"):
+    for name in ("phase", "seconds", "CPU seconds", "MiB at its peak"):
         result.add_column(name, justify="left" if name == "phase" else "right")
     for phase, times in measured.items():
-        result.add_row(phase, f"{median(times.seconds):.3f}", f"{median(times.cpu_seconds):.3f}")
+        peak = f"{times.peak_bytes / 2**20:.1f}"
+        result.add_row(phase, f"{median(times.seconds):.3f}", f"{median(times.cpu_seconds):.3f}", peak)
     result.add_section()
     for method in ("KDRL", "KDRL, mask"):
         ratios = [step_seconds(measured, method, cpu=cpu) / step_seconds(measured, "GRPO", cpu=cpu) for cpu in (False, True)]
         result.add_row(f"step: {method} / GRPO", *(f"{ratio:.2f}" for ratio in ratios))
     result.add_section()
-    for name, saved in savings(measured).items():
-        result.add_row(f"saved by {name}", *(f"{seconds:.3f}" for seconds in saved))
+    for name, (wall, cpu, saved) in savings(measured).items():
+        result.add_row(f"saved by {name}", f"{wall:.3f}", f"{cpu:.3f}", "" if saved is None else f"{saved / 2**20:.1f}")
     return result

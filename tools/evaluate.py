@@ -124,6 +124,9 @@ class _Evaluated:
     parts: Any
     version: int = 0
 
+    def wait_for_weights(self) -> None:
+        """They are there."""
+
 
 def _identity(config: Config) -> dict[str, Any]:
     """What the responses depend on: an evaluation goes on only where all of it is the same."""

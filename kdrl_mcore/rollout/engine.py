@@ -35,6 +35,9 @@ class Weights(Protocol):
     parts: ModelParts
     version: int
 
+    def wait_for_weights(self) -> None:
+        """Called before its weights are read other than by a forward pass."""
+
 
 class RolloutEngine(Protocol):
     """Samples with the weights that the student had at the last `refit`. Every method is collective over the world."""

@@ -162,6 +162,7 @@ class VllmEngine:
         if failures:
             return failures
         reason = "it does not answer"
+        student.wait_for_weights()
         try:
             result = send_weights(
                 student.parts,

@@ -10,10 +10,10 @@ import pytest
 
 from kdrl_mcore.convert.convert import import_hf
 from tests.convert import worker
+from tests.late_weights import OVERLAPPED
 from tests.parallel.test_dense_agreement import JOINT, Case, check
 from tests.parallel.test_matrix import StudentLayout, case
 from tests.parallel.test_optimizer_agreement import check_adam
-from tests.parallel.test_overlap import OVERLAPPED
 from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model
 from tests.zoo import Zoo

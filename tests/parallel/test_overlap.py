@@ -3,17 +3,14 @@ layout, from the second step on too (in the first, Megatron-Core only learns the
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
-import torch
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
+from tests.late_weights import OVERLAPPED, train_with_late_weights_on_rank
 from tests.parallel.test_matrix import StudentLayout, layouts, teacher_layout
 from tests.parallel.test_optimizer_agreement import check_adam
 from tests.ranks import RankPool
@@ -26,11 +23,9 @@ from tests.reference.tiny_models import (
     read_jsonl,
     write_jsonl,
 )
-from tests.training import QUIET, Outcome, metrics_of, train_on_rank
+from tests.training import QUIET, metrics_of, train_on_rank
 from tests.zoo import Zoo
 
-OVERLAPPED = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true parallel.bucket_size=3000"
-"""With several buckets in the models of the tests."""
 REPLICATED = [layout for layout in layouts() if layout.data * layout.context > 1]
 """The others reduce and gather over one rank."""
 
@@ -45,60 +40,6 @@ def test_two_steps_of_adam_are_those_of_torch(
 
 def test_two_steps_of_adam_with_a_rank_without_tokens(zoo: Zoo, ranks4: RankPool, tmp_path: Path) -> None:
     check_adam(4, f"{OVERLAPPED} batch.micro_tokens=1", True, zoo, ranks4, tmp_path, "two")
-
-
-def late_gathers_on_rank(overrides: list[str]) -> Outcome:
-    """`train_on_rank`, with weights that arrive when they are waited for: until then what other ranks have updated is NaN; and
-    with what nobody holds any more collected before every micro-batch. `found` has how many gathers there were, and how many of
-    them nobody had waited for when the run ended."""
-    from kdrl_mcore.parallel.platform import prepare_platform
-
-    prepare_platform()
-    import torch.distributed as dist
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
-
-    from kdrl_mcore.student import Student
-
-    forward_step = Student._forward_step
-    waiting: list[Any] = []
-    gathered = 0
-
-    class Late:
-        def __init__(self, group: Any) -> None:
-            self.arrived = [bucket.param_data.clone() for bucket in group.buckets]
-            self.buckets = group.buckets
-            waiting.append(self)
-
-        def wait(self) -> None:
-            waiting.remove(self)
-            for bucket, arrived in zip(self.buckets, self.arrived, strict=True):
-                bucket.param_data.copy_(arrived)
-
-    def start_late(group: Any, force_sync: bool = False) -> None:
-        nonlocal gathered
-        assert not force_sync and group.param_gather_handle is None
-        gathered += 1
-        members, rank = group.intra_distributed_optimizer_instance_group, group.intra_distributed_optimizer_instance_rank
-        own = [bucket.param_data.chunk(members.size())[rank].clone() for bucket in group.buckets]
-        for bucket, part in zip(group.buckets, own, strict=True):
-            dist.all_gather_into_tensor(bucket.param_data, part, group=members)
-        group.param_gather_handle, group.param_gather_dispatched = Late(group), True
-        for bucket, part in zip(group.buckets, own, strict=True):
-            bucket.param_data.fill_(torch.nan)
-            bucket.param_data.chunk(members.size())[rank].copy_(part)
-
-    def collect_first(*args: Any) -> Any:
-        gc.collect()
-        return forward_step(*args)
-
-    gc.freeze()
-    try:
-        with patch.object(Group, "start_param_sync", start_late), patch.object(Student, "_forward_step", collect_first):
-            outcome = train_on_rank(overrides)
-    finally:
-        gc.unfreeze()
-    outcome.found = {"gathered": gathered, "waiting": len(waiting)}
-    return outcome
 
 
 PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b"]
@@ -160,7 +101,7 @@ def test_whatever_reads_weights_waits_for_them(
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
     overrides = [*everything_on(folder, late), *layout.split(), *OVERLAPPED.split()]
     for steps in (2, 4):  # the second run goes on from the first one's checkpoint
-        outcomes = pools[ranks].run(late_gathers_on_rank, [*overrides, f"trainer.steps={steps}"])
+        outcomes = pools[ranks].run(train_with_late_weights_on_rank, [*overrides, f"trainer.steps={steps}"])
         assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
         for outcome in outcomes:
             assert outcome.found["gathered"] > 0
@@ -217,7 +158,7 @@ def test_a_mixture_learns_the_same(ranks: int, layout: str, pools: dict[int, Ran
             *layout.split(),
             *overlap.split(),
         ]
-        outcomes = pools[ranks].run(late_gathers_on_rank if overlap else train_on_rank, overrides)
+        outcomes = pools[ranks].run(train_with_late_weights_on_rank if overlap else train_on_rank, overrides)
         assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
     assert_same_runs(tmp_path / "plain", tmp_path / "late", 3)
 

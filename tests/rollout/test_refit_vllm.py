@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.late_weights import OVERLAPPED
 from tests.ranks import RankPool
 from tests.reference.tiny_models import read_jsonl
 from tests.rollout import vllm_runs
@@ -72,6 +73,17 @@ def test_sampler_and_trainer_agree_after_every_refit(
     assert all(row["drift_max"] < 1e-3 for row in metrics), [row["drift_max"] for row in metrics]
     assert [[line["weight_version"] for line in step] for step in rollouts_of(tmp_path)] == [[n] * 16 for n in range(4)]
     assert metrics[0]["grad_norm"] > 0
+
+
+def test_a_refit_waits_for_weights_that_are_still_being_gathered(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    overlapped = ("parallel.tensor=1", *OVERLAPPED.split(), "trainer.steps=2")
+    overrides = vllm_runs.overrides(models, tmp_path, str(server.address), *overlapped)
+    outcomes = ranks2.run(vllm_runs.train_with_late_weights, TOKEN, overrides, timeout=240)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert all(outcome.found["gathered"] > 0 for outcome in outcomes)
+    assert [row["drift_max"] < 1e-3 for row in metrics_of(tmp_path)] == [True, True]
 
 
 def test_a_refit_that_breaks_off_leaves_no_trace_in_the_next(

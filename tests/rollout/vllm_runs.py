@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tests.late_weights import train_with_late_weights_on_rank
 from tests.reference.tiny_models import make_qwen2, make_tokenizer, write_jsonl
 from tests.training import QUIET, Outcome, train_on_rank
 
@@ -26,6 +27,12 @@ def train(token: str, overrides: list[str]) -> Outcome:
     """A run on the ranks of a pool, which know the server's token."""
     os.environ["KDRL_ENGINE_TOKEN"] = token
     return train_on_rank(overrides)
+
+
+def train_with_late_weights(token: str, overrides: list[str]) -> Outcome:
+    """`train`, in which weights that nobody waited for are NaN."""
+    os.environ["KDRL_ENGINE_TOKEN"] = token
+    return train_with_late_weights_on_rank(overrides)
 
 
 def overrides(folder: Path, run: Path, address: str, *more: str) -> list[str]:
