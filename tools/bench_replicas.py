@@ -57,7 +57,7 @@ def measure(folder: Path, repeats: int) -> Updates:
     """The updates of two new ranks in every mode, in turn, on the same responses; the learning rate is zero.
 
     Args:
-        folder: holds `student`, `teacher` and `data`.
+        folder: of `bench_step.write_pair`.
 
     Raises:
         KdrlError: a rank failed.

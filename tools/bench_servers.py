@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 from rich.table import Table
 
 from kdrl_mcore.config import load_config
+from kdrl_mcore.types import Rollout
 
 if TYPE_CHECKING:
     from kdrl_mcore.job import Job
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 MODES: dict[str, tuple[str, ...]] = {
     "GRPO": ("objective.beta.init=0",),
     "KDRL": (),
+    "KDRL, mask": ("objective.kd.mask=response",),
     "KDRL, teacher while sampling": ("teacher.score_while_sampling=true",),
+    "KDRL, mask, teacher while sampling": ("objective.kd.mask=response", "teacher.score_while_sampling=true"),
     "GRPO, one step ahead": ("objective.beta.init=0", "rollout.steps_ahead=1"),
     "KDRL, one step ahead": ("rollout.steps_ahead=1",),
 }
@@ -40,6 +44,8 @@ SIZES = {
 complete one after the other comes from decoding two of the eight at once. A part that the teacher scores is a group or two."""
 STEP = 2
 """Every iteration is this one: the same prompts and seeds. One step ahead, the one before it fills the pipe."""
+REWARD = "bench:share"
+"""The kind of the reward that takes a share of all responses for correct."""
 PHASES = {"refit": "wait, refit", "rollout": "rollout", "teacher": "teacher", "train": "training"}
 
 Iterations = dict[str, list[dict[str, float]]]
@@ -55,19 +61,32 @@ def why_not_here() -> str | None:
     return None
 
 
-def measure(folder: Path, repeats: int) -> Iterations:
+def measure(folder: Path, correct: float, repeats: int) -> Iterations:
     """Whole iterations in every mode, in turn, on the same engine; the learning rate is zero. Needs a world of one rank.
 
     Args:
-        folder: holds `student`, `teacher` and `data`; gets the engine's files.
+        folder: of `bench_step.write_pair`; gets the engine's files.
+        correct: about which share of the responses is taken for correct.
 
     Raises:
         ConfigError, EngineError: the engine did not start, or cannot be brought back.
     """
     from kdrl_mcore.job import build_job
+    from kdrl_mcore.reward.registry import register_function
+
+    @register_function(REWARD)
+    def is_taken_for_correct(rollout: Rollout) -> float:
+        return float(crc32(rollout.response_token_ids.tobytes()) < correct * 2**32)
 
     common = [
-        *("experiment=tiny_cpu", "objective=kdrl", "optimizer.lr=0", "eval.every=-1", "reward.workers=1", f"run.dir={folder}"),
+        *(
+            "experiment=tiny_cpu",
+            "objective=kdrl",
+            "optimizer.lr=0",
+            "eval.every=-1",
+            f"reward.kind={REWARD}",
+            f"run.dir={folder}",
+        ),
         *(f"student.path={folder}/student", f"teacher.path={folder}/teacher"),
         *(f"data.train={folder}/data/train.jsonl", f"data.eval={folder}/data/eval.jsonl"),
         *("rollout=vllm", "rollout.vllm.placement=server", "rollout.vllm.replicas=1", "rollout.vllm.kv_cache_gib=0.5"),
@@ -153,7 +172,7 @@ def table(pair: str, measured: Iterations) -> Table:
         result.add_row(mode, f"{of(mode):.3f}", *(f"{of(mode, f'time/{phase}'):.3f}" for phase in PHASES), early)
     result.add_section()
     plain, meanwhile, ahead = "KDRL", "KDRL, teacher while sampling", "KDRL, one step ahead"
-    for one in (plain, meanwhile, ahead):
+    for one in (mode for mode in MODES if mode.startswith("KDRL")):
         result.add_row(f"{one} / GRPO", f"{of(one) / of('GRPO'):.2f}")
     result.add_row("KDRL / GRPO, both one step ahead", f"{of(ahead) / of('GRPO, one step ahead'):.2f}")
     result.add_section()

@@ -99,7 +99,8 @@ def run(options: argparse.Namespace) -> None:
     no_servers = "--no-servers" if options.no_servers else bench_servers.why_not_here()
     for pair in options.pairs:
         with tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
-            measured = measure(Path(folder), pair, options.correct, options.repeats)
+            write_pair(Path(folder), pair)
+            measured = measure(Path(folder), options.correct, options.repeats)
             console.print(table(pair, measured))
             report[pair] = {phase: asdict(times) for phase, times in measured.items()}
             if no_replicas is None:
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
                 console.print(bench_replicas.table(pair, updates))
                 report[pair]["two replicas"] = asdict(updates)
             if no_servers is None:
-                iterations = bench_servers.measure(Path(folder), options.repeats)
+                iterations = bench_servers.measure(Path(folder), options.correct, options.repeats)
                 console.print(bench_servers.table(pair, iterations))
                 report[pair]["with a vLLM server"] = iterations
     for what, why in (
@@ -125,17 +126,27 @@ def run(options: argparse.Namespace) -> None:
         aside.replace(options.json)
 
 
-def measure(folder: Path, pair: str, correct: float, repeats: int) -> dict[str, Times]:
-    """Each phase. The learning rate is zero: every repeat does the same work on the same weights."""
+def write_pair(folder: Path, pair: str) -> None:
+    """Random models `student` and `teacher`, and prompts in `data`."""
     from examples.tiny.task import write_data
+
+    write_data(folder / "data", 0.0, 0)
+    for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
+        _write_model(folder / name, sizes)
+
+
+def measure(folder: Path, correct: float, repeats: int) -> dict[str, Times]:
+    """Each phase. The learning rate is zero: every repeat does the same work on the same weights.
+
+    Args:
+        folder: of `write_pair`.
+        correct: which share of the responses is taken for correct.
+    """
     from kdrl_mcore.iteration import mask_responses, prepare
     from kdrl_mcore.job import build_job
     from kdrl_mcore.model.scoring import score_rollouts
     from kdrl_mcore.teacher import TeacherScores
 
-    write_data(folder / "data", 0.0, 0)
-    for name, sizes in zip(("student", "teacher"), PAIRS[pair], strict=True):
-        _write_model(folder / name, sizes)
     settings = [
         *("experiment=tiny_cpu", "objective=kdrl_response_mask", f"objective.beta.init={BETA}", "optimizer.lr=0"),
         *(f"student.path={folder}/student", f"teacher.path={folder}/teacher", "eval.every=-1", "reward.workers=1"),
