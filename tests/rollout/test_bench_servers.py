@@ -1,4 +1,5 @@
-"""`tools/bench.py step` with a real vLLM server: every mode runs, the teacher scores early where it should, nothing is left."""
+"""`tools/bench.py step` with two replicas and a real vLLM server: every mode runs, the teacher scores early where it should,
+nothing is left."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.rollout.models import QUIET_ENGINE, needs_vllm
+from tools.bench_replicas import MODES as REPLICA_MODES
 from tools.bench_servers import MODES
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
@@ -20,19 +22,34 @@ pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_step_benchmark_takes_turns_on_one_server_and_ends_it(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "step", "--pairs", "tiny", "--repeats", "1", "--no-replicas"]
+def test_the_step_benchmark_measures_every_measure_and_ends_its_processes(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "step", "--pairs", "tiny", "--repeats", "1"]
     environment = {**os.environ, **QUIET_ENGINE, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "COLUMNS": "120"}
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "step.json")], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     ratios = ("KDRL / GRPO", "KDRL, mask, teacher while sampling / GRPO", "KDRL / GRPO, both one step ahead")
-    saved = ("saved by teacher while servers sample", "saved by one-step-off generation")
-    for line in (*MODES, *ratios, *saved):
+    measures = (
+        *(
+            "packing, against padding",
+            "micro-batches, against one",
+            "recompute",
+            "teacher pruned by mask",
+            "no old-policy pass",
+        ),
+        *("overlapped gradient reduction", "overlapped parameter gathering"),
+        *("teacher while servers sample", "one-step-off generation"),
+    )
+    for line in (*MODES, *ratios, *(f"saved by {measure}" for measure in measures)):
         assert line in done.stdout
 
-    measured = json.loads((tmp_path / "step.json").read_text())["tiny"]["with a vLLM server"]
+    report = json.loads((tmp_path / "step.json").read_text())["tiny"]
+    peaks = [report[f"training: {method}"]["peak_bytes"] for method in ("KDRL, recompute", "KDRL", "KDRL, one micro-batch")]
+    assert 0 < peaks[0] < peaks[1] < peaks[2]
+    replicas = report["two replicas"]
+    assert list(replicas["seconds"]) == list(REPLICA_MODES) and replicas["gradient_bytes"] == replicas["weight_bytes"] > 0
+    measured = report["with a vLLM server"]
     assert list(measured) == list(MODES)
     for mode, (metrics,) in measured.items():
         assert metrics["skipped_updates"] == 0
@@ -44,12 +61,15 @@ def test_the_step_benchmark_takes_turns_on_one_server_and_ends_it(tmp_path: Path
     assert masked < plain
 
     deadline = time.monotonic() + 10
-    while left := engines_below(tmp_path):
+    while left := processes_of(tmp_path):
         assert time.monotonic() < deadline, left
 
 
-def engines_below(folder: Path) -> list[int]:
-    """Processes whose command line names a file in the folder."""
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command line or temporary folder is in the folder: the command's, its replicas and its engine."""
     return [
-        process.pid for process in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(process.info["cmdline"] or ())
+        process.pid
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if str(folder) in " ".join(process.info["cmdline"] or ())
+        or (process.info["environ"] or {}).get("TMPDIR") == str(folder)
     ]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import multiprocessing
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from kdrl_mcore.errors import KdrlError
 from tests.ranks import RankPool
-from tests.reference.tiny_models import read_hf_weights
-from tools import bench, bench_replicas, bench_step
+from tools import bench
 from tools.bench_vocab_parallel import VARIANTS, Inputs, Problem, Reference, _extra_memory, make_inputs
 
 SMALL = ["vocab-parallel", "--tokens", "20", "--hidden", "16", "--vocab", "256", "--repeats", "2", "--threads", "2"]
@@ -114,26 +110,3 @@ def test_help_tells_each_default_once(command: str, capsys: pytest.CaptureFixtur
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: " in shown and "default: None" not in shown
     assert not re.search(r"\(default:[^)]*\) \(default:", shown)
-
-
-def test_two_replicas_update_in_every_mode_and_end(tmp_path: Path) -> None:
-    bench_step.write_pair(tmp_path, "tiny")
-    updates = bench_replicas.measure(tmp_path, 1)
-    assert list(updates.seconds) == list(bench_replicas.MODES) and all(len(times) == 1 for times in updates.seconds.values())
-    parameters = sum(tensor.numel() for tensor in read_hf_weights(tmp_path / "student").values())
-    assert updates.gradient_bytes == updates.weight_bytes == 4 * parameters
-    assert parameters / bench_replicas.BUCKETS <= updates.bucket_size < parameters
-    assert multiprocessing.active_children() == []
-    console = Console(record=True, width=120, file=io.StringIO())
-    console.print(bench_replicas.table("tiny", updates))
-    shown = console.export_text()
-    assert "saved by overlapped gradient reduction" in shown and "saved by overlapped parameter gathering" in shown
-
-
-def test_a_replica_that_fails_is_one_line(tmp_path: Path) -> None:
-    bench_step.write_pair(tmp_path, "tiny")
-    (tmp_path / "teacher" / "model.safetensors").unlink()
-    with pytest.raises(KdrlError) as error:
-        bench_replicas.measure(tmp_path, 1)
-    assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
-    assert multiprocessing.active_children() == []

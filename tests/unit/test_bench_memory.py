@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.planning.memory import GLOO_COPY
 from tools import bench
-from tools.bench_memory import collect, configure, plan, write_model
+from tools.bench_memory import collect
 
 SMALL = ["memory", "--hidden", "128", "--layers", "4", "--vocab", "256", "--tokens", "32", "--micro-batches", "1"]
 
@@ -30,14 +29,6 @@ def test_two_ranks_are_measured_beside_the_plan(tmp_path: Path, capsys: pytest.C
         assert planned["peak"] > planned["between"]
     shown = capsys.readouterr().out
     assert "pipeline, recompute, bfloat16, 0" in shown and "resident" in shown
-
-
-def test_gloo_copies_the_distributed_optimizers_gradients(tmp_path: Path) -> None:
-    model = write_model(tmp_path, hidden=128, layers=4, vocab=256)
-    for layout, copies in {"data": 1, "data, not distributed": 0}.items():
-        (rank,) = plan(configure(layout, model, 32)[1], 32, 1)
-        by_kind = {item.kind: item.bytes for item in rank.items}
-        assert by_kind.get(GLOO_COPY, 0) == copies * by_kind["gradients"] and by_kind["gradients"] > 0
 
 
 def test_a_failed_rank_is_named_while_the_other_waits() -> None:
