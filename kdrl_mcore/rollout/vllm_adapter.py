@@ -6,6 +6,7 @@ Imported by engine servers and by vLLM's own worker processes, never by a traini
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -30,6 +31,7 @@ STREAM_INTERVAL = 32
 """Tokens of a response between two signs of its progress."""
 _WATCH_SECONDS = 0.5
 _CPU_STEP_TOKENS = 4096  # of one step of vLLM on CPU, where a longer prompt fits too
+_SOCKET_FOLDER = 107 - len("/") - 36  # longest name of a folder in which vLLM's sockets, named by a UUID, can be opened
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         on_device["distributed_executor_backend"] = "uni"
     elif not cuda:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker wants a NUMA node
+    if len(tempfile.gettempdir()) > _SOCKET_FOLDER:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", "/tmp")
     return AsyncEngineArgs(
         model=settings.model,
         dtype=settings.dtype,
