@@ -3,7 +3,6 @@ what it trained."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from tests.ranks import RankPool
 from tests.reference import dense
-from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_hf_weights, read_jsonl, write_jsonl
+from tests.reference.tiny_models import make_pair, read_hf_weights, read_jsonl, write_jsonl
 from tests.training import metrics_of, train_on_rank
 from tests.zoo import Zoo
 
@@ -22,13 +21,7 @@ TP2, PP2, DP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    for name, seed in (("student", 11), ("teacher", 12)):
-        make_qwen2(folder / name, seed=seed, tied=name == "student")
-        make_tokenizer(folder / name)
-    rows = [json.dumps({"prompt": prompt, "answer": "5"}) for prompt in PROMPTS]
-    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return make_pair(tmp_path_factory.mktemp("resume"), PROMPTS)
 
 
 def train(pool: RankPool, folder: Path, run: Path, steps: int, *overrides: str) -> None:

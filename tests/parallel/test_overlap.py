@@ -3,7 +3,6 @@ second step on too (in the first, Megatron-Core only learns the order of the gra
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from tests.parallel.test_optimizer_agreement import check_adam
 from tests.ranks import RankPool
 from tests.reference.tiny_models import (
     make_model,
+    make_pair,
     make_qwen2,
     make_rollouts,
-    make_tokenizer,
     read_hf_weights,
     read_jsonl,
     write_jsonl,
@@ -54,13 +53,7 @@ PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("overlap")
-    for name, seed in (("student", 11), ("teacher", 12)):
-        make_qwen2(folder / name, seed=seed, tied=name == "student")
-        make_tokenizer(folder / name)
-    rows = [json.dumps({"prompt": prompt, "answer": "5"}) for prompt in PROMPTS]
-    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return make_pair(tmp_path_factory.mktemp("overlap"), PROMPTS)
 
 
 def everything_on(folder: Path, run: Path) -> list[str]:

@@ -238,3 +238,12 @@ def read_hf_weights(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} repeats {min(twice)}")
         weights.update(tensors)
     return weights
+
+
+def make_pair(folder: Path, prompts: Sequence[str]) -> Path:
+    """A tied `student`, an untied `teacher`, both with a tokenizer, and `train.jsonl`, in which 5 answers every prompt."""
+    for name, seed in (("student", 11), ("teacher", 12)):
+        make_qwen2(folder / name, seed=seed, tied=name == "student")
+        make_tokenizer(folder / name)
+    write_jsonl(folder / "train.jsonl", [{"prompt": prompt, "answer": "5"} for prompt in prompts])
+    return folder
