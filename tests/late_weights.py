@@ -17,7 +17,7 @@ OVERLAPPED = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=tr
 
 def train_with_late_weights_on_rank(overrides: Sequence[str]) -> Outcome:
     """`train_on_rank`, with weights that arrive when they are waited for: until then what other ranks have updated is NaN; and
-    with what nobody holds any more collected before every micro-batch. `found` has how many gathers there were, and how many of
+    with garbage collected before every micro-batch, and only then. `found` has how many gathers there were, and how many of
     them nobody had waited for when the run ended."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -60,10 +60,12 @@ def train_with_late_weights_on_rank(overrides: Sequence[str]) -> Outcome:
         return forward_step(*args)
 
     gc.freeze()
+    gc.disable()
     try:
         with patch.object(Group, "start_param_sync", start_late), patch.object(Student, "_forward_step", collect_first):
             outcome = train_on_rank(overrides)
     finally:
+        gc.enable()
         gc.unfreeze()
     outcome.found = {"gathered": gathered, "waiting": len(waiting)}
     return outcome
