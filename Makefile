@@ -26,7 +26,7 @@ SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt
 # What a target needs is installed side by side.
 MAKEFLAGS += --jobs=3
 
-.PHONY: help setup demo test test-without-vllm check clean
+.PHONY: help setup demo test test-without-vllm check contracts clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+contracts: $(INSTALLED) ## read the signatures that we depend on from the CUDA wheels (700 MB), and hold our code against them
+	@$(PIP_INSTALL) griffe
+	@$(BIN)/python -m tests.contracts.read_wheels --wheels .venv/wheels
 
 clean: ## remove caches and build output (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,6 +41,7 @@ class LanguageModel(GPTModel):
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
+    inverse_frequencies: Tensor
     before_head: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
