@@ -48,6 +48,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     for update in updates:
         job.advance_schedules(update)  # alpha_t and beta_t move with the optimizer step
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
+    metrics.update(job.utilization(rollouts, metrics["time/train"]))
     return rollouts, {**metrics, "teacher_tokens_early": float(early_tokens)}
 
 

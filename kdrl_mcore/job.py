@@ -19,6 +19,7 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
+from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
@@ -207,6 +208,18 @@ class Job:
     def update_supervised(self, experience: Experience) -> UpdateResult:
         """One optimizer step on -log pi(target)."""
         return self._optimize(experience, _supervised)
+
+    def utilization(self, rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
+        """TFLOP/s of each rank in the step's updates, and their share of the GPU's peak where that is known. Not collective.
+
+        Args:
+            seconds: that the updates took.
+        """
+        sequences = [(rollout.num_tokens, len(rollout.response_token_ids)) for rollout in rollouts]
+        flop = training_flop(self.student.parts.architecture, sequences)
+        tflops = flop / seconds / dist.get_world_size() / 1e12
+        peak = peak_tflops(self.config.cluster)
+        return {"time/tflops": tflops, "time/mfu": tflops / peak} if peak else {"time/tflops": tflops}
 
     def advance_schedules(self, update: UpdateResult) -> None:
         """Move alpha and beta by one optimizer step; a skipped update does not count."""

@@ -21,6 +21,8 @@ from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.gpt import DTYPES, ModelParts, build_model
+from kdrl_mcore.monitoring.profiler import named_range
+from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
@@ -64,6 +66,7 @@ class UpdateResult:
         sums, maxima: the measures, over every token of the global batch.
         grad_norm: global norm of the gradient before clipping.
         lr: the learning rate of this update.
+        head_seconds: in the output head, of the rank that spent most.
         skipped: why the weights were left untouched (NaN or infinity somewhere), or None.
         gradient_split: where measured, the norms of the GRPO and the distillation gradient and the cosine between them.
     """
@@ -73,6 +76,7 @@ class UpdateResult:
     grad_norm: float
     lr: float
     skipped: str | None
+    head_seconds: float = 0.0
     gradient_split: dict[str, float] = field(default_factory=dict)
 
 
@@ -106,6 +110,7 @@ class Student:
         self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
         self._distributed_optimizer = parallel.distributed_optimizer and config.optimizer.name == "adam"
         self.teacher_head: TeacherHead | None = None  # set where the loss compares with a teacher over the vocabulary
+        self._head_time = Stopwatch()
         self._build_optimizer(config)
 
     def _build_optimizer(self, config: Config) -> None:
@@ -163,7 +168,9 @@ class Student:
             micro_batches: this data-parallel rank's, the same number on every rank.
         """
         measures, grad_norm = self._gradient(micro_batches)
-        sums, maxima = sum_over_replicas(self.groups, *_add_up(measures))
+        sums, maxima = _add_up(measures)
+        sums, maxima = sum_over_replicas(self.groups, sums, {**maxima, "head_seconds": self._head_time.take()})
+        head_seconds = maxima.pop("head_seconds")
         skipped = None
         bad = [name for name, value in {**sums, **maxima}.items() if not math.isfinite(value)]
         if any_rank(bool(bad) or not math.isfinite(grad_norm) or not self._gradient_is_finite()):
@@ -179,7 +186,7 @@ class Student:
         self._gather_weights()
         if self._host_state is not None:
             self._host_state.leave()
-        return UpdateResult(sums, maxima, grad_norm, lr, skipped)
+        return UpdateResult(sums, maxima, grad_norm, lr, skipped, head_seconds)
 
     def gradient_norm(self, micro_batches: Sequence[MicroBatch]) -> float:
         """The global norm of the gradient on the global batch; the weights stay as they are. Collective over the world."""
@@ -299,12 +306,15 @@ class Student:
             "sequence_parallel": self.parts.config.sequence_parallel,
         }
         if micro.teacher_hidden_DG is None:
-            loss, _, entropy = fused_head(token_loss=partial(_without_teacher, measured_loss), **head)
+            with self._head_time(), named_range("head"):
+                loss, _, entropy = fused_head(token_loss=partial(_without_teacher, measured_loss), **head)
         else:
             assert self.teacher_head is not None
-            outputs = self.teacher_head.compare(
-                micro.teacher_hidden_DG.to(device()), micro.sampler_log_probs_T, token_loss=measured_loss, **head
-            )
+            teacher_hidden_DG = micro.teacher_hidden_DG.to(device())
+            with self._head_time(), named_range("head"):
+                outputs = self.teacher_head.compare(
+                    teacher_hidden_DG, micro.sampler_log_probs_T, token_loss=measured_loss, **head
+                )
             loss, entropy = outputs.loss, outputs.entropies
             distilled = slice(0, micro.packed.num_distilled)
             d_D = outputs.teacher_log_probs[distilled] - outputs.log_probs[distilled]

@@ -33,4 +33,5 @@ def run_supervised_iteration(job: Job, clock: Clock) -> dict[str, float]:
             distillation_weights_N=zeros_N,
         )
         update = job.update_supervised(experience)
-    return update_metrics(rollouts, [update], clock)
+    metrics = update_metrics(rollouts, [update], clock)
+    return {**metrics, **job.utilization(rollouts, metrics["time/train"])}

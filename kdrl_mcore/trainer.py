@@ -26,6 +26,7 @@ from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.monitoring.metrics import MetricsLog
+from kdrl_mcore.monitoring.profiler import StepProfiler
 from kdrl_mcore.monitoring.progress import Progress
 from kdrl_mcore.monitoring.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.parallel.collect import any_rank
@@ -68,6 +69,7 @@ class Trainer:
             chunk.register_forward_pre_hook(watchdog.mark)
         if isinstance(job.engine, VllmEngine):
             job.engine.on_wait = watchdog.mark
+        self._profiler = StepProfiler(self.config.trainer.profile, self.run_dir, dist.get_rank())
         self._fault = fault
         fault.models = {"rollout": student, "teacher": teacher, "train": student}
 
@@ -158,6 +160,12 @@ class Trainer:
             ) from error
 
     def _train_step(self, step: int) -> None:
+        with self._profiler(step):
+            self._run_step(step)
+        with self._writing():
+            self._profiler.save(step)
+
+    def _run_step(self, step: int) -> None:
         config, clock = self.config, Clock(self._enter)
         if config.objective.kind == "sft":
             metrics = run_supervised_iteration(self.job, clock)

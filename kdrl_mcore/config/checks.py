@@ -45,6 +45,9 @@ def check_config(config: Config) -> None:
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
             "telling who hangs"
         )
+    for key, least in (("steps", 1), ("ranks", 0)):
+        if any(number < least for number in getattr(config.trainer.profile, key)):
+            raise ConfigError(f"trainer.profile.{key}={getattr(config.trainer.profile, key)}: each must be at least {least}")
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be in (0, 1]")
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:

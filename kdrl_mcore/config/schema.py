@@ -16,6 +16,14 @@ class RunConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Traces of single steps, for torch's profiler viewers (docs/operations.md)."""
+
+    steps: list[int] = field(default_factory=list)  # steps to trace, such as [3,4]; a trace of a large step takes gigabytes
+    ranks: list[int] = field(default_factory=lambda: [0])  # ranks that write one, in RUN/profile
+
+
+@dataclass
 class TrainerConfig:
     """Length and reproducibility of the run."""
 
@@ -27,6 +35,7 @@ class TrainerConfig:
     distributed_timeout_minutes: int = 30  # a collective that hangs longer ends the job
     hang_timeout: float = 1200.0  # seconds without progress on any rank after which the job ends, naming who hangs; 0 is off
     slow_ranks_every: int = 10  # steps between comparisons of the ranks' own work, which name a slow one; 0 is off
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass

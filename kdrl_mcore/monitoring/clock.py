@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from kdrl_mcore.monitoring.profiler import named_range
+
 
 class Clock:
     """Adds up the seconds spent in named phases: `with clock("rollout"): ...`."""
@@ -25,7 +27,8 @@ class Clock:
             self._on_phase(phase)
         start = time.perf_counter()
         try:
-            yield
+            with named_range(phase):
+                yield
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -57,7 +57,11 @@ METRICS: dict[str, str] = {
     "time/reward": "seconds spent verifying",
     "time/teacher": "seconds spent on the teacher",
     "time/train": "seconds spent on the student's updates",
+    "time/head": "of time/train, seconds in the output head (of the rank that spends most)",
     "time/step": "seconds of the whole step",
+    "time/head_share": "time/head as a share of time/train",
+    "time/tflops": "TFLOP/s of each rank in the student's updates, by what the model needs (no recomputation, no padding)",
+    "time/mfu": "the same as a share of the GPU's peak (cluster.peak_tflops, or that of a GPU in conf/cluster)",
 }
 """The names the trainer writes, and what each one is. Counts and seconds are those of the one step. Besides, `eval/pass@k`,
 `eval/maj@k` and each benchmark's own `eval/NAME/...` (`evaluation.evaluate.summarize`)."""
