@@ -8,7 +8,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 PIP_INSTALL := $(PIP) --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# A file's tests share what they made, so they go to one process. Files go in the order of their folders, so that the short ones
+# of tests/unit come last and neither process waits long for the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # A newer Megatron-Core than the one installed, in a folder of its own, for its tests (Linux on x86-64). Its wheel asks for
 # Python 3.12 and runs on 3.11 too.
 NEWER_CORE := 0.19.2
@@ -26,7 +28,10 @@ SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt
 # What a target needs is installed side by side.
 MAKEFLAGS += --jobs=3
 
-.PHONY: help setup demo test test-without-vllm check clean
+# What `make test` runs, one after the other.
+GROUPS := check test-main test-vllm test-slurm
+
+.PHONY: help setup demo test $(GROUPS) test-without-engines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +41,26 @@ setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## make .venv here
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-# vLLM takes minutes to download: what does not need it is tested meanwhile.
-test: test-without-vllm $(VLLM_INSTALLED) ## set-up, checks, then every test
-	@$(PYTEST) tests/rollout </dev/null
-	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
+# Every group runs, whatever became of those before it.
+test: $(INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
+	@failed=; \
+	for group in $(GROUPS); do \
+		echo "== $$group"; \
+		$(MAKE) --no-print-directory $$group || failed="$$failed $$group"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed (make GROUP runs one again)" >&2; exit 1; }
 
-test-without-vllm: check $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
+# vLLM takes minutes to download: what does not need it is tested meanwhile.
+test-main: test-without-engines $(VLLM_INSTALLED)
+
+test-without-engines: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
 	@$(PYTEST) --ignore tests/rollout --ignore tests/slurm </dev/null
+
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	@$(PYTEST) tests/rollout </dev/null
+
+test-slurm: $(INSTALLED) $(SYSTEM_INSTALLED)
+	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
