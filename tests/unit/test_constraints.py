@@ -1,5 +1,5 @@
-"""The pinned versions: within the bounds of pyproject.toml, and resolved together on the package index, with no local wheels, for
-every Python that the README names. Without a network the latter is skipped.
+"""The pinned versions are within the bounds of pyproject.toml, and resolve together on the package index, with no local wheels,
+for every Python that the README names. Without a network the latter is skipped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def pip(*arguments: str | Path, seconds: float = 500) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel of what the index has in source only: pip wants wheels to resolve for a Python that is not here."""
+    """A folder with the wheel of what the index has in source only: pip resolves for a Python that is not here by wheels."""
     folder = tmp_path_factory.mktemp("wheels")
     version = pins("constraints.txt")[SOURCE_ONLY]
     done = pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", folder, f"{SOURCE_ONLY}=={version}")
