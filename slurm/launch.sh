@@ -14,6 +14,7 @@
 #   KDRL_LAUNCHER    torchrun (default: one task per node) or srun (one task per GPU)
 #   KDRL_PREFLIGHT   0 leaves the preflight out
 #   KDRL_MIN_BANDWIDTH  GB/s of all-reduce below which the preflight fails; default: 10 with GPUs, else 0
+#   KDRL_SERVER_PYTHON, KDRL_SERVER_CONTAINER  Python and image of the servers, where vLLM has an environment of its own
 #   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm_server with the configuration's model
 
 launch() { # launch EXPERIMENT [key=value ...]
@@ -49,12 +50,16 @@ choose_python() {
   container=()
   if [[ -n ${KDRL_CONTAINER:-} ]]; then
     : "${KDRL_PYTHON:=python3}"
-    container=(--container-image="$KDRL_CONTAINER" --container-workdir="$KDRL_ROOT"
-      --container-mounts="$KDRL_ROOT:$KDRL_ROOT${KDRL_MOUNTS:+,$KDRL_MOUNTS}")
+    use_container "$KDRL_CONTAINER"
     return
   fi
   : "${KDRL_PYTHON:=$KDRL_ROOT/.venv/bin/python}"
   [[ -x $KDRL_PYTHON ]] || fail "no Python at $KDRL_PYTHON: run make setup, or set KDRL_PYTHON or KDRL_CONTAINER"
+}
+
+use_container() { # use_container IMAGE: sets the arguments of srun
+  container=(--container-image="$1" --container-workdir="$KDRL_ROOT"
+    --container-mounts="$KDRL_ROOT:$KDRL_ROOT${KDRL_MOUNTS:+,$KDRL_MOUNTS}")
 }
 
 read_settings() { # sets the variables below from the composed configuration; refuses a wrong override
@@ -125,10 +130,15 @@ start_servers() { # on the job's last nodes, while it lasts; training finds thei
   local nodes hosts
   ((server_nodes)) || return 0
   rm -f "$run_dir"/servers/*.json # of another start
+  if [[ -n ${KDRL_SERVER_CONTAINER:-} ]]; then
+    local container=()
+    use_container "$KDRL_SERVER_CONTAINER"
+    : "${KDRL_SERVER_PYTHON:=python3}"
+  fi
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$server_nodes")
   mapfile -t hosts < <(scontrol --oneliner show nodes "$(IFS=,; echo "${nodes[*]}")" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
   export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_RUN_DIR=$run_dir
-  : "${KDRL_SERVER_COMMAND:=$KDRL_PYTHON -m kdrl_mcore.rollout.vllm_server $server_arguments}"
+  : "${KDRL_SERVER_COMMAND:=${KDRL_SERVER_PYTHON:-$KDRL_PYTHON} -m kdrl_mcore.rollout.vllm_server $server_arguments}"
   srun --nodes="$server_nodes" --ntasks="$server_nodes" --nodelist="$(IFS=,; echo "${nodes[*]}")" --cpu-bind=none \
     --job-name=servers --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash slurm/serve.sh "$KDRL_SERVER_COMMAND" &
   server_pid=$!

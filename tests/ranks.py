@@ -1,6 +1,6 @@
 """A pool of ranks: processes joined in one torch.distributed world (gloo), kept alive and reused by many tests.
 
-Starting a rank costs seconds of imports; running a function on a started pool costs nothing.
+Ranks are forked from a process that has imported what they need, and running a function on a started pool costs nothing.
 """
 
 from __future__ import annotations
@@ -8,25 +8,23 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-START_TIMEOUT = 180.0  # seconds for all ranks to import torch and join the world
+from tests.fork_server import ForkServer, Preparation, import_training, server_for
+
+START_TIMEOUT = 180.0  # seconds for all ranks to join the world
 GRACE = 5.0  # seconds the other ranks get to answer after one has failed
 
 
@@ -54,7 +52,8 @@ class _Answer:
 
 @dataclass
 class _Rank:
-    process: SpawnProcess
+    server: ForkServer
+    pid: int
     connection: Connection
 
 
@@ -65,12 +64,22 @@ class RankPool:
     killed, and the next `run` starts new ones: a failure stays in the test it belongs to.
 
     Args:
+        prepare: called once in the process from which the ranks are forked, before anything of this project or of
+            Megatron-Core is imported there (unless its own module does so); importable by name. By default it imports all that
+            a training run does. One that prepares the process otherwise may call `import_training` at its end.
         import_first: folders whose packages the ranks import in place of the installed ones.
+        environment: variables that are set before the ranks' process imports torch, and in the ranks.
     """
 
-    def __init__(self, world_size: int, import_first: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        prepare: Callable[[], object] = import_training,
+        import_first: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.world_size = world_size
-        self._import_first = list(import_first)
+        self.preparation = Preparation(prepare, tuple(import_first), tuple(sorted((environment or {}).items())))
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
         atexit.register(self.close)
@@ -78,7 +87,7 @@ class RankPool:
     @property
     def pids(self) -> list[int]:
         """The process ids of the running ranks, in order; empty when the pool is not started."""
-        return [rank.process.pid for rank in self._ranks if rank.process.pid is not None]
+        return [rank.pid for rank in self._ranks]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Call `function(*args)` on every rank at once and return the results by rank.
@@ -90,6 +99,7 @@ class RankPool:
 
         Raises:
             Exception: what the lowest failed rank raised, with that rank's traceback as a note.
+            ForkServerError: the ranks' process cannot be prepared.
             RankDiedError: a rank's process ended.
             RankTimeoutError: not all ranks finished in time.
         """
@@ -115,25 +125,21 @@ class RankPool:
     def close(self) -> None:
         """Kill the ranks and everything they started. The next `run` starts anew."""
         for rank in self._ranks:
-            _kill(rank.process)
+            rank.server.end(rank.pid)
             rank.connection.close()
         self._ranks, self._store = [], None
 
     def _start(self) -> None:
-        if self._ranks and all(rank.process.is_alive() for rank in self._ranks):
+        # Nobody has asked them anything, so what comes from a rank now is its end.
+        if self._ranks and not wait([rank.connection for rank in self._ranks], 0):
             return
         self.close()
-        context = multiprocessing.get_context("spawn")
+        server = server_for(self.preparation)
         # The store lives in this process, as in torchrun's agent: its port is known to be free and ranks only connect.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
-            ours, theirs = context.Pipe()
-            # Not a daemon: daemons may not have children, and checkpoint writers and verifiers are such.
-            settings = (index, self.world_size, self._store.port, self._import_first, theirs)
-            process = context.Process(target=_serve, args=settings, daemon=False)
-            process.start()
-            theirs.close()
-            self._ranks.append(_Rank(process, ours))
+            pid, connection = server.fork(_serve, index, self.world_size, self._store.port)
+            self._ranks.append(_Rank(server, pid, connection))
         answers = self._collect("starting", START_TIMEOUT)
         for index, answer in answers.items():
             if answer.failed:
@@ -147,17 +153,15 @@ class RankPool:
         hurried = False
         while len(answers) + len(dead) < self.world_size:
             silent = {index: rank for index, rank in enumerate(self._ranks) if index not in answers and index not in dead}
-            handles = [handle for rank in silent.values() for handle in (rank.connection, rank.process.sentinel)]
-            ready = wait(handles, max(0.0, deadline - time.monotonic()))
+            ready = wait([rank.connection for rank in silent.values()], max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for index, rank in silent.items():
-                if rank.connection in ready or rank.process.sentinel in ready:
+                if rank.connection in ready:
                     try:
                         answers[index] = pickle.loads(rank.connection.recv_bytes())
                     except (EOFError, ConnectionError):
-                        rank.process.join(1)
-                        dead[index] = rank.process.exitcode
+                        dead[index] = rank.server.end(rank.pid, patience=1.0)
             if not hurried and (dead or any(answer.failed for answer in answers.values())):
                 hurried, deadline = True, min(deadline, time.monotonic() + GRACE)
         if dead:
@@ -179,21 +183,9 @@ def _exception_of(rank: int, answer: _Answer) -> BaseException:
     return answer.exception
 
 
-def _kill(process: SpawnProcess) -> None:
-    """End a rank and the processes it started, which share its process group."""
-    if process.pid is not None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
-def _serve(rank: int, world_size: int, port: int, import_first: list[str], connection: Connection) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
-    os.setsid()  # a process group of its own, so that what it starts dies with it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    sys.path[:0] = import_first
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -246,11 +238,3 @@ def _answer(function: Callable[..., Any], *args: Any) -> bytes:
             return answer
         except Exception:  # an exception class that cannot be pickled, or not be made again
             return pickle.dumps(_Answer(failed=True, trace=trace))
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    sys.stderr.flush()
-    os.killpg(0, signal.SIGKILL)

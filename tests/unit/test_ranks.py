@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fork_server import ForkServerError, server_for
 from tests.ranks import RankDiedError, RankError, RankPool, RankTimeoutError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +27,22 @@ class NeedsTwoArgumentsError(Exception):
         super().__init__(one + two)
 
 
+def import_little() -> None:
+    """The preparation of ranks that need only this module and torch."""
+
+
+def leave_a_mark() -> None:
+    assert os.environ["COLOUR"] == "blue"
+    os.environ["MARK"] = " ".join(sorted({name.split(".")[0] for name in sys.modules} & {"kdrl_mcore", "megatron"}))
+
+
+def fail_to_prepare() -> None:
+    raise KeyError("no such device")
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    pool = RankPool(2)
+    pool = RankPool(2, prepare=import_little)
     yield pool
     pool.close()
 
@@ -65,6 +79,10 @@ def kill_rank(rank: int) -> None:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def surroundings(*variables: str) -> tuple[str, list[str | None]]:
+    return os.getcwd(), [os.environ.get(name) for name in variables]
 
 
 def start_a_child() -> int:
@@ -146,7 +164,7 @@ def test_a_killed_rank_is_named_and_the_pool_restarts(pool: RankPool) -> None:
 
 
 def test_closing_ends_the_ranks_and_what_they_started() -> None:
-    pool = RankPool(1)
+    pool = RankPool(1, prepare=import_little)
     (child,) = pool.run(start_a_child)
     pids = [*pool.pids, child]
     assert all(map(is_running, pids))
@@ -155,21 +173,52 @@ def test_closing_ends_the_ranks_and_what_they_started() -> None:
     assert pool.pids == []
 
 
-def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+def test_ranks_begin_where_the_test_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: RankPool) -> None:
+    check_works(pool)  # so that the process they are forked from is there already
+    pool.close()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLOUR", "green")
+    assert pool.run(surroundings, "COLOUR") == [(str(tmp_path), ["green"])] * 2
+    pool.close()
+    monkeypatch.delenv("COLOUR")
+    assert pool.run(surroundings, "COLOUR") == [(str(tmp_path), [None])] * 2
+
+
+def test_a_pool_can_prepare_its_ranks_before_anything_is_imported(pool: RankPool) -> None:
+    prepared = RankPool(2, prepare=leave_a_mark, environment={"COLOUR": "blue"})
+    try:
+        assert [values for _, values in prepared.run(surroundings, "COLOUR", "MARK")] == [["blue", ""]] * 2
+        assert [values for _, values in pool.run(surroundings, "COLOUR", "MARK")] == [[None, None]] * 2
+    finally:
+        prepared.close()
+    with pytest.raises(ForkServerError, match=r"(?s)in fail_to_prepare.*no such device"):
+        RankPool(1, prepare=fail_to_prepare).run(os.getpid)
+
+
+def test_ranks_are_forked_again_after_the_process_they_come_from_has_died(pool: RankPool) -> None:
+    check_works(pool)
+    pids = [*pool.pids, server_for(pool.preparation).pid]
+    os.kill(pids[-1], signal.SIGKILL)
+    wait_until_gone(pids)
+    check_works(pool)
+
+
+def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\n"
+        "from tests.fork_server import server_for\n"
         "from tests.ranks import RankPool\n"
         "if __name__ == '__main__':\n"
-        "    pool = RankPool(2)\n"
+        "    pool = RankPool(2, prepare=os.getpid)\n"
         "    pool.run(os.getpid)\n"
-        "    print(*pool.pids, flush=True)\n"
+        "    print(*pool.pids, server_for(pool.preparation).pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
-        assert len(pids) == 2 and all(map(is_running, pids))
+        assert len(pids) == 3 and all(map(is_running, pids))
         parent.kill()
     wait_until_gone(pids)

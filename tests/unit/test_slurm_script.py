@@ -12,17 +12,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 if [[ $* == *slurm/settings.py* ]]; then
-  echo "config_nodes=2 server_nodes=0 ranks_per_node=8" | tr ' ' '\\n'
+  echo "config_nodes=2 server_nodes=${SERVER_NODES:-0} ranks_per_node=8 server_arguments=--x" | tr ' ' '\\n'
   echo "run_dir=$RUN"
   echo "server_overrides=()"
 fi
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "NodeName=n3 NodeAddr=10.0.0.3 " # its `show nodes`; of `show hostnames` only the number of lines counts
 """
 
 
 def submit(folder: Path, *overrides: str, **settings: str) -> list[str]:
     """Run the script on two nodes, with an srun that only notes down what it is called with; the calls."""
     (folder / "srun").write_text(SRUN)
-    (folder / "srun").chmod(0o755)
+    (folder / "scontrol").write_text(SCONTROL)
+    for tool in ("srun", "scontrol"):
+        (folder / tool).chmod(0o755)
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "KDRL_ROOT": str(ROOT)}
@@ -45,6 +50,25 @@ def test_every_step_runs_in_the_container(tmp_path: Path) -> None:
     assert " kdrl_mcore.preflight --min-bandwidth 50 " in preflight and " kdrl_mcore.train " in train
     for call in (preflight, train):
         assert call.startswith("--nodes=2 --ntasks=2 ") and call.endswith(" cluster.nodes=2 cluster.gpus_per_node=8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "image", "python"),
+    [
+        ({}, "/images/kdrl.sqsh", "python3"),
+        ({"KDRL_SERVER_PYTHON": "/envs/vllm/bin/python"}, "/images/kdrl.sqsh", "/envs/vllm/bin/python"),
+        ({"KDRL_SERVER_CONTAINER": "/images/vllm.sqsh"}, "/images/vllm.sqsh", "python3"),
+    ],
+    ids=["as training", "a Python of their own", "a container of their own"],
+)
+def test_servers_may_have_an_environment_of_their_own(
+    settings: dict[str, str], image: str, python: str, tmp_path: Path
+) -> None:
+    calls = submit(tmp_path, KDRL_PREFLIGHT="0", SLURM_JOB_NUM_NODES="3", SERVER_NODES="1", **settings)
+    (servers,) = [call for call in calls if "slurm/serve.sh" in call]
+    (train,) = [call for call in calls if "slurm/task.sh" in call]
+    assert f"--container-image={image} " in servers and "--container-image=/images/kdrl.sqsh " in train
+    assert servers.endswith(f" bash slurm/serve.sh {python} -m kdrl_mcore.rollout.vllm_server --x")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])

@@ -5,7 +5,6 @@ The interpreter is chosen when triton is imported, so everything runs in ranks o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -27,13 +26,15 @@ TWO_RANKS = {
 }
 
 
+def import_head() -> None:
+    """What the ranks need, which this module has imported."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
     """Two ranks in which Triton interprets."""
-    pool = RankPool(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool.run(os.getpid)
+    pool = RankPool(2, prepare=import_head, environment={"TRITON_INTERPRET": "1"})
     yield pool
     pool.close()
 
