@@ -149,7 +149,7 @@ class VllmConfig:
     tensor: int = 1  # GPUs that split each layer of one engine, independent of the student's layout
     replicas: int = 0  # engines; 0 takes as many as the ranks' GPUs hold (colocated) or 1 (server)
     servers: list[str] = field(default_factory=list)  # host:port of running servers; their token comes in KDRL_ENGINE_TOKEN
-    gpu_memory_utilization: float = 0.85  # share of each GPU for an engine's weights and KV cache
+    gpu_memory_utilization: float | None = None  # share of each GPU for an engine; None takes what training leaves, or 0.85
     kv_cache_gib: float = 1.0  # KV cache of an engine on CPU
     startup_timeout: float = 1200.0  # seconds until an engine must answer
     generation_timeout: float = 300.0  # seconds without a sign of progress after which an engine hangs

@@ -109,6 +109,8 @@ def main(num_workers: int) -> None:
         if route == "save":
             for worker in workers:
                 save_file(worker.tensors, f"{body['folder']}/worker{worker.rank}.safetensors")
+        if route == "order":
+            return list(workers[0].tensors)
         if route == "fault":
             for worker in workers:
                 vars(worker).update(body)

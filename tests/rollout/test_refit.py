@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ def receiver() -> Iterator[Process]:
 
 
 def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Both workers hold the tensors of an HF folder, byte for byte, and no others."""
+    """Both workers hold the tensors of an HF folder, byte for byte, and no others; and they came layer by layer: an engine
+    keeps a layer's tensors until it has the last of them."""
     receiver.client().post("save", {"folder": str(folder)})
     expected = all_tensors(hf)
+    layers = re.findall(r"\.layers\.(\d+)\.", " ".join(receiver.client().post("order", {})))
+    assert layers == sorted(layers, key=int)
     for worker in range(2):
         got = load_file(folder / f"worker{worker}.safetensors")
         assert got.keys() == expected.keys()

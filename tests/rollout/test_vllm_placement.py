@@ -68,8 +68,10 @@ def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
 ) -> None:
     monkeypatch.setattr(vllm_placement, "check_installed", lambda: None)
     monkeypatch.setattr(vllm_placement, "_own_address", lambda: "10.0.0.5")
-    words = vllm_placement._arguments(config(), 61, single_node)
+    words = vllm_placement._arguments(config(), 61, single_node, 0.7)
     assert words[words.index("--host") + 1] == host
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.7"
+    assert words[words.index("--load-format") + 1] == "dummy"  # nothing is read from disk that a refit replaces
 
 
 def test_without_vllm_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

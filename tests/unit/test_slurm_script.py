@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 if [[ $* == *slurm/settings.py* ]]; then
-  echo "config_nodes=2 server_nodes=0 ranks_per_node=8" | tr ' ' '\\n'
+  echo "config_nodes=2 ${SERVERS:-server_nodes=0} ranks_per_node=8" | tr ' ' '\\n'
   echo "run_dir=$RUN"
   echo "server_overrides=()"
 fi
