@@ -133,7 +133,7 @@ def start_replicas(
         servers = [make(index, run_dir, address=address, token=token) for index, address in enumerate(settings.servers)]
         replicas = Replicas(servers, [0] * len(servers), colocated=False)
     else:
-        owners = _owners(config)
+        owners = find_owners(config)
         single_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
         starts_missing = single_node and not config.cluster.server_nodes
         (token,) = _gather(secrets.token_urlsafe(32))[:1]
@@ -167,7 +167,12 @@ def check_installed() -> None:
         )
 
 
-def _owners(config: Config) -> list[int]:
+def find_owners(config: Config) -> list[int]:
+    """The rank of each engine that starts and refits it.
+
+    Raises:
+        ConfigError: colocated engines do not fit the ranks.
+    """
     settings, world = config.rollout.vllm, dist.get_world_size()
     if settings.placement == "server":
         return [0] * max(1, settings.replicas)

@@ -27,7 +27,8 @@ DEADLINE = 30.0
 class Server:
     """An engine of some workers in threads."""
 
-    index, address = 5, "127.0.0.1:1"
+    index = 5
+    address: str | None = "127.0.0.1:1"
 
     def __init__(self, workers: int) -> None:
         self.workers = [DictWorker(rank, workers) for rank in range(workers)]
