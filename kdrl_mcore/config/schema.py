@@ -329,7 +329,7 @@ class ClusterConfig:
 
     nodes: int = 1  # machines that train
     gpus_per_node: int = 8  # ranks on each
-    server_nodes: int = 0  # further machines of the same job, each with a server for rollout=vllm (slurm/serve.sh)
+    server_nodes: int = 0  # further machines of the same job, filled with servers for rollout=vllm (slurm/serve.sh)
     name: str = ""  # of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for tools/plan.py
     memory_gib: float = 0.0  # memory of one GPU, GiB
     peak_tflops: float = 0.0  # dense bfloat16 matrix products, TFLOP/s of one GPU

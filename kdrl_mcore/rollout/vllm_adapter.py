@@ -84,7 +84,10 @@ class Engine:
         os.environ[_SERVER_PID] = str(os.getpid())
         args = engine_args(settings, self._sleeps)
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        if not self._sleeps:
+        if self._sleeps:
+            # A forked process has no use of CUDA once anything here has touched it, and this one has threads.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        else:
             # vLLM's processes are forked: spawned ones, which it chooses on CPU, would import everything once more. Nothing has
             # been computed in this process, so OpenMP has no threads yet that a fork would lose.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
