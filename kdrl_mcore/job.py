@@ -16,13 +16,15 @@ from kdrl_mcore.config import Config, ObjectiveConfig, TeacherConfig, TeacherPar
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.data.vocabulary import shared_vocabulary
-from kdrl_mcore.errors import CheckpointError, ConfigError
+from kdrl_mcore.errors import CheckpointError, ConfigError, KdrlError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.experience import BatchLoss, Experience, micro_batches
 from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.ahead import NextBatch, refuse_stale
 from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling
@@ -261,6 +263,31 @@ def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tup
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
 
 
+def _engine_share(config: Config) -> float | None:
+    """Of a GPU, for a colocated engine: what the plan (docs/planning.md) leaves when the optimizer has its state, which it has
+    not yet. Rank 0 plans. Collective over the world.
+
+    Raises:
+        ConfigError: on all ranks: it leaves too little.
+    """
+    if config.rollout.vllm.placement != "colocated" or not torch.cuda.is_available():
+        return None
+    totals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(totals, torch.cuda.get_device_properties(device()).total_memory)
+    planned: list[float | KdrlError] = [0.0]
+    if dist.get_rank() == 0:
+        try:
+            share = plan_engine_share(config, dist.get_world_size(), min(totals) / GIB)
+            logger.info("colocated engines take %.0f %% of each GPU", 100 * share)
+            planned = [share]
+        except KdrlError as error:
+            planned = [error]
+    dist.broadcast_object_list(planned, src=0)
+    if isinstance(planned[0], KdrlError):
+        raise planned[0]
+    return planned[0]
+
+
 def build_job(config: Config, on_phase: Callable[[str], None] = lambda phase: None) -> Job:
     """Build every part of the run. Collective over the world.
 
@@ -323,7 +350,7 @@ def build_job(config: Config, on_phase: Callable[[str], None] = lambda phase: No
     if tokenizer is not None and not in_vllm:
         engine = MegatronEngine(student.parts, tokenizer, config.rollout.max_sequences, lambda: student.version)
     elif tokenizer is not None and (samples or evaluation is not None):
-        replicas = start_replicas(config, vocabulary, partial(on_phase, "start engines"))
+        replicas = start_replicas(config, vocabulary, _engine_share(config), partial(on_phase, "start engines"))
         engine = VllmEngine(replicas, config.rollout, tokenizer, verifier)
     return Job(
         config=config,

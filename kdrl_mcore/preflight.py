@@ -35,6 +35,7 @@ from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
 from kdrl_mcore.planning.memory import GIB, RankMemory, plan_run_memory
+from kdrl_mcore.rollout.vllm_placement import check_installed, find_owners
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "kdrl-mcore")
 ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
@@ -93,6 +94,7 @@ def run_checks(config: Config, min_bandwidth: float) -> list[Finding]:
         "devices": lambda: check_devices(config),
         "models": lambda: check_models(config),
         "layout": lambda: check_layout(config),
+        "engines": lambda: check_engines(config),
         "data": lambda: check_data(config),
         "memory": lambda: check_memory(config),
         "run.dir": lambda: check_run_dir(Path(config.run.dir)),
@@ -171,6 +173,23 @@ def check_layout(config: Config) -> str:
         f"{name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
         for name, layout in layouts.items()
     )
+
+
+def check_engines(config: Config) -> str:
+    """Where ranks start vLLM's engines: it is installed, and they fit the ranks' GPUs and the student's heads."""
+    settings = config.rollout.vllm
+    if config.rollout.engine != "vllm" or config.objective.kind == "sft":
+        return "no rollout engine but this program"
+    architecture, tensor = read_architecture(str(config.student.path)), settings.tensor
+    heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    if heads % tensor or max(kv_heads, tensor) % min(kv_heads, tensor):
+        raise ConfigError(
+            f"rollout.vllm.tensor={tensor} does not divide the student's {heads} heads ({kv_heads} of keys): change it"
+        )
+    if settings.placement == "server":
+        return f"servers of tensor {tensor}"
+    check_installed()
+    return f"{len(find_owners(config))} engines of tensor {tensor} on the ranks' GPUs"
 
 
 def check_data(config: Config) -> str:

@@ -30,7 +30,7 @@ from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
 from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.packing import PackedBatch
-from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.teacher_head import TeacherHead
 from kdrl_mcore.vocab_parallel import fused_head
 
@@ -310,7 +310,7 @@ class Student:
                 loss, _, entropy = fused_head(token_loss=partial(_without_teacher, measured_loss), **head)
         else:
             assert self.teacher_head is not None
-            teacher_hidden_DG = micro.teacher_hidden_DG.to(device())
+            teacher_hidden_DG = to_device(micro.teacher_hidden_DG)
             with self._head_time(), named_range("head"):
                 outputs = self.teacher_head.compare(
                     teacher_hidden_DG, micro.sampler_log_probs_T, token_loss=measured_loss, **head

@@ -4,7 +4,8 @@
 #   batch script (this file)   size of the job, preflight, training, requeue
 #     srun: slurm/task.sh      once per node (torchrun) or once per GPU; rendezvous, signals, logs
 #       kdrl_mcore.train       one process per GPU
-#     srun: slurm/serve.sh     once per server node (the last cluster.server_nodes of the job): a server for rollout=vllm
+#     srun: slurm/serve.sh     on the server nodes (the last cluster.server_nodes of the job): rollout=vllm's servers, as many on
+#                              each as engines of rollout.vllm.tensor GPUs fit it
 #
 # Settings, from the environment (sbatch passes it on):
 #   KDRL_ROOT        this repository; default: the folder sbatch was called in
@@ -66,7 +67,7 @@ read_settings() { # sets the variables below from the composed configuration; re
   local found enter=()
   ((${#container[@]} == 0)) || enter=(srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}")
   found=$("${enter[@]}" "$KDRL_PYTHON" slurm/settings.py "${overrides[@]}") || exit 2
-  eval "$(grep -E '^(config_nodes|server_nodes|ranks_per_node|run_dir|server_arguments|server_overrides)=' <<<"$found")"
+  eval "$(grep -E '^(config_nodes|server_nodes|servers_per_node|server_gpus|ranks_per_node|run_dir|server_(arguments|overrides))=' <<<"$found")"
 }
 
 fit_allocation() { # sets train_nodes; sends a one-node job that needs more back to the queue
@@ -137,10 +138,11 @@ start_servers() { # on the job's last nodes, while it lasts; training finds thei
   fi
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$server_nodes")
   mapfile -t hosts < <(scontrol --oneliner show nodes "$(IFS=,; echo "${nodes[*]}")" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-  export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_RUN_DIR=$run_dir
+  export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_SERVER_GPUS=$server_gpus KDRL_RUN_DIR=$run_dir
   : "${KDRL_SERVER_COMMAND:=${KDRL_SERVER_PYTHON:-$KDRL_PYTHON} -m kdrl_mcore.rollout.vllm_server $server_arguments}"
-  srun --nodes="$server_nodes" --ntasks="$server_nodes" --nodelist="$(IFS=,; echo "${nodes[*]}")" --cpu-bind=none \
-    --job-name=servers --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash slurm/serve.sh "$KDRL_SERVER_COMMAND" &
+  srun --nodes="$server_nodes" --ntasks=$((server_nodes * servers_per_node)) --ntasks-per-node="$servers_per_node" \
+    --nodelist="$(IFS=,; echo "${nodes[*]}")" --cpu-bind=none --job-name=servers \
+    --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash slurm/serve.sh "$KDRL_SERVER_COMMAND" &
   server_pid=$!
   trap stop_servers EXIT
   say "servers on ${nodes[*]}"

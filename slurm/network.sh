@@ -18,5 +18,3 @@ default TORCH_FR_BUFFER_SIZE 2000
 default TORCH_NCCL_DEBUG_INFO_TEMP_FILE "$KDRL_LOG_DIR/nccl_rank_"
 # Memory of finished collectives is free at once, not when a later event says so.
 default TORCH_NCCL_AVOID_RECORD_STREAMS 1
-# Micro-batches differ in length: segments that grow leave fewer holes in GPU memory.
-default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True

@@ -13,25 +13,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kdrl_mcore.config import Config, load_config  # noqa: E402
-from kdrl_mcore.errors import KdrlError  # noqa: E402
+from kdrl_mcore.errors import ConfigError, KdrlError  # noqa: E402
 
 
 def main(overrides: list[str]) -> int:
     """Print the assignments; exit code 2 with one line for a wrong override."""
+    gpus = visible_gpus()
     try:
         config = load_config(overrides)
+        per_server_node = servers_per_node(config, gpus)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     settings = {
         "config_nodes": config.cluster.nodes,
         "server_nodes": config.cluster.server_nodes,
-        "ranks_per_node": ranks_per_node(config, visible_gpus()),
+        "servers_per_node": per_server_node,
+        "server_gpus": config.rollout.vllm.tensor if gpus else 0,
+        "ranks_per_node": ranks_per_node(config, gpus),
         "run_dir": Path(config.run.dir).absolute(),
     }
     print("\n".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()))
     print(f"server_arguments={shlex.quote(shlex.join(server_arguments(config)))}")
-    print(f"server_overrides=({shlex.join(server_overrides(config))})")
+    print(f"server_overrides=({shlex.join(server_overrides(config, per_server_node))})")
     return 0
 
 
@@ -54,19 +58,32 @@ def server_arguments(config: Config) -> list[str]:
         "max-model-len": rollout.max_prompt_tokens + rollout.max_response_tokens,
         "max-sequences": rollout.max_sequences,
         "tensor": rollout.vllm.tensor,
-        "gpu-memory-utilization": rollout.vllm.gpu_memory_utilization,
         "kv-cache-gib": rollout.vllm.kv_cache_gib,
         "seed": config.trainer.seed,
         "load-format": "dummy",
     }
+    if rollout.vllm.gpu_memory_utilization is not None:
+        values["gpu-memory-utilization"] = rollout.vllm.gpu_memory_utilization
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def server_overrides(config: Config) -> list[str]:
+def servers_per_node(config: Config, gpus: int) -> int:
+    """As many engines as fit a server node. Without any GPU one.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    per_node, tensor = config.cluster.gpus_per_node, config.rollout.vllm.tensor
+    if gpus and config.cluster.server_nodes and tensor > per_node:
+        raise ConfigError(f"rollout.vllm.tensor={tensor} does not fit a server node of {per_node} GPUs: change it")
+    return per_node // tensor if gpus else 1
+
+
+def server_overrides(config: Config, per_node: int) -> list[str]:
     """Tell the trainer that its engines are the job's servers."""
     if config.rollout.engine != "vllm" or not config.cluster.server_nodes:
         return []
-    return ["rollout.vllm.placement=server", f"rollout.vllm.replicas={config.cluster.server_nodes}"]
+    return ["rollout.vllm.placement=server", f"rollout.vllm.replicas={config.cluster.server_nodes * per_node}"]
 
 
 def visible_gpus() -> int:

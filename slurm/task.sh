@@ -7,6 +7,10 @@ export MASTER_ADDR=${KDRL_MASTER_ADDR:-$SLURM_LAUNCH_NODE_IPADDR}
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 8 + SLURM_STEP_ID) % 12000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + KDRL_RANKS_PER_NODE - 1) / KDRL_RANKS_PER_NODE))}
 
+# Micro-batches differ in length: segments that grow leave fewer holes in GPU memory. For training alone: vLLM's workers cannot
+# share the memory of such segments.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+
 if [[ $KDRL_LAUNCHER == srun ]]; then
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$KDRL_RANKS_PER_NODE
   command=("$KDRL_PYTHON" -m "$@")

@@ -74,7 +74,7 @@ def _check_rewards(reward: RewardConfig) -> None:
 
 
 def _check_vllm(settings: VllmConfig) -> None:
-    if not 0 < settings.gpu_memory_utilization <= 1:
+    if settings.gpu_memory_utilization is not None and not 0 < settings.gpu_memory_utilization <= 1:
         raise ConfigError(f"rollout.vllm.gpu_memory_utilization={settings.gpu_memory_utilization} must be in (0, 1]")
     for key, value in (("replicas", settings.replicas), ("restarts", settings.restarts)):
         if value < 0:

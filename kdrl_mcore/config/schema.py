@@ -158,7 +158,7 @@ class VllmConfig:
     tensor: int = 1  # GPUs that split each layer of one engine, independent of the student's layout
     replicas: int = 0  # engines; 0 takes as many as the ranks' GPUs hold (colocated) or 1 (server)
     servers: list[str] = field(default_factory=list)  # host:port of running servers; their token comes in KDRL_ENGINE_TOKEN
-    gpu_memory_utilization: float = 0.85  # share of each GPU for an engine's weights and KV cache
+    gpu_memory_utilization: float | None = None  # share of each GPU for an engine; None takes what training leaves, or 0.85
     kv_cache_gib: float = 1.0  # KV cache of an engine on CPU
     startup_timeout: float = 1200.0  # seconds until an engine must answer
     generation_timeout: float = 300.0  # seconds without a sign of progress after which an engine hangs
@@ -338,7 +338,7 @@ class ClusterConfig:
 
     nodes: int = 1  # machines that train
     gpus_per_node: int = 8  # ranks on each
-    server_nodes: int = 0  # further machines of the same job, each with a server for rollout=vllm (slurm/serve.sh)
+    server_nodes: int = 0  # further machines of the same job, filled with servers for rollout=vllm (slurm/serve.sh)
     name: str = ""  # of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for tools/plan.py
     memory_gib: float = 0.0  # memory of one GPU, GiB
     peak_tflops: float = 0.0  # dense bfloat16 matrix products, TFLOP/s of one GPU

@@ -190,3 +190,11 @@ def forward_backward_function(pipeline_size: int, virtual_pipeline_size: int | N
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     return get_forward_backward_func(pp_size=pipeline_size, vp_size=virtual_pipeline_size)
+
+
+def drop_gathering_buffer() -> None:
+    """Let go of the memory into which Megatron-Core gathers activations under sequence parallelism: it keeps the largest."""
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is not None:  # the student's, where there is one
+        parallel_state._GLOBAL_MEMORY_BUFFER.buffer.clear()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.measures import with_config
-from kdrl_mcore.planning.memory import GIB, fit_engine
+from kdrl_mcore.planning.memory import GIB, engine_share, fitting_share
 from kdrl_mcore.planning.plan import Plan
 from kdrl_mcore.planning.setup import shard_requests
 from kdrl_mcore.planning.shards import ShardRequest, try_shards
@@ -63,9 +63,8 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
             add(f"batch.micro_tokens={smaller}", "batch", "micro_tokens", smaller)
     if setup.engine is not None:
         add_engine("tensor", 2 * config.rollout.vllm.tensor)
-        share = fit_engine(setup).config.rollout.vllm.gpu_memory_utilization
-        if share < config.rollout.vllm.gpu_memory_utilization:
-            add_engine("gpu_memory_utilization", share)
+        if fitting_share(setup) < engine_share(setup):
+            add_engine("gpu_memory_utilization", fitting_share(setup))
     elif config.rollout.max_sequences > config.rollout.responses_per_prompt:
         half = config.rollout.max_sequences // 2
         add(f"rollout.max_sequences={half}", "rollout", "max_sequences", half)

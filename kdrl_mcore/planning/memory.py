@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from kdrl_mcore.config import Config
+from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Placed, Setup, make_setup
 from kdrl_mcore.planning.workload import Packing, workload_of
+from kdrl_mcore.rollout.gpu_memory import ENGINE_SHARE, RESERVE
 from kdrl_mcore.vocab_parallel import VocabShard
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
 
@@ -19,8 +21,13 @@ RUNTIME = 1.5 * GIB
 """CUDA context, kernels, cuBLAS and cuDNN workspaces of one process."""
 PER_GROUP = 0.15 * GIB
 """NCCL's buffers of one communicator."""
-FRAGMENTATION = 0.05
-"""Share of the GPU that the allocator cannot hand out."""
+ENGINE_ASLEEP = 2.0 * GIB
+"""What a worker of a colocated vLLM engine always keeps beside its share of the GPU, asleep too: its CUDA context, NCCL's
+buffers, CUDA graphs. Not measured."""
+ENGINE_WORK = 1.5 * GIB
+"""What it takes of its share for one step's activations and logits. Not measured."""
+LEAST_SHARE = 0.05
+"""Of a GPU, for an engine: one that gets no more is planned with that, and does not fit."""
 GLOO_COPY = "gloo's copy"
 """Kind of what gloo's reduce-scatter allocates inside itself; no tensor of ours."""
 PHASES = ("rollout", "teacher", "head", "backward", "update")
@@ -77,20 +84,24 @@ class RankMemory:
 def plan_memory(setup: Setup) -> list[RankMemory]:
     """Every pipeline stage of the student; where the teacher's stages differ, the largest one counts."""
     layout, cluster = setup.student.layout, setup.cluster
-    capacity = cluster.memory_gib * GIB * (1 - FRAGMENTATION) if cluster.memory_gib else None
+    capacity = cluster.memory_gib * GIB * (1 - RESERVE) if cluster.memory_gib else None
     per_stage = layout.world // layout.pipeline
     result = []
     for stage in range(layout.pipeline):
-        items = [
-            *_state(setup, stage),
-            *_activations(setup, stage),
-            *_teacher(setup),
-            *(_runtime(setup) if capacity is not None else ()),
-        ]
-        items += _rollout(setup, stage)
+        items = [*_training(setup, stage), *_rollout(setup, stage)]
         ranks = f"ranks {stage * per_stage}-{(stage + 1) * per_stage - 1}"
         result.append(RankMemory(f"stage {stage}", ranks, tuple(item for item in items if item.bytes), capacity))
     return result
+
+
+def _training(setup: Setup, stage: int) -> list[Item]:
+    """All but what generation holds."""
+    return [
+        *_state(setup, stage),
+        *_activations(setup, stage),
+        *_teacher(setup),
+        *(_runtime(setup) if setup.cluster.memory_gib else ()),
+    ]
 
 
 def plan_server_memory(setup: Setup) -> list[RankMemory]:
@@ -99,7 +110,7 @@ def plan_server_memory(setup: Setup) -> list[RankMemory]:
     if setup.engine is None or not setup.engine_gpus:
         return []
     memory = setup.cluster.memory_gib * GIB
-    capacity = setup.config.rollout.vllm.gpu_memory_utilization * memory if memory else None
+    capacity = engine_share(setup) * memory if memory else None
     layout = setup.engine.layout
     return [RankMemory("servers", f"{layout.data} x {layout.tensor} GPUs", tuple(_engine(setup)), capacity)]
 
@@ -227,30 +238,81 @@ def _rollout(setup: Setup, stage: int) -> list[Item]:
 
 def _engine(setup: Setup) -> list[Item]:
     assert setup.engine is not None
-    weights = setup.engine.shard.stages[0].parameters * setup.engine.element
-    return [Item("rollout engine", weights, ("rollout",)), Item("KV cache", engine_cache_bytes(setup), ("rollout",))]
+    on_gpu = setup.cluster.memory_gib > 0
+    return [
+        Item("sleeping engine", ENGINE_ASLEEP if on_gpu and not setup.engine_gpus else 0),
+        Item("rollout engine", engine_bytes(setup), ("rollout",)),
+        Item("KV cache", engine_cache_bytes(setup), ("rollout",)),
+    ]
 
 
 def engine_cache_bytes(setup: Setup) -> float:
-    """The KV cache on one GPU of a vLLM engine: what the weights leave of its share, and at least one response of full
-    length, without which vLLM does not start."""
+    """The KV cache on one GPU of a vLLM engine: what weights and activations leave of its share, and at least one response of
+    full length, without which vLLM does not start."""
+    memory = setup.cluster.memory_gib * GIB
+    left = engine_share(setup) * memory - engine_bytes(setup) if memory else setup.config.rollout.vllm.kv_cache_gib * GIB
+    return max(left, _longest_response_bytes(setup))
+
+
+def engine_bytes(setup: Setup) -> float:
+    """Weights, and on a GPU activations, of one worker of a vLLM engine."""
     assert setup.engine is not None
-    stage, rollout, memory = setup.engine.shard.stages[0], setup.config.rollout, setup.cluster.memory_gib * GIB
-    longest = (rollout.max_prompt_tokens + rollout.max_response_tokens) * stage.layers * setup.engine.shard.kv_bytes
-    weights = stage.parameters * setup.engine.element
-    left = rollout.vllm.gpu_memory_utilization * memory - weights if memory else rollout.vllm.kv_cache_gib * GIB
-    return max(left, longest)
+    work = ENGINE_WORK if setup.cluster.memory_gib else 0
+    return setup.engine.shard.stages[0].parameters * setup.engine.element + work
+
+
+def _longest_response_bytes(setup: Setup) -> float:
+    """Keys and values of one response of full length with its prompt, on one GPU of an engine."""
+    assert setup.engine is not None
+    rollout, shard = setup.config.rollout, setup.engine.shard
+    return (rollout.max_prompt_tokens + rollout.max_response_tokens) * shard.stages[0].layers * shard.kv_bytes
+
+
+def engine_share(setup: Setup) -> float:
+    """The share of each of its GPUs that a vLLM engine takes: `rollout.vllm.gpu_memory_utilization`, or by default what
+    training leaves of them, at most `ENGINE_SHARE`."""
+    given = setup.config.rollout.vllm.gpu_memory_utilization
+    return fitting_share(setup) if given is None else given
+
+
+def fitting_share(setup: Setup) -> float:
+    """At most `ENGINE_SHARE`, and where an engine shares GPUs with training what is left of the fullest one beside all that
+    training keeps there while it samples, in steps of a hundredth."""
+    memory = setup.cluster.memory_gib * GIB
+    if setup.engine is None or setup.engine_gpus or not memory:
+        return ENGINE_SHARE
+    stages = range(setup.student.layout.pipeline)
+    kept = max(sum(item.bytes for item in _training(setup, stage) if not item.phases) for stage in stages) + ENGINE_ASLEEP
+    share = math.floor(100 * (1 - RESERVE - kept / memory)) / 100
+    return min(ENGINE_SHARE, max(LEAST_SHARE, share))
 
 
 def fit_engine(setup: Setup) -> Setup:
-    """The same run, with colocated engines that take no more of a GPU than training leaves them, in steps of a hundredth."""
+    """The same run, with engines that take no more of a GPU than is left to them, and no more than is set."""
     if setup.engine is None or setup.engine_gpus or not setup.cluster.memory_gib:
         return setup
-    left = min((rank.capacity or 0) - rank.between_steps for rank in plan_memory(setup))
-    share = math.floor(100 * left / (setup.cluster.memory_gib * GIB)) / 100
     config = copy.deepcopy(setup.config)
-    config.rollout.vllm.gpu_memory_utilization = min(config.rollout.vllm.gpu_memory_utilization, max(0.05, share))
+    config.rollout.vllm.gpu_memory_utilization = min(engine_share(setup), fitting_share(setup))
     return replace(setup, config=config)
+
+
+def plan_engine_share(config: Config, world: int, memory_gib: float) -> float:
+    """`engine_share` of a run with colocated engines on GPUs of this size.
+
+    Raises:
+        ConfigError: a layout does not fit its model or the world; or training leaves nothing that an engine could work with.
+    """
+    config = copy.deepcopy(config)
+    config.cluster.memory_gib = memory_gib
+    setup = make_setup(config, workload_of(config), world=world)
+    share, needs = engine_share(setup), engine_bytes(setup) + _longest_response_bytes(setup)
+    if config.rollout.vllm.gpu_memory_utilization is None and share * memory_gib * GIB < needs:
+        raise ConfigError(
+            f"training leaves {share:.0%} of {memory_gib:.0f} GiB to a colocated engine of rollout.vllm.tensor="
+            f"{config.rollout.vllm.tensor}, which needs {needs / GIB:.1f} GiB for its weights and one response of full length: "
+            "raise rollout.vllm.tensor, train on more GPUs, or set rollout.vllm.placement=server"
+        )
+    return share
 
 
 def _runtime(setup: Setup) -> list[Item]:

@@ -12,7 +12,7 @@ from kdrl_mcore.config import Config, ParallelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.planning.memory import GIB, fit_engine
+from kdrl_mcore.planning.memory import GIB, engine_share, fit_engine
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.setup import find_engines, make_setup, shard_requests, training_world, uses_teacher
 from kdrl_mcore.planning.shards import ShardRequest, find_shape, try_shards
@@ -136,7 +136,7 @@ def _overrides(plan: Plan) -> Iterator[str]:
         yield f"teacher.parallel.pipeline={config.teacher.parallel.pipeline}"
     if plan.setup.engine is not None:
         yield f"rollout.vllm.tensor={config.rollout.vllm.tensor}"
-        yield f"rollout.vllm.gpu_memory_utilization={config.rollout.vllm.gpu_memory_utilization:g}"
+        yield f"rollout.vllm.gpu_memory_utilization={engine_share(plan.setup):g}"
 
 
 def _requests(config: Config) -> list[ShardRequest]:

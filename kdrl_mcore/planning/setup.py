@@ -138,12 +138,13 @@ def find_engines(config: Config, world: int) -> Engines | None:
         return None
     settings, cluster = config.rollout.vllm, config.cluster
     here = min(world, cluster.gpus_per_node)
-    if cluster.server_nodes:  # the launcher starts one server on each (slurm/settings.py)
+    if cluster.server_nodes:  # the launcher fills each with engines (slurm/settings.py)
         if settings.tensor > cluster.gpus_per_node:
             raise ConfigError(
                 f"rollout.vllm.tensor={settings.tensor} does not fit a server node of {cluster.gpus_per_node} GPUs: change it"
             )
-        return Engines(cluster.server_nodes, settings.tensor, cluster.server_nodes * cluster.gpus_per_node)
+        count = cluster.server_nodes * (cluster.gpus_per_node // settings.tensor)
+        return Engines(count, settings.tensor, cluster.server_nodes * cluster.gpus_per_node)
     if settings.placement == "server":
         count = max(1, settings.replicas, len(settings.servers))
         return Engines(count, settings.tensor, count * settings.tensor)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from kdrl_mcore.planning.measures import measures
-from kdrl_mcore.planning.memory import PHASES
+from kdrl_mcore.planning.memory import PHASES, engine_share
 from kdrl_mcore.planning.plan import Plan
 
 
@@ -27,7 +27,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "expert": student.layout.expert,
             "data": student.layout.data,
         },
-        "gpu_memory_utilization": config.rollout.vllm.gpu_memory_utilization if setup.engine is not None else None,
+        "gpu_memory_utilization": engine_share(setup) if setup.engine is not None else None,
         "responses": workload.responses,
         "prompt_tokens": workload.prompt_tokens,
         "response_tokens": workload.response_tokens,

@@ -1,19 +1,24 @@
 """Refit: the engines get the student's present weights, streamed from Megatron's shards in buckets under their HF names.
 
-Each tensor of the model has one rank that gives it (`owned_tensors`). These ranks take turns; a rank fills bucket after bucket,
-a parameter gathered over its tensor-parallel group at a time. Every rank that drives engines gets each bucket, by one broadcast
-over the world unless it is itself the only giver, and hands it to the workers of its engines (`weight_writer.py`). No rank
-holds more than a parameter and two buckets, and nothing is written to disk.
+Each tensor of the model has one rank that gives it (`owned_tensors`). These ranks take turns, layer by layer: an engine keeps a
+layer's tensors until it has all of them, and so never waits for the rest of more than one. A rank fills bucket after bucket, a
+parameter gathered over its tensor-parallel group at a time. Every rank that serves workers of an engine gets each bucket, by
+one broadcast over the world unless it is itself the only giver, and hands it on (`weight_writer.py`): the worker of a
+colocated engine gets it from the rank whose GPU it shares, those of servers from the rank that drives these. No rank holds
+more than two buckets and one parameter of each rank for which it gathers, and nothing is written to disk.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,16 +67,19 @@ def send_weights(
     bucket_bytes: int,
     *,
     colocated: bool,
+    workers: int = 1,
     dtype: torch.dtype | None = None,
 ) -> RefitResult:
     """Bring every engine to the student's present weights. Collective over the world.
 
     Args:
-        servers: the engines that this rank drives; most ranks have none.
+        servers: the engines that this rank drives; most ranks have none, and where they are colocated no rank has two.
         version: the number of updates these weights have seen.
         timeout: seconds until it fails on every rank.
-        colocated: an engine runs on the host of the rank that drives it, and on CUDA on GPUs of it, that rank's among them: the
-            weights then go through memory, else through the network.
+        colocated: an engine runs on the host of the rank that drives it, and on CUDA on the GPUs of that rank and of the
+            `workers` - 1 behind it, one worker on each: the weights then go through memory, from each of these ranks to the
+            worker on its GPU; else through the network.
+        workers: of each colocated engine.
         dtype: the engines'; by default the student's.
 
     Raises:
@@ -80,7 +88,8 @@ def send_weights(
             refit has succeeded.
     """
     call = next(_calls)
-    refit = _Refit(parts, servers, version, time.monotonic() + timeout * _SERVERS_SHARE, bucket_bytes, colocated, dtype)
+    deadline = time.monotonic() + timeout * _SERVERS_SHARE
+    refit = _Refit(parts, servers, version, deadline, bucket_bytes, workers if colocated else None, dtype)
     result = _run_within(timeout, refit.run)
     if result is None:
         raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.place)}")
@@ -96,12 +105,13 @@ class _Refit:
     version: int
     deadline: float
     bucket_bytes: int
-    colocated: bool
+    workers: int | None  # of each colocated engine; None: the engines are reached through the network
     dtype: torch.dtype | None
     place: str = "the other ranks to begin"
     checksums: dict[str, str] = field(default_factory=dict)
     is_expert: dict[str, bool] = field(default_factory=dict)  # of this rank's HF names
     scratch: Tensor | None = None
+    streams: dict[int, Iterator[tuple[str, Tensor | None]]] = field(default_factory=dict)  # by giver
 
     def run(self) -> RefitResult:
         begin = time.perf_counter()
@@ -110,20 +120,19 @@ class _Refit:
             for name, (shape, dtype) in owned_tensors(self.parts).items()
         }
         self.is_expert = {n: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for n in mapped.hf_names}
-        everyone = _gather((given, len(self.servers)))
+        everyone = _gather((given, [server.index for server in self.servers]))
         table: Table = {name: described for tensors, _ in everyone for name, described in tensors.items()}
         self._check_complete([name for tensors, _ in everyone for name in tensors], table)
-        drivers = [rank for rank, (_, servers) in enumerate(everyone) if servers]
-        if not drivers:
+        engines = {rank: indices for rank, (_, indices) in enumerate(everyone) if indices}  # by the rank that drives them
+        if not engines:
             return RefitResult(self.version, 0, 0, time.perf_counter() - begin, "")
         writer = None
-        if self.servers:
-            self.place = "the connection of its engines"
-            writer = WeightWriter(self.servers, self.version, table, self.bucket_bytes, device(), self.deadline, self.colocated)
         try:
-            for rank, (tensors, _) in enumerate(everyone):
-                if tensors:
-                    self._take_turn(rank, tensors, writer, shared=drivers != [rank])
+            writer = self._open_writer(engines, table)
+            givers = [tensors for tensors, _ in everyone]
+            served = [rank + worker for rank in engines for worker in range(self.workers or 1)]
+            for rank, tensors in _turns(givers):
+                self._take_turn(rank, tensors, givers[rank], writer, shared=served != [rank])
             self.place = "the other ranks to have sent everything"
             sent = {name: value for checksums in _gather(self.checksums) for name, value in checksums.items()}
             total = digest(table, sent)
@@ -140,10 +149,32 @@ class _Refit:
         size = sum(_num_bytes(*described) for described in table.values())
         return RefitResult(self.version, size, len(table), time.perf_counter() - begin, total)
 
-    def _take_turn(self, giver: int, tensors: Table, writer: WeightWriter | None, shared: bool) -> None:
-        """The tensors of one rank. Those of its tensor-parallel group follow it, parameter by parameter."""
-        stream, names = self._stream(giver, tensors)
+    def _open_writer(self, engines: Mapping[int, list[int]], table: Table) -> WeightWriter | None:
+        """This rank's writer, connected to the workers it serves; None where it serves none. Collective over the world."""
+        rank = dist.get_rank()
+        driver = next((each for each in engines if each <= rank < each + (self.workers or 1)), None)
+        writer = None
+        if driver is not None:
+            self.place = "the connection of its engines"
+            writer = WeightWriter(
+                engines[driver],
+                self.servers,
+                None if self.workers is None else rank - driver,
+                self.version,
+                table,
+                self.bucket_bytes,
+                device(),
+                self.deadline,
+            )
+        addresses = _gather(None if writer is None else writer.address)
+        if writer is not None and driver is not None:
+            writer.open(addresses[driver : driver + (self.workers or 1)])
+        return writer
+
+    def _take_turn(self, giver: int, tensors: Table, all_given: Table, writer: WeightWriter | None, shared: bool) -> None:
+        """Some tensors of one rank. Those of its tensor-parallel group follow it, parameter by parameter."""
         gives = dist.get_rank() == giver
+        stream, names = self._stream(giver, all_given)
         current, data = "", torch.empty(0)
         for bucket in cut({name: _num_bytes(*described) for name, described in tensors.items()}, self.bucket_bytes):
             slot = self._slot(writer) if gives or shared or writer else None
@@ -163,13 +194,18 @@ class _Refit:
                 writer.publish(bucket)
 
     def _stream(self, giver: int, tensors: Table) -> tuple[Iterator[tuple[str, Tensor | None]], set[str]]:
-        """What this rank iterates over in the giver's turn, and the names of the turn that occur in it."""
+        """What this rank iterates over in the giver's turns, from turn to turn, and the names of the giver's tensors that occur
+        in it."""
         gathered = {name for name in tensors if not self.is_expert.get(name, True)}  # over the giver's tensor-parallel group
         if dist.get_rank() == giver:
-            return hf_tensors(self.parts, experts_only=not gathered), set(tensors)
-        if giver in dist.get_process_group_ranks(self.parts.groups.tensor) and gathered:
-            return hf_tensors(self.parts), gathered
-        return iter(()), set()
+            stream, names = partial(hf_tensors, self.parts, experts_only=not gathered), set(tensors)
+        elif giver in dist.get_process_group_ranks(self.parts.groups.tensor) and gathered:
+            stream, names = partial(hf_tensors, self.parts), gathered
+        else:
+            return iter(()), set()
+        if giver not in self.streams:
+            self.streams[giver] = stream()
+        return self.streams[giver], names
 
     def _slot(self, writer: WeightWriter | None) -> Tensor:
         if writer is not None:
@@ -193,6 +229,29 @@ class _Refit:
                     f"tensor {name}: the architecture has shape {expected.get(name)}, the ranks give "
                     f"{[tuple(table[name][0])] * names.count(name) if name in table else 'none'}"
                 )
+
+
+def _turns(givers: Sequence[Table]) -> list[tuple[int, Table]]:
+    """Whose turn it is with which tensors: layer by layer, and within a layer rank by rank. What one rank gives in a row is one
+    turn.
+
+    Args:
+        givers: what each rank gives, in the order in which it does: what precedes the layers, the layers in their order, the
+            rest.
+    """
+    parts: dict[tuple[int, int], dict[str, tuple[Sequence[int], str]]] = {}
+    for rank, tensors in enumerate(givers):
+        layer = -1
+        for name, described in tensors.items():
+            found = re.search(r"\.layers\.(\d+)\.", name)
+            layer = int(found[1]) if found else layer if layer in (-1, sys.maxsize) else sys.maxsize
+            parts.setdefault((layer, rank), {})[name] = described
+    turns: list[tuple[int, dict[str, tuple[Sequence[int], str]]]] = []
+    for layer, rank in sorted(parts):
+        if not turns or turns[-1][0] != rank:
+            turns.append((rank, {}))
+        turns[-1][1].update(parts[layer, rank])
+    return list(turns)
 
 
 def _num_bytes(shape: Sequence[int], dtype: str) -> int:

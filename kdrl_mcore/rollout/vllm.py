@@ -156,8 +156,13 @@ class VllmEngine:
                 return
 
     def _refit(self, indices: Sequence[int], student: Weights) -> dict[int, str]:
-        """Send the student's weights; the replicas that did not get them, with the reason."""
+        """Send the student's weights; the replicas that did not get them, with the reason.
+
+        Colocated engines get their memory in two parts: the weights', and when these are there, and what the refit took has
+        been given back, the KV cache's, which fills what training leaves.
+        """
         settings = self._settings
+        self._replicas.make_room()
         failures = self._replicas.failures(lambda server: server.wake(["weights"]), indices)
         if failures:
             return failures
@@ -171,6 +176,7 @@ class VllmEngine:
                 settings.refit_timeout,
                 settings.refit_bucket_mib * 2**20,
                 colocated=settings.placement == "colocated",
+                workers=settings.tensor,
             )
             if dist.get_rank() == 0:
                 logger.debug("refit to version %d: %d bytes in %.2f s", result.version, result.num_bytes, result.seconds)
@@ -178,6 +184,8 @@ class VllmEngine:
             reason = str(error)
             if dist.get_rank() == 0:
                 logger.warning("%s", reason)
+
+        self._replicas.make_room()
 
         def check(server: Any) -> None:
             health = server.health()

@@ -31,6 +31,10 @@ STREAM_INTERVAL = 32
 """Tokens of a response between two signs of its progress."""
 _WATCH_SECONDS = 0.5
 _CPU_STEP_TOKENS = 4096  # of one step of vLLM on CPU, where a longer prompt fits too
+_CUDA_STEP_TOKENS = 8192  # of one step on a GPU; an engine that is made as ours is would get 2048, too few for a GPU's prefill
+_SERVER_PID = "KDRL_ENGINE_SERVER_PID"
+"""The environment variable by which vLLM's processes know their server. It is no part of vLLM's configuration, under whose hash
+vLLM keeps what it has compiled: the next start would find nothing."""
 _SOCKET_FOLDER = 107 - len("/") - 36  # longest name of a folder in which vLLM's sockets, named by a UUID, can be opened
 
 
@@ -77,9 +81,13 @@ class Engine:
         """Start vLLM's processes and load the model; takes from half a minute to minutes."""
         self._settings = settings
         self._sleeps = torch.cuda.is_available()
+        os.environ[_SERVER_PID] = str(os.getpid())
         args = engine_args(settings, self._sleeps)
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        if not self._sleeps:
+        if self._sleeps:
+            # A forked process has no use of CUDA once anything here has touched it, and this one has threads.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        else:
             # vLLM's processes are forked: spawned ones, which it chooses on CPU, would import everything once more. Nothing has
             # been computed in this process, so OpenMP has no threads yet that a fork would lose.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
@@ -151,7 +159,11 @@ class Engine:
 def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
     """vLLM's arguments."""
     on_device: dict[str, Any] = (
-        {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+        {
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+            "max_num_batched_tokens": max(_CUDA_STEP_TOKENS, settings.max_sequences),
+        }
         if cuda
         else {
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
@@ -181,7 +193,7 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         generation_config="vllm",  # no defaults of the model's own
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, at its temperature
         logits_processors=[f"{__name__}:OnlyTokens"],
-        additional_config={"num_tokens": settings.vocabulary, "server_pid": os.getpid()},
+        additional_config={"num_tokens": settings.vocabulary},
         worker_extension_cls="kdrl_mcore.rollout.vllm_worker.RefitWorker",
         stream_interval=STREAM_INTERVAL,
         disable_log_stats=True,
@@ -197,7 +209,7 @@ class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self._num_tokens = vllm_config.additional_config["num_tokens"]
-        end_group_with(vllm_config.additional_config["server_pid"])
+        end_group_with(int(os.environ[_SERVER_PID]))
         unlink_shared_memory()
 
     def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:

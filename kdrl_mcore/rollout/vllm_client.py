@@ -20,6 +20,7 @@ import psutil
 
 from kdrl_mcore.errors import EngineError, KdrlError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
+from kdrl_mcore.rollout.gpu_memory import ALLOCATOR_VARIABLES, without_expandable_segments
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,11 @@ _POLL_SECONDS = 0.2
 _KILL_SECONDS = 0.05
 _STOP_SECONDS = 15.0
 _SHORT_SECONDS = 10.0  # for an answer that needs no work
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",  # 1 in a rank (kdrl_mcore/parallel/platform.py), for Megatron-Core's sake
+)
+_RANK_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCH_FR_")  # the files of NCCL's flight recorder are named by rank
 
 
 class ServerFailed(KdrlError):
@@ -96,7 +101,7 @@ class EngineServer:
         assert self._launch is not None
         self.log.parent.mkdir(parents=True, exist_ok=True)
         address_path(self.run_dir, self.index).unlink(missing_ok=True)
-        environment = {name: value for name, value in os.environ.items() if not _is_of_rank(name)}
+        environment = engine_environment(os.environ)
         environment |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), **self._launch.environment}
         if self.token is not None:
             environment[TOKEN_VARIABLE] = self.token
@@ -307,9 +312,15 @@ def last_line(log: Path) -> str:
     return "no output"
 
 
-def _is_of_rank(name: str) -> bool:
-    """Whether a variable describes a training rank, which vLLM would take for its own."""
-    return name in _RANK_VARIABLES or name.startswith("TORCHELASTIC_")
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """A training rank's environment without what describes the rank, which vLLM would take for its own, and without segments
+    that grow, whose memory vLLM's workers cannot share (slurm/serve.sh does the same)."""
+    result = {
+        name: without_expandable_segments(value) if name in ALLOCATOR_VARIABLES else value
+        for name, value in environment.items()
+        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
+    }
+    return {name: value for name, value in result.items() if value or name not in ALLOCATOR_VARIABLES}
 
 
 def _describe(error: Exception) -> str:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError, EngineError
+from kdrl_mcore.parallel.mcore import drop_gathering_buffer
+from kdrl_mcore.rollout.gpu_memory import ENGINE_SHARE, free_share, give_back
 from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, EngineServer, Launch, ServerFailed, address_path
 
 
@@ -33,10 +35,12 @@ class Replicas:
     Attributes:
         servers: handles by index. Only a server's owner starts and refits it; rank 0 generates with all.
         owners: the rank of each.
+        colocated: they share the GPUs of the ranks.
     """
 
     servers: list[EngineServer]
     owners: list[int]
+    colocated: bool
 
     def __len__(self) -> int:
         return len(self.servers)
@@ -60,10 +64,20 @@ class Replicas:
 
     def restart(self, indices: Sequence[int]) -> dict[int, str]:
         """Start servers again and wait until they are ready; those that failed. Collective over the world."""
+        if indices:
+            self.make_room()
         failed = self.failures(lambda server: server.restart(), indices) if indices else {}
         if indices:
             self.share_addresses()
         return failed
+
+    def make_room(self) -> None:
+        """Leave to colocated engines, which are about to take memory, all that training does not use. Collective over the
+        world: when it returns, every rank has."""
+        if self.colocated:
+            drop_gathering_buffer()
+            give_back()
+            _gather(None)
 
     def share_addresses(self) -> None:
         """Let every rank know where each server is. Collective over the world."""
@@ -91,10 +105,14 @@ class Replicas:
         return failed, any(outcome is True for outcome in outcomes.values())
 
 
-def start_replicas(config: Config, vocabulary: int, on_wait: Callable[[], None] = lambda: None) -> Replicas:
+def start_replicas(
+    config: Config, vocabulary: int, share: float | None = None, on_wait: Callable[[], None] = lambda: None
+) -> Replicas:
     """Start or find every server, and wait until all are ready. Collective over the world.
 
     Args:
+        share: of a GPU, for a colocated engine. By default what is set, or else what is free now: right where nothing more
+            will be allocated.
         on_wait: called again and again until then, by a thread for each server.
 
     Raises:
@@ -113,17 +131,20 @@ def start_replicas(config: Config, vocabulary: int, on_wait: Callable[[], None] 
         if token is None:
             raise ConfigError(f"rollout.vllm.servers is set but {TOKEN_VARIABLE} is not: export the servers' token")
         servers = [make(index, run_dir, address=address, token=token) for index, address in enumerate(settings.servers)]
-        replicas = Replicas(servers, [0] * len(servers))
+        replicas = Replicas(servers, [0] * len(servers), colocated=False)
     else:
-        owners = _owners(config)
+        owners = find_owners(config)
         single_node = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
         starts_missing = single_node and not config.cluster.server_nodes
         (token,) = _gather(secrets.token_urlsafe(32))[:1]
-        replicas = Replicas([], owners)
+        replicas = Replicas([], owners, settings.placement == "colocated")
+        replicas.make_room()
+        if share is None:
+            share = settings.gpu_memory_utilization or _free_share(replicas.colocated)
         for index, owner in enumerate(owners):
             server = make(index, run_dir)
-            if owner == dist.get_rank() and (settings.placement == "colocated" or (starts_missing and not _is_there(server))):
-                launch = Launch(_arguments(config, vocabulary, single_node), _environment(config, index))
+            if owner == dist.get_rank() and (replicas.colocated or (starts_missing and not _is_there(server))):
+                launch = Launch(_arguments(config, vocabulary, single_node, share), _environment(config, index))
                 server = make(index, run_dir, token=token, launch=launch)
                 server.start()
             replicas.servers.append(server)
@@ -146,7 +167,12 @@ def check_installed() -> None:
         )
 
 
-def _owners(config: Config) -> list[int]:
+def find_owners(config: Config) -> list[int]:
+    """The rank of each engine that starts and refits it.
+
+    Raises:
+        ConfigError: colocated engines do not fit the ranks.
+    """
     settings, world = config.rollout.vllm, dist.get_world_size()
     if settings.placement == "server":
         return [0] * max(1, settings.replicas)
@@ -177,7 +203,12 @@ def _is_there(server: EngineServer) -> bool:
     return True
 
 
-def _arguments(config: Config, vocabulary: int, single_node: bool) -> tuple[str, ...]:
+def _free_share(colocated: bool) -> float:
+    """Of every GPU, for an engine. Collective over the world."""
+    return min(_gather(free_share() if colocated and torch.cuda.is_available() else ENGINE_SHARE))
+
+
+def _arguments(config: Config, vocabulary: int, single_node: bool, share: float) -> tuple[str, ...]:
     check_installed()
     rollout = config.rollout
     values = {
@@ -188,8 +219,9 @@ def _arguments(config: Config, vocabulary: int, single_node: bool) -> tuple[str,
         "max-sequences": rollout.max_sequences,
         "tensor": rollout.vllm.tensor,
         "seed": config.trainer.seed,
-        "gpu-memory-utilization": rollout.vllm.gpu_memory_utilization,
+        "gpu-memory-utilization": share,
         "kv-cache-gib": rollout.vllm.kv_cache_gib,
+        "load-format": "dummy",  # a refit brings the weights, and until then the server refuses to sample
         "host": "127.0.0.1" if single_node else _own_address(),
     }
     return tuple(word for name, value in values.items() for word in (f"--{name}", str(value)))

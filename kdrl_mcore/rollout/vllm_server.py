@@ -27,6 +27,7 @@ from fastapi.responses import StreamingResponse
 from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.rollout.gpu_memory import ENGINE_SHARE
 from kdrl_mcore.rollout.vllm_adapter import Engine, EngineSettings, Finished, end_group_with
 from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, write_address
 
@@ -213,7 +214,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "max_sequences": (256, "responses decoded at once"),
     "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
     "seed": (1, "of the engine; each request brings its own"),
-    "gpu_memory_utilization": (0.85, "share of each GPU"),
+    "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
     "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
     "load_format": ("auto", "auto, or dummy where a refit brings the weights"),
 }

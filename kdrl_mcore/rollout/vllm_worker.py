@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.errors import RefitError
+from kdrl_mcore.rollout.gpu_memory import give_back
 from kdrl_mcore.rollout.weight_reader import WeightReader
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RefitWorker:
             self.load_received(iter(reader))
         finally:
             reader.close()
+            give_back()  # where tensors were put together: the KV cache, which wakes next, takes all that is left
         if not reader.result:
             raise RefitError(f"worker {self.rank} did not read all tensors")
         return reader.result

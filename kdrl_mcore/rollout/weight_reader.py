@@ -25,7 +25,7 @@ class WeightReader:
             rank, ranks: which worker of its server this is, and of how many.
 
         Raises:
-            RefitError: nobody listens there.
+            RefitError: nobody listens there, or no writer is meant for this worker.
         """
         self.result: dict = {}
         self._rank = rank
@@ -33,10 +33,14 @@ class WeightReader:
         self._deadline = time.monotonic() + spec["timeout"]
         self._receiver: Receiver | None = None
         self._place = "the connection"
+        addresses = spec["addresses"]  # of the writer of every worker, or one for all
+        if len(addresses) not in (1, ranks):
+            raise RefitError(f"the engine has {ranks} workers, and {len(addresses)} ranks serve them")
+        host, port, token = addresses[rank % len(addresses)]
         try:
-            connected = socket.create_connection((spec["host"], spec["port"]), timeout=spec["timeout"])
+            connected = socket.create_connection((host, port), timeout=spec["timeout"])
             self._channel = Channel(connected, self._deadline)
-            self._channel.send({"token": spec["token"], "server": spec["server"], "rank": rank, "ranks": ranks})
+            self._channel.send({"token": token, "server": spec["server"], "rank": rank, "ranks": ranks})
         except (OSError, EOFError) as error:
             raise self._error(error) from error
 

@@ -1,7 +1,7 @@
 """How the bytes of a bucket get from a trainer's rank to the workers of the engines: each way has two ends.
 
 Both ends have two slots of `bucket_bytes`, so that one is filled while the other is read. `shared_memory`: one host, in host
-memory. `cuda_ipc`: one host, in the sender's GPU memory. `broadcast`: any hosts, by gloo or NCCL.
+memory. `cuda_ipc`: one GPU, in its memory. `broadcast`: any hosts, by gloo or NCCL.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.errors import RefitError
+from kdrl_mcore.rollout.gpu_memory import plain_segments
 from kdrl_mcore.rollout.weight_stream import remaining
 
 SLOTS = 2
@@ -101,10 +102,11 @@ def _map_slots(file: int, bucket_bytes: int) -> list[Tensor]:
 
 
 class CudaIpcSender:
-    """Slots in GPU memory; the receivers, on GPUs of the same node, map it by its CUDA IPC handles."""
+    """Slots in GPU memory; the receivers, on the same GPU, map it by its CUDA IPC handles."""
 
     def __init__(self, bucket_bytes: int, device: torch.device) -> None:
-        self.slots = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        with plain_segments():
+            self.slots = [torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
 
     def describe(self, index: int, count: int) -> dict:
         """See `Sender`. A handle counts its reader, so every receiver gets its own."""
@@ -124,15 +126,20 @@ class CudaIpcSender:
 
 
 class CudaIpcReceiver:
-    """The sender's GPU memory."""
+    """The sender's memory, on this worker's own GPU."""
 
-    def __init__(self, description: dict) -> None:
-        """Raises RefitError if this process does not see the sender's GPU."""
-        device = _device_of(description["gpu"])
+    def __init__(self, description: dict, device: torch.device) -> None:
+        """Raises RefitError if the sender is on another GPU: every byte would cross over, and be staged there."""
+        own = str(torch.cuda.get_device_properties(device).uuid)
+        if own != description["gpu"]:
+            raise RefitError(
+                f"the engine's worker runs on GPU {own}, the rank that serves it on GPU {description['gpu']}: the GPUs of a "
+                "colocated engine must be those of its ranks, in their order (CUDA_VISIBLE_DEVICES)"
+            )
         self._slots = []
         for fields in description["slots"]:
-            storage = torch.UntypedStorage._new_shared_cuda(device, *(_from_json(value) for value in fields))
-            self._slots.append(torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage))
+            storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *(_from_json(value) for value in fields))
+            self._slots.append(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
 
     def take(self, slot: int, used: int) -> Tensor:
         """See `Receiver`."""
@@ -141,16 +148,6 @@ class CudaIpcReceiver:
     def close(self) -> None:
         """See `Receiver`."""
         self._slots = []
-
-
-def _device_of(uuid: str) -> int:
-    for index in range(torch.cuda.device_count()):
-        if str(torch.cuda.get_device_properties(index).uuid) == uuid:
-            return index
-    raise RefitError(
-        f"the engine does not see GPU {uuid}: the GPU of the rank that drives a colocated engine must be in the engine's "
-        "CUDA_VISIBLE_DEVICES"
-    )
 
 
 def _to_json(value: Any) -> Any:
@@ -270,5 +267,5 @@ def make_receiver(
     if kind == "shared_memory":
         return SharedMemoryReceiver(description, bucket_bytes)
     if kind == "cuda_ipc":
-        return CudaIpcReceiver(description)
+        return CudaIpcReceiver(description, device)
     return BroadcastReceiver(description, bucket_bytes, device, host, deadline)

@@ -1,4 +1,5 @@
-"""The sending end of a refit on a rank that drives engines: it starts their reading, and hands them bucket after bucket."""
+"""The sending end of a refit on a rank that serves workers of engines: it hands them bucket after bucket. One that drives an
+engine also starts its reading."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -38,39 +40,65 @@ class WeightServer(Protocol):
 
 
 class WeightWriter:
-    """Feeds the workers of some servers. The first failure is kept in `error`; what comes after it goes nowhere, so that the
-    ranks that send can go on in step."""
+    """Feeds the worker of an engine that shares this rank's GPU (colocated), or all workers of some servers. The first failure
+    is kept in `error`; what comes after it goes nowhere, so that the ranks that send can go on in step."""
 
     def __init__(
         self,
+        engines: Sequence[int],
         servers: Sequence[WeightServer],
+        worker: int | None,
         version: int,
         table: Table,
         bucket_bytes: int,
         device: torch.device,
         deadline: float,
-        colocated: bool,
     ) -> None:
-        """Start the servers' reading and connect to every worker.
+        """Listen for the workers; `open` lets them come.
 
         Args:
+            engines: numbers of the engines, for messages.
+            servers: the same ones, on the rank that drives them; on the other ranks that serve their workers none.
+            worker: the one worker of a colocated engine that this rank serves, through memory: it runs on this host, and on
+                CUDA on this rank's GPU. None serves every worker of every server, through the network.
             device: where the weights are.
             deadline: `time.monotonic()` behind which everything fails.
-            colocated: the servers run on this host, and on CUDA on GPUs of it, this rank's among them.
         """
         self.error: str | None = None
-        self._servers, self._version, self._table = servers, version, table
+        self.address: list[Any] | None = None  # host, port and secret, as the workers get them
+        self._engines, self._servers, self._worker = engines, servers, worker
+        self._version, self._table = version, table
         self._bucket_bytes, self._device, self._deadline = bucket_bytes, device, deadline
-        self._place, self._colocated = "the connection", colocated
+        self._place = "the connection"
         self._published = 0
         self._channels: dict[tuple[int, int], Channel] = {}  # by server and worker
         self._replies: list[Future[list[dict[str, Any]]]] = []
         self._sender: Sender | None = None
         self._scratch: Tensor | None = None
+        self._listening: socket.socket | None = None
         try:
-            self._open()
+            host = "127.0.0.1" if worker is not None else _own_address(str(servers[0].address).rpartition(":")[0])
+            self._listening = socket.create_server((host, 0), backlog=128)
+            self.address = [host, self._listening.getsockname()[1], secrets.token_hex(16)]
+        except OSError as error:
+            self._fail(error)
+
+    def open(self, addresses: Sequence[list[Any] | None]) -> None:
+        """Start the servers' reading where this rank drives them, and connect to the workers.
+
+        Args:
+            addresses: of the writer of every worker, or one for all.
+        """
+        if self.error is not None:
+            return
+        try:
+            self._open(addresses)
         except (OSError, EOFError, RuntimeError, KdrlError) as error:
             self._fail(error)
+            if self._servers:  # the others wait for workers that may never have been told to come
+                for address in addresses:
+                    if address is not None and address != self.address:
+                        _tell(address, self.error or "")
 
     def next_slot(self) -> Tensor:
         """Where the coming bucket is to be put: its receivers have read what was there before."""
@@ -112,18 +140,24 @@ class WeightWriter:
         try:
             for channel in self._channels.values():
                 channel.send({"checksums": dict(checksums)})
+            for number in range(max(0, self._published - SLOTS), self._published):
+                for key, channel in self._channels.items():
+                    self._expect_ack(key, channel, number)
             for server, reply in zip(self._servers, self._replies, strict=True):
                 for worker, result in enumerate(_answer(reply, remaining(self._deadline))):
                     if result.get("digest") != digest:
                         found = result.get("digest")
                         raise RefitError(
-                            f"worker {worker} of {_name(server)} reports digest {found} of what it got, not {digest}"
+                            f"worker {worker} of engine {server.index} reports digest {found} of what it got, not {digest}"
                         )
         except (OSError, EOFError, KdrlError) as error:
             self._fail(error)
 
     def close(self) -> None:
         """Close the connections; a worker that still reads sees the end, and fails."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -131,25 +165,20 @@ class WeightWriter:
             self._sender.close()
             self._sender = None
 
-    def _open(self) -> None:
-        """Start the requests, and give every worker of every server its end of the transport."""
-        if self._colocated:
-            kind, host = {"cpu": "shared_memory", "cuda": "cuda_ipc"}[self._device.type], "127.0.0.1"
-        else:
-            kind, host = "broadcast", _own_address(str(self._servers[0].address).rpartition(":")[0])
-        token = secrets.token_hex(16)
-        with socket.create_server((host, 0), backlog=128) as listening:
-            spec = {
-                "host": host,
-                "port": listening.getsockname()[1],
-                "token": token,
-                "version": self._version,
-                "timeout": remaining(self._deadline),
-            }
-            self._replies = [
-                _request(server, self._version, {**spec, "server": number}) for number, server in enumerate(self._servers)
-            ]
-            self._accept_workers(listening, token)
+    def _open(self, addresses: Sequence[list[Any] | None]) -> None:
+        """Start the requests, and give every worker that is served here its end of the transport."""
+        if None in addresses:
+            raise RefitError("another rank that serves its workers cannot listen for them")
+        assert self.address is not None and self._listening is not None
+        host, kind = self.address[0], "broadcast"
+        if self._worker is not None:
+            kind = {"cpu": "shared_memory", "cuda": "cuda_ipc"}[self._device.type]
+        spec = {"addresses": addresses, "version": self._version, "timeout": remaining(self._deadline)}
+        self._replies = [
+            _request(server, self._version, {**spec, "server": number}) for number, server in enumerate(self._servers)
+        ]
+        with self._listening:
+            self._accept_workers(self._listening, len(addresses))
         self._sender = make_sender(kind, self._bucket_bytes, self._device, host, self._deadline)
         for index, channel in enumerate(self._channels.values()):
             channel.send(
@@ -162,13 +191,14 @@ class WeightWriter:
             )
         self._sender.connect()
 
-    def _accept_workers(self, listening: socket.socket, token: str) -> None:
-        """Wait for every worker of every server; the first one of each tells how many there are."""
-        missing = {(number, 0) for number in range(len(self._servers))}
+    def _accept_workers(self, listening: socket.socket, num_writers: int) -> None:
+        """Wait for the workers to be served; through the network the first one of each server tells how many there are."""
+        assert self.address is not None
+        missing = {(number, self._worker or 0) for number in range(len(self._engines))}
         listening.settimeout(_POLL)
         while missing:
             number, worker = min(missing)
-            self._place = f"the connection of worker {worker} of {_name(self._servers[number])}"
+            self._place = f"the connection of worker {worker} of engine {self._engines[number]}"
             remaining(self._deadline)
             for reply in self._replies:
                 if reply.done():
@@ -179,11 +209,18 @@ class WeightWriter:
                 hello = channel.receive()
             except (TimeoutError, EOFError):
                 continue
-            if not same_token(hello.get("token"), token):
+            if not same_token(hello.get("token"), self.address[2]):
                 channel.close()
                 continue
+            if "error" in hello:
+                channel.close()
+                raise RefitError(hello["error"])
             channel.deadline = self._deadline
-            missing |= {(hello["server"], rank) for rank in range(hello["ranks"])} - self._channels.keys()
+            if self._worker is None:
+                missing |= {(hello["server"], rank) for rank in range(hello["ranks"])} - self._channels.keys()
+            elif hello["ranks"] != num_writers:
+                channel.close()
+                raise RefitError(f"it has {hello['ranks']} workers, and {num_writers} ranks serve them")
             missing.discard((hello["server"], hello["rank"]))
             self._channels[hello["server"], hello["rank"]] = channel
         self._channels = dict(sorted(self._channels.items()))
@@ -191,7 +228,7 @@ class WeightWriter:
     def _expect_ack(self, key: tuple[int, int], channel: Channel, number: int) -> None:
         message = channel.receive()
         if message.get("read") != number:
-            raise RefitError(f"worker {key[1]} of {_name(self._servers[key[0]])} answered {message} instead of {number}")
+            raise RefitError(f"worker {key[1]} of engine {self._engines[key[0]]} answered {message} instead of {number}")
 
     def _fail(self, error: Exception) -> None:
         """Keep the error, with what a server itself says if it says it soon, and let go of the workers."""
@@ -205,7 +242,7 @@ class WeightWriter:
                 continue
             except RefitError as cause:
                 causes.append(str(cause))
-        names = ", ".join(map(_name, self._servers))
+        names = ", ".join(f"engine {index}" for index in self._engines)
         self.error = f"at {self._place}: {'; '.join(causes) or f'{names}: {why}'}"
         self.close()
 
@@ -234,8 +271,13 @@ def _answer(reply: Future[list[dict[str, Any]]], timeout: float) -> list[dict[st
     return reply.result()
 
 
-def _name(server: WeightServer) -> str:
-    return f"engine {server.index}"
+def _tell(address: Sequence[Any], error: str) -> None:
+    """Let the writer at this address know that its workers do not come."""
+    host, port, token = address
+    with suppress(OSError, EOFError):  # it may have gone, or have its worker: it then sees the end of that connection
+        channel = Channel(socket.create_connection((host, port), timeout=_HELLO), time.monotonic() + _HELLO)
+        channel.send({"token": token, "error": error})
+        channel.close()
 
 
 def _own_address(host: str) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.ranks import RankPool
 from tests.zoo import Zoo
 
-NAMES = ["versions", "devices", "models", "layout", "data", "memory", "run.dir", "all-reduce"]
+NAMES = ["versions", "devices", "models", "layout", "engines", "data", "memory", "run.dir", "all-reduce"]
 
 
 def overrides_of(zoo: Zoo, run: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """An engine server without an engine: it receives weights as vLLM's workers do, and keeps them in a dictionary.
 
-python -m tests.rollout.receiver WORKERS     prints its port, then serves until its input ends
+python -m tests.rollout.receiver WORKERS [cuda]     prints its port, then serves until its input ends; cuda: each worker has a
+GPU, on paper
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdrl_mcore.rollout.vllm_worker import RefitWorker
+from tests import paper_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class DictWorker(RefitWorker):
     """A worker whose model is a dictionary."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.device = rank, torch.device("cpu")
+    def __init__(self, rank: int, ranks: int, device: str = "cpu") -> None:
+        self.rank, self.device = rank, torch.device("cpu") if device == "cpu" else torch.device(device, rank)
         self.parallel_config = SimpleNamespace(world_size=ranks)
         self.tensors: dict[str, Tensor] = {}
         self.die_at: str | None = None
@@ -74,9 +76,9 @@ class DictServer:
 class Process:
     """The server's process."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, device: str = "cpu") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.rollout.receiver", str(workers)],
+            [sys.executable, "-m", "tests.rollout.receiver", str(workers), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -93,10 +95,12 @@ class Process:
         self.process.communicate()
 
 
-def main(num_workers: int) -> None:
+def main(num_workers: int, device: str = "cpu") -> None:
     """Serve."""
+    if device == "cuda":
+        paper_cuda.install()
     torch.set_num_threads(1)
-    workers = [DictWorker(rank, num_workers) for rank in range(num_workers)]
+    workers = [DictWorker(rank, num_workers, device) for rank in range(num_workers)]
     pool = ThreadPoolExecutor(num_workers)
     state: dict[str, Any] = {"version": None}
 
@@ -108,7 +112,12 @@ def main(num_workers: int) -> None:
             return results
         if route == "save":
             for worker in workers:
-                save_file(worker.tensors, f"{body['folder']}/worker{worker.rank}.safetensors")
+                save_file(
+                    {name: tensor.cpu() for name, tensor in worker.tensors.items()},
+                    f"{body['folder']}/worker{worker.rank}.safetensors",
+                )
+        if route == "order":
+            return list(workers[0].tensors)
         if route == "fault":
             for worker in workers:
                 vars(worker).update(body)
@@ -136,4 +145,4 @@ def main(num_workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -28,6 +28,7 @@ def refit(
     ports: dict[int, list[int]],
     *,
     colocated: bool = True,
+    workers: int = 2,
     bucket_bytes: int = 10_000,
     timeout: float = 60.0,
     version: int = 3,
@@ -53,6 +54,7 @@ def refit(
             timeout,
             bucket_bytes,
             colocated=colocated,
+            workers=workers,
             dtype=getattr(torch, dtype) if dtype else None,
         )
     except RefitError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import paper_cuda
 from tests.convert.test_conversion import all_tensors
 from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model
@@ -26,9 +28,12 @@ def receiver() -> Iterator[Process]:
 
 
 def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Both workers hold the tensors of an HF folder, byte for byte, and no others."""
+    """Both workers hold the tensors of an HF folder, byte for byte, and no others; and they came layer by layer: an engine
+    keeps a layer's tensors until it has the last of them."""
     receiver.client().post("save", {"folder": str(folder)})
     expected = all_tensors(hf)
+    layers = re.findall(r"\.layers\.(\d+)\.", " ".join(receiver.client().post("order", {})))
+    assert layers == sorted(layers, key=int)
     for worker in range(2):
         got = load_file(folder / f"worker{worker}.safetensors")
         assert got.keys() == expected.keys()
@@ -67,6 +72,20 @@ def test_every_worker_gets_the_bytes(
     assert len({result["digest"] for result in results}) == 1
     assert results[0]["num_bytes"] == sum(tensor.nbytes for tensor in all_tensors(hf).values())
     assert receiver.client().post("version", {}) == 3
+
+
+def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
+    """CUDA IPC on paper, both ends: a worker on another GPU than the rank that serves it would be refused."""
+    hf = make_model("qwen3_moe", tmp_path / "hf", seed=6)
+    ranks, receiver = RankPool(2, prepare=paper_cuda.install, backend="cpu:gloo,cuda:nccl"), Process(2, "cuda")
+    try:
+        layout = {"tensor": 2, "expert": 2, "sequence_parallel": True}
+        results = ranks.run(_refit, str(hf), layout, {0: [receiver.port]}, {})
+        assert "error" not in results[0], results[0]
+        assert_holds(receiver, hf, tmp_path)
+    finally:
+        ranks.close()
+        receiver.close()
 
 
 def _refit(path: str, layout: dict[str, Any], ports: dict[int, list[int]], settings: dict[str, Any]) -> dict[str, Any]:

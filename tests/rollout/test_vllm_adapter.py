@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,8 +45,9 @@ STATE: Any = SimpleNamespace(
 def test_columns_without_a_token_are_masked_under_both_model_runners(runner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ends_with: list[int] = []
     monkeypatch.setattr(vllm_adapter, "end_group_with", ends_with.append)
+    monkeypatch.setenv(vllm_adapter._SERVER_PID, "1")
     config: Any = SimpleNamespace(
-        additional_config={"num_tokens": NUM_TOKENS, "server_pid": 1},
+        additional_config={"num_tokens": NUM_TOKENS},
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         speculative_config=None,
     )
@@ -61,6 +63,19 @@ def test_columns_without_a_token_are_masked_under_both_model_runners(runner: int
         assert on_gpu.add_request(0, SamplingParams())  # else it would not be applied
         masked = on_gpu.apply(logits, SimpleNamespace())  # type: ignore[arg-type]
     assert torch.equal(masked, expected) and ends_with == [1]
+
+
+def test_every_start_finds_what_the_one_before_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps it under a hash of the whole configuration: nothing in there may differ from process to process."""
+    first = vllm_adapter.engine_args(SETTINGS, cuda=True)
+    monkeypatch.setattr(vllm_adapter.os, "getpid", lambda: 1)
+    assert vllm_adapter.engine_args(SETTINGS, cuda=True) == first
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(256, 8192), (10_000, 10_000)])
+def test_a_step_on_a_gpu_takes_enough_tokens(sequences: int, tokens: int) -> None:
+    settings = dataclasses.replace(SETTINGS, max_sequences=sequences)
+    assert vllm_adapter.engine_args(settings, cuda=True).max_num_batched_tokens == tokens
 
 
 def test_the_frontend_of_the_second_model_runner_takes_it() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kdrl_mcore import preflight
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.planning.shards import SHAPES
 from kdrl_mcore.rollout import vllm_placement
 
 VLLM = ["rollout=vllm", "objective=grpo"]
@@ -38,7 +40,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch, world: int, local: int, local_rank
 )
 def test_owners(overrides: Sequence[str], owners: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     in_a_job(monkeypatch, world=16, local=8)
-    assert vllm_placement._owners(config(*overrides)) == owners
+    assert vllm_placement.find_owners(config(*overrides)) == owners
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,28 @@ def test_owners(overrides: Sequence[str], owners: list[int], monkeypatch: pytest
 def test_engines_that_do_not_fit_are_refused(overrides: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_a_job(monkeypatch, world=16, local=8)
     with pytest.raises(ConfigError, match=message):
-        vllm_placement._owners(config(*overrides))
+        vllm_placement.find_owners(config(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("student", "tensor", "found"),
+    [
+        ("DeepSeek-R1-Distill-Qwen-32B", 8, "2 engines of tensor 8"),
+        ("Qwen2.5-3B", 8, "2 engines of tensor 8"),  # 2 heads of keys, each on 4 GPUs
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 8, "does not divide the student's 12 heads"),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 1, "16 engines of tensor 1"),
+    ],
+)
+def test_the_preflight_looks_at_the_engines(student: str, tensor: int, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_job(monkeypatch, world=16, local=8)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    settings = config(f"tensor={tensor}")
+    settings.student.path = str(SHAPES / student)
+    try:
+        answer = preflight.check_engines(settings)
+    except ConfigError as error:
+        answer = str(error)
+    assert found in answer
 
 
 def test_a_colocated_engine_has_its_ranks_gpus_and_a_server_those_that_no_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +91,10 @@ def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
 ) -> None:
     monkeypatch.setattr(vllm_placement, "check_installed", lambda: None)
     monkeypatch.setattr(vllm_placement, "_own_address", lambda: "10.0.0.5")
-    words = vllm_placement._arguments(config(), 61, single_node)
+    words = vllm_placement._arguments(config(), 61, single_node, 0.7)
     assert words[words.index("--host") + 1] == host
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.7"
+    assert words[words.index("--load-format") + 1] == "dummy"  # nothing is read from disk that a refit replaces
 
 
 def test_without_vllm_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def broken_refit(token: str, model: str, folder: str, address: str) -> str:
         servers = [EngineServer(0, Path(folder), address=address, token=token)]
     try:
         with FAULTS["lost"]():
-            send_weights(parts, servers, 1, 60.0, 2**18, colocated=True)
+            send_weights(parts, servers, 1, 60.0, 2**18, colocated=True, workers=2)
     except RefitError as error:
         return str(error)
     return ""

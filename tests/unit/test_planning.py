@@ -16,7 +16,7 @@ from kdrl_mcore.planning import published
 from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.live import LiveBytes
 from kdrl_mcore.planning.measures import measures, with_config
-from kdrl_mcore.planning.memory import GIB, fit_engine, kept_micro_batches
+from kdrl_mcore.planning.memory import GIB, engine_share, fit_engine, kept_micro_batches, plan_engine_share
 from kdrl_mcore.planning.passes import idle_experts
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.rates import NETWORK, Rates
@@ -28,8 +28,10 @@ from tools import plan as plan_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["experiment=kdrl_32b", "cluster=h100"]
+EMBEDDED = ["rollout=megatron"]
 VLLM = ["rollout=vllm", "rollout.vllm.tensor=4"]
 SERVERS = [*VLLM, "rollout.vllm.placement=server", "cluster.server_nodes=4"]
+LLAMA_70B = "models/DeepSeek-R1-Distill-Llama-70B"
 EXPERTS = ["student.path=Qwen3-30B-A3B", "teacher.path=Qwen3-32B", "parallel.pipeline=1", "parallel.expert=8", *VLLM]
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,7 +47,9 @@ def built() -> None:
     """One faked world for all plans of this file."""
     configs = [load_config(run.overrides.split()) for run in published.RUNS]
     # The run itself, and what is tried where it does not fit.
-    changes = [[], VLLM, [*VLLM, "rollout.vllm.tensor=8"], EXPERTS]
+    changes = [[], EMBEDDED, VLLM, ["rollout.vllm.tensor=1"], EXPERTS]
+    changes += [["experiment=paper_1p5b"], ["experiment=paper_zero_3b", "teacher.path=models/Qwen2.5-7B"]]
+    changes.append(["experiment=kdrl_70b", f"teacher.path={LLAMA_70B}"])
     changes += [[f"parallel.{key}"] for key in ("tensor=16", "pipeline=4", "context=2")]
     configs += [load_config([*RUN, *change]) for change in changes]
     try_shards([request for config in configs for request in shard_requests(config, 128).values()])
@@ -64,19 +68,19 @@ def test_the_plan_of_32b_fits_and_adds_up() -> None:
 
 
 def test_each_measure_moves_what_it_should() -> None:
-    plan = planned()
-    masked = planned("objective.kd.mask=response")
+    plan = planned(*EMBEDDED)
+    masked = planned(*EMBEDDED, "objective.kd.mask=response")
     assert masked.phase("teacher").total == pytest.approx(0.4 * plan.phase("teacher").total, rel=0.1)
-    kept = planned("parallel.recompute=none")
+    kept = planned(*EMBEDDED, "parallel.recompute=none")
     assert kept.phase("training").total < plan.phase("training").total and kept.peak > plan.peak
-    away = planned("optimizer.offload=true")
+    away = planned(*EMBEDDED, "optimizer.offload=true")
     assert away.memory[0].at("rollout") < plan.memory[0].at("rollout")
     assert away.memory[0].at("update") == plan.memory[0].at("update")
     assert planned("batch.updates_per_step=2").phase("old policy").total > 0
 
 
 def test_a_plan_that_does_not_fit_names_a_change_that_helps() -> None:
-    plan = planned("rollout.responses_per_prompt=64", "rollout.max_sequences=256")
+    plan = planned(*EMBEDDED, "rollout.responses_per_prompt=64", "rollout.max_sequences=256")
     assert not plan.fits
     lines = advise(plan)
     assert "DOES NOT FIT" in lines[1] and "KV cache" in lines[1]
@@ -99,14 +103,14 @@ def test_engines_are_where_the_configuration_puts_them() -> None:
         assert sum(item.bytes for item in rank.items if item.kind in ("rollout engine", "KV cache")) == 0.6 * 80 * GIB
     full = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.95")  # and what training holds
     assert not full.fits and any("rollout.vllm.gpu_memory_utilization=0.7" in line for line in advise(full))
-    share = fit_engine(full.setup).config.rollout.vllm.gpu_memory_utilization
-    assert make_plan(fit_engine(full.setup)).fits and fit_engine(colocated.setup) == colocated.setup and share < 0.95
+    fitted = fit_engine(full.setup)
+    assert make_plan(fitted).fits and fit_engine(colocated.setup) == colocated.setup and engine_share(fitted) < 0.95
     few = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.6", "rollout.max_sequences=8")
     assert few.phase("rollout").total > 1.5 * colocated.phase("rollout").total
 
-    servers = planned(*SERVERS)  # one engine on each
+    servers = planned(*SERVERS)  # two engines on each
     engine = servers.setup.engine
-    assert engine is not None and (engine.layout.data, servers.setup.engine_gpus, servers.setup.gpus) == (4, 32, 160)
+    assert engine is not None and (engine.layout.data, servers.setup.engine_gpus, servers.setup.gpus) == (8, 32, 160)
     assert servers.memory[-1].name == "servers" and servers.memory[-1].peak == pytest.approx(0.85 * 80 * GIB)
     assert not any(item.kind == "KV cache" for item in servers.memory[0].items)
     found = find_engines(load_config([*RUN, *VLLM, "rollout.vllm.placement=server", "rollout.vllm.replicas=6"]), 128)
@@ -114,6 +118,37 @@ def test_engines_are_where_the_configuration_puts_them() -> None:
     for overrides, message in ((["rollout.vllm.replicas=99"], "99 times"), (["rollout.vllm.tensor=3"], "tensor=3 do not fit")):
         with pytest.raises(ConfigError, match=message):
             planned(*VLLM, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "share"), [([], 128, 0.71), (["experiment=kdrl_70b", f"teacher.path={LLAMA_70B}"], 256, 0.69)]
+)
+def test_a_colocated_engine_takes_what_training_leaves(overrides: list[str], world: int, share: float) -> None:
+    config = load_config([*RUN, *overrides])
+    plan = make_plan(make_setup(config, workload_of(config)))
+    assert engine_share(plan.setup) == plan_engine_share(config, world, 80.0) == share
+    kept = max(rank.between_steps for rank in plan.memory)  # weights, gradients, optimizer, and what asleep engines keep
+    assert plan.fits and kept + (share + 0.01) * 80 * GIB > 0.95 * 80 * GIB
+    more = load_config([*RUN, *overrides, "optimizer.offload=true"])
+    assert plan_engine_share(more, world, 80.0) > share
+    given = load_config([*RUN, *overrides, "rollout.vllm.gpu_memory_utilization=0.85"])
+    assert plan_engine_share(given, world, 80.0) == 0.85 and not make_plan(make_setup(given, workload_of(given))).fits
+
+
+def test_an_engine_that_training_leaves_no_room_for_is_refused_in_one_line() -> None:
+    config = load_config([*RUN, "rollout.vllm.tensor=1"])  # 61 GiB of weights
+    with pytest.raises(
+        ConfigError, match=r"training leaves 71% of 80 GiB .* which needs 6\d\.\d GiB .* raise rollout.vllm.tensor"
+    ):
+        plan_engine_share(config, 128, 80.0)
+
+
+def test_vllm_is_planned_to_sample_faster_than_the_embedded_engine_where_that_is_the_default() -> None:
+    """Launching a layer's kernels one by one takes longer than reading its weights."""
+    for overrides in ([], ["experiment=paper_1p5b"], ["experiment=paper_zero_3b", "teacher.path=models/Qwen2.5-7B"]):
+        vllm, embedded = planned(*overrides), planned(*overrides, *EMBEDDED)
+        assert vllm.setup.engine is not None and embedded.setup.engine is None
+        assert vllm.phase("rollout").total < 0.75 * embedded.phase("rollout").total
 
 
 def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
@@ -220,7 +255,7 @@ def test_packing_is_the_trainers() -> None:
         Workload(4, 10, 100, 50)
 
 
-@pytest.mark.parametrize(("gib", "message"), [(80, None), (40, "tools/plan.py")])
+@pytest.mark.parametrize(("gib", "message"), [(80, None), (24, "tools/plan.py")])
 def test_the_preflight_makes_the_same_plan(gib: int, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(total_memory=gib * GIB)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 if [[ $* == *slurm/settings.py* ]]; then
-  echo "config_nodes=2 server_nodes=${SERVER_NODES:-0} ranks_per_node=8 server_arguments=--x" | tr ' ' '\\n'
+  echo "config_nodes=2 ${SERVERS:-server_nodes=0} ranks_per_node=8" | tr ' ' '\\n'
   echo "run_dir=$RUN"
   echo "server_overrides=()"
 fi
 """
+ONE_SERVER = "server_nodes=1 servers_per_node=1 server_gpus=8 server_arguments=--x"
 SCONTROL = """#!/usr/bin/env bash
 echo "NodeName=n3 NodeAddr=10.0.0.3 " # its `show nodes`; of `show hostnames` only the number of lines counts
 """
@@ -64,7 +65,7 @@ def test_every_step_runs_in_the_container(tmp_path: Path) -> None:
 def test_servers_may_have_an_environment_of_their_own(
     settings: dict[str, str], image: str, python: str, tmp_path: Path
 ) -> None:
-    calls = submit(tmp_path, KDRL_PREFLIGHT="0", SLURM_JOB_NUM_NODES="3", SERVER_NODES="1", **settings)
+    calls = submit(tmp_path, KDRL_PREFLIGHT="0", SLURM_JOB_NUM_NODES="3", SERVERS=ONE_SERVER, **settings)
     (servers,) = [call for call in calls if "slurm/serve.sh" in call]
     (train,) = [call for call in calls if "slurm/task.sh" in call]
     assert f"--container-image={image} " in servers and "--container-image=/images/kdrl.sqsh " in train
