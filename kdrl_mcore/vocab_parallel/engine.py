@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from kdrl_mcore.vocab_parallel.chunk import Chunk, ChunkLoss, Kernels, logits_memory
 from kdrl_mcore.vocab_parallel.collectives import gather_sequence, reduce_scatter_sequence, sum_over_ranks
 from kdrl_mcore.vocab_parallel.comparison import Compare
+from kdrl_mcore.vocab_parallel.products import add_product
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 CHUNK_BYTES = 64 * 2**20
@@ -229,12 +230,12 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
         hidden_CH = hidden_SH[head.rows_T[rows]]
         chunk = Chunk(
             hidden_CH,
-            weight_VH[:real],
+            weight_VH,
             head.targets_T[rows],
             head.shard,
             head.temperature,
             memory.first(len(hidden_CH)),
-            (teacher.hidden_DG[rows], teacher.weight_VG[:real], teacher.compare)
+            (teacher.hidden_DG[rows], teacher.weight_VG, teacher.compare)
             if teacher is not None and rows.stop <= num_taught
             else None,
         )
@@ -242,7 +243,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
             value, d_logits_CV = chunk.loss(head.chunk_loss, rows, differentiate=any(wanted))
             loss += value
             if d_logits_CV is not None:
-                _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[:real], rows)
+                _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[: d_logits_CV.size(1)], rows)
         measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C, chunk.teacher_log_prob_C))
     gradients.finish(real, weight_VH.dtype)
     return HeadOutputs(loss, *(torch.cat(parts) for parts in zip(*measured, strict=True))), gradients
@@ -252,18 +253,6 @@ def _accumulate(gradients: _Gradients, d_logits_CV: Tensor, hidden_CH: Tensor, w
     """The chunk's dX, and its share of dW, which is added up in at least float32 without a second [V, H]."""
     if gradients.rows_TH is not None:
         torch.mm(d_logits_CV, weight_VH, out=gradients.rows_TH[rows])
-    if gradients.weight_VH is None:
-        return
-    d_weight_VH = gradients.weight_VH[: len(weight_VH)]
-    first, gradients.weight_written = not gradients.weight_written, True
-    if d_weight_VH.dtype == hidden_CH.dtype:
-        d_weight_VH.addmm_(d_logits_CV.T, hidden_CH, beta=0 if first else 1)
-        return
-    columns = max(1, CHUNK_BYTES // (hidden_CH.element_size() * hidden_CH.size(1)))
-    for start in range(0, len(weight_VH), columns):
-        block = slice(start, start + columns)
-        part_BH = d_logits_CV[:, block].T @ hidden_CH
-        if first:
-            d_weight_VH[block] = part_BH
-        else:
-            d_weight_VH[block] += part_BH
+    if gradients.weight_VH is not None:
+        first, gradients.weight_written = not gradients.weight_written, True
+        add_product(gradients.weight_VH[: len(weight_VH)], d_logits_CV.T, hidden_CH, first=first)

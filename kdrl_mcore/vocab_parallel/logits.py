@@ -57,6 +57,28 @@ def local_peak(logits_CV: Tensor) -> Tensor:
     return logits_CV.amax(dim=1)
 
 
+def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
+    """The columns [C, min(top_k, V)] of the largest logits, largest first, of equal logits the lower column first.
+
+    `torch.topk` leaves open which of equal logits it returns. Here it only finds the threshold: S is what is above it and the
+    first columns that equal it. That is the same number in each row, so the device need not be waited for.
+    """
+    rows, columns = logits_CV.shape
+    top_k = min(top_k, columns)
+    values_CK = logits_CV.topk(top_k, dim=1, sorted=False).values
+    if values_CK.numel() == 0:
+        return torch.empty(rows, top_k, dtype=torch.long, device=logits_CV.device)
+    threshold_C1 = values_CK.amin(dim=1, keepdim=True)
+    above_CV = logits_CV > threshold_C1
+    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
+    equal_CV = (logits_CV < threshold_C1).logical_or_(above_CV).logical_not_()
+    missing_C1 = top_k - above_CV.sum(dim=1, keepdim=True)
+    chosen_CV = above_CV.logical_or_(equal_CV.logical_and_(equal_CV.cumsum(dim=1, dtype=torch.int32) <= missing_C1))
+    column_CK = torch.nonzero_static(chosen_CV, size=rows * top_k)[:, 1].view(rows, top_k)
+    order_CK = logits_CV.gather(1, column_CK).sort(dim=1, descending=True, stable=True).indices
+    return column_CK.gather(1, order_CK)
+
+
 def local_target(centred_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """(the targets' logits [C], 1.0 or 0.0 [C] for whether they are this rank's); the logit is 0 where they are not."""
     own_C, column_C = shard.locate(targets_C)
