@@ -20,10 +20,10 @@ STATISTICS_BLOCK = 4096
 TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
 LARGEST_BLOCK = 2048
-"""Columns that one program handles at a time: as many as keep its sums in registers with four programs on a multiprocessor."""
+"""Columns that one program handles at a time: as many as keep its sums in registers with three programs on a multiprocessor."""
 WARPS = 8
 REGISTERS = 80
-"""Of a thread that holds a block's sums: three programs on a multiprocessor. Left alone, ptxas spills for a fourth on an A100."""
+"""Of a thread that holds a block's sums: three programs on a multiprocessor. Left alone, ptxas spills to fit a fourth."""
 
 
 def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:

@@ -150,4 +150,3 @@ class TritonLogits(ChunkLogits):
         for arguments in spread:
             triton_kernels.overwrite(self._student_CW, *arguments)
         return self._student_CW[:, : self._multiplied]
-

@@ -1,4 +1,4 @@
-"""The output head on paper CUDA, through Triton's kernels: it never waits for the GPU, and gives what torch gives on the CPU."""
+"""The output head on paper CUDA, through Triton's kernels: it never waits for the GPU, and gives what the CPU gives."""
 
 from __future__ import annotations
 
