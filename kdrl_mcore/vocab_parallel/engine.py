@@ -31,11 +31,11 @@ CHUNK_BYTES = 64 * 2**20
 LEAST_CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
 """With fewer rows the products wait for the weight and dW to pass through memory.
 
-A chunk costs 2*C*H*V FLOP each for its logits, dX and dW (V columns of the rank). Its memory traffic in bfloat16 is 12*H*V bytes:
-the weight read twice (2 each), dW read and written in float32 (8); and 12*C*V: each logit written (2), read for the statistics
-(2), overwritten by the derivative (4), which two products read (4). On an H100 (989 TFLOP/s, 3.35 TB/s) the traffic takes
-590 * (1/C + 1/H) of the products' time: all of it at 700 rows with H 4096, 0.29 at 4096 rows. A teacher adds 2*C*G*V FLOP,
-2*G*V and 6*C*V bytes.
+A chunk costs 2*C*H*V FLOP each for its logits, dX and dW (V columns of the rank). Its memory traffic in bfloat16 is 12*H*V
+bytes: the weight read twice (2 each), dW read and written in float32 (8); and 12*C*V: each logit written (2), read for the
+statistics (2), overwritten by the derivative (4), which two products read (4). On an H100 (989 TFLOP/s, 3.35 TB/s) the traffic
+takes 590 * (1/C + 1/H) of the products' time: all of it at 700 rows with H 4096, 0.29 at 4096 rows. A teacher adds 2*C*G*V
+FLOP, 2*G*V and 6*C*V bytes.
 """
 
 
