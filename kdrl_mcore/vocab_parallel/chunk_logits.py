@@ -19,6 +19,9 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 ROW_ALIGNMENT_BYTES = 64
 """Rows of logits start at multiples of this: matrix products on GPUs are slow with odd row strides."""
 
+FILLED_COLUMNS = 32
+"""Where filler stands behind the real columns, a row takes a multiple of this many: 64 bytes of a 16-bit type."""
+
 Model = Literal["student", "teacher"]
 
 
@@ -39,7 +42,7 @@ class LogitsTerms:
 class ChunkLogits(ABC):
     """The logits of one chunk, in memory that every chunk uses again. No method communicates.
 
-    The order of calls: `project`, `centre`, any of `at`, `ordered`, `difference_C` (once) and `outside` (after `at`), `totals`,
+    The order of calls: `project`, `centre`, any of `at`, `largest`, `difference_C` (once) and `outside` (after `at`), `totals`,
     and `gradient`, after which the logits are gone.
     """
 
@@ -59,7 +62,10 @@ class ChunkLogits(ABC):
         self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
     ) -> Tensor:
         """The logits hidden @ weight^T / temperature, formed in the arguments' precision; `teacher` is (hidden [C, G], weight
-        [V, G]). Returns this rank's largest of each row, [1, C], or [2, C] with a teacher."""
+        [at least V, G]). Returns this rank's largest of each row, [1, C], or [2, C] with a teacher.
+
+        Rows of a weight beyond V are padding: they may be multiplied and must be finite, and count for nothing.
+        """
 
     @abstractmethod
     def centre(self, peaks_KC: Tensor) -> None:
@@ -71,8 +77,9 @@ class ChunkLogits(ABC):
         columns."""
 
     @abstractmethod
-    def ordered(self, model: Model) -> Tensor:
-        """A [C, V] tensor whose rows are ordered as the model's logits are."""
+    def largest(self, model: Model, top_k: int) -> Tensor:
+        """The columns [C, min(top_k, V)] of the model's largest logits, largest first, of equal logits the lower column first.
+        Without waiting for the device."""
 
     @abstractmethod
     def difference_C(self) -> Tensor:
@@ -95,7 +102,8 @@ class ChunkLogits(ABC):
         temperature: float,
         shard: VocabShard,
     ) -> Tensor:
-        """dL/d(logits before the temperature), [C, V], in the matrix products' precision, in the chunk's own memory.
+        """dL/d(logits before the temperature), in the matrix products' precision, in the chunk's own memory: [C, V], or with
+        zeros for some of the weight's further rows behind them.
 
         Args:
             targets: (token ids [C], what to add to dL/dz there [C]).

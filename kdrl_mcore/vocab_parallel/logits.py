@@ -16,6 +16,8 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 MASKED = -1e30
 """The largest logit of a rank without real columns: finite, for 0 * infinity would be NaN."""
+COUNTS_BYTES = 16 * 2**20
+"""What the counts of equal logits may take at a time."""
 
 
 def token_log_probs_and_entropy(
@@ -55,6 +57,32 @@ def local_peak(logits_CV: Tensor) -> Tensor:
     if logits_CV.size(1) == 0:
         return logits_CV.new_full((logits_CV.size(0),), MASKED)
     return logits_CV.amax(dim=1)
+
+
+def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
+    """The columns [C, min(top_k, V)] of the largest logits, largest first, of equal logits the lower column first.
+
+    `torch.topk` leaves open which of equal logits it returns. Here it only finds the threshold: S is what is above it and the
+    first columns that equal it. That is the same number in each row, so the device need not be waited for.
+    """
+    top_k = min(top_k, logits_CV.size(1))
+    if top_k == 0 or len(logits_CV) == 0:
+        return torch.empty(len(logits_CV), top_k, dtype=torch.long, device=logits_CV.device)
+    rows = max(1, COUNTS_BYTES // (4 * logits_CV.size(1)))
+    return torch.cat([_top_k_of_rows(block_CV, top_k) for block_CV in logits_CV.split(rows)])
+
+
+def _top_k_of_rows(logits_CV: Tensor, top_k: int) -> Tensor:
+    values_CK = logits_CV.topk(top_k, dim=1, sorted=False).values
+    threshold_C1 = values_CK.amin(dim=1, keepdim=True)
+    above_CV = logits_CV > threshold_C1
+    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
+    equal_CV = (logits_CV < threshold_C1).logical_or_(above_CV).logical_not_()
+    missing_C1 = top_k - above_CV.sum(dim=1, keepdim=True)
+    chosen_CV = above_CV.logical_or_(equal_CV.logical_and_(equal_CV.cumsum(dim=1, dtype=torch.int32) <= missing_C1))
+    column_CK = torch.nonzero_static(chosen_CV, size=values_CK.numel())[:, 1].view(values_CK.shape)
+    order_CK = logits_CV.gather(1, column_CK).sort(dim=1, descending=True, stable=True).indices
+    return column_CK.gather(1, order_CK)
 
 
 def local_target(centred_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

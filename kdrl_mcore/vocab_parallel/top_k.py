@@ -64,8 +64,7 @@ def fused_top_k_reverse_kl(
     Raises:
         ValueError: as there; or top_k is not in 1 to shard.size, or support or tail is unknown.
 
-    Collectives over the shard's group: those of `fused_exact_reverse_kl`, and for each chunk an all-gather of [C, 3*k]. On CUDA
-    the choice of S waits for the device once per chunk.
+    Collectives over the shard's group: those of `fused_exact_reverse_kl`, and for each chunk an all-gather of [C, 3*k].
     """
     if tail not in ("truncate", "renormalize", "bucket"):
         raise ValueError(f"tail is '{tail}': it must be truncate, renormalize or bucket")
@@ -127,29 +126,6 @@ def fused_top_k_unbiased(
     )
 
 
-def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
-    """The columns [C, min(top_k, V)] of the largest logits, largest first, of equal logits the lower column first.
-
-    `torch.topk` leaves open which of equal logits it returns. Here it only finds the threshold; every column that reaches it is
-    a candidate, and a stable sort of the few candidates decides.
-    """
-    top_k = min(top_k, logits_CV.size(1))
-    if top_k == 0 or len(logits_CV) == 0:
-        return torch.empty(len(logits_CV), top_k, dtype=torch.long, device=logits_CV.device)
-    threshold_C = logits_CV.topk(top_k, dim=1, sorted=False).values.amin(dim=1)
-    # "not below" rather than "at least": a row of NaN keeps its columns, and its loss shows the NaN.
-    row_M, column_M = (logits_CV < threshold_C[:, None]).logical_not_().nonzero(as_tuple=True)
-    count_C = torch.bincount(row_M, minlength=len(logits_CV))
-    place_M = torch.arange(len(row_M), device=row_M.device) - (count_C.cumsum(0) - count_C)[row_M]
-    widest = int(count_C.max())
-    value_CM = logits_CV.new_full((len(logits_CV), widest), -torch.inf)
-    column_CM = torch.zeros_like(value_CM, dtype=torch.long)
-    value_CM[row_M, place_M] = logits_CV[row_M, column_M]
-    column_CM[row_M, place_M] = column_M
-    order_CK = value_CM.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return column_CM.gather(1, order_CK)
-
-
 def _checked(top_k: int, support: str, shard: VocabShard) -> int:
     if not 1 <= top_k <= shard.size:
         raise ValueError(f"top_k is {top_k}: it must be between 1 and the vocabulary's {shard.size} tokens")
@@ -173,7 +149,7 @@ def _choose(logits: ChunkLogits, shard: VocabShard, top_k: int, support: Support
     Ids travel as floats, which are exact up to 2^24. Ranks stand in column order, so the stable sort over all candidates again
     prefers lower ids.
     """
-    column_CK = local_top_k(logits.ordered(support), top_k)
+    column_CK = logits.largest(support, top_k)
     missing = top_k - column_CK.size(1)
     student_CK, teacher_CK = logits.at(column_CK)
     assert teacher_CK is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms, Model, empty_rows, multiply
-from kdrl_mcore.vocab_parallel.logits import local_peak
+from kdrl_mcore.vocab_parallel.logits import local_peak, local_top_k
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
@@ -87,11 +87,10 @@ class TorchLogits(ChunkLogits):
 
         return gather(self._student_CV), None if self._teacher_CV is None else gather(self._teacher_CV)
 
-    def ordered(self, model: Model) -> Tensor:
-        if model == "student":
-            return self._student_CV
-        assert self._teacher_CV is not None
-        return self._teacher_CV
+    def largest(self, model: Model, top_k: int) -> Tensor:
+        logits_CV = self._student_CV if model == "student" else self._teacher_CV
+        assert logits_CV is not None
+        return local_top_k(logits_CV, top_k)
 
     def difference_C(self) -> Tensor:
         """The teacher's buffer then holds e_v (y_v - z_v): its sum gives the divergence, and it is all that dD/dz needs."""
@@ -146,6 +145,7 @@ class TorchLogits(ChunkLogits):
 
 def _project(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CV: Tensor, low_CV: Tensor | None) -> None:
     """Multiplied in the parameters' precision, then widened."""
+    weight_VH = weight_VH[: out_CV.size(1)]
     multiply(hidden_CH, weight_VH, temperature, out_CV if low_CV is None else low_CV)
     if low_CV is not None:
         out_CV.copy_(low_CV)

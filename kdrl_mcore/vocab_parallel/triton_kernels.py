@@ -1,7 +1,10 @@
 """Triton kernels over the logits of one chunk: softmax statistics in one read, the derivative in place in one pass.
 
-Everything is added up in float32, whatever the logits' type. C rows, V columns of this rank, z the student's and y the
-teacher's logits; largest logits start from a finite number, for a difference of infinities would be NaN.
+Everything is added up in float32, whatever the logits' type; largest logits start from a finite number, for a difference of
+infinities would be NaN. Give them a number of columns that is a multiple of 16: only then can the compiler tell that 16 bytes
+belong to a row together, and move them in one access instead of eight.
+
+C rows, V columns of this rank, z the student's and y the teacher's logits.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ from kdrl_mcore.vocab_parallel.logits import MASKED
 STATISTICS_BLOCK = 4096
 TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
-"""Columns that one program handles at a time: as many as keep its sums in registers with four programs on a multiprocessor."""
+LARGEST_BLOCK = 2048
+"""Columns that one program handles at a time: as many as keep its sums in registers with three programs on a multiprocessor."""
 WARPS = 8
+REGISTERS = 80
+"""Of a thread that holds a block's sums: three programs on a multiprocessor. Left alone, ptxas spills to fit a fourth."""
 
 
 def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
@@ -41,6 +47,7 @@ def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
                 TEACHER=y_CV is not None,
                 BLOCK=block,
                 num_warps=WARPS,
+                maxnreg=REGISTERS,
             )
     return out_KC
 
@@ -71,6 +78,33 @@ def differentiate(z_CV: Tensor, y_CV: Tensor | None, column_C: Tensor, numbers_K
             )
 
 
+def largest(z_CV: Tensor, top_k: int) -> Tensor:
+    """The columns [C, top_k] of the largest logits, ascending, of equal logits the lower columns.
+
+    `torch.topk` leaves open which of equal logits it returns, so it only finds the threshold. A second read takes what is above
+    it and the first columns that equal it: exactly top_k, so that the host has nothing to count.
+    """
+    rows, columns = z_CV.shape
+    column_CK = torch.empty(rows, top_k, dtype=torch.long, device=z_CV.device)
+    if rows and top_k:
+        values_CK = z_CV.topk(top_k, dim=1, sorted=False).values
+        threshold_C = values_CK.amin(dim=1)
+        above_C = (values_CK > threshold_C[:, None]).sum(dim=1, dtype=torch.int32)
+        with torch.cuda.device_of(z_CV):
+            _largest[(rows,)](
+                z_CV,
+                z_CV.stride(0),
+                threshold_C,
+                above_C,
+                column_CK,
+                columns,
+                top_k,
+                BLOCK=min(LARGEST_BLOCK, triton.next_power_of_2(columns)),
+                num_warps=WARPS,
+            )
+    return column_CK.sort(dim=1).values
+
+
 def overwrite(d_CV: Tensor, column_CK: Tensor, own_CK: Tensor, values_CK: Tensor) -> None:
     """d[c, column_CK[c, k]] = values_CK[c, k] wherever own_CK; columns are distinct within a row."""
     rows, count = column_CK.shape
@@ -86,7 +120,7 @@ def overwrite(d_CV: Tensor, column_CK: Tensor, own_CK: Tensor, values_CK: Tensor
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _statistics(
     z_ptr, z_stride, y_ptr, y_stride, out_ptr, rows, columns, LOWEST: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -130,7 +164,7 @@ def _statistics(
         tl.store(out_ptr + 5 * rows + row, tl.sum(difference, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _differentiate(
     z_ptr, z_stride, y_ptr, y_stride, column_ptr, numbers_ptr, rows, columns, TEACHER: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -149,6 +183,34 @@ def _differentiate(
     d = tl.exp(z) * factor
     d += tl.where(lanes == tl.load(column_ptr + row), tl.load(numbers_ptr + 3 * rows + row), 0.0)
     tl.store(at, d.to(z_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _largest(z_ptr, z_stride, threshold_ptr, above_ptr, column_ptr, columns, count, BLOCK: tl.constexpr):
+    """One program per row. What is above the threshold takes the first places and what equals it those behind, in the order of
+    columns; few blocks hold any of either."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    z_row = z_ptr + row * z_stride
+    column_row = column_ptr + row * count
+    threshold = tl.load(threshold_ptr + row).to(tl.float32)
+    next_above = 0
+    next_equal = tl.load(above_ptr + row)
+    for start in range(0, columns, BLOCK):
+        column = start + lanes
+        inside = column < columns
+        z = tl.load(z_row + column, mask=inside, other=0.0).to(tl.float32)
+        above = inside & (z > threshold)
+        # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
+        equal = inside & ~(z > threshold) & ~(z < threshold)
+        found = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan: a block is shorter than 2^15
+        total = tl.sum(found, axis=0)
+        if total > 0:
+            before = tl.cumsum(found, axis=0) - found
+            place = tl.where(above, next_above + (before & 0xFFFF), next_equal + (before >> 16))
+            tl.store(column_row + place, column.to(tl.int64), mask=above | (equal & (place < count)))
+            next_above += total & 0xFFFF
+            next_equal += total >> 16
 
 
 @triton.jit

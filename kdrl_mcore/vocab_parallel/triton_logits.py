@@ -3,7 +3,11 @@
 The matrix products' own output is the only [C, V] there is (one more for a teacher); nothing is widened, centred or
 exponentiated in memory. Imported only where Triton can run: on CUDA, or on CPU under Triton's interpreter.
 
-C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
+A row takes W columns of memory: the V real ones and filler up to a multiple that suits the kernels. The filler's logits are
+`MASKED`, so that its exponentials, and its part of every sum and of the derivative, are exactly zero. The products cover it as
+far as the weight has rows there (its padding), so that their sizes are even as well.
+
+C rows of a chunk, V real vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import triton_kernels
-from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms, Model, empty_rows, multiply
+from kdrl_mcore.vocab_parallel.chunk_logits import FILLED_COLUMNS, ChunkLogits, LogitsTerms, Model, multiply
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -23,34 +27,43 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 class TritonLogits(ChunkLogits):
     """Holds the logits as the products wrote them; `centre` only corrects the rows' sums for the ranks' largest logit."""
 
-    def __init__(self, student_CV: Tensor, teacher_CV: Tensor | None) -> None:
-        self._student_CV, self._teacher_buffer_CV = student_CV, teacher_CV
-        self._teacher_CV: Tensor | None = None
+    def __init__(self, columns: int, student_CW: Tensor, teacher_CW: Tensor | None) -> None:
+        self._columns, self._student_CW, self._teacher_buffer_CW = columns, student_CW, teacher_CW
+        self._teacher_CW: Tensor | None = None
         """The teacher's buffer where this chunk has a teacher."""
 
     @classmethod
     def allocate(
         cls, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
     ) -> Self:
+        width = -(-columns // FILLED_COLUMNS) * FILLED_COLUMNS
         return cls(
-            empty_rows(rows, columns, dtype, device),
-            None if teacher_dtype is None else empty_rows(rows, columns, teacher_dtype, device),
+            columns,
+            torch.empty(rows, width, dtype=dtype, device=device),
+            None if teacher_dtype is None else torch.empty(rows, width, dtype=teacher_dtype, device=device),
         )
 
     def first(self, rows: int) -> Self:
-        teacher_CV = self._teacher_buffer_CV
-        return type(self)(self._student_CV[:rows], None if teacher_CV is None else teacher_CV[:rows])
+        teacher_CW = self._teacher_buffer_CW
+        return type(self)(self._columns, self._student_CW[:rows], None if teacher_CW is None else teacher_CW[:rows])
 
     def project(
         self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
     ) -> Tensor:
-        multiply(hidden_CH, weight_VH, temperature, self._student_CV)
+        self._multiplied = self._multiply(hidden_CH, weight_VH, temperature, self._student_CW)
         if teacher is not None:
-            assert self._teacher_buffer_CV is not None
-            self._teacher_CV = self._teacher_buffer_CV
-            multiply(*teacher, temperature, self._teacher_CV)
-        self._local_KC = triton_kernels.statistics(self._student_CV, self._teacher_CV)
+            assert self._teacher_buffer_CW is not None
+            self._teacher_CW = self._teacher_buffer_CW
+            self._multiply(*teacher, temperature, self._teacher_CW)
+        self._local_KC = triton_kernels.statistics(self._student_CW, self._teacher_CW)
         return self._local_KC[::3].clone()  # the ranks' largest will overwrite it
+
+    def _multiply(self, hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CW: Tensor) -> int:
+        """The logits, `MASKED` behind the real columns. Returns how many columns the weight has rows for."""
+        columns = min(len(weight_VH), out_CW.size(1))
+        multiply(hidden_CH, weight_VH[:columns], temperature, out_CW[:, :columns])
+        out_CW[:, self._columns :] = MASKED
+        return columns
 
     def centre(self, peaks_KC: Tensor) -> None:
         self._peaks_KC = peaks_KC
@@ -65,34 +78,35 @@ class TritonLogits(ChunkLogits):
             self._difference_C = scale_C * (difference_C + (teacher_shift_C - shift_C) * total_C)
 
     def at(self, column_CK: Tensor) -> tuple[Tensor, Tensor | None]:
-        def gather(logits_CV: Tensor, peak_C: Tensor) -> Tensor:
-            if logits_CV.size(1) == 0:
+        def gather(logits_CW: Tensor, peak_C: Tensor) -> Tensor:
+            if self._columns == 0:
                 return peak_C.new_zeros(column_CK.shape)
-            return logits_CV.gather(1, column_CK).float() - peak_C[:, None]
+            return logits_CW.gather(1, column_CK).float() - peak_C[:, None]
 
-        student_CK = gather(self._student_CV, self._peaks_KC[0])
-        return student_CK, None if self._teacher_CV is None else gather(self._teacher_CV, self._peaks_KC[1])
+        student_CK = gather(self._student_CW, self._peaks_KC[0])
+        return student_CK, None if self._teacher_CW is None else gather(self._teacher_CW, self._peaks_KC[1])
 
-    def ordered(self, model: Model) -> Tensor:
-        if model == "student":
-            return self._student_CV
-        assert self._teacher_CV is not None
-        return self._teacher_CV
+    def largest(self, model: Model, top_k: int) -> Tensor:
+        logits_CW = self._student_CW if model == "student" else self._teacher_CW
+        assert logits_CW is not None
+        column_CK = triton_kernels.largest(logits_CW, min(top_k, self._columns))
+        order_CK = logits_CW.gather(1, column_CK).sort(dim=1, descending=True, stable=True).indices
+        return column_CK.gather(1, order_CK)
 
     def difference_C(self) -> Tensor:
         return self._difference_C
 
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
         """A second read, with the columns masked for its duration."""
-        assert self._teacher_CV is not None
-        buffers = (self._student_CV, self._teacher_CV)
-        kept = [buffer_CV.gather(1, column_CK).float() for buffer_CV in buffers if buffer_CV.size(1)]
-        for buffer_CV in buffers:
-            masked_CK = torch.full(column_CK.shape, MASKED, device=buffer_CV.device)
-            triton_kernels.overwrite(buffer_CV, column_CK, own_CK, masked_CK)
+        assert self._teacher_CW is not None
+        buffers = (self._student_CW, self._teacher_CW)
+        kept = [buffer_CW.gather(1, column_CK).float() for buffer_CW in buffers if self._columns]
+        for buffer_CW in buffers:
+            masked_CK = torch.full(column_CK.shape, MASKED, device=buffer_CW.device)
+            triton_kernels.overwrite(buffer_CW, column_CK, own_CK, masked_CK)
         peak_C, total_C, _, teacher_peak_C, teacher_total_C, _ = triton_kernels.statistics(*buffers)
-        for buffer_CV, kept_CK in zip(buffers, kept, strict=False):
-            triton_kernels.overwrite(buffer_CV, column_CK, own_CK, kept_CK)
+        for buffer_CW, kept_CK in zip(buffers, kept, strict=False):
+            triton_kernels.overwrite(buffer_CW, column_CK, own_CK, kept_CK)
         peaks_KC, totals_KC = torch.stack((peak_C, teacher_peak_C)), torch.stack((total_C, teacher_total_C))
         return totals_KC * (peaks_KC - self._peaks_KC).exp()
 
@@ -128,10 +142,11 @@ class TritonLogits(ChunkLogits):
             at_target_CK = torch.where(ids_CK == ids_C[:, None], g_C[:, None], 0.0)
             spread.append((column_CK, own_CK, z_CK.exp() * factor_CK + values_CK / temperature + at_target_CK))
         numbers = [self._peaks_KC[0], row_C, product_C, g_C]
-        teacher_CV = self._teacher_CV if any(term.difference_row_C is not None for term in terms) else None
-        if teacher_CV is not None:
+        teacher_CW = self._teacher_CW if any(term.difference_row_C is not None for term in terms) else None
+        if teacher_CW is not None:
             numbers += [self._peaks_KC[1], difference_C]
-        triton_kernels.differentiate(self._student_CV, teacher_CV, torch.where(own_C, column_C, -1), torch.stack(numbers))
+        target_C = torch.where(own_C, column_C, -1)
+        triton_kernels.differentiate(self._student_CW, teacher_CW, target_C, torch.stack(numbers))
         for arguments in spread:
-            triton_kernels.overwrite(self._student_CV, *arguments)
-        return self._student_CV
+            triton_kernels.overwrite(self._student_CW, *arguments)
+        return self._student_CW[:, : self._multiplied]

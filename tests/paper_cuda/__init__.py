@@ -23,10 +23,11 @@ def install() -> None:
     _installed = True
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from tests.paper_cuda import collectives, dispatch, module, questions, triton_kernels
+    from tests.paper_cuda import collectives, dispatch, module, products, questions, triton_kernels
 
     questions.install()
     module.install()
     collectives.install()
+    products.install()
     triton_kernels.install()
     dispatch.install()

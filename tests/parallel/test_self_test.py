@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kdrl_mcore.config import load_config
 from tests.ranks import RankPool
@@ -30,11 +33,13 @@ LAYOUTS = {
 
 
 def run_spoiled_on_rank(overrides: list[str], fault: str, size: float) -> Outcome:
-    """Train; the sampler reports one log-prob that is off by `size`, or ranks do not add up their shares of a sum."""
+    """Train; the sampler reports one log-prob that is off by `size`, or samples at another temperature; or ranks do not add up
+    their shares of a sum, or look for the targets in wrong columns."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    with _shifted_token(size) if fault == "sampler" else _missing_sum():
+    faults = {"sampler": lambda: _shifted_token(size), "temperature": lambda: _other_temperature(size)}
+    with {**faults, "sum": _missing_sum, "columns": _wrong_columns}[fault]():
         return train_on_rank(overrides)
 
 
@@ -50,6 +55,28 @@ def _shifted_token(size: float) -> Iterator[None]:
         return rollouts
 
     with patch.object(MegatronEngine, "generate", shifted):
+        yield
+
+
+@contextmanager
+def _other_temperature(temperature: float) -> Iterator[None]:
+    from kdrl_mcore.rollout.megatron import MegatronEngine
+
+    generate = MegatronEngine.generate
+
+    def heated(engine: Any, prompts: Any, sampling: Any, *args: Any) -> Any:
+        return generate(engine, prompts, replace(sampling, temperature=temperature), *args)
+
+    with patch.object(MegatronEngine, "generate", heated):
+        yield
+
+
+@contextmanager
+def _wrong_columns() -> Iterator[None]:
+    from kdrl_mcore.vocab_parallel import VocabShard
+
+    locate = VocabShard.locate
+    with patch.object(VocabShard, "locate", lambda shard, ids: locate(shard, ids - 1)):
         yield
 
 
@@ -134,11 +161,42 @@ def test_the_bound_is_a_setting_and_the_test_can_be_left_out(zoo: Zoo, prompts: 
         assert passed(outcome) == (setting == "rollout.max_log_prob_drift=0.3")
 
 
-def test_ranks_that_do_not_add_up_their_sums_are_refused(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    outcomes = ranks2.run(run_spoiled_on_rank, replaying(zoo, tmp_path, "parallel.tensor=2"), "sum", 0.0)
+@pytest.mark.parametrize("fault", ["sum", "columns"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_that_add_up_wrong_sums_are_refused(dtype: str, fault: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    overrides = replaying(zoo, tmp_path, "parallel.tensor=2", f"model.dtype={dtype}")
+    outcomes = ranks2.run(run_spoiled_on_rank, overrides, fault, 0.0)
     assert [outcome.code for outcome in outcomes] == [1, 1]
     errors = outcomes[0].stderr + outcomes[1].stderr
     assert "vocabulary-parallel sums are wrong in this layout" in errors
+
+
+@pytest.mark.parametrize(
+    ("fault", "size", "code"),
+    [("sampler", 0.5, 0), ("sampler", float("nan"), 1), ("sampler", 5.0, 1), ("temperature", 1.2, 1)],
+)
+def test_bfloat16_is_judged_by_the_mean(
+    fault: str, size: float, code: int, zoo: Zoo, prompts: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Half a nat on one token is what rounding may do; a sampler at another temperature is not, though no token stands out."""
+    overrides = sampling(zoo, prompts, tmp_path, "model.dtype=bfloat16", "parallel.tensor=2")
+    outcomes = ranks2.run(run_spoiled_on_rank, overrides, fault, size)
+    assert [outcome.code for outcome in outcomes] == [code] * 2, outcomes[0].stderr
+    assert not code or "on average, more than 0.05" in outcomes[0].stderr + outcomes[1].stderr
+
+
+def test_logits_of_hundreds_in_bfloat16_pass(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """Each is rounded by up to a nat."""
+    shutil.copytree(zoo.model("untied"), tmp_path / "model")
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    weights = load_file(path)
+    weights["lm_head.weight"] *= 100.0
+    save_file(weights, path, metadata={"format": "pt"})
+    overrides = replaying(zoo, tmp_path / "run", "parallel.tensor=2", "model.dtype=bfloat16", "rollout.temperature=0.7")
+    overrides += [f"student.path={tmp_path / 'model'}", "checkpoint.export_hf=false"]
+    outcomes = ranks2.run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert passed(outcomes[0])
 
 
 def test_drift_while_training_is_an_alert_where_the_student_samples_for_itself() -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.vocab_parallel import VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
+from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 from tests.ranks import RankPool
 from tests.reference.head_cases import HEADS, Sizes, assert_same, run_head
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 TWO_RANKS = {
     "padded": Sizes(columns=41, size=77, tokens=4, taught=3, chunk_tokens=2),
+    "rows_for_all_filler": Sizes(columns=64, size=111, tokens=4, taught=3, chunk_tokens=2),
     "a_rank_of_padding": Sizes(columns=24, size=20, tokens=3, taught=2),
 }
 
@@ -49,6 +51,50 @@ def compare_shared(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     results = [run_head(name, sizes, dtype, kernels, group, rank) for kernels in ("triton", "torch")]
     assert_same(*results, ROUNDING[dtype])
+
+
+def compare_columns(remainder: int) -> None:
+    """Real columns that exceed a multiple of 32 by `remainder`, in a weight that has rows for all of the filler, for a part of
+    it or for none: rank 0 in float32 and rank 1 in bfloat16."""
+    for padding in (0, 5, 64):
+        for name in ("log_prob_entropy_k2", "exact", "top_k_teacher_renormalize"):
+            compare_alone(name, Sizes(columns=32 + remainder + padding, size=32 + remainder, chunk_tokens=2))
+
+
+def check_filler() -> None:
+    """Memory that holds NaN: the filler's derivative is zero, as is that of the weight's padding."""
+    columns, shard = 35, VocabShard(None, 0, 48, 35)
+    generator = torch.Generator().manual_seed(8)
+    logits = logits_memory("triton", 3, columns, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+    logits._student_CW.fill_(torch.nan)
+    logits._teacher_buffer_CW.fill_(torch.nan)
+    hidden_CH, weight_VH, teacher_VG = (torch.randn(n, 8, generator=generator).bfloat16() for n in (3, 48, 41))
+    logits.centre(logits.project(hidden_CH, weight_VH, (hidden_CH, teacher_VG), 1.0))
+    totals_KC, difference_C = logits.totals(), logits.difference_C()
+    assert torch.isfinite(totals_KC).all() and torch.isfinite(difference_C).all()
+    number_C = torch.full((3,), -3.0)
+    terms = [LogitsTerms(number_C, product_row_C=number_C, difference_row_C=number_C)]
+    d_CV = logits.gradient(terms, None, totals_KC[0], 1.0, shard)
+    assert d_CV.shape == (3, 48) and d_CV[:, :columns].all() and not d_CV[:, columns:].any()
+
+
+def compare_largest(columns: int) -> None:
+    """Of many equal logits the lower columns, in several blocks, as plain sorting has it; a row of NaN keeps k columns."""
+    from kdrl_mcore.vocab_parallel import triton_kernels
+    from kdrl_mcore.vocab_parallel.logits import local_top_k
+
+    generator = torch.Generator().manual_seed(9)
+    logits_CV = torch.randint(-3, 4, (6, columns), generator=generator).bfloat16()
+    logits_CV[1], logits_CV[2] = 0.0, torch.nan
+    logits_CV[3, columns // 2 :] = torch.nan
+    for top_k in (1, min(columns, 20), columns):
+        chosen_CK = triton_kernels.largest(logits_CV, top_k)
+        expected_CK = logits_CV.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        for row in (0, 1, 4, 5):
+            assert torch.equal(chosen_CK[row], expected_CK[row].sort().values)
+            assert torch.equal(local_top_k(logits_CV, top_k)[row], expected_CK[row])
+        assert chosen_CK[2].tolist() == local_top_k(logits_CV, top_k)[2].tolist() == list(range(top_k))
+        assert len(set(chosen_CK[3].tolist())) == top_k
 
 
 def compare_no_tokens() -> None:
@@ -84,10 +130,27 @@ def test_rows_of_several_blocks_equal_torch(interpreted: RankPool, name: str) ->
     interpreted.run(compare_alone, name, Sizes(columns=4999, size=4997, tokens=2, taught=1))
 
 
+@pytest.mark.parametrize("remainder", [0, 1, 15, 16, 31])
+def test_any_number_of_columns_equals_torch(interpreted: RankPool, remainder: int) -> None:
+    interpreted.run(compare_columns, remainder)
+
+
+def test_what_stands_behind_the_columns_counts_for_nothing(interpreted: RankPool) -> None:
+    interpreted.run(check_filler)
+
+
+@pytest.mark.parametrize("columns", [1, 37, 5000])
+def test_of_equal_logits_the_lower_columns_are_the_largest(interpreted: RankPool, columns: int) -> None:
+    interpreted.run(compare_largest, columns)
+
+
+@pytest.mark.parametrize("sizes", ["padded", "rows_for_all_filler"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", HEADS)
-def test_two_ranks_equal_torch_with_a_padded_vocabulary(interpreted: RankPool, name: str, dtype: torch.dtype) -> None:
-    interpreted.run(compare_shared, name, TWO_RANKS["padded"], dtype)
+def test_two_ranks_equal_torch_with_a_padded_vocabulary(
+    interpreted: RankPool, name: str, dtype: torch.dtype, sizes: str
+) -> None:
+    interpreted.run(compare_shared, name, TWO_RANKS[sizes], dtype)
 
 
 @pytest.mark.parametrize("name", HEADS)

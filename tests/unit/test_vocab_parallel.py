@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head, head_log_probs
-from kdrl_mcore.vocab_parallel.top_k import local_top_k
+from kdrl_mcore.vocab_parallel.logits import local_top_k
 from tests.reference import vocabulary
 from tests.reference.vocabulary import KINDS, TOP_K, Layout, Problem, answer, assert_same, dense, make_problem
 
