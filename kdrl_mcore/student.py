@@ -122,6 +122,8 @@ class Student:
             DistributedDataParallel(self.parts.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.parts.chunks)
         ]
+        for chunk in self.parts.chunks:
+            mcore.fuse_gradient_accumulation(chunk)
         dtype = DTYPES[config.model.dtype]
         settings = config.optimizer
         mcore.use_adam(Adam)

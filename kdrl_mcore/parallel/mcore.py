@@ -3,11 +3,16 @@ its CUDA extras."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -16,9 +21,34 @@ import torch
 from kdrl_mcore.interrupt import end_with_parent
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can serve: it imports, and there is a CUDA device."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+logger = logging.getLogger(__name__)
+
+
+@cache
+def why_no_transformer_engine() -> str | None:
+    """Why Transformer Engine cannot serve in this process; None where it can. Imports it, once.
+
+    Megatron-Core takes what it finds, also without a GPU, and does not import itself where Transformer Engine is there but broken
+    (built for another torch, a CUDA library missing). So where it cannot serve it is hidden from this process: call this before
+    anything of Megatron-Core is imported.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if not torch.cuda.is_available():
+        reason = "Transformer Engine needs a GPU, and there is none"
+    else:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+            return None
+        except Exception as error:  # whatever stops its libraries from loading comes in its own type
+            first_line = str(error).partition("\n")[0]
+            reason = f"Transformer Engine is installed but does not import ({type(error).__name__}: {first_line})"
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning("%s on %s: Megatron-Core's own layers serve instead", reason, socket.gethostname())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it is an ImportError from now on
+    return reason
 
 
 def layer_submodules(use_transformer_engine: bool, qk_norm: bool, num_experts: int | None) -> Any:
@@ -84,6 +114,18 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 dimension = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
+
+
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's linear layers add each weight's gradient to its `main_grad`, which DDP has given it, within the
+    matrix product, rather than hand it to autograd in the weight's type.
+
+    Megatron-Core's own setting (`gradient_accumulation_fusion`) asks Apex of the output head, whose gradient is not formed by its
+    module here.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from kdrl_mcore.parallel import mcore
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -55,6 +57,7 @@ def prepare_platform(deterministic: bool = False) -> None:
     if _prepared:
         return
     _prepared = True
+    mcore.why_no_transformer_engine()
     # Megatron-Core warns at import about each optional CUDA package it does not find.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|transformer_engine).*")
