@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdrl_mcore.parallel import mcore
 
@@ -42,6 +43,11 @@ _prepared = False
 def device() -> torch.device:
     """This rank's device: its CUDA device, or the CPU where there is no CUDA."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """The tensor on this rank's device. On CUDA it goes through pinned memory, and nothing waits for it."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor.to(device())
 
 
 def prepare_platform(deterministic: bool = False) -> None:

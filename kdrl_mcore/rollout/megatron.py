@@ -19,7 +19,7 @@ from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import Run, pack, partition
-from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
@@ -60,7 +60,7 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing to do."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutEngine`; it does not verify. Collective over the world."""
         groups = self._parts.groups
@@ -94,11 +94,11 @@ class MegatronEngine:
         """(place in the global batch, rollout) of each response of these prompts."""
         copies, limit = sampling.copies, sampling.max_response_tokens
         alignment = self._parts.groups.layout.replica_alignment
-        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).to(device())
+        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).on_device()
         order = packed.order
         lengths = [len(prompts[i].token_ids) for i in order]
         places = [indices[i] * copies + copy for i in order for copy in range(copies)]
-        random = uniforms(sampling.key, places, limit).to(device())
+        random = to_device(uniforms(sampling.key, places, limit))
         cache = KVCache(lengths, copies, limit, device())
         ends = torch.tensor(lengths, device=device()).cumsum(0) - 1
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
