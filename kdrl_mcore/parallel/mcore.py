@@ -152,6 +152,43 @@ def finish_param_gather(chunk: Any) -> None:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
+def weights_to_save(model: Any) -> dict[str, Any]:
+    """A model chunk's state as Megatron's sharded tensors."""
+    return model.sharded_state_dict()
+
+
+def weights_to_load(model: Any) -> dict[str, Any]:
+    """`weights_to_save` without the `_extra_state` of the modules (of FP8 training; empty here): under Transformer Engine other
+    modules have one than under Megatron-Core's own layers, and a checkpoint of one is to load into the other."""
+    return {name: value for name, value in model.sharded_state_dict().items() if not _is_extra_state(name)}
+
+
+def take_weights(model: Any, weights: dict[str, Any]) -> None:
+    """Take over what `dist_checkpointing.load` returned for `weights_to_load`.
+
+    Raises:
+        RuntimeError: a weight is missing, or does not belong to the model.
+    """
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if not _is_extra_state(name)] + unexpected
+    if wrong:
+        raise RuntimeError(f"the model and what was loaded do not have the same weights: {wrong[0]} ({len(wrong)} such)")
+
+
+def _is_extra_state(name: str) -> bool:
+    return "_extra_state" in name.rpartition(".")[2]
+
+
+def complete_parameter_groups(optimizer: Any) -> None:
+    """After loading, give every parameter group the settings that the checkpoint's optimizer did not have: Transformer Engine's
+    Adam reads more of them than the one that serves without it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        for group in inner.param_groups if inner is not None else []:
+            for name, value in inner.defaults.items():
+                group.setdefault(name, value)
+
+
 @contextmanager
 def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
     """While the distributed optimizer describes its state for a checkpoint, its parameters' ranges leave out padding between

@@ -1,44 +1,101 @@
-"""Transformer Engine's layers, played by the stand-in of `tests/stubs`."""
+"""Under Transformer Engine's layers (played by `tests/stubs`) everything is as under Megatron-Core's own:
+loss, log-probs and gradients, with the weights' gradients added to the main gradient in the layers themselves; optimizer, weights
+from and to Hugging Face files, refit, and checkpoints, which load from one kind of layers into the other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.parallel.test_dense_agreement import Case, check
+from kdrl_mcore.convert.convert import import_hf
+from tests.convert import test_expert_training, worker
+from tests.late_weights import OVERLAPPED
+from tests.parallel.test_dense_agreement import Case, assert_gradients, check
+from tests.parallel.test_optimizer_agreement import check_adam, overrides_of
 from tests.ranks import RankPool
-from tests.te_ranks import STUBS, play_transformer_engine
+from tests.reference.tiny_models import make_model, make_qwen2, read_hf_weights
+from tests.te_ranks import STUBS, attention_on_rank, modules_on_rank, play_transformer_engine, refit_on_rank
+from tests.training import metrics_of, train_on_rank
 from tests.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[RankPool]:
-    pool = RankPool(2, import_first=[STUBS])
+def te_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2, import_first=[STUBS], prepare=play_transformer_engine)
     yield pool
     pool.close()
 
 
-@pytest.fixture
-def te_ranks(started: RankPool) -> RankPool:
-    started.run(play_transformer_engine)
-    return started
-
-
-LAYOUTS = {
-    "tp2": Case(2, "parallel.tensor=2"),
-    "tp2 sp": Case(2, "parallel.tensor=2 parallel.sequence_parallel=true batch.micro_tokens=40"),
-    "pp2": Case(2, "parallel.pipeline=2"),
+SEQUENCE_PARALLEL = "parallel.tensor=2 parallel.sequence_parallel=true"
+ROWS = {
+    "tp2": Case(2, "parallel.tensor=2", student="one_kv_head"),
+    "tp2 sp": Case(2, f"{SEQUENCE_PARALLEL} parallel.recompute=full batch.micro_tokens=40"),
+    "tied, pp2 interleaved": Case(2, "parallel.pipeline=2 parallel.virtual_pipeline=2 batch.micro_tokens=40", student="tied"),
     "cp2": Case(2, "parallel.context=2"),
-    "dp2": Case(2, "batch.micro_tokens=40"),
-    "tied, pp2 interleaved, recompute": Case(
-        2, "parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.recompute=full", student="tied"
-    ),
-    "one kv head": Case(2, "parallel.tensor=2", student="one_kv_head"),
 }
 
 
-@pytest.mark.parametrize("case", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_dense(case: Case, zoo: Zoo, te_ranks: RankPool, tmp_path: Path) -> None:
-    check(case, zoo, te_ranks, tmp_path)
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_loss_log_probs_and_gradients_are_those_of_the_dense_reference(
+    row: Case, zoo: Zoo, te_ranks: RankPool, tmp_path: Path
+) -> None:
+    check(row, zoo, te_ranks, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, f"{OVERLAPPED} batch.micro_tokens=40"], ids=["tp2 sp", "dp2 overlapped"])
+def test_two_steps_of_its_adam_are_those_of_torch(layout: str, zoo: Zoo, te_ranks: RankPool, tmp_path: Path) -> None:
+    check_adam(2, layout, True, zoo, te_ranks, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, "parallel.expert=2"], ids=["tp2 sp", "ep2"])
+def test_norms_of_heads_and_grouped_experts_train(family: str, layout: str, te_ranks: RankPool, tmp_path: Path) -> None:
+    if family == "qwen3" and "expert" in layout:
+        layout = "batch.micro_tokens=32"
+    student = make_model(family, tmp_path / "student", seed=11, vocab_size=64)
+    teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+    probe = test_expert_training.make_probe(tmp_path, student, teacher)
+    test_expert_training.check(probe, te_ranks, layout.split(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_attention_over_packed_sequences_is_ours(tensor: int, zoo: Zoo, te_ranks: RankPool) -> None:
+    for distances in te_ranks.run(attention_on_rank, str(zoo.model("untied")), tensor):
+        assert max(distances) < 1e-5
+
+
+@pytest.mark.parametrize("family, layout", [("qwen3", {"tensor": 2}), ("qwen3_moe", {"expert": 2})], ids=["tp2", "ep2"])
+def test_weights_come_and_go_to_the_byte(family: str, layout: dict[str, int], te_ranks: RankPool, tmp_path: Path) -> None:
+    hf = make_model(family, tmp_path / "hf", seed=4)
+    (modules, _) = te_ranks.run(modules_on_rank, str(hf), layout)
+    assert modules["decoder.layers.0.self_attention.linear_qkv"] == "TELayerNormColumnParallelLinear"
+    assert te_ranks.run(refit_on_rank, str(hf), layout) == [[], []]
+    te_ranks.run(worker.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
+    before, after = read_hf_weights(hf), read_hf_weights(tmp_path / "exported")
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    import_hf(hf, tmp_path / "megatron", None, lambda total: lambda num_bytes: None)
+    assert all(te_ranks.run(worker.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
+
+
+@pytest.mark.parametrize("first, then", [("local", "te"), ("te", "local")], ids=["from local", "to local"])
+def test_a_run_goes_on_under_the_other_layers(
+    first: str, then: str, zoo: Zoo, te_ranks: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    pools = {"te": te_ranks, "local": ranks2}
+    settings = ("optimizer.lr=0.01", "optimizer.adam_eps=1e-3", "checkpoint.every=1", SEQUENCE_PARALLEL)
+
+    def train(kind: str, run: str, steps: int) -> dict[str, Any]:
+        overrides = [*overrides_of(zoo, tmp_path / run, "untied"), *" ".join(settings).split(), f"trainer.steps={steps}"]
+        outcomes = pools[kind].run(train_on_rank, overrides)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        return {name: weight.double() for name, weight in read_hf_weights(tmp_path / run / "hf").items()}
+
+    whole = train("local", "whole", 2)
+    halfway = train(first, "run", 1)
+    ended = train(then, "run", 2)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    assert_gradients({name: ended[name] - halfway[name] for name in ended}, {n: whole[n] - halfway[n] for n in whole})
