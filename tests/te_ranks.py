@@ -5,11 +5,15 @@ The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from tests.training import Outcome, train_on_rank
 
 STUBS = str(Path(__file__).parent / "stubs")
 """First on the path of a pool of such ranks."""
@@ -73,3 +77,25 @@ def refit_on_rank(path: str, layout: dict[str, Any]) -> list[str]:
     whole, owned = read_hf_weights(path), owned_tensors(parts)
     sent = {name: tensor for name, tensor in hf_tensors(parts) if tensor is not None and name in owned}
     return [name for name in owned if not torch.equal(sent[name], whole[name])]
+
+
+def updates_on_rank(overrides: Sequence[str]) -> Outcome:
+    """One step of training; `found` says of each parameter whether its layer added the gradient to the main gradient."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.student import Student
+
+    found: dict[str, bool] = {}
+    gradient = Student._gradient
+
+    def watched(student: Any, micro_batches: Any) -> Any:
+        result = gradient(student, micro_batches)
+        for chunk in student.parts.chunks:
+            found.update({name: parameter.grad_added_to_main_grad for name, parameter in chunk.named_parameters()})
+        return result
+
+    with patch.object(Student, "_gradient", watched):
+        outcome = train_on_rank([*overrides, "trainer.steps=1"])
+    outcome.found = found
+    return outcome

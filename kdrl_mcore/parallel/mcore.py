@@ -20,7 +20,6 @@ import torch
 
 from kdrl_mcore.interrupt import end_with_parent
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -28,9 +27,9 @@ logger = logging.getLogger(__name__)
 def why_no_transformer_engine() -> str | None:
     """Why Transformer Engine cannot serve in this process; None where it can. Imports it, once.
 
-    Megatron-Core takes what it finds, also without a GPU, and does not import itself where Transformer Engine is there but broken
-    (built for another torch, a CUDA library missing). So where it cannot serve it is hidden from this process: call this before
-    anything of Megatron-Core is imported.
+    Megatron-Core takes what it finds, also without a GPU, and does not import itself where Transformer Engine is there but
+    broken (built for another torch, a CUDA library missing). So where it cannot serve it is hidden from this process: call this
+    before anything of Megatron-Core is imported.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
@@ -120,8 +119,8 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """Have Transformer Engine's linear layers add each weight's gradient to its `main_grad`, which DDP has given it, within the
     matrix product, rather than hand it to autograd in the weight's type.
 
-    Megatron-Core's own setting (`gradient_accumulation_fusion`) asks Apex of the output head, whose gradient is not formed by its
-    module here.
+    Megatron-Core's own setting (`gradient_accumulation_fusion`) wants Apex for the output head, whose gradient is not formed by
+    its module here.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -1,6 +1,6 @@
-"""Under Transformer Engine's layers (played by `tests/stubs`) everything is as under Megatron-Core's own:
-loss, log-probs and gradients, with the weights' gradients added to the main gradient in the layers themselves; optimizer, weights
-from and to Hugging Face files, refit, and checkpoints, which load from one kind of layers into the other.
+"""Under Transformer Engine's layers (played by `tests/stubs`) everything is as under Megatron-Core's own: loss, log-probs and
+gradients, which its layers add to the main gradient themselves; optimizer, weights from and to Hugging Face files, refit, and
+checkpoints, which load from one kind of layers into the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.parallel.test_dense_agreement import Case, assert_gradients, check
 from tests.parallel.test_optimizer_agreement import check_adam, overrides_of
 from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model, make_qwen2, read_hf_weights
-from tests.te_ranks import STUBS, attention_on_rank, modules_on_rank, play_transformer_engine, refit_on_rank
+from tests.te_ranks import STUBS, attention_on_rank, modules_on_rank, play_transformer_engine, refit_on_rank, updates_on_rank
 from tests.training import metrics_of, train_on_rank
 from tests.zoo import Zoo
 
@@ -49,6 +49,16 @@ def test_loss_log_probs_and_gradients_are_those_of_the_dense_reference(
 @pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, f"{OVERLAPPED} batch.micro_tokens=40"], ids=["tp2 sp", "dp2 overlapped"])
 def test_two_steps_of_its_adam_are_those_of_torch(layout: str, zoo: Zoo, te_ranks: RankPool, tmp_path: Path) -> None:
     check_adam(2, layout, True, zoo, te_ranks, tmp_path)
+
+
+@pytest.mark.parametrize("student", ["untied", "tied"])
+def test_the_layers_add_their_weights_gradients_to_the_main_gradient(
+    student: str, zoo: Zoo, te_ranks: RankPool, tmp_path: Path
+) -> None:
+    for outcome in te_ranks.run(updates_on_rank, [*overrides_of(zoo, tmp_path, student), "parallel.pipeline=2"]):
+        assert outcome.code == 0, outcome.stderr
+        for name, by_layer in outcome.found.items():
+            assert by_layer == (".linear_" in name and name.endswith(".weight")), name
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
