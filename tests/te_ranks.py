@@ -5,7 +5,8 @@ The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,14 @@ def play_transformer_engine() -> None:
 
     prepare_platform()
     mcore._prepare_local_experts()  # what the dispatcher wants of tensors on a CPU
+
+
+def under_te_on_rank(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function of `tests.convert.worker` or one below, with models whose layers are Transformer Engine's in float32 too."""
+    from tests.convert import worker
+
+    with patch.object(worker, "ModelConfig", partial(worker.ModelConfig, spec="transformer_engine")):
+        return function(*arguments)
 
 
 def modules_on_rank(path: str, layout: dict[str, Any]) -> dict[str, str]:
@@ -80,7 +89,7 @@ def refit_on_rank(path: str, layout: dict[str, Any]) -> list[str]:
 
 
 def updates_on_rank(overrides: Sequence[str]) -> Outcome:
-    """One step of training; `found` says of each parameter whether its layer added the gradient to the main gradient."""
+    """`train_on_rank`; `found` says of each parameter whether its layer added the gradient to the main gradient."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -96,6 +105,6 @@ def updates_on_rank(overrides: Sequence[str]) -> Outcome:
         return result
 
     with patch.object(Student, "_gradient", watched):
-        outcome = train_on_rank([*overrides, "trainer.steps=1"])
+        outcome = train_on_rank(overrides)
     outcome.found = found
     return outcome

@@ -163,13 +163,19 @@ def build_model(
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers are made of Transformer Engine's modules.
 
+    With `model.spec=auto` not in float32: Transformer Engine multiplies it in TF32, whose rounding is a thousand times as large.
+
     Raises:
         ConfigError: they are to be, and it cannot serve here.
     """
+    if model.spec == "local":
+        return False
     reason = mcore.why_no_transformer_engine()
-    if model.spec == "transformer_engine" and reason is not None:
+    if model.spec == "auto":
+        return reason is None and model.dtype != "float32"
+    if reason is not None:
         raise ConfigError(f"model.spec=transformer_engine, but {reason}: mend that, or use model.spec=auto")
-    return model.spec != "local" and reason is None
+    return True
 
 
 def vocab_shard(architecture: Architecture, groups: ModelGroups, vocabulary: int) -> VocabShard:

@@ -22,7 +22,7 @@ from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import uses_transformer_engine  # imports Megatron-Core
 from megatron.core.models.gpt import gpt_layer_specs
-print(uses_transformer_engine(ModelConfig()), gpt_layer_specs.HAVE_TE)
+print(uses_transformer_engine(ModelConfig(dtype="bfloat16")), gpt_layer_specs.HAVE_TE)
 try:
     uses_transformer_engine(ModelConfig(spec="transformer_engine"))
 except ConfigError as error:
