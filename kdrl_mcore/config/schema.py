@@ -34,7 +34,9 @@ class ModelConfig:
     """How Megatron-Core models are built, student and teacher alike."""
 
     dtype: str = "float32"  # float32 or bfloat16
-    spec: str = "auto"  # layers: auto (Transformer Engine for bfloat16 on CUDA, where it imports, or local), local, transformer_engine
+    spec: str = (
+        "auto"  # auto (Transformer Engine, where it imports, for bfloat16 on CUDA; else local), local, transformer_engine
+    )
 
 
 @dataclass

@@ -163,7 +163,7 @@ def build_model(
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers are made of Transformer Engine's modules.
 
-    With `model.spec=auto` not in float32: Transformer Engine multiplies it in TF32, whose rounding is a thousand times as large.
+    With `model.spec=auto` not in float32, which Transformer Engine multiplies in TF32: it rounds a thousand times as much.
 
     Raises:
         ConfigError: they are to be, and it cannot serve here.
