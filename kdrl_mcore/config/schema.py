@@ -34,9 +34,7 @@ class ModelConfig:
     """How Megatron-Core models are built, student and teacher alike."""
 
     dtype: str = "float32"  # float32 or bfloat16
-    spec: str = (
-        "auto"  # auto (Transformer Engine, where it imports, for bfloat16 on CUDA; else local), local, transformer_engine
-    )
+    spec: str = "auto"  # auto (Transformer Engine, where it imports, for bfloat16 on CUDA; or local), local, transformer_engine
 
 
 @dataclass
