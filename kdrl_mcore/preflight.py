@@ -119,8 +119,6 @@ def check_versions(config: Config) -> str:
     missing = mcore.why_no_transformer_engine()
     if missing is None:
         mine["transformer-engine"] = importlib.import_module("transformer_engine").__version__
-    elif config.model.spec == "transformer_engine":
-        raise CheckFailed(f"model.spec=transformer_engine, but on {socket.gethostname()}: {missing}")
     elif "transformer-engine" in mine:
         mine["transformer-engine"] += " (not used)"
     if torch.cuda.is_available():
@@ -134,6 +132,8 @@ def check_versions(config: Config) -> str:
                     f"{package} is {first.get(package)} on {first_host} and {versions.get(package)} on {host}: give all "
                     "nodes the same environment or container"
                 )
+    if missing is not None and config.model.spec == "transformer_engine":
+        raise CheckFailed(f"model.spec=transformer_engine, but on {socket.gethostname()}: {missing}")
     found = ", ".join(f"{package} {number}" for package, number in first.items())
     return found if missing is None or not torch.cuda.is_available() else f"{found}. {missing}"
 

@@ -203,8 +203,10 @@ class Student:
         if self._host_state is not None:
             self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
-        sharded = mcore.weights_to_load if loading else mcore.weights_to_save
-        model = {name.format(index): sharded(chunk.module) for index, chunk in enumerate(self.ddp)}
+        model = {
+            name.format(index): mcore.weights_to_load(chunk.module) if loading else chunk.module.sharded_state_dict()
+            for index, chunk in enumerate(self.ddp)
+        }
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         with mcore.unpadded_parameter_ranges(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)

@@ -151,14 +151,10 @@ def finish_param_gather(chunk: Any) -> None:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def weights_to_save(model: Any) -> dict[str, Any]:
-    """A model chunk's state as Megatron's sharded tensors."""
-    return model.sharded_state_dict()
-
-
 def weights_to_load(model: Any) -> dict[str, Any]:
-    """`weights_to_save` without the `_extra_state` of the modules (of FP8 training; empty here): under Transformer Engine other
-    modules have one than under Megatron-Core's own layers, and a checkpoint of one is to load into the other."""
+    """A model chunk's weights as Megatron's sharded tensors, without the `_extra_state` of its modules (of FP8 training; empty
+    here): under Transformer Engine other modules have one than under Megatron-Core's own layers, and a checkpoint of one is to
+    load into the other."""
     return {name: value for name, value in model.sharded_state_dict().items() if not _is_extra_state(name)}
 
 

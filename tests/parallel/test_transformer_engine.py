@@ -16,6 +16,7 @@ from kdrl_mcore.convert.convert import import_hf
 from tests.convert import test_expert_training, worker
 from tests.late_weights import OVERLAPPED
 from tests.parallel.test_dense_agreement import Case, assert_gradients, check
+from tests.parallel.test_megatron_core_019 import BESIDE, assert_newer
 from tests.parallel.test_optimizer_agreement import check_adam, overrides_of
 from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model, make_qwen2, read_hf_weights
@@ -123,3 +124,16 @@ def test_a_run_goes_on_under_the_other_layers(
     ended = train(then, "run", 2)
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     assert_gradients({name: ended[name] - halfway[name] for name in ended}, {n: whole[n] - halfway[n] for n in whole})
+
+
+@pytest.mark.skipif(not BESIDE.is_dir(), reason=f"{BESIDE} does not exist: make setup installs it, on Linux on x86-64")
+def test_a_newer_megatron_core_makes_the_same_of_it(tmp_path: Path) -> None:
+    pool = RankPool(2, import_first=[STUBS, str(BESIDE)], prepare=play_transformer_engine)
+    try:
+        student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+        teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+        probe = test_expert_training.make_probe(tmp_path, student, teacher)
+        test_expert_training.check(probe, pool, [*SEQUENCE_PARALLEL.split(), TE], tmp_path / "run")
+        assert_newer(pool)
+    finally:
+        pool.close()
