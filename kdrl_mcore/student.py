@@ -127,6 +127,8 @@ class Student:
             DistributedDataParallel(self.parts.config, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.parts.chunks)
         ]
+        for chunk in self.parts.chunks:
+            mcore.fuse_gradient_accumulation(chunk)
         dtype = DTYPES[config.model.dtype]
         settings = config.optimizer
         mcore.use_adam(Adam)
@@ -208,7 +210,10 @@ class Student:
         if self._host_state is not None:
             self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
-        model = {name.format(index): chunk.module.sharded_state_dict() for index, chunk in enumerate(self.ddp)}
+        model = {
+            name.format(index): mcore.weights_to_load(chunk.module) if loading else chunk.module.sharded_state_dict()
+            for index, chunk in enumerate(self.ddp)
+        }
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         with mcore.unpadded_parameter_ranges(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
@@ -217,8 +222,9 @@ class Student:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take over what `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         for index, chunk in enumerate(self.ddp):
-            chunk.module.load_state_dict(state["model" if len(self.ddp) == 1 else f"model{index}"], strict=True)
+            mcore.take_weights(chunk.module, state["model" if len(self.ddp) == 1 else f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
+        mcore.complete_parameter_groups(self.optimizer)
 
     @torch.no_grad()
     def _gather_weights(self) -> None:

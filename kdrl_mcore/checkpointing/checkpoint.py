@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from kdrl_mcore.checkpointing.manifest import find_damage
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.parallel import mcore
 from kdrl_mcore.student import Student
 
 STATE_FILE = "trainer_state.json"
@@ -76,10 +77,10 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
 
 def load_weights(path: Path, parts: ModelParts) -> None:
     """Load only the model's weights of a checkpoint, in whatever layout `parts` has. Collective over the world."""
-    state = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(parts.chunks)}
+    state = {f"model{index}": mcore.weights_to_load(chunk) for index, chunk in enumerate(parts.chunks)}
     loaded = _load(path, state)
     for index, chunk in enumerate(parts.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+        mcore.take_weights(chunk, loaded[f"model{index}"])
 
 
 def checkpoint_dirs(directory: Path) -> list[Path]:

@@ -43,7 +43,7 @@ class ModelConfig:
     """How Megatron-Core models are built, student and teacher alike."""
 
     dtype: str = "float32"  # float32 or bfloat16
-    spec: str = "auto"  # layer spec: auto (Transformer Engine on CUDA where it imports, else local), local, transformer_engine
+    spec: str = "auto"  # auto (Transformer Engine, where it imports, for bfloat16 on CUDA; or local), local, transformer_engine
 
 
 @dataclass

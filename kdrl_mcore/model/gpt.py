@@ -161,6 +161,24 @@ def build_model(
     return ModelParts(chunks, config, architecture, groups)
 
 
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Whether the layers are made of Transformer Engine's modules.
+
+    With `model.spec=auto` not in float32, which Transformer Engine multiplies in TF32: it rounds a thousand times as much.
+
+    Raises:
+        ConfigError: they are to be, and it cannot serve here.
+    """
+    if model.spec == "local":
+        return False
+    reason = mcore.why_no_transformer_engine()
+    if model.spec == "auto":
+        return reason is None and model.dtype != "float32"
+    if reason is not None:
+        raise ConfigError(f"model.spec=transformer_engine, but {reason}: mend that, or use model.spec=auto")
+    return True
+
+
 def vocab_shard(architecture: Architecture, groups: ModelGroups, vocabulary: int) -> VocabShard:
     """The columns of the vocabulary this tensor-parallel rank holds."""
     share = padded_vocab_size(architecture.vocab_size, groups.layout.tensor) // groups.layout.tensor
@@ -183,7 +201,7 @@ def transformer_config(
             "moe_router_pre_softmax": not architecture.experts.normalized,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
-            "moe_grouped_gemm": model.spec != "local" and mcore.has_transformer_engine(),
+            "moe_grouped_gemm": uses_transformer_engine(model),
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": 1,
         }
@@ -235,9 +253,7 @@ def _block_spec(
 ) -> TransformerBlockSubmodules:
     """This chunk's layers: Megatron's, with our packed attention and, without Transformer Engine, our norm and core
     attention."""
-    if model.spec == "transformer_engine" and not mcore.has_transformer_engine():
-        raise ConfigError("model.spec=transformer_engine, but Transformer Engine does not import here: use model.spec=auto")
-    use_te = model.spec != "local" and mcore.has_transformer_engine()
+    use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
         use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
     )
@@ -253,8 +269,9 @@ def _block_spec(
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    # Transformer Engine's context parallelism wants every sequence padded; ours cuts the packed sequence.
-    if not use_te or groups.layout.context > 1:
+    # Transformer Engine's context parallelism wants every sequence padded; ours cuts the packed sequence. And in float32 its
+    # attention holds the scores of every sequence, padded to the longest.
+    if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32:
         attention.submodules.core_attention = PackedDotProductAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)

@@ -3,11 +3,16 @@ its CUDA extras."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -15,10 +20,34 @@ import torch
 
 from kdrl_mcore.interrupt import end_with_parent
 
+logger = logging.getLogger(__name__)
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can serve: it imports, and there is a CUDA device."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+@cache
+def why_no_transformer_engine() -> str | None:
+    """Why Transformer Engine cannot serve in this process; None where it can. Imports it, once.
+
+    Megatron-Core takes what it finds, also without a GPU, and does not import itself where Transformer Engine is there but
+    broken (built for another torch, a CUDA library missing). So where it cannot serve it is hidden from this process: call this
+    before anything of Megatron-Core is imported.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if not torch.cuda.is_available():
+        reason = "Transformer Engine needs a GPU, and there is none"
+    else:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+            return None
+        except Exception as error:  # whatever stops its libraries from loading comes in its own type
+            first_line = str(error).partition("\n")[0]
+            reason = f"Transformer Engine is installed but does not import ({type(error).__name__}: {first_line})"
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning("%s on %s: Megatron-Core's own layers serve instead", reason, socket.gethostname())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it is an ImportError from now on
+    return reason
 
 
 def layer_submodules(use_transformer_engine: bool, qk_norm: bool, num_experts: int | None) -> Any:
@@ -86,6 +115,18 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
 
 
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's linear layers add each weight's gradient to its `main_grad`, which DDP has given it, within the
+    matrix product, rather than hand it to autograd in the weight's type.
+
+    Megatron-Core's own setting (`gradient_accumulation_fusion`) wants Apex for the output head, whose gradient is not formed by
+    its module here.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
     """Megatron-Core's optimizer, in whose parameter groups `wd_mult` is 0 for norms and biases: the caller multiplies."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
@@ -108,6 +149,39 @@ def finish_param_gather(chunk: Any) -> None:
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if group.param_gather_dispatched:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def weights_to_load(model: Any) -> dict[str, Any]:
+    """A model chunk's weights as Megatron's sharded tensors, without the `_extra_state` of its modules (of FP8 training; empty
+    here): under Transformer Engine other modules have one than under Megatron-Core's own layers, and a checkpoint of one is to
+    load into the other."""
+    return {name: value for name, value in model.sharded_state_dict().items() if not _is_extra_state(name)}
+
+
+def take_weights(model: Any, weights: dict[str, Any]) -> None:
+    """Take over what `dist_checkpointing.load` returned for `weights_to_load`.
+
+    Raises:
+        RuntimeError: a weight is missing, or does not belong to the model.
+    """
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if not _is_extra_state(name)] + unexpected
+    if wrong:
+        raise RuntimeError(f"the model and what was loaded do not have the same weights: {wrong[0]} ({len(wrong)} such)")
+
+
+def _is_extra_state(name: str) -> bool:
+    return "_extra_state" in name.rpartition(".")[2]
+
+
+def complete_parameter_groups(optimizer: Any) -> None:
+    """After loading, give every parameter group the settings that the checkpoint's optimizer did not have: Transformer Engine's
+    Adam reads more of them than the one that serves without it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        for group in inner.param_groups if inner is not None else []:
+            for name, value in inner.defaults.items():
+                group.setdefault(name, value)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_mcore.parallel import mcore
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -61,6 +63,7 @@ def prepare_platform(deterministic: bool = False) -> None:
     if _prepared:
         return
     _prepared = True
+    mcore.why_no_transformer_engine()
     # Megatron-Core warns at import about each optional CUDA package it does not find.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|transformer_engine).*")

@@ -91,6 +91,11 @@ def test_a_run_that_cannot_work_is_found(
     assert [word for word in words if word not in text] == [], text
 
 
+def test_transformer_engine_that_must_serve_and_cannot_is_found(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    overrides = [*overrides_of(zoo, tmp_path / "run"), "model.spec=transformer_engine"]
+    assert "model.spec=transformer_engine, but on " in bad_text(ranks2.run(findings_on_rank, overrides), "versions")
+
+
 def test_a_slow_network_is_found(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
     text = bad_text(ranks2.run(findings_on_rank, overrides_of(zoo, tmp_path), 1e6), "all-reduce")
     assert "GB/s, less than 1e+06" in text and "slurm/network.sh" in text
