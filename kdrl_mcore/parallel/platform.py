@@ -1,4 +1,4 @@
-"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing.
+"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing but which attention kernels torch chooses from.
 
 Megatron-Core assumes one CUDA device per rank: it allocates with device="cuda" or `torch.cuda.current_device()`, moves scalars
 with `.cuda()`, synchronises streams, keeps CUDA random states, and recognises dtypes by `Tensor.type()` strings. On a machine
@@ -42,6 +42,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def upload(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """A tensor of the host on `where`. To CUDA it goes from pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
+
+
 def prepare_platform(deterministic: bool = False) -> None:
     """Prepare this process for Megatron-Core. Idempotent; call it before importing anything from megatron.
 
@@ -67,6 +72,8 @@ def prepare_platform(deterministic: bool = False) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # On Hopper torch prefers cuDNN's attention, which builds a plan for every new length and keeps it for ever.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return
     _map_factories_to_cpu()
     _map_cuda_module_to_cpu()
