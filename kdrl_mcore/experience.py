@@ -20,7 +20,7 @@ from kdrl_mcore.hidden_states import HiddenStates
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.parallel.packing import Span, pack, place_rows, plan_micro_batches
-from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student import Measures, MicroBatch
 from kdrl_mcore.types import Rollout, TokenFloats
 
@@ -154,11 +154,11 @@ def micro_batches(experience: Experience, loss: BatchLoss, groups: ModelGroups, 
             distilled=distilled,
             context_rank=groups.context.rank(),
             context_size=layout.context,
-        )
+        ).on_device()
         hidden_DG = None
         if experience.teacher_hidden is not None:
             hidden_DG = _deliver(experience, experience.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
-        tokens = experience.token_batch(batch.spans).to(device())
+        tokens = experience.token_batch(batch.spans).map(to_device)
         mu_T = None if experience.on_policy else tokens.sampler_log_probs
         result.append(MicroBatch(batch, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG))
     return result
@@ -199,4 +199,4 @@ def _deliver(
         if groups.tensor.rank() > 0:
             states = states.new_empty(sum(stop - start for _, start, stop in spans), hidden.size)
         dist.broadcast(states, leader, group=groups.tensor)
-    return states.cpu()
+    return states.to("cpu", non_blocking=True)  # pinned on CUDA: the copy back to the device comes after it by itself

@@ -28,7 +28,7 @@ from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
 from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.packing import PackedBatch
-from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.teacher_head import TeacherHead
 from kdrl_mcore.vocab_parallel import fused_head
 
@@ -303,7 +303,7 @@ class Student:
         else:
             assert self.teacher_head is not None
             outputs = self.teacher_head.compare(
-                micro.teacher_hidden_DG.to(device()), micro.sampler_log_probs_T, token_loss=measured_loss, **head
+                to_device(micro.teacher_hidden_DG), micro.sampler_log_probs_T, token_loss=measured_loss, **head
             )
             loss, entropy = outputs.loss, outputs.entropies
             distilled = slice(0, micro.packed.num_distilled)

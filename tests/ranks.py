@@ -66,11 +66,20 @@ class RankPool:
 
     Args:
         import_first: folders whose packages the ranks import in place of the installed ones.
+        prepare: called in each rank before it joins the world.
+        backend: of the world.
     """
 
-    def __init__(self, world_size: int, import_first: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        import_first: Sequence[str] = (),
+        prepare: Callable[[], None] | None = None,
+        backend: str = "gloo",
+    ) -> None:
         self.world_size = world_size
         self._import_first = list(import_first)
+        self._prepare, self._backend = prepare, backend
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
         atexit.register(self.close)
@@ -129,7 +138,7 @@ class RankPool:
         for index in range(self.world_size):
             ours, theirs = context.Pipe()
             # Not a daemon: daemons may not have children, and checkpoint writers and verifiers are such.
-            settings = (index, self.world_size, self._store.port, self._import_first, theirs)
+            settings = (index, self.world_size, self._store.port, self._import_first, self._prepare, self._backend, theirs)
             process = context.Process(target=_serve, args=settings, daemon=False)
             process.start()
             theirs.close()
@@ -188,7 +197,15 @@ def _kill(process: SpawnProcess) -> None:
     process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, import_first: list[str], connection: Connection) -> None:
+def _serve(
+    rank: int,
+    world_size: int,
+    port: int,
+    import_first: list[str],
+    prepare: Callable[[], None] | None,
+    backend: str,
+    connection: Connection,
+) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
     os.setsid()  # a process group of its own, so that what it starts dies with it
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -206,7 +223,9 @@ def _serve(rank: int, world_size: int, port: int, import_first: list[str], conne
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    connection.send_bytes(_answer(dist.init_process_group, "gloo"))
+    if prepare is not None:
+        prepare()
+    connection.send_bytes(_answer(dist.init_process_group, backend))
     while True:
         try:
             task = connection.recv_bytes()

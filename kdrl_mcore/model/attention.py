@@ -78,7 +78,7 @@ def pack_attention(
     if cache is not None and cache.decoding:
         return packed
     packed.varlen = varlen.find_varlen(positions_S.device, dtype, 2 * len(inverse_frequencies))
-    packed.stretches = varlen.stretches(runs, positions_S.device)
+    packed.stretches = varlen.stretches(runs)
     if context is None:  # what Transformer Engine's attention takes: all sequences are whole
         (whole,) = packed.stretches
         packed.cu_seqlens_q = packed.cu_seqlens_kv = whole.query_bounds

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdrl_mcore.parallel.platform import upload
+from kdrl_mcore.parallel.platform import to_device
 
 _SMALLEST = 64  # columns
 
@@ -34,9 +34,7 @@ class KVCache:
     calling `advance` after each step and `keep` to drop finished slots. The host waits for the device in none of them.
     """
 
-    def __init__(
-        self, prompt_lengths: Sequence[int], copies: int, max_response: int, device: torch.device, *, few_shapes: bool
-    ) -> None:
+    def __init__(self, prompt_lengths: Sequence[int], copies: int, max_response: int, *, few_shapes: bool) -> None:
         """Args:
         prompt_lengths: of the prompts, in packed order (slots then go prompt by prompt, `copies` each).
         copies: responses per prompt; they share the prompt's keys and values of one forward pass.
@@ -53,10 +51,10 @@ class KVCache:
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns) - (self.columns - lengths)[:, None]
         rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(copies, dim=0)
-        self._prompt_rows = upload(rows, device)  # [slots, columns]
+        self._prompt_rows = to_device(rows)  # [slots, columns]
         # Added to the scores: attention would convert a boolean mask to this at every call.
         bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
-        self._bias = F.pad(upload(bias, device), (0, self._capacity() - self.columns), value=-torch.inf)
+        self._bias = F.pad(to_device(bias), (0, self._capacity() - self.columns), value=-torch.inf)
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
         """Store the packed prompts' keys and values, once per response."""

@@ -15,7 +15,6 @@ from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.packing import PackedBatch, Span, pack, plan_micro_batches
-from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.types import Rollout, TokenFloats
 from kdrl_mcore.vocab_parallel import head_log_probs
 
@@ -82,7 +81,7 @@ def run_forward(
     ]
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: LanguageModel) -> tuple[Tensor, Any]:
-        batch = next(iterator).to(device())
+        batch = next(iterator).on_device()
         return chunk.run_batch(batch), partial(finish, chunk, batch)
 
     def finish(chunk: LanguageModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, list[T]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.parallel.packing import Run
-from kdrl_mcore.parallel.platform import upload
+from kdrl_mcore.parallel.platform import to_device
 
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
@@ -112,11 +112,11 @@ def _flash_attn_varlen() -> VarlenAttention | None:
     return attend
 
 
-def stretches(runs: Sequence[Run], device: torch.device) -> tuple[Stretch, ...]:
+def stretches(runs: Sequence[Run]) -> tuple[Stretch, ...]:
     """The calls that serve all runs: one, or under context parallelism one for each of the rank's two parts, where a sequence
     reaches from one into the other and both need its first keys.
 
-    The boundaries of all of them go to `device` in one copy, which the host does not wait for.
+    The boundaries of all of them go to the device in one copy, which the host does not wait for.
     """
     parts: list[list[Run]] = []
     for run in runs:
@@ -129,7 +129,7 @@ def stretches(runs: Sequence[Run], device: torch.device) -> tuple[Stretch, ...]:
         lengths.append([run.length for run in part for _ in range(run.count)])
         lengths.append([run.key_length for run in part for _ in range(run.count)])
     bounds = [torch.tensor([0, *each]).cumsum(0) for each in lengths]
-    on_device = upload(torch.cat(bounds).int(), device).split([len(each) for each in bounds])
+    on_device = to_device(torch.cat(bounds).int()).split([len(each) for each in bounds])
     return tuple(
         Stretch(
             queries=slice(part[0].start, part[-1].start + part[-1].count * part[-1].length),

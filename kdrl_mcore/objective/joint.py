@@ -40,13 +40,10 @@ class TokenBatch:
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """Some of the tokens."""
-        return self._map(lambda value: value[rows])
+        return self.map(lambda value: value[rows])
 
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same tokens on `device`."""
-        return self._map(lambda value: value.to(device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The same tokens with every tensor changed."""
         changed: dict[str, Any] = {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **changed)
 

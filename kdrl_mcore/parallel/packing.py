@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.types import TokenIds
 
 
@@ -73,11 +74,11 @@ class PackedBatch:
     order: tuple[int, ...]
     context_rows: Tensor | None = None
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same micro-batch on `device`."""
+    def on_device(self) -> PackedBatch:
+        """The same micro-batch on this rank's device."""
         names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows")
         tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return replace(self, **{name: to_device(value) for name, value in tensors.items()})
 
 
 def partition(weights: Sequence[int], bins: int) -> list[list[int]]:

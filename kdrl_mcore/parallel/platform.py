@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FACTORIES = (
     "empty",
@@ -42,9 +43,9 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def upload(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """A tensor of the host on `where`. To CUDA it goes from pinned memory, so that the host does not wait for the copy."""
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
+def to_device(tensor: Tensor) -> Tensor:
+    """The tensor on this rank's device. On CUDA it goes through pinned memory, and nothing waits for it."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor.to(device())
 
 
 def prepare_platform(deterministic: bool = False) -> None:

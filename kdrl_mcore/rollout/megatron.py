@@ -20,7 +20,7 @@ from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import Run, pack, partition
-from kdrl_mcore.parallel.platform import device, upload
+from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
@@ -37,9 +37,10 @@ class MegatronEngine:
     """Batched generation with a KV cache on the student's own shards.
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
-    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps it looks
-    at what has finished, which leaves the batch; in between the host waits for nothing. Replicas decode on their own, but where
-    experts are spread over several of them: then all take as many steps as the longest, so that none waits for another's experts.
+    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps it
+    looks at what has finished, which leaves the batch; in between the host waits for nothing. Replicas decode on their own, but
+    where experts are spread over several of them: then all take as many steps as the longest, so that none waits for another's
+    experts.
     """
 
     verifies = False
@@ -64,7 +65,7 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing to do."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutEngine`; it does not verify. Collective over the world."""
         groups = self._parts.groups
@@ -102,19 +103,19 @@ class MegatronEngine:
         """(place in the global batch, rollout) of each response of these prompts."""
         copies, limit = sampling.copies, sampling.max_response_tokens
         alignment, where = self._parts.groups.layout.replica_alignment, device()
-        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).to(where)
+        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).on_device()
         order = packed.order
         lengths = torch.tensor([len(prompts[i].token_ids) for i in order])
         places = [indices[i] * copies + copy for i in order for copy in range(copies)]
-        random = upload(uniforms(sampling.key, places, limit), where)
-        cache = KVCache(lengths.tolist(), copies, limit, where, few_shapes=where.type == "cuda")
+        random = to_device(uniforms(sampling.key, places, limit))
+        cache = KVCache(lengths.tolist(), copies, limit, few_shapes=where.type == "cuda")
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
-        ends = upload((lengths.cumsum(0) - 1).repeat_interleave(copies), where)
+        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
 
         slots = torch.arange(len(places), device=where)  # which response each cache slot belongs to
-        positions = upload(lengths.repeat_interleave(copies), where)
+        positions = to_device(lengths.repeat_interleave(copies))
         tokens = torch.full((len(places), limit), _NO_TOKEN, device=where)
         log_probs = torch.zeros(len(places), limit, device=where)
         running = torch.ones(len(places), dtype=torch.bool, device=where)  # by slot

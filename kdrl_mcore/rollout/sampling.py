@@ -90,9 +90,9 @@ def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple
 class _Masses:
     """Unnormalised probabilities [N, V] and the places where their running sum passes a number.
 
-    torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and so
-    on; the way back down needs the running sums of one block of each level only, which are small matrix products. It also moves
-    less: the masses are read once and nothing of their size is written (128 rows of 152,000 columns: 156 MB).
+    torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
+    so on; the way back down needs the running sums of one block of each level only: small matrix products. It also moves less:
+    the masses are read once and nothing of their size is written (128 rows of 152,000 columns: 156 MB).
     """
 
     def __init__(self, mass_NV: Tensor) -> None:
@@ -121,7 +121,7 @@ class _Masses:
 def _locate(mass_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     """The first entry of each row at which the running sum exceeds the target, and the sum of those before it.
 
-    Whatever is rounded, it is an entry with mass: for targets below zero the first one, for those beyond the total the last one.
+    Whatever is rounded, it is an entry with mass: the first for targets below zero, the last for those beyond the total.
     """
     columns = mass_NK.size(1)
     sum_NK = mass_NK @ torch.ones(columns, columns, dtype=mass_NK.dtype, device=mass_NK.device).triu()

@@ -1,0 +1,146 @@
+"""Streams and events as vector clocks: which work is known to be over when other work begins.
+
+A stream counts the work given to it. Its clock says how much of every stream's work lies before the next of its own: waiting
+for a stream or an event merges the other's clock into it. The host is one more stream, whose clock synchronising advances.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+Clock = dict[int, int]
+HOST_ID = -1
+_ids = itertools.count(HOST_ID)
+
+
+class PaperCudaError(RuntimeError):
+    """What CUDA would silently spoil, and mistakes in the use of paper CUDA itself."""
+
+
+class Stream:
+    """Stands for `torch.cuda.Stream`; the host is one as well."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+        self.id = next(_ids)
+        self.clock: Clock = {}
+        self.device_index = current_index()
+        self.device = torch.device("cuda", self.device_index)
+        self.stream_id = self.cuda_stream = self.id
+        self.priority = priority
+        self._outer: list[Stream] = []
+        _all.add(self)
+
+    def tick(self) -> int:
+        """The number of the next work on it, which begins after all that the host knows to be over or has done itself."""
+        if self is not host:
+            merge(self.clock, host.clock)
+        self.clock[self.id] = self.clock.get(self.id, 0) + 1
+        return self.clock[self.id]
+
+    def wait_stream(self, other: Stream) -> None:
+        """What comes next begins after what the other stream has been given so far."""
+        merge(self.clock, other.clock)
+
+    def wait_event(self, event: Event) -> None:
+        """What comes next begins after the event."""
+        merge(self.clock, event.clock)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """An event behind what the stream has been given so far."""
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """The host waits for the stream."""
+        merge(host.clock, self.clock)
+
+    def query(self) -> bool:
+        """Whether its work is over, as far as the host has waited."""
+        return host.clock.get(self.id, 0) >= self.clock.get(self.id, 0)
+
+    def __enter__(self) -> Stream:
+        self._outer.append(current())
+        _local.stream = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _local.stream = self._outer.pop()
+
+
+class Event:
+    """Stands for `torch.cuda.Event`."""
+
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Put it behind what the stream (the current one) has been given so far."""
+        stream = stream or current()
+        merge(stream.clock, host.clock)
+        self.clock = dict(stream.clock)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """The stream (the current one) waits for it."""
+        (stream or current()).wait_event(self)
+
+    def synchronize(self) -> None:
+        """The host waits for it."""
+        merge(host.clock, self.clock)
+
+    def query(self) -> bool:
+        """Whether it is over, as far as the host has waited."""
+        return all(host.clock.get(stream, 0) >= count for stream, count in self.clock.items())
+
+    def elapsed_time(self, end: Event) -> float:
+        """Paper has no time."""
+        return 0.0
+
+
+def merge(clock: Clock, other: Clock) -> None:
+    """`clock` comes after `other` as well."""
+    for stream, count in other.items():
+        if clock.get(stream, 0) < count:
+            clock[stream] = count
+
+
+_local = threading.local()
+
+
+def current() -> Stream:
+    """The calling thread's stream; the default one unless it chose another."""
+    return getattr(_local, "stream", default)
+
+
+def set_current(stream: Stream) -> None:
+    """`torch.cuda.set_stream`."""
+    _local.stream = stream
+
+
+def synchronize_device() -> None:
+    """The host waits for all streams."""
+    for stream in list(_all):
+        merge(host.clock, stream.clock)
+
+
+def current_index() -> int:
+    """The index of this thread's GPU."""
+    return getattr(_local, "index", _process_index[0])
+
+
+def set_index(index: int) -> None:
+    """`torch.cuda.set_device`. A thread that never called it uses what the main thread chose."""
+    _local.index = index
+    if threading.current_thread() is threading.main_thread():
+        _process_index[0] = index
+
+
+_process_index = [0]
+_all: weakref.WeakSet[Stream] = weakref.WeakSet()
+host = Stream()
+default = Stream()

@@ -1,0 +1,26 @@
+"""Host syncs, counted by the line of kdrl_mcore that causes them: where the CPU waits for the GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+syncs: Counter[str] = Counter()
+"""How often the host waited, by "file:line kind"."""
+
+
+def count_sync(kind: str) -> None:
+    """The host waits."""
+    syncs[f"{place()} {kind}"] += 1
+
+
+def place() -> str:
+    """Where in kdrl_mcore the calling thread is: "file:line", or "-"."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        _, found, path = file.rpartition("/kdrl_mcore/")
+        if found:
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "-"

@@ -1,0 +1,36 @@
+"""Triton's interpreter runs a kernel on the memory itself: for paper CUDA it is one operation on the current stream."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from tests.paper_cuda import streams
+from tests.paper_cuda.dispatch import unwatched
+from tests.paper_cuda.memory import Block, index_of, mark_of
+
+
+def install() -> None:
+    """Watch the kernels that are launched, where there is Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def watched(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        stream = streams.current()
+        tick = stream.tick()
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor):
+                if index_of(tensor) is None:
+                    raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+                block = mark_of(tensor)
+                assert isinstance(block, Block)
+                block.use(tensor, stream, tick, writes=True, operation="a Triton kernel")
+        with unwatched():
+            return launch(executor, *args, **kwargs)
+
+    GridExecutor.__call__ = watched
