@@ -127,7 +127,7 @@ def _locate(mass_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     sum_NK = mass_NK @ torch.ones(columns, columns, dtype=mass_NK.dtype, device=mass_NK.device).triu()
     reached_NK = torch.where(mass_NK > 0, sum_NK, 0.0)
     largest_N = reached_NK.amax(dim=1)
-    target_N = torch.minimum(target_N, largest_N.nextafter(torch.zeros_like(largest_N)))
+    target_N = torch.minimum(target_N, largest_N.nextafter(torch.zeros_like(largest_N))).clamp(min=0.0)
     index_N = (reached_NK > target_N[:, None]).byte().argmax(dim=1)
     return index_N, (sum_NK - mass_NK).gather(1, index_N[:, None]).squeeze(1)
 
