@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from kdrl_mcore.parallel.groups import forget_groups
+from kdrl_mcore.parallel.interfaces import set_gloo_interface
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -66,6 +69,8 @@ def prepare_platform(deterministic: bool = False) -> None:
     )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
+        # NCCL's flight recorder then knows which collectives have started, and how long they took (monitoring/watchdog.py).
+        os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     _map_factories_to_cpu()
@@ -89,6 +94,7 @@ def initialize_distributed(timeout_minutes: int) -> bool:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
+        set_gloo_interface()
         torch.distributed.init_process_group(backend, timeout=timeout)
     return True
 
@@ -104,6 +110,7 @@ def destroy_groups(kept: set[Any]) -> None:
     torch.distributed.barrier()
     for group in set(torch.distributed.distributed_c10d._world.pg_map) - kept:
         torch.distributed.destroy_process_group(group)
+    forget_groups()
     gc.collect()  # models refer to their groups in cycles
 
 
