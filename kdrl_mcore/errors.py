@@ -40,6 +40,10 @@ class NumericalError(KdrlError):
     """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
 
 
+class GpuMemoryError(KdrlError):
+    """The GPU has not the memory for what the configuration asks of it."""
+
+
 class EngineError(KdrlError):
     """A rollout engine failed and cannot be brought back, or refuses what it is asked."""
 

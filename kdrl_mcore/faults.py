@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdrl_mcore.config import FaultConfig
@@ -45,6 +46,8 @@ class FaultInjector:
         where = f"rank {fault.rank}, step {step}, phase {phase}"
         if fault.kind == "fail":
             raise InjectedFault(f"injected failure: {where}")
+        if fault.kind == "out_of_memory":
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.50 GiB. Injected: {where}")
         if fault.kind == "hang":
             while True:
                 time.sleep(3600)

@@ -65,6 +65,7 @@ def _run(config: Config, stop: StopRequest, run: int) -> None:
     # Megatron-Core reads torch.cuda when it is imported, so the platform comes first.
     from kdrl_mcore.faults import FaultInjector
     from kdrl_mcore.job import build_job
+    from kdrl_mcore.monitoring.gpu_memory import alive_by_kind, key_to_lower, out_of_memory, ran_out
     from kdrl_mcore.monitoring.watchdog import Watchdog
     from kdrl_mcore.trainer import Trainer
 
@@ -77,8 +78,17 @@ def _run(config: Config, stop: StopRequest, run: int) -> None:
                 watchdog.enter(0, phase)
                 fault.strike(0, phase)
 
-            job = build_job(config, enter)
-            Trainer(job, stop, watchdog, fault).run()
+            try:
+                job = build_job(config, enter)
+                Trainer(job, stop, watchdog, fault).run()
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                where = f"step {watchdog.step}, {watchdog.phase}"
+                models = {} if job is None else {"teacher": job.teacher, "reference": job.reference}
+                alive = alive_by_kind(None if job is None else job.student, models)
+                advice = key_to_lower(config, watchdog.phase)
+                raise out_of_memory(error, where, dist.get_rank(), alive, advice) from None
     finally:
         if job is not None:
             job.close()

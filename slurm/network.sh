@@ -7,6 +7,8 @@ default() { [[ -n ${!1+set} ]] || export "$1=$2"; }
 default NCCL_DEBUG WARN
 # The network interface of the rendezvous and of NCCL's bootstrap. Chosen by NCCL unless set; set it where nodes have several
 # and the first one does not connect them: NCCL_SOCKET_IFNAME=ib0. InfiniBand itself is chosen with NCCL_IB_HCA=mlx5.
+# Gloo, which carries what is not on a GPU, takes NCCL's, or else the one that reaches the first node: each rank sets
+# GLOO_SOCKET_IFNAME unless it is set.
 # A link that flaps for some seconds should not end the job: retry for about 2 minutes (2^22 x 4 us x 7).
 default NCCL_IB_TIMEOUT 22
 default NCCL_IB_RETRY_CNT 7

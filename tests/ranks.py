@@ -224,6 +224,8 @@ def _destroy_left_groups() -> None:
     left = set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}
     for group in left:
         dist.destroy_process_group(group)
+    if "kdrl_mcore.parallel.groups" in sys.modules:
+        sys.modules["kdrl_mcore.parallel.groups"].forget_groups()
     if left:
         gc.collect()
 

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from kdrl_mcore.config import CHOICES, Config, load_config
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
+from kdrl_mcore.monitoring.gpu_memory import key_to_lower, out_of_memory, ran_out
 from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
 
 BLOCK = 32
@@ -51,6 +52,13 @@ def main(arguments: list[str]) -> int:
         return _fail(DataError(f"{error.filename or options.output}: {error.strerror or error}"))
     except KdrlError as error:
         return _fail(error)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        advice = key_to_lower(config, "evaluation") + ", or raise parallel.tensor"
+        told = out_of_memory(error, "evaluation", dist.get_rank(), {}, advice)
+        print(f"error: {told}", file=sys.stderr, flush=True)  # on whichever rank it was
+        return told.exit_code
     finally:
         if created and dist.is_initialized():
             dist.destroy_process_group()

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from kdrl_mcore.config import CHOICES, Config, ModelConfig
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
+from kdrl_mcore.monitoring.gpu_memory import out_of_memory, ran_out
 from kdrl_mcore.parallel.platform import initialize_distributed, prepare_platform
 from kdrl_mcore.rollout.comparison import Comparison, compare_scores
 from kdrl_mcore.rollout.files import check_token_ids, read_rollouts, read_scored, write_rollouts
@@ -48,6 +49,13 @@ def main(arguments: list[str]) -> int:
         if _is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        advice = f"lower --micro-tokens (now {options.micro_tokens}), or raise --tensor-parallel or --pipeline-parallel"
+        told = out_of_memory(error, "scoring", dist.get_rank(), {}, advice)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        return told.exit_code
     finally:
         if created and dist.is_initialized():
             dist.destroy_process_group()

@@ -325,7 +325,7 @@ class LoggingConfig:
 class FaultConfig:
     """A fault on purpose, to test what a run survives."""
 
-    kind: str = "none"  # none, fail (raise), hang, slow, kill, stop (SIGTERM), full_disk or nan (the next model output)
+    kind: str = "none"  # none, fail (raise), hang, slow, kill, stop (SIGTERM), full_disk, out_of_memory or nan (output)
     rank: int = 0  # the rank it strikes
     step: int = 1  # the step in which it strikes; slow goes on from there
     phase: str = "train"  # at whose beginning: rollout, reward, ...; "load student" is in step 0
@@ -399,7 +399,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.template": ("chat", "plain"),
     "optimizer.name": ("adam", "sgd"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
-    "fault.kind": ("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "nan"),
+    "fault.kind": ("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "out_of_memory", "nan"),
     "fault.phase": ("load student", "refit", "rollout", "reward", "teacher", "train", "logging", "evaluation", "checkpoint"),
 }
 """The allowed values of every key that is a choice."""

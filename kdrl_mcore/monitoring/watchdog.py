@@ -7,8 +7,11 @@ Progress is a mark by the main thread: a phase begins, a model runs forward. The
 the job's store. While any rank is alive the number moves, however long a phase takes. When it stands still for the time-out,
 every rank writes the stacks of its threads, one names the ranks that do not wait for others, and all end.
 
+On CUDA the main thread waits in whatever reads a result of the GPU: whether that waits for others' GPUs, and for how long, is
+asked of NCCL's flight recorder (`flight_recorder.py`). It knows collectives only, so the frames are looked at too.
+
 Neither torch nor Megatron-Core has this: the time-outs of gloo and NCCL end the ranks that wait, not the one that is waited
-for, and NCCL's flight recorder knows collectives only.
+for.
 """
 
 from __future__ import annotations
@@ -32,6 +35,14 @@ from typing import Any
 import torch.distributed as dist
 
 from kdrl_mcore.errors import HANG_EXIT_CODE
+from kdrl_mcore.monitoring.flight_recorder import (
+    Recorded,
+    not_come,
+    ranks_of_groups,
+    read_recorder,
+    recorded,
+    seconds_in_collectives,
+)
 
 SAMPLE_SECONDS = 0.05
 """Between looks at the main thread."""
@@ -39,12 +50,13 @@ STDERR = 2
 """Written to by descriptor: `sys.stderr` may be replaced, and its lock held by the thread that hangs."""
 WAITING_FILES = (
     "/torch/distributed/",
-    "/torch/cuda/",  # synchronize: for kernels, among them other ranks' collectives
     "/megatron/core/pipeline_parallel/p2p_communication.py",
     "/kdrl_mcore/parallel/collect.py",
     "/kdrl_mcore/rollout/dispatch.py",  # rank 0's main thread: for the engines
 )
 """A thread whose innermost frame is of one of these waits for other ranks or for engines."""
+WAITING_FOR_GPU = "/torch/cuda/"
+"""Of `synchronize`: for kernels, among them other ranks' collectives. Counts as waiting where no flight recorder tells more."""
 SLOW_RATIO = 1.5
 """A rank is slow when its own work takes this many times as long as the median rank's ..."""
 SLOW_SHARE = 0.1
@@ -57,7 +69,8 @@ class Standing:
 
     Attributes:
         marks: how many it has made since the start.
-        waits: for other ranks, in a collective.
+        waits: for other ranks, in a collective: its frame tells, or on CUDA its flight recorder.
+        recorded: what the recorder tells; None on CPU, or where it cannot be read.
     """
 
     host: str
@@ -66,6 +79,7 @@ class Standing:
     marks: int
     waits: bool
     place: str
+    recorded: Recorded | None = None
 
 
 class Watchdog:
@@ -85,9 +99,13 @@ class Watchdog:
         self._told = 0  # marks that the store knows of
         self._total = -1
         self._moved = time.monotonic()
-        self._interval = max(SAMPLE_SECONDS, min(5.0, timeout / 10))  # between looks at the others
+        self._interval = max(SAMPLE_SECONDS, min(5.0, (timeout or 50.0) / 10))  # between looks at the others
         self._grace = 2 * self._interval + min(5.0, timeout)  # for the others' answers
         self._own: defaultdict[str, float] = defaultdict(float)
+        self._counting = threading.Lock()  # the main thread and the watching one both count
+        self._begun: list[tuple[int, str]] = [(time.time_ns(), "start")]  # phases, for the flight recorder
+        self._counted = -1  # the last record of the flight recorder
+        self._has_recorder = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -99,9 +117,20 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
 
+    @property
+    def step(self) -> int:
+        """The present step."""
+        return self._step
+
+    @property
+    def phase(self) -> str:
+        """The present phase."""
+        return self._phase
+
     def enter(self, step: int, phase: str) -> None:
         """A phase begins."""
         self._step, self._phase = step, phase
+        self._begun.append((time.time_ns(), phase))
         self.mark()
 
     def mark(self, *_: Any) -> None:
@@ -109,9 +138,22 @@ class Watchdog:
         self._marks += 1
 
     def take_own_work(self) -> dict[str, float]:
-        """Seconds of own work by phase since the last call."""
+        """Seconds of own work by phase since the last call: where neither the main thread waits for others nor, on CUDA, the
+        GPU. (Of a collective that works go on beside, both are counted: a rank that others wait for waits least.)"""
+        self._subtract_collectives()
         own, self._own = self._own, defaultdict(float)
-        return dict(own)
+        self._begun = self._begun[-50:]  # what is counted later may have begun before
+        return {phase: max(0.0, seconds) for phase, seconds in own.items()}
+
+    def _subtract_collectives(self) -> None:
+        """Take the GPU's time in collectives that have ended since the last call off the own work."""
+        with self._counting:
+            dump = read_recorder()
+            self._has_recorder = dump is not None
+            if dump is not None:
+                seconds, self._counted = seconds_in_collectives(dump, self._counted, self._begun)
+                for phase, each in seconds.items():
+                    self._own[phase] -= each
 
     def _watch(self) -> None:
         looked = told = time.monotonic()
@@ -119,12 +161,14 @@ class Watchdog:
             while not self._stopped.wait(SAMPLE_SECONDS):
                 now = time.monotonic()
                 frame = sys._current_frames().get(self._main)
-                if frame is not None and not _waits(frame):
+                if frame is not None and not _waits(frame, self._has_recorder):
                     self._own[self._phase] += now - looked
                 looked = now
-                if self._timeout and now - told >= self._interval:
+                if now - told >= self._interval:
                     told = now
-                    self._look_at_others(now)
+                    self._subtract_collectives()  # the recorder keeps the latest only
+                    if self._timeout:
+                        self._look_at_others(now)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -147,13 +191,16 @@ class Watchdog:
         """Write the stacks, name who hangs, end the process."""
         frame = sys._current_frames()[self._main]
         innermost = traceback.extract_stack(frame)[-1]
+        dump = read_recorder()
+        known = None if dump is None else recorded(dump, ranks_of_groups())
         standing = Standing(
             socket.gethostname(),
             self._step,
             self._phase,
             self._marks,
-            _waits(frame),
+            _waits(frame, known is not None) or bool(known and known.waits_in),
             f"{_short(innermost.filename)}:{innermost.lineno} in {innermost.name}",
+            known,
         )
         _write(f"{_stacks(self._main)}\n", prefix=f"[rank {self._rank}] ")
         with suppress(RuntimeError):
@@ -169,7 +216,7 @@ class Watchdog:
         """Each rank's standing; None for one that does not answer in time."""
         keys = [f"{self._key}/standing/{rank}" for rank in range(self._world)]
         self._wait_for(keys, self._grace)
-        return [Standing(**json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
+        return [_read_standing(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 
     def _wait_for(self, keys: Sequence[str], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -181,7 +228,8 @@ def describe_hang(standings: Sequence[Standing | None], timeout: float) -> str:
     """One line: which ranks hang, and where.
 
     Those hang that do not answer, and those that do not wait for others. Where all wait, it is the network or a rank that went
-    another way: the one with the least progress is named.
+    another way: one that has not called a collective in which others wait, if the flight recorder tells, and has the least
+    progress of these, is named.
     """
     named = [f"rank {rank} does not answer" for rank, standing in enumerate(standings) if standing is None]
     answered = {rank: standing for rank, standing in enumerate(standings) if standing is not None}
@@ -191,7 +239,8 @@ def describe_hang(standings: Sequence[Standing | None], timeout: float) -> str:
         for rank, standing in alone.items()
     ]
     if not named:
-        rank, standing = min(answered.items(), key=lambda item: item[1].marks)
+        missing = not_come({rank: each.recorded for rank, each in answered.items() if each.recorded is not None}) or answered
+        rank, standing = min(((rank, answered[rank]) for rank in missing), key=lambda item: item[1].marks)
         named = [
             f"every rank waits for another; the least progress has rank {rank} on {standing.host}, in step {standing.step}, "
             f"{standing.phase}, at {standing.place}"
@@ -202,6 +251,12 @@ def describe_hang(standings: Sequence[Standing | None], timeout: float) -> str:
         f"{f'; {waiting} wait for others' if waiting < len(standings) else ''}; the stacks of every rank are above and in the "
         "other nodes' logs (trainer.hang_timeout)"
     )
+
+
+def _read_standing(text: bytes) -> Standing:
+    fields = json.loads(text)
+    known = fields.pop("recorded")
+    return Standing(**fields, recorded=None if known is None else Recorded(**known))
 
 
 def slow_ranks(own_work: Sequence[Mapping[str, float]], seconds: float) -> list[tuple[int, str, float, float]]:
@@ -235,8 +290,9 @@ def _own_connection() -> dist.Store:
     return store
 
 
-def _waits(frame: FrameType) -> bool:
-    return any(file in frame.f_code.co_filename for file in WAITING_FILES)
+def _waits(frame: FrameType, has_recorder: bool) -> bool:
+    files = WAITING_FILES if has_recorder else (*WAITING_FILES, WAITING_FOR_GPU)
+    return any(file in frame.f_code.co_filename for file in files)
 
 
 def _stacks(main: int) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.config import ParallelConfig
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.parallel.groups import own_group, shared_with_megatron
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -132,14 +133,16 @@ def create_student_groups(layout: Layout) -> ModelGroups:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-    )
+    with shared_with_megatron():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,  # for gathering the optimizer's state, which nothing here does
+        )
     # Nothing here draws random numbers (no dropout), but sequence parallelism and recomputation want the generators to exist.
     model_parallel_cuda_manual_seed(0)
     return ModelGroups(layout, ProcessGroupCollection.use_mpu_process_groups())
@@ -152,15 +155,15 @@ def create_scoring_groups(layout: Layout) -> ModelGroups:
     groups = ProcessGroupCollection()
     dims = {"tp": "t", "cp": "c", "dp": "d", "pp": "p", "dp_cp": "cd", "mp": "tp", "tp_cp": "tc", "tp_dp_cp": "tdc"}
     for name, axes in dims.items():
-        setattr(groups, name, _own_group(_ranks_along(layout, axes)))
+        setattr(groups, name, own_group(_ranks_along(layout, axes)))
     pipelines = _ranks_along(layout, "p")
-    groups.embd = _own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    groups.pos_embd = _own_group([ranks[:1] for ranks in pipelines])
+    groups.embd = own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    groups.pos_embd = own_group([ranks[:1] for ranks in pipelines])
     stages = np.arange(layout.world).reshape(layout.pipeline, -1, layout.expert)
-    groups.ep = groups.tp_ep = _own_group(stages.reshape(-1, layout.expert).tolist())
-    groups.expt_dp = _own_group(stages.transpose(0, 2, 1).reshape(-1, stages.shape[1]).tolist())
-    groups.expt_tp = _own_group([[rank] for rank in range(layout.world)])
-    groups.tp_ep_pp = _own_group(stages.transpose(1, 0, 2).reshape(stages.shape[1], -1).tolist())
+    groups.ep = groups.tp_ep = own_group(stages.reshape(-1, layout.expert).tolist())
+    groups.expt_dp = own_group(stages.transpose(0, 2, 1).reshape(-1, stages.shape[1]).tolist())
+    groups.expt_tp = own_group([[rank] for rank in range(layout.world)])
+    groups.tp_ep_pp = own_group(stages.transpose(1, 0, 2).reshape(stages.shape[1], -1).tolist())
     return ModelGroups(layout, groups)
 
 
@@ -171,13 +174,3 @@ def _ranks_along(layout: Layout, axes: str) -> list[list[int]]:
     kept = [axis for axis in order if axis not in axes]
     grid = grid.transpose([order.index(axis) for axis in [*kept, *(axis for axis in order if axis in axes)]])
     return grid.reshape(-1, int(np.prod(grid.shape[len(kept) :]))).tolist()
-
-
-def _own_group(ranks_of_groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create all of these groups (collective over the world) and return the one this rank is in, if any."""
-    own = None
-    for ranks in ranks_of_groups:
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            own = group
-    return own

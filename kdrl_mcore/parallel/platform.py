@@ -23,6 +23,9 @@ from torch import Tensor
 
 from kdrl_mcore.parallel import mcore
 
+from kdrl_mcore.parallel.groups import forget_groups
+from kdrl_mcore.parallel.interfaces import set_gloo_interface
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -75,6 +78,8 @@ def prepare_platform(deterministic: bool = False) -> None:
     )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
+        # NCCL's flight recorder then knows which collectives have started, and how long they took (monitoring/watchdog.py).
+        os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # On Hopper torch prefers cuDNN's attention, which builds a plan for every new length and keeps it for ever.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -100,6 +105,7 @@ def initialize_distributed(timeout_minutes: int) -> bool:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
+        set_gloo_interface()
         torch.distributed.init_process_group(backend, timeout=timeout)
     return True
 
@@ -115,6 +121,7 @@ def destroy_groups(kept: set[Any]) -> None:
     torch.distributed.barrier()
     for group in set(torch.distributed.distributed_c10d._world.pg_map) - kept:
         torch.distributed.destroy_process_group(group)
+    forget_groups()
     gc.collect()  # models refer to their groups in cycles
 
 

@@ -12,9 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.parallel.platform import prepare_platform
@@ -46,16 +50,31 @@ def _first_replica(world: int, ranks_per_stage: int, stages: int) -> set[int]:
 
 
 def _as_rank(config: Config, rank: int, world: int) -> dict[str, Any]:
-    with faked_world(rank, world):
+    with faked_world(rank, world), counted_groups() as groups:
         assert config.student.path and config.teacher.path
         student = student_module.Student(config, world, vocabulary=1000)
         teacher = teacher_module.Teacher(config.teacher.path, config.teacher, config.model, world, vocabulary=1000)
         return {
             "rank": rank,
+            "new_groups": len(groups),
             "student": _holds(student.parts),
             "teacher": _holds(teacher.parts),
             "optimized": sum(parameter.numel() for group in student.optimizer.param_groups for parameter in group["params"]),
         }
+
+
+@contextmanager
+def counted_groups() -> Iterator[list[Any]]:
+    """Every call that makes a process group, whether this rank is in it or not."""
+    calls: list[Any] = []
+    new_group = dist.new_group
+
+    def counting(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        calls.append(ranks)
+        return new_group(ranks, *args, **kwargs)
+
+    with patch.object(dist, "new_group", counting):
+        yield calls
 
 
 def _holds(parts: gpt.ModelParts) -> dict[str, Any]:

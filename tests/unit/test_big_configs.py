@@ -109,6 +109,16 @@ def test_the_optimizer_state_is_shared_by_the_replicas(
         assert abs(rank["optimized"] - share) <= 0.01 * share
 
 
+NEW_GROUPS = {"paper_1p5b": 7, "paper_zero_3b": 7, "kdrl_32b": 115, "kdrl_70b": 367}
+"""Calls on every rank that make a process group, for student and teacher. Each is a message to the store, and for a member a
+communicator or threads."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_process_groups_are_made_once(experiment: str, worlds: dict[str, list[dict[str, Any]]]) -> None:
+    assert {rank["new_groups"] for rank in worlds[experiment]} == {NEW_GROUPS[experiment]}
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_config_asks_for_the_gpus_it_says_and_fits_them(experiment: str, models: Path) -> None:
     config = load_config([*overrides_of(experiment, models), "cluster=h100"])
