@@ -24,7 +24,7 @@ _DMS = re.compile(r"(-?)(\d+)\s*\^\\circ\s*(?:(\d+(?:\.\d+)?)\s*(?:'|\^\{?\\prim
 _REPEATING = re.compile(r"\d*\.\d*\\overline\s*\{?\s*\d+\s*\}?")
 _E_NOTATION = re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\d.A-Za-z])")
 _LOOSE_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
-_APART = re.compile(r"\d\s+\d")
+_APART = re.compile(r"(?<![\d_^])\d+\s+\d")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?!\d|,\d)")
 
 
