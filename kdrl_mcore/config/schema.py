@@ -374,6 +374,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.spec": ("auto", "local", "transformer_engine"),
     "parallel.recompute": ("none", "full"),
     "objective.kind": ("kdrl", "sft"),
+    "reward.extract": ("boxed", "anywhere"),
     "objective.aggregation": ("token_mean", "sequence_mean", "sequence_sum_norm"),
     "objective.alpha.kind": ("constant", "linear", "cosine", "switch", "adaptive"),
     "objective.beta.kind": ("constant", "linear", "cosine", "switch", "adaptive"),

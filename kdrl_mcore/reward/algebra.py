@@ -11,13 +11,17 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from kdrl_mcore.reward.numbers import Number, agree, read_number
 
 DIGITS = 60
 """Significant digits to which equal constants agree."""
-_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
+_READING = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+)  # units are read by words.py: math-verify takes the m of 5m for one
+_LATEX = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_READING)]
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _ANGLE_FUNCTION = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DMS = re.compile(r"(-?)(\d+)\s*\^\\circ\s*(?:(\d+(?:\.\d+)?)\s*(?:'|\^\{?\\prime\}?))?\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"|'))?")
@@ -45,6 +49,19 @@ def equal_formulas(reference: str, answer: str) -> bool:
             return False
         return _equal_at_points(left, right) and by_math_verify(reference, answer)
     return by_math_verify(reference, answer)
+
+
+def near(formula: str, decimal: Number) -> bool:
+    """Whether a decimal is the constant that a formula stands for, cut or rounded to the decimal's place."""
+    if (plain := number(formula)) is not None:
+        return agree(plain, decimal)
+    found = expression(formula)
+    return (
+        found is not None
+        and _is_scalar(found)
+        and not found.free_symbols
+        and _equal_constants(found, sympy.Rational(str(decimal.value)), None, decimal)
+    )
 
 
 def by_math_verify(reference: str, answer: str) -> bool:

@@ -2,8 +2,10 @@ r"""Finding the answer in a text, and the comparisons that need no algebra: pure
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 MAX_ANSWER_CHARS = 2000
 """A boxed answer longer than this is no answer: it bounds what reaches the parser, whatever the response holds."""
@@ -130,16 +132,46 @@ def _closing(text: str, start: int) -> int | None:
     return None
 
 
+def answer_text(value: Any) -> str | None:
+    """An answer column's value as text; None where it is none.
+
+    Texts stay as they are, numbers are written out (a float that is whole without its point), a list of them is joined by
+    commas, and a list of objects, such as the tests of a program, is written as JSON.
+    """
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if float(value).is_integer() else repr(value)
+    if isinstance(value, list) and value:
+        if all(isinstance(each, dict) for each in value):
+            return json.dumps(value)
+        texts = [answer_text(each) for each in value]
+        return ", ".join(text for text in texts if text) if None not in texts else None
+    return None
+
+
 def reference_answer(answer: str) -> str:
     r"""The bare reference answer, stripped: out of its `\boxed{}` (several are a list), `\fbox{}` or dollar signs, or behind
-    GSM8K's `####`, where it has them. What would leave nothing stays as it is."""
+    GSM8K's `####`, where it has them; the items of a JSON list of texts. What would leave nothing stays as it is."""
     if match := _GRADE_SCHOOL.search(answer):
         return match[1].strip()
     boxed = _listed(_FRAMED.sub(r"\\boxed", answer), lambda between: not _SENTENCE_END.search(between))
-    text = answer.strip() if boxed is None else boxed
+    text = _as_list(answer.strip()) if boxed is None else boxed
     inner = text.strip("$")
     bare = inner.strip() if text.startswith("$") and text.endswith("$") and "$" not in inner else text
     return bare or text
+
+
+def _as_list(text: str) -> str:
+    """A JSON list of texts (`["1", "2"]`) as a list of answers; any other text as it is."""
+    if text.startswith('["') and text.endswith('"]'):
+        try:
+            items = json.loads(text)
+        except ValueError:
+            return text
+        if all(isinstance(item, str) and item.strip() for item in items):
+            return ", ".join(items)
+    return text
 
 
 def compare_plainly(reference: str, answer: str) -> bool | None:

@@ -6,17 +6,21 @@ For worker processes only: it may take any time or memory. docs/rewards.md has t
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 
 import sympy
+from sympy.core.function import AppliedUndef
 
-from kdrl_mcore.reward.algebra import by_math_verify, equal_formulas, expression, number
-from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relation, Value, readings
+from kdrl_mcore.reward.algebra import by_math_verify, equal_formulas, expression, near, number
+from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relation, Value, readings, split
 from kdrl_mcore.reward.notation import TEXT_BEGIN, TEXT_END, normalise
 from kdrl_mcore.reward.numbers import Number, spelled
 from kdrl_mcore.reward.regions import equal_regions, region_of
 from kdrl_mcore.reward.words import contradict, take_magnitude
 
+_APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
 _MARKS = re.compile(f"[{TEXT_BEGIN}{TEXT_END}\\s]")
 _VARIABLES = frozenset("mnpqrstxyz")
 _LABEL = re.compile(rf"{TEXT_BEGIN}?\s*(?:\(([A-J])\)|\[([A-J])\]|([A-J])[.:)])\s*{TEXT_END}?\s*(.*)", re.DOTALL)
@@ -45,7 +49,16 @@ def equivalent(reference: str, answer: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _read(text: str) -> tuple[Form, ...]:
-    return tuple(readings(text))
+    """Every reading; of `\\frac{1}{3} \\approx 0.33` both sides, where the decimal is the value cut or rounded."""
+    exact, *rounded = (side.strip() for side in split(text, _APPROXIMATELY))
+    if not rounded:
+        return tuple(readings(text))
+    sides = [exact] if exact else rounded[:1]
+    value, decimal = (number(rounded[-1]), re.fullmatch(r"-?\d*\.(\d+)", rounded[-1]))
+    if exact and value is not None and decimal:
+        close = replace(value, place=Fraction(1, 10 ** len(decimal[1])))
+        sides += [rounded[-1]] * near(exact, close)
+    return tuple(form for side in sides for form in readings(side))
 
 
 def _letters(text: str) -> str:
@@ -167,7 +180,7 @@ def _is_constant(value: Value) -> bool:
     if not re.search(r"\d|\\pi|\\infty", value.formula):
         return False
     found = expression(value.formula)
-    return isinstance(found, sympy.Expr) and not found.free_symbols and not found.has(sympy.Function("f").func)
+    return isinstance(found, sympy.Expr) and not found.free_symbols and not found.atoms(AppliedUndef)
 
 
 def _name(side: Form) -> str:

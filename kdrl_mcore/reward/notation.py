@@ -22,7 +22,7 @@ _SYMBOLS = {
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "′": "'", "″": "''", "’": "'", "‘": "'", "“": '"', "”": '"',
     "∠": r"\angle ", "△": r"\triangle ", "∣": "|", "⟨": "(", "⟩": ")", "〈": "(", "〉": ")", "【": "[", "】": "]",
-    "、": ",", "。": ".", "٫": ".", "٬": ",", "٪": "%", "∶": ":", "☐": "", "■": "", "□": "",
+    "、": ",", "。": ".", "٫": ".", "٬": ",", "٪": "%", "∶": ":", "「": "", "」": "", "☐": "", "■": "", "□": "",
 }  # fmt: skip
 _GREEK = {
     unicodedata.lookup(f"GREEK SMALL LETTER {name.upper()}"): f"\\{name} "
@@ -32,8 +32,8 @@ _GREEK = {
 _ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
 _SPACES = re.compile(r"(?<!\\)\\[,;:> \n]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\[hv]space\*?\{[^{}]*\}|\s")
 _NO_PRINT = re.compile(
-    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|strut|mathstrut|bf|rm|it)"
-    r"(?![A-Za-z])\.?"
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\(?:text)?color\s*\{[^{}]*\}|\\(?:displaystyle|textstyle|scriptstyle"
+    r"|limits|nolimits|strut|mathstrut|bf|rm|it|sf|tt|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
 )
 _FONT = re.compile(
     r"\\(text(?:bf|it|rm|sf|tt|sc|up|normal|color)?|mbox|hbox|emph|math(?:rm|bf|it|sf|tt|normal|cal)|bm|boldsymbol)\s*"
@@ -60,7 +60,7 @@ _SPELLINGS = [
         (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
         (r"\\(?:langle)(?![A-Za-z])", "("),
         (r"\\(?:rangle)(?![A-Za-z])", ")"),
-        (r"\\(?:l?dots|cdots|dotsc)(?![A-Za-z])", r"\\ldots "),
+        (r"\\(?:l?dots|cdots|dotsc)(?![A-Za-z])|\.\.\.+", r"\\ldots "),
         (r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\\%", "%"),
         (r"(?<=[\d.}\)])\s*(?:percentage|percent|per cent|pct)(?![A-Za-z])", "%"),
@@ -91,6 +91,7 @@ _WRAPPERS = [
         r"``(.*)''",
     )
 ]
+_UNIT_LETTERS = frozenset("smghlJNWVAKLCTF")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 
 
@@ -183,6 +184,7 @@ def closing(text: str, opening: int) -> int:
 
 def _mark_currencies(text: str) -> str:
     r"""`\$` and currency signs as words; dollar signs around formulas as spaces."""
+    text = re.sub(r"(?<![A-Za-z])(?:US|CA|AU|HK|NZ)(?=\\?\$)", "", text)
     text = text.replace("\\$", f"{TEXT_BEGIN}dollar{TEXT_END}")
     for sign, word in CURRENCIES.items():
         if sign != "$":
@@ -203,7 +205,8 @@ def _mark_text(text: str) -> str:
 def _marked(match: re.Match[str]) -> str:
     command, content = match[1], match[2].replace("~", " ").replace(TEXT_BEGIN, "").replace(TEXT_END, "")
     letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", content)
-    formula = not letters or (len(letters) == 1 and not command.startswith(("text", "mbox", "hbox")))
+    unit = letters in _UNIT_LETTERS and re.search(r"[\d})]\s*$", match.string[: match.start()])
+    formula = not letters or (len(letters) == 1 and not command.startswith(("text", "mbox", "hbox")) and not unit)
     if formula or re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match):
         return f" {content} " if command.startswith(("text", "mbox", "hbox")) else content
     parts = _JOINS.split(content)

@@ -25,6 +25,7 @@ _FRAC = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _BRACED_SLASH = re.compile(r"\{([^{}]*)\}\s*/\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(\d+)(?:\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})|\s+(?:and\s+)?(\d+\s*/\s*\d+))")
 _REPEATING = re.compile(r"(\d*)\.(\d*?)(?:\\overline\s*\{?\s*(\d+)\s*\}?|\\dot\s*\{?\s*(\d)\s*\}?|\((\d+)\))(?:\s*\\ldots)?")
+_GOES_ON = re.compile(r"(\d*)\.(\d*?)(\d+?)\3{2,}\s*\\ldots")
 _WORDS = {
     word: value
     for value, word in enumerate(
@@ -69,6 +70,8 @@ def _unsigned(text: str) -> Number | None:
         return Number(int(match[1]) + part.value) if part is not None and part.value < 1 else None
     if match := _REPEATING.fullmatch(text):
         return Number(_repeating(match[1], match[2], match[3] or match[4] or match[5]))
+    if match := _GOES_ON.fullmatch(text):
+        return Number(_repeating(match[1], match[2], match[3]))
     return None
 
 

@@ -61,6 +61,11 @@ class PythonCode(Reward):
         self.timeouts = 0
         self.crashes = 0
 
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`."""
+        return None if _tests(answer) else _NO_TESTS
+
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """See `Reward`. Each distinct pair of program and tests is run once."""
         if not self._probed:
@@ -173,16 +178,24 @@ def read_tests(rollout: Rollout) -> list[dict[str, str]]:
     Raises:
         RewardError: the answer is no list of tests.
     """
-    try:
-        tests = json.loads(rollout.answer)
-    except ValueError:
-        tests = None
-    if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
-        raise RewardError(
-            f"prompt {rollout.prompt_id}: the answer is no list of tests for python_code: write a JSON list of "
-            '{"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
-        )
+    tests = _tests(rollout.answer)
+    if tests is None:
+        raise RewardError(f"prompt {rollout.prompt_id}: the answer is {_NO_TESTS}")
     return tests
+
+
+_NO_TESTS = (
+    'no list of tests for python_code: write a JSON list of {"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
+)
+
+
+def _tests(answer: str) -> list[dict[str, str]] | None:
+    """The tests that an answer lists; None where it is no such list."""
+    try:
+        tests = json.loads(answer)
+    except ValueError:
+        return None
+    return tests if isinstance(tests, list) and tests and all(map(_is_test, tests)) else None
 
 
 def _is_test(test: Any) -> bool:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from kdrl_mcore.config import RewardConfig
-from kdrl_mcore.reward.answers import boxed_answer, compare_plainly, count_boxes, free_answer, last_boxed, reference_answer
+from kdrl_mcore.reward.answers import (
+    MAX_ANSWER_CHARS,
+    boxed_answer,
+    compare_plainly,
+    count_boxes,
+    free_answer,
+    last_boxed,
+    reference_answer,
+)
 from kdrl_mcore.reward.choices import choice_of, chosen
 from kdrl_mcore.reward.pool import WorkerPool
 from kdrl_mcore.reward.registry import AnswerReward, register_class, register_function
@@ -15,6 +24,12 @@ from kdrl_mcore.types import Rollout
 MATH_VERIFY = "kdrl_mcore.reward.equivalence:equivalent"
 ANYWHERE = "kdrl_mcore.reward.extraction:equivalent_anywhere"
 """What the workers run for `math_verify`, by `reward.extract`."""
+
+MAX_WORDS = 20
+"""A reference with more words is no answer but a text."""
+
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{3,}")
 
 
 @register_class("math_verify")
@@ -40,6 +55,18 @@ class MathVerify(AnswerReward):
     def crashes(self) -> int:  # type: ignore[override]
         """See `Reward`."""
         return self._pool.crashes
+
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`. A whole solution is refused: what it says would have to be repeated word for word."""
+        reference = reference_answer(answer)
+        if not reference:
+            return "it is empty"
+        if boxed_answer(f"\\boxed{{{reference}}}") is None:
+            return f"its braces are not balanced, or it has more than {MAX_ANSWER_CHARS} characters"
+        if len(_WORD.findall(_COMMAND.sub(" ", reference))) > MAX_WORDS:
+            return "it is a text rather than an answer; write the answer alone, in \\boxed{}, or behind ####"
+        return None
 
     def answer(self, rollout: Rollout) -> str | None:
         """See `AnswerReward`."""
@@ -88,6 +115,12 @@ class MultipleChoice(AnswerReward):
 
     def __init__(self, config: RewardConfig) -> None:
         """Needs none of the settings."""
+
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`. An index is refused, as data sets begin at 0 or at 1."""
+        found = chosen(reference_answer(answer))
+        return None if found else "it names no choice; write its letter, such as B, (B) or A, C"
 
     def answer(self, rollout: Rollout) -> str | None:
         """See `AnswerReward`."""

@@ -36,25 +36,29 @@ _MAGNITUDES = {
 }  # fmt: skip
 _MODIFIERS = frozenset(
     "more less than at least most not no non none never over under above below between about around approximately roughly "
-    "even odd prime composite squared cubed positive negative all every any plus minus times half twice double triple "
-    "north south east west yes except only to or and nor either neither mod modulo remainder "
+    "even odd prime composite squared cubed positive negative all every any plus minus half twice double triple "
+    "north south east west yes except to or and nor either neither mod modulo remainder "
     "greater fewer smaller larger multiple multiples divisible".split()
 )
 _FILLERS = frozenset("the a an is are of it answer final equals unit units".split())
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp max min gcd lcm det dim mod sqrt pi lim arg inf "
-    "sup alpha beta gamma delta theta lambda mu sigma phi omega infty oo abs floor ceil frac cdot times".split()
+    "sup alpha beta gamma delta theta lambda mu sigma phi omega infty oo abs floor ceil frac cdot".split()
 )
-_SHORT_WORDS = frozenset("is of am pm at to by no it if as on we".split())
+_SHORT_WORDS = frozenset("is of am pm at to by no it if as on we rs".split())
 _QUALIFIERS = frozenset("for where with when whenever such if given assuming since because".split())
 _MARKED = re.compile(f"{TEXT_BEGIN}([^{TEXT_END}]*){TEXT_END}")
 _UNIT_NAMES = "|".join(sorted((a for a in _CANONICAL if a.isascii() and len(a) > 1), key=len, reverse=True)) + "|mph|kph"
-_LETTER_UNITS = "[smghlJNWVAKLCT]"
-_POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
-_PLAIN_UNIT = re.compile(
-    rf"(?<=[\d}})%])(\s*(?:(?:{_UNIT_NAMES}){_POWER}(?:\s*/\s*(?:{_UNIT_NAMES}|{_LETTER_UNITS}){_POWER})?"
-    rf"|{_LETTER_UNITS}{_POWER}\s*/\s*(?:{_UNIT_NAMES}|{_LETTER_UNITS}){_POWER}))(?![A-Za-z(^_])"
+_POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
+_NAMED_UNIT = rf"(?i:{_UNIT_NAMES}){_POWER}"
+_LETTER_UNIT = rf"[smghlJNWVAKLCTF]{_POWER}"
+_PLAIN_UNIT = (
+    re.compile(  # a letter alone is a unit at the end, apart from its number or with another unit; else it is a variable
+        rf"(?<=[\d}})%])(?:\s*{_NAMED_UNIT}|\s+{_LETTER_UNIT}(?=\s*(?:$|/))|\s*{_LETTER_UNIT}(?=\s*/\s*[A-Za-z]))"
+        rf"(?:(?:\.?\s+|\s*/\s*|\s*\\cdot\s*)(?:{_NAMED_UNIT}|{_LETTER_UNIT})(?![A-Za-z(_]))*(?![A-Za-z(^_])\.?"
+    )
 )
+_TEMPERATURE = re.compile(r"\^\\circ\s*([CF])(?![A-Za-z])")
 _PLAIN_WORD = re.compile(r"(?<![A-Za-z\\_^{|])([A-Za-z]{2,}(?:['’-][A-Za-z]{4,})*)(?![A-Za-z_^({|=])")
 _TIME = re.compile(r"(?<![A-Za-z])([aApP])\.\s?[mM]\.?(?![A-Za-z])")
 _FOREIGN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af\u0400-\u04ff]+")
@@ -66,6 +70,7 @@ def split_words(text: str) -> list[str | Words]:
     """The text as formulas (strings) and words (tuples, in lower case, units in one spelling), in order."""
     text = _TIME.sub(lambda match: f"{match[1].lower()}m", text)
     text = _MARKED.sub(lambda match: f" {match[1]} " if re.search(r"\d", match[1]) else match[0], text)
+    text = _TEMPERATURE.sub(rf"^\\circ {TEXT_BEGIN}\1{TEXT_END}", text)
     for pattern in (_FOREIGN, _PLAIN_UNIT, _PLAIN_WORD):
         text = _mark(pattern, text)
     text = re.sub(f"({TEXT_END}){_POWER_AFTER}", r"\2\1", text)
@@ -75,7 +80,7 @@ def split_words(text: str) -> list[str | Words]:
         if place % 2:
             if words := canonical(piece):
                 parts.append(words)
-        elif piece := piece.strip(" ,:").rstrip("."):
+        elif piece := re.sub(r"^\.\s+|\.$", "", piece.strip(" ,:")).strip():
             parts.append(piece)
     return parts
 
