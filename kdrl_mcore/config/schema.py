@@ -218,6 +218,7 @@ class RewardConfig:
     """The verifier, which decides what is correct, and further rewards that are added to its own."""
 
     kind: str = "math_verify"  # the verifier: a registered kind (docs/rewards.md), or MODULE:NAME for one of your own
+    extract: str = "boxed"  # math_verify: boxed (nothing but a \\boxed{} is an answer) or anywhere (for base models)
     correct: float = 1.0  # reward of a correct response
     incorrect: float = 0.0  # reward of an incorrect one; a score between 0 and 1 gives a reward between the two
     threshold: float = 1.0  # a response is correct where the verifier's score reaches this; other rewards play no part
@@ -382,6 +383,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.spec": ("auto", "local", "transformer_engine"),
     "parallel.recompute": ("none", "full"),
     "objective.kind": ("kdrl", "sft"),
+    "reward.extract": ("boxed", "anywhere"),
     "objective.aggregation": ("token_mean", "sequence_mean", "sequence_sum_norm"),
     "objective.alpha.kind": ("constant", "linear", "cosine", "switch", "adaptive"),
     "objective.beta.kind": ("constant", "linear", "cosine", "switch", "adaptive"),

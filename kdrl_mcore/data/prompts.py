@@ -15,6 +15,7 @@ import numpy as np
 from kdrl_mcore.config import DataConfig
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
+from kdrl_mcore.reward.answers import answer_text
 from kdrl_mcore.types import Prompt
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -67,6 +68,15 @@ def load_prompts(
     return [Prompt(f"{name}-{row}", text, token_ids, answer, target) for row, (text, token_ids, answer, target) in rows]
 
 
+def load_answers(source: str, data: DataConfig) -> list[str]:
+    """The reference answers of a data set alone, in order.
+
+    Raises:
+        DataError: see `load_prompts`.
+    """
+    return _texts(_read(source, data.split, data.subset), source, data.answer_key, "data.answer_key", answers=True)
+
+
 def _read(source: str, split: str, subset: str | None) -> datasets.Dataset:
     """The rows of a file (which leaves nothing in the data sets' cache), or of a hub data set's split."""
     path = Path(source)
@@ -111,13 +121,11 @@ def _column(table: datasets.Dataset, source: str, column: str, key: str) -> list
 
 
 def _texts(table: datasets.Dataset, source: str, column: str, key: str, answers: bool = False) -> list[str]:
-    """A column as non-empty texts. Of `answers`, whole numbers are written out, and lists of texts are joined by commas."""
+    """A column as non-empty texts. Of `answers`, numbers and lists are written out (`answer_text`)."""
     values = _column(table, source, column, key)
     for index, value in enumerate(values):
-        if answers and (type(value) is int or (type(value) is float and value.is_integer())):
-            values[index] = str(int(value))
-        elif answers and isinstance(value, list) and value and all(isinstance(each, str) and each.strip() for each in value):
-            values[index] = ", ".join(value)
+        if answers and (text := answer_text(value)) is not None:
+            values[index] = text
         elif not isinstance(value, str) or not value.strip():
             what = "empty" if value is None or isinstance(value, str) else f"{value!r}, not text"
             raise DataError(f"{source} row {index + 1}: '{column}' is {what}: write it as a string, or set {key}")

@@ -14,6 +14,7 @@ from kdrl_mcore.evaluation.benchmarks import Benchmark, load_benchmarks
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.reward.golds import check_golds
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.types import Rollout
@@ -50,6 +51,8 @@ class Evaluation:
             kinds = {self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
             self._verifiers = {kind: Verifier(replace(config.reward, kind=kind)) for kind in sorted(kinds)}
         self._kinds = {benchmark.name: self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
+        for benchmark in self.benchmarks:
+            check_golds(benchmark.prompts, benchmark.name, self._kinds[benchmark.name])
 
     @staticmethod
     def _kind(benchmark: Benchmark, reward: RewardConfig) -> str:

@@ -1,29 +1,370 @@
-"""Mathematical equality of two answers, by math-verify. For worker processes only: it may take any time or memory."""
+r"""Whether two answers are equal: normalised, compared by their structure, and formulas by math-verify.
+
+For worker processes only: it may take any time or memory. docs/rewards.md has the table of what counts as equal.
+"""
 
 from __future__ import annotations
 
-from math_verify import LatexExtractionConfig, parse, verify
+import re
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
 
-_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
-_PERCENT_SIGNS = ("\\%", "%", "percent")
+import sympy
+from sympy.core.function import AppliedUndef
+
+from kdrl_mcore.reward.algebra import by_math_verify, equal_formulas, expression, near, number
+from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relation, Value, readings, split
+from kdrl_mcore.reward.notation import TEXT_BEGIN, TEXT_END, normalise
+from kdrl_mcore.reward.numbers import Number, spelled
+from kdrl_mcore.reward.regions import equal_regions, region_of
+from kdrl_mcore.reward.words import contradict, take_magnitude
+
+_APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
+_MARKS = re.compile(f"[{TEXT_BEGIN}{TEXT_END}\\s]")
+_VARIABLES = frozenset("mnpqrstxyz")
+_LABEL = re.compile(rf"{TEXT_BEGIN}?\s*(?:\(([A-J])\)|\[([A-J])\]|([A-J])[.:)])\s*{TEXT_END}?\s*(.*)", re.DOTALL)
+_BASE = re.compile(rf"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*\{{?\s*{TEXT_BEGIN}?\s*(\w+)\s*{TEXT_END}?\s*\}}?|base (\d+))")
+_NAME = re.compile(
+    r"\\?[A-Za-z]+(?:'+|_\{?[\w,]+\}?|\^\{-1\})*(?:\s*\([^()]*\))?|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"
+    rf"|(?:m\s*)?\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*\{{?\s*[A-Za-z]+\s*\}}?|\|[A-Za-z]+\||\[[A-Z]+\]|{TEXT_BEGIN}.*{TEXT_END}"
+)
+_FUNCTION = re.compile(r"([A-Za-z]+)\s*\(\s*([A-Za-z])\s*\)")
+_NOTHING = frozenset({"emptyset", "{}", "\\{\\}", "empty set"})
 
 
 def equivalent(reference: str, answer: str) -> bool:
-    r"""Whether `answer` equals `reference` as mathematics; both are the content of a `\boxed{}`.
+    r"""Whether `answer` equals `reference` as mathematics; both are the content of a `\boxed{}`."""
+    first, second = normalise(reference), normalise(answer)
+    if not first or not second:
+        return False
+    if (words := _letters(first)) and (others := _letters(second)):
+        return words == others or (sorted(words) == sorted(others) and _is_product(words))
+    if (labels := _labels(first, second)) is not None:
+        return labels
+    if (based := _bases(first, second)) is not None:
+        return based
+    return any(_same(one, other) for one in _read(first) for other in _read(second))
 
-    math-verify's own time limits (SIGALRM) are off: the parent process kills a worker that takes too long.
-    """
-    return verify(_parse(reference), _parse(answer), timeout_seconds=None)
+
+@lru_cache(maxsize=512)
+def _read(text: str) -> tuple[Form, ...]:
+    """Every reading; of `\\frac{1}{3} \\approx 0.33` both sides, where the decimal is the value cut or rounded."""
+    exact, *rounded = (side.strip() for side in split(text, _APPROXIMATELY))
+    if not rounded:
+        return tuple(readings(text))
+    sides = [exact] if exact else rounded[:1]
+    value, decimal = (number(rounded[-1]), re.fullmatch(r"-?\d*\.(\d+)", rounded[-1]))
+    if exact and value is not None and decimal:
+        close = replace(value, place=Fraction(1, 10 ** len(decimal[1])))
+        sides += [rounded[-1]] * near(exact, close)
+    return tuple(form for side in sides for form in readings(side))
 
 
-def _parse(text: str) -> list[object]:
-    """math-verify's reading of one answer.
+def _letters(text: str) -> str:
+    """A text of at least two letters and nothing else, in lower case without its spaces: a word, not a product; else nothing."""
+    plain = _MARKS.sub("", text)
+    return plain.lower() if len(plain) > 1 and plain.isalpha() else ""
 
-    A percent sign is moved behind the closing dollars, the only place where math-verify reads `50\\%` as a percentage. Plain
-    text extraction is off: it would take a number out of the middle of a sentence.
-    """
-    text = text.strip().rstrip(".").rstrip()
-    for sign in _PERCENT_SIGNS:
-        if text.endswith(sign):
-            return parse(f"$${text.removesuffix(sign).rstrip()}$$%", _LATEX, parsing_timeout=None)
-    return parse(f"\\boxed{{{text}}}", _LATEX, parsing_timeout=None)
+
+def _is_product(letters: str) -> bool:
+    """Whether a run of letters is rather a product, whose order does not matter: two or three different usual variables."""
+    return len(letters) <= 3 and len(set(letters)) == len(letters) and _VARIABLES.issuperset(letters)
+
+
+def _labels(reference: str, answer: str) -> bool | None:
+    """The verdict where one of the answers is a labelled choice, such as `(C) 17` or `C.`; None where none is."""
+    (letter, rest), (other, other_rest) = _choice(reference), _choice(answer)
+    if not (letter and other) and not (rest and letter and other_rest) and not (other and other_rest and rest):
+        return None
+    if letter and other:
+        return letter == other and (not rest or not other_rest or rest == other_rest or equivalent(rest, other_rest))
+    if letter and rest and other_rest:  # the reference is labelled, the answer gives its content
+        return equivalent(rest, other_rest)
+    return None
+
+
+def _choice(text: str) -> tuple[str, str]:
+    """The letter of a choice and what stands behind it; no letter and the whole text where it is no choice."""
+    plain = text.replace(TEXT_BEGIN, "").replace(TEXT_END, "").strip()
+    if re.fullmatch("[A-J]", plain):
+        return plain, ""
+    match = _LABEL.fullmatch(text)
+    if match and not match[4].lstrip().startswith(("(", ",", "_", "^", "\\cup", "\\cap")):
+        return match[1] or match[2] or match[3], match[4].strip()
+    return "", text
+
+
+def _bases(reference: str, answer: str) -> bool | None:
+    """The verdict where one of two numbers names its base; the other may leave it out, but not name another."""
+    first, second = _BASE.fullmatch(reference), _BASE.fullmatch(answer)
+    if not first and not second:
+        return None
+    (digits, base), (others, other_base) = _digits(reference, first), _digits(answer, second)
+    if digits is None or others is None:
+        return None
+    return digits == others and (base == other_base or 0 in (base, other_base))
+
+
+def _digits(text: str, match: re.Match[str] | None) -> tuple[str | None, int]:
+    """Digits without leading zeros, and the base; base 0 where none is named, no digits where it is no such number."""
+    if match is None:
+        plain = text.replace(" ", "").strip("()")
+        return (plain.upper().lstrip("0") or "0", 0) if re.fullmatch(r"[0-9][0-9A-Fa-f]*", plain) else (None, 0)
+    name = match[2] or match[3]
+    base = int(name) if name.isdigit() else spelled((name.lower(),)) or 0
+    digits = match[1].upper()
+    if not 2 <= base <= 36 or not digits[0].isdigit() and base <= 10:
+        return None, 0
+    return digits.lstrip("0") or "0", base
+
+
+def _same(first: Form, second: Form) -> bool:
+    """Whether two forms are equal; the first is the reference's."""
+    if isinstance(first, Equation) or isinstance(second, Equation):
+        return _same_equations(first, second)
+    if isinstance(first, Relation) or isinstance(second, Relation) or _has_relations(first) or _has_relations(second):
+        return _same_relations(first, second)
+    if isinstance(first, Matrix) or isinstance(second, Matrix):
+        return _same_matrices(first, second)
+    if isinstance(first, Items) or isinstance(second, Items):
+        return _same_items(first, second)
+    if isinstance(first, Ratio) or isinstance(second, Ratio):
+        return _same_ratios(first, second)
+    assert isinstance(first, Value) and isinstance(second, Value)
+    return _same_values(first, second)
+
+
+def _same_equations(first: Form, second: Form) -> bool:
+    if isinstance(first, Equation) and isinstance(second, Equation):
+        if not (_holds(first) and _holds(second)):
+            return False
+        name, other = _name(first.sides[0]), _name(second.sides[0])
+        if name and other and _same_name(name, other):
+            return _same(first.sides[-1], _renamed(second.sides[-1], other, name))
+        tuples = all(isinstance(side, Items) for each in (first, second) for side in each.sides)
+        if tuples:
+            return all(_same(one, two) for one, two in zip(first.sides, second.sides, strict=False))
+        return by_math_verify(_plain(first.text), _plain(second.text))
+    if isinstance(first, Equation):
+        named = _name(first.sides[0])
+        if isinstance(second, Items) and isinstance(first.sides[0], Items):  # (x, y) = (1, 2) and x = 1, y = 2
+            values = _values_of(second, first.sides[0])
+            return values is not None and _same(first.sides[-1], values)
+        return (bool(named) or _is_symbolic(first)) and _holds(first) and _same(first.sides[-1], second)
+    assert isinstance(second, Equation)
+    if isinstance(second.sides[0], Items) and isinstance(first, Items) and _is_assigned(first):
+        values = _values_of(first, second.sides[0])
+        return values is not None and _same(values, second.sides[-1])
+    return _holds(second) and _same(first, second.sides[-1])
+
+
+def _is_symbolic(equation: Equation) -> bool:
+    """Whether the left side asks for something (`x + y = 5`, `a : b = 1 : 2`), unlike a curve: only symbols, and not `= 0`."""
+    left, right = (equation.text.split("=", 1)[0], equation.sides[-1])
+    only_symbols = not re.search(r"\d", re.sub(r"_\s*(?:\{[^{}]*\}|\w)", "", left))
+    return only_symbols and not (isinstance(right, Value) and right.formula == "0")
+
+
+def _holds(equation: Equation) -> bool:
+    """Whether all constants among the sides are equal: `13 = 12` is no answer, whatever its last side is."""
+    constants = [side for side in equation.sides if isinstance(side, Value) and _is_constant(side)]
+    return all(_same_values(side, constants[-1]) for side in constants[:-1])
+
+
+def _is_constant(value: Value) -> bool:
+    if value.before or not value.formula:
+        return False
+    if number(value.formula) is not None:
+        return True
+    if not re.search(r"\d|\\pi|\\infty", value.formula):
+        return False
+    found = expression(value.formula)
+    return isinstance(found, sympy.Expr) and not found.free_symbols and not found.atoms(AppliedUndef)
+
+
+def _name(side: Form) -> str:
+    """What an equation's left side names, as a text without spaces; nothing where it is an expression."""
+    if isinstance(side, Value):
+        plain = side.text.strip()
+        return "".join(plain.split()) if plain and _NAME.fullmatch(plain) else ""
+    if isinstance(side, Items) and all(isinstance(each, Value) and each.formula.isalpha() for each in side.items):
+        return "".join(side.text.split())
+    return ""
+
+
+def _same_name(name: str, other: str) -> bool:
+    if name == other or (TEXT_BEGIN in name) != (TEXT_BEGIN in other):
+        return True
+    one, two = _FUNCTION.fullmatch(name), _FUNCTION.fullmatch(other)
+    return bool(one and two and one[1] == two[1])
+
+
+def _renamed(form: Form, name: str, target: str) -> Form:
+    """The value of f(n) with n renamed to x, where the reference has f(x)."""
+    one, two = _FUNCTION.fullmatch(name), _FUNCTION.fullmatch(target)
+    if not one or not two or one[2] == two[2] or not isinstance(form, Value):
+        return form
+    renamed = re.sub(rf"(?<![A-Za-z\\]){one[2]}(?![A-Za-z])", two[2], form.formula)
+    return Value(renamed, renamed, form.before, form.behind)
+
+
+def _is_assigned(items: Items) -> bool:
+    return all(isinstance(item, Equation) and _name(item.sides[0]) for item in items.items)
+
+
+def _values_of(items: Items, names: Items) -> Form | None:
+    """The values of `x = 1, y = 2` in the order of `names`, as a tuple; a tuple itself; None where the names are others."""
+    if not _is_assigned(items):
+        return items
+    values = {_name(item.sides[0]): item.sides[-1] for item in items.items if isinstance(item, Equation)}
+    wanted = [_name(each) for each in names.items]
+    return Items(tuple(values[each] for each in wanted), "(", ")") if set(wanted) == set(values) else None
+
+
+def _has_relations(form: Form) -> bool:
+    return isinstance(form, Items) and not form.opening and any(isinstance(item, Relation) for item in form.items)
+
+
+def _same_relations(first: Form, second: Form) -> bool:
+    one, other = region_of(first), region_of(second)
+    if one is not None and other is not None:
+        return equal_regions(one, other)
+    if isinstance(first, Items) and isinstance(second, Items) and not first.opening and not second.opening:
+        return _match(first.items, second.items)
+    if isinstance(first, Relation) and isinstance(second, Relation):
+        return _MARKS.sub("", first.text) == _MARKS.sub("", second.text) or by_math_verify(first.text, second.text)
+    if isinstance(first, Relation) and isinstance(second, Items) and second.opening:
+        return by_math_verify(first.text, second.text)
+    if isinstance(second, Relation) and isinstance(first, Items) and first.opening:
+        return by_math_verify(first.text, second.text)
+    return False
+
+
+def _same_matrices(first: Form, second: Form) -> bool:
+    if not (isinstance(first, Matrix) and isinstance(second, Matrix)):
+        rows = [form.rows for form in (first, second) if isinstance(form, Matrix)][0]
+        other = second if isinstance(first, Matrix) else first
+        return isinstance(other, Value) and len(rows) == 1 and len(rows[0]) == 1 and _same(rows[0][0], other)
+    return [len(row) for row in first.rows] == [len(row) for row in second.rows] and all(
+        _same(one, other) for row, other_row in zip(first.rows, second.rows, strict=True)
+        for one, other in zip(row, other_row, strict=True)
+    )  # fmt: skip
+
+
+def _same_items(first: Form, second: Form) -> bool:
+    if not (isinstance(first, Items) and isinstance(second, Items)):
+        many, one = (first, second) if isinstance(first, Items) else (second, first)
+        assert isinstance(many, Items)
+        if many.opening in ("(", "[") or not many.items:
+            return not many.items and isinstance(one, Value) and one.formula == "\\emptyset"
+        return all(_same(first, item) if many is second else _same(item, second) for item in many.items)
+    first, second = _unnamed(first, second), _unnamed(second, first)
+    if first.opening == second.opening == "" and _is_assigned(first) and _is_assigned(second):
+        return _same_assignments(first, second)
+    brackets = {first.opening + first.closing, second.opening + second.closing}
+    if "\\{\\}" in brackets and not brackets <= {"\\{\\}", ""}:
+        return False
+    if brackets & {"()", "[]"} or _is_assigned(first) or _is_assigned(second):
+        long = len(first.items) > 2
+        if len(brackets) == 2 and "[]" in brackets and not long:
+            return False
+        return len(first.items) == len(second.items) and all(
+            _same(one, other) for one, other in zip(first.items, second.items, strict=True)
+        )
+    return _match(first.items, second.items)
+
+
+def _unnamed(items: Items, other: Items) -> Items:
+    """The values of `x = 1 or x = 2` and `n = 2, 3, 4`, where one name stands for all; other lists as they are."""
+    equations = [item for item in items.items if isinstance(item, Equation)]
+    names = {_name(item.sides[0]) for item in equations}
+    several = len(equations) == len(items.items) and len(names) == 1 and not _is_function(next(iter(names)))
+    first_only = len(equations) == 1 and isinstance(items.items[0], Equation) and names != {""}
+    if items.opening or not (several or first_only) or not all(map(_holds, equations)) or names == {""}:
+        return items
+    values = tuple(item.sides[-1] if isinstance(item, Equation) else item for item in items.items)
+    return Items(values, join=items.join)
+
+
+def _is_function(name: str) -> bool:
+    return _FUNCTION.fullmatch(name) is not None
+
+
+def _same_assignments(first: Items, second: Items) -> bool:
+    """Assignments to the same names in any order; the solutions for one function (`f(x)=x or f(x)=0`) are a set."""
+    return _match(first.items, second.items)
+
+
+def _match(first: tuple[Form, ...], second: tuple[Form, ...]) -> bool:
+    """Whether two lists are equal as sets: each item has an equal one in the other."""
+    if len(first) == len(second) and all(_same(one, other) for one, other in zip(first, second, strict=True)):
+        return True
+    left = all(any(_same(one, other) for other in second) for one in first)
+    return left and all(any(_same(one, other) for one in first) for other in second)
+
+
+def _same_ratios(first: Form, second: Form) -> bool:
+    """Ratios with the same parts, or two parts in the same proportion unless they may be a time; 1:2 is also a half."""
+    if isinstance(first, Ratio) and isinstance(second, Ratio):
+        if contradict(first.words, second.words) or len(first.parts) != len(second.parts):
+            return False
+        if all(_same(one, other) for one, other in zip(first.parts, second.parts, strict=True)):
+            return True
+        quotients = [_quotient(each) for each in (first, second)]
+        return None not in quotients and quotients[0] == quotients[1]
+    ratio, other = (first, second) if isinstance(first, Ratio) else (second, first)
+    assert isinstance(ratio, Ratio)
+    if (
+        not isinstance(other, Value)
+        or other.before
+        or other.behind
+        or ratio.words
+        or "\\frac" not in other.formula
+        and "/" not in other.formula
+    ):
+        return False
+    value = number(other.formula)
+    return value is not None and _quotient(ratio) == value.value
+
+
+def _quotient(ratio: Ratio) -> object:
+    texts = [part.formula if isinstance(part, Value) else "" for part in ratio.parts]
+    values = [number(text) for text in texts]
+    is_time = len(texts) == 2 and re.fullmatch(r"\d\d", texts[1]) is not None
+    if len(values) != 2 or values[0] is None or values[1] is None or not values[1].value or is_time:
+        return None
+    return values[0].value / values[1].value
+
+
+def _same_values(first: Value, second: Value) -> bool:
+    """Words must not contradict each other; then the formulas decide, magnitudes (`million`) multiplied in."""
+    (factor, behind), (other_factor, other_behind) = take_magnitude(first.behind), take_magnitude(second.behind)
+    if not first.formula and not second.formula:
+        return first.behind == second.behind
+    if not first.formula or not second.formula:
+        words, value = (first.behind, second) if not first.formula else (second.behind, first)
+        counted = spelled(words)
+        if counted is not None and not value.before and not value.behind:
+            return equal_formulas(str(counted), value.formula)
+        return words == ("infinity",) and value.formula == "\\infty"
+    if contradict(behind, other_behind) or _prefixed(first) != _prefixed(second):
+        return False
+    if factor == other_factor:
+        return equal_formulas(first.formula, second.formula)
+    numbers = (number(first.formula), number(second.formula))
+    if numbers[0] is None or numbers[1] is None or numbers[0].percent or numbers[1].percent:
+        return False
+    return numbers[0].value * factor == numbers[1].value * other_factor
+
+
+_DROPPED_BEFORE = frozenset({"dollar", "euro", "pound", "yen", "yuan", "rupee", "cent"})
+
+
+def _prefixed(value: Value) -> frozenset[str]:
+    """The words before a formula that say something; a currency may be left out."""
+    return frozenset(value.before) - _DROPPED_BEFORE
+
+
+def _plain(text: str) -> str:
+    return text.replace(TEXT_BEGIN, "\\text{").replace(TEXT_END, "}")

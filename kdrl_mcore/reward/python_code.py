@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from decimal import Decimal
 from threading import Lock
 from typing import Any
 
@@ -20,6 +21,7 @@ from kdrl_mcore.config import RewardConfig
 from kdrl_mcore.errors import RewardError
 from kdrl_mcore.interrupt import children_ignore_stop_signals
 from kdrl_mcore.reward import sandbox
+from kdrl_mcore.reward.answers import final_part
 from kdrl_mcore.reward.registry import Reward, register_class
 from kdrl_mcore.types import Rollout
 
@@ -30,7 +32,13 @@ FILE_BYTES = 1 << 20
 """The largest file a program may write into its own empty folder."""
 MAX_OUTPUT_BYTES = 1 << 20
 """A program that prints more is wrong."""
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+PRECISE_DIGITS = 6
+"""Digits behind the point from which on an expected decimal stands for what it is cut or rounded from."""
+FLOAT_NOISE = Decimal("1e-9")
+"""How far a float may be from the expected one, relative to it unless that is 0: what rounding in sums makes."""
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+_PYTHON = re.compile(r"\{?\.?i?py(?:thon|con)?[\d.]*\b", re.IGNORECASE)
+_FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w.])")
 _SANDBOX = [sys.executable, "-I", "-S", sandbox.__file__]
 
 
@@ -40,7 +48,7 @@ class PythonCode(Reward):
 
     The tests are the row's answer: a JSON list of `{"call": "add(2, 3)", "output": "5"}`, the `repr` of a value of the
     program's own, or `{"stdin": "2 3\n", "output": "5"}`, what the program prints (white space at the ends of lines and of the
-    text does not count). A program never sees what is expected. `reward.timeout` bounds each process, `reward.workers` how many
+    text does not count, and floats may differ by what rounding makes). A program never sees what is expected. `reward.timeout` bounds each process, `reward.workers` how many
     run at once.
     """
 
@@ -52,6 +60,11 @@ class PythonCode(Reward):
         self._lock = Lock()
         self.timeouts = 0
         self.crashes = 0
+
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`."""
+        return None if _tests(answer) else _NO_TESTS
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """See `Reward`. Each distinct pair of program and tests is run once."""
@@ -73,9 +86,7 @@ class PythonCode(Reward):
             if not _is_list(answer, [test["output"] for test in calls]):
                 return False
         scripts = [test for test in tests if "stdin" in test]
-        return all(
-            _lines(self._run({"program": program, "stdin": test["stdin"]})) == _lines(test["output"]) for test in scripts
-        )
+        return all(_prints(self._run({"program": program, "stdin": test["stdin"]}), test["output"]) for test in scripts)
 
     def _run(self, request: dict[str, Any]) -> str | None:
         """What the sandbox answers; None where the program failed, printed too much or was killed."""
@@ -132,9 +143,33 @@ class PythonCode(Reward):
 
 
 def program_of(response: str) -> str:
-    """The content of the response's last fenced block, or the whole response where it has none."""
-    blocks = _FENCE.findall(response)
-    return blocks[-1] if blocks else response
+    """The content of the last fenced block in Python, else of the last without a language, else of the last; the whole response
+    where it has none. A thought before `</think>` plays no part, unless there is no block behind it."""
+    response = response.replace("\r\n", "\n")
+    blocks = _fenced(final_part(response)) or (_fenced(response) if "</think" in response else [])
+    if not blocks:
+        return final_part(response)
+    python = [block for language, block in blocks if _PYTHON.match(language)]
+    plain = [block for language, block in blocks if not language]
+    return (python or plain or [block for _, block in blocks])[-1]
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block, between lines of at least three backticks or tildes, without the fence's
+    indentation. A block that is not closed ends with the text."""
+    blocks: list[tuple[str, str]] = []
+    fence, language, indent, lines = "", "", "", list[str]()
+    for line in text.split("\n"):
+        match = _FENCE.fullmatch(line.rstrip())
+        if not fence:
+            if match:
+                indent, fence, language = match.groups()
+        elif match and match[2].startswith(fence) and not match[3]:
+            blocks.append((language.strip(), "".join(lines)))
+            fence, lines = "", []
+        else:
+            lines.append(line.removeprefix(indent) + "\n")
+    return [*blocks, (language.strip(), "".join(lines))] if fence else blocks
 
 
 def read_tests(rollout: Rollout) -> list[dict[str, str]]:
@@ -143,16 +178,24 @@ def read_tests(rollout: Rollout) -> list[dict[str, str]]:
     Raises:
         RewardError: the answer is no list of tests.
     """
-    try:
-        tests = json.loads(rollout.answer)
-    except ValueError:
-        tests = None
-    if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
-        raise RewardError(
-            f"prompt {rollout.prompt_id}: the answer is no list of tests for python_code: write a JSON list of "
-            '{"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
-        )
+    tests = _tests(rollout.answer)
+    if tests is None:
+        raise RewardError(f"prompt {rollout.prompt_id}: the answer is {_NO_TESTS}")
     return tests
+
+
+_NO_TESTS = (
+    'no list of tests for python_code: write a JSON list of {"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
+)
+
+
+def _tests(answer: str) -> list[dict[str, str]] | None:
+    """The tests that an answer lists; None where it is no such list."""
+    try:
+        tests = json.loads(answer)
+    except ValueError:
+        return None
+    return tests if isinstance(tests, list) and tests and all(map(_is_test, tests)) else None
 
 
 def _is_test(test: Any) -> bool:
@@ -162,9 +205,44 @@ def _is_test(test: Any) -> bool:
 
 def _is_list(answer: str | None, expected: list[str]) -> bool:
     try:
-        return answer is not None and json.loads(answer) == expected
+        values = None if answer is None else json.loads(answer)
     except ValueError:
         return False
+    return isinstance(values, list) and len(values) == len(expected) and all(map(_same_value, values, expected))
+
+
+def _same_value(value: Any, expected: str) -> bool:
+    """Whether a `repr` is the expected one; floats outside of strings may differ as `_same_float` allows."""
+    if value == expected or not isinstance(value, str):
+        return bool(value == expected)
+    if "'" in expected or '"' in expected or _FLOAT.sub("", value) != _FLOAT.sub("", expected):
+        return False
+    return all(map(_same_float, _FLOAT.findall(value), _FLOAT.findall(expected)))
+
+
+def _prints(text: str | None, expected: str) -> bool:
+    """Whether the text is the expected one, line by line; words in it that are floats in both may differ as `_same_float` allows."""
+    lines, expected_lines = _lines(text), _lines(expected)
+    if lines is None or expected_lines is None or len(lines) != len(expected_lines):
+        return False
+    return all(
+        line == other or _same_words(line.split(), other.split()) for line, other in zip(lines, expected_lines, strict=True)
+    )
+
+
+def _same_words(words: list[str], expected: list[str]) -> bool:
+    return len(words) == len(expected) and all(
+        word == other or bool(_FLOAT.fullmatch(word) and _FLOAT.fullmatch(other) and _same_float(word, other))
+        for word, other in zip(words, expected, strict=True)
+    )
+
+
+def _same_float(text: str, expected: str) -> bool:
+    """Whether a float is the expected one but for noise, or is cut or rounded to it where it has at least six decimals."""
+    value, wanted = Decimal(text), Decimal(expected)
+    decimals = -int(wanted.as_tuple().exponent)
+    place = Decimal(1).scaleb(-decimals) if decimals >= PRECISE_DIGITS and "e" not in expected.lower() else Decimal(0)
+    return abs(value - wanted) <= FLOAT_NOISE * (abs(wanted) or 1) or abs(value - wanted) < place
 
 
 def _lines(text: str | None) -> list[str] | None:

@@ -39,6 +39,11 @@ class Reward(ABC):
             RewardError: the reward itself failed. A failure is never a score.
         """
 
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """Why no response could match this reference answer, as the end of an error's line; None where one can."""
+        return None
+
     def close(self) -> None:  # noqa: B027
         """End what was started."""
 
@@ -53,6 +58,11 @@ class AnswerReward(Reward):
     @abstractmethod
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each (reference, answer) pair is equal, in order."""
+
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`."""
+        return None if reference_answer(answer) else "it is empty"
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """See `Reward`. Each distinct pair is compared once."""
@@ -111,6 +121,16 @@ def build_reward(kind: str, config: RewardConfig) -> Reward:
     """
     found = _registered.get(kind) or _import(kind)
     return found(config) if isinstance(found, type) else _OfEachResponse(found)
+
+
+def reward_class(kind: str) -> type[Reward] | None:
+    """The class of a reward, built by `build_reward`; None where it is a plain function.
+
+    Raises:
+        ConfigError: there is no such reward.
+    """
+    found = _registered.get(kind) or _import(kind)
+    return found if isinstance(found, type) else None
 
 
 class _OfEachResponse(Reward):

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from kdrl_mcore.config import RewardConfig
-from kdrl_mcore.reward.answers import compare_plainly, count_boxes, last_boxed
+from kdrl_mcore.reward.answers import (
+    MAX_ANSWER_CHARS,
+    boxed_answer,
+    compare_plainly,
+    count_boxes,
+    free_answer,
+    last_boxed,
+    reference_answer,
+)
+from kdrl_mcore.reward.choices import choice_of, chosen
 from kdrl_mcore.reward.pool import WorkerPool
 from kdrl_mcore.reward.registry import AnswerReward, register_class, register_function
 from kdrl_mcore.types import Rollout
 
 MATH_VERIFY = "kdrl_mcore.reward.equivalence:equivalent"
-"""What the workers run for `math_verify`."""
+ANYWHERE = "kdrl_mcore.reward.extraction:equivalent_anywhere"
+"""What the workers run for `math_verify`, by `reward.extract`."""
 
-_BARE_CHOICE = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]|$)")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_STATED_CHOICE = re.compile(r"\b[Aa]nswer(?:\s+is\s*:?|\s*:)\s*[(\[*$]*([A-Z])\b")
+MAX_WORDS = 20
+"""A reference with more words is no answer but a text."""
+
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{3,}")
 
 
 @register_class("math_verify")
 class MathVerify(AnswerReward):
-    r"""Equal as mathematics: the content of the response's last `\boxed{}` and the reference.
+    r"""Equal as mathematics: the answer that the response boxes (`boxed_answer`) and the reference. With
+    `reward.extract=anywhere` also an answer that is stated without a box.
 
     Plain integers and identical strings are compared at once (`compare_plainly`); everything else goes to worker processes
     that are killed when they take too long, and such an answer is wrong and counted.
@@ -29,7 +43,8 @@ class MathVerify(AnswerReward):
 
     def __init__(self, config: RewardConfig) -> None:
         """Starts nothing: workers start with the first answer that needs one."""
-        self._pool = WorkerPool(MATH_VERIFY, config.workers, config.timeout)
+        self._anywhere = config.extract == "anywhere"
+        self._pool = WorkerPool(ANYWHERE if self._anywhere else MATH_VERIFY, config.workers, config.timeout)
 
     @property
     def timeouts(self) -> int:  # type: ignore[override]
@@ -41,9 +56,21 @@ class MathVerify(AnswerReward):
         """See `Reward`."""
         return self._pool.crashes
 
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`. A whole solution is refused: what it says would have to be repeated word for word."""
+        reference = reference_answer(answer)
+        if not reference:
+            return "it is empty"
+        if boxed_answer(f"\\boxed{{{reference}}}") is None:
+            return f"its braces are not balanced, or it has more than {MAX_ANSWER_CHARS} characters"
+        if len(_WORD.findall(_COMMAND.sub(" ", reference))) > MAX_WORDS:
+            return "it is a text rather than an answer; write the answer alone, in \\boxed{}, or behind ####"
+        return None
+
     def answer(self, rollout: Rollout) -> str | None:
         """See `AnswerReward`."""
-        return last_boxed(rollout.response)
+        return free_answer(rollout.response) if self._anywhere else boxed_answer(rollout.response)
 
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """See `AnswerReward`."""
@@ -58,51 +85,50 @@ class MathVerify(AnswerReward):
         self._pool.close()
 
 
-class _TextAnswer(AnswerReward):
-    """Answers that are equal where their texts are, after `_normal`."""
+@register_class("exact_match")
+class ExactMatch(AnswerReward):
+    r"""The same text: the content of the last `\boxed{}`, or the whole response where it opens no box, and the reference.
+
+    Dollar signs around the whole are no part of either; runs of white space count as one space, and letters with accents are
+    the same however Unicode composes them.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
         """Needs none of the settings."""
 
-    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """See `AnswerReward`."""
-        return [self._normal(reference) == self._normal(answer) for reference, answer in pairs]
-
-    @staticmethod
-    def _normal(text: str) -> str:
-        """Runs of white space count as one space."""
-        return " ".join(text.split())
-
-
-@register_class("exact_match")
-class ExactMatch(_TextAnswer):
-    r"""The same text: the content of the last `\boxed{}`, or the whole response where it opens no box, and the reference."""
-
     def answer(self, rollout: Rollout) -> str | None:
         """See `AnswerReward`. A box that is not closed holds nothing."""
-        return last_boxed(rollout.response) if count_boxes(rollout.response) else self._normal(rollout.response)
+        return last_boxed(rollout.response) if count_boxes(rollout.response) else reference_answer(rollout.response)
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """See `AnswerReward`."""
+        return [_one_spelling(reference) == _one_spelling(answer) for reference, answer in pairs]
+
+
+def _one_spelling(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 @register_class("multiple_choice")
-class MultipleChoice(_TextAnswer):
-    r"""The same letter. The response's is in its last `\boxed{}`, or behind its last "answer is" where it opens no box."""
+class MultipleChoice(AnswerReward):
+    r"""The same letter, or the same letters (`A, C`), as `choice_of` finds them in the response and `chosen` in the reference."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        """Needs none of the settings."""
+
+    @classmethod
+    def why_refused(cls, answer: str) -> str | None:
+        """See `Reward`. An index is refused, as data sets begin at 0 or at 1."""
+        found = chosen(reference_answer(answer))
+        return None if found else "it names no choice; write its letter, such as B, (B) or A, C"
 
     def answer(self, rollout: Rollout) -> str | None:
         """See `AnswerReward`."""
-        if count_boxes(rollout.response):
-            return _choice(last_boxed(rollout.response) or "")
-        stated = _STATED_CHOICE.findall(rollout.response)
-        return stated[-1].upper() if stated else None
+        return choice_of(rollout.response)
 
-    @staticmethod
-    def _normal(text: str) -> str:
-        return _choice(text) or text
-
-
-def _choice(text: str) -> str | None:
-    r"""The letter of a choice such as `B`, `(b)`, `\text{B}` or `B. because ...`; None where it is none."""
-    match = _BARE_CHOICE.match(_LATEX_TEXT.sub(r"\1", text).strip())
-    return match[1].upper() if match else None
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """See `AnswerReward`. A reference that is no choice equals no answer."""
+        return [chosen(reference) == chosen(answer) is not None for reference, answer in pairs]
 
 
 @register_function("format")

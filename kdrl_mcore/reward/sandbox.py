@@ -17,6 +17,7 @@ can be read.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import io
 import json
@@ -24,13 +25,17 @@ import os
 import resource
 import signal
 import sys
+import types
+from _sitebuiltins import Quitter
 
 _CLONE_NEWNET, _CLONE_NEWPID, _CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 MAX_OPEN_FILES = 32
 MAX_PROCESSES = 32
 """Of one user in all, which is why it is no smaller; the kernel does not count root's."""
 NOBODY = 65534
+OWN_FRAMES = 20
+"""By so much the recursion limit is raised for the frames of this file below the program's own."""
 SIGNALLED = 128
 """A program that a signal ended exits with this plus the signal's number."""
 
@@ -88,6 +93,7 @@ def _become_nobody() -> None:
         return
     os.setresuid(NOBODY, NOBODY, NOBODY)
     _die_with_parent()  # a change of user clears it
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # so does this: /proc/self, and with it /dev/stdin, is its own again
 
 
 def _refuse_sockets(event: str, _: object) -> None:
@@ -95,22 +101,52 @@ def _refuse_sockets(event: str, _: object) -> None:
         raise PermissionError("the network is off")
 
 
+def feed(text: str) -> None:
+    """Give the program standard input of its own, for Python's `sys.stdin`, for descriptor 0 and for /dev/stdin alike."""
+    file = os.memfd_create("stdin")
+    with os.fdopen(os.dup(file), "wb") as writer:
+        writer.write(text.encode(errors="surrogatepass"))
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, 0)
+    os.close(file)
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+
+
+def as_script() -> dict[str, object]:
+    """The scope of a module `__main__` that is run as a script without arguments, with the built-ins that `site` adds."""
+    module = types.ModuleType("__main__")
+    module.__file__ = "program.py"
+    sys.modules["__main__"] = module
+    sys.argv = ["program.py"]
+    sys.setrecursionlimit(sys.getrecursionlimit() + OWN_FRAMES)
+    for name in ("exit", "quit"):
+        setattr(builtins, name, Quitter(name, "Ctrl-D (i.e. EOF)"))
+    return module.__dict__
+
+
+def execute(program: str, scope: dict[str, object]) -> None:
+    """Run the program's text; this file's `from __future__` is not for it."""
+    exec(compile(program, "program.py", "exec", dont_inherit=True), scope)
+
+
 def run(request: dict[str, object]) -> None:
     """Execute the program and write the answer to standard output."""
-    scope: dict[str, object] = {"__name__": "__main__"}
-    program = str(request["program"])
+    scope, program = as_script(), str(request["program"])
     if "stdin" in request:
-        sys.stdin = io.StringIO(str(request["stdin"]))
-        exec(compile(program, "program.py", "exec"), scope)
+        execute(program, scope)
         sys.stdout.flush()
         return
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is no answer
-    exec(compile(program, "program.py", "exec"), scope)
+    try:
+        execute(program, scope)
+    except (SystemExit, EOFError) as ended:  # it is run as a script, which may end itself or ask for input that there is not
+        if isinstance(ended, SystemExit) and ended.code not in (None, 0):
+            raise
     values: list[str | None] = []
     for call in request["calls"]:  # type: ignore[attr-defined]
         try:
-            values.append(repr(eval(call, scope)))
+            values.append(repr(eval(compile(call, "call", "eval", dont_inherit=True), scope)))
         except Exception:
             values.append(None)
     os.write(answers, json.dumps(values).encode())
@@ -120,6 +156,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--probe":
         print("namespace" if isolate() else "python")
     else:
-        task = json.loads(sys.stdin.buffer.read())
-        confine(*map(int, sys.argv[1:4]))
+        task, limits = json.loads(sys.stdin.buffer.read()), list(map(int, sys.argv[1:4]))
+        feed(str(task.get("stdin", "")))  # before the limit on the size of files
+        confine(*limits)
         run(task)

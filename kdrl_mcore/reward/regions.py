@@ -1,0 +1,176 @@
+r"""Sets of real numbers: intervals, inequalities in one variable, unions, set builders, as sympy's sets. For workers only."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sympy
+
+from kdrl_mcore.reward.algebra import expression
+from kdrl_mcore.reward.forms import Equation, Form, Items, Relation, Value, encloses, nesting, read, split
+from kdrl_mcore.reward.notation import unwrap
+
+Region = tuple[str | None, Any]
+"""The variable, where one is named, and the set."""
+
+_ORDER = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|[<>]")
+_MEMBER = re.compile(r"\\in(?![A-Za-z])")
+_UNION, _CUT = re.compile(r"\\cup(?![A-Za-z])"), re.compile(r"\\cap(?![A-Za-z])")
+_WITHOUT = re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=\})\s*-\s*(?=\\\{)")
+_NAME = re.compile(r"\\?[A-Za-z]+(?:'|_\{?\w+\}?)?(?:\([a-z]\))?")
+_ALL = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "Q": sympy.S.Rationals, "C": sympy.S.Complexes}
+_BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?)?")
+
+
+def region_of(form: Form) -> Region | None:
+    """The set that an answer describes; None where it describes none."""
+    if isinstance(form, Relation):
+        return _region(form.text)
+    if isinstance(form, Items):
+        return _items(form)
+    if isinstance(form, Equation) and len(form.sides) == 2 and isinstance(form.sides[0], Value):
+        return None
+    if isinstance(form, Value) and not form.formula and form.behind in (("real", "number"), ("real",)):
+        return None, sympy.S.Reals
+    if isinstance(form, Value) and form.formula == "" and form.behind[-2:] == ("real", "number"):
+        return None, sympy.S.Reals
+    return None
+
+
+def equal_regions(first: Region, second: Region) -> bool:
+    """Whether two sets are equal; variables that are both named must be the same."""
+    (name, one), (other_name, other) = first, second
+    if name and other_name and name != other_name:
+        return False
+    return bool(one == other or sympy.SymmetricDifference(one, other) == sympy.S.EmptySet)
+
+
+def _items(form: Items) -> Region | None:
+    if form.opening in ("(", "[") and len(form.items) == 2:
+        ends = [_end(item) for item in form.items]
+        return None if None in ends else (None, _interval(*ends, form.opening == "(", form.closing == ")"))
+    if form.opening == "\\{":
+        points = [_end(item) for item in form.items]
+        return None if None in points else (None, sympy.FiniteSet(*points))
+    parts = [region_of(item) for item in form.items]
+    if form.opening or any(
+        part is None or not isinstance(item, Relation) for part, item in zip(parts, form.items, strict=True)
+    ):
+        return None
+    known = [part for part in parts if part is not None]
+    names = {name for name, _ in known if name}
+    if len(names) != 1:
+        return None
+    sets = [found for _, found in known]
+    meeting = sympy.Intersection(*sets)
+    joined = sympy.Union(*sets) if form.join == "or" or meeting == sympy.S.EmptySet else meeting
+    return names.pop(), joined
+
+
+def _end(form: Form) -> Any | None:
+    """An end of an interval: a real constant, or an infinity."""
+    if not isinstance(form, Value) or form.before or form.behind:
+        return None
+    found = expression(form.formula.removeprefix("+"))
+    if not isinstance(found, sympy.Expr) or found.free_symbols or not found.is_extended_real:
+        return None
+    return found
+
+
+def _interval(low: Any, high: Any, left_open: bool, right_open: bool) -> Any:
+    return sympy.Interval(low, high, left_open, right_open)
+
+
+def _region(text: str) -> Region | None:
+    text = unwrap(text)
+    if text.startswith("\\{") and text.endswith("\\}") and encloses(text, 2):
+        return _builder(text[2:-2])
+    if text.strip() == "\\emptyset":
+        return None, sympy.S.EmptySet
+    if match := _BLACKBOARD.fullmatch(text.strip()):
+        return None, _positive(_ALL[match[1]], match[2])
+    for pattern, combine in ((_UNION, sympy.Union), (_CUT, sympy.Intersection), (_WITHOUT, sympy.Complement)):
+        parts = split(text, pattern)
+        if len(parts) > 1:
+            return _combined(parts, combine)
+    member = split(text, _MEMBER)
+    if len(member) == 2:
+        found = _set(member[1])
+        return (member[0].strip(), found[1]) if found is not None and _NAME.fullmatch(member[0].strip()) else None
+    if split(text, _ORDER)[1:]:
+        return _inequality(text)
+    return _bounds(text)
+
+
+def _positive(numbers: Any, sign: str | None) -> Any:
+    return sympy.Intersection(numbers, sympy.Interval.open(0, sympy.oo)) if sign and "+" in sign else numbers
+
+
+def _combined(parts: list[str], combine: Any) -> Region | None:
+    found = [_set(part) for part in parts]
+    known = [part for part in found if part is not None]
+    if len(known) < len(parts):
+        return None
+    if combine is sympy.Complement:
+        return known[0][0], sympy.Complement(known[0][1], sympy.Union(*(each for _, each in known[1:])))
+    name = next((name for name, _ in known if name), None)
+    return name, combine(*(each for _, each in known))
+
+
+def _set(text: str) -> Region | None:
+    """A part of a union: read as a form of its own; `x \\in [1,2] \\cup [3,4]` names its variable in the first part."""
+    form = read(text)
+    return region_of(form)
+
+
+def _bounds(text: str) -> Region | None:
+    """An interval with an infinite end or with two kinds of brackets, which is a relation at first sight."""
+    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
+        return None
+    parts = split(text[1:-1], re.compile("[,;]"))
+    if len(parts) != 2:
+        return None
+    low, high = (_end(read(part)) for part in parts)
+    return None if low is None or high is None else (None, _interval(low, high, text[0] == "(", text[-1] == ")"))
+
+
+def _builder(inside: str) -> Region | None:
+    parts = split(inside, re.compile(r"\||(?<!\d):"))
+    if len(parts) != 2:
+        return None
+    declared, condition = (_set(part) if place or _MEMBER.search(part) else None for place, part in enumerate(parts))
+    if condition is None:
+        return None
+    return (condition[0], sympy.Intersection(condition[1], declared[1])) if declared else condition
+
+
+def _inequality(text: str) -> Region | None:
+    """A chain such as `-2 \\le x < 1`, of one variable between constants."""
+    signs = [match[0] for match in _ORDER.finditer(text) if nesting(text)[match.start()] == 0]
+    sides = [side.strip() for side in split(text, _ORDER)]
+    names = [place for place, side in enumerate(sides) if _NAME.fullmatch(side) and expression(side) is not None]
+    names = [place for place in names if getattr(expression(sides[place]), "free_symbols", None)]
+    if len(names) != 1 or len(sides) > 3:
+        return None
+    (place,) = names
+    found: Any = sympy.S.Reals
+    for index, sign in enumerate(signs):
+        if place not in (index, index + 1):
+            return None
+        value = _end(read(sides[index + 1] if place == index else sides[index]))
+        if value is None:
+            return None
+        found = sympy.Intersection(found, _half_line(sign, value, left=place == index))
+    return sides[place], found
+
+
+def _half_line(sign: str, value: Any, left: bool) -> Any:
+    """The numbers that stand in a relation to `value`, left or right of the sign."""
+    if sign == "\\ne":
+        return sympy.Complement(sympy.S.Reals, sympy.FiniteSet(value))
+    below = (sign in ("<", "\\le")) == left
+    is_open = sign in ("<", ">")
+    if below:
+        return sympy.Interval(-sympy.oo, value, True, is_open)
+    return sympy.Interval(value, sympy.oo, is_open, True)
