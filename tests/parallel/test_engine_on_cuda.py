@@ -28,7 +28,9 @@ def gpus() -> Iterator[RankPool]:
 def generate_deterministically(overrides: list[str]) -> dict[str, Any]:
     import torch
 
-    torch.use_deterministic_algorithms(True)
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform(deterministic=True)
     try:
         return generate_on_rank(overrides, PROMPTS, SAMPLINGS)
     finally:
