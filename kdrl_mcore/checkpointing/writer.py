@@ -72,7 +72,7 @@ class CheckpointWriter:
                 state_dict = student.sharded_state(loading=False)
                 with mcore.rank_0_write_errors() as errors:
                     request = dist_checkpointing.save(
-                        state_dict, str(aside / WEIGHTS_DIR), self._strategy, async_sharded_save=True
+                        state_dict, str(aside / WEIGHTS_DIR), self._strategy, async_sharded_save=True, **mcore.save_settings()
                     )
                 self._on_rank_0(partial(_raise_first, errors))
                 assert request is not None

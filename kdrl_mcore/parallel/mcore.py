@@ -4,6 +4,7 @@ its CUDA extras."""
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -124,6 +125,15 @@ def parallel_save_strategy(replicas: torch.distributed.ProcessGroup) -> Any:
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas, do_cache_distribution=True)
+
+
+def save_settings() -> dict[str, str]:
+    """Of `dist_checkpointing.save`: Megatron-Core's own writer beside the training process, where another package's is the
+    default (from 0.19 on)."""
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def start_write_results_process() -> None:
