@@ -29,6 +29,7 @@ from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
 from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
+from kdrl_mcore.parallel.optimizer_state import held_shares
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.teacher_head import TeacherHead
@@ -205,17 +206,17 @@ class Student:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
-        into."""
+        into. They are views of what this rank holds: nothing is copied."""
         self.wait_for_weights()
         if self._host_state is not None:
-            self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
+            self._host_state.enter()  # a snapshot is taken from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {
             name.format(index): mcore.weights_to_load(chunk.module) if loading else chunk.module.sharded_state_dict()
             for index, chunk in enumerate(self.ddp)
         }
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        with mcore.unpadded_parameter_ranges(self.optimizer):
+        with held_shares(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {**model, "optimizer": optimizer}
 
@@ -223,7 +224,8 @@ class Student:
         """Take over what `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         for index, chunk in enumerate(self.ddp):
             mcore.take_weights(chunk.module, state["model" if len(self.ddp) == 1 else f"model{index}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with held_shares(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         mcore.complete_parameter_groups(self.optimizer)
 
     @torch.no_grad()
