@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from kdrl_mcore.model import varlen
+from kdrl_mcore.model.varlen import Stretch, VarlenAttention
 from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.packing import Run
 
@@ -32,6 +34,8 @@ class PackedSequences(PackedSeqParams):
     Attributes:
         cos_SD, sin_SD: rotary factors of every token, [S, 1, D/2].
         runs: what attends to what.
+        varlen: the kernel that serves whole stretches of runs at once, where there is one.
+        stretches: what that takes in one call each.
         context: who holds the other tokens, under context parallelism.
         cache: while generating, the keys and values so far.
     """
@@ -39,6 +43,8 @@ class PackedSequences(PackedSeqParams):
     cos_SD: Tensor = field(default_factory=lambda: torch.empty(0))
     sin_SD: Tensor = field(default_factory=lambda: torch.empty(0))
     runs: tuple[Run, ...] = ()
+    varlen: VarlenAttention | None = None
+    stretches: tuple[Stretch, ...] = ()
     context: ContextShard | None = None
     cache: KVCache | None = None
 
@@ -50,28 +56,34 @@ def pack_attention(
     dtype: torch.dtype,
     context: ContextShard | None = None,
     rotary_scale: float = 1.0,
+    cache: KVCache | None = None,
 ) -> PackedSequences:
-    """Describe packed sequences to attention.
+    """Describe packed sequences to attention. On CUDA the host waits for nothing here.
 
     Args:
         inverse_frequencies: [D/2], float32.
         dtype: of the activations; the rotary angles are computed in float32.
         rotary_scale: multiplies the rotary factors of queries and keys (yarn).
+        cache: fills with the keys and values of these sequences, or, while decoding, holds all that they attend to.
     """
     angles = positions_S.float()[:, None, None] * inverse_frequencies
-    lengths = [run.length for run in runs for _ in range(run.count)]
-    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(positions_S.device)
-    return PackedSequences(
+    packed = PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
         cos_SD=(angles.cos() * rotary_scale).to(dtype),
         sin_SD=(angles.sin() * rotary_scale).to(dtype),
         runs=runs,
         context=context,
+        cache=cache,
     )
+    if cache is not None and cache.decoding:
+        return packed
+    packed.varlen = varlen.find_varlen(positions_S.device, dtype, 2 * len(inverse_frequencies))
+    packed.stretches = varlen.stretches(runs)
+    if context is None:  # what Transformer Engine's attention takes: all sequences are whole
+        (whole,) = packed.stretches
+        packed.cu_seqlens_q = packed.cu_seqlens_kv = whole.query_bounds
+        packed.max_seqlen_q = packed.max_seqlen_kv = whole.longest_query
+    return packed
 
 
 def apply_rotary(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
@@ -137,11 +149,12 @@ class PackedSelfAttention(SelfAttention):
 
 
 class PackedDotProductAttention(nn.Module):
-    """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
+    """Causal attention within each packed sequence: one call of a kernel for sequences of any lengths, or torch's
+    scaled_dot_product_attention, run by run.
 
-    Sequences of equal length are adjacent (packing sorts them) and share one call, as views: nothing is padded or copied in.
-    Under context parallelism the keys and values of all ranks are gathered first (a rank needs all tokens before its own, and
-    with grouped heads they are few times smaller than the queries).
+    With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way they are views:
+    nothing is padded or copied in. Under context parallelism the keys and values of all ranks are gathered first (a rank needs
+    all tokens before its own, and with grouped heads they are few times smaller than the queries).
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
@@ -163,26 +176,35 @@ class PackedDotProductAttention(nn.Module):
         Collectives over the context-parallel group, where there is one: an all-gather of keys and values, and a reduce-scatter
         of their gradients.
         """
-        if packed_seq_params.context is not None:
-            key_FKD, value_FKD = packed_seq_params.context.gather(torch.stack((key_SKD, value_SKD), dim=1)).unbind(dim=1)
+        packed, scale = packed_seq_params, self.softmax_scale
+        if packed.context is not None:
+            key_FKD, value_FKD = packed.context.gather(torch.stack((key_SKD, value_SKD), dim=1)).unbind(dim=1)
         else:
             key_FKD, value_FKD = key_SKD, value_SKD
-        outputs = []
-        for run in packed_seq_params.runs:
-            query = _split(query_SND, run.start, run.count, run.length)
-            key, value = (_split(x, run.key_start, run.count, run.key_length) for x in (key_FKD, value_FKD))
-            square = run.length == run.key_length
-            context = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=None if square else causal_lower_right(run.length, run.key_length),
-                is_causal=square,
-                scale=self.softmax_scale,
-                enable_gqa=query.size(1) != key.size(1),
-            )
-            outputs.append(context.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)
+        if packed.varlen is None:
+            outputs = [_attend_to_run(query_SND, key_FKD, value_FKD, run, scale) for run in packed.runs]
+        else:
+            outputs = [
+                packed.varlen(query_SND[each.queries], key_FKD[each.keys], value_FKD[each.keys], each, scale)
+                for each in packed.stretches
+            ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_to_run(query_SND: Tensor, key_FKD: Tensor, value_FKD: Tensor, run: Run, scale: float | None) -> Tensor:
+    query = _split(query_SND, run.start, run.count, run.length)
+    key, value = (_split(x, run.key_start, run.count, run.key_length) for x in (key_FKD, value_FKD))
+    square = run.length == run.key_length
+    context = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if square else causal_lower_right(run.length, run.key_length),
+        is_causal=square,
+        scale=scale,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+    return context.transpose(1, 2).flatten(0, 1)
 
 
 def _split(x_SHD: Tensor, start: int, count: int, length: int) -> Tensor:

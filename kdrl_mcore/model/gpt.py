@@ -19,6 +19,7 @@ from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.rope import inverse_frequencies
 from kdrl_mcore.parallel import mcore
@@ -47,9 +48,9 @@ class LanguageModel(GPTModel):
         """One packed micro-batch through this chunk's layers."""
         return self(input_ids=tokens_S[None], position_ids=positions_S[None], attention_mask=None, packed_seq_params=packed)
 
-    def pack(self, runs: tuple[Run, ...], positions_S: Tensor) -> PackedSequences:
-        """Describe packed sequences that this rank holds whole to this model's attention."""
-        return self._describe(runs, positions_S, None)
+    def pack(self, runs: tuple[Run, ...], positions_S: Tensor, cache: KVCache) -> PackedSequences:
+        """Describe packed sequences that this rank holds whole to this model's attention, while generating."""
+        return self._describe(runs, positions_S, cache=cache)
 
     def pack_batch(self, batch: PackedBatch) -> PackedSequences:
         """Describe a micro-batch, or this context-parallel rank's part of it, to this model's attention."""
@@ -57,11 +58,13 @@ class LanguageModel(GPTModel):
         if batch.context_rows is not None:
             assert self.context_group is not None
             context = ContextShard(self.context_group, batch.context_rows)
-        return self._describe(batch.runs, batch.positions_S, context)
+        return self._describe(batch.runs, batch.positions_S, context=context)
 
-    def _describe(self, runs: tuple[Run, ...], positions_S: Tensor, context: ContextShard | None) -> PackedSequences:
+    def _describe(
+        self, runs: tuple[Run, ...], positions_S: Tensor, *, context: ContextShard | None = None, cache: KVCache | None = None
+    ) -> PackedSequences:
         scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
-        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, rotary_scale=scale)
+        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, cache)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""

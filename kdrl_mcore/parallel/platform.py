@@ -1,4 +1,4 @@
-"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing.
+"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing but which attention kernels torch chooses from.
 
 Megatron-Core assumes one CUDA device per rank: it allocates with device="cuda" or `torch.cuda.current_device()`, moves scalars
 with `.cuda()`, synchronises streams, keeps CUDA random states, and recognises dtypes by `Tensor.type()` strings. On a machine
@@ -73,6 +73,8 @@ def prepare_platform(deterministic: bool = False) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # On Hopper torch prefers cuDNN's attention, which builds a plan for every new length and keeps it for ever.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return
     _map_factories_to_cpu()
     _map_cuda_module_to_cpu()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,15 +28,19 @@ from kdrl_mcore.types import Prompt, Rollout
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NO_TOKEN = -1
 _COMPACT_BELOW = 0.75  # share of the batch still running
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
+"""Decoding steps from one look at what has finished to the next, by kind of device. On CUDA the host waits for the device at
+each, and what is decoded in vain meanwhile costs less: at most 15 tokens behind the longest response."""
 
 
 class MegatronEngine:
     """Batched generation with a KV cache on the student's own shards.
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
-    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Finished sequences
-    leave the batch. Replicas decode on their own, but where experts are spread over several of them: then all take as many
-    steps as the longest, so that none waits for another's experts.
+    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps it
+    looks at what has finished, which leaves the batch; in between the host waits for nothing. Replicas decode on their own, but
+    where experts are spread over several of them: then all take as many steps as the longest, so that none waits for another's
+    experts.
     """
 
     verifies = False
@@ -46,8 +51,8 @@ class MegatronEngine:
         """
         self._parts = parts
         self._tokenizer = tokenizer
-        self._stop_ids = torch.tensor(sorted(tokenizer.eos_ids), device=device())
-        self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size, device=device()), self._stop_ids)
+        stop_ids = torch.tensor(sorted(tokenizer.eos_ids))
+        self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size), stop_ids).to(device())
         self._max_sequences = max_sequences
         self._weight_version = weight_version
 
@@ -83,50 +88,57 @@ class MegatronEngine:
     def _most(self, count: int) -> int:
         """The largest count of the replicas that share experts with this one; `count` itself where none does. Collective over
         the replicas then."""
-        groups = self._parts.groups
-        if groups.layout.tensor % groups.layout.expert == 0:
-            return count
-        largest = torch.tensor(count, device=device())
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=groups.replicas)
-        return int(largest)
+        return self._own_and_most(torch.tensor(count))[1]
+
+    def _own_and_most(self, count: Tensor) -> tuple[int, int]:
+        """A number, on any device, and its `_most`: the host waits for it."""
+        groups, counts = self._parts.groups, count.repeat(2)
+        if groups.layout.tensor % groups.layout.expert:
+            counts = counts.to(device())
+            dist.all_reduce(counts[1:], dist.ReduceOp.MAX, group=groups.replicas)
+        own, most = counts.tolist()
+        return own, most
 
     def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
         """(place in the global batch, rollout) of each response of these prompts."""
         copies, limit = sampling.copies, sampling.max_response_tokens
-        alignment = self._parts.groups.layout.replica_alignment
+        alignment, where = self._parts.groups.layout.replica_alignment, device()
         packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).on_device()
         order = packed.order
-        lengths = [len(prompts[i].token_ids) for i in order]
+        lengths = torch.tensor([len(prompts[i].token_ids) for i in order])
         places = [indices[i] * copies + copy for i in order for copy in range(copies)]
         random = to_device(uniforms(sampling.key, places, limit))
-        cache = KVCache(lengths, copies, limit, device())
-        ends = torch.tensor(lengths, device=device()).cumsum(0) - 1
+        cache = KVCache(lengths.tolist(), copies, limit, few_shapes=where.type == "cuda")
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
-        last_hidden = None if hidden is None else hidden[ends].repeat_interleave(copies, dim=0)
+        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
+        last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
 
-        slots = torch.arange(len(places), device=device())  # which response each cache slot belongs to
-        positions = torch.tensor(lengths, device=device()).repeat_interleave(copies)
-        tokens = torch.full((len(places), limit), _NO_TOKEN, device=device())
-        log_probs = torch.zeros(len(places), limit, device=device())
-        running = torch.ones(len(places), dtype=torch.bool, device=device())  # by slot
+        slots = torch.arange(len(places), device=where)  # which response each cache slot belongs to
+        positions = to_device(lengths.repeat_interleave(copies))
+        tokens = torch.full((len(places), limit), _NO_TOKEN, device=where)
+        log_probs = torch.zeros(len(places), limit, device=where)
+        running = torch.ones(len(places), dtype=torch.bool, device=where)  # by slot
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
             tokens[slots, step], log_probs[slots, step] = token, log_prob
             running &= ~self._is_stop[token]
-            num_running = int(running.sum())
-            if step == limit - 1 or self._most(num_running) == 0:
+            if step == limit - 1:
                 break
-            # Dropping finished sequences copies the cache, which costs about as much as a step; until then they go on, and
-            # what follows their end is not counted.
-            if 0 < num_running <= _COMPACT_BELOW * len(slots):
-                kept = running.nonzero().squeeze(1)
-                slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
-                cache.keep(kept)
+            if (step + 1) % _STEPS_BETWEEN_LOOKS[where.type] == 0:
+                num_running, most = self._own_and_most(running.sum())
+                if most == 0:
+                    break
+                # Dropping finished sequences copies the cache, which costs about as much as a step; until then they go on, and
+                # what follows their end is not counted.
+                if 0 < num_running <= _COMPACT_BELOW * len(slots):
+                    kept = (~running).byte().sort(stable=True).indices[:num_running]
+                    slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
+                    cache.keep(kept)
             last_hidden = self._decode(token, positions, cache)
             cache.advance()
             positions = positions + 1
-        return self._rollouts([prompts[i] for i in order], places, copies, tokens, log_probs)
+        return self._rollouts([prompts[i] for i in order], places, copies, tokens.cpu().numpy(), log_probs.cpu().numpy())
 
     def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """The next token and its log-prob for every slot: sampled on the last stage, sent to the others."""
@@ -189,35 +201,32 @@ class MegatronEngine:
         cache: KVCache,
         hidden: Tensor | None,
     ) -> Tensor:
-        packed = chunk.pack(runs, positions_S)
-        packed.cache = cache
         chunk.set_input_tensor(hidden)
-        return chunk.run(tokens_S, positions_S, packed)
+        return chunk.run(tokens_S, positions_S, chunk.pack(runs, positions_S, cache))
 
     def _rollouts(
         self,
         prompts: list[Prompt],
         places: list[int],
         copies: int,
-        tokens: Tensor,
-        log_probs: Tensor,
+        tokens: NDArray[np.int64],
+        log_probs: NDArray[np.float32],
     ) -> list[tuple[int, Rollout]]:
         """Cut each row of sampled tokens [responses, limit] behind its first stop token."""
-        is_end = torch.isin(tokens, self._stop_ids)
-        stopped = is_end.any(dim=1)
-        counts = torch.where(stopped, is_end.long().argmax(dim=1) + 1, tokens.size(1))
-        token_rows, log_prob_rows = tokens.cpu().numpy(), log_probs.cpu().numpy()
+        is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids))
+        stopped = is_end.any(axis=1)
+        counts = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1])
         version = self._weight_version()
         result = []
-        for slot, (place, count, stop) in enumerate(zip(places, counts.tolist(), stopped.tolist(), strict=True)):
+        for slot, (place, count, stop) in enumerate(zip(places, counts, stopped, strict=True)):
             prompt = prompts[slot // copies]
-            ids = token_rows[slot, :count].copy()
+            ids = tokens[slot, :count].copy()
             rollout = Rollout(
                 prompt_id=prompt.prompt_id,
                 group_id=place // copies,
                 prompt_token_ids=prompt.token_ids,
                 response_token_ids=ids,
-                sampler_log_probs=log_prob_rows[slot, :count].copy(),
+                sampler_log_probs=log_probs[slot, :count].copy(),
                 finish_reason="stop" if stop else "length",
                 weight_version=version,
                 prompt=prompt.text,

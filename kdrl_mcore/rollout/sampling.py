@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.vocab_parallel import VocabShard
 
 _MASKED = -1e30
+_BLOCK = 64  # masses summed at once
 
 
 def uniforms(key: tuple[int, ...], sequences: list[int], tokens: int) -> Tensor:
@@ -48,12 +50,12 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
         return _sample_nucleus(_gather_columns(logits_NV, shard), uniform_N, top_p)
     peak_N = logits_NV.amax(dim=1).double()
     # In float64, ranks may each weigh against their own peak: what that rounds is far below what decides a token.
-    cumulative_NV = (logits_NV - peak_N[:, None]).exp_().cumsum_(dim=1)
-    peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, cumulative_NV[:, -1])), shard).unbind(dim=1)
+    masses = _Masses((logits_NV - peak_N[:, None]).exp_())
+    peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, masses.total_N)), shard).unbind(dim=1)
     top_N = peak_RN.amax(dim=0)
     scale_RN = (peak_RN - top_N).exp()
-    edges_RN = (mass_RN * scale_RN).cumsum(dim=0)
-    total_N = edges_RN[-1]
+    mass_RN = mass_RN * scale_RN
+    total_N = mass_RN.sum(dim=0)
     rank = shard.group.rank() if shard.group is not None else 0
     if temperature == 0:
         # Of several ranks (or columns) at the peak, the first one owns the token.
@@ -61,10 +63,8 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
         index_N = logits_NV.argmax(dim=1)
     else:
         target_N = uniform_N.to(total_N.device) * total_N
-        # Rounding may put the target at the very end: the last rank with any mass then owns it.
-        owner_N = (edges_RN <= torch.minimum(target_N, total_N.nextafter(torch.zeros_like(total_N)))).sum(dim=0)
-        before_N = edges_RN[rank - 1] if rank else 0.0
-        index_N = torch.searchsorted(cumulative_NV, ((target_N - before_N) / scale_RN[rank])[:, None], right=True).squeeze(1)
+        owner_N, before_N = _locate(mass_RN.T, target_N)
+        index_N, _ = masses.locate((target_N - before_N) / scale_RN[rank])
         index_N = index_N.clamp(max=max(shard.real_columns - 1, 0))
     log_prob_N = logits_NV.gather(1, index_N[:, None]).squeeze(1) - top_N - total_N.log()
     if shard.ranks == 1:
@@ -77,13 +77,59 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
 def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Sample within the nucleus (https://arxiv.org/abs/1904.09751) of whole rows of logits."""
     log_probs, order = logits_NV.double().log_softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    probs = log_probs.exp()
-    kept = probs.cumsum(dim=1) - probs < top_p
-    cumulative = torch.where(kept, probs, 0.0).cumsum(dim=1)
-    mass = cumulative[:, -1]
-    target = (uniform_N.to(mass.device) * mass)[:, None]
-    index = torch.searchsorted(cumulative, target, right=True).clamp(max=kept.sum(dim=1, keepdim=True) - 1)
-    return order.gather(1, index).squeeze(1), (log_probs.gather(1, index).squeeze(1) - mass.log()).float()
+    masses = _Masses(log_probs.exp())
+    # The nucleus ends with the first token at which the sum is no longer below top_p.
+    below = torch.full_like(uniform_N, np.nextafter(top_p, 0.0), device=log_probs.device)
+    last_N, before_N = masses.locate(below)
+    kept_N = before_N + log_probs.gather(1, last_N[:, None]).squeeze(1).exp()
+    index_N, _ = masses.locate(uniform_N.to(kept_N.device) * kept_N)
+    index = torch.minimum(index_N, last_N)[:, None]
+    return order.gather(1, index).squeeze(1), (log_probs.gather(1, index).squeeze(1) - kept_N.log()).float()
+
+
+class _Masses:
+    """Unnormalised probabilities [N, V] and the places where their running sum passes a number.
+
+    torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
+    so on; the way back down needs the running sums of one block of each level only: small matrix products. It also moves less:
+    the masses are read once and nothing of their size is written (128 rows of 152,000 columns: 156 MB).
+    """
+
+    def __init__(self, mass_NV: Tensor) -> None:
+        self._levels: list[Tensor] = []  # [N, blocks, columns of a block], from one block up to all masses
+        while True:
+            rows, columns = mass_NV.shape
+            if columns > _BLOCK and columns % _BLOCK:
+                mass_NV = F.pad(mass_NV, (0, -columns % _BLOCK))
+            level = mass_NV.view(rows, -1, min(_BLOCK, columns))
+            self._levels.insert(0, level)
+            mass_NV = level.sum(dim=2)
+            if mass_NV.size(1) == 1:
+                break
+        self.total_N = mass_NV.squeeze(1)
+
+    def locate(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The first column at which the running sum exceeds the target, and the sum of the columns before it."""
+        rows_N = torch.arange(len(target_N), device=target_N.device)
+        place_N, before_N = torch.zeros_like(rows_N), torch.zeros_like(target_N)
+        for level in self._levels:
+            inside_N, more_N = _locate(level[rows_N, place_N], target_N - before_N)
+            place_N, before_N = place_N * level.size(2) + inside_N, before_N + more_N
+        return place_N, before_N
+
+
+def _locate(mass_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry of each row at which the running sum exceeds the target, and the sum of those before it.
+
+    Whatever is rounded, it is an entry with mass: the first for targets below zero, the last for those beyond the total.
+    """
+    columns = mass_NK.size(1)
+    sum_NK = mass_NK @ torch.ones(columns, columns, dtype=mass_NK.dtype, device=mass_NK.device).triu()
+    reached_NK = torch.where(mass_NK > 0, sum_NK, 0.0)
+    largest_N = reached_NK.amax(dim=1)
+    target_N = torch.minimum(target_N, largest_N.nextafter(torch.zeros_like(largest_N))).clamp(min=0.0)
+    index_N = (reached_NK > target_N[:, None]).byte().argmax(dim=1)
+    return index_N, (sum_NK - mass_NK).gather(1, index_N[:, None]).squeeze(1)
 
 
 def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kdrl_mcore.parallel.packing import pack
 from tests.ranks import RankPool
+from tests.varlen import varlen_attn
 
 HEADS, GROUPS, DIMENSION = 6, 2, 5
 BATCHES = {
@@ -33,14 +35,14 @@ def inputs(rows: int) -> list[Tensor]:
     return [torch.randn(rows, number, DIMENSION, dtype=torch.float64, generator=generator) for number in heads]
 
 
-def attend_on_rank(lengths: list[tuple[int, int]]) -> list[Tensor]:
+def attend_on_rank(lengths: list[tuple[int, int]], kernel: str) -> list[Tensor]:
     """This rank's rows of the output and of the gradients of queries, keys and values."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
     import torch.distributed as dist
 
-    from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSequences
+    from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSequences, varlen
     from kdrl_mcore.parallel.context import ContextShard
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -50,6 +52,10 @@ def attend_on_rank(lengths: list[tuple[int, int]]) -> list[Tensor]:
     query, key, value, gradient = (x[mine] for x in inputs(len(order)))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     packed = PackedSequences(runs=batch.runs, context=ContextShard(dist.group.WORLD, order))
+    if kernel == "varlen":
+        with patch("torch.nn.attention.varlen.varlen_attn", varlen_attn):
+            packed.varlen = varlen._torch_varlen()
+        packed.stretches = varlen.stretches(batch.runs)
     attention = PackedDotProductAttention(None, softmax_scale=0.4)
     output = attention(query, key, value, None, packed_seq_params=packed)
     output.backward(gradient)
@@ -73,10 +79,13 @@ def plain_attention(lengths: list[tuple[int, int]], size: int) -> list[Tensor]:
     return [output.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=list(BATCHES))
-def test_attention_over_context_ranks(lengths: list[tuple[int, int]], ranks: int, pools: dict[int, RankPool]) -> None:
-    found = pools[ranks].run(attend_on_rank, lengths)
+def test_attention_over_context_ranks(
+    lengths: list[tuple[int, int]], ranks: int, kernel: str, pools: dict[int, RankPool]
+) -> None:
+    found = pools[ranks].run(attend_on_rank, lengths, kernel)
     order = packed_on_rank(lengths, 0, ranks).context_rows
     compared = zip(("output", "dQ", "dK", "dV"), zip(*found, strict=True), plain_attention(lengths, ranks), strict=True)
     for name, parts, expected in compared:

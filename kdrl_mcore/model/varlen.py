@@ -1,0 +1,148 @@
+"""Causal attention over sequences of any lengths in one call, where torch or flash-attn has a kernel for it.
+
+Such a kernel takes packed rows and the boundaries of the sequences in them. It masks each sequence from the lower right: its
+last query sees all of its keys. Q query rows, F key rows, N query heads, K key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.parallel.packing import Run
+from kdrl_mcore.parallel.platform import to_device
+
+_LARGEST_HEAD = 256
+_HEAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Adjacent sequences whose keys are adjacent too: what one call serves.
+
+    Attributes:
+        queries: their rows.
+        keys: the rows of their keys, in the order of the whole micro-batch.
+        query_bounds, key_bounds: where each sequence begins in those rows, and where the last one ends: int32 [sequences + 1].
+        longest_query, longest_key: rows of the longest sequence.
+    """
+
+    queries: slice
+    keys: slice
+    query_bounds: Tensor
+    key_bounds: Tensor
+    longest_query: int
+    longest_key: int
+
+
+class VarlenAttention(Protocol):
+    """(queries [Q, N, D], keys [F, K, D], values [F, K, D], the stretch that they are, scale) -> [Q, N, D]."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor: ...
+
+
+def find_varlen(device: torch.device, dtype: torch.dtype, head_dimension: int) -> VarlenAttention | None:
+    """The kernel for such queries, torch's before flash-attn's; None where there is none: on CPU, in float32, for heads or GPUs
+    that FlashAttention does not know."""
+    fits = head_dimension % _HEAD_MULTIPLE == 0 and head_dimension <= _LARGEST_HEAD
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not fits:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return _torch_varlen() or _flash_attn_varlen()
+
+
+def _torch_varlen() -> VarlenAttention | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # torch 2.10 and 2.11 have an earlier form, without grouped heads.
+    if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor:
+        output = varlen_attn(
+            query,
+            key,
+            value,
+            stretch.query_bounds,
+            stretch.key_bounds,
+            stretch.longest_query,
+            stretch.longest_key,
+            scale=scale,
+            window_size=(-1, 0),  # any number of keys before a query's own, none after it
+            enable_gqa=True,
+        )
+        assert isinstance(output, Tensor)  # only with `return_aux` it is more
+        return output
+
+    return attend
+
+
+def _flash_attn_varlen() -> VarlenAttention | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    # The argument came after the mask had moved to the lower right.
+    if "deterministic" not in inspect.signature(flash_attn_varlen_func).parameters:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor:
+        output: Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            stretch.query_bounds,
+            stretch.key_bounds,
+            stretch.longest_query,
+            stretch.longest_key,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return output
+
+    return attend
+
+
+def stretches(runs: Sequence[Run]) -> tuple[Stretch, ...]:
+    """The calls that serve all runs: one, or under context parallelism one for each of the rank's two parts, where a sequence
+    reaches from one into the other and both need its first keys.
+
+    The boundaries of all of them go to the device in one copy, which the host does not wait for.
+    """
+    parts: list[list[Run]] = []
+    for run in runs:
+        if parts and run.key_start == _end_of_keys(parts[-1][-1]):
+            parts[-1].append(run)
+        else:
+            parts.append([run])
+    lengths: list[list[int]] = []  # of the queries and of the keys of each part's sequences, in turn
+    for part in parts:
+        lengths.append([run.length for run in part for _ in range(run.count)])
+        lengths.append([run.key_length for run in part for _ in range(run.count)])
+    bounds = [torch.tensor([0, *each]).cumsum(0) for each in lengths]
+    on_device = to_device(torch.cat(bounds).int()).split([len(each) for each in bounds])
+    return tuple(
+        Stretch(
+            queries=slice(part[0].start, part[-1].start + part[-1].count * part[-1].length),
+            keys=slice(part[0].key_start, _end_of_keys(part[-1])),
+            query_bounds=on_device[place],
+            key_bounds=on_device[place + 1],
+            longest_query=max(lengths[place]),
+            longest_key=max(lengths[place + 1]),
+        )
+        for place, part in zip(range(0, len(lengths), 2), parts, strict=True)
+    )
+
+
+def _end_of_keys(run: Run) -> int:
+    """Behind the last key of a run: where it has several sequences they are whole, so that their keys are adjacent."""
+    return run.key_start + (run.count - 1) * run.length + run.key_length
