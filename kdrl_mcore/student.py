@@ -31,7 +31,7 @@ from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.optimizer_state import held_shares
 from kdrl_mcore.parallel.packing import PackedBatch
-from kdrl_mcore.parallel.platform import to_device
+from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.teacher_head import TeacherHead
 from kdrl_mcore.vocab_parallel import fused_head
 
@@ -253,7 +253,7 @@ class Student:
         """Whether every gradient that this rank holds is finite. The global norm alone does not tell: of a weight that
         tensor-parallel ranks hold in common it counts rank 0's gradient."""
         buffers = [buffer for chunk in self.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-        return all(bool(buffer.grad_data.norm().isfinite()) for buffer in buffers)
+        return bool(torch.stack([buffer.grad_data.norm() for buffer in buffers]).isfinite().all())
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
@@ -355,5 +355,10 @@ def _merge(measured: Sequence[Measures]) -> Measures:
 
 
 def _add_up(measured: Sequence[Measures]) -> tuple[dict[str, float], dict[str, float]]:
+    """As Python's numbers: the host waits once for all."""
     sums, maxima = _merge(measured)
-    return {name: float(value) for name, value in sums.items()}, {name: float(value) for name, value in maxima.items()}
+    values = [*sums.values(), *maxima.values()]
+    if not values:
+        return {}, {}
+    numbers = torch.stack([value.to(device(), torch.float64) for value in values]).tolist()
+    return dict(zip(sums, numbers, strict=False)), dict(zip(maxima, numbers[len(sums) :], strict=True))
