@@ -1,4 +1,4 @@
-"""A pool of ranks: processes joined in one torch.distributed world (gloo), kept alive and reused by many tests.
+"""A pool of ranks: processes joined in one torch.distributed world, kept alive and reused by many tests.
 
 Ranks are forked from a process that has imported what they need, and running a function on a started pool costs nothing.
 """
@@ -69,6 +69,7 @@ class RankPool:
             a training run does. One that prepares the process otherwise may call `import_training` at its end.
         import_first: folders whose packages the ranks import in place of the installed ones.
         environment: variables that are set before the ranks' process imports torch, and in the ranks.
+        backend: of the world.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class RankPool:
         prepare: Callable[[], object] = import_training,
         import_first: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        backend: str = "gloo",
     ) -> None:
         self.world_size = world_size
+        self._backend = backend
         self.preparation = Preparation(prepare, tuple(import_first), tuple(sorted((environment or {}).items())))
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
@@ -138,7 +141,7 @@ class RankPool:
         # The store lives in this process, as in torchrun's agent: its port is known to be free and ranks only connect.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
-            pid, connection = server.fork(_serve, index, self.world_size, self._store.port)
+            pid, connection = server.fork(_serve, index, self.world_size, self._store.port, self._backend)
             self._ranks.append(_Rank(server, pid, connection))
         answers = self._collect("starting", START_TIMEOUT)
         for index, answer in answers.items():
@@ -183,7 +186,7 @@ def _exception_of(rank: int, answer: _Answer) -> BaseException:
     return answer.exception
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, backend: str) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
@@ -198,7 +201,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    connection.send_bytes(_answer(dist.init_process_group, "gloo"))
+    connection.send_bytes(_answer(dist.init_process_group, backend))
     while True:
         try:
             task = connection.recv_bytes()
