@@ -101,7 +101,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 15.0) -> None:
+def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -39,7 +39,7 @@ def compile_kernel(name: str, types: dict[str, str], constants: dict[str, object
     kernel = triton.compile(source, target=GPUTarget("cuda", H100, 32), options={"num_warps": warps})
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", folder / "kernel.cubin"]
-    return kernel.asm["ptx"], subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return kernel.asm["ptx"], subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
 
 
 @pytest.mark.parametrize("teacher", [False, True], ids=["student", "teacher"])
