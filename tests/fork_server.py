@@ -35,7 +35,7 @@ def import_torch() -> None:
 
 
 def import_training() -> None:
-    """Import all that a training run does. On a machine with GPUs torch alone: CUDA does not survive a fork, so there the forked
+    """Import all that a training run does. On a machine with GPUs torch alone: CUDA does not survive a fork, so the forked
     processes import the rest."""
     import_torch()
     import torch
