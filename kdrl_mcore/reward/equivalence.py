@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from kdrl_mcore.reward.algebra import by_math_verify, equal_formulas, expression, near, number
 from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relation, Value, readings, split
 from kdrl_mcore.reward.notation import TEXT_BEGIN, TEXT_END, normalise
-from kdrl_mcore.reward.numbers import Number, spelled
+from kdrl_mcore.reward.numbers import spelled
 from kdrl_mcore.reward.regions import equal_regions, region_of
 from kdrl_mcore.reward.words import contradict, take_magnitude
 
@@ -114,7 +114,7 @@ def _digits(text: str, match: re.Match[str] | None) -> tuple[str | None, int]:
     name = match[2] or match[3]
     base = int(name) if name.isdigit() else spelled((name.lower(),)) or 0
     digits = match[1].upper()
-    if not 2 <= base <= 36 or not digits[0].isdigit() and base <= 10:
+    if not 2 <= base <= 36 or (not digits[0].isdigit() and base <= 10):
         return None, 0
     return digits.lstrip("0") or "0", base
 
@@ -320,8 +320,7 @@ def _same_ratios(first: Form, second: Form) -> bool:
         or other.before
         or other.behind
         or ratio.words
-        or "\\frac" not in other.formula
-        and "/" not in other.formula
+        or ("\\frac" not in other.formula and "/" not in other.formula)
     ):
         return False
     value = number(other.formula)

@@ -207,7 +207,7 @@ def _marked(match: re.Match[str]) -> str:
     letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", content)
     unit = letters in _UNIT_LETTERS and re.search(r"[\d})]\s*$", match.string[: match.start()])
     formula = not letters or (len(letters) == 1 and not command.startswith(("text", "mbox", "hbox")) and not unit)
-    if formula or re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match):
+    if formula or (re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match)):
         return f" {content} " if command.startswith(("text", "mbox", "hbox")) else content
     parts = _JOINS.split(content)
     marked = [part if place % 2 else f"{TEXT_BEGIN}{part}{TEXT_END}" for place, part in enumerate(parts)]

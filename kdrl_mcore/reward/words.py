@@ -101,7 +101,7 @@ def _is_word(match: re.Match[str]) -> bool:
     lower = match[0].lower()
     if lower in _FUNCTIONS:
         return False
-    if lower in _SHORT_WORDS or lower in _CANONICAL and len(lower) > 2:
+    if lower in _SHORT_WORDS or (lower in _CANONICAL and len(lower) > 2):
         return True
     if len(lower) < 3 or not re.search("[aeiou]", lower):
         return False
