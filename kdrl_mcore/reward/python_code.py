@@ -48,8 +48,8 @@ class PythonCode(Reward):
 
     The tests are the row's answer: a JSON list of `{"call": "add(2, 3)", "output": "5"}`, the `repr` of a value of the
     program's own, or `{"stdin": "2 3\n", "output": "5"}`, what the program prints (white space at the ends of lines and of the
-    text does not count, and floats may differ by what rounding makes). A program never sees what is expected. `reward.timeout` bounds each process, `reward.workers` how many
-    run at once.
+    text does not count, and floats may differ by what rounding makes). A program never sees what is expected.
+    `reward.timeout` bounds each process, `reward.workers` how many run at once.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -221,7 +221,7 @@ def _same_value(value: Any, expected: str) -> bool:
 
 
 def _prints(text: str | None, expected: str) -> bool:
-    """Whether the text is the expected one, line by line; words in it that are floats in both may differ as `_same_float` allows."""
+    """Whether the text is the expected one, line by line; words that are floats in both may differ as `_same_float` allows."""
     lines, expected_lines = _lines(text), _lines(expected)
     if lines is None or expected_lines is None or len(lines) != len(expected_lines):
         return False
