@@ -161,14 +161,14 @@ FORMS = st.one_of(
 
 
 @given(FORMS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_an_answer_equals_itself(answer: str) -> None:
     assert equivalent(answer, answer)
     assert equivalent(f" ${answer}$ ", answer)
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(-40, 40), st.sampled_from([-3, -1, 1, 2]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_number_changed_in_its_last_digit_is_another_at_any_size(digits: int, exponent: int, change: int) -> None:
     reference, changed = f"{digits}e{exponent}", f"{digits + change}e{exponent}"
     assert equivalent(reference, rf"{digits} \times 10^{{{exponent}}}")
@@ -177,7 +177,7 @@ def test_a_number_changed_in_its_last_digit_is_another_at_any_size(digits: int, 
 
 
 @given(st.lists(st.integers(-99, 99), min_size=2, max_size=5, unique=True), st.randoms())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_list_has_no_order_and_no_spare_items(items: list[int], random: object) -> None:
     reference = ", ".join(map(str, items))
     assert equivalent(reference, ", ".join(map(str, reversed(items))))
@@ -188,7 +188,7 @@ def test_a_list_has_no_order_and_no_spare_items(items: list[int], random: object
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_text_breaks_the_comparison(text: str) -> None:
     boxed_answer(rf"\boxed{{{text}}}")
     assert not equivalent("31.4159", text) or "31" in text or any(not character.isascii() for character in text)
