@@ -110,6 +110,7 @@ def feed(text: str) -> None:
     os.dup2(file, 0)
     os.close(file)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    vars(sys)["__stdin__"] = sys.stdin  # keeps the buffer open where a program wraps it anew
 
 
 def as_script() -> dict[str, object]:

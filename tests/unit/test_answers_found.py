@@ -51,7 +51,7 @@ def test_boxes_that_make_the_answer(response: str, answer: str | None) -> None:
 
 
 def test_an_answer_of_many_boxes_is_bounded() -> None:
-    assert boxed_answer(r"\boxed{1}, " * 100_000 + r"\boxed{2}") == "; ".join(["1"] * 49 + ["2"])
+    assert boxed_answer(r"\boxed{1}, " * 20_000 + r"\boxed{2}") == "; ".join(["1"] * 49 + ["2"])
     assert boxed_answer(", ".join([rf"\boxed{{{'1' * 500}}}"] * 5)) is None
 
 
@@ -80,7 +80,8 @@ def test_forms_of_a_reference(gold: str, answer: str) -> None:
     ("value", "text"),
     [
         ("42", "42"), (42, "42"), (42.0, "42"), (0.5, "0.5"), (1e-7, "1e-07"), (-3, "-3"), (2**60, str(2**60)),
-        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"), ([{"call": "f()", "output": "1"}], '[{"call": "f()", "output": "1"}]'),
+        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"),
+        ([{"call": "f()", "output": "1"}], '[{"call": "f()", "output": "1"}]'),
         ("", None), (" ", None), (None, None), (True, None), ([], None), ([None], None), ({"a": 1}, None), (["", "a"], None),
     ],
 )  # fmt: skip
@@ -106,8 +107,7 @@ def test_a_verifier_takes_the_known_forms_of_its_references(kind: str, gold: str
 @pytest.mark.parametrize(
     ("kind", "gold", "reason"),
     [
-        ("math_verify", "She sold half as many eggs in May, which is 24, and so in both months together she sold 48 and 24 eggs, that "
-         "makes the sum of the two of them", "a text rather than an answer"),
+        ("math_verify", "She sold half as many eggs in May, and so both months together give it. " * 3, "a text rather than"),
         ("math_verify", r"\frac{1}{2", "braces are not balanced"),
         ("math_verify", "1" * (MAX_ANSWER_CHARS + 1), "more than 2000 characters"),
         ("math_verify", r"\boxed{}", "it is empty"),
@@ -188,7 +188,7 @@ def test_a_list_has_no_order_and_no_spare_items(items: list[int], random: object
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_text_breaks_the_comparison(text: str) -> None:
     boxed_answer(rf"\boxed{{{text}}}")
     assert not equivalent("31.4159", text) or "31" in text or any(not character.isascii() for character in text)
