@@ -62,7 +62,7 @@ def _read(text: str) -> tuple[Form, ...]:
 
 
 def _letters(text: str) -> str:
-    """A text of at least two letters and nothing else, in lower case without its spaces: a word, not a product; else nothing."""
+    """A text of at least two letters and nothing else, in lower case without spaces: a word, not a product; else nothing."""
     plain = _MARKS.sub("", text)
     return plain.lower() if len(plain) > 1 and plain.isalpha() else ""
 
@@ -243,7 +243,7 @@ def _same_relations(first: Form, second: Form) -> bool:
 
 def _same_matrices(first: Form, second: Form) -> bool:
     if not (isinstance(first, Matrix) and isinstance(second, Matrix)):
-        rows = [form.rows for form in (first, second) if isinstance(form, Matrix)][0]
+        rows = next(form.rows for form in (first, second) if isinstance(form, Matrix))
         other = second if isinstance(first, Matrix) else first
         return isinstance(other, Value) and len(rows) == 1 and len(rows[0]) == 1 and _same(rows[0][0], other)
     return [len(row) for row in first.rows] == [len(row) for row in second.rows] and all(
@@ -315,13 +315,7 @@ def _same_ratios(first: Form, second: Form) -> bool:
         return None not in quotients and quotients[0] == quotients[1]
     ratio, other = (first, second) if isinstance(first, Ratio) else (second, first)
     assert isinstance(ratio, Ratio)
-    if (
-        not isinstance(other, Value)
-        or other.before
-        or other.behind
-        or ratio.words
-        or ("\\frac" not in other.formula and "/" not in other.formula)
-    ):
+    if not isinstance(other, Value) or other.before or other.behind or ratio.words or not re.search(r"\\frac|/", other.formula):
         return False
     value = number(other.formula)
     return value is not None and _quotient(ratio) == value.value

@@ -109,14 +109,15 @@ def normalise(text: str) -> str:
 
 
 def plain_characters(text: str) -> str:
-    """Unicode's many characters as ASCII and LaTeX: digits of any script, full-width forms, roots, scripts, fractions, signs."""
+    """Unicode's many characters as ASCII and LaTeX: digits of any script, full-width forms, roots, fractions, signs."""
     text = unicodedata.normalize("NFC", text)
     if text.isascii():
         return text
     text = _ROOT.sub(_root, text)
     for sign, scripts in (("^", _SUPERSCRIPTS), ("_", _SUBSCRIPTS)):
-        run = re.compile(f"[{re.escape(''.join(scripts))}]+")
-        text = run.sub(lambda match, sign=sign, scripts=scripts: f"{sign}{{{''.join(map(scripts.get, match[0]))}}}", text)
+        pieces = re.split(f"([{re.escape(''.join(scripts))}]+)", text)
+        pieces[1::2] = [f"{sign}{{{''.join(scripts[c] for c in piece)}}}" for piece in pieces[1::2]]
+        text = "".join(pieces)
     return "".join(map(_plain, text))
 
 
@@ -154,7 +155,7 @@ def unwrap(text: str) -> str:
         text = text.strip()
         while text.endswith("\\\\"):
             text = text[:-2].rstrip()
-        if text.endswith((".", ",", ";", "!!")) and not text.endswith(("\\,", "\\;", "..")):
+        if text.endswith((".", ",", ";")) and not text.endswith(("\\,", "\\;", "..")):
             text = text[:-1].rstrip()
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):

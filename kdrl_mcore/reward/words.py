@@ -1,7 +1,7 @@
 r"""Words in and around an answer: units, names of things, magnitudes, and words that change what is said.
 
-`18 eggs` answers a question whose reference is 18, so nouns and units behind a number may be left out, but not contradicted: 5 cm
-is not 5 m. Words such as "at least", "million" or "even" say something else than the bare number, and are never left out.
+`18 eggs` answers a question whose reference is 18, so nouns and units behind a number may be left out, but not contradicted:
+5 cm is not 5 m. Words such as "at least", "million" or "even" say something else than the bare number, and are never left out.
 """
 
 from __future__ import annotations
