@@ -1,4 +1,4 @@
-"""Training runs on paper CUDA give the numbers of the same runs on the CPU, to the last digit where both add in one order."""
+"""Training runs on paper CUDA sample the tokens of the same runs on the CPU, and give their numbers but for rounding."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ class Case:
     student: str = "student"
 
 
+TOLERANCE = 1e-5
+"""On a GPU the engine decodes over padded keys, and experts fuse their SwiGLU with their weights: sums in another order."""
 OFFLOADED = "optimizer.offload=true"
 CASES = {
     "one rank, reference, both gradients apart": Case(
@@ -94,7 +96,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_a_run_gives_the_digits_of_the_cpu(
+def test_a_run_gives_the_numbers_of_the_cpu(
     case: Case, pair: Path, pools: dict[int, RankPool], papers: dict[int, RankPool], tmp_path: Path
 ) -> None:
     settings = case.settings.split()
@@ -104,13 +106,12 @@ def test_a_run_gives_the_digits_of_the_cpu(
         train_on_paper, [*overrides(pair, tmp_path / "gpu", case.student), *settings, *case.on_gpu.split()]
     )
     assert [outcome.code for outcome in on_gpu] == [0] * case.ranks, on_gpu
-    # The experts' SwiGLU, fused with their weights on a GPU, rounds in another order.
-    assert_same(tmp_path / "cpu", tmp_path / "gpu", 1e-5 if case.student == "mixture" else 0.0)
+    assert_same(tmp_path / "cpu", tmp_path / "gpu")
 
 
-def assert_same(one: Path, other: Path, tolerance: float) -> None:
-    """The same rollouts, metrics and final weights, to this relative difference."""
-    close = partial(pytest.approx, rel=tolerance, abs=tolerance)
+def assert_same(one: Path, other: Path) -> None:
+    """The same tokens; the same log-probs, metrics and final weights but for rounding."""
+    close = partial(pytest.approx, rel=TOLERANCE, abs=TOLERANCE)
     for step in (1, 2):
         rows: list[list[dict[str, Any]]] = [read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl") for run in (one, other)]
         for expected, row in zip(*rows, strict=True):
@@ -121,4 +122,4 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
         assert measured == close(wanted, nan_ok=True)
     weights, wanted_weights = (read_hf_weights(run / "hf") for run in (other, one))
     for name, weight in wanted_weights.items():
-        assert (weights[name] - weight).norm() <= tolerance * weight.norm(), name
+        assert (weights[name] - weight).norm() <= TOLERANCE * weight.norm(), name
