@@ -143,7 +143,8 @@ def _constructor(bases: list[Any]) -> str:
         for member in base.members.values():
             is_field = not member.is_alias and member.is_attribute and "property" not in member.labels
             if is_field and "ClassVar" not in str(member.annotation or "ClassVar"):
-                fields[member.name] = member.value is not None
+                value = str(member.value or "")
+                fields[member.name] = bool(value) and (not value.startswith("field(") or "default" in value)
     in_order = list(fields.values()) == sorted(fields.values())
     words = [f"{name}=..." if has_default else name for name, has_default in fields.items()]
     return f"({', '.join(words if in_order or not words else ['*', *words])})"
