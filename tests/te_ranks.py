@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,13 +56,13 @@ def attention_on_rank(path: str, tensor: int) -> list[Tensor]:
     from megatron.core.transformer.enums import AttnMaskType
 
     from kdrl_mcore.model.attention import PackedDotProductAttention
-    from kdrl_mcore.parallel.packing import Run
+    from kdrl_mcore.parallel.packing import pack
 
     (chunk,), architecture = parts.chunks, parts.architecture
     theirs = chunk.decoder.layers[0].self_attention.core_attention
     assert type(theirs).__name__ == "TEDotProductAttention"
-    runs = (Run(0, 3, 2, 0, 2), Run(6, 1, 7, 6, 7), Run(13, 1, 3, 13, 3))
-    packed = chunk.pack(runs, torch.arange(16))
+    one = np.zeros(1, dtype=np.int64)
+    packed = chunk.pack_batch(pack([(i, one, one.repeat(length - 1)) for i, length in enumerate((2, 2, 7, 2, 3))], 1))
     generator = torch.Generator().manual_seed(0)
     heads = [architecture.num_attention_heads, architecture.num_key_value_heads, architecture.num_key_value_heads]
     layers = [torch.randn(16, count // tensor, architecture.head_dim, generator=generator).requires_grad_() for count in heads]

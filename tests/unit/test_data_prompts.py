@@ -90,9 +90,9 @@ def test_targets_end_with_the_end_of_sequence(tmp_path: Path, tokenizer: Tokeniz
         ([{"prompt": "x", "answer": "1"}, {"prompt": "x"}], "row 2: 'answer' is empty"),
         ([{"prompt": "x", "answer": " "}], "row 1: 'answer' is empty"),
         ([{"prompt": "", "answer": "1"}], "row 1: 'prompt' is empty"),
-        ([{"prompt": "x", "answer": 0.5}], "row 1: 'answer' is 0.5, not text"),
+        ([{"prompt": "x", "answer": {"value": 1}}], "row 1: 'answer' is {'value': 1}, not text"),
         ([{"prompt": "x", "answer": True}], "row 1: 'answer' is True, not text"),
-        ([{"prompt": "x", "answer": [1]}], r"row 1: 'answer' is \[1\], not text"),
+        ([{"prompt": "x", "answer": []}], r"row 1: 'answer' is \[\], not text"),
         ([{"prompt": 7, "answer": "1"}], "row 1: 'prompt' is 7, not text"),
         (
             [{"prompt": "x", "answer": "1"}, {"prompt": "y" * 65, "answer": "1"}],
@@ -104,6 +104,12 @@ def test_a_bad_row_or_column_is_named(tmp_path: Path, tokenizer: Tokenizer, rows
     with pytest.raises(DataError, match=message) as caught:
         load_prompts(write(tmp_path / "a.jsonl", rows), PLAIN, tokenizer, 64)
     assert "\n" not in str(caught.value) and "a.jsonl" in str(caught.value)
+
+
+def test_numbers_and_lists_of_them_are_answers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for answer, text in ((0.5, "0.5"), (3.0, "3"), ([1, 2], "1, 2")):
+        path = write(tmp_path / "a.jsonl", [{"prompt": "x", "answer": answer}])
+        assert [prompt.answer for prompt in load_prompts(path, PLAIN, tokenizer, 64)] == [text]
 
 
 def test_text_and_integer_answers_may_be_mixed(tmp_path: Path, tokenizer: Tokenizer) -> None:
