@@ -25,7 +25,7 @@ def te_gpus() -> Iterator[RankPool]:
     pool.close()
 
 
-def test_the_loss_in_bfloat16_is_that_of_the_local_layers_on_the_cpu(
+def test_loss_and_gradient_norm_in_bfloat16_are_those_of_the_local_layers_on_the_cpu(
     zoo: Zoo, te_gpus: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
@@ -37,4 +37,5 @@ def test_the_loss_in_bfloat16_is_that_of_the_local_layers_on_the_cpu(
         found[name] = metrics_of(run)
         if name == "gpu":
             assert outcomes[0].found["decoder.layers.0.mlp.linear_fc1.weight"]  # the layers were Transformer Engine's
-    assert [step["loss"] for step in found["gpu"]] == [pytest.approx(step["loss"], rel=2e-2) for step in found["cpu"]]
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in found["gpu"]] == [pytest.approx(step[key], rel=2e-2) for step in found["cpu"]], key

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head, head_log_probs
+from kdrl_mcore.vocab_parallel.chunk_logits import empty_rows
 from kdrl_mcore.vocab_parallel.logits import local_top_k
 from tests.reference import vocabulary
 from tests.reference.vocabulary import KINDS, TOP_K, Layout, Problem, answer, assert_same, dense, make_problem
@@ -109,6 +110,18 @@ def test_logits_of_ten_thousand_neither_overflow_nor_lose_the_values(kind: str) 
 def test_float32(kind: str) -> None:
     problem = make_problem().to(torch.float32)
     assert_same([answer(problem, kind, Layout(chunk_tokens=4))], dense(problem, kind), Layout(), rtol=2e-5, atol=2e-5)
+
+
+def test_zeros_stand_between_the_rows_of_logits() -> None:
+    """A product with AMX reads them as factors of zero: what was left in memory may be NaN."""
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is full of NaN
+    try:
+        rows_CV = empty_rows(40, 27, torch.bfloat16, torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert rows_CV.stride() == (32, 1)
+    assert not rows_CV.as_strided((40, 5), (32, 1), 27).any()
+    assert (rows_CV.copy_(torch.ones(40, 27)) @ torch.ones(27, 16, dtype=torch.bfloat16) == 27).all()
 
 
 @pytest.mark.parametrize("kind", FUSED)
