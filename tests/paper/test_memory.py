@@ -57,6 +57,5 @@ def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, 
     planned = plan(config, TOKENS, MICRO_BATCHES)
     for measured in paper2.run(measure_on_rank, settings, TOKENS, MICRO_BATCHES, timeout=300):
         rank = planned[measured.stage]
-        print(layout, rank.peak, measured)
         assert rank.between_steps == pytest.approx(measured.held.between, rel=0.02)
         assert rank.peak == pytest.approx(measured.held.peak, rel=0.10)
