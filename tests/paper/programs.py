@@ -69,6 +69,18 @@ def a_host_tensor_in_an_nccl_collective(right: bool) -> None:
     dist.all_gather_object([None] * dist.get_world_size(), "objects travel through GPU memory", group=group)
 
 
+def a_host_tensor_in_each_nccl_collective_of_parts(right: bool) -> None:
+    group, refused = dist.new_group(backend="nccl"), []
+    for collective in (dist.all_gather_into_tensor, dist.reduce_scatter_tensor, dist.all_to_all_single):
+        try:
+            collective(gpu(3), torch.ones(3, device="cuda" if right else "cpu"), group=group)
+        except RuntimeError as refusal:
+            refused.append(str(refusal))
+    assert len(refused) == (0 if right else 3)
+    if refused:
+        raise RuntimeError(refused[0])
+
+
 def the_default_group_takes_both(right: bool) -> None:
     dist.all_reduce(torch.ones(3))
     dist.all_reduce(gpu(3))
@@ -93,6 +105,25 @@ def a_copy_read_before_it_is_there(right: bool) -> None:
     if right:
         torch.cuda.current_stream().synchronize()
     host.numpy()
+
+
+def a_list_of_a_copy_that_is_not_there(right: bool) -> None:
+    host = gpu(3).to("cpu", non_blocking=True)
+    if right:
+        torch.cuda.synchronize()
+    assert host.tolist() == [1, 1, 1]
+
+
+def counts_of_experts_read_before_they_are_there(right: bool) -> None:
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        counts: Any = maybe_move_tensor_to_cpu(gpu(3), as_numpy=True, record_stream=True)
+    if right:
+        side.record_event().synchronize()
+    assert sum(counts) == counts.sum() == 3
 
 
 def a_copy_waited_for_by_its_event(right: bool) -> None:
@@ -188,9 +219,12 @@ PROGRAMS: dict[str, tuple[Callable[[bool], Any], type[Exception], str]] = {
         (numpy_of_gpu_memory, TypeError, "can't convert cuda:0"),
         (marks_survive_views_and_copies, RuntimeError, "same device"),
         (a_host_tensor_in_an_nccl_collective, RuntimeError, "No backend type associated with device type cpu"),
+        (a_host_tensor_in_each_nccl_collective_of_parts, RuntimeError, "No backend type associated with device type cpu"),
         (the_default_group_takes_both, RuntimeError, "dense"),
         (a_float_cumsum_in_deterministic_mode, RuntimeError, "deterministic implementation"),
         (a_copy_read_before_it_is_there, RuntimeError, "reads what the default stream may still write"),
+        (a_list_of_a_copy_that_is_not_there, RuntimeError, "tolist on the host reads what"),
+        (counts_of_experts_read_before_they_are_there, RuntimeError, "numpy on the host reads what stream"),
         (a_copy_waited_for_by_its_event, RuntimeError, "what the default stream may still write"),
         (a_source_overwritten_while_it_is_copied, RuntimeError, "may still read"),
         (a_pageable_source_may_be_overwritten, RuntimeError, "may still read"),
@@ -226,6 +260,9 @@ def count_syncs() -> dict[str, int]:
         "cpu": lambda: tensor.cpu(),
         "nonzero": lambda: tensor.nonzero(),
         "mask": lambda: tensor[tensor > 0],
+        "fill a mask": lambda: tensor.clone().__setitem__(tensor > 0, 0.0),
+        "fill a mask from the device": lambda: tensor.clone().__setitem__(tensor > 0, tensor[:1]),
+        "all-gather": lambda: dist.all_gather_into_tensor(gpu(4), tensor),
         "repeat by counts": lambda: tensor.repeat_interleave(tensor.long()),
         "repeat by counts, size given": lambda: tensor.repeat_interleave(tensor.long(), output_size=4),
         "repeat": lambda: tensor.repeat_interleave(2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,39 +18,51 @@ from tests.training import Outcome, train_on_rank
 
 def train_on_paper(overrides: Sequence[str], triton: bool = False) -> Outcome:
     """`train_on_rank`, with the output head in interpreted Triton, or in torch, and then with a fused SwiGLU that rounds as the
-    plain one does: so that the CPU's digits are to be expected. `found` has this rank's host syncs of each phase
-    by line ("syncs"), and at the beginning of each phase its name, the bytes of GPU memory that are alive, and those of what a
-    run keeps all the time ("phases": `kept_bytes`)."""
+    plain one does: so that the CPU's digits are to be expected.
+
+    `found` has of each phase this rank's host syncs by line ("syncs") and forward passes in training ("passes"), and at the
+    beginning of each phase its name, the bytes of GPU memory that are alive, and those of what a run keeps all the time
+    ("phases": `kept_bytes`).
+    """
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
     from megatron.core.fusions import fused_bias_swiglu
 
+    from kdrl_mcore.student import Student
     from kdrl_mcore.trainer import Trainer
     from kdrl_mcore.vocab_parallel import chunk
     from tests.paper_cuda.memory import ledger
     from tests.paper_cuda.syncs import syncs
 
-    enter = Trainer._enter
+    enter, forward = Trainer._enter, Student._forward_step
     of_phase: dict[str, Any] = {}
+    passes: dict[str, int] = defaultdict(int)
     phases: list[tuple[str, int, dict[str, int]]] = []
     syncs.clear()
 
     def enter_phase(trainer: Any, phase: str) -> None:
         of_phase[ledger.phase] = syncs.copy()
+        passes[phase] = 0
         gc.collect()
         phases.append((phase, ledger.live, kept_bytes(trainer.job)))
         ledger.enter(phase)
         enter(trainer, phase)
         syncs.clear()
 
+    def count_pass(*args: Any) -> Any:
+        passes[ledger.phase] += 1
+        return forward(*args)
+
     with ExitStack() as patches:
+        patches.enter_context(patch.object(Student, "_forward_step", count_pass))
         patches.enter_context(patch.object(Trainer, "_enter", enter_phase))
+        patches.callback(torch.use_deterministic_algorithms, False)
         if not triton:
             patches.enter_context(patch.object(chunk, "_has_triton", lambda: False))
             patches.enter_context(patch.object(fused_bias_swiglu, "swiglu_back", _plain_swiglu_back))
         outcome = train_on_rank(overrides)
-    outcome.found = {"syncs": of_phase, "phases": phases}
+    outcome.found = {"syncs": of_phase, "passes": dict(passes), "phases": phases}
     return outcome
 
 

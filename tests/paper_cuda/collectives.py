@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.paper_cuda import streams
-from tests.paper_cuda.dispatch import tensors_in
+from tests.paper_cuda.dispatch import tensors_in, unwatched
 from tests.paper_cuda.memory import Block, index_of, mark_of
 
 _PLAYED = "cpu:gloo,cuda:gloo"
@@ -19,6 +19,9 @@ _METHODS = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "allgather_coalesced"),
     *("allgather_into_tensor_coalesced", "gather", "scatter", "reduce_scatter", "_reduce_scatter_base"),
     *("reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "send", "recv", "recv_anysource"),
+    # Their names from torch 2.13 on.
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+    "all_to_all_single",
 )
 _NOT_NCCL = (torch.int16, torch.complex32)
 _asked: dict[str, str] = {}  # the backend that each group, by its name, was asked to have
@@ -33,7 +36,8 @@ class _Work:
 
     def wait(self, *args: Any, **kwargs: Any) -> bool:
         """The current stream waits."""
-        result: bool = self._work.wait(*args, **kwargs)
+        with unwatched():
+            result: bool = self._work.wait(*args, **kwargs)
         streams.current().wait_event(self._done)
         self._tensors = []
         return result
@@ -85,7 +89,9 @@ def _played(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(group, *args, **kwargs)
         stream = _streams.setdefault(group.group_name, streams.Stream())
         done = launch(stream, tensors, name)
-        return _Work(method(group, *args, **kwargs), done, tensors)
+        with unwatched():  # gloo copies from and to buffers of its own
+            work = method(group, *args, **kwargs)
+        return _Work(work, done, tensors)
 
     return collective
 
@@ -112,7 +118,9 @@ class PaperNCCL:
         """Of GPU tensors only."""
         check_nccl(tensors, "broadcast")
         done = launch(self._stream, tensors, "broadcast")
-        return _Work(self._group.broadcast(tensors, options), done, tensors)
+        with unwatched():
+            work = self._group.broadcast(tensors, options)
+        return _Work(work, done, tensors)
 
     def abort(self) -> None:
         """End it."""

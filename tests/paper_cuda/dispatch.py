@@ -79,9 +79,9 @@ class _PaperCuda(TorchDispatchMode):
         if placement is not None and operation.name == "_to_copy":
             return _transfer(func, args, kwargs, placement)
         if index is not None and not operation.is_view:
+            sync = sync_of(operation, args, kwargs)
             _check_devices(operation, args, inputs, marks, index)
             check_deterministic(operation, args, kwargs)
-            sync = sync_of(operation, args, kwargs)
             if sync is not None:
                 count_sync(sync)
                 streams.current().synchronize()
@@ -100,7 +100,8 @@ def _check_devices(
     free = {id(tensor) for tensor in args[1] if tensor is not None} if operation.indexes else ()
     for tensor, mark in zip(inputs, marks, strict=True):
         if isinstance(mark, Anywhere):
-            allocate(tensor, index, operation.name)
+            if not (operation.indexes and tensor.dim() == 0):  # a number that is put somewhere stays on the host
+                allocate(tensor, index, operation.name)
         elif not (isinstance(mark, Block) and mark.index is not None):
             scalar = tensor.dim() == 0 and operation.takes_host_scalars and tensor is not written
             if not scalar and id(tensor) not in free and not tensor.is_meta:

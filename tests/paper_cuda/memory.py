@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from tests.paper_cuda import streams
 from tests.paper_cuda.streams import PaperCudaError, Stream
@@ -177,7 +178,11 @@ ANYWHERE = Anywhere()
 
 
 def mark_of(tensor: Tensor) -> Block | Anywhere | None:
-    """What is known of the tensor's memory: None for ordinary host memory."""
+    """What is known of the tensor's memory: None for ordinary host memory. A checkpoint's sharded tensor is where its shards
+    are."""
+    if type(tensor) is ShardedTensor:
+        shards = tensor.local_shards()
+        return mark_of(shards[0].tensor) if shards else None
     if tensor.layout is not torch.strided or tensor.is_meta:
         return None
     return getattr(_untyped_storage(tensor), _MARK, None)

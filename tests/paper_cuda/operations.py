@@ -94,6 +94,8 @@ def sync_of(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
     if operation.sync is not None:
         return operation.sync
     if operation.indexes:
+        if "put" in operation.name and _fills_mask(args, kwargs):
+            return None
         for index in args[1]:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
                 return "boolean mask"
@@ -102,6 +104,15 @@ def sync_of(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
     if operation.name == "repeat_interleave" and kwargs.get("output_size") is None:
         return "repeat_interleave"
     return None
+
+
+def _fills_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A host number is put where one mask is true: torch runs masked_fill, which need not know how many places that are."""
+    _, indices, value, *rest = args
+    masks = [index for index in indices if index is not None]
+    accumulates = rest[0] if rest else kwargs.get("accumulate", False)
+    is_mask = len(masks) == 1 and masks[0].dtype in (torch.bool, torch.uint8) and masks[0].is_cuda
+    return is_mask and not accumulates and value.numel() == 1 and not value.is_cuda
 
 
 def check_deterministic(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,16 +141,59 @@ def _host_only(name: str) -> Callable[..., Any]:
                 f"can't convert cuda:{index} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
                 "first."
             )
-        # Megatron-Core's dispatcher of experts takes the view first and waits before it reads.
-        if isinstance(mark, Block) and not sys._getframe(1).f_code.co_filename.endswith("/moe_utils.py"):
-            mark.use(tensor, streams.host, streams.host.tick(), writes=False, operation=name)
+        if isinstance(mark, Block):
+            read = functools.partial(_read, tensor, name)
+            # Megatron-Core's dispatcher of experts takes the view first and waits before it reads.
+            if sys._getframe(1).f_code.co_filename.endswith("/moe_utils.py"):
+                return _LateArray.of(function(tensor, *args, **kwargs), read)
+            read()
         return function(tensor, *args, **kwargs)
 
     return convert
 
 
+def _read(tensor: Tensor, operation: str) -> None:
+    """The host reads pinned memory."""
+    mark = mark_of(tensor)
+    if isinstance(mark, Block):
+        mark.use(tensor, streams.host, streams.host.tick(), writes=False, operation=operation)
+
+
+class _LateArray(np.ndarray):
+    """A numpy view of pinned memory, checked where its numbers are read and not where it is made."""
+
+    _check: Callable[[], None] | None = None
+
+    @classmethod
+    def of(cls, array: Any, check: Callable[[], None]) -> _LateArray:
+        """Such a view of the array."""
+        late = array.view(cls)
+        late._check = check
+        return late  # type: ignore[no-any-return]
+
+    def __array_finalize__(self, source: Any) -> None:
+        self._check = getattr(source, "_check", None)
+
+    def _plain(self) -> Any:
+        if self._check is not None:
+            self._check()
+        return self.view(np.ndarray)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._plain()[index]
+
+    def tolist(self) -> Any:
+        return self._plain().tolist()
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return getattr(ufunc, method)(*(x._plain() if isinstance(x, _LateArray) else x for x in inputs), **kwargs)
+
+
 def _to_list(tensor: Tensor) -> Any:
-    return _tolist(tensor.cpu() if index_of(tensor) is not None and tensor.dim() else tensor)
+    if index_of(tensor) is not None:
+        return _tolist(tensor.cpu() if tensor.dim() else tensor)
+    _read(tensor, "tolist")
+    return _tolist(tensor)
 
 
 _tolist = Tensor.tolist

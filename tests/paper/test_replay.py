@@ -1,0 +1,110 @@
+"""Runs on paper CUDA on the same tokens as the CPU: to the digit with the output head in torch, and where Triton takes over in
+bfloat16 but for its rounding. Nothing is sampled here: the embedded engine alone does on a GPU what it does not on the CPU, it
+decodes over padded keys (`test_runs.py`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.paper.runs import train_on_paper
+from tests.ranks import RankPool
+from tests.reference.tiny_models import read_hf_weights
+from tests.training import QUIET, Outcome, metrics_of, train_on_rank
+from tests.zoo import Zoo
+
+BFLOAT16 = 1e-2
+SYNCS_OF_AN_UPDATE = 12
+"""Norms, whether they are finite, the measures, the clock."""
+SYNCS_OF_A_TEACHER_PASS = 1
+"""Its log-probs go to the host."""
+SAVE = "checkpoint.every=0"
+"""At the last step."""
+
+
+def overrides(zoo: Zoo, run: Path, settings: str) -> list[str]:
+    """A run with its self-test and its export, of an objective that `settings` may change."""
+    return [
+        f"run.dir={run}",
+        f"student.path={zoo.model('untied')}",
+        f"teacher.path={zoo.model('teacher')}",
+        "rollout=replay",
+        f"rollout.path={zoo.rollouts('uneven')}",
+        "objective=kdrl",
+        "objective.beta.init=0.3",
+        "batch.micro_tokens=48",
+        "optimizer.lr=0.01",
+        "optimizer.adam_eps=1e-3",
+        *QUIET,
+        *settings.split(),
+    ]
+
+
+def train(pool: RankPool, train_one: Any, settings: list[str], *more: Any) -> list[Outcome]:
+    outcomes: list[Outcome] = pool.run(train_one, settings, *more)
+    assert [outcome.code for outcome in outcomes] == [0] * pool.world_size, outcomes
+    return outcomes
+
+
+def numbers_of(run: Path) -> list[dict[str, float]]:
+    """The metrics without their times."""
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics_of(run)]
+
+
+def assert_seldom_waits(outcome: Outcome) -> None:
+    """In its last step the host waited for the GPU a few times for the update and never for a micro-batch. (How often for a
+    decoded token: `tests/parallel/test_engine_on_cuda.py`.)"""
+    syncs = outcome.found["syncs"]
+    assert outcome.found["passes"]["train"] == 5
+    assert sum(syncs["train"].values()) <= SYNCS_OF_AN_UPDATE, syncs["train"]
+    assert sum(syncs["teacher"].values()) <= 1 + 3 * SYNCS_OF_A_TEACHER_PASS, syncs["teacher"]
+    for phase in ("refit", "rollout", "reward"):
+        assert sum(syncs[phase].values()) <= 1, (phase, syncs[phase])  # the clock
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same metrics and the same exported weights, to the digit."""
+    assert numbers_of(run) == numbers_of(other)
+    weights, wanted = read_hf_weights(run / "hf"), read_hf_weights(other / "hf")
+    assert weights.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(weights[name], wanted[name])] == []
+
+
+def test_two_and_two_steps_are_the_cpus_four_to_the_digit(zoo: Zoo, ranks2: RankPool, paper2: RankPool, tmp_path: Path) -> None:
+    settings = "parallel.tensor=2 parallel.sequence_parallel=true objective.kd.estimator=k2"
+    cpu, gpu = (overrides(zoo, tmp_path / name, settings) for name in ("cpu", "gpu"))
+    train(ranks2, train_on_rank, [*cpu, "trainer.steps=4"])
+    train(paper2, train_on_paper, [*gpu, SAVE, "trainer.steps=2"])
+    resumed = train(paper2, train_on_paper, [*gpu, SAVE, "trainer.steps=4"])
+    assert any("resumed from" in line for line in resumed[0].log)
+    for outcome in resumed:
+        assert_seldom_waits(outcome)
+    assert [row["step"] for row in numbers_of(tmp_path / "gpu")] == [1, 2, 3, 4]
+    assert_equal(tmp_path / "gpu", tmp_path / "cpu")
+
+
+def test_supervised_fine_tuning_gives_the_digits_of_the_cpu(
+    zoo: Zoo, ranks2: RankPool, paper2: RankPool, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{i}+{i}=", "response": f"{2 * i} " * (i + 1), "answer": "-"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data.train={tmp_path / 'data.jsonl'} data.template=plain rollout.prompts_per_step=4"
+    settings = f"objective=sft teacher.path=null parallel.pipeline=2 trainer.steps=2 {data}"
+    train(ranks2, train_on_rank, overrides(zoo, tmp_path / "cpu", settings))
+    train(paper2, train_on_paper, overrides(zoo, tmp_path / "gpu", settings))
+    assert_equal(tmp_path / "gpu", tmp_path / "cpu")
+
+
+def test_bfloat16_and_triton_give_the_numbers_of_the_cpu(zoo: Zoo, ranks2: RankPool, paper2: RankPool, tmp_path: Path) -> None:
+    settings = "model.dtype=bfloat16 parallel.tensor=2 objective.kd.estimator=exact trainer.steps=1"
+    train(ranks2, train_on_rank, overrides(zoo, tmp_path / "cpu", settings))
+    train(paper2, train_on_paper, overrides(zoo, tmp_path / "gpu", settings), True)
+    for row, expected in zip(numbers_of(tmp_path / "gpu"), numbers_of(tmp_path / "cpu"), strict=True):
+        assert row == pytest.approx(expected, rel=BFLOAT16, abs=BFLOAT16, nan_ok=True)
+    weights, wanted = (read_hf_weights(tmp_path / name / "hf") for name in ("gpu", "cpu"))
+    for name, weight in wanted.items():
+        assert (weights[name] - weight).norm() <= BFLOAT16 * weight.norm(), name
