@@ -260,7 +260,7 @@ def _joint(
 
 
 def _supervised(log_probs_T: Tensor, _: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Measures]:
-    tokens = torch.tensor(float(len(log_probs_T)))
+    tokens = log_probs_T.new_full((), len(log_probs_T))
     return sft_loss(log_probs_T, batch.policy_weights), ({"tokens": tokens}, {})
 
 

@@ -225,8 +225,8 @@ def check_engines(config: Config) -> str:
 
 
 def check_data(config: Config) -> str:
-    """Files of prompts and rollouts exist on every node (what names no file is taken for a hub id), and the verifier takes every
-    answer of a file to train or evaluate on."""
+    """Files of prompts and rollouts exist on every node (what names no file is taken for a hub id), and a response can match
+    every answer of a file to train or evaluate on."""
     named = [path for path in (config.data.train, config.data.eval, config.rollout.path) if path]
     files = [path for path in named if Path(path).suffix in (".jsonl", ".json", ".parquet")]
     for path in files:
@@ -234,7 +234,8 @@ def check_data(config: Config) -> str:
             raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
     if not named:
         raise ConfigError("neither data.train nor rollout.path is set: name the prompts, or a rollout file")
-    for path in {config.data.train, config.data.eval} & set(files) if config.objective.kind != "sft" else ():
+    prompts = [path for path in files if path != config.rollout.path] if config.objective.kind != "sft" else []
+    for path in prompts:
         check_answers(load_answers(path, config.data), path, config.reward.kind)
     return ", ".join(named)
 

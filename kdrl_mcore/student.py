@@ -29,8 +29,9 @@ from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.collect import any_rank, sum_over_replicas
 from kdrl_mcore.parallel.host_state import HostState
 from kdrl_mcore.parallel.layout import create_student_groups, student_layout
+from kdrl_mcore.parallel.optimizer_state import held_shares
 from kdrl_mcore.parallel.packing import PackedBatch
-from kdrl_mcore.parallel.platform import to_device
+from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.teacher_head import TeacherHead
 from kdrl_mcore.vocab_parallel import fused_head
 
@@ -205,17 +206,17 @@ class Student:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
-        into."""
+        into. They are views of what this rank holds: nothing is copied."""
         self.wait_for_weights()
         if self._host_state is not None:
-            self._host_state.enter()  # re-sharding talks to other ranks from the device; the next update sends it back
+            self._host_state.enter()  # a snapshot is taken from the device; the next update sends it back
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {
             name.format(index): mcore.weights_to_load(chunk.module) if loading else chunk.module.sharded_state_dict()
             for index, chunk in enumerate(self.ddp)
         }
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        with mcore.unpadded_parameter_ranges(self.optimizer):
+        with held_shares(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {**model, "optimizer": optimizer}
 
@@ -223,7 +224,8 @@ class Student:
         """Take over what `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         for index, chunk in enumerate(self.ddp):
             mcore.take_weights(chunk.module, state["model" if len(self.ddp) == 1 else f"model{index}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with held_shares(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         mcore.complete_parameter_groups(self.optimizer)
 
     @torch.no_grad()
@@ -251,7 +253,7 @@ class Student:
         """Whether every gradient that this rank holds is finite. The global norm alone does not tell: of a weight that
         tensor-parallel ranks hold in common it counts rank 0's gradient."""
         buffers = [buffer for chunk in self.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-        return all(bool(buffer.grad_data.norm().isfinite()) for buffer in buffers)
+        return bool(torch.stack([buffer.grad_data.norm() for buffer in buffers]).isfinite().all())
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[Measures]:
         """Megatron's schedule over the micro-batches; the measures of each on the last stage."""
@@ -353,5 +355,10 @@ def _merge(measured: Sequence[Measures]) -> Measures:
 
 
 def _add_up(measured: Sequence[Measures]) -> tuple[dict[str, float], dict[str, float]]:
+    """As Python's numbers: the host waits once for all."""
     sums, maxima = _merge(measured)
-    return {name: float(value) for name, value in sums.items()}, {name: float(value) for name, value in maxima.items()}
+    values = [*sums.values(), *maxima.values()]
+    if not values:
+        return {}, {}
+    numbers = torch.stack([value.to(device(), torch.float64) for value in values]).tolist()
+    return dict(zip(sums, numbers, strict=False)), dict(zip(maxima, numbers[len(sums) :], strict=True))

@@ -27,12 +27,19 @@ class ForkServerError(RuntimeError):
     """The server could not prepare itself, or has ended."""
 
 
-def import_training() -> None:
-    """Import all that a training run does. On a machine with GPUs nothing: CUDA does not survive a fork, so there each forked
-    process imports for itself."""
+def import_torch() -> None:
+    """Import torch alone."""
     import torch
 
     torch.set_num_threads(1)  # a fork loses the threads of OpenMP's pool
+
+
+def import_training() -> None:
+    """Import all that a training run does. On a machine with GPUs torch alone: CUDA does not survive a fork, so the forked
+    processes import the rest."""
+    import_torch()
+    import torch
+
     if torch.cuda.device_count():
         return
     from kdrl_mcore.parallel.platform import prepare_platform

@@ -1,4 +1,4 @@
-"""A pool of ranks: processes joined in one torch.distributed world (gloo), kept alive and reused by many tests.
+"""A pool of ranks: processes joined in one torch.distributed world, kept alive and reused by many tests.
 
 Ranks are forked from a process that has imported what they need, and running a function on a started pool costs nothing.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.fork_server import ForkServer, Preparation, import_training, server_for
+from tests.fork_server import ForkServer, Preparation, import_torch, import_training, server_for
 
 START_TIMEOUT = 180.0  # seconds for all ranks to join the world
 GRACE = 5.0  # seconds the other ranks get to answer after one has failed
@@ -64,25 +64,28 @@ class RankPool:
     killed, and the next `run` starts new ones: a failure stays in the test it belongs to.
 
     Args:
-        prepare: called once in the process from which the ranks are forked, before anything of this project or of
-            Megatron-Core is imported there (unless its own module does so); importable by name. By default it imports all that
-            a training run does. One that prepares the process otherwise may call `import_training` at its end.
+        prepare: called in each rank before it joins the world, importable by name, and before anything of this project or of
+            Megatron-Core is imported.
         import_first: folders whose packages the ranks import in place of the installed ones.
         environment: variables that are set before the ranks' process imports torch, and in the ranks.
         backend: of the world.
+        preload: called once in the process from which the ranks are forked, importable by name. By default it imports all that
+            a training run does; where there is a `prepare`, torch alone.
     """
 
     def __init__(
         self,
         world_size: int,
-        prepare: Callable[[], object] = import_training,
         import_first: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], object] | None = None,
         backend: str = "gloo",
+        environment: Mapping[str, str] | None = None,
+        preload: Callable[[], object] | None = None,
     ) -> None:
         self.world_size = world_size
-        self._backend = backend
-        self.preparation = Preparation(prepare, tuple(import_first), tuple(sorted((environment or {}).items())))
+        self._prepare, self._backend = prepare, backend
+        preload = preload or (import_training if prepare is None else import_torch)
+        self.preparation = Preparation(preload, tuple(import_first), tuple(sorted((environment or {}).items())))
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
         atexit.register(self.close)
@@ -141,7 +144,8 @@ class RankPool:
         # The store lives in this process, as in torchrun's agent: its port is known to be free and ranks only connect.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
-            pid, connection = server.fork(_serve, index, self.world_size, self._store.port, self._backend)
+            settings = (index, self.world_size, self._store.port, self._prepare, self._backend)
+            pid, connection = server.fork(_serve, *settings)
             self._ranks.append(_Rank(server, pid, connection))
         answers = self._collect("starting", START_TIMEOUT)
         for index, answer in answers.items():
@@ -186,7 +190,9 @@ def _exception_of(rank: int, answer: _Answer) -> BaseException:
     return answer.exception
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int, backend: str) -> None:
+def _serve(
+    connection: Connection, rank: int, world_size: int, port: int, prepare: Callable[[], object] | None, backend: str
+) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
@@ -201,13 +207,19 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, backen
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    connection.send_bytes(_answer(dist.init_process_group, backend))
+    connection.send_bytes(_answer(_join, prepare, backend))
     while True:
         try:
             task = connection.recv_bytes()
         except EOFError:
             return
         connection.send_bytes(_answer(_call, task))
+
+
+def _join(prepare: Callable[[], object] | None, backend: str) -> None:
+    if prepare is not None:
+        prepare()
+    dist.init_process_group(backend)
 
 
 def _call(task: bytes) -> Any:

@@ -306,7 +306,7 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
                     layout.token_alignment,
                     context_rank=groups.context.rank(),
                     context_size=layout.context,
-                ),
+                ).on_device(),
                 token_loss,
             )
             for _ in range(micro_batches)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -108,5 +109,7 @@ def _candidates(directory: Path) -> list[Path]:
 def _load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path / WEIGHTS_DIR))
+    except torch.OutOfMemoryError:
+        raise
     except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """The checkpoints of one run, in `directory`. One is written at a time. Methods are collective over the world."""
+    """The checkpoints of one run's student, in `directory`. One is written at a time. Methods are collective over the world."""
 
     def __init__(self, directory: Path, keep: int, *, asynchronous: bool) -> None:
         """Args:
@@ -44,6 +44,7 @@ class CheckpointWriter:
         self._keep = keep
         self._asynchronous = asynchronous
         self._queue = AsyncCallsQueue(persistent=False)
+        self._strategy: Any = None  # Megatron-Core's, from the first save on
         self._step: int | None = None  # of the checkpoint that is being written
         self._errors: list[Exception] = []  # of what Megatron-Core writes on rank 0 alone
         if dist.get_rank() == 0 and directory.is_dir():
@@ -62,13 +63,17 @@ class CheckpointWriter:
         self.finish()
         self._step = step
         aside = self._aside(step)
+        if self._strategy is None:
+            self._strategy = mcore.parallel_save_strategy(student.groups.replicas)
         self._on_rank_0(partial(_prepare, aside, Path(student.source), state))
         with children_ignore_stop_signals():  # the writer's processes must outlive the signal that asks for a last checkpoint
             try:
                 mcore.start_write_results_process()
                 state_dict = student.sharded_state(loading=False)
                 with mcore.rank_0_write_errors() as errors:
-                    request = dist_checkpointing.save(state_dict, str(aside / WEIGHTS_DIR), async_sharded_save=True)
+                    request = dist_checkpointing.save(
+                        state_dict, str(aside / WEIGHTS_DIR), self._strategy, async_sharded_save=True, **mcore.save_settings()
+                    )
                 self._on_rank_0(partial(_raise_first, errors))
                 assert request is not None
                 if request.async_fn is not None:

@@ -184,10 +184,10 @@ class PackedDotProductAttention(nn.Module):
         if packed.varlen is None:
             outputs = [_attend_to_run(query_SND, key_FKD, value_FKD, run, scale) for run in packed.runs]
         else:
-            outputs = [
-                packed.varlen(query_SND[each.queries], key_FKD[each.keys], value_FKD[each.keys], each, scale)
-                for each in packed.stretches
-            ]
+            outputs = []
+            for each in packed.stretches:
+                key, value = _rows(key_FKD, each.keys), _rows(value_FKD, each.keys)
+                outputs.append(packed.varlen(_rows(query_SND, each.queries), key, value, each, scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -205,6 +205,11 @@ def _attend_to_run(query_SND: Tensor, key_FKD: Tensor, value_FKD: Tensor, run: R
         enable_gqa=query.size(1) != key.size(1),
     )
     return context.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(x_SHD: Tensor, rows: slice) -> Tensor:
+    """A view of some rows. All of them are the tensor itself: backward, a view's gradient is copied into zeros."""
+    return x_SHD if rows == slice(0, len(x_SHD)) else x_SHD[rows]
 
 
 def _split(x_SHD: Tensor, start: int, count: int, length: int) -> Tensor:

@@ -33,7 +33,9 @@ def score_rollouts(
     if not rollouts:
         return []
 
-    def log_probs_and_entropy(chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[Span, Any]]:
+    def log_probs_and_entropy(
+        chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor
+    ) -> list[tuple[tuple[Span, ...], Tensor]]:
         values = head_log_probs(
             hidden_SH,
             chunk.head_weight(),
@@ -43,10 +45,14 @@ def score_rollouts(
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
         )
-        log_probs_T, entropy_T = (value.float().cpu().numpy() for value in values)
-        return [(span, (log_probs_T[rows], entropy_T[rows])) for span, rows in span_rows(batch.spans)]
+        # They stay on the device until all are there, so that the host goes on to the next micro-batch.
+        return [(batch.spans, torch.stack(tuple(values)).float())]
 
-    scored = gather_from_replicas(parts.groups, run_forward(parts, rollouts, micro_tokens, log_probs_and_entropy))
+    mine: list[tuple[Span, Any]] = []
+    for spans, values_2T in run_forward(parts, rollouts, micro_tokens, log_probs_and_entropy):
+        on_host = values_2T.cpu().numpy()
+        mine += [(span, on_host[:, rows]) for span, rows in span_rows(spans)]
+    scored = gather_from_replicas(parts.groups, mine)
     shape = [len(rollout.response_token_ids) for rollout in rollouts]
     log_probs, entropies = ([np.zeros(length, np.float32) for length in shape] for _ in range(2))
     for span, values in scored:

@@ -44,13 +44,15 @@ class Adam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            # One number for all, made on the device: a tensor of a Python number would be copied there, and waited for.
+            step = torch.full((), float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                [step] * len(params),
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

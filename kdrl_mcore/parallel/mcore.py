@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import multiprocessing
 import os
@@ -131,7 +132,12 @@ def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
     """Megatron-Core's optimizer, in whose parameter groups `wd_mult` is 0 for norms and biases: the caller multiplies."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
-    return get_megatron_optimizer(settings, model_chunks, config_overrides=get_standard_config_overrides(settings))
+    return get_megatron_optimizer(
+        settings,
+        model_chunks,
+        config_overrides=get_standard_config_overrides(settings),
+        use_gloo_process_groups=False,  # for a form of checkpoints that is not used
+    )
 
 
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
@@ -184,29 +190,24 @@ def complete_parameter_groups(optimizer: Any) -> None:
                 group.setdefault(name, value)
 
 
-@contextmanager
-def unpadded_parameter_ranges(optimizer: Any) -> Iterator[None]:
-    """While the distributed optimizer describes its state for a checkpoint, its parameters' ranges leave out padding between
-    buckets, as the tensors it cuts them from do.
+def parallel_save_strategy(replicas: torch.distributed.ProcessGroup) -> Any:
+    """How a checkpoint is written: of what several ranks of the group hold alike, each writes a share.
 
-    Megatron-Core (0.16 to 0.19) cuts with ranges that count the padding: with several buckets in one buffer (a tied embedding
-    on the last stage has its own) everything after the first would be saved shifted.
+    Who writes what is agreed on at the first save and kept, so one strategy serves checkpoints of one model only.
     """
-    changed = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for buffer in getattr(part, "buffers", []):
-            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-            shifts = [bucket.offset - sum(sizes[:index]) for index, bucket in enumerate(buffer.buckets)]
-            changed.append((buffer, buffer.param_index_map))
-            buffer.param_index_map = {
-                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
-                for parameter, (start, end, bucket) in buffer.param_index_map.items()
-            }
-    try:
-        yield
-    finally:
-        for buffer, original in changed:
-            buffer.param_index_map = original
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas, do_cache_distribution=True)
+
+
+def save_settings() -> dict[str, str]:
+    """Of `dist_checkpointing.save`: Megatron-Core's own writer beside the training process, where another package's is the
+    default (from 0.19 on)."""
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def start_write_results_process() -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.parallel import mcore
-
 from kdrl_mcore.parallel.groups import forget_groups
 from kdrl_mcore.parallel.interfaces import set_gloo_interface
 

@@ -45,7 +45,7 @@ def equal_formulas(reference: str, answer: str) -> bool:
     if _is_scalar(left) and _is_scalar(right):
         if not left.free_symbols and not right.free_symbols:
             return _equal_constants(left, right, first, second)
-        if left.free_symbols != right.free_symbols and not sympy.simplify(left - right) == 0:
+        if left.free_symbols != right.free_symbols and sympy.simplify(left - right) != 0:
             return False
         return _equal_at_points(left, right) and by_math_verify(reference, answer)
     return by_math_verify(reference, answer)
@@ -65,7 +65,7 @@ def near(formula: str, decimal: Number) -> bool:
 
 
 def by_math_verify(reference: str, answer: str) -> bool:
-    """math-verify's own verdict on two texts. Its time limits (SIGALRM) are off: the parent ends a worker that takes too long."""
+    """math-verify's own verdict on two texts. Its time limits (SIGALRM) are off: the parent ends a slow worker."""
     return bool(verify(_parsed(reference), _parsed(answer), allow_set_relation_comp=True, timeout_seconds=None))
 
 
@@ -163,7 +163,7 @@ def _equal_at_points(left: Any, right: Any) -> bool:
     for start in (7, 23):
         point = {symbol: sympy.Rational(start + 6 * place, 11 + place) for place, symbol in enumerate(symbols)}
         one, other = (sympy.N(each.xreplace(point), DIGITS) for each in (left, right))
-        if one.is_number and other.is_number and one.is_finite and other.is_finite:
-            if abs(one - other) > (abs(one) + abs(other)) / 10**12:
-                return False
+        has_values = one.is_number and other.is_number and one.is_finite and other.is_finite
+        if has_values and abs(one - other) > (abs(one) + abs(other)) / 10**12:
+            return False
     return True

@@ -89,7 +89,7 @@ def free_answer(text: str) -> str | None:
 
 
 def _lists(between: str) -> bool:
-    """Whether the text between two boxes joins them to one list: a separator, and neither a sentence's end nor second thoughts."""
+    """Whether the text between two boxes joins them to a list: a separator, and no sentence's end or second thoughts."""
     if len(between) > 200 or _SENTENCE_END.search(between) or _TAKEN_BACK.search(between):
         return False
     return _SEPARATOR.search(between) is not None

@@ -1,7 +1,7 @@
 r"""The choice that a text makes among labelled options: its letters, in order. Pure functions.
 
-`B`, `(b)`, `\text{B}`, `**B**`, `B. because ...` and `Option B` choose `B`; `A, C`, `(A)(C)` and `AC` choose `AC`; `A or B` chooses
-nothing, and so does a text that is no choice.
+`B`, `(b)`, `\text{B}`, `**B**`, `B. because ...` and `Option B` choose `B`; `A, C`, `(A)(C)` and `AC` choose `AC`; `A or B`
+chooses nothing, and so does a text that is no choice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kdrl_mcore.reward.notation import plain_characters
 _FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|cal|bb|normal)|bm|boldsymbol|boxed)\b"
 )
-_MARKUP = re.compile(r"[*`${}~]|\\[()\[\],;: ]|\\(?:left|right|quad|qquad|displaystyle)\b|__|\\")
+_MARKUP = re.compile(r"[*`${}~]|\\[()\[\],;: ]|\\(?:left|right|quad|qquad|displaystyle)\b|__|\\|\"|(?<!\w)'|'(?!\w)")
 _LABEL = r"(?:\(\s*[A-Z]\s*\)|\[\s*[A-Z]\s*\]|[A-Z](?![A-Za-z'’]))"
 _JOIN = r"(?:\s*(?:,|;|&|/|\band\b)\s*(?:and\b\s*)?)"
 _LIST = rf"{_LABEL}(?:{_JOIN}?{_LABEL})*"
@@ -23,11 +23,11 @@ _WHOLE = re.compile(rf"(?i:{_LEAD})({_LIST})[).:\]]*\s*")
 _WITH_TEXT = re.compile(rf"(?i:{_LEAD})(\([A-Z]\)|\[[A-Z]\]|[A-Z][).:\]])(?!\s*(?i:or|and)\b).*", re.DOTALL)
 _RUN = re.compile(r"[A-J]{2,10}")
 _FILLER = (
-    r"(?:\s*[:=\-–—]+|\s+(?:is|are|was|be|would|will|must|should|seems|to|therefore|thus|hence|then|clearly|indeed|simply|the|correct|"
+    r"(?:\s*[:=\-–—是为]+|\s+(?:to|for|of)\s+(?:the|this|that)\s+\w+|\s+(?:is|are|was|be|would|will|must|should|seems|to|therefore|thus|hence|then|clearly|indeed|simply|probably|likely|surely|definitely|just|the|correct|"
     r"following|options?|choices?|letters?|answers?)\b)"
 )
 _STATED = re.compile(
-    rf"(?i:\b(?:answers?|(?:correct|right|best)\s+(?:option|choice|letter|statement|alternative)s?)\b{_FILLER}+)\s*"
+    rf"(?i:(?:\banswers?\b|答案|\b(?:correct|right|best)\s+(?:option|choice|letter|statement|alternative)s?\b){_FILLER}+)\s*"
     rf"(?P<after>{_LIST})(?P<hedge>[).:\]]*\s*,?\s*(?i:or)\s+(?:{_LABEL}))?"
     rf"|(?P<hedged>{_LABEL}\s*(?i:or)\s+)?(?<![A-Za-z])(?P<before>{_LABEL})\s+(?i:is\s+(?:the\s+)?(?:correct|right|best)\b|is\s+the\s+(?:final\s+)?answer\b)"
 )

@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from kdrl_mcore.reward.algebra import by_math_verify, equal_formulas, expression, near, number
 from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relation, Value, readings, split
 from kdrl_mcore.reward.notation import TEXT_BEGIN, TEXT_END, normalise
-from kdrl_mcore.reward.numbers import Number, spelled
+from kdrl_mcore.reward.numbers import spelled
 from kdrl_mcore.reward.regions import equal_regions, region_of
 from kdrl_mcore.reward.words import contradict, take_magnitude
 
@@ -62,7 +62,7 @@ def _read(text: str) -> tuple[Form, ...]:
 
 
 def _letters(text: str) -> str:
-    """A text of at least two letters and nothing else, in lower case without its spaces: a word, not a product; else nothing."""
+    """A text of at least two letters and nothing else, in lower case without spaces: a word, not a product; else nothing."""
     plain = _MARKS.sub("", text)
     return plain.lower() if len(plain) > 1 and plain.isalpha() else ""
 
@@ -114,7 +114,7 @@ def _digits(text: str, match: re.Match[str] | None) -> tuple[str | None, int]:
     name = match[2] or match[3]
     base = int(name) if name.isdigit() else spelled((name.lower(),)) or 0
     digits = match[1].upper()
-    if not 2 <= base <= 36 or not digits[0].isdigit() and base <= 10:
+    if not 2 <= base <= 36 or (not digits[0].isdigit() and base <= 10):
         return None, 0
     return digits.lstrip("0") or "0", base
 
@@ -243,7 +243,7 @@ def _same_relations(first: Form, second: Form) -> bool:
 
 def _same_matrices(first: Form, second: Form) -> bool:
     if not (isinstance(first, Matrix) and isinstance(second, Matrix)):
-        rows = [form.rows for form in (first, second) if isinstance(form, Matrix)][0]
+        rows = next(form.rows for form in (first, second) if isinstance(form, Matrix))
         other = second if isinstance(first, Matrix) else first
         return isinstance(other, Value) and len(rows) == 1 and len(rows[0]) == 1 and _same(rows[0][0], other)
     return [len(row) for row in first.rows] == [len(row) for row in second.rows] and all(
@@ -315,14 +315,7 @@ def _same_ratios(first: Form, second: Form) -> bool:
         return None not in quotients and quotients[0] == quotients[1]
     ratio, other = (first, second) if isinstance(first, Ratio) else (second, first)
     assert isinstance(ratio, Ratio)
-    if (
-        not isinstance(other, Value)
-        or other.before
-        or other.behind
-        or ratio.words
-        or "\\frac" not in other.formula
-        and "/" not in other.formula
-    ):
+    if not isinstance(other, Value) or other.before or other.behind or ratio.words or not re.search(r"\\frac|/", other.formula):
         return False
     value = number(other.formula)
     return value is not None and _quotient(ratio) == value.value

@@ -19,8 +19,8 @@ _FORMULA = re.compile(r"\$|\\\(|\\\[")
 def equivalent_anywhere(reference: str, answer: str) -> bool:
     r"""Whether an answer, `\boxed{...}` or a text that states it, equals the reference.
 
-    What is boxed is compared as ever. In a text math-verify looks for the answer (behind "the answer is", else the last formula or
-    number) and compares it; two plain numbers are compared exactly, as everywhere.
+    What is boxed is compared as ever. In a text math-verify looks for the answer (behind "the answer is", else the last
+    formula or number) and compares it; two plain numbers are compared exactly, as everywhere.
     """
     expected = _bare(reference)
     if answer.startswith("\\boxed{") and equivalent(expected, _bare(answer)):

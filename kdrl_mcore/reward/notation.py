@@ -109,14 +109,15 @@ def normalise(text: str) -> str:
 
 
 def plain_characters(text: str) -> str:
-    """Unicode's many characters as ASCII and LaTeX: digits of any script, full-width forms, roots, scripts, fractions, signs."""
+    """Unicode's many characters as ASCII and LaTeX: digits of any script, full-width forms, roots, fractions, signs."""
     text = unicodedata.normalize("NFC", text)
     if text.isascii():
         return text
     text = _ROOT.sub(_root, text)
     for sign, scripts in (("^", _SUPERSCRIPTS), ("_", _SUBSCRIPTS)):
-        run = re.compile(f"[{re.escape(''.join(scripts))}]+")
-        text = run.sub(lambda match, sign=sign, scripts=scripts: f"{sign}{{{''.join(map(scripts.get, match[0]))}}}", text)
+        pieces = re.split(f"([{re.escape(''.join(scripts))}]+)", text)
+        pieces[1::2] = [f"{sign}{{{''.join(scripts[c] for c in piece)}}}" for piece in pieces[1::2]]
+        text = "".join(pieces)
     return "".join(map(_plain, text))
 
 
@@ -154,7 +155,7 @@ def unwrap(text: str) -> str:
         text = text.strip()
         while text.endswith("\\\\"):
             text = text[:-2].rstrip()
-        if text.endswith((".", ",", ";", "!!")) and not text.endswith(("\\,", "\\;", "..")):
+        if text.endswith((".", ",", ";")) and not text.endswith(("\\,", "\\;", "..")):
             text = text[:-1].rstrip()
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):
@@ -207,7 +208,7 @@ def _marked(match: re.Match[str]) -> str:
     letters = re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", content)
     unit = letters in _UNIT_LETTERS and re.search(r"[\d})]\s*$", match.string[: match.start()])
     formula = not letters or (len(letters) == 1 and not command.startswith(("text", "mbox", "hbox")) and not unit)
-    if formula or re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match):
+    if formula or (re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match)):
         return f" {content} " if command.startswith(("text", "mbox", "hbox")) else content
     parts = _JOINS.split(content)
     marked = [part if place % 2 else f"{TEXT_BEGIN}{part}{TEXT_END}" for place, part in enumerate(parts)]

@@ -1,7 +1,7 @@
 r"""Plain numbers as exact fractions: integers, decimals, e-notation, fractions, mixed numbers, repeating decimals, percentages.
 
 A number is exact as it is written: nothing is rounded. Two differ unless they are the same, but for one thing: a decimal with
-at least six digits behind the point equals what it is cut or rounded from (`agree`), so that 0.333333 is a third and 0.33 is not.
+at least six digits behind the point equals what it is cut or rounded from (`agree`): 0.333333 is a third, and 0.33 is not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _GOES_ON = re.compile(r"(\d*)\.(\d*?)(\d+?)\3{2,}\s*\\ldots")
 _WORDS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen".split()
     )
 } | {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
 

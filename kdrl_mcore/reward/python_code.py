@@ -37,6 +37,7 @@ PRECISE_DIGITS = 6
 FLOAT_NOISE = Decimal("1e-9")
 """How far a float may be from the expected one, relative to it unless that is 0: what rounding in sums makes."""
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+_THOUGHT = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
 _PYTHON = re.compile(r"\{?\.?i?py(?:thon|con)?[\d.]*\b", re.IGNORECASE)
 _FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w.])")
 _SANDBOX = [sys.executable, "-I", "-S", sandbox.__file__]
@@ -48,8 +49,8 @@ class PythonCode(Reward):
 
     The tests are the row's answer: a JSON list of `{"call": "add(2, 3)", "output": "5"}`, the `repr` of a value of the
     program's own, or `{"stdin": "2 3\n", "output": "5"}`, what the program prints (white space at the ends of lines and of the
-    text does not count, and floats may differ by what rounding makes). A program never sees what is expected. `reward.timeout` bounds each process, `reward.workers` how many
-    run at once.
+    text does not count, and floats may differ by what rounding makes). A program never sees what is expected.
+    `reward.timeout` bounds each process, `reward.workers` how many run at once.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -146,7 +147,7 @@ def program_of(response: str) -> str:
     """The content of the last fenced block in Python, else of the last without a language, else of the last; the whole response
     where it has none. A thought before `</think>` plays no part, unless there is no block behind it."""
     response = response.replace("\r\n", "\n")
-    blocks = _fenced(final_part(response)) or (_fenced(response) if "</think" in response else [])
+    blocks = _fenced(final_part(response)) or (_fenced(_THOUGHT.sub("\n", response)) if "</think" in response else [])
     if not blocks:
         return final_part(response)
     python = [block for language, block in blocks if _PYTHON.match(language)]
@@ -159,7 +160,7 @@ def _fenced(text: str) -> list[tuple[str, str]]:
     indentation. A block that is not closed ends with the text."""
     blocks: list[tuple[str, str]] = []
     fence, language, indent, lines = "", "", "", list[str]()
-    for line in text.split("\n"):
+    for line in text.rstrip("\n").split("\n"):
         match = _FENCE.fullmatch(line.rstrip())
         if not fence:
             if match:
@@ -221,7 +222,7 @@ def _same_value(value: Any, expected: str) -> bool:
 
 
 def _prints(text: str | None, expected: str) -> bool:
-    """Whether the text is the expected one, line by line; words in it that are floats in both may differ as `_same_float` allows."""
+    """Whether the text is the expected one, line by line; words that are floats in both may differ as `_same_float` allows."""
     lines, expected_lines = _lines(text), _lines(expected)
     if lines is None or expected_lines is None or len(lines) != len(expected_lines):
         return False

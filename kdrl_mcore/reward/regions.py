@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from kdrl_mcore.reward.algebra import expression
-from kdrl_mcore.reward.forms import Equation, Form, Items, Relation, Value, encloses, nesting, read, split
+from kdrl_mcore.reward.forms import Form, Items, Relation, Value, encloses, nesting, read, split
 from kdrl_mcore.reward.notation import unwrap
 
 Region = tuple[str | None, Any]
@@ -20,6 +20,7 @@ _UNION, _CUT = re.compile(r"\\cup(?![A-Za-z])"), re.compile(r"\\cap(?![A-Za-z])"
 _WITHOUT = re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=\})\s*-\s*(?=\\\{)")
 _NAME = re.compile(r"\\?[A-Za-z]+(?:'|_\{?\w+\}?)?(?:\([a-z]\))?")
 _ALL = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "Q": sympy.S.Rationals, "C": sympy.S.Complexes}
+_ALL_REALS = (("all", "real", "number"), ("all", "real"), ("real", "number"))
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?)?")
 
 
@@ -29,13 +30,8 @@ def region_of(form: Form) -> Region | None:
         return _region(form.text)
     if isinstance(form, Items):
         return _items(form)
-    if isinstance(form, Equation) and len(form.sides) == 2 and isinstance(form.sides[0], Value):
-        return None
-    if isinstance(form, Value) and not form.formula and form.behind in (("real", "number"), ("real",)):
-        return None, sympy.S.Reals
-    if isinstance(form, Value) and form.formula == "" and form.behind[-2:] == ("real", "number"):
-        return None, sympy.S.Reals
-    return None
+    all_reals = isinstance(form, Value) and not form.formula and form.behind in _ALL_REALS
+    return (None, sympy.S.Reals) if all_reals else None
 
 
 def equal_regions(first: Region, second: Region) -> bool:
@@ -48,8 +44,8 @@ def equal_regions(first: Region, second: Region) -> bool:
 
 def _items(form: Items) -> Region | None:
     if form.opening in ("(", "[") and len(form.items) == 2:
-        ends = [_end(item) for item in form.items]
-        return None if None in ends else (None, _interval(*ends, form.opening == "(", form.closing == ")"))
+        low, high = map(_end, form.items)
+        return None if low is None or high is None else (None, _interval(low, high, form.opening == "(", form.closing == ")"))
     if form.opening == "\\{":
         points = [_end(item) for item in form.items]
         return None if None in points else (None, sympy.FiniteSet(*points))

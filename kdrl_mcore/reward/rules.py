@@ -111,7 +111,7 @@ def _one_spelling(text: str) -> str:
 
 @register_class("multiple_choice")
 class MultipleChoice(AnswerReward):
-    r"""The same letter, or the same letters (`A, C`), as `choice_of` finds them in the response and `chosen` in the reference."""
+    r"""The same letter, or letters (`A, C`), as `choice_of` finds them in the response and `chosen` in the reference."""
 
     def __init__(self, config: RewardConfig) -> None:
         """Needs none of the settings."""

@@ -109,7 +109,8 @@ def feed(text: str) -> None:
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.close(file)
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    vars(sys)["__stdin__"] = sys.stdin  # keeps the buffer open where a program wraps it anew
 
 
 def as_script() -> dict[str, object]:

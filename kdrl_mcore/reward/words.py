@@ -1,7 +1,7 @@
 r"""Words in and around an answer: units, names of things, magnitudes, and words that change what is said.
 
-`18 eggs` answers a question whose reference is 18, so nouns and units behind a number may be left out, but not contradicted: 5 cm
-is not 5 m. Words such as "at least", "million" or "even" say something else than the bare number, and are never left out.
+`18 eggs` answers a question whose reference is 18, so nouns and units behind a number may be left out, but not contradicted:
+5 cm is not 5 m. Words such as "at least", "million" or "even" say something else than the bare number, and are never left out.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _is_word(match: re.Match[str]) -> bool:
     lower = match[0].lower()
     if lower in _FUNCTIONS:
         return False
-    if lower in _SHORT_WORDS or lower in _CANONICAL and len(lower) > 2:
+    if lower in _SHORT_WORDS or (lower in _CANONICAL and len(lower) > 2):
         return True
     if len(lower) < 3 or not re.search("[aeiou]", lower):
         return False

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -16,8 +18,9 @@ from kdrl_mcore.monitoring.watchdog import Standing, describe_hang, slow_ranks
 from tests.faults import resuming
 from tests.faults.launching import Launcher
 from tests.ranks import RankPool
+from tests.training import Outcome, train_on_rank
 
-HANG_TIMEOUT = 8.0
+LEAST_TIMEOUT = 8.0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,17 @@ def launcher() -> Iterator[Launcher]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The run's overrides."""
-    return [*resuming.make_job(tmp_path_factory.mktemp("job")), "checkpoint.every=-1", f"trainer.hang_timeout={HANG_TIMEOUT}"]
+    return [*resuming.make_job(tmp_path_factory.mktemp("job")), "checkpoint.every=-1"]
+
+
+@pytest.fixture(scope="module")
+def hang_timeout(job: list[str], launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that no healthy run is without progress, however busy the machine is: what a whole one takes here and now."""
+    folder = tmp_path_factory.mktemp("healthy")
+    start = time.monotonic()
+    ended = launcher.train(2, [*job, "parallel.tensor=2", f"run.dir={folder}/run", "trainer.steps=1"], folder / "log")
+    assert ended.codes == [0, 0], ended.output
+    return max(LEAST_TIMEOUT, time.monotonic() - start)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +56,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ids=["tensor", "pipeline", "data", "loading"],
 )
 def test_a_hung_rank_is_named_and_every_rank_leaves_its_stacks(
-    rank: int, step: int, phase: str, layout: str, job: list[str], launcher: Launcher, tmp_path: Path
+    rank: int, step: int, phase: str, layout: str, job: list[str], hang_timeout: float, launcher: Launcher, tmp_path: Path
 ) -> None:
     fault = ["fault.kind=hang", f"fault.rank={rank}", f"fault.step={step}", f"fault.phase={phase}"]
+    fault.append(f"trainer.hang_timeout={hang_timeout}")
     ended = launcher.train(2, [*job, layout, f"run.dir={tmp_path}/run", "trainer.steps=3", *fault], tmp_path / "log")
     assert ended.codes == [HANG_EXIT_CODE] * 2, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("hang:")]
-    assert f"no rank made progress for {HANG_TIMEOUT:g} s: rank {rank} on " in line
+    assert f"no rank made progress for {hang_timeout:g} s: rank {rank} on " in line
     assert f"hangs in step {step}, {phase}, at " in line and "faults.py:" in line
     assert "1 wait for others" in line and f"rank {1 - rank} on" not in line
     for each in range(2):
@@ -94,13 +108,29 @@ def test_a_phase_may_be_longer_than_the_time_out_while_one_rank_makes_progress(r
     assert ranks2.run(wait_for_a_live_rank, 3.0, 5.0) == [True, True]
 
 
-def test_a_slow_rank_is_named_with_its_phase(job: list[str], launcher: Launcher, tmp_path: Path) -> None:
-    """Rank 1 takes two seconds longer to begin its rollouts, of which rank 0 has about a tenth of a second."""
-    fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "fault.seconds=2", "trainer.slow_ranks_every=4"]
-    ended = launcher.train(2, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], tmp_path / "log")
-    assert ended.codes == [0, 0]
-    slow = [line for line in ended.output.splitlines() if "is slow in rollout" in line]
-    assert len(slow) == 1 and "step 4: rank 1 on " in slow[0], ended.output
+def train_with_a_slow_rank(overrides: list[str]) -> Outcome:
+    """On a rank: a run in which `slow` takes five times as long as what lay between it and the time before."""
+    from kdrl_mcore import faults
+
+    ended = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal ended
+        if ended:
+            time.sleep(5 * (time.monotonic() - ended))
+        ended = time.monotonic()
+
+    with patch.object(faults, "time", SimpleNamespace(sleep=sleep)):
+        return train_on_rank(overrides)
+
+
+def test_a_slow_rank_is_named_with_its_phase(job: list[str], ranks2: RankPool, tmp_path: Path) -> None:
+    """Rank 1 takes longer to begin its rollouts than rank 0 has for whole steps, on a machine as quiet or busy as it is."""
+    fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "trainer.slow_ranks_every=4"]
+    outcomes = ranks2.run(train_with_a_slow_rank, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], timeout=600)
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    slow = [line for line in outcomes[0].log if "is slow in rollout" in line]
+    assert len(slow) == 1 and "step 4: rank 1 on " in slow[0], outcomes[0].log
 
 
 def test_an_unforeseen_error_on_one_rank_ends_all(job: list[str], launcher: Launcher, tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ def install() -> None:
     _installed = True
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from tests import varlen
     from tests.paper_cuda import collectives, dispatch, module, products, questions, triton_kernels
 
+    varlen.install()
     questions.install()
     module.install()
     collectives.install()

@@ -124,11 +124,15 @@ def install() -> None:
     init, new_group = dist.init_process_group, dist.new_group
     c10d = dist.distributed_c10d
 
+    def register(group: Any, backend: str) -> None:
+        _asked[group.group_name] = backend
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         backend = backend or "cpu:gloo,cuda:nccl"
         kwargs.pop("device_id", None)
         init(_PLAYED if "nccl" in backend else backend, *args, **kwargs)
-        _asked[dist.group.WORLD.group_name] = backend
+        register(dist.group.WORLD, backend)
 
     def make_group(
         ranks: Any = None, timeout: Any = None, backend: str | None = None, pg_options: Any = None, *args: Any, **kwargs: Any
@@ -138,7 +142,7 @@ def install() -> None:
         played = _PLAYED if "nccl" in asked else backend
         group = new_group(ranks, timeout, played, None if "nccl" in asked else pg_options, *args, **kwargs)
         if isinstance(group, dist.ProcessGroup):
-            _asked[group.group_name] = asked
+            register(group, asked)
         return group
 
     object_device = c10d._get_object_coll_device

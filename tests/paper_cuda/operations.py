@@ -83,7 +83,8 @@ def describe(function: Any) -> Operation:
     name = function.__name__.split(".")[0]
     written = [(i, a) for i, a in enumerate(function._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     writes: set[int | str] = {i for i, a in written if not a.kwarg_only} | {a.name for _, a in written}
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    composite = has_kernel(function.name(), "CompositeImplicitAutograd") and not has_kernel(function.name(), "CPU")
     is_view = function.is_view or name in ("lift_fresh", "detach", "_unsafe_view", "_reshape_alias")
     return Operation(name, frozenset(writes), is_view, composite, _SYNCS.get(name))
 

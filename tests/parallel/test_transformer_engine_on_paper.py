@@ -25,7 +25,7 @@ def te_gpus() -> Iterator[RankPool]:
     pool.close()
 
 
-def test_a_bfloat16_run_is_that_of_the_local_layers_on_the_cpu(
+def test_the_loss_in_bfloat16_is_that_of_the_local_layers_on_the_cpu(
     zoo: Zoo, te_gpus: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
@@ -37,6 +37,4 @@ def test_a_bfloat16_run_is_that_of_the_local_layers_on_the_cpu(
         found[name] = metrics_of(run)
         if name == "gpu":
             assert outcomes[0].found["decoder.layers.0.mlp.linear_fc1.weight"]  # the layers were Transformer Engine's
-    for gpu, cpu in zip(found["gpu"], found["cpu"], strict=True):
-        for metric in ("loss", "grad_norm"):
-            assert gpu[metric] == pytest.approx(cpu[metric], rel=2e-2)
+    assert [step["loss"] for step in found["gpu"]] == [pytest.approx(step["loss"], rel=2e-2) for step in found["cpu"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -38,14 +37,13 @@ def refit(
     """Send a model's weights to the servers at these ports, by the rank that drives them.
 
     Returns:
-        The result's fields, or `error` and the `seconds` until it came.
+        The result's fields, or `error`.
     """
     from kdrl_mcore.errors import RefitError
     from kdrl_mcore.rollout.refit import send_weights
 
     parts = build(path, layout, student=True)
     servers = [DictServer(index, port) for index, port in enumerate(ports.get(dist.get_rank(), []))]
-    begin = time.monotonic()
     try:
         result = send_weights(
             parts,
@@ -60,7 +58,7 @@ def refit(
     except RefitError as error:
         if not catch:
             raise
-        return {"error": str(error), "seconds": time.monotonic() - begin}
+        return {"error": str(error)}
     return asdict(result)
 
 

@@ -32,7 +32,7 @@ def make(tree: Path, fail: str) -> subprocess.CompletedProcess[str]:
     (tree / "ready").touch()
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "test", *variables]
-    return subprocess.run(command, cwd=tree, env=environment | {"FAIL": fail}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=tree, env=environment | {"FAIL": fail}, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(

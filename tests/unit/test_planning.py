@@ -163,7 +163,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     assert shorter == pytest.approx(early.hidden) and 0.1 < early.hidden / early.phase("teacher").total <= 1
     assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no full part
     assert kept[1]["teacher while servers sample"].seconds is None
-    saved = {each.name: each for each in measures(planned())}
+    saved = {each.name: each for each in measures(planned(*EMBEDDED))}
     assert saved["one-step-off generation"].seconds is None and "server" in saved["one-step-off generation"].note
     assert saved["recompute"].on and saved["recompute"].bytes > 0 > saved["recompute"].seconds
     assert not saved["optimizer off-load"].on and saved["optimizer off-load"].bytes > 0

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def test_the_program_is_the_last_fenced_block_or_the_whole_response() -> None:
 
 
 def test_right_and_wrong_programs() -> None:
-    code = PythonCode(RewardConfig(timeout=10))
+    code = PythonCode(RewardConfig(timeout=60))
     programs = {
         f"```python\n{ADDS}\n```": ADD,
         f"print('noise')\n{ADDS}": ADD,
@@ -72,7 +71,7 @@ def test_a_program_cannot_cheat() -> None:
         "import gc\nseen = [o for o in gc.get_objects() if isinstance(o, dict) and 'output' in o]\ndef add(a, b): return seen",
         "class Same(str):\n    __repr__ = lambda self: '5'\n    __eq__ = lambda *_: True\ndef add(a, b): return Same()",
     ]
-    assert score(PythonCode(RewardConfig(timeout=10)), *((program, ADD) for program in programs)) == [0.0] * len(programs)
+    assert score(PythonCode(RewardConfig(timeout=60)), *((program, ADD) for program in programs)) == [0.0] * len(programs)
 
 
 def test_a_program_is_alone_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,25 +81,24 @@ def test_a_program_is_alone_and_without_secrets(monkeypatch: pytest.MonkeyPatch)
         "    return [sorted(os.environ.keys() - {'LC_CTYPE'}), os.listdir('.'), len(os.listdir('/proc/self/fd')) < 8]"
     )
     tests = [{"call": "look()", "output": "[[], [], True]"}]
-    assert score(PythonCode(RewardConfig(timeout=10)), (program, tests)) == [1.0]
+    assert score(PythonCode(RewardConfig(timeout=60)), (program, tests)) == [1.0]
 
 
 def test_what_a_program_does_too_much_of_makes_it_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = PythonCode(RewardConfig(timeout=2.0))
+    code = PythonCode(RewardConfig(timeout=60))
     bad = {
-        "while True: pass": ADD,
-        "import time; time.sleep(60)": ADD,
         f"data = bytearray({1 << 31})\n{ADDS}": ADD,
         f"open('big', 'w').write('x' * {1 << 22})\n{ADDS}": ADD,
         f"print('x' * {1 << 22})": SUM,
         f"files = [open('/dev/null') for _ in range({2 * sandbox.MAX_OPEN_FILES})]\n{ADDS}": ADD,
         "import ctypes; ctypes.string_at(0)": ADD,
     }
-    begin = time.monotonic()
     assert score(code, *bad.items(), (ADDS, ADD)) == [0.0] * len(bad) + [1.0]
-    assert time.monotonic() - begin < 40
-    assert (code.timeouts, code.crashes) == (2, 1)
+    assert (code.timeouts, code.crashes) == (0, 1)
+    hurried = PythonCode(RewardConfig(timeout=2.0))
+    assert score(hurried, ("while True: pass", ADD), ("import time; time.sleep(600)", ADD)) == [0.0, 0.0]
+    assert (hurried.timeouts, hurried.crashes) == (2, 0)
     assert os.listdir(tmp_path) == []
 
 
@@ -110,7 +108,7 @@ def test_there_is_no_network() -> None:
         "        socket.create_connection(server.getsockname(), 1)\n"
         "    except OSError as error:\n        return 'off'\n    return 'on'"
     )
-    assert score(PythonCode(RewardConfig(timeout=10)), (listener, [{"call": "reach()", "output": "'off'"}])) == [1.0]
+    assert score(PythonCode(RewardConfig(timeout=60)), (listener, [{"call": "reach()", "output": "'off'"}])) == [1.0]
 
 
 def test_children_of_a_program_end_with_it() -> None:
@@ -118,9 +116,9 @@ def test_children_of_a_program_end_with_it() -> None:
         pytest.skip("Linux namespaces are not permitted here: a child that leaves its session can outlive the program")
     before = {process.pid for process in psutil.process_iter()}
     spawn = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(321)\n" + ADDS
-    assert score(PythonCode(RewardConfig(timeout=10)), (spawn, ADD)) == [1.0]
+    assert score(PythonCode(RewardConfig(timeout=60)), (spawn, ADD)) == [1.0]
     left = [p for p in psutil.process_iter() if p.pid not in before and sandbox.__file__ in " ".join(_command(p))]
-    assert psutil.wait_procs(left, timeout=15)[1] == []
+    assert psutil.wait_procs(left, timeout=60)[1] == []
 
 
 def _command(process: psutil.Process) -> list[str]:

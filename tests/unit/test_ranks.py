@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.fork_server import ForkServerError, server_for
+from tests.fork_server import ForkServerError, import_torch, server_for
 from tests.ranks import RankDiedError, RankError, RankPool, RankTimeoutError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +27,10 @@ class NeedsTwoArgumentsError(Exception):
         super().__init__(one + two)
 
 
-def import_little() -> None:
-    """The preparation of ranks that need only this module and torch."""
-
-
 def leave_a_mark() -> None:
-    assert os.environ["COLOUR"] == "blue"
-    os.environ["MARK"] = " ".join(sorted({name.split(".")[0] for name in sys.modules} & {"kdrl_mcore", "megatron"}))
+    assert os.environ["COLOUR"] == "blue" and not dist.is_initialized()
+    imported = {name.split(".")[0] for name in sys.modules} & {"kdrl_mcore", "megatron"}
+    os.environ["MARK"] = f"rank {os.environ['LOCAL_RANK']}: {sorted(imported)}"
 
 
 def fail_to_prepare() -> None:
@@ -42,7 +39,7 @@ def fail_to_prepare() -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    pool = RankPool(2, prepare=import_little)
+    pool = RankPool(2, preload=import_torch)
     yield pool
     pool.close()
 
@@ -101,7 +98,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 15.0) -> None:
+def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -164,7 +161,7 @@ def test_a_killed_rank_is_named_and_the_pool_restarts(pool: RankPool) -> None:
 
 
 def test_closing_ends_the_ranks_and_what_they_started() -> None:
-    pool = RankPool(1, prepare=import_little)
+    pool = RankPool(1, preload=import_torch)
     (child,) = pool.run(start_a_child)
     pids = [*pool.pids, child]
     assert all(map(is_running, pids))
@@ -187,12 +184,18 @@ def test_ranks_begin_where_the_test_is(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_pool_can_prepare_its_ranks_before_anything_is_imported(pool: RankPool) -> None:
     prepared = RankPool(2, prepare=leave_a_mark, environment={"COLOUR": "blue"})
     try:
-        assert [values for _, values in prepared.run(surroundings, "COLOUR", "MARK")] == [["blue", ""]] * 2
+        found = prepared.run(surroundings, "COLOUR", "MARK")
+        assert [values for _, values in found] == [["blue", "rank 0: []"], ["blue", "rank 1: []"]]
         assert [values for _, values in pool.run(surroundings, "COLOUR", "MARK")] == [[None, None]] * 2
     finally:
         prepared.close()
-    with pytest.raises(ForkServerError, match=r"(?s)in fail_to_prepare.*no such device"):
+
+
+def test_a_preparation_that_fails_is_an_error() -> None:
+    with pytest.raises(KeyError, match="no such device"):
         RankPool(1, prepare=fail_to_prepare).run(os.getpid)
+    with pytest.raises(ForkServerError, match=r"(?s)in fail_to_prepare.*no such device"):
+        RankPool(1, preload=fail_to_prepare).run(os.getpid)
 
 
 def test_ranks_are_forked_again_after_the_process_they_come_from_has_died(pool: RankPool) -> None:
@@ -210,7 +213,7 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
         "from tests.fork_server import server_for\n"
         "from tests.ranks import RankPool\n"
         "if __name__ == '__main__':\n"
-        "    pool = RankPool(2, prepare=os.getpid)\n"
+        "    pool = RankPool(2, preload=os.getpid)\n"
         "    pool.run(os.getpid)\n"
         "    print(*pool.pids, server_for(pool.preparation).pid, flush=True)\n"
         "    time.sleep(600)\n"

@@ -35,7 +35,7 @@ def submit(folder: Path, *overrides: str, **settings: str) -> list[str]:
     job |= {"CALLS": str(calls), "RUN": str(folder / "run"), "KDRL_CONTAINER": "/images/kdrl.sqsh", **settings}
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | job
     done = subprocess.run(
-        ["bash", "slurm/kdrl_70b.sh", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", "slurm/kdrl_70b.sh", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return calls.read_text().splitlines()

@@ -15,6 +15,7 @@ from kdrl_mcore.vocab_parallel import VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
+from tests.fork_server import import_torch
 from tests.ranks import RankPool
 from tests.reference.head_cases import HEADS, Sizes, assert_same, run_head
 
@@ -28,15 +29,10 @@ TWO_RANKS = {
 }
 
 
-def import_head() -> None:
-    """What the ranks need, which this module has imported."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
     """Two ranks in which Triton interprets."""
-    pool = RankPool(2, prepare=import_head, environment={"TRITON_INTERPRET": "1"})
+    pool = RankPool(2, preload=import_torch, environment={"TRITON_INTERPRET": "1"})
     yield pool
     pool.close()
 

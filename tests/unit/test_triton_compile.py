@@ -70,7 +70,7 @@ def check_registers(kernel: Any, folder: Path, *, programs: int) -> None:
     """None is spilled, and so many programs fit on a multiprocessor."""
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", folder / "kernel.cubin"]
-    usage = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    usage = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
     assert "LOCAL:0" in usage and "STACK:0" in usage, usage
     registers = int(usage.split("REG:")[1].split()[0])
     assert registers * kernel.metadata.num_warps * 32 * programs <= REGISTERS, usage

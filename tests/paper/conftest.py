@@ -1,0 +1,40 @@
+"""Pools of ranks on paper CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.paper_cuda import install
+from tests.ranks import RankPool
+
+
+def _pool(world_size: int) -> Iterator[RankPool]:
+    pool = RankPool(world_size, prepare=install, backend="cpu:gloo,cuda:nccl")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def paper1() -> Iterator[RankPool]:
+    """A world of one GPU."""
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="session")
+def paper2() -> Iterator[RankPool]:
+    """A world of two GPUs."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def paper4() -> Iterator[RankPool]:
+    """A world of four GPUs."""
+    yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def papers(paper1: RankPool, paper2: RankPool, paper4: RankPool) -> dict[int, RankPool]:
+    """The pools by their size."""
+    return {1: paper1, 2: paper2, 4: paper4}

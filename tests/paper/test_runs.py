@@ -1,0 +1,125 @@
+"""Training runs on paper CUDA sample the tokens of the same runs on the CPU, and give their numbers but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.late_weights import OVERLAPPED
+from tests.paper.runs import train_on_paper
+from tests.ranks import RankPool
+from tests.reference.tiny_models import make_model, make_pair, make_tokenizer, read_hf_weights, read_jsonl
+from tests.training import QUIET, metrics_of, train_on_rank
+
+PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, a teacher, a mixture and prompts."""
+    folder = make_pair(tmp_path_factory.mktemp("pair"), PROMPTS)
+    make_model("qwen3_moe", folder / "mixture", seed=11, vocab_size=100)
+    make_tokenizer(folder / "mixture")
+    return folder
+
+
+def overrides(folder: Path, run: Path, student: str = "student") -> list[str]:
+    """A run that goes through everything: self-test, sampling, evaluation, checkpoint, export."""
+    return [
+        f"run.dir={run}",
+        f"student.path={folder / student}",
+        f"teacher.path={folder / 'teacher'}",
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'train.jsonl'}",
+        "data.template=plain",
+        "eval.every=2",
+        "reward=exact_match",
+        "reward.workers=1",
+        "objective=kdrl",
+        "objective.beta.init=0.3",
+        "rollout.prompts_per_step=2",
+        "rollout.responses_per_prompt=3",
+        "rollout.max_response_tokens=6",
+        "batch.micro_tokens=20",
+        "optimizer.lr=0.01",
+        "optimizer.adam_eps=1e-3",
+        "trainer.steps=2",
+        *QUIET[:2],
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: its ranks, its settings on both, and those that the GPUs have besides."""
+
+    ranks: int
+    settings: str
+    on_gpu: str = ""
+    student: str = "student"
+
+
+TOLERANCE = 1e-5
+"""On a GPU the engine decodes over padded keys, and experts fuse their SwiGLU with their weights: sums in another order."""
+OFFLOADED = "optimizer.offload=true"
+CASES = {
+    "one rank, reference, both gradients apart": Case(
+        1, "objective.reference_kl.coefficient=0.1 objective.kd.estimator=k2 batch.updates_per_step=2", OFFLOADED
+    ),
+    "tp2 sp, exact, recompute": Case(
+        2,
+        "parallel.tensor=2 parallel.sequence_parallel=true parallel.recompute=full objective.kd.estimator=exact "
+        "logging.gradient_split_every=1 batch.micro_tokens=48",
+    ),
+    "dp2 ep2, k1 as advantage": Case(
+        2, "parallel.expert=2 objective.kd.estimator=k1 objective.kd.placement=advantage", OFFLOADED, "mixture"
+    ),
+    "tp2 pp2 interleaved, unbiased top-k": Case(
+        4,
+        "parallel.tensor=2 parallel.pipeline=2 parallel.virtual_pipeline=2 teacher.parallel.pipeline=2 "
+        "objective.kd.estimator=top_k_unbiased objective.kd.top_k=5 parallel.recompute=full",
+    ),
+    "cp2 dp2 overlapped, top-k": Case(
+        4,
+        f"parallel.context=2 teacher.parallel.tensor=2 objective.kd.estimator=top_k objective.kd.top_k=5 {OVERLAPPED}",
+        OFFLOADED,
+    ),
+    "tp2 sp ep2 dp2, k3": Case(
+        4,
+        "parallel.tensor=2 parallel.sequence_parallel=true parallel.expert=2 objective.kd.estimator=k3 batch.micro_tokens=48",
+        student="mixture",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_a_run_gives_the_numbers_of_the_cpu(
+    case: Case, pair: Path, pools: dict[int, RankPool], papers: dict[int, RankPool], tmp_path: Path
+) -> None:
+    settings = case.settings.split()
+    on_cpu = pools[case.ranks].run(train_on_rank, [*overrides(pair, tmp_path / "cpu", case.student), *settings])
+    assert [outcome.code for outcome in on_cpu] == [0] * case.ranks, on_cpu
+    on_gpu = papers[case.ranks].run(
+        train_on_paper, [*overrides(pair, tmp_path / "gpu", case.student), *settings, *case.on_gpu.split()]
+    )
+    assert [outcome.code for outcome in on_gpu] == [0] * case.ranks, on_gpu
+    assert_same(tmp_path / "cpu", tmp_path / "gpu")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same tokens; the same log-probs, metrics and final weights but for rounding."""
+    close = partial(pytest.approx, rel=TOLERANCE, abs=TOLERANCE)
+    for step in (1, 2):
+        rows: list[list[dict[str, Any]]] = [read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl") for run in (one, other)]
+        for expected, row in zip(*rows, strict=True):
+            assert row["response_token_ids"] == expected["response_token_ids"]
+            assert row["sampler_log_probs"] == close(expected["sampler_log_probs"])
+    for row, expected in zip(metrics_of(other), metrics_of(one), strict=True):
+        measured, wanted = ({k: v for k, v in each.items() if not k.startswith("time/")} for each in (row, expected))
+        assert measured == close(wanted, nan_ok=True)
+    weights, wanted_weights = (read_hf_weights(run / "hf") for run in (other, one))
+    for name, weight in wanted_weights.items():
+        assert (weights[name] - weight).norm() <= TOLERANCE * weight.norm(), name
