@@ -125,7 +125,7 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
@@ -184,8 +184,10 @@ def complete_parameter_groups(optimizer: Any) -> None:
     """After loading, give every parameter group the settings that the checkpoint's optimizer did not have: Transformer Engine's
     Adam reads more of them than the one that serves without it."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        for group in inner.param_groups if inner is not None else []:
+        inner: Any = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        for group in inner.param_groups:
             for name, value in inner.defaults.items():
                 group.setdefault(name, value)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,8 +77,8 @@ class PackedBatch:
     def on_device(self) -> PackedBatch:
         """The same micro-batch on this rank's device."""
         names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows")
-        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: to_device(value) for name, value in tensors.items()})
+        tensors: dict[str, Any] = {name: to_device(value) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **tensors)
 
 
 def partition(weights: Sequence[int], bins: int) -> list[list[int]]:

@@ -214,7 +214,7 @@ class MegatronEngine:
     ) -> list[tuple[int, Rollout]]:
         """Cut each row of sampled tokens [responses, limit] behind its first stop token."""
         is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids))
-        stopped = is_end.any(axis=1)
+        stopped = np.asarray(is_end.any(axis=1))
         counts = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1])
         version = self._weight_version()
         result = []

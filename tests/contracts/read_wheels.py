@@ -139,14 +139,21 @@ def _constructor(bases: list[Any]) -> str:
         if init is not None and init.is_function:
             return _parameters(init, skip=1)
     fields: dict[str, bool] = {}  # whether each has a default
+    if _is_dataclass(bases[0]):
+        bases = [base for base in bases if _is_dataclass(base)]
     for base in reversed(bases):
         for member in base.members.values():
             is_field = not member.is_alias and member.is_attribute and "property" not in member.labels
             if is_field and "ClassVar" not in str(member.annotation or "ClassVar"):
-                fields[member.name] = member.value is not None
+                value = str(member.value or "")
+                fields[member.name] = bool(value) and (not value.startswith("field(") or "default" in value)
     in_order = list(fields.values()) == sorted(fields.values())
     words = [f"{name}=..." if has_default else name for name, has_default in fields.items()]
     return f"({', '.join(words if in_order or not words else ['*', *words])})"
+
+
+def _is_dataclass(cls: Any) -> bool:
+    return any("dataclass" in str(decorator.value) for decorator in cls.decorators)
 
 
 def _parameters(function: Any, skip: int) -> str:

@@ -38,7 +38,7 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "kdrl_mcore/student.py": {"self.parts.config": (_CONFIG,)},
 }
 """The classes of expressions of a file which its syntax does not show."""
-UNKNOWN_TYPES = ("output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")
+UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")
 """Attributes whose own attributes are not followed."""
 OPTIONAL = ("megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",)
 """Names that are used only where a release has them."""
