@@ -206,10 +206,11 @@ class Student:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as Megatron's sharded tensors: what a checkpoint saves, or the frame one is loaded
-        into. They are views of what this rank holds: nothing is copied."""
+        into. They are views of what this rank holds: nothing is copied. An off-loaded optimizer state comes to the device for
+        it, until `leave_state`."""
         self.wait_for_weights()
         if self._host_state is not None:
-            self._host_state.enter()  # a snapshot is taken from the device; the next update sends it back
+            self._host_state.enter()
         name = "model" if len(self.ddp) == 1 else "model{}"
         model = {
             name.format(index): mcore.weights_to_load(chunk.module) if loading else chunk.module.sharded_state_dict()
@@ -219,6 +220,12 @@ class Student:
         with held_shares(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {**model, "optimizer": optimizer}
+
+    def leave_state(self) -> None:
+        """The snapshot of `sharded_state` is taken, or its frame loaded: an off-loaded optimizer state leaves the device, which
+        sampling needs."""
+        if self._host_state is not None:
+            self._host_state.leave()
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take over what `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""

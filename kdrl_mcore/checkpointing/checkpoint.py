@@ -73,6 +73,7 @@ def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:
     """
     loaded = _load(path, student.sharded_state(loading=True))
     student.load_sharded_state(loaded)
+    student.leave_state()
     return json.loads((path / STATE_FILE).read_text())
 
 

@@ -79,7 +79,8 @@ class CheckpointWriter:
                 if request.async_fn is not None:
                     request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, aside))
                 request.add_finalize_fn(partial(self._publish, step))
-                self._queue.schedule_async_request(request)
+                self._queue.schedule_async_request(request)  # which copies what is on a GPU before it returns
+                student.leave_state()
             except OSError as error:
                 raise self._failure(str(error)) from error
         if not self._asynchronous:
