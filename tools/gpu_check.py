@@ -2,9 +2,9 @@
 
     python -m tools.gpu_check [--json FILE] [--seconds N] [--sizes full|small] [--under MODULE]
 
-Each stage is a process of its own with a share of the time, and one that fails does not keep the others from running. Needs one
-GPU, torch, Triton and what training imports; no network, no vLLM, no data sets. `--under tests.paper_cuda --sizes small` rehearses
-it where there is no GPU.
+Each stage is a process of its own with a share of the time, and one that fails does not keep the others from running. Needs
+one GPU, torch, Triton and what training imports; no network, no vLLM, no data sets. `--under tests.paper_cuda --sizes small`
+rehearses it where there is no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tools import gpu_stages
 from tools.gpu_stages import SIZES, Result, Sizes

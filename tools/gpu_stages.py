@@ -59,10 +59,10 @@ STEPS = 3
 
 def environment(sizes: Sizes, folder: Path) -> Result:
     """Which GPU, and which versions are found."""
-    from kdrl_mcore.parallel.mcore import has_transformer_engine
+    from kdrl_mcore.parallel.mcore import why_no_transformer_engine
 
     versions: Result = {}
-    for package in ("torch", "triton", "megatron-core", "transformer-engine", "vllm"):
+    for package in ("torch", "triton", "megatron-core", "transformer-engine-torch", "vllm"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def environment(sizes: Sizes, folder: Path) -> Result:
     return {
         "gpu": torch.cuda.get_device_name(),
         "memory_gib": device.total_memory / 2**30,
-        "transformer_engine_loads": has_transformer_engine(),
+        "transformer_engine": why_no_transformer_engine() or "loads",
         **versions,
     }
 
@@ -103,15 +103,16 @@ def head(sizes: Sizes, folder: Path) -> Result:
     from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head
 
     tokens, hidden, vocab = sizes.head_tokens, sizes.head_hidden, sizes.vocab
-    dtype, generator = getattr(torch, sizes.dtype), torch.Generator("cuda").manual_seed(1)
+    dtype = getattr(torch, sizes.dtype)
+    torch.manual_seed(1)
 
     def normal(rows: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(rows, hidden, generator=generator, device="cuda") * scale).to(dtype)
+        return (torch.randn(rows, hidden, device="cuda") * scale).to(dtype)
 
     hidden_TH, weight_VH = normal(tokens).requires_grad_(), normal(vocab, hidden**-0.5).requires_grad_()
     teacher_TH, teacher_VH = normal(tokens), normal(vocab, hidden**-0.5)
     rows_T = torch.arange(tokens, device="cuda")
-    targets_T = torch.randint(0, vocab, (tokens,), generator=generator, device="cuda")
+    targets_T = torch.randint(0, vocab, (tokens,), device="cuda")
     common = {"rows_T": rows_T, "targets_T": targets_T, "shard": VocabShard(None, 0, vocab, vocab), "temperature": 1.0}
 
     def step(exact: bool) -> None:
@@ -194,10 +195,11 @@ def train_with_off_loads(sizes: Sizes, folder: Path) -> Result:
 
 def train_with_transformer_engine(sizes: Sizes, folder: Path) -> Result:
     """The same with Transformer Engine's layers, where it loads."""
-    from kdrl_mcore.parallel.mcore import has_transformer_engine
+    from kdrl_mcore.parallel.mcore import why_no_transformer_engine
 
-    if not has_transformer_engine():
-        return {"skipped": "Transformer Engine does not load here"}
+    why = why_no_transformer_engine()
+    if why:
+        return {"skipped": why}
     return _train(sizes, folder, "transformer_engine", ["model.spec=transformer_engine", "teacher.offload=false"])
 
 
