@@ -101,7 +101,8 @@ def key_to_lower(config: Config, phase: str) -> str:
     rollout, parallel = config.rollout, config.parallel
     spread = "spread the student over more GPUs (parallel.tensor, parallel.pipeline)"
     colocated = rollout.engine == "vllm" and rollout.vllm.placement == "colocated"
-    engine = f"lower rollout.vllm.gpu_memory_utilization (now {rollout.vllm.gpu_memory_utilization:g})"
+    share = rollout.vllm.gpu_memory_utilization
+    engine = f"lower rollout.vllm.gpu_memory_utilization (now {'what the plan leaves' if share is None else f'{share:g}'})"
     micro = f"lower batch.micro_tokens (now {config.batch.micro_tokens})"
     if phase in ("rollout", "evaluation") and rollout.engine == "megatron":
         return f"lower rollout.max_sequences (now {rollout.max_sequences})"

@@ -115,7 +115,9 @@ def test_the_key_is_one_that_helps() -> None:
     base = ["student.path=x", "teacher.path=x", "objective=kdrl"]
     colocated = load_config([*base, "rollout=vllm", "data.train=x"])
     assert key_to_lower(colocated, "rollout") == key_to_lower(colocated, "refit") == key_to_lower(colocated, "start engines")
-    assert key_to_lower(colocated, "refit") == "lower rollout.vllm.gpu_memory_utilization (now 0.85)"
+    assert key_to_lower(colocated, "refit") == "lower rollout.vllm.gpu_memory_utilization (now what the plan leaves)"
+    colocated.rollout.vllm.gpu_memory_utilization = 0.5
+    assert key_to_lower(colocated, "refit") == "lower rollout.vllm.gpu_memory_utilization (now 0.5)"
     trained = load_config([*base, "data.train=x", "parallel.recompute=full", "batch.micro_tokens=4096"])
     assert key_to_lower(trained, "train").startswith("lower batch.micro_tokens (now 4096), or set optimizer.offload=true, or")
     assert "teacher.parallel.tensor" in key_to_lower(trained, "load teacher")
