@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command of at most eight minutes: `make gpu-check`.
 
-    python -m tools.gpu_check [--json FILE] [--seconds N] [--sizes full|small] [--under MODULE]
+    python -m tools.gpu_check [--json FILE] [--seconds N] [--only STAGE ...] [--sizes full|small] [--under MODULE]
 
 Each stage is a process of its own with a share of the time, and one that fails does not keep the others from running. Needs
 one GPU, torch, Triton and what training imports; no network, no vLLM, no data sets. `--under tests.paper_cuda --sizes small`
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Check and measure on this machine's GPU what only a GPU can show.")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="where the results are written")
     parser.add_argument("--seconds", type=float, default=450.0, help="for all stages; what has no time left is named")
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
     parser.add_argument("--sizes", choices=sorted(SIZES), default="full", help="small: for a rehearsal")
     parser.add_argument("--under", metavar="MODULE", help="run each stage by this module, such as tests.paper_cuda")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     deadline = time.monotonic() + options.seconds
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        for stage in STAGES:
+        for stage in options.only or STAGES:
             results[stage] = _run(stage, options, Path(folder), deadline)
             print(_line(stage, results[stage]), flush=True)
             _write(options.json, results)
