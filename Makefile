@@ -36,10 +36,14 @@ SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt
 # What a target needs is installed side by side.
 MAKEFLAGS += --jobs=3
 
+# The GPU check runs in the environment of `make setup` where there is one, else in a Python that has torch and Triton.
+GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
+GPU_CHECK ?=
+
 # What `make test` runs, one after the other.
 GROUPS := check test-main test-vllm test-slurm
 
-.PHONY: help setup demo test $(GROUPS) test-without-engines contracts clean
+.PHONY: help setup demo test $(GROUPS) test-without-engines contracts gpu-check gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +78,13 @@ check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+gpu-check: ## on a machine with a GPU: everything that only a GPU can show, in at most 8 minutes; results in gpu_check.json
+	@$(GPU_PYTHON) -m tools.gpu_wheels unpack
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/build/gpu-site" $(GPU_PYTHON) -m tools.gpu_check $(GPU_CHECK)
+
+gpu-wheels: $(INSTALLED) ## before gpu-check on a bare machine without a network: what it lacks, in build/gpu-wheels
+	@$(BIN)/python -m tools.gpu_wheels pack
 
 contracts: $(INSTALLED) ## read the signatures that we depend on from the CUDA wheels (700 MB), and hold our code against them
 	@$(PIP_INSTALL) griffe

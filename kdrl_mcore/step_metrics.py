@@ -62,6 +62,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     metrics["samples"] = float(len(rollouts))
     metrics.update({f"time/{phase}": seconds for phase, seconds in clock.seconds.items()})
     metrics["time/step"] = clock.total
+    metrics.update({f"memory/{phase}": gib for phase, gib in clock.peak_gib.items()})
     metrics["time/head"] = sum(update.head_seconds for update in updates)
     metrics["time/head_share"] = metrics["time/head"] / metrics["time/train"]
     return metrics

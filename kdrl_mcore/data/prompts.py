@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from kdrl_mcore.config import DataConfig
@@ -17,6 +16,9 @@ from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.reward.answers import answer_text
 from kdrl_mcore.types import Prompt
+
+if TYPE_CHECKING:
+    import datasets
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -79,6 +81,8 @@ def load_answers(source: str, data: DataConfig) -> list[str]:
 
 def _read(source: str, split: str, subset: str | None) -> datasets.Dataset:
     """The rows of a file (which leaves nothing in the data sets' cache), or of a hub data set's split."""
+    import datasets  # a second, which runs that load nothing need not wait for
+
     path = Path(source)
     kinds = ", ".join(_BUILDERS)
     if path.is_file() and path.suffix in _BUILDERS:
@@ -98,6 +102,8 @@ def _read(source: str, split: str, subset: str | None) -> datasets.Dataset:
 @contextmanager
 def _quietly(what: str) -> Iterator[None]:
     """Read without progress bars and log lines (both are as before afterwards), and with one line for whatever goes wrong."""
+    import datasets
+
     bars_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

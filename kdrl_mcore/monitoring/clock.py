@@ -1,4 +1,4 @@
-"""Wall-clock time by phase."""
+"""Wall-clock time and GPU memory by phase."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Clock:
         """`on_phase` is called with each phase's name when it begins."""
         self._on_phase = on_phase
         self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {}
+        """On CUDA, the most that tensors of this rank took in each phase."""
         self._start = time.perf_counter()
 
     @contextmanager
@@ -25,6 +27,8 @@ class Clock:
         """Time a phase; on CUDA its kernels are waited for, so that they are not charged to the next one."""
         if self._on_phase is not None:
             self._on_phase(phase)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
             with named_range(phase):
@@ -32,6 +36,7 @@ class Clock:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+                self.peak_gib[phase] = max(self.peak_gib.get(phase, 0.0), torch.cuda.max_memory_allocated() / 2**30)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property

@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from torch.utils.tensorboard import SummaryWriter
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 from kdrl_mcore.errors import DataError
 
@@ -61,6 +63,11 @@ METRICS: dict[str, str] = {
     "time/step": "seconds of the whole step",
     "time/head_share": "time/head as a share of time/train",
     "time/tflops": "TFLOP/s of each rank in the student's updates, by what the model needs (no recomputation, no padding)",
+    "memory/refit": "on CUDA: GiB that rank 0's tensors took at most during the refit",
+    "memory/rollout": "the same while sampling",
+    "memory/reward": "while verifying",
+    "memory/teacher": "while the teacher scored",
+    "memory/train": "during the student's updates",
     "time/mfu": "the same as a share of the GPU's peak (cluster.peak_tflops, or that of a GPU in conf/cluster)",
 }
 """The names the trainer writes, and what each one is. Counts and seconds are those of the one step. Besides, `eval/pass@k`,
@@ -120,6 +127,8 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.close()
         if self._tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=purge_step)
 
 
