@@ -47,9 +47,13 @@ def chosen(text: str) -> str | None:
 
 def choice_of(response: str) -> str | None:
     r"""The letters that a response chooses: in its last box, or, where that holds no letter, in the last sentence that states
-    them, or as all that the response or its last line says. A thought before `</think>` counts only for what it boxes."""
+    them, or as all that the response or its last line says. A thought before `</think>` counts only for what it boxes. A box
+    that was never closed chooses nothing: the response was cut off."""
     part = final_part(response)
-    boxed = chosen(boxed_answer(part) or "")
+    in_box = boxed_answer(part)
+    if in_box is None and "\\boxed{" in part:
+        return None
+    boxed = chosen(in_box or "")
     if boxed is not None:
         return boxed
     stated = [*_STATED.finditer(_plain(part))]

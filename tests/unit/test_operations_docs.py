@@ -36,7 +36,8 @@ def test_every_key_exists(page: str) -> None:
 def test_every_script_and_setting_exists(page: str) -> None:
     files = re.findall(r"\b(?:tools|slurm|tests|docs)/\w+(?:\.\w+)?", code(PAGES[page]))
     assert [name for name in files if not (ROOT / name).exists()] == []
-    read = "".join(path.read_text() for path in (*ROOT.glob("slurm/*.sh"), *ROOT.glob("kdrl_mcore/rollout/*.py")))
+    readers = (*ROOT.glob("slurm/*.sh"), ROOT / "slurm/container/apptainer-python", *ROOT.glob("kdrl_mcore/rollout/*.py"))
+    read = "".join(path.read_text() for path in readers)
     assert [name for name in re.findall(r"\bKDRL_[A-Z_]+", PAGES[page]) if name not in read] == []
 
 

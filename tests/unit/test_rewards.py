@@ -63,7 +63,7 @@ def test_rewards_add_up_with_weights_and_leave_correctness_alone() -> None:
     terms = [RewardTermConfig("format", 0.5), RewardTermConfig("multiple_choice", -0.25)]
     config = RewardConfig(kind="exact_match", incorrect=-1.0, terms=terms)
     some = [rollout(r"\boxed{B}", "B"), rollout(r"\boxed{b}", "B"), rollout("B", "B"), rollout("no", "B")]
-    assert rewards(config, *some) == [1.25, -0.75, 1.0, -1.0]
+    assert rewards(config, *some) == [1.25, -0.75, 0.75, -1.0]  # a response that is only its letter chooses it
     assert [each.correct for each in some] == [True, False, True, False]
     assert some[0].extra == {"reward_format": 1.0, "reward_multiple_choice": 1.0}
 
