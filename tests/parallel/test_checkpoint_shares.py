@@ -159,7 +159,7 @@ def test_every_form_and_layout_holds_the_same_bits(before: str, zoo: Zoo, ranks4
 
 
 def test_experts_too(ranks4: RankPool, tmp_path: Path) -> None:
-    model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4))
+    model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))  # which two ranks share
     ranks4.run(save_on_rank, model, "parallel.expert=2", f"{tmp_path}/earlier", "", True, timeout=PATIENCE)
     ranks4.run(save_on_rank, model, "parallel.expert=2", f"{tmp_path}/shares", timeout=PATIENCE)
     layout = "parallel.expert=4 parallel.tensor=2 parallel.sequence_parallel=true"
@@ -173,7 +173,8 @@ def test_every_rank_writes_its_share_and_nothing_is_gathered(layout: str, zoo: Z
     found = ranks4.run(save_on_rank, str(zoo.model("deep")), layout, f"{tmp_path}/run", timeout=PATIENCE)
     for written, state, new_saving, new_loading in found:
         assert new_saving == new_loading == 0  # what is staged is what the rank holds, and it is loaded into its place
-        assert state < written < 1.6 * state  # its share of the weights, 2 bytes to the state's 12, and names
+        # Its share of the weights, 4 bytes to the state's 8, and names; a replica that gathered would write twice its state.
+        assert state < written < 1.8 * state
 
 
 def test_blocks_lie_one_after_the_other() -> None:

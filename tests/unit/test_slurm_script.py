@@ -26,7 +26,8 @@ echo "NodeName=n3 NodeAddr=10.0.0.3 " # its `show nodes`; of `show hostnames` on
 def submit(folder: Path, *overrides: str, **settings: str) -> list[str]:
     """Run the script on two nodes, with an srun that only notes down what it is called with; the calls."""
     (folder / "srun").write_text(SRUN)
-    (folder / "scontrol").write_text(SCONTROL)
+    if not (folder / "scontrol").exists():
+        (folder / "scontrol").write_text(SCONTROL)
     for tool in ("srun", "scontrol"):
         (folder / tool).chmod(0o755)
     calls = folder / "calls"
