@@ -52,7 +52,7 @@ def train(pool: RankPool, train_one: Any, settings: list[str], *more: Any) -> li
 
 def numbers_of(run: Path) -> list[dict[str, float]]:
     """The metrics without their times."""
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics_of(run)]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in metrics_of(run)]
 
 
 def assert_seldom_waits(outcome: Outcome) -> None:
