@@ -122,7 +122,7 @@ def assert_same(one: Path, other: Path) -> None:
             assert row["sampler_log_probs"] == close(expected["sampler_log_probs"])
     for row, expected in zip(metrics_of(other), metrics_of(one), strict=True):
         measured, wanted = (
-            {k: v for k, v in each.items() if not k.startswith(("time/", "memory/"))} for each in (row, expected)
+            {k: float(v) for k, v in each.items() if not k.startswith(("time/", "memory/"))} for each in (row, expected)
         )
         assert measured == close(wanted, nan_ok=True)
     weights, wanted_weights = (read_hf_weights(run / "hf") for run in (other, one))
