@@ -158,7 +158,7 @@ def test_waiting_for_engines_is_not_taken_for_own_work() -> None:
     waits = []
     while thread.is_alive():
         frame = sys._current_frames().get(thread.ident)
-        waits.append(frame is not None and _waits(frame))
+        waits.append(frame is not None and _waits(frame, has_recorder=True))
         time.sleep(0.01)
     assert sum(waits) > len(waits) / 2
 
