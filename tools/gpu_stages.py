@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,12 @@ def head(sizes: Sizes, folder: Path) -> Result:
     teacher_TH, teacher_VH = normal(tokens), normal(vocab, hidden**-0.5)
     rows_T = torch.arange(tokens, device="cuda")
     targets_T = torch.randint(0, vocab, (tokens,), device="cuda")
-    common = {"rows_T": rows_T, "targets_T": targets_T, "shard": VocabShard(None, 0, vocab, vocab), "temperature": 1.0}
+    common: dict[str, Any] = {
+        "rows_T": rows_T,
+        "targets_T": targets_T,
+        "shard": VocabShard(None, 0, vocab, vocab),
+        "temperature": 1.0,
+    }
 
     def step(exact: bool) -> None:
         hidden_TH.grad = weight_VH.grad = None
@@ -134,11 +140,12 @@ def head(sizes: Sizes, folder: Path) -> Result:
                 **common,
             )[0].backward()
 
-    peak, result = _matrix_tflops(sizes), {}
+    peak = _matrix_tflops(sizes)
+    result: Result = {}
     for name, exact, products in (("log_probs", False, 6), ("exact", True, 8)):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = _seconds(lambda exact=exact: step(exact))
+        seconds = _seconds(partial(step, exact))
         tflops = products * tokens * hidden * vocab / seconds / 1e12
         result |= {f"{name}_tflops": tflops, f"{name}_of_peak": tflops / peak}
         result[f"{name}_extra_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
