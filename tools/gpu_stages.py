@@ -51,7 +51,7 @@ class Sizes:
 
 SIZES = {
     "full": Sizes(8192, 2048, 16, 151936, 6144, 8192, 4096, 64, 1024, 16384, 256 << 20, "bfloat16"),
-    "small": Sizes(64, 128, 2, 256, 96, 64, 32, 8, 12, 64, 1 << 16, "float32", ("-k", "chosen")),
+    "small": Sizes(64, 128, 2, 256, 96, 32, 32, 4, 8, 64, 1 << 16, "float32", ("-k", "chosen")),
 }
 PROMPT_TOKENS = 64
 STEPS = 3

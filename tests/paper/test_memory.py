@@ -15,7 +15,7 @@ from tools.bench_memory import configure, measure_on_rank, plan, write_model
 
 SMALL = 64 * 1024
 """Bytes of what else a run may keep: the engine's stop tokens, a counter of Megatron-Core's, numbers of a loss."""
-TOKENS, MICRO_BATCHES = 512, 4
+TOKENS, MICRO_BATCHES = 512, 2
 
 
 def run(paper: RankPool, folder: Path, directory: Path, *more: str) -> list[tuple[str, int, dict[str, int]]]:
