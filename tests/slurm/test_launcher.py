@@ -136,7 +136,7 @@ def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(
     assert steps_done(tmp_path / "run") == [1, 2]
     report = (tmp_path / "run" / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
     assert re.findall(r"^ok +(\S+)", report, re.MULTILINE) == [
-        *("versions", "devices", "models", "layout", "data", "memory", "run.dir", "all-reduce")
+        *("versions", "devices", "models", "layout", "engines", "data", "memory", "run.dir", "all-reduce")
     ]
 
 
