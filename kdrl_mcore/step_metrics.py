@@ -1,38 +1,77 @@
-"""From what a step measured to the numbers in `metrics.jsonl` (their names and meanings: `monitoring.metrics.METRICS`)."""
+"""The metrics of a step, as written to `metrics.jsonl` (`monitoring.metrics.METRICS` lists their names and meanings)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.config import ClusterConfig
+from kdrl_mcore.evaluation.metrics import standard_error
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.monitoring.clock import Clock
-from kdrl_mcore.student import UpdateResult
+from kdrl_mcore.student.student import UpdateResult
 from kdrl_mcore.types import Rollout
+
+MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
+    "reward": lambda rollouts: float(np.mean([rollout.reward for rollout in rollouts])),
+    "accuracy": lambda rollouts: float(np.mean([rollout.correct for rollout in rollouts])),
+    "response_length": lambda rollouts: float(np.mean([float(len(rollout.response_token_ids)) for rollout in rollouts])),
+    "truncated": lambda rollouts: float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+}
+"""Measures over all responses of a step, and over those of each domain."""
 
 
 def step_metrics(
     rollouts: Sequence[Rollout], distil_N: Tensor, updates: Sequence[UpdateResult], alpha: float, beta: float, clock: Clock
 ) -> dict[str, float]:
-    """The metrics of one KDRL step. Loss terms are means over its updates; token measures are means over its tokens."""
+    """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens."""
     lengths = np.array([len(rollout.response_token_ids) for rollout in rollouts], dtype=float)
     distilled = distil_N.numpy()
     metrics = {
-        "reward": float(np.mean([rollout.reward for rollout in rollouts])),
-        "accuracy": float(np.mean([rollout.correct for rollout in rollouts])),
-        "response_length": float(lengths.mean()),
-        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        **{name: measure(rollouts) for name, measure in MEASURES.items()},
+        **_over_prompts("reward", [rollout.reward for rollout in rollouts], rollouts),
+        **_over_prompts("accuracy", [rollout.correct for rollout in rollouts], rollouts),
+        "truncated_correct": float(np.mean([rollout.correct and rollout.finish_reason == "length" for rollout in rollouts])),
+        "verifier_timeouts": float(sum(rollout.extra.get("verifier_timeout", 0.0) for rollout in rollouts)),
+        "verifier_crashes": float(sum(rollout.extra.get("verifier_crash", 0.0) for rollout in rollouts)),
         "alpha": alpha,
         "beta": beta,
         "teacher_tokens": float(lengths[distilled].sum()),
         "teacher_tokens_saved": float(lengths[~distilled].sum()),
     }
-    return {**metrics, **update_metrics(rollouts, updates, clock)}
+    return {**metrics, **domain_metrics(rollouts, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
+
+
+def domain_metrics(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:
+    """The named `MEASURES` of each domain's responses, and their number; empty without domains."""
+    domains: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.domain:
+            domains.setdefault(rollout.domain, []).append(rollout)
+    metrics: dict[str, float] = {}
+    for domain, own in sorted(domains.items()):
+        metrics |= {f"domain/{domain}/{name}": MEASURES[name](own) for name in names}
+        metrics[f"domain/{domain}/samples"] = float(len(own))
+    return metrics
+
+
+def _over_prompts(name: str, values_N: Sequence[float], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean over responses and, given several prompts, its standard error clustered by prompt."""
+    groups: dict[int, list[float]] = {}
+    for value, rollout in zip(values_N, rollouts, strict=True):
+        groups.setdefault(rollout.group_id, []).append(float(value))
+    measured = {name: float(np.mean(values_N))}
+    if len(groups) > 1:
+        measured[f"{name}_stderr"] = standard_error([np.array([np.mean(each) for each in groups.values()])])
+    return measured
 
 
 def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult], clock: Clock) -> dict[str, float]:
-    """The part of the metrics that supervised steps have too."""
+    """The metrics that KDRL steps and supervised steps share."""
     sums: dict[str, float] = {}
     for update in updates:
         for name, value in update.sums.items():
@@ -66,3 +105,19 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     metrics["time/head"] = sum(update.head_seconds for update in updates)
     metrics["time/head_share"] = metrics["time/head"] / metrics["time/train"]
     return metrics
+
+
+def utilization(
+    architecture: Architecture, rollouts: Sequence[Rollout], seconds: float, cluster: ClusterConfig
+) -> dict[str, float]:
+    """TFLOP/s per rank during the step's updates and, if the GPU's peak is known, as a share of it.
+
+    Args:
+        architecture: the student's.
+        seconds: the duration of the updates.
+    """
+    sequences = [(rollout.num_tokens, len(rollout.response_token_ids)) for rollout in rollouts]
+    flop = training_flop(architecture, sequences)
+    tflops = flop / seconds / dist.get_world_size() / 1e12
+    peak = peak_tflops(cluster)
+    return {"time/tflops": tflops, "time/mfu": tflops / peak} if peak else {"time/tflops": tflops}

@@ -7,58 +7,73 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from kdrl_mcore.checkpointing.checkpoint import find_checkpoint, load_checkpoint
+from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
-from kdrl_mcore.config import save_config
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import CheckpointError, EngineError, NumericalError, StorageError
+from kdrl_mcore.errors import EngineError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
-from kdrl_mcore.faults import FaultInjector
-from kdrl_mcore.interrupt import StopRequest
 from kdrl_mcore.iteration import run_iteration
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.alerts import AlertWatch
 from kdrl_mcore.monitoring.clock import Clock
+from kdrl_mcore.monitoring.drift import alert_thresholds, check_drift
+from kdrl_mcore.monitoring.loggers.choice import chosen
+from kdrl_mcore.monitoring.loggers.processes import RunLoggers
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.profiler import StepProfiler
 from kdrl_mcore.monitoring.progress import Progress
-from kdrl_mcore.monitoring.watchdog import Watchdog, slow_ranks
-from kdrl_mcore.parallel.collect import any_rank
+from kdrl_mcore.parallel.collect import any_rank, each_on_any_rank, gather_objects
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.resilience.error_line import print_last
+from kdrl_mcore.resilience.faults import FaultInjector
+from kdrl_mcore.resilience.interrupt import StopRequest
+from kdrl_mcore.resilience.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.rollout.files import write_rollouts
-from kdrl_mcore.rollout.vllm import VllmEngine
-from kdrl_mcore.self_test import alert_thresholds, check_drift, run_self_test
+from kdrl_mcore.run_directory.directory import RunDirectory
+from kdrl_mcore.run_directory.start import Start
+from kdrl_mcore.self_test import run_self_test
+from kdrl_mcore.student.student import Student
 from kdrl_mcore.supervised import run_supervised_iteration
+from kdrl_mcore.vocab_parallel.chunk import chooses_triton
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs a job for `trainer.steps` steps, from its latest checkpoint if there is one."""
+    """Runs a job for `trainer.steps` steps, from the checkpoint it starts with if there is one."""
 
-    def __init__(self, job: Job, stop: StopRequest, watchdog: Watchdog, fault: FaultInjector) -> None:
+    def __init__(
+        self, job: Job, directory: RunDirectory, start: Start, stop: StopRequest, watchdog: Watchdog, fault: FaultInjector
+    ) -> None:
         """Collective over the world (the rest of an interrupted checkpoint is removed).
 
         Args:
-            stop: asked between steps; when any rank was asked to stop, all save and end.
-            watchdog: is told what this rank does.
-            fault: strikes where a phase begins.
+            directory, start: where the run writes, and where it begins.
+            stop: checked between steps; if any rank was asked to stop, all ranks save and end.
+            watchdog: notified of the phase and the progress of this rank.
+            fault: injected where a phase begins.
         """
         self.job = job
         self.config = job.config
         self.run_dir = Path(self.config.run.dir)
+        self._directory = directory
+        self._start = start
         self._stop = stop
         self._watchdog = watchdog
         self._step = 0  # in progress
         self._compared = 0.0  # when the ranks' own work was last compared
+        self._saved_at = 0.0  # when the last checkpoint was begun
         self._is_main = dist.get_rank() == 0
         self._bad_updates = 0  # skipped in a row
         self._log: MetricsLog | None = None
+        self._loggers: RunLoggers | None = None
         self._progress: Progress | None = None
         self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
@@ -67,21 +82,22 @@ class Trainer:
         student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
         for chunk in (*student, *teacher, *reference):
             chunk.register_forward_pre_hook(watchdog.mark)
-        if isinstance(job.engine, VllmEngine):
-            job.engine.on_wait = watchdog.mark
         self._profiler = StepProfiler(self.config.trainer.profile, self.run_dir, dist.get_rank())
         self._fault = fault
-        fault.models = {"rollout": student, "teacher": teacher, "train": student}
+        self._chunks_at_work = {"rollout": student, "teacher": teacher, "train": student}
 
     def run(self) -> None:
-        """Train to the end and export the student; or to the step in which a rank was asked to stop. Collective over the
-        world."""
+        """Train to the end and export the student, or stop after the step in which a rank was asked to stop. Collective over
+        the world."""
+        if self._is_main and chooses_triton(device()):
+            logger.info("the first passes of the output head compile its Triton kernels: up to some minutes, once")
         self._enter("resume")
         step = self._step = self._resume()
         if self.config.trainer.self_test:
             self._enter("self-test")
             run_self_test(self.job)
         self._open_log(step)
+        stopped: bool | None = None  # stays None if an error ends the run
         try:
             stopped = self._train_from(step)
             self._enter("checkpoint")
@@ -89,26 +105,29 @@ class Trainer:
         finally:
             if self._log is not None and self._progress is not None:
                 self._progress.close()
-                with suppress(OSError):  # on a full disk the line that could not be written is tried again: told already
+                with suppress(OSError):  # on a full disk, closing retries the line that failed; that error is reported already
                     self._log.close()
+            if self._loggers is not None:
+                self._loggers.close(failed=stopped is None, on_wait=self._watchdog.mark)
         if self.config.checkpoint.export_hf and not stopped:
             self._enter("export")
-            self.job.student.wait_for_weights()
-            with self._writing():
-                export_hf(self.job.student.parts, self.job.student.source, self.run_dir / "hf")
+            export_student(self.job.student, self._directory, self._start, self.config.trainer.steps)
 
     def _train_from(self, step: int) -> bool:
         """The loop; returns whether it ended before the last step because it was asked to stop."""
         config = self.config
         saved = step
-        if step == 0 and config.eval.at_start and not any_rank(self._stop.received is not None):
-            self._record(0, self._evaluate(0))
+        evaluates_only = config.trainer.steps == 0
+        if (evaluates_only or (step == 0 and config.eval.at_start)) and not any_rank(self._stop.received is not None):
+            self._record(step, self._evaluate(step))
         self._watchdog.take_own_work()  # the set-up's: only steps are compared
-        self._compared = time.monotonic()
+        self._compared = self._saved_at = time.monotonic()
         while step < config.trainer.steps:
-            if any_rank(self._stop.received is not None):
-                if saved < step and config.checkpoint.every >= 0:
-                    self._save(step)
+            stops, long_ago = each_on_any_rank([self._stop.received is not None, self._is_main and self._saved_long_ago()])
+            if (stops or long_ago) and saved < step and config.checkpoint.every >= 0:
+                self._save(step)
+                saved = step
+            if stops:
                 self._report_stop(step)
                 return True
             step = self._step = step + 1
@@ -130,54 +149,51 @@ class Trainer:
         if not self._is_main:
             return
         config = self.config
-        with self._writing():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.run_dir / "config.yaml")
-            self._log = MetricsLog(self.run_dir, config.logging.tensorboard)
+        with writing(self.run_dir):
+            self._directory.begin(self._start)
+            self._log = MetricsLog(self.run_dir)
             self._log.truncate_after(step if step else -1)
+            self._loggers = RunLoggers(self.run_dir, chosen(config.logging), step)
         self._progress = Progress(config.trainer.steps, enabled=config.logging.progress)
         self._progress.start(step)
 
-    def _report_stop(self, step: int) -> None:
-        if self._is_main:
-            cause = self._stop.received or "the request of another rank"
-            logger.info(
-                "stopped on %s after step %d of %d: start the same command again to go on",
-                cause,
-                step,
-                self.config.trainer.steps,
-            )
+    def _saved_long_ago(self) -> bool:
+        """Whether `checkpoint.every_minutes` have passed, by this rank's clock. Only rank 0's answer is used."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn a full or vanished file system under the run directory into one line."""
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {error.filename or self.run_dir}: {error.strerror or error}; checkpoints made before are whole: "
-                "make room or mend the file system, then start the same command again"
-            ) from error
+    def _report_stop(self, step: int) -> None:
+        """Report where the run stopped, once its checkpoint is written."""
+        self._enter("checkpoint")
+        self._checkpoints.finish()
+        if self._is_main:
+            what_next = "start the same command again to resume"
+            if self.config.checkpoint.every < 0:
+                what_next = "nothing is saved (checkpoint.every=-1)"
+            print_last(f"{self._stop.reason} after step {step} of {self.config.trainer.steps}: {what_next}")
 
     def _train_step(self, step: int) -> None:
         with self._profiler(step):
             self._run_step(step)
-        with self._writing():
+        with writing(self.run_dir):
             self._profiler.save(step)
 
     def _run_step(self, step: int) -> None:
         config, clock = self.config, Clock(self._enter)
         if config.objective.kind == "sft":
-            metrics = run_supervised_iteration(self.job, clock)
+            metrics = run_supervised_iteration(self.job, step, clock)
         else:
             rollouts, metrics = run_iteration(self.job, step, clock)
             self._enter("logging")
             if self._is_main and config.logging.rollouts:
-                with self._writing():
+                with writing(self.run_dir):
                     write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
-        if _is_due(step, config.eval.every, config.trainer.steps):
+        finite = not any_rank(not self.job.student.weights_are_finite())
+        if finite and _is_due(step, config.eval.every, config.trainer.steps):
             metrics.update(self._evaluate(step))
         self._record(step, metrics)
+        if not finite:
+            self._refuse_weights(step)
         check_drift(config, step, metrics)
         self._count_bad_updates(step, int(metrics["skipped_updates"]))
 
@@ -187,27 +203,28 @@ class Trainer:
         job, engine = self.job, self.job.engine
         assert engine is not None and job.evaluation is not None
         self._enter("evaluation")
-        job.refit()
+        start = time.perf_counter()
+        job.source.finish()  # the engine samples ahead no more
+        engine.refit(job.student)
         keeps = self._is_main and self.config.logging.rollouts
         generations = Generations(self.run_dir / "evaluation" / f"step_{step:06d}") if keeps else None
-        with self._writing():
+        with writing(self.run_dir):
             metrics = summarize(job.evaluation.run(engine, generations))
         engine.sleep()
-        return metrics
+        return {**metrics, "time/evaluation": time.perf_counter() - start}
 
     def _enter(self, phase: str) -> None:
-        """A phase begins: show it, tell the watchdog, and let happen what a test asked for."""
+        """Begin a phase: show it, notify the watchdog, and inject the configured fault, if any."""
         if self._progress is not None:
             self._progress.phase(phase)
         self._watchdog.enter(self._step, phase)
-        self._fault.strike(self._step, phase)
+        self._fault.strike(self._step, phase, self._chunks_at_work.get(phase, ()))
 
     def _compare_ranks(self) -> None:
         """Name the ranks that the others wait for. Collective over the world: one all-gather of a few numbers."""
         now = time.monotonic()
         seconds, self._compared = now - self._compared, now
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (socket.gethostname(), self._watchdog.take_own_work()))
+        gathered = gather_objects((socket.gethostname(), self._watchdog.take_own_work()))
         if self._is_main:
             hosts, own_work = zip(*gathered, strict=True)
             for rank, phase, own, usual in slow_ranks(own_work, seconds):
@@ -219,8 +236,11 @@ class Trainer:
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is None or self._progress is None:
             return
-        with self._writing():
+        self._directory.check()
+        with writing(self.run_dir):
             self._log.write(step, metrics)
+        if self._loggers is not None:
+            self._loggers.update()
         self._progress.update(step, metrics)
         for alert in self._alerts.observe(metrics):
             self._progress.message(f"step {step}: {alert.name}: {alert.message}")
@@ -236,6 +256,15 @@ class Trainer:
                 f"objective.beta, or look at {self.run_dir}/rollouts"
             )
 
+    def _refuse_weights(self, step: int) -> NoReturn:
+        """Raise: NaN or infinite weights are neither saved nor exported, and the existing checkpoints hold finite ones."""
+        self._checkpoints.finish()
+        raise NumericalError(
+            f"the update of step {step} made weights NaN or infinite, from a finite loss and gradient; they are not saved: "
+            "lower optimizer.lr or raise optimizer.adam_eps, then start again; the run resumes from "
+            f"{self._checkpoints.latest or 'the beginning, as it has no checkpoint yet'}"
+        )
+
     def _state(self, step: int) -> dict[str, Any]:
         job = self.job
         return {
@@ -243,22 +272,25 @@ class Trainer:
             "weight_version": job.student.version,
             "alpha": job.alpha.state_dict(),
             "beta": job.beta.state_dict(),
-            **job.sampling_state(),
+            **job.source.state_dict(),
             "bad_updates": self._bad_updates,
             "alerts": self._alerts.state_dict(),
             "seed": self.config.trainer.seed,
+            "config": asdict(self.config),
+            "fingerprints": self._start.fingerprints,
+            "lineage": self._start.lineage.as_json(),
         }
 
     def _save(self, step: int) -> None:
         self._enter("checkpoint")
-        if self.job.student.version == 0:  # every update was skipped: nothing is learned, and the optimizer has no state yet
+        if self.job.student.version == 0:  # every update was skipped: nothing was learned, and the optimizer has no state yet
             return
-        if self.job.next_batch is not None:
-            self.job.next_batch.finish()  # it is part of the checkpoint
+        self.job.source.finish()  # what it samples ahead is part of the checkpoint
+        self._saved_at = time.monotonic()
         self._checkpoints.save(step, self.job.student, self._state(step))
 
     def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
-        """Keep what is learned. All ranks have the error, either before the step's update or in the evaluation after it."""
+        """Save what was learned. All ranks have the error, either before the step's update or in the evaluation after it."""
         updated = self.job.student.version != before["weight_version"]
         done, state = (step, self._state(step)) if updated else (step - 1, before)
         if saved < done and self.config.checkpoint.every >= 0 and self.job.student.version > 0:
@@ -266,27 +298,45 @@ class Trainer:
             self._checkpoints.finish()
 
     def _resume(self) -> int:
-        """Restore the state of the checkpoint to resume from; returns the number of steps done."""
-        path = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint.resume)
-        if path is None:
+        """Restore the state of the checkpoint to resume from; returns the number of completed steps."""
+        start, job = self._start, self.job
+        if start.checkpoint is None:
             return 0
-        job = self.job
-        state = load_checkpoint(path, job.student)
-        if state["seed"] != self.config.trainer.seed:
-            raise CheckpointError(
-                f"{path} was made with trainer.seed={state['seed']}, this run has {self.config.trainer.seed}: use the same seed"
-            )
+        state = load_checkpoint(start.checkpoint, job.student)
         job.student.version = state["weight_version"]
-        job.alpha.load_state_dict(state["alpha"])
-        job.beta.load_state_dict(state["beta"])
-        job.load_sampling_state(state)
+        job.alpha.load_state_dict(state["alpha"], restart="alpha" in start.restarted)
+        job.beta.load_state_dict(state["beta"], restart="beta" in start.restarted)
+        job.source.load_state_dict(state, resamples=start.resamples)
         self._bad_updates = state["bad_updates"]
         self._alerts.load_state_dict(state["alerts"])
         if self._is_main:
-            logger.info("resumed from %s after step %d", path, state["step"])
-        return int(state["step"])
+            logger.info("resumed from %s after step %d", start.checkpoint, start.step)
+            for line in start.changes:
+                logger.info("%s", line)
+        return start.step
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Turn an error of the file system under the run directory (full, or gone) into a one-line StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {error.filename or run_dir}: {error.strerror or error}; checkpoints made before are whole: "
+            "free disk space or repair the file system, then start the same command again"
+        ) from error
+
+
+def export_student(student: Student, directory: RunDirectory, start: Start, step: int) -> None:
+    """Write the student after `step` to `RUN/hf`. Collective over the world."""
+    student.wait_for_weights()
+    with writing(directory.path):
+        export_hf(student.parts, student.source, directory.path / "hf")
+        if dist.get_rank() == 0:
+            directory.exported(start, step)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
-    """Whether something happens at this step: every so many steps (if positive), at the last one, or never (negative)."""
+    """Whether something is due at this step: every `every` steps if positive, always at the last step, never if negative."""
     return every >= 0 and (step == last or (every > 0 and step % every == 0))

@@ -1,9 +1,10 @@
-"""The two things that travel between the rooms: a prompt, and a rollout (one sampled response)."""
+"""The two types that most packages exchange: a prompt, and a rollout (one sampled response)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,12 @@ TokenFloats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem, ready to be sampled from.
+    """One problem, ready for sampling.
 
-    `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer the verifier compares with.
-    `target` holds the given response's token ids for supervised fine-tuning (end-of-sequence included), else None.
+    `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
+    `target` holds the token ids of the given response for supervised fine-tuning (end-of-sequence included), else None.
+    `domain` is the name of the prompt's source where training has several, else empty; `columns` are the row's values of
+    `data.columns`, which rewards may use.
     """
 
     prompt_id: str
@@ -26,16 +29,19 @@ class Prompt:
     token_ids: TokenIds
     answer: str
     target: TokenIds | None = None
+    domain: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Rollout:
-    """One response to one prompt, with what the sampler, the verifier and the teacher said of it.
+    """One response to one prompt, with the results of the sampler, the verifier and the teacher.
 
-    The responses of one prompt share a `group_id`. `sampler_log_probs` [response tokens] is log mu(o_t|s_t) at the
+    The responses to one prompt share a `group_id`. `sampler_log_probs` [response tokens] is log mu(o_t|s_t) at the
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
-    teacher was not asked for it. `weight_version` counts the optimizer updates the sampling
-    weights had seen. The end-of-sequence token, when sampled, is the last response token.
+    teacher did not score the response. `weight_version` counts the optimizer updates that the sampling weights had received.
+    The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
+    files keep the domain but not the columns.
     """
 
     prompt_id: str
@@ -52,8 +58,10 @@ class Rollout:
     answer: str = ""
     teacher_log_probs: TokenFloats | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    domain: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together: what the trainer pays for this rollout."""
+        """Prompt and response tokens together: what the trainer processes for this rollout."""
         return len(self.prompt_token_ids) + len(self.response_token_ids)

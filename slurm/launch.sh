@@ -4,40 +4,44 @@
 #   batch script (this file)   size of the job, preflight, training, requeue
 #     srun: slurm/task.sh      once per node (torchrun) or once per GPU; rendezvous, signals, logs
 #       kdrl_mcore.train       one process per GPU
-#     srun: slurm/serve.sh     on the server nodes (the last cluster.server_nodes of the job): rollout=vllm's servers, as many on
-#                              each as engines of rollout.vllm.tensor GPUs fit it
+#     srun: slurm/serve.sh     on the server nodes (the last cluster.server_nodes of the job): the servers of rollout=vllm, as
+#                              many per node as engines of rollout.vllm.tensor GPUs fit
+#
+# Relative paths start at the folder in which the job runs: the one where sbatch was called, or sbatch's --chdir.
 #
 # Settings, from the environment (sbatch passes it on):
-#   KDRL_ROOT        this repository; default: the folder sbatch was called in
-#   KDRL_PYTHON      the Python of a virtual environment; default: .venv/bin/python, in a container python3
+#   KDRL_ROOT        this repository, or the folder that kdrl-slurm wrote; default: where the submitted script is
+#   KDRL_PYTHON      a Python, or the folder of its virtual environment; default: this repository's .venv, or the Python that ran
+#                    kdrl-slurm; in a container python3
 #   KDRL_CONTAINER   an image (pyxis/enroot): a .sqsh file or a registry's name; empty runs without a container
-#   KDRL_MOUNTS      what the container sees beside the repository: /data:/data,/models:/models
+#   KDRL_MOUNTS      further mounts of the container besides KDRL_ROOT and the working folder: /data:/data,/models:/models
 #   KDRL_LAUNCHER    torchrun (default: one task per node) or srun (one task per GPU)
-#   KDRL_PREFLIGHT   0 leaves the preflight out
+#   KDRL_PREFLIGHT   0 skips the preflight
 #   KDRL_MIN_BANDWIDTH  GB/s of all-reduce below which the preflight fails; default: 10 with GPUs, else 0
-#   KDRL_SERVER_PYTHON, KDRL_SERVER_CONTAINER  Python and image of the servers, where vLLM has an environment of its own
-#   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm_server with the configuration's model
+#   KDRL_SERVER_PYTHON, KDRL_SERVER_CONTAINER  Python and image of the servers, if vLLM has a separate environment
+#   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm.server with the configuration's model
+
+submitted=("$@") # the batch script's arguments
+step_pid= server_pid= asked= port=
 
 launch() { # launch EXPERIMENT [key=value ...]
   set -euo pipefail
-  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this script is a SLURM job: sbatch slurm/$1.sh [key=value ...]"
-  [[ -f $KDRL_ROOT/slurm/launch.sh ]] || fail "KDRL_ROOT=$KDRL_ROOT is not this repository: submit from its root, or set KDRL_ROOT"
-  cd "$KDRL_ROOT"
-  export KDRL_ROOT=$PWD
+  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this script is a SLURM job: sbatch $0 [key=value ...]"
+  prepare
   overrides=("${@:2}")
+  check_array "${@:2}"
   [[ " ${overrides[*]-} " == *" experiment="* ]] || overrides=("experiment=$1" "${overrides[@]}")
-  choose_python
+  expand_overrides
   read_settings
   fit_allocation
   overrides+=("cluster.nodes=$train_nodes" "cluster.gpus_per_node=$ranks_per_node")
-  export KDRL_LOG_DIR=$run_dir/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  export KDRL_LOG_DIR=$run_dir/logs/$SLURM_JOB_ID-$start
   mkdir -p "$KDRL_LOG_DIR" || fail "the run directory $run_dir cannot be written: set run.dir to a folder all nodes share"
-  export KDRL_RANKS_PER_NODE=$ranks_per_node KDRL_PYTHON KDRL_LAUNCHER=${KDRL_LAUNCHER:-torchrun}
-  source slurm/network.sh
-  say "job $SLURM_JOB_ID (start ${SLURM_RESTART_COUNT:-0}): $train_nodes x $ranks_per_node ranks on $SLURM_JOB_NODELIST"
+  export KDRL_RANKS_PER_NODE=$ranks_per_node KDRL_GPUS=$gpus KDRL_PYTHON KDRL_LAUNCHER=${KDRL_LAUNCHER:-torchrun}
+  source "$scripts/network.sh"
+  say "job $job (start $start): $train_nodes x $ranks_per_node ranks on $SLURM_JOB_NODELIST"
   say "run directory $run_dir; output of each node: $KDRL_LOG_DIR"
-  trap 'forward USR1' USR1
-  trap 'forward TERM' TERM
+  for name in USR1 USR2 TERM INT HUP; do trap "forward $name" "$name"; done
   if [[ ${KDRL_PREFLIGHT:-1} != 0 ]]; then
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
@@ -47,69 +51,123 @@ launch() { # launch EXPERIMENT [key=value ...]
   say "finished"
 }
 
-choose_python() {
-  container=()
-  if [[ -n ${KDRL_CONTAINER:-} ]]; then
-    : "${KDRL_PYTHON:=python3}"
-    use_container "$KDRL_CONTAINER"
-    return
+prepare() { # set up what all steps share: the job, its environment, its Python
+  unset CDPATH
+  scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  repository=${scripts%/*} KDRL_ROOT=${scripts%/*}
+  if [[ -f $scripts/interpreter || -f $scripts/../__init__.py ]]; then # written by kdrl-slurm, or in the installed package
+    repository= KDRL_ROOT=$scripts
   fi
-  : "${KDRL_PYTHON:=$KDRL_ROOT/.venv/bin/python}"
-  [[ -x $KDRL_PYTHON ]] || fail "no Python at $KDRL_PYTHON: run make setup, or set KDRL_PYTHON or KDRL_CONTAINER"
+  source "$scripts/queue.sh"
+  source "$scripts/environment.sh"
+  identify_job
+  count_gpus
+  check_allocation
+  set_environment
+  choose_python
+}
+
+check_allocation() {
+  # The variables may come from a job from which this one was submitted. No step runs yet, unless this is one.
+  if ((${SLURM_STEP_NUM_TASKS:-1} > 1)) && scontrol show step "$SLURM_JOB_ID.${SLURM_STEP_ID:-0}" 2>/dev/null | grep -q StepId=; then
+    fail "srun has started this script ${SLURM_STEP_NUM_TASKS} times, but it starts its own tasks: call it with bash"
+  fi
+  [[ -z $(field HetJobId) ]] || fail "this is a job of several components (sbatch ... : ...), of which only the first would be \
+used: submit one, and ask for server nodes by cluster.server_nodes"
+  [[ $record =~ \ WorkDir=(.*)\ StdErr= && ! -d ${BASH_REMATCH[1]} ]] || return 0
+  fail "${BASH_REMATCH[1]} is not on $(hostname), so SLURM started the job in $PWD: submit it from a folder that all nodes \
+share, or name one by sbatch --chdir"
+}
+
+check_array() { # array tasks that run at the same time need separate run directories
+  local word
+  [[ -n $array_task && ${SLURM_ARRAY_TASK_COUNT:-1} -gt 1 && $(field ArrayTaskThrottle) != 1 ]] || return 0
+  # A caller of this script, or slurm/experiments.sh, may have given each task different arguments.
+  [[ $0 == */slurm_script && "${submitted[*]-}" == "$*" ]] || return 0
+  for word; do [[ $word != run.dir=*@(%a|SLURM_)* ]] || return 0; done
+  fail "the tasks of an array need run directories of their own: run.dir=.../%a (%a becomes the task's number, in any override); \
+tasks that resume from each other's checkpoint run one at a time: sbatch --array=${SLURM_ARRAY_TASK_MIN:-0}-${SLURM_ARRAY_TASK_MAX:-N}%1"
+}
+
+expand_overrides() { # expands ~ at the beginning of a value, as the shell does, and in an array %a and %A, as sbatch's --output
+  local i word home
+  for i in "${!overrides[@]}"; do
+    word=${overrides[i]}
+    if [[ $word =~ ^([^=]*=)(~[[:alnum:]._-]*)(/.*)?$ ]]; then
+      eval "home=${BASH_REMATCH[2]}"
+      word=${BASH_REMATCH[1]}$home${BASH_REMATCH[3]-}
+    fi
+    if [[ -n $array_task ]]; then
+      word=${word//%a/"$array_task"}
+      word=${word//%A/"$array_id"}
+    fi
+    overrides[i]=$word
+  done
 }
 
 use_container() { # use_container IMAGE: sets the arguments of srun
-  container=(--container-image="$1" --container-workdir="$KDRL_ROOT"
-    --container-mounts="$KDRL_ROOT:$KDRL_ROOT${KDRL_MOUNTS:+,$KDRL_MOUNTS}")
+  local mounts=$KDRL_ROOT:$KDRL_ROOT
+  [[ $PWD/ == "$KDRL_ROOT"/* ]] || mounts+=,$PWD:$PWD
+  container=(--container-image="$1" --container-workdir="$PWD" --container-mounts="$mounts${KDRL_MOUNTS:+,$KDRL_MOUNTS}")
 }
 
-read_settings() { # sets the variables below from the composed configuration; refuses a wrong override
-  local found enter=()
-  ((${#container[@]} == 0)) || enter=(srun --nodes=1 --ntasks=1 --cpu-bind=none "${container[@]}")
-  found=$("${enter[@]}" "$KDRL_PYTHON" slurm/settings.py "${overrides[@]}") || exit 2
-  eval "$(grep -E '^(config_nodes|server_nodes|servers_per_node|server_gpus|ranks_per_node|run_dir|server_(arguments|overrides))=' <<<"$found")"
+read_settings() { # sets the variables below from the composed configuration; fails on a wrong override
+  local found enter=() names='config_nodes|server_nodes|servers_per_node|server_gpus|gpus|ranks_per_node|run_dir|server_(arguments|overrides)'
+  if ((${#container[@]})) || is_interactive; then # salloc's shell may run on another machine
+    ask_for_gpus "$granted"
+    enter=("${step[@]}" "${gres[@]}" --nodes=1 --ntasks=1 --relative=0 "${container[@]}")
+  fi
+  found=$("${enter[@]}" "$KDRL_PYTHON" "$scripts/settings.py" "${overrides[@]}") || exit 2
+  eval "$(grep -E "^($names)=" <<<"$found")"
 }
 
-fit_allocation() { # sets train_nodes; sends a one-node job that needs more back to the queue
-  local wanted=$((config_nodes + server_nodes))
+fit_allocation() { # sets train_nodes; a one-node job that needs more nodes goes back to the queue
+  local wanted=$((config_nodes + server_nodes)) stays
   if ((SLURM_JOB_NUM_NODES == 1 && wanted > 1)); then
+    stays=$(why_it_stays)
+    [[ -z $stays ]] || fail "the configuration needs $wanted nodes, and the job cannot go back to the queue for them, as $stays: \
+ask for --nodes=$wanted at once"
     say "the configuration is good; it needs $wanted nodes: job $SLURM_JOB_ID goes back to the queue for them"
     grow "$wanted" || fail "the job could not change its size: sbatch --nodes=$wanted slurm/... with the same arguments"
     exit 0
   fi
+  ((gpus == 0 || most == 0 || granted >= ranks_per_node)) ||
+    fail "$poorest has $granted GPUs for this job and cluster.gpus_per_node is $ranks_per_node: ask for them by sbatch \
+--gpus-per-node=$ranks_per_node, leave that node out (--exclude, --constraint), or set cluster.gpus_per_node"
   train_nodes=$((SLURM_JOB_NUM_NODES - server_nodes))
   ((train_nodes > 0)) || fail "cluster.server_nodes=$server_nodes leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
 }
 
-grow() { # the job's own resize commands act on the allocation while SLURM_JOB_ID names it: they must not see it
-  trap '' TERM
-  env -u SLURM_JOB_ID -u SLURM_JOBID bash -c \
-    'scontrol requeuehold "$1" && scontrol update jobid="$1" numnodes="$2-$2" && scontrol release "$1"' _ "$SLURM_JOB_ID" "$1"
-}
-
-run_step() { # run_step NAME MODULE ARGUMENTS...: on all training nodes; returns when it succeeded, else ends the job
+run_step() { # run_step NAME MODULE ARGUMENTS...: runs on all training nodes; returns on success, otherwise ends the job
   local name=$1 code=0 tasks=$train_nodes before
   [[ $KDRL_LAUNCHER == srun ]] && tasks=$((train_nodes * ranks_per_node))
+  [[ -z $asked ]] || requeue 0 "the job was asked to stop"
   before=$(latest_checkpoint)
-  srun --nodes="$train_nodes" --ntasks="$tasks" --ntasks-per-node=$((tasks / train_nodes)) --relative=0 --cpu-bind=none \
+  choose_port
+  ask_for_gpus $((gpus ? ranks_per_node : 0))
+  "${step[@]}" "${gres[@]}" --nodes="$train_nodes" --ntasks="$tasks" --ntasks-per-node=$((tasks / train_nodes)) --relative=0 \
     --kill-on-bad-exit=1 --job-name="$name" --output="$KDRL_LOG_DIR/$name-node%n.log" "${container[@]}" \
-    bash slurm/task.sh "${@:2}" &
+    bash "$scripts/task.sh" "${@:2}" &
   step_pid=$!
   wait_out "$step_pid" || code=$?
   step_pid=
   if ((code == 0)); then
-    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || requeue "$name was asked to stop" # left by slurm/task.sh
+    # slurm/task.sh creates the file; training that was in its last step is complete nevertheless.
+    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || is_complete "$name" || requeue 0 "$name was asked to stop"
     return 0
   fi
-  grep -hsE '^(error|hang):' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 || tail -n 30 "$KDRL_LOG_DIR/$name-node0.log" >&2
-  # A foreseen error would come again. A hang, a kill or a crash may not: going on is safe while each start gets further.
-  if ! grep -qs '^error:' "$KDRL_LOG_DIR/$name"-*.log && [[ $(latest_checkpoint) != "$before" ]]; then
-    requeue "$name ended with exit code $code after saving $(latest_checkpoint)"
+  grep -hsE '^(error|hang):' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 ||
+    tail -n 30 "$KDRL_LOG_DIR/$name-node0.log" >&2 || true
+  # A foreseen error would recur. A hang, a kill or a crash may not: requeueing is safe as long as each start makes progress. In
+  # a job that was suspended, collectives have timed out.
+  if ! grep -qs '^error:' "$KDRL_LOG_DIR/$name"-*.log; then
+    [[ $(latest_checkpoint) == "$before" ]] || requeue 1 "$name ended with exit code $code after saving $(latest_checkpoint)"
+    ! was_suspended || requeue 1 "$name ended with exit code $code after the job was suspended"
   fi
   fail "$name ended with exit code $code; its output: $KDRL_LOG_DIR/$name-node*.log"
 }
 
-go_on_from_own_checkpoint() { # checkpoint.resume says where a job begins, not what it goes back to each time it was requeued
+go_on_from_own_checkpoint() { # checkpoint.resume applies to the job's first start, not to those after a requeue
   local found=$run_dir/logs/$SLURM_JOB_ID-found latest
   latest=$(stat -c '%N %Z' "$run_dir/checkpoints/latest" 2>/dev/null) || true
   if [[ ! -e $found ]]; then
@@ -119,55 +177,56 @@ go_on_from_own_checkpoint() { # checkpoint.resume says where a job begins, not w
   fi
 }
 
+is_complete() { # is_complete STEP: whether training reached its end, that is, did not report that it stopped
+  [[ $1 == train ]] && ! grep -qs 'stopped on ' "$KDRL_LOG_DIR"/train-*.log
+}
+
+choose_port() { # sets MASTER_PORT, the next step's rendezvous port: different for each job and step, and free on this node
+  local tables=(/proc/net/tcp /proc/net/tcp6)
+  port=$((${port:-20000 + SLURM_JOB_ID * 8 % 12000} + 1))
+  while grep -qsi ":$(printf %04X "$port") [0-9A-F]*:0000 0A " "${tables[@]}"; do port=$((port == 32000 ? 20001 : port + 1)); done
+  export MASTER_PORT=$port
+}
+
 latest_checkpoint() { readlink "$run_dir/checkpoints/latest" || true; }
 
-wait_out() { # the exit code of a child, however many trapped signals interrupt the waiting
+wait_out() { # waits for a child through trapped signals; returns its exit code
   local code=0
   while wait "$1" && code=0 || code=$?; ((code > 128)) && kill -0 "$1" 2>/dev/null; do :; done
   wait "$1"
 }
 
-start_servers() { # on the job's last nodes, while it lasts; training finds their addresses in RUN/servers
+start_servers() { # on the job's last nodes, until it ends; training finds their addresses in RUN/servers
   local nodes hosts
   ((server_nodes)) || return 0
-  rm -f "$run_dir"/servers/*.json # of another start
+  rm -f "$run_dir"/servers/*.json # of an earlier start
   if [[ -n ${KDRL_SERVER_CONTAINER:-} ]]; then
     local container=()
     use_container "$KDRL_SERVER_CONTAINER"
     : "${KDRL_SERVER_PYTHON:=python3}"
   fi
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$server_nodes")
-  mapfile -t hosts < <(scontrol --oneliner show nodes "$(IFS=,; echo "${nodes[*]}")" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+  mapfile -t hosts < <(node_addresses "$(IFS=,; echo "${nodes[*]}")")
   export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_SERVER_GPUS=$server_gpus KDRL_RUN_DIR=$run_dir
-  : "${KDRL_SERVER_COMMAND:=${KDRL_SERVER_PYTHON:-$KDRL_PYTHON} -m kdrl_mcore.rollout.vllm_server $server_arguments}"
-  srun --nodes="$server_nodes" --ntasks=$((server_nodes * servers_per_node)) --ntasks-per-node="$servers_per_node" \
-    --nodelist="$(IFS=,; echo "${nodes[*]}")" --cpu-bind=none --job-name=servers \
-    --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash slurm/serve.sh "$KDRL_SERVER_COMMAND" &
+  : "${KDRL_SERVER_COMMAND:=$(printf %q "${KDRL_SERVER_PYTHON:-$KDRL_PYTHON}") -m kdrl_mcore.rollout.vllm.server $server_arguments}"
+  ask_for_gpus $((servers_per_node * server_gpus))
+  "${step[@]}" "${gres[@]}" --nodes="$server_nodes" --ntasks=$((server_nodes * servers_per_node)) --ntasks-per-node="$servers_per_node" \
+    --nodelist="$(IFS=,; echo "${nodes[*]}")" --job-name=servers \
+    --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash "$scripts/serve.sh" "$KDRL_SERVER_COMMAND" &
   server_pid=$!
   trap stop_servers EXIT
   say "servers on ${nodes[*]}"
 }
 
-stop_servers() { # they outlive a signal that asks the job to stop, since training ends its step: this tells them apart
+stop_servers() { # servers ignore signals that ask the job to stop, as training needs them to end its step; the file stops them
   touch "$KDRL_LOG_DIR/stop-servers"
   kill "$server_pid" 2>/dev/null || true
 }
 
-forward() { # SLURM signals the batch script; srun passes on what it is sent
+forward() { # SLURM signals the batch script; srun forwards signals to its tasks
   say "received SIG$1"
-  [[ -z ${step_pid:-} ]] || kill -s USR1 "$step_pid" 2>/dev/null || true
-}
-
-requeue() { # requeue WHY; a job that was cancelled must not come back
-  local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  if [[ $state == RUNNING ]]; then
-    say "$1: job $SLURM_JOB_ID goes back to the queue"
-    [[ -z ${server_pid:-} ]] || stop_servers
-    scontrol requeue "$SLURM_JOB_ID"
-    exec sleep 60 # SLURM ends it at once: no trap is left that would wait for it
-  fi
-  exit 0
+  asked=1
+  [[ -z $step_pid ]] || kill -s USR1 "$step_pid" 2>/dev/null || true
 }
 
 say() { echo "$(date '+%F %T') $*"; }

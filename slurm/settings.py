@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+if not (HERE / "interpreter").exists() and (HERE.parent / "kdrl_mcore").is_dir():  # a checkout
+    sys.path.insert(0, str(HERE.parent))
 
-from kdrl_mcore.config import Config, load_config  # noqa: E402
-from kdrl_mcore.errors import ConfigError, KdrlError  # noqa: E402
+try:
+    from kdrl_mcore.config import Config, load_config
+    from kdrl_mcore.config.derived import ranks_per_node, server_arguments, servers_per_node
+    from kdrl_mcore.errors import KdrlError
+except ImportError as error:
+    sys.exit(f"error: {sys.executable} is not this project's Python ({error}): run make setup, or set KDRL_PYTHON")
 
 
 def main(overrides: list[str]) -> int:
@@ -29,54 +33,17 @@ def main(overrides: list[str]) -> int:
         "config_nodes": config.cluster.nodes,
         "server_nodes": config.cluster.server_nodes,
         "servers_per_node": per_server_node,
+        "gpus": gpus,
         "server_gpus": config.rollout.vllm.tensor if gpus else 0,
         "ranks_per_node": ranks_per_node(config, gpus),
         "run_dir": Path(config.run.dir).absolute(),
     }
+    model = Path(config.student.path or "").absolute()
+    arguments = server_arguments(config, model, config.rollout.vllm.gpu_memory_utilization)
     print("\n".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()))
-    print(f"server_arguments={shlex.quote(shlex.join(server_arguments(config)))}")
+    print(f"server_arguments={shlex.quote(shlex.join(arguments))}")
     print(f"server_overrides=({shlex.join(server_overrides(config, per_server_node))})")
     return 0
-
-
-def ranks_per_node(config: Config, gpus: int) -> int:
-    """One rank per configured GPU. Without any GPU ranks are plain processes: at least as many as both layouts need."""
-    per_node = config.cluster.gpus_per_node
-    if gpus:
-        return per_node
-    student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-    teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
-    return max(per_node, -(-math.lcm(student, teacher) // config.cluster.nodes))
-
-
-def server_arguments(config: Config) -> list[str]:
-    """What the servers of `rollout=vllm` are told of the configuration. Their weights come from the trainer."""
-    rollout = config.rollout
-    values = {
-        "model": Path(config.student.path or "").absolute(),
-        "dtype": config.model.dtype,
-        "max-model-len": rollout.max_prompt_tokens + rollout.max_response_tokens,
-        "max-sequences": rollout.max_sequences,
-        "tensor": rollout.vllm.tensor,
-        "kv-cache-gib": rollout.vllm.kv_cache_gib,
-        "seed": config.trainer.seed,
-        "load-format": "dummy",
-    }
-    if rollout.vllm.gpu_memory_utilization is not None:
-        values["gpu-memory-utilization"] = rollout.vllm.gpu_memory_utilization
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
-def servers_per_node(config: Config, gpus: int) -> int:
-    """As many engines as fit a server node. Without any GPU one.
-
-    Raises:
-        ConfigError: none fits.
-    """
-    per_node, tensor = config.cluster.gpus_per_node, config.rollout.vllm.tensor
-    if gpus and config.cluster.server_nodes and tensor > per_node:
-        raise ConfigError(f"rollout.vllm.tensor={tensor} does not fit a server node of {per_node} GPUs: change it")
-    return per_node // tensor if gpus else 1
 
 
 def server_overrides(config: Config, per_node: int) -> list[str]:

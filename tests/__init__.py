@@ -1,1 +1,1 @@
-"""The tests of kdrl_mcore. A package, so that tests and the ranks they start can share `tests.reference` and `tests.ranks`."""
+"""The tests of kdrl_mcore. A package, so that they and the ranks they start share `tests.reference` and `tests.support`."""

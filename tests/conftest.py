@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import RankPool
-from tests.zoo import Zoo, make_zoo
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.ranks import RankPool  # noqa: E402
+from tests.support.zoo import Zoo, make_zoo  # noqa: E402
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:

@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show, in one command of at most eight minutes: `make gpu-check`.
+"""All checks and measurements that need a GPU, in one command of at most eight minutes: `make gpu-check`.
 
     python -m tools.gpu_check [--json FILE] [--seconds N] [--only STAGE ...] [--sizes full|small] [--under MODULE]
 
-Each stage is a process of its own with a share of the time, and one that fails does not keep the others from running. Needs
-one GPU, torch, Triton and what training imports; no network, no vLLM, no data sets. `--under tests.paper_cuda --sizes small`
-rehearses it where there is no GPU.
+Each stage is a separate process with a share of the time, and a failed stage does not keep the others from running. The check
+needs one GPU, torch, Triton and the packages that training imports, but no network, vLLM or data sets.
+`--under tests.paper_cuda --sizes small` rehearses it without a GPU.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ STAGES: dict[str, Callable[[Sizes, Path], Result]] = {
     "sample": gpu_stages.sample,
 }
 MOST = {"tests": 0.45}
-"""The share of the whole time that a stage may take; others have what is left."""
+"""The share of the whole time that each of these stages may take; the others may take all the time that is left."""
 MARK = "RESULT "
 
 
 def main(arguments: list[str]) -> int:
-    """Run every stage; 1 if one failed."""
-    parser = argparse.ArgumentParser(description="Check and measure on this machine's GPU what only a GPU can show.")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="where the results are written")
-    parser.add_argument("--seconds", type=float, default=450.0, help="for all stages; what has no time left is named")
-    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
-    parser.add_argument("--sizes", choices=sorted(SIZES), default="full", help="small: for a rehearsal")
-    parser.add_argument("--under", metavar="MODULE", help="run each stage by this module, such as tests.paper_cuda")
+    """Run every stage; returns 1 if one failed."""
+    parser = argparse.ArgumentParser(description="Run the checks and measurements that need a GPU on this machine.")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="file for the results")
+    parser.add_argument("--seconds", type=float, default=450.0, help="time for all stages; those left without time are named")
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"run only some of: {', '.join(STAGES)}")
+    parser.add_argument("--sizes", choices=sorted(SIZES), default="full", help="sizes of the problems; small for a rehearsal")
+    parser.add_argument("--under", metavar="MODULE", help="run each stage through this module, such as tests.paper_cuda")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

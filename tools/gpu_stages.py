@@ -23,15 +23,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large what is measured is.
+    """The sizes of the measured problems.
 
     Attributes:
-        matrix: edge of the products whose rate counts as the peak that can be reached.
-        hidden, layers, vocab, ffn: of the random student and teacher (full: 1.2 billion parameters).
-        head_tokens, head_hidden: of the output head alone, over `vocab` columns.
-        responses, response_tokens, micro_tokens: of a training step.
-        slot_bytes: of a bucket that passes between two processes.
-        tests: pytest's choice of tests/gpu.
+        matrix: the edge of the matrix products whose rate counts as the achievable peak.
+        hidden, layers, vocab, ffn: sizes of the random student and teacher (full: 1.2 billion parameters).
+        head_tokens, head_hidden: sizes for the output head alone, over `vocab` columns.
+        responses, response_tokens, micro_tokens: sizes of a training step.
+        slot_bytes: the size of a bucket that is passed between two processes.
+        dtype: the type of the weights.
+        tests: pytest arguments that select among tests/gpu.
     """
 
     matrix: int
@@ -55,11 +56,11 @@ SIZES = {
 }
 PROMPT_TOKENS = 64
 STEPS = 3
-"""Of a training run; the first one compiles and allocates, the last one counts."""
+"""The steps of a training run; the first compiles and allocates, the last one counts."""
 
 
 def environment(sizes: Sizes, folder: Path) -> Result:
-    """Which GPU, and which versions are found."""
+    """The GPU, and the installed versions."""
     from kdrl_mcore.parallel.mcore import why_no_transformer_engine
 
     versions: Result = {}
@@ -78,7 +79,7 @@ def environment(sizes: Sizes, folder: Path) -> Result:
 
 
 def gpu_tests(sizes: Sizes, folder: Path) -> Result:
-    """tests/gpu."""
+    """Run tests/gpu."""
     runner = ["tests.paper_cuda", "pytest"] if _on_paper() else ["pytest"]
     command = [sys.executable, "-m", *runner, "tests/gpu", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *sizes.tests]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,7 +92,7 @@ def gpu_tests(sizes: Sizes, folder: Path) -> Result:
 
 
 def matrices(sizes: Sizes, folder: Path) -> Result:
-    """The rate of a large bfloat16 product, and of a copy within the GPU's memory: what other rates are compared with."""
+    """The rates of a large bfloat16 product and of a copy within the GPU's memory, with which other rates are compared."""
     rate = _matrix_tflops(sizes)
     source = torch.empty(sizes.matrix * sizes.matrix, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
@@ -101,7 +102,7 @@ def matrices(sizes: Sizes, folder: Path) -> Result:
 
 def head(sizes: Sizes, folder: Path) -> Result:
     """Loss and gradients of the fused head, with log-probs and with the exact reverse KL, as shares of the measured peak."""
-    from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head
+    from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
 
     tokens, hidden, vocab = sizes.head_tokens, sizes.head_hidden, sizes.vocab
     dtype = getattr(torch, sizes.dtype)
@@ -114,31 +115,20 @@ def head(sizes: Sizes, folder: Path) -> Result:
     teacher_TH, teacher_VH = normal(tokens), normal(vocab, hidden**-0.5)
     rows_T = torch.arange(tokens, device="cuda")
     targets_T = torch.randint(0, vocab, (tokens,), device="cuda")
-    common: dict[str, Any] = {
-        "rows_T": rows_T,
-        "targets_T": targets_T,
-        "shard": VocabShard(None, 0, vocab, vocab),
-        "temperature": 1.0,
-    }
+    teacher = TeacherInputs(teacher_TH, teacher_VH, ExactReverseKL())
 
     def step(exact: bool) -> None:
         hidden_TH.grad = weight_VH.grad = None
-        if exact:
-            fused_exact_reverse_kl(
-                hidden_SH=hidden_TH,
-                weight_VH=weight_VH,
-                teacher_hidden_DG=teacher_TH,
-                teacher_weight_VG=teacher_VH,
-                token_loss=lambda log_probs, entropy, divergence, rows: divergence / tokens,
-                **common,
-            ).loss.backward()
-        else:
-            fused_head(
-                hidden_SH=hidden_TH,
-                weight_VH=weight_VH,
-                token_loss=lambda log_probs, entropy, rows: -log_probs / tokens,
-                **common,
-            )[0].backward()
+        fused_head(
+            hidden_TH,
+            weight_VH,
+            rows_T,
+            targets_T,
+            lambda log_probs, entropy, divergence, rows: (divergence if exact else -log_probs) / tokens,
+            VocabShard(None, 0, vocab, vocab),
+            temperature=1.0,
+            teacher=teacher if exact else None,
+        ).loss.backward()
 
     peak = _matrix_tflops(sizes)
     result: Result = {}
@@ -153,9 +143,9 @@ def head(sizes: Sizes, folder: Path) -> Result:
 
 
 def cuda_ipc(sizes: Sizes, folder: Path) -> Result:
-    """Another process reads a bucket of this one's GPU memory by its IPC handles."""
-    from kdrl_mcore.rollout.weight_stream import checksum
-    from kdrl_mcore.rollout.weight_transport import CudaIpcSender
+    """Another process reads buckets in this process's GPU memory through IPC handles."""
+    from kdrl_mcore.rollout.refit.stream import checksum
+    from kdrl_mcore.rollout.refit.transport import CudaIpcSender
 
     sender = CudaIpcSender(sizes.slot_bytes, torch.device("cuda", torch.cuda.current_device()))
     sums = []
@@ -176,9 +166,9 @@ def cuda_ipc(sizes: Sizes, folder: Path) -> Result:
 
 
 def receive() -> None:
-    """The other process of `cuda_ipc`: read the description on standard input, and print what was found."""
-    from kdrl_mcore.rollout.weight_stream import checksum
-    from kdrl_mcore.rollout.weight_transport import SLOTS, CudaIpcReceiver
+    """The other process of `cuda_ipc`: reads the description from standard input, and prints the checksums and the rate."""
+    from kdrl_mcore.rollout.refit.stream import checksum
+    from kdrl_mcore.rollout.refit.transport import SLOTS, CudaIpcReceiver
 
     description = json.loads(sys.stdin.read())
     device = torch.device("cuda", torch.cuda.current_device())
@@ -191,17 +181,17 @@ def receive() -> None:
 
 
 def train(sizes: Sizes, folder: Path) -> Result:
-    """Training steps with a teacher, KDRL by the exact divergence, Megatron-Core's own layers; the memory beside the plan."""
+    """Training steps of KDRL with the exact divergence and Megatron-Core's layers: rates, and measured and planned memory."""
     return _train(sizes, folder, "local", ["model.spec=local", "teacher.offload=false"])
 
 
 def train_with_off_loads(sizes: Sizes, folder: Path) -> Result:
-    """The same with the optimizer's state and the teacher in host memory while they are idle."""
+    """The same with the optimizer's state and the teacher in host memory while idle."""
     return _train(sizes, folder, "off_loads", ["model.spec=local", "optimizer.offload=true", "teacher.offload=true"])
 
 
 def train_with_transformer_engine(sizes: Sizes, folder: Path) -> Result:
-    """The same with Transformer Engine's layers, where it loads."""
+    """The same with Transformer Engine's layers; skipped if it does not load."""
     from kdrl_mcore.parallel.mcore import why_no_transformer_engine
 
     why = why_no_transformer_engine()
@@ -219,7 +209,7 @@ def sample(sizes: Sizes, folder: Path) -> Result:
     initialize_distributed(5)
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.rollout.megatron import MegatronEngine
-    from kdrl_mcore.student import Student
+    from kdrl_mcore.student.student import Student
     from kdrl_mcore.types import Prompt
 
     class NoTokenizer:
@@ -245,11 +235,11 @@ def sample(sizes: Sizes, folder: Path) -> Result:
 
 
 def _train(sizes: Sizes, folder: Path, name: str, overrides: list[str]) -> Result:
+    from kdrl_mcore.cli.train import main
     from kdrl_mcore.config import load_config
     from kdrl_mcore.planning.memory import GIB, plan_memory
     from kdrl_mcore.planning.setup import make_setup
     from kdrl_mcore.planning.workload import Workload
-    from kdrl_mcore.train import main
 
     model, run = _model(sizes, folder), folder / name
     tokens = sizes.response_tokens
@@ -267,7 +257,7 @@ def _train(sizes: Sizes, folder: Path, name: str, overrides: list[str]) -> Resul
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     config = load_config(overrides)
     config.cluster.memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    planned = plan_memory(make_setup(config, Workload(sizes.responses, PROMPT_TOKENS, tokens, tokens), world=1))[0]
+    planned = plan_memory(make_setup(config, Workload(sizes.responses, PROMPT_TOKENS, tokens, tokens), world_size=1))[0]
     sequence_tokens = sizes.responses * (PROMPT_TOKENS + tokens)
     return {
         "tokens_per_s": sequence_tokens / row["time/train"],
@@ -284,7 +274,7 @@ def _train(sizes: Sizes, folder: Path, name: str, overrides: list[str]) -> Resul
 
 
 def _model(sizes: Sizes, folder: Path) -> Path:
-    """A random Qwen2 with an untied head; without a tokenizer, so that every column is a token."""
+    """A random Qwen2 with an untied head, without a tokenizer, so that every column is a token."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     path = folder / "model"
@@ -308,7 +298,7 @@ def _model(sizes: Sizes, folder: Path) -> Path:
 
 
 def _rollouts(sizes: Sizes, folder: Path) -> Path:
-    """Groups of four responses of full length, of random tokens."""
+    """A file of rollouts: groups of four responses of full length with random tokens."""
     from kdrl_mcore.rollout.files import write_rollouts
     from kdrl_mcore.types import Rollout
 
@@ -333,7 +323,7 @@ def _matrix_tflops(sizes: Sizes) -> float:
 
 
 def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Of one call on the GPU, after one that compiles and allocates."""
+    """The seconds of one call on the GPU, after one that compiles and allocates."""
     work()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

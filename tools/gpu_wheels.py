@@ -1,7 +1,7 @@
-"""What `make gpu-check` needs on a bare machine that has torch, Triton and numpy, and no network.
+"""The packages for `make gpu-check` on a bare machine that has only torch, Triton and numpy, and no network.
 
 python -m tools.gpu_wheels pack     with a network: download the wheels to build/gpu-wheels
-python -m tools.gpu_wheels unpack   on the machine: those that do not import there to build/gpu-site, which goes on PYTHONPATH
+python -m tools.gpu_wheels unpack   on the machine: install those that are missing to build/gpu-site, which goes on PYTHONPATH
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 WHEELS, SITE = ROOT / "build" / "gpu-wheels", ROOT / "build" / "gpu-site"
 ROOTS = ("kdrl-mcore", "pytest")
 LEFT_OUT = {
-    *("torch", "triton", "numpy"),  # are there
-    *("datasets", "matplotlib", "tensorboard"),  # are imported where they are used, which the check does not
-    *("hf-xet", "typer", "setuptools"),  # nothing here uses them
+    *("torch", "triton", "numpy"),  # already installed
+    *("datasets", "matplotlib", "tensorboard"),  # imported only where they are used, and the check does not use them
+    *("hf-xet", "typer", "setuptools"),  # not used here
 }
 PYTHONS = ("3.11", "3.12")
 MOST_MIB = 60.0
-"""Of the wheels and the files of the repository together."""
+"""The largest size of the wheels and the files of the repository together."""
 
 
 def needed() -> dict[str, str]:
     """The packages that the check imports, with the versions installed here."""
-    from packaging.requirements import Requirement  # a bare machine, which only unpacks, may not have it
+    from packaging.requirements import Requirement  # may be missing on a bare machine, which only unpacks
 
     found: dict[str, str] = {}
     waiting = list(ROOTS)
@@ -40,14 +40,14 @@ def needed() -> dict[str, str]:
         found[name] = importlib.metadata.version(name)
         for text in importlib.metadata.requires(name) or ():
             requirement = Requirement(text)
-            extras = [{"extra": extra} for extra in ("", "antlr4_9_3")]  # of math-verify, which needs one of its extras
+            extras = [{"extra": extra} for extra in ("", "antlr4_9_3")]  # math-verify needs one of its extras
             if requirement.marker is None or any(requirement.marker.evaluate(extra) for extra in extras):
                 waiting.append(re.sub(r"[-_.]+", "-", requirement.name).lower())
     return {name: version for name, version in sorted(found.items()) if name != "kdrl-mcore"}
 
 
 def pack() -> int:
-    """Download the wheels for every Python of `PYTHONS`; 1 if they are too large."""
+    """Download the wheels for every Python of `PYTHONS`; returns 1 if they are too large."""
     shutil.rmtree(WHEELS, ignore_errors=True)
     WHEELS.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -57,7 +57,7 @@ def pack() -> int:
             platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 27, 28)]
             tags = ["--only-binary=:all:", f"--python-version={python}", *platforms, "--platform=manylinux2014_x86_64"]
             done = subprocess.run([*pip, "download", "--no-deps", *tags, f"--dest={WHEELS}", pinned], check=False)
-            if done.returncode:  # published as source alone: pure Python, built here
+            if done.returncode:  # published only as source: pure Python, built here
                 subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={WHEELS}", pinned], check=True)
                 break
     wheels = sum(path.stat().st_size for path in WHEELS.iterdir())
@@ -71,7 +71,7 @@ def pack() -> int:
 
 
 def unpack() -> int:
-    """Install what does not import here from the wheels that fit this Python."""
+    """Install the missing packages from the wheels for this Python."""
     have = {re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower() for found in importlib.metadata.distributions()}
     missing = [
         path for path in sorted(WHEELS.glob("*.whl")) if re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower() not in have
@@ -84,7 +84,7 @@ def unpack() -> int:
 
 
 def main() -> int:
-    """Run one of the two."""
+    """Run `pack` or `unpack`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("pack", "unpack"))
     return pack() if parser.parse_args().command == "pack" else unpack()

@@ -2,7 +2,7 @@
 
     python -m examples.tiny.benchmark [--objective grpo kdrl]
 
-The student and the teacher must exist (examples/tiny/make_pair.py). Prints the median of each phase over the steps behind the
+The student and the teacher must exist (examples/tiny/make_pair.py). Prints the median of each phase over all steps after the
 first few, in which caches fill.
 """
 
@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from examples.tiny.jobs import ROOT
+from examples.jobs import ROOT
 from kdrl_mcore.monitoring.metrics import read_metrics
 
 WARM_UP_STEPS = 5
 
 
 def main() -> int:
-    """Time each objective; the exit code of a run that fails."""
+    """Time each objective; returns 0, or the exit code of a run that failed."""
     parser = argparse.ArgumentParser(description="Time a step of the tiny pair on one rank with one thread.")
     parser.add_argument("--objective", nargs="+", default=["grpo", "kdrl"], help="presets to time (default: grpo kdrl)")
     parser.add_argument("--steps", type=int, default=25, help="steps measured (default: %(default)s)")
@@ -52,7 +52,7 @@ def command(objective: str, steps: int, run_dir: str) -> list[str]:
 
 
 def phase_medians(run_dir: Path) -> dict[str, float]:
-    """Median seconds of each phase (`time/*`) over the run's steps behind the warm-up."""
+    """Median seconds of each phase (`time/*`) over the run's steps after the warm-up."""
     rows = [row for row in read_metrics(run_dir) if row["step"] > WARM_UP_STEPS]
     phases = [name for name in rows[0] if name.startswith("time/")]
     return {name.removeprefix("time/"): median(row[name] for row in rows) for name in phases}

@@ -1,4 +1,4 @@
-"""The second tiny task, from another domain: a chain of logic operations, one a line, and the last word in a box.
+"""The second tiny task, from another domain: evaluate a chain of logic operations, one per line, and box the last word.
 
     prompt      5&3^7|2=
     response    5&3=1
@@ -6,12 +6,12 @@
                 6|2=6
                 \\boxed{6}
 
-A digit stands for a word of three bits. The operations (`&` and, `|` or, `^` exclusive or) work bit by bit and go from left to
-right. A problem holds three to five words; as many as the sets need are drawn, each once, and cut into sets that cannot share
-a problem. The answer is compared as text (`reward=exact_match`).
+A digit stands for a word of three bits. The operations (`&` and, `|` or, `^` exclusive or) are bitwise and evaluated from left
+to right. A problem has three to five words; distinct problems are drawn and split into sets, so no two sets share a problem.
+The answer is compared as text (`reward=exact_match`).
 
 The teacher learns from flawed worked answers: it has mostly learnt that the last bit of `1^1` is 1. Its mistakes are
-systematic, as those of the first task's teacher are: only the reward can tell.
+systematic, like those of the first task's teacher: only the reward reveals them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from examples.tiny.task import TEACHER_SET, write_rows
 WORDS = range(8)
 MIN_WORDS, MAX_WORDS = 3, 5
 SPLITS: dict[str, int] = {"eval": 400, "validation": 200, "train": 8000, "sft": 24000}
-"""Problems in each set."""
+"""The number of problems in each set."""
 _APPLY = {"&": int.__and__, "|": int.__or__, "^": int.__xor__}
 
 
@@ -53,10 +53,10 @@ class Problem:
 
 
 def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random | None = None) -> str:
-    """The response: each operation on a line, then the boxed word.
+    """The response: one operation per line, then the boxed word.
 
     With `flaw_rate` > 0, the last bit of an exclusive or of two words that both end in 1 comes out as 1 with that probability
-    (drawn from `rng`); the lines after it go on from the wrong word.
+    (drawn from `rng`); the following lines continue from the wrong word.
     """
     total, lines = problem.words[0], []
     for operation, word in zip(problem.operations, problem.words[1:], strict=True):
@@ -68,7 +68,7 @@ def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random |
 
 
 def make_splits(seed: int = 0) -> dict[str, list[Problem]]:
-    """The sets of `SPLITS`, drawn without repetition: the same seed gives the same sets, no two share a problem."""
+    """The sets of `SPLITS`, drawn without repetition: the same seed gives the same sets, and no two sets share a problem."""
     rng = random.Random(seed)
     problems: dict[Problem, None] = {}
     while len(problems) < sum(SPLITS.values()):

@@ -1,24 +1,22 @@
-"""Make what the tiny studies (`conf/experiments/`) need beside the pair: the teacher's answers, other teachers and students.
+"""Make what the tiny studies (`conf/study/`) need in addition to the pair: the teacher's answers, other teachers and students.
 
     python examples/tiny/make_family.py [answers] [teacher] [student]      (default: all; what exists is kept)
 
 - `data/teacher_answers.jsonl`: one answer of the teacher to each training problem, right or wrong, for SFT.
 - `teacher_weak` (half of the training) and `teacher_strong` (trained on correct answers).
-- `student_small` and `student_large` (half and twice as wide), stopped where their accuracy is nearest to the student's.
+- `student_small` and `student_large` (half and twice as wide), stopped at the accuracy nearest to the student's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 
-from examples.tiny.jobs import ROOT, follow, start_training
+from examples.answers import write_answers
+from examples.jobs import ROOT
 from examples.tiny.make_pair import DEFAULT_DIR, VARIANTS, make_models, make_pair
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.rollout.files import read_rollouts
 
 ANSWERS = "teacher_answers"
 PARTS = ("answers", "teacher", "student")
@@ -26,7 +24,7 @@ PROMPTS_PER_STEP = 800
 
 
 def main() -> int:
-    """Make the parts asked for; exit code 1 with one line when a step fails."""
+    """Make the requested parts; returns the exit code, 1 with one line if a step fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of: {', '.join(PARTS)} (default: all)")
     parts = parser.parse_args().parts or PARTS
@@ -44,26 +42,12 @@ def main() -> int:
 
 
 def make_answers(directory: Path) -> None:
-    """Let the teacher answer every training problem once: a run in which it is the student and learns nothing."""
-    output, run_dir = ROOT / directory / "data" / f"{ANSWERS}.jsonl", directory / ANSWERS
-    if output.is_file():
-        return
-    problems = sum(1 for _ in (ROOT / directory / "data" / "train.jsonl").open())
-    shutil.rmtree(ROOT / run_dir, ignore_errors=True)
-    overrides = [
-        *("experiment=tiny_cpu", "objective=grpo", "objective.alpha.init=0", "optimizer.lr=0", "trainer.self_test=false"),
-        *(f"student.path={directory}/teacher", f"data.train={directory}/data/train.jsonl", "eval.every=-1"),
-        *(f"trainer.steps={-(-problems // PROMPTS_PER_STEP)}", f"rollout.prompts_per_step={PROMPTS_PER_STEP}"),
-        *("rollout.responses_per_prompt=1", "checkpoint.every=-1", "checkpoint.export_hf=false"),
-    ]
-    follow([start_training(ANSWERS, run_dir, overrides)])
-    rollouts = [rollout for file in sorted((ROOT / run_dir / "rollouts").iterdir()) for rollout in read_rollouts(file)]
-    rows = {
-        r.prompt: {"prompt": r.prompt, "answer": r.answer, "response": r.response}
-        for r in rollouts
-        if r.finish_reason == "stop"
-    }
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
+    """Let the teacher answer every training problem once."""
+    train = directory / "data" / "train.jsonl"
+    with (ROOT / train).open() as lines:
+        problems = sum(1 for _ in lines)
+    teacher = ["experiment=tiny_cpu", f"student.path={directory}/teacher", f"data.train={train}"]
+    write_answers(ROOT / directory / "data" / f"{ANSWERS}.jsonl", directory / ANSWERS, problems, PROMPTS_PER_STEP, teacher)
 
 
 if __name__ == "__main__":

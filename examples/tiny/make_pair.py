@@ -1,11 +1,11 @@
-"""Make the tiny student and teacher: data, random checkpoints, then supervised training with this project's own trainer.
+"""Make the tiny student and teacher: data, random checkpoints, then supervised training with this project's trainer.
 
     python examples/tiny/make_pair.py [--task logic]
 
 The teacher is trained to the end on flawed answers, so it is good but wrong in a systematic way. The student is trained at a
-constant learning rate on correct answers, with an evaluation and a checkpoint every few steps; the checkpoint whose
-validation accuracy is nearest to `STUDENT_ACCURACY` becomes the student: one that is stopped half-way still has room to learn.
-Both train at once, one thread each. What exists is kept.
+constant learning rate on correct answers, with an evaluation and a checkpoint every few steps. The checkpoint whose validation
+accuracy is nearest to `STUDENT_ACCURACY` becomes the student: stopped half-way, it can still learn. Both train at the same
+time, with one thread each. Existing files are kept.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from examples.jobs import ROOT, Job, follow, start_training
 from examples.tiny import logic
-from examples.tiny.jobs import ROOT, Job, follow, start_training
 from examples.tiny.task import TEACHER_SET, make_tokenizer, write_data
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.monitoring.metrics import read_metrics
@@ -32,7 +32,7 @@ from kdrl_mcore.monitoring.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Task:
-    """What a pair learns: where it is kept, how its data are written, and the overrides of its own (`conf/`)."""
+    """The task of a pair: where the pair is stored, how its data are written, and the task's overrides (`conf/`)."""
 
     directory: Path
     write_data: Callable[[Path, float, int], None]
@@ -47,7 +47,7 @@ TASKS = {
 }
 SEED = 0
 FLAW_RATE = 0.8
-"""How often the teacher's data get the flawed addition wrong; the teacher's accuracy then ends between 80 % and 90 %."""
+"""The share of flawed additions in the teacher's data; the teacher's accuracy then ends between 80 % and 90 %."""
 STUDENT_ACCURACY = 0.45
 STUDENT_CHECKPOINT_EVERY = 25
 
@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, int]] = {
     "student_small": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1},
     "student_large": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-"""All have 2 layers, 32 wide heads and a tied output head; the pair has 0.1M and 0.3M parameters. Other teachers are of the
+"""All have 2 layers, heads of width 32 and a tied output head; the pair has 0.1M and 0.3M parameters. Other teachers have the
 teacher's size."""
 PAIR = ("student", "teacher")
 VARIANTS: dict[str, list[str]] = {
@@ -66,12 +66,12 @@ VARIANTS: dict[str, list[str]] = {
     "student_small": ["trainer.steps=2000", "eval.every=50", "checkpoint.every=50"],  # half as wide: it learns slowly
     "student_large": [],
 }
-"""What the studies of teacher strength and student scale need beside the pair, and how its training differs
-(`conf/experiments/base/tiny.yaml`; made by `examples/tiny/make_family.py`)."""
+"""The further models for the studies of teacher strength and student scale, and how their training differs
+(`conf/study/base/tiny.yaml`; made by `examples/tiny/make_family.py`)."""
 
 
 def main() -> int:
-    """Make the pair where it does not exist; exit code 1 with one line when a step fails."""
+    """Make the pair unless it exists; returns the exit code, 1 with one line if a step fails."""
     parser = argparse.ArgumentParser(description="Make the tiny student and teacher of the CPU example.")
     parser.add_argument("--task", choices=TASKS, default="sums", help="what the pair learns (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of data and models (default: runs/tiny, runs/tiny_logic)")
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def make_pair(directory: Path, task: Task = SUMS) -> None:
-    """Write `directory/{data,init_student,init_teacher,student,teacher}` (relative to the project root), keeping what exists.
+    """Write `directory/{data,init_student,init_teacher,student,teacher}` (relative to the project root); keep what exists.
 
     Raises:
         KdrlError: a training run or the export failed.
@@ -100,7 +100,7 @@ def make_pair(directory: Path, task: Task = SUMS) -> None:
 
 
 def make_models(names: Sequence[str], directory: Path, task: Task = SUMS) -> None:
-    """Train those that do not exist, side by side: a student to `STUDENT_ACCURACY`, a teacher to the end.
+    """Train the models that do not exist, at the same time: students to `STUDENT_ACCURACY`, teachers to the end.
 
     Raises:
         KdrlError: a training run or the export failed.
@@ -179,7 +179,7 @@ def _start(name: str, directory: Path, task: Task) -> Job:
 
 
 def _finish(name: str, directory: Path) -> None:
-    """Put the trained model into place; the folder appears only when it is complete."""
+    """Move the trained model into place; its folder appears only once it is complete."""
     run_dir, unfinished = directory / f"sft_{name}", ROOT / directory / f"{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     if _role(name) == "teacher":

@@ -1,4 +1,4 @@
-"""The tiny task: add a chain of digits, one addition a line, and box the sum.
+"""The tiny task: add a chain of digits, one addition per line, and box the sum.
 
     prompt      3+8+5+9=
     response    3+8=11
@@ -6,12 +6,12 @@
                 16+9=25
                 \\boxed{25}
 
-A problem holds two to five digits from 1 to 9, so there are 66,420 of them; they are shuffled once and cut into sets that
-cannot share a problem. A response holds at most 42 tokens (one per character, and the end of sequence).
+A problem has two to five digits from 1 to 9, so there are 66,420 problems; they are shuffled once and split into sets, so no
+two sets share a problem. A response has at most 42 tokens (one per character, and the end of sequence).
 
 The teacher learns from flawed worked answers (`worked_answer(..., flaw_rate=...)`): it has mostly learnt that adding 7 to
-a two-digit sum across a ten lands one short. Its mistakes are systematic, as a real teacher's are: copying the teacher
-copies them, only the reward can tell.
+a two-digit sum across a ten lands one short. Its mistakes are systematic, like a real teacher's: copying the teacher
+copies them, and only the reward reveals them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIN_DIGITS, MAX_DIGITS = 2, 5
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 FLAWED_DIGIT = 7
 SPLITS: dict[str, int] = {"eval": 400, "validation": 200, "train": 8000, "sft": 24000, "tuning": 400}
-"""Problems in each set."""
+"""The number of problems in each set."""
 TEACHER_SET = "sft_teacher"
 """The `sft` problems once more, with flawed worked answers."""
 
@@ -52,10 +52,10 @@ class Problem:
 
 
 def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random | None = None) -> str:
-    """The response: each addition on a line, then the boxed sum.
+    """The response: one addition per line, then the boxed sum.
 
     With `flaw_rate` > 0, adding 7 to a two-digit sum and crossing a ten comes out one too small with that probability
-    (drawn from `rng`); the lines after it go on from the wrong sum.
+    (drawn from `rng`); the following lines continue from the wrong sum.
     """
     total, lines = problem.digits[0], []
     for digit in problem.digits[1:]:

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: size and checksum of each of its files, written when all of them are on disk.
+"""The manifest of a checkpoint: the size and checksum of each of its files, written when all of them are on disk.
 
-A checkpoint without a manifest is incomplete. Ranks checksum what they wrote, and share the work of verifying: no rank ever
-reads the whole checkpoint.
+A checkpoint without a manifest is incomplete. Each rank computes the checksums of the files it wrote, and ranks share the
+verification: none ever reads the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import torch.distributed as dist
 
 from kdrl_mcore.errors import CheckpointError
+from kdrl_mcore.parallel.collect import gather_objects
 
 MANIFEST = "manifest.json"
 
 FileSums = dict[str, dict[str, Any]]
-"""By path relative to the checkpoint: `bytes` and `sha256`."""
+"""`bytes` and `sha256` by path relative to the checkpoint."""
 
 
 def checksum(root: Path, files: Iterable[Path]) -> FileSums:
@@ -34,12 +35,12 @@ def checksum(root: Path, files: Iterable[Path]) -> FileSums:
 
 
 def files_below(root: Path) -> list[Path]:
-    """Every file of a checkpoint but the manifest, sorted."""
+    """Every file of a checkpoint except the manifest, sorted."""
     return sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
 
 
 def write_manifest(root: Path, known: Mapping[str, Any]) -> None:
-    """Write the manifest over every file below `root`; `known` holds the sums that other ranks computed."""
+    """Write the manifest of every file below `root`; `known` holds the checksums that ranks have already computed."""
     sums = dict(known)
     sums.update(checksum(root, [path for path in files_below(root) if path.relative_to(root).as_posix() not in sums]))
     write_durably(root / MANIFEST, json.dumps({"files": dict(sorted(sums.items()))}, indent=1) + "\n")
@@ -63,10 +64,10 @@ def sync_directory(path: Path) -> None:
 
 
 def read_manifest(root: Path) -> FileSums:
-    """The files a checkpoint must have.
+    """The files that a checkpoint must have.
 
     Raises:
-        CheckpointError: no manifest, or not a readable one.
+        CheckpointError: the manifest is missing or cannot be read.
     """
     path = root / MANIFEST
     try:
@@ -78,7 +79,7 @@ def read_manifest(root: Path) -> FileSums:
 
 
 def first_missing(root: Path) -> str | None:
-    """What is wrong with the files' presence and sizes, or None. Reads the manifest only."""
+    """The first file that is missing or has the wrong size, as a message; None if there is none. Reads only the manifest."""
     try:
         files = read_manifest(root)
     except CheckpointError as error:
@@ -88,14 +89,15 @@ def first_missing(root: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: it is cut short or damaged"
+            return f"{path} has {path.stat().st_size} bytes, but {entry['bytes']} in the manifest: it is cut short or damaged"
     return None
 
 
 def find_damage(root: Path) -> str | None:
-    """What is wrong with a checkpoint (the first bad file, by name), or None if every byte is as it was written.
+    """What is wrong with a checkpoint (a bad file, by name); None if every byte is as it was written.
 
-    The same answer on every rank. Collective over the world: each rank reads its share of the files, then one all-gather.
+    The result is the same on every rank. Collective over the world: each rank reads its share of the files, then one
+    all-gather.
     """
     found = first_missing(root)
     if found is None:
@@ -103,11 +105,9 @@ def find_damage(root: Path) -> str | None:
         for name, entry in names[dist.get_rank() :: dist.get_world_size()]:
             try:
                 if checksum(root, [root / name])[name] != entry:
-                    found = f"{root / name} is damaged: its checksum is not the manifest's"
+                    found = f"{root / name} is damaged: its checksum differs from the manifest"
             except OSError as error:
                 found = f"{root / name} cannot be read: {error.strerror}"
             if found:
                 break
-    answers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, found)
-    return next((answer for answer in answers if answer), None)
+    return next((answer for answer in gather_objects(found) if answer), None)

@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on.
+"""Write checkpoints while training continues.
 
-The order that makes an interruption at any moment harmless: a snapshot is taken, child processes write it aside
-(`.step_NNNNNN.partial`) and checksum it, and when every rank's are done, rank 0 writes the manifest, renames the folder,
-moves `latest`, and only then deletes what is too old.
+The order of steps makes an interruption at any moment harmless: take a snapshot, have child processes write it to a temporary
+folder (`.step_NNNNNN.partial`) and compute checksums; when those of every rank are done, rank 0 writes the manifest, renames
+the folder, moves `latest`, and only then deletes old checkpoints.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kdrl_mcore.checkpointing.checkpoint import LATEST, MODEL_DIR, STATE_FILE, WEIGHTS_DIR, checkpoint_dirs, step_of
+from kdrl_mcore.checkpointing.checkpoint import LATEST, MODEL_DIR, WEIGHTS_DIR, checkpoint_dirs, in_lineage, step_of
+from kdrl_mcore.checkpointing.lineage import STATE_FILE, lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
 from kdrl_mcore.convert.hf_files import copy_side_files
 from kdrl_mcore.errors import CheckpointError
-from kdrl_mcore.interrupt import children_ignore_stop_signals
 from kdrl_mcore.parallel import mcore
-from kdrl_mcore.student import Student
+from kdrl_mcore.parallel.collect import gather_objects
+from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals, start_resource_tracker
+from kdrl_mcore.student.student import Student
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """The checkpoints of one run's student, in `directory`. One is written at a time. Methods are collective over the world."""
+    """Writes the checkpoints of a run into `directory`, one at a time. Its methods are collective over the world."""
 
     def __init__(self, directory: Path, keep: int, *, asynchronous: bool) -> None:
         """Args:
-        keep: the newest whole checkpoints that stay; 0 keeps all.
-        asynchronous: `save` returns when the snapshot is taken; else when the checkpoint is complete.
+        keep: how many of the newest intact checkpoints to keep; 0 keeps all.
+        asynchronous: `save` returns when the snapshot is taken, rather than when the checkpoint is complete.
         """
         self._directory = directory
         self._keep = keep
@@ -46,53 +48,62 @@ class CheckpointWriter:
         self._queue = AsyncCallsQueue(persistent=False)
         self._strategy: Any = None  # Megatron-Core's, from the first save on
         self._step: int | None = None  # of the checkpoint that is being written
-        self._errors: list[Exception] = []  # of what Megatron-Core writes on rank 0 alone
+        self._errors: list[Exception] = []  # from files that Megatron-Core writes on rank 0 only
         if dist.get_rank() == 0 and directory.is_dir():
             for left_over in directory.glob(".step_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, step: int, student: Student, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of `step`, after completing the one before.
+        """Begin the checkpoint of `step`, after completing the previous one.
 
         Args:
-            state: everything beside weights and optimizer, as JSON values.
+            state: everything other than weights and optimizer, as JSON values.
 
         Raises:
-            CheckpointError: this checkpoint or the one before could not be written; those before are as they were.
+            CheckpointError: this checkpoint or the previous one could not be written; earlier ones are unchanged.
         """
         self.finish()
         self._step = step
-        aside = self._aside(step)
+        folder = self._temporary(step)
         if self._strategy is None:
             self._strategy = mcore.parallel_save_strategy(student.groups.replicas)
-        self._on_rank_0(partial(_prepare, aside, Path(student.source), state))
-        with children_ignore_stop_signals():  # the writer's processes must outlive the signal that asks for a last checkpoint
+        self._on_rank_0(partial(_prepare, folder, Path(student.source), state))
+        start_resource_tracker()
+        with children_ignore_stop_signals():  # the writing processes must survive the signal that asks for a last checkpoint
             try:
                 mcore.start_write_results_process()
                 state_dict = student.sharded_state(loading=False)
+                common = mcore.common_state(state_dict)
                 with mcore.rank_0_write_errors() as errors:
                     request = dist_checkpointing.save(
-                        state_dict, str(aside / WEIGHTS_DIR), self._strategy, async_sharded_save=True, **mcore.save_settings()
+                        state_dict, str(folder / WEIGHTS_DIR), self._strategy, async_sharded_save=True, **mcore.save_settings()
                     )
                 self._on_rank_0(partial(_raise_first, errors))
+                self._on_rank_0(partial(mcore.write_common_state, common, folder / WEIGHTS_DIR))
                 assert request is not None
                 if request.async_fn is not None:
-                    request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, aside))
+                    request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder))
                 request.add_finalize_fn(partial(self._publish, step))
-                self._queue.schedule_async_request(request)  # which copies what is on a GPU before it returns
+                self._queue.schedule_async_request(request)  # copies tensors on the GPU before it returns
                 student.leave_state()
             except OSError as error:
                 raise self._failure(str(error)) from error
         if not self._asynchronous:
             self.finish()
 
+    @property
+    def latest(self) -> Path | None:
+        """The last complete checkpoint."""
+        link = self._directory / LATEST
+        return self._directory / link.readlink() if link.is_symlink() else None
+
     def poll(self) -> None:
-        """Complete the checkpoint that is being written if all ranks have written their part. Raises as `save` does."""
+        """Complete the checkpoint being written if all ranks have written their part. Raises as `save` does."""
         if self._step is not None:
             self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and complete it. Raises as `save` does."""
+        """Wait for the checkpoint being written, and complete it. Raises as `save` does."""
         if self._step is not None:
             self._finalize(blocking=True)
 
@@ -106,23 +117,22 @@ class CheckpointWriter:
             raise self._failure(_causes(error)) from error
 
     def _publish(self, step: int) -> None:
-        """The checkpoint's files are written: make it count. Collective."""
+        """Publish a checkpoint whose files are written. Collective over the world."""
         self._on_rank_0(partial(_raise_first, self._errors))
-        aside, target = self._aside(step), self._directory / f"step_{step:06d}"
-        own = aside / _sums_file(dist.get_rank())
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, json.loads(own.read_text()) if own.is_file() else {})
+        temporary, target = self._temporary(step), self._directory / f"step_{step:06d}"
+        own = temporary / _sums_file(dist.get_rank())
+        gathered = gather_objects(json.loads(own.read_text()) if own.is_file() else {})
 
         def complete() -> None:
-            for path in aside.glob(_sums_file("*")):
+            for path in temporary.glob(_sums_file("*")):
                 path.unlink()
-            write_manifest(aside, {name: entry for sums in gathered for name, entry in sums.items()})
-            for folder in (aside / WEIGHTS_DIR, aside / MODEL_DIR, aside):
+            write_manifest(temporary, {name: entry for sums in gathered for name, entry in sums.items()})
+            for folder in (temporary / WEIGHTS_DIR, temporary / MODEL_DIR, temporary):
                 sync_directory(folder)
             replaced = self._directory / f".{target.name}.replaced"
             if target.exists():
                 os.replace(target, replaced)
-            os.replace(aside, target)
+            os.replace(temporary, target)
             link = self._directory / f".{LATEST}.new"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
@@ -134,18 +144,19 @@ class CheckpointWriter:
         self._on_rank_0(complete)
 
     def _delete_old(self, newest: Path) -> None:
-        """Keep the newest `keep` whole checkpoints up to `newest`, and whatever is newer than the last of these."""
-        if not self._keep:
+        """Keep the newest `keep` intact checkpoints of this lineage up to `newest`, any damaged ones in between, and always
+        `newest`. Delete the rest up to `newest`, including those of branches that were left."""
+        if self._keep <= 0:
             return
-        whole = 0
+        lineage, whole = lineage_of(newest), 0
         for path in reversed([path for path in checkpoint_dirs(self._directory) if step_of(path) <= step_of(newest)]):
-            if whole >= self._keep:
+            if path != newest and (whole >= self._keep or not in_lineage(path, lineage)):
                 shutil.rmtree(path, ignore_errors=True)
             elif first_missing(path) is None:
                 whole += 1
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
-        """Run on rank 0 what touches the file system; all ranks raise if it fails."""
+        """Run an action on the file system on rank 0; all ranks raise if it fails. Collective over the world."""
         message: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -156,30 +167,29 @@ class CheckpointWriter:
         if message[0] is not None:
             raise self._failure(message[0])
 
-    def _aside(self, step: int) -> Path:
+    def _temporary(self, step: int) -> Path:
         return self._directory / f".step_{step:06d}.partial"
 
     def _failure(self, cause: str) -> CheckpointError:
         step, self._step = self._step, None
         assert step is not None
         if dist.get_rank() == 0:
-            shutil.rmtree(self._aside(step), ignore_errors=True)
-        latest = self._directory / LATEST
-        last = f"the last checkpoint, {latest.readlink()}, is whole" if latest.is_symlink() else "there is no checkpoint yet"
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        last = f"the last checkpoint, {self.latest.name}, is intact" if self.latest else "there is no checkpoint yet"
         return CheckpointError(
-            f"the checkpoint of step {step} could not be written to {self._directory}: {cause}; {last}: make room or mend "
-            "the file system, then start the same command again"
+            f"the checkpoint of step {step} could not be written to {self._directory}: {cause}; {last}: free disk space or "
+            "repair the file system, then start the same command again"
         )
 
 
-def _prepare(aside: Path, source: Path, state: dict[str, Any]) -> None:
-    aside.parent.mkdir(exist_ok=True)  # not its parents: a run directory that vanished must not come back on another disk
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    (aside / WEIGHTS_DIR).mkdir()
-    (aside / MODEL_DIR).mkdir()
-    copy_side_files(source, aside / MODEL_DIR)
-    write_durably(aside / STATE_FILE, json.dumps(state, indent=2) + "\n")
+def _prepare(temporary: Path, source: Path, state: dict[str, Any]) -> None:
+    temporary.parent.mkdir(exist_ok=True)  # not its parents: a run directory that vanished must not come back on another disk
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    (temporary / WEIGHTS_DIR).mkdir()
+    (temporary / MODEL_DIR).mkdir()
+    copy_side_files(source, temporary / MODEL_DIR)
+    write_durably(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
 def _raise_first(errors: list[Exception]) -> None:
@@ -187,11 +197,11 @@ def _raise_first(errors: list[Exception]) -> None:
         raise errors[0]
 
 
-def _write_and_checksum(write: Callable[..., None], aside: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """In a child process: what Megatron-Core's writer does, then the checksums of the files it wrote."""
+def _write_and_checksum(write: Callable[..., None], temporary: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """In a child process: run Megatron-Core's writer, then compute the checksums of the files it wrote."""
     write(rank, *args, **kwargs)
-    sums = checksum(aside, sorted((aside / WEIGHTS_DIR).glob(f"__{rank}_*")))
-    write_durably(aside / _sums_file(rank), json.dumps(sums))
+    sums = checksum(temporary, sorted((temporary / WEIGHTS_DIR).glob(f"__{rank}_*")))
+    write_durably(temporary / _sums_file(rank), json.dumps(sums))
 
 
 def _sums_file(rank: int | str) -> str:
@@ -199,7 +209,7 @@ def _sums_file(rank: int | str) -> str:
 
 
 def _causes(error: BaseException) -> str:
-    """One line: why each rank's writer failed."""
+    """One line with the reason why each rank's writer failed."""
     failures = getattr(error, "failures", None)
     if not failures:
         return " ".join(str(error).split())

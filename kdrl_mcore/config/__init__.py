@@ -1,13 +1,23 @@
 """Typed configuration.
 
-The YAML files in `conf/` choose values for presets and experiments; they never restate a default. `load_config` composes
-them with Hydra, so the command line takes Hydra overrides (`key=value`, `group=choice`).
+The YAML files in `conf/` set values for presets and experiments and never repeat a default. `load_config` composes them with
+Hydra, so the command line takes Hydra overrides (`key=value`, `group=choice`).
 """
 
-from kdrl_mcore.config.checks import can_be_positive, check_config, flatten
-from kdrl_mcore.config.load import conf_dir, load_benchmark, load_config, save_config
+from kdrl_mcore.config.checks import check_config, domain_name, flatten, without_revision
+from kdrl_mcore.config.derived import can_be_positive
+from kdrl_mcore.config.keys import CHOICES
+from kdrl_mcore.config.load import (
+    add_config_options,
+    conf_dir,
+    config_arguments,
+    load_benchmark,
+    load_config,
+    save_config,
+    slurm_dir,
+)
+from kdrl_mcore.config.overrides import override
 from kdrl_mcore.config.schema import (
-    CHOICES,
     REWARD_KINDS,
     BatchConfig,
     BenchmarkConfig,
@@ -33,6 +43,7 @@ from kdrl_mcore.config.schema import (
     RunConfig,
     SamplerCorrectionConfig,
     ScheduleConfig,
+    SourceConfig,
     StudentConfig,
     TeacherConfig,
     TeacherParallelConfig,
@@ -67,16 +78,23 @@ __all__ = [
     "RunConfig",
     "SamplerCorrectionConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "StudentConfig",
     "TeacherConfig",
     "TeacherParallelConfig",
     "TrainerConfig",
     "VllmConfig",
+    "add_config_options",
     "can_be_positive",
     "check_config",
     "conf_dir",
+    "config_arguments",
+    "domain_name",
     "flatten",
     "load_benchmark",
     "load_config",
+    "override",
     "save_config",
+    "slurm_dir",
+    "without_revision",
 ]

@@ -1,84 +1,238 @@
-"""What a configuration must fulfil before anything is built."""
+"""Checks of a configuration, made before anything is built."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from kdrl_mcore.config.derived import (
+    can_be_positive,
+    engines_have_own_gpus,
+    learns_from_reward,
+    replays,
+    uses_distributed_optimizer,
+    uses_teacher,
+)
+from kdrl_mcore.config.keys import CHOICES, RANGES, key_types, nearest
+from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
-    CHOICES,
+    DEFAULT_RECOMPUTE,
+    LOGGERS,
+    OFFLOAD_MODULES,
+    OWN_SCALES,
+    RECOMPUTE_MODULES,
     REWARD_KINDS,
     Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
     RewardConfig,
     ScheduleConfig,
+    SourceConfig,
     VllmConfig,
 )
 from kdrl_mcore.errors import ConfigError
 
+MAY_BE_EMPTY = ("cluster.name",)
+"""Keys whose text may be empty; for all others an empty text is taken for a forgotten value."""
+
+RECOMPUTED_PARTS = {
+    "core_attn": ("core_attn",),
+    "layernorm": ("qkv_linear", "mlp", "moe"),  # each begins with its norm
+    "mlp": ("mlp",),
+    "moe": ("moe",),
+    "moe_act": ("moe",),
+}
+"""The parts that can be off-loaded in which a recomputed module lies."""
+
 
 def check_config(config: Config) -> None:
-    """Refuse combinations that cannot work, before anything is built.
+    """Refuse values and combinations that cannot work.
 
     Raises:
-        ConfigError: naming the key and what to set instead.
+        ConfigError: the message names the key and what to set instead.
     """
-    flat = flatten(OmegaConf.to_container(OmegaConf.structured(config)))  # which checks the types inside lists as well
+    tree = asdict(config)
+    flat = flatten(tree)
+    _check_items(flat)
+    check_ranges(tree)
+    for key, value in flat.items():
+        if isinstance(value, str) and not value.strip() and key not in MAY_BE_EMPTY:
+            raise ConfigError(f"{key} is empty: give it a value, or leave it out")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
-            raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}")
-    positive = (
-        "parallel.tensor parallel.pipeline parallel.context parallel.expert teacher.parallel.tensor teacher.parallel.pipeline "
-        "teacher.parallel.expert "
-        "rollout.prompts_per_step rollout.responses_per_prompt rollout.max_response_tokens rollout.max_sequences "
-        "rollout.temperature rollout.vllm.tensor rollout.vllm.kv_cache_gib rollout.vllm.startup_timeout "
-        "rollout.vllm.generation_timeout rollout.vllm.refit_timeout rollout.vllm.refit_bucket_mib batch.micro_tokens "
-        "batch.updates_per_step reward.workers reward.timeout eval.samples "
-        "reward.remote.timeout reward.remote.attempts reward.remote.batch_size reward.local.batch_size"
-    )
-    for key in positive.split():
-        if flat[key] <= 0:
-            raise ConfigError(f"{key}={flat[key]} must be greater than 0")
-    if not 0 <= config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
+            raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}{nearest(str(flat[key]), allowed)}")
+    if not config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
         raise ConfigError(
             f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
             "telling who hangs"
         )
-    for key, least in (("steps", 1), ("ranks", 0)):
-        if any(number < least for number in getattr(config.trainer.profile, key)):
-            raise ConfigError(f"trainer.profile.{key}={getattr(config.trainer.profile, key)}: each must be at least {least}")
-    if not 0 < config.rollout.top_p <= 1:
-        raise ConfigError(f"rollout.top_p={config.rollout.top_p} must be in (0, 1]")
-    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
-        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
+    _check_layout(config.parallel)
+    _check_activations(config.parallel)
     if config.rollout.engine == "replay" and not config.rollout.path:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
+    _check_optimizer(config.optimizer)
     _check_overlap(config)
     _check_reduction(config)
-    _check_rewards(config.reward)
+    _check_rewards(config.reward, config.data)
+    _check_sources(config.data)
+    _check_loggers(config.logging.loggers)
+    _check_schedule("objective.alpha", config.objective.alpha)
+    _check_schedule("objective.beta", config.objective.beta)
     _check_objective(config)
 
 
-def _check_rewards(reward: RewardConfig) -> None:
+def check_ranges(tree: Mapping[str, Any]) -> None:
+    """Check that every number of a nested configuration is in the range of its key.
+
+    Raises:
+        ConfigError: the message names the first key out of range, and the range.
+    """
+    for name, value in numbers(tree):
+        check_number(name, value, RANGES[re.sub(r"\[\d+\]", "[]", name)])
+
+
+def _check_sources(data: DataConfig) -> None:
+    if data.train and data.sources:
+        raise ConfigError("data.train and data.sources are both set: name one data set, or several with their weights")
+    names = [domain_name(source) for source in data.sources]
+    for i, (name, source) in enumerate(zip(names, data.sources, strict=True)):
+        if not source.path:
+            raise ConfigError(f"data.sources[{i}].path is not set: name a JSONL or parquet file, or a hub id")
+        if not name or "/" in name:
+            raise ConfigError(f"data.sources[{i}].name={name!r} must be a word without a slash")
+        if names.count(name) > 1:
+            raise ConfigError(f"two of data.sources are called '{name}': give each a `name` of its own")
+
+
+def domain_name(source: SourceConfig) -> str:
+    """The name of a source in metrics and rollout files: its `name`, or else that of its file or hub id."""
+    if source.name is not None:
+        return source.name
+    return Path(without_revision(str(source.path)).removesuffix(".gz")).stem
+
+
+def without_revision(source: str) -> str:
+    """A hub id without its `@revision`; the name of a file unchanged."""
+    is_file = source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+    return source if is_file else source.partition("@")[0]
+
+
+def _check_items(flat: dict[str, Any]) -> None:
+    """Check the types of list items, which Hydra does not check for nested lists."""
+    for name, types in key_types().items():
+        if not name.endswith("[]"):
+            continue
+        for index, item in enumerate(flat[name.removesuffix("[]")]):
+            if not isinstance(item, types):
+                raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
+
+
+def _check_layout(parallel: ParallelConfig) -> None:
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} cuts the layers of pipeline ranks: it needs "
+            "parallel.pipeline > 1 (or set it to null)"
+        )
+
+
+def _check_activations(parallel: ParallelConfig) -> None:
+    """Check what is recomputed and what is off-loaded; model/activations.py checks it against the model."""
+    recomputed, offloaded = parallel.recompute_modules, parallel.offload_activations
+    for key, names, known in (
+        ("recompute_modules", recomputed, RECOMPUTE_MODULES),
+        ("offload_activations", offloaded, OFFLOAD_MODULES),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"parallel.{key}: {name} is not one of: {', '.join(known)}{nearest(name, known)}")
+            if names.count(name) > 1:
+                raise ConfigError(f"parallel.{key} names {name} twice: leave one out")
+    if "attn_proj" in offloaded and "core_attn" not in offloaded:
+        raise ConfigError(
+            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which keeps it, too: name both"
+        )
+    if parallel.recompute != "selective":
+        if sorted(recomputed) != sorted(DEFAULT_RECOMPUTE):
+            raise ConfigError("parallel.recompute_modules needs parallel.recompute=selective")
+        if parallel.recompute == "full" and offloaded:
+            raise ConfigError(
+                "parallel.recompute=full keeps only the inputs of layers, so parallel.offload_activations has nothing to move: "
+                "leave it out, or set parallel.recompute=selective"
+            )
+        return
+    if not recomputed:
+        raise ConfigError("parallel.recompute=selective with no parallel.recompute_modules: name some, or set it to none")
+    if "moe" in recomputed and "moe_act" in recomputed:
+        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act, leave one out")
+    for module, parts in RECOMPUTED_PARTS.items():
+        both = [part for part in offloaded if module in recomputed and part in parts]
+        if both:
+            raise ConfigError(
+                f"parallel.recompute_modules has {module} and parallel.offload_activations has {both[0]}, which covers it: "
+                "what is recomputed is not kept, so leave one out"
+            )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr={optimizer.min_lr:g}, where a {optimizer.schedule} schedule ends, is above "
+            f"optimizer.lr={optimizer.lr:g}, where it begins: lower it"
+        )
+
+
+def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
+    """Check the settings that a coefficient's kind of schedule needs."""
+    if schedule.kind in ("cosine", "switch") and schedule.steps == 0:
+        raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
+    if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
+        raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
+    if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
+        raise ConfigError(
+            f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "
+            "bounds of an adaptive schedule"
+        )
+
+
+def _check_rewards(reward: RewardConfig, data: DataConfig) -> None:
     kinds = {"reward.kind": reward.kind} | {f"reward.terms[{i}].kind": term.kind for i, term in enumerate(reward.terms)}
+    kinds |= {f"data.sources[{i}].reward": source.reward for i, source in enumerate(data.sources) if source.reward}
     for key, kind in kinds.items():
         if kind not in REWARD_KINDS and ":" not in kind:
-            raise ConfigError(f"{key}={kind} is not one of: {', '.join(REWARD_KINDS)}, or MODULE:NAME")
+            raise ConfigError(
+                f"{key}={kind} is not one of: {', '.join(REWARD_KINDS)}, or MODULE:NAME{nearest(kind, REWARD_KINDS)}"
+            )
+    if reward.kind in REWARD_KINDS and reward.kind not in OWN_SCALES and not 0 < reward.threshold <= 1:
+        raise ConfigError(
+            f"reward.threshold={reward.threshold:g} must be greater than 0 and at most 1: scores of {reward.kind} lie between "
+            "0 and 1"
+        )
     if "remote_model" in kinds.values() and not reward.remote.url:
         raise ConfigError("the reward remote_model needs reward.remote.url, where responses are posted")
     if "local_model" in kinds.values() and not reward.local.path:
         raise ConfigError("the reward local_model needs reward.local.path, an HF sequence-classification directory")
 
 
+def _check_loggers(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in LOGGERS and ":" not in name:
+            raise ConfigError(
+                f"logging.loggers: {name} is not one of: {', '.join(LOGGERS)}, or MODULE:NAME{nearest(name, LOGGERS)}"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"logging.loggers names {name} twice: leave one out")
+
+
 def _check_vllm(settings: VllmConfig) -> None:
-    if settings.gpu_memory_utilization is not None and not 0 < settings.gpu_memory_utilization <= 1:
-        raise ConfigError(f"rollout.vllm.gpu_memory_utilization={settings.gpu_memory_utilization} must be in (0, 1]")
-    for key, value in (("replicas", settings.replicas), ("restarts", settings.restarts)):
-        if value < 0:
-            raise ConfigError(f"rollout.vllm.{key}={value} must not be negative")
     if settings.servers and settings.placement != "server":
         raise ConfigError("rollout.vllm.servers needs rollout.vllm.placement=server")
     if settings.servers and settings.replicas not in (0, len(settings.servers)):
@@ -87,25 +241,21 @@ def _check_vllm(settings: VllmConfig) -> None:
         )
     for address in settings.servers:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ConfigError(f"rollout.vllm.servers: '{address}' is not host:port")
 
 
 def _check_overlap(config: Config) -> None:
-    """What goes on while servers sample."""
+    """Check what may overlap with the sampling of servers."""
     rollout = config.rollout
-    if config.teacher.score_while_sampling and (
-        rollout.engine != "vllm" or rollout.vllm.placement != "server" or rollout.steps_ahead
-    ):
+    if config.teacher.score_while_sampling and (not engines_have_own_gpus(rollout) or rollout.steps_ahead):
         raise ConfigError(
             "teacher.score_while_sampling=true needs an engine that samples this step's responses on devices of its own: set "
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
-    if rollout.steps_ahead not in (0, 1):
-        raise ConfigError(f"rollout.steps_ahead={rollout.steps_ahead} is not one of: 0, 1")
     if not rollout.steps_ahead:
         return
-    if rollout.engine != "vllm" or rollout.vllm.placement != "server":
+    if not engines_have_own_gpus(rollout):
         raise ConfigError(
             "rollout.steps_ahead=1 needs an engine that does not share the training's devices: set rollout=vllm and "
             "rollout.vllm.placement=server"
@@ -117,17 +267,15 @@ def _check_overlap(config: Config) -> None:
 
 
 def _check_reduction(config: Config) -> None:
-    """How gradients are reduced and updated weights gathered."""
+    """Check how gradients are reduced and updated weights are gathered."""
     parallel = config.parallel
-    if parallel.bucket_size is not None and parallel.bucket_size < 1:
-        raise ConfigError(f"parallel.bucket_size={parallel.bucket_size} must be at least 1, or null")
     for key, cut in (
         ("parallel.bucket_size", parallel.bucket_size is not None),
         ("parallel.overlap_param_gather", parallel.overlap_param_gather),
     ):
         if cut and not parallel.overlap_grad_reduce:
             raise ConfigError(f"{key} needs buckets, which only parallel.overlap_grad_reduce=true makes")
-    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and config.optimizer.name == "adam"):
+    if parallel.overlap_param_gather and not uses_distributed_optimizer(config):
         raise ConfigError(
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and optimizer.name=adam: otherwise "
             "every rank updates all its weights and gathers none"
@@ -135,32 +283,26 @@ def _check_reduction(config: Config) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    objective = config.objective
+    objective, updates = config.objective, config.batch.updates_per_step
+    if updates > config.rollout.prompts_per_step and not replays(config):
+        raise ConfigError(
+            f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
+            "update needs a prompt of its own"
+        )
     if objective.kind == "sft":
         return
-    learns_from_reward = can_be_positive(objective.alpha)
-    if learns_from_reward and config.rollout.engine != "replay" and config.rollout.responses_per_prompt == 1:
+    if learns_from_reward(objective) and not replays(config) and config.rollout.responses_per_prompt == 1:
         raise ConfigError(
             "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
             "(or set objective.alpha.init=0 for plain distillation)"
         )
-    if can_be_positive(objective.beta) and not config.teacher.path:
+    if uses_teacher(objective) and not config.teacher.path:
         raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2"):
         raise ConfigError(
             f"objective.kd.placement={objective.kd.placement} uses the log-ratio itself; "
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
-
-
-def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step."""
-    values = {
-        "constant": (schedule.init,),
-        "switch": (schedule.init, schedule.after),
-        "linear": (schedule.init, schedule.min, -schedule.delta),  # a negative delta lets it grow
-    }
-    return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
 
 
 def flatten(tree: Any) -> dict[str, Any]:

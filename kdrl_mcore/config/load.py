@@ -1,97 +1,402 @@
-"""Composing the configuration with Hydra, and saving it."""
+"""Compose the configuration from YAML files in `conf/` and the user's folders (with Hydra), a file of keys, and overrides."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import asdict
+import argparse
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kdrl_mcore.config.checks import (
-    check_config,
-    flatten,
+from kdrl_mcore.config.checks import check_config, check_ranges, flatten
+from kdrl_mcore.config.keys import nearest
+from kdrl_mcore.config.overrides import (
+    KEY_TYPES,
+    SECTIONS,
+    Override,
+    apply,
+    check_key,
+    name_of,
+    override,
+    read_overrides,
 )
-from kdrl_mcore.config.schema import (
-    BenchmarkConfig,
-    Config,
-)
+from kdrl_mcore.config.schema import BenchmarkConfig, Config, SourceConfig
 from kdrl_mcore.errors import ConfigError
+
+NO_GROUPS = ("study", "benchmark")
+"""Folders of `conf/` that contain no choices of the training configuration."""
+DEFAULT_GROUPS = ("objective", "rollout", "reward", "prompt", "cluster", "experiment", "dataset")
+"""The groups in `conf/config.yaml`, in its order."""
+MAY_BE_LEFT_OUT = ("prompt", "cluster", "experiment", "dataset")
+PATHS = (
+    "run.dir",
+    "student.path",
+    "teacher.path",
+    "rollout.path",
+    "reward.local.path",
+    "data.train",
+    "data.eval",
+    "checkpoint.resume",
+)
+"""Keys whose value may begin with `~`, the user's home folder."""
+TEMPLATES = ("plain_template", "message_template", "system_prompt")
+"""Keys of `data` whose text may come from a file: `@FILE`."""
 
 
 def conf_dir() -> Path:
-    """The folder of Hydra's YAML files: inside the installed package, or beside it in a checkout."""
+    """The folder of Hydra's YAML files."""
+    return _shipped("conf")
+
+
+def slurm_dir() -> Path:
+    """The folder of the SLURM scripts."""
+    return _shipped("slurm")
+
+
+def _shipped(name: str) -> Path:
+    """A folder inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
-def load_config(overrides: Sequence[str]) -> Config:
-    """Compose the configuration from `conf/` and command-line overrides (`key=value`, `group=choice`), and check it.
+@dataclass
+class Sources:
+    """The sources of a configuration besides its overrides: a file of keys (`--config`), and the folders of choices, first the
+    package's, then the user's (`--config-dir`, or Hydra's searchpath)."""
+
+    file: Path | None = None
+    folders: list[Path] = field(default_factory=lambda: [conf_dir()])
+
+    def groups(self) -> list[str]:
+        """The groups that take a choice: the default ones, then those that only the user's folders have."""
+        found = [path.name for folder in self.folders for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))]
+        return list(dict.fromkeys([*DEFAULT_GROUPS, *(name for name in found if name not in NO_GROUPS)]))
+
+    def choices(self, group: str) -> dict[str, Path]:
+        """The choices of a group and their files, from all folders."""
+        return {path.stem: path for folder in self.folders[::-1] for path in sorted((folder / group).glob("*.yaml"))}
+
+    def search_path(self) -> str:
+        """The override that adds the user's folders to Hydra's search path."""
+        return "hydra.searchpath=[" + ",".join(override("", f"file://{folder}")[1:] for folder in self.folders[1:]) + "]"
+
+
+def add_config_options(parser: argparse.ArgumentParser, metavar: str = "key=value") -> None:
+    """Add the options and overrides that `load_config` takes to the parser of a command with other options."""
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of keys, such as RUN/config.yaml, below the overrides")
+    parser.add_argument(
+        "--config-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder of your own experiment/, objective/, ... files",
+    )
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help="of the training configuration (docs/configuration.md)")
+
+
+def config_arguments(options: argparse.Namespace) -> list[str]:
+    """The parsed options of `add_config_options` as arguments for `load_config`."""
+    file = [] if options.config is None else ["--config", options.config]
+    return [*file, *(word for folder in options.config_dir for word in ("--config-dir", folder)), *options.overrides]
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Compose the configuration and check it.
+
+    Later sources take precedence: the schema's defaults, `conf/` with the user's folders and the groups' choices, the file of
+    `--config`, the overrides. A choice on the command line resets, over a file, all keys that any choice of its group sets (see
+    `_choose_over`).
+
+    Args:
+        arguments: overrides (`key=value`, `group=choice`), `--config FILE` and `--config-dir DIR`.
 
     Raises:
-        ConfigError: an unknown key (naming the nearest one), an unknown group choice, or a value of the wrong type.
+        ConfigError: an unknown key (the message names the nearest one), an unknown group choice, a value of the wrong type or
+            out of range, or settings that do not fit together.
     """
+    sources, overrides = _read_arguments(arguments)
+    groups = sources.groups()
+    chosen = {each.name: each for each in overrides if each.name in groups and not isinstance(each.value, dict)}
+    settings = [each for each in overrides if each.name not in chosen]
+    for choice in chosen.values():
+        _check_choice(choice, sources)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            if sources.file is None:
+                composed = _compose(sources, {name: choice.value for name, choice in chosen.items()})
+            else:
+                composed = _compose_file(sources, chosen)
+        for setting in settings:
+            apply(composed, setting.name, setting.value, setting.word)
         config = OmegaConf.to_object(composed)
-        assert isinstance(config, Config)
-        check_config(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error, overrides) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise _explain(error) from error
+    assert isinstance(config, Config)
+    _read_templates(config)
+    _expand_homes(config)
+    config.data.sources = [_with_dataset(source) for source in config.data.sources]
+    check_config(config)
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved configuration as YAML; `--config` reads it back as the same configuration."""
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    for name in TEMPLATES:
+        if (tree["data"][name] or "").startswith("@"):
+            tree["data"][name] = f"@{tree['data'][name]}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a report may be reading the file of a run that resumes
+    temporary.write_text(OmegaConf.to_yaml(_without_interpolations(tree)))
+    temporary.replace(path)
 
 
 def load_benchmark(name: str) -> BenchmarkConfig:
-    """The benchmark that `conf/benchmark/NAME.yaml` describes.
+    """The benchmark defined by `conf/benchmark/NAME.yaml`.
 
     Raises:
-        ConfigError: there is none of that name (naming the nearest), or its file is wrong.
+        ConfigError: there is no such benchmark (the message names the nearest), or its file is invalid.
     """
     folder = conf_dir() / "benchmark"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"eval.benchmarks: no such benchmark '{name}'; there are: {', '.join(known)}{_nearest(name, known)}")
+        raise ConfigError(f"eval.benchmarks: no such benchmark '{name}'; there are: {', '.join(known)}{nearest(name, known)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), OmegaConf.load(folder / f"{name}.yaml"))
         benchmark = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{folder / name}.yaml: {' '.join(str(error).split())}") from error
     assert isinstance(benchmark, BenchmarkConfig)
+    check_ranges(asdict(benchmark))
     return benchmark
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    """One line for a Hydra or OmegaConf error, naming the nearest key or choice where the override's name is unknown."""
-    keys = list(flatten(asdict(Config())))
-    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiments"]
-    sections = {key.split(".")[0] for key in keys}
-    for override in overrides:
-        if "=" not in override:
-            return ConfigError(f"'{override}' is not an override: write key=value or group=choice")
-        name, value = override.lstrip("+~").split("=", 1)
-        if name in groups:
-            choices = sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
-            if value not in choices and isinstance(error, MissingConfigException):
-                return ConfigError(f"{name}={value}: no such {name}; there are: {', '.join(choices)}{_nearest(value, choices)}")
-        elif name not in keys and not any(key.startswith(f"{name}.") for key in keys):
-            return ConfigError(f"unknown configuration key '{name}'{_nearest(name, [*keys, *sections, *groups])}")
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    return ConfigError(" ".join(str(cause).split()))
+def _with_dataset(source: SourceConfig) -> SourceConfig:
+    """The source, with its null values taken from the `conf/dataset/NAME.yaml` that it names."""
+    if source.dataset is None:
+        return source
+    folder = conf_dir() / "dataset"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if source.dataset not in known:
+        there = f"there are: {', '.join(known)}{nearest(source.dataset, known)}"
+        raise ConfigError(f"data.sources: no such dataset '{source.dataset}'; {there}")
+    tree = OmegaConf.to_container(OmegaConf.load(folder / f"{source.dataset}.yaml"))
+    assert isinstance(tree, dict)
+    columns = dict(tree["data"])
+    given = {"path": columns.pop("train"), "reward": tree.get("reward", {}).get("kind"), **columns}
+    return replace(source, **{key: value for key, value in given.items() if getattr(source, key) is None})
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+def _read_arguments(arguments: Sequence[str]) -> tuple[Sources, list[Override]]:
+    """Separate the options from the overrides, and read both."""
+    sources, words = Sources(), list[str]()
+    rest = iter(arguments)
+    for word in rest:
+        option, sign, value = word.partition("=")
+        if option not in ("--config", "--config-dir"):
+            words.append(word)
+            continue
+        value = value if sign else next(rest, "")
+        if not value:
+            raise ConfigError(f"{option} needs a {'file' if option == '--config' else 'folder'}: {option} PATH")
+        if option == "--config-dir":
+            _add_folder(sources, value, option)
+        elif sources.file is not None:
+            raise ConfigError(
+                f"--config is given twice, {sources.file} and {value}: a run has one file; put the rest in overrides"
+            )
+        else:
+            sources.file = Path(value).expanduser()
+    for each in read_overrides([word for word in words if name_of(word) == "hydra.searchpath"], []):
+        for folder in [each.value] if isinstance(each.value, str) else each.value or []:
+            _add_folder(sources, str(folder), "hydra.searchpath")
+    words = [word for word in words if name_of(word) != "hydra.searchpath"]
+    return sources, read_overrides(words, sources.groups())
+
+
+def _add_folder(sources: Sources, name: str, option: str) -> None:
+    """Add a user's folder of choices.
+
+    Raises:
+        ConfigError: it does not exist, contains no choices, or contains a choice whose name is taken.
+    """
+    if name.startswith("pkg://"):
+        raise ConfigError(f"{option}: {name} is not a folder: name one, such as {option}=['DIR']")
+    folder = Path(name.removeprefix("file://")).expanduser().absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"{option}: {name} is not a folder: name one that holds experiment/NAME.yaml or other choices")
+    files = sorted(folder.glob("*/*.yaml"))
+    if not files:
+        raise ConfigError(f"{option}: {name} holds no choices: they are files such as {name}/experiment/NAME.yaml")
+    for file in files:
+        taken = sources.choices(file.parent.name).get(file.stem)
+        if taken is not None and not taken.samefile(file):
+            raise ConfigError(f"{file}: {file.parent.name}={file.stem} is there already ({taken}): give the file another name")
+    if folder not in sources.folders:
+        sources.folders.append(folder)
+
+
+def _check_choice(choice: Override, sources: Sources) -> None:
+    known = list(sources.choices(choice.name))
+    if choice.value is None and choice.name in MAY_BE_LEFT_OUT:
+        return
+    there = f"there are: {', '.join(known) or 'none'}"
+    if choice.value is None or choice.value == "":
+        raise ConfigError(f"{choice.word}: {choice.name} needs a choice; {there}")
+    if choice.value not in known:
+        raise ConfigError(f"{choice.word}: no such {choice.name}; {there}{nearest(str(choice.value), known)}")
+
+
+def _compose(sources: Sources, chosen: Mapping[str, Any]) -> DictConfig:
+    """The schema with the default choices, replaced by `chosen`, and then the chosen ones of the user's own groups."""
+    words = [
+        f"{'' if name in DEFAULT_GROUPS else '+'}{override(name, str(value))}"
+        for name, value in chosen.items()
+        if value is not None
+    ]
+    return compose("config", overrides=[sources.search_path(), *words])
+
+
+def _compose_file(sources: Sources, chosen: Mapping[str, Override]) -> DictConfig:
+    """The choices that the file names, overridden by its keys, then by the command line's choices."""
+    assert sources.file is not None
+    if "experiment" in chosen and chosen["experiment"].value is not None:
+        raise ConfigError(
+            f"{chosen['experiment'].word}: --config {sources.file} stands for an experiment: leave one out, or name the "
+            "experiment in the file (experiment: NAME)"
+        )
+    tree = _read_file(sources.file)
+    groups = sources.groups()
+    choices = {name: value for name, value in tree.items() if name in groups and isinstance(value, str)}
+    named = {}
+    for name, value in (*_defaults_of(tree.pop("defaults", None), groups, sources.file), *choices.items()):
+        _check_choice(Override(f"{sources.file}: {name}={value}", name, value), sources)
+        named[name] = value
+    composed = _compose(sources, named)
+    for name, value in _leaves({name: value for name, value in tree.items() if name not in choices}, sources.file):
+        apply(composed, name, value, f"{sources.file}: {name}={value}")
+    for choice in chosen.values():
+        if choice.value is not None:
+            _choose_over(composed, choice, sources)
+    return composed
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"--config: {path} is not a file: name a YAML file of keys, such as RUN/config.yaml")
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {path} holds no keys: write them as in RUN/config.yaml")
+    return tree
+
+
+def _defaults_of(entries: Any, groups: Sequence[str], file: Path) -> Iterator[tuple[str, Any]]:
+    """The choices in a file's `defaults` list, in Hydra's syntax."""
+    for entry in entries or []:
+        if entry in ("_self_", "schema"):
+            continue
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise ConfigError(f"{file}: defaults: '{entry}' is not a group and its choice, such as experiment: tiny_cpu")
+        ((name, value),) = entry.items()
+        name = str(name).removeprefix("override ").removeprefix("optional ").strip().removeprefix("/")
+        if name not in groups:
+            raise ConfigError(f"{file}: defaults: there is no group '{name}'{nearest(name, groups)}")
+        yield name, value
+
+
+def _leaves(tree: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        check_key(name, where=f"{path}: ")
+        if name not in SECTIONS:
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, path, f"{name}.")
+        else:
+            raise ConfigError(f"{path}: '{name}' is a section: write its keys below it, or leave it out")
+
+
+def _choose_over(composed: DictConfig, choice: Override, sources: Sources) -> None:
+    """Apply a choice to a composed configuration: every key that any choice of the group sets is reset to its default, then
+    this choice's keys are set. So nothing of an objective remains when another one is chosen."""
+    defaults = flatten(asdict(Config()))
+    about = {name for file in sources.choices(choice.name).values() for name in _keys_of(file, choice.name)}
+    for name in sorted(about & defaults.keys()):
+        apply(composed, name, defaults[name], choice.word)
+    preset: Any = OmegaConf.to_container(compose(f"{choice.name}/{choice.value}", overrides=[sources.search_path()]))
+    for name, value in flatten(preset).items():
+        check_key(name, where=f"{choice.word}: ")
+        apply(composed, name, value, choice.word)
+
+
+def _keys_of(file: Path, group: str) -> set[str]:
+    """The keys that the file of a choice sets."""
+    package = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    prefix = group if package is None else package[1].removeprefix("_global_")
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file)) or {}
+    return {f"{prefix}.{name}".removeprefix(".") for name in flatten(tree)}
+
+
+def _read_templates(config: Config) -> None:
+    """Replace `@FILE` by the file's text, unchanged; `@@` stands for a text that begins with `@`."""
+    for name in TEMPLATES:
+        text = getattr(config.data, name)
+        if text is None or not text.startswith("@"):
+            continue
+        path = Path(text[1:]).expanduser()
+        try:
+            content = text[1:] if text.startswith("@@") else path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(
+                f"data.{name}={text}: {path} cannot be read ({cause}); write @@ for a text that begins with @"
+            ) from error
+        setattr(config.data, name, content)
+
+
+def _expand_homes(config: Config) -> None:
+    for key in PATHS:
+        *parents, name = key.split(".")
+        section: Any = config
+        for parent in parents:
+            section = getattr(section, parent)
+        value = getattr(section, name)
+        if value and value.startswith("~"):
+            setattr(section, name, os.path.expanduser(value))
+    for source in config.data.sources:
+        source.path = os.path.expanduser(source.path) if source.path else None
+
+
+def _without_interpolations(node: Any) -> Any:
+    """The tree with `${` escaped in texts, where it would otherwise be read as a reference to another key."""
+    if isinstance(node, dict):
+        return {key: _without_interpolations(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_interpolations(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
+
+
+def _explain(error: Exception) -> ConfigError:
+    """A one-line ConfigError for an error in a YAML file, or in a reference to another key."""
+    text = str(error)
+    found = re.search(r"full_key: (\S+)", text)
+    where = found[1] if found else getattr(error, "full_key", None) or ""
+    lines = [line.strip() for line in re.split(r"\n\s*(?:full_key|Config search path):", text)[0].splitlines() if line.strip()]
+    text = " ".join(lines).replace(" raised while composing config", "")
+    if re.search(r"Key '[^']*' not in", text):
+        own = "" if "." in where else "; a choice of a group of your own begins with the line '# @package _global_'"
+        known = [key for key in KEY_TYPES if "[]" not in key]
+        return ConfigError(f"{text.split(':')[0]}: unknown configuration key '{where}'{nearest(where, known)}{own}")
+    return ConfigError(f"{where}: {text}" if where and where not in text else text)

@@ -1,4 +1,4 @@
-"""Import and export: between HF's safetensors and Megatron's torch_dist, a block of rows at a time, by several threads."""
+"""Convert between HF's safetensors and Megatron's torch_dist, a block of rows at a time, with several threads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from kdrl_mcore.convert.extent import NO_KERNEL_COPY, ByteRange, Extent, num_elements, raw_bytes, write_at
-from kdrl_mcore.convert.folders import RELEASE, TRACKER, config_folder, open_weights, torch_dist_folder, written_aside
+from kdrl_mcore.convert.byte_ranges import NO_KERNEL_COPY, ByteRange, Extent, num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.folders import RELEASE, TRACKER, open_weights, torch_dist_folder
 from kdrl_mcore.convert.hf_files import (
     HFWeights,
     copy_side_files,
@@ -23,17 +23,18 @@ from kdrl_mcore.convert.hf_files import (
     write_config,
     write_index,
 )
+from kdrl_mcore.convert.targets import check_target, written_aside
 from kdrl_mcore.convert.torch_dist_writer import TorchDistWriter
 from kdrl_mcore.convert.weight_map import Weights, check_names, global_tensors
 from kdrl_mcore.errors import CheckpointError, ModelError
-from kdrl_mcore.model.families import FAMILIES, read_architecture
+from kdrl_mcore.model.families import FAMILIES, config_folder, read_architecture
 
 BLOCK_BYTES = 16 * 2**20
-"""Read, cast and written at a time by one thread."""
+"""How much one thread reads, casts and writes at a time."""
 Progress = Callable[[int], None]
-"""Told of every block: how many bytes are done."""
+"""Called for every block with the number of bytes just done."""
 Start = Callable[[int], Progress]
-"""Told how many bytes there are to do, before the first."""
+"""Called once before the first block with the number of bytes to do."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,26 @@ class Copy:
     target_row: int
 
 
-def import_hf(hf: str | Path, output: str | Path, dtype: torch.dtype | None, start: Start, threads: int | None = None) -> None:
-    """Write an HF checkpoint as a converted one: Megatron's torch_dist format, with config and tokenizer beside it.
+def import_hf(
+    hf: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None,
+    start: Start,
+    threads: int | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Convert an HF checkpoint to Megatron's torch_dist format, with config and tokenizer beside it.
 
     Args:
-        dtype: cast every tensor to it; None keeps each as it is.
+        dtype: cast every tensor to this dtype; None casts nothing.
+        overwrite: an earlier output may be replaced (`check_target`).
 
     Raises:
-        ModelError: the source is damaged or not supported, or the output cannot be written; then there is no output.
+        ModelError: the source is damaged or not supported, or the output cannot be written. The output is then unchanged.
     """
     hf, output = Path(hf), Path(output)
+    check_target(output, [hf], overwrite=overwrite)
     architecture = read_architecture(hf)
     rules = FAMILIES[architecture.family].rules(architecture)
     with HFWeights(hf) as weights:
@@ -67,11 +78,11 @@ def import_hf(hf: str | Path, output: str | Path, dtype: torch.dtype | None, sta
             raise ModelError(f"{hf} mixes {' and '.join(sorted(map(str, found)))}: choose one with --dtype")
         to = dtype or found.pop()
         total = sum(num_elements(tensor.shape) for tensor in tensors) * to.itemsize
-        with written_aside(output, total) as aside:
-            writer = TorchDistWriter(aside / RELEASE)
+        with written_aside(output, total, [hf], overwrite=overwrite) as temporary:
+            writer = TorchDistWriter(temporary / RELEASE)
             copies = []
             for tensor in tensors:
-                # Megatron stores gate and up apart; query, key and value are interleaved in one chunk.
+                # Megatron stores gate and up in separate chunks, and query, key and value interleaved in one.
                 bounds = [0, tensor.hf_shapes[0][0], tensor.shape[0]] if len(tensor.hf_names) == 2 else [0, tensor.shape[0]]
                 for low, high in pairwise(bounds):
                     extent = writer.place(tensor, low, high - low, to)
@@ -84,8 +95,8 @@ def import_hf(hf: str | Path, output: str | Path, dtype: torch.dtype | None, sta
             writer.end_layout()
             copy_all(weights, copies, start(total), threads)
             writer.finish(architecture, to)
-            (aside / TRACKER).write_text(RELEASE)
-            write_config(hf, aside, to)
+            (temporary / TRACKER).write_text(RELEASE)
+            write_config(hf, temporary, to)
 
 
 def export_hf_folder(
@@ -94,20 +105,24 @@ def export_hf_folder(
     start: Start,
     max_shard_bytes: int = 5 * 10**9,
     threads: int | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write a converted or a training checkpoint as an HF checkpoint, without the padding of its vocabulary.
+    """Write a converted or a training checkpoint as an HF checkpoint, without vocabulary padding.
 
     Args:
-        max_shard_bytes: the largest file (or one tensor).
+        max_shard_bytes: the size of the largest file (or one tensor).
+        overwrite: an earlier output may be replaced (`check_target`).
 
     Raises:
-        ModelError, CheckpointError: the source is damaged, or the output cannot be written; then there is no output.
+        ModelError, CheckpointError: the source is damaged, or the output cannot be written. The output is then unchanged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    check_target(output, [checkpoint], overwrite=overwrite)
     if torch_dist_folder(checkpoint) is None:
         raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
     config = config_folder(checkpoint)
-    architecture = read_architecture(config)
+    architecture = read_architecture(checkpoint)
     rules = FAMILIES[architecture.family].rules(architecture)
     with open_weights(checkpoint) as weights:
         check_names(weights, architecture, rules)
@@ -115,18 +130,18 @@ def export_hf_folder(
         tensors = {name: (weights.shape(name), weights.dtype(name)) for name in names}
         shards = split_into_shards(tensors, max_shard_bytes)
         total = sum(num_elements(shape) * dtype.itemsize for shape, dtype in tensors.values())
-        with written_aside(output, total) as aside:
+        with written_aside(output, total, [checkpoint], overwrite=overwrite) as temporary:
             copies = []
             for number, shard in enumerate(shards, 1):
-                extents = lay_out(aside / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
+                extents = lay_out(temporary / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
                 copies += [Copy(name, 0, extent.shape[0], extent, 0) for name, extent in extents.items()]
             copy_all(weights, copies, start(total), threads)
-            write_index(aside, shards, total)
+            write_index(temporary, shards, total)
             dtypes = {weights.dtype(name) for name in names}
             if len(dtypes) == 1:
-                write_config(config, aside, dtypes.pop())
+                write_config(config, temporary, dtypes.pop())
             else:
-                copy_side_files(config, aside)
+                copy_side_files(config, temporary)
 
 
 def blocks(start: int, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -152,7 +167,7 @@ def copy_all(weights: Weights, copies: Iterable[Copy], progress: Progress, threa
 
 
 def _by_turns(copies: Iterable[Copy]) -> list[Copy]:
-    """One copy into each file in turn, so that threads seldom write to the same file."""
+    """Order copies by taking one into each file in turn, so that threads seldom write to the same file."""
     by_file: dict[Path, list[Copy]] = defaultdict(list)
     for item in copies:
         by_file[item.target.path].append(item)
@@ -160,7 +175,7 @@ def _by_turns(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _copy_in_kernel(weights: Weights, item: Copy, target: int, progress: Progress) -> bool:
-    """Copy rows as they are without reading them into memory; False if that is not possible here."""
+    """Copy rows without reading them into memory; returns False where that is not possible."""
     ranges = weights.ranges(item.name, item.start, item.rows)
     if ranges is None or not hasattr(os, "copy_file_range"):
         return False
@@ -180,7 +195,7 @@ def _copy_in_kernel(weights: Weights, item: Copy, target: int, progress: Progres
 
 
 def run_all(jobs: list[Callable[[], None]], threads: int | None) -> None:
-    """Run jobs on threads; the first error ends all of them."""
+    """Run jobs on threads. The first error cancels those that have not started."""
     with ThreadPoolExecutor(threads or min(8, 2 * (os.cpu_count() or 1))) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdrl_mcore.convert.extent import num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
 from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
-from kdrl_mcore.convert.weight_map import Piece, hf_shapes, pieces
-from kdrl_mcore.errors import CheckpointError
+from kdrl_mcore.convert.targets import begin, put_in_place
+from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, pieces
+from kdrl_mcore.errors import CheckpointError, KdrlError
 from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.parallel.collect import gather_objects
 
 
 def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-    """This pipeline stage's tensors under their HF names, whole: on tensor-parallel rank 0, and on every rank its own experts.
-    The other tensor-parallel ranks get None in their places, so that they can keep step.
+    """This pipeline stage's whole tensors under their HF names, on tensor-parallel rank 0; each rank also yields its own
+    experts. The other tensor-parallel ranks get None in place of the gathered tensors, so that all iterate in step.
 
     Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
     iterate. At most one parameter is held in full at a time; a tensor may be a view of it.
@@ -51,8 +54,8 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
             yield name, _join([(piece, part) for piece, part in found if piece.hf == name], shape)
 
 
-def _join(found: Sequence[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
-    """One HF tensor from its pieces: a view where there is only one."""
+def _join(found: Sequence[tuple[TensorSlice, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """One HF tensor from its slices: a view where there is only one."""
     if len(found) == 1 and found[0][1].shape == shape:
         return found[0][1]
     whole = found[0][1].new_empty(shape)
@@ -62,7 +65,7 @@ def _join(found: Sequence[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tens
 
 
 def mapped_parameters(parts: ModelParts) -> Iterator[MappedParameter]:
-    """Every parameter of this rank, but for the last stage's copy of tied embeddings."""
+    """Every parameter of this rank except the last stage's copy of tied embeddings."""
     rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
     for chunk in parts.chunks:
         for mapped in map_chunk(chunk, rules, parts.groups):
@@ -71,8 +74,8 @@ def mapped_parameters(parts: ModelParts) -> Iterator[MappedParameter]:
 
 
 def owned_tensors(parts: ModelParts) -> Described:
-    """Shape and dtype of the HF tensors that this rank is the one to give: each tensor of the model has one such rank in the
-    world. It is tensor-parallel rank 0 of its stage in the first replica, or the first that holds the expert."""
+    """Shape and dtype of the HF tensors that this rank owns. Each tensor of the model has one owner in the world:
+    tensor-parallel rank 0 of its stage in the first replica, or the first rank that holds the expert."""
     first_replica, first_experts = parts.groups.replicas.rank() == 0, parts.groups.groups.expt_dp.rank() == 0
     owned: Described = {}
     for mapped in mapped_parameters(parts):
@@ -84,7 +87,7 @@ def owned_tensors(parts: ModelParts) -> Described:
 
 @dataclass
 class _Written:
-    """What one rank wrote: its files with their tensors, how many bytes, and what went wrong."""
+    """What one rank wrote: its files with their tensors, the number of bytes, and the error if writing failed."""
 
     files: list[tuple[str, list[str]]] = field(default_factory=list)
     num_bytes: int = 0
@@ -94,40 +97,54 @@ class _Written:
 def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write the model to `target`, with config and tokenizer from `source`. Collective over the world.
 
-    One rank of each pipeline stage, and of each share of experts, writes its own files, at most `max_shard_bytes` each (or
-    one tensor), a parameter at a time. They are written aside: `target` is replaced when all of them are complete, or left as
-    it was.
+    One rank of each pipeline stage, and of each share of experts, writes its own files, of at most `max_shard_bytes` (or one
+    tensor) each, a parameter at a time. They go into a temporary folder: an earlier export at `target` is replaced only once
+    all of them are complete, and anything else there is never replaced (`check_target`).
 
     Raises:
-        CheckpointError: on every rank, if one of them cannot write.
+        CheckpointError: on every rank, if any of them cannot write.
     """
-    target = Path(target)
-    aside = target.with_name(f".{target.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    written = _write_own(parts, aside, max_shard_bytes)
-    gathered: list[_Written] = [written] * dist.get_world_size()
-    dist.all_gather_object(gathered, written)
+    temporary = Path(_on_rank_0(lambda: str(begin(target, [source], overwrite=True)), target))
+    written = _write_own(parts, temporary, max_shard_bytes)
+    gathered = gather_objects(written)
     errors = [each.error for each in gathered if each.error]
-    if dist.get_rank() == 0:
-        if not errors:
+
+    def complete() -> None:
+        try:
+            if errors:
+                raise CheckpointError(errors[0])
             files = [file for each in gathered for file in each.files]
             for number, (name, _) in enumerate(files, 1):
-                os.replace(aside / name, aside / shard_name(number, len(files)))
-            write_index(aside, [tensors for _, tensors in files], sum(each.num_bytes for each in gathered))
-            write_config(Path(source), aside, parts.config.params_dtype)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    dist.barrier()
-    if errors:
-        raise CheckpointError(f"cannot write {target}: {errors[0]}")
+                os.replace(temporary / name, temporary / shard_name(number, len(files)))
+            write_index(temporary, [tensors for _, tensors in files], sum(each.num_bytes for each in gathered))
+            write_config(Path(source), temporary, parts.config.params_dtype)
+            put_in_place(temporary, target, [source], overwrite=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    _on_rank_0(complete, target)
+
+
+def _on_rank_0(act: Callable[[], Any], target: str | Path) -> Any:
+    """Run an action on rank 0 and return its result on every rank. Collective over the world.
+
+    Raises:
+        CheckpointError: on every rank, if the action failed.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except (OSError, KdrlError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(f"cannot write {target}: {outcome[1]}")
+    return outcome[0]
 
 
 def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Written:
-    """Write what this rank owns. All ranks of the first replica take part in its gathers."""
+    """Write the tensors that this rank owns. All ranks of the first replica take part in its gathers."""
     first_replica, owned, result = parts.groups.replicas.rank() == 0, owned_tensors(parts), _Written()
     try:
         places = {}
@@ -147,5 +164,5 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
                 with places[name].path.open("r+b", buffering=0) as opened:
                     write_at(opened, raw_bytes(tensor.cpu()), places[name].offset)
             except OSError as error:
-                result.error = str(error)  # and go on gathering: the other ranks wait for this one
+                result.error = str(error)  # keep gathering: the other ranks wait for this one
     return result

@@ -1,4 +1,4 @@
-"""HF checkpoints on disk: safetensors files, one or many with an index. Nothing is ever unpickled."""
+"""HF checkpoints on disk: one safetensors file, or several with an index. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdrl_mcore.convert.extent import ByteRange, Extent, Files, num_elements
+from kdrl_mcore.convert.byte_ranges import ByteRange, Extent, Files, num_elements
 from kdrl_mcore.errors import ModelError
+from kdrl_mcore.parallel.dtypes import SAFETENSORS_DTYPES
 
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = (
@@ -27,16 +28,17 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What an HF model directory holds beside its weights; copied from the model a run started from."""
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes of weights, as safetensors spells them."""
+"""The files of an HF model directory other than weights; they are copied from the model that a run started from."""
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Any of these files marks a folder as an adapter (PEFT)."""
 
 
 class HFWeights:
-    """Slices of the tensors of an HF checkpoint, read on demand. A context manager: it keeps files open."""
+    """The tensors of an HF checkpoint, read on demand slice by slice. A context manager: it keeps files open."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ModelError: no safetensors, an index that names absent files or tensors, or a file that is cut short."""
+        """Raises ModelError: there are no safetensors, the index names absent files or tensors, a file is cut short, or the
+        folder holds other weights that some program would read instead."""
         self.path = Path(path)
         self.files = Files()
         index = self.path / INDEX
@@ -54,11 +56,17 @@ class HFWeights:
                         "safetensors"
                     )
                 raise ModelError(f"{self.path} has no weights: neither model.safetensors nor {INDEX} is there")
+        _refuse_rivals(self.path, names)
         self._extents: dict[str, Extent] = {}
         for name in names:
             if not (self.path / name).is_file():
                 raise ModelError(f"{index} names {name}, which is not there: the checkpoint is incomplete")
-            self._extents.update(_read_header(self.path / name))
+            found = _read_header(self.path / name)
+            for twice in found.keys() & self._extents.keys():
+                raise ModelError(
+                    f"{self.path}: both {self._extents[twice].path.name} and {name} hold {twice}: remove one of them"
+                )
+            self._extents.update(found)
         for name, file in (named or {}).items():
             if name not in self._extents or self._extents[name].path.name != file:
                 raise ModelError(f"{index} says that {name} is in {file}, which does not hold it")
@@ -103,11 +111,43 @@ class HFWeights:
         self.files.close()
 
 
+def unread_files(path: str | Path) -> list[str]:
+    """Files of weights in a model folder that are never read, such as pickled copies."""
+    path = Path(path)
+    ends = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
+    return sorted(
+        file.name for end in ends for file in path.glob(end) if not _is_weights(file) and file.name != "training_args.bin"
+    )
+
+
+def _is_weights(file: Path) -> bool:
+    return file.name.startswith("model") and file.suffix == ".safetensors"
+
+
+def _refuse_rivals(path: Path, names: list[str]) -> None:
+    """Refuse weights that other programs would read instead of these, or in addition to them.
+
+    Raises:
+        ModelError: the folder holds an adapter, or safetensors of the model that do not belong to those that are read.
+    """
+    adapter = next((name for name in ADAPTERS if (path / name).is_file()), None)
+    if adapter is not None:
+        raise ModelError(
+            f"{path} holds an adapter ({adapter}) beside its weights and would ignore it: merge it into the weights, or move it"
+        )
+    rival = next((file.name for file in sorted(path.glob("model*.safetensors")) if file.name not in names), None)
+    if rival is not None:
+        read = INDEX if (path / INDEX).is_file() else names[0]
+        raise ModelError(f"{path} holds {rival}, which does not belong to {read}: remove the one left over from another save")
+
+
 def _read_index(index: Path) -> dict[str, str]:
     try:
         named: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} is not a valid index of safetensors files: {error!r}") from error
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise ModelError(f"{index} is not a valid index of safetensors files: its weight_map names none")
     outside = [file for file in named.values() if Path(file).name != file]
     if outside:
         raise ModelError(f"{index} names {outside[0]}, which is not a file beside it")
@@ -115,11 +155,11 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, Extent]:
-    """Where each tensor of a safetensors file lies (https://huggingface.co/docs/safetensors: eight bytes of length, then
-    JSON, then data)."""
+    """Where each tensor of a safetensors file lies (https://huggingface.co/docs/safetensors: eight bytes with the header's
+    length, the header in JSON, the data)."""
     try:
         with safe_open(path, framework="pt"):
-            pass  # the library checks that the header is sound and that the file has all its bytes
+            pass  # the library checks that the header is valid and that the file has all its bytes
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict = json.loads(file.read(length))
@@ -127,10 +167,12 @@ def _read_header(path: Path) -> dict[str, Extent]:
         raise ModelError(f"{path} is damaged or cut short: {' '.join(str(error).split())}") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ModelError(f"{path}: {name} is {entry['dtype']}, and only {', '.join(DTYPES)} weights are supported")
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ModelError(
+                f"{path}: {name} is {entry['dtype']}, and only {', '.join(SAFETENSORS_DTYPES)} weights are supported"
+            )
     return {
-        name: Extent(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        name: Extent(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
         for name, entry in header.items()
     }
 
@@ -140,16 +182,16 @@ Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def split_into_shards(tensors: Described, max_bytes: int) -> list[list[str]]:
-    """Spread tensors over files of at most `max_bytes` (or one tensor), in order."""
+    """Distribute tensors over files of at most `max_bytes` (or one tensor), in order."""
     shards: list[list[str]] = [[]]
-    room = max_bytes
+    free = max_bytes
     for name, (shape, dtype) in tensors.items():
         size = num_elements(shape) * dtype.itemsize
-        if size > room and shards[-1]:
+        if size > free and shards[-1]:
             shards.append([])
-            room = max_bytes
+            free = max_bytes
         shards[-1].append(name)
-        room -= size
+        free -= size
     return shards
 
 
@@ -159,13 +201,13 @@ def shard_name(number: int, count: int) -> str:
 
 
 def lay_out(path: Path, tensors: Described) -> dict[str, Extent]:
-    """Write a safetensors file's header and make the file as long as it will be; the tensors' bytes are filled in later."""
-    spelled = {dtype: name for name, dtype in DTYPES.items()}
+    """Write a safetensors file's header and extend the file to its final length; the tensors' bytes are filled in later."""
+    dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     entries: dict = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in tensors.items():
         end = at + num_elements(shape) * dtype.itemsize
-        entries[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        entries[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -179,7 +221,7 @@ def lay_out(path: Path, tensors: Described) -> dict[str, Extent]:
 
 
 def write_index(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Write the index of several files; a single one needs none."""
+    """Write the index of several files; a single file needs none."""
     if len(shards) > 1:
         weight_map = {name: shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -187,14 +229,14 @@ def write_index(folder: Path, shards: list[list[str]], total: int) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but the weights of an HF directory: config, tokenizer, generation config, chat template."""
+    """Copy an HF directory's files other than weights: config, tokenizer, generation config, chat template."""
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy the side files, and name the weights' dtype in the config."""
+    """Copy the side files, and set the weights' dtype in the config."""
     copy_side_files(source, target)
     config = json.loads((target / "config.json").read_text())
     key, name = "dtype" if "dtype" in config else "torch_dtype", str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The parameters of a running model with the HF slices they hold."""
+"""The parameters of a running model and the HF slices they hold."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kdrl_mcore.convert.weight_map import Piece, pieces
+from kdrl_mcore.convert.weight_map import TensorSlice, pieces
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
 from kdrl_mcore.model.gpt import LanguageModel
 from kdrl_mcore.parallel.layout import ModelGroups
 
-# Transformer Engine fuses each norm into the linear layer behind it and keeps its weight there.
+# Transformer Engine fuses each norm into the linear layer that follows it and keeps the norm's weight there.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -23,20 +23,20 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class MappedParameter:
-    """One parameter of this rank with the HF slices it holds; rows that no piece covers are vocabulary padding."""
+    """One parameter of this rank and the HF slices it holds; rows that no slice covers are vocabulary padding."""
 
     name: str
     parameter: nn.Parameter
     rule: WeightRule
     hf_names: tuple[str, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
 
 
 def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups) -> Iterator[MappedParameter]:
     """Every parameter of a model chunk with its HF slices.
 
     Raises:
-        ModelError: a parameter the map does not know.
+        ModelError: the weight map does not have a parameter.
     """
     by_name = {rule.megatron: rule for rule in rules}
     tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
@@ -60,8 +60,8 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
 
 
 def _generic_name(chunk: LanguageModel, name: str, groups: ModelGroups) -> tuple[int, int, str]:
-    """(global layer number, global expert number, the name with `{layer}` and `{expert}` in their places and Transformer
-    Engine's names undone)."""
+    """(global layer number, global expert number, the parameter's name in the weight map): numbers are replaced by `{layer}`
+    and `{expert}`, and Transformer Engine's names by Megatron-Core's own."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if not match:
         return 0, 0, name

@@ -1,8 +1,7 @@
-"""Megatron's torch_dist format, read in place: where each chunk of each tensor lies, without unpickling anything but names,
-shapes and offsets.
+"""Read Megatron's torch_dist format in place: locate each chunk of each tensor, and unpickle only names, shapes and offsets.
 
-A torch_dist folder is a torch.distributed.checkpoint (DCP): `.metadata` (a pickle of DCP's own classes) says which chunks a
-tensor has and in which `.distcp` file, offset and length each is stored; a stored chunk is what `torch.save` writes.
+A torch_dist folder is a torch.distributed.checkpoint (DCP): `.metadata` (a pickle of DCP's own classes) lists the chunks of
+each tensor, with the `.distcp` file, offset and length of each; a stored chunk is what `torch.save` writes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
-from kdrl_mcore.convert.extent import ByteRange, Extent, Files, num_elements
+from kdrl_mcore.convert.byte_ranges import ByteRange, Extent, Files, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor, global_tensors
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
@@ -44,11 +43,11 @@ _ALLOWED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds DCP's metadata classes and nothing else: a pickle can name any function."""
+    """Builds DCP's metadata classes and nothing else, because a pickle can name any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if module.startswith("megatron."):  # placeholders without fields, which 0.15 and older stored
+        if module.startswith("megatron."):  # placeholders without fields, which Megatron-Core 0.15 and older stored
             return type(name, (), {})
         if dtype or (module, name) in _ALLOWED or (module in _ALLOWED_MODULES and isinstance(_find(module, name), type)):
             return super().find_class(module, name)
@@ -63,7 +62,7 @@ def read_metadata(folder: Path) -> Metadata:
     """The `.metadata` of a torch_dist folder.
 
     Raises:
-        CheckpointError: it is not there, is damaged, or holds anything but metadata.
+        CheckpointError: the file is missing, damaged, or holds anything but metadata.
     """
     path = folder / METADATA
     try:
@@ -88,11 +87,11 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class TorchDistWeights:
-    """The weights of a torch_dist checkpoint under their HF names, read on demand whatever layout saved it. A context
-    manager: it keeps files open. Padded vocabulary rows are not seen."""
+    """The weights of a torch_dist checkpoint of any layout under their HF names, read on demand, without vocabulary padding. A
+    context manager: it keeps files open."""
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
-        """Raises CheckpointError: no or damaged metadata, or a tensor that the architecture does not have that shape of."""
+        """Raises CheckpointError: the metadata is missing or damaged, or one chunk stores several layers or experts."""
         self.path = Path(folder)
         self.files = Files()
         self._archives = _Archives()
@@ -127,7 +126,8 @@ class TorchDistWeights:
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an HF tensor, as far as the checkpoint's own sizes tell it."""
+        """The shape of an HF tensor; if the stored tensor does not have the shape that the architecture expects, the stored
+        shape."""
         tensor, index = self._tensor(name)
         size = tuple(self._tensors[tensor.key].size)[len(tensor.grid) :]
         whole = (*tensor.grid, *tensor.shape) == tuple(self._tensors[tensor.key].size)
@@ -142,7 +142,7 @@ class TorchDistWeights:
         """`length` rows (dim 0) or columns (dim 1) of an HF tensor, in the checkpoint's dtype.
 
         Raises:
-            CheckpointError: no such tensor, or some of its rows are not stored.
+            CheckpointError: there is no such tensor, or some of its rows are not stored.
         """
         tensor, index = self._tensor(name)
         shape = tensor.hf_shapes[index]
@@ -180,7 +180,7 @@ class TorchDistWeights:
         return result if found == length else None
 
     def _block(self, tensor: GlobalTensor, start: int, count: int, column: int, columns: int) -> Tensor:
-        """[count, columns] of a Megatron tensor (a vector has one column), from however many chunks hold them."""
+        """[count, columns] of a Megatron tensor (a vector has one column), from all the chunks that hold them."""
         lead, found, result = len(tensor.grid), 0, None
         for offsets, sizes in self._chunks[tensor.key, tensor.position]:
             (first, rows), (left, width) = zip((*offsets[lead:], 0)[:2], (*sizes[lead:], 1)[:2], strict=True)
@@ -203,7 +203,7 @@ class TorchDistWeights:
     def _extent(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> Extent:
         stored = self._storage.get(MetadataIndex(key, torch.Size(offsets)))
         if stored is None:
-            raise CheckpointError(f"{self.path}/{METADATA} does not say where {key} {list(offsets)} is stored")
+            raise CheckpointError(f"{self.path}/{METADATA} does not locate {key} {list(offsets)}: the checkpoint is damaged")
         path = self.path / stored.relative_path
         if Path(stored.relative_path).name != stored.relative_path or not path.is_file():
             raise CheckpointError(f"{self.path} is incomplete: {stored.relative_path}, which holds {key}, is not there")
@@ -224,7 +224,7 @@ class TorchDistWeights:
 
 
 class _Archives:
-    """Where the bytes of a tensor lie within what `torch.save` wrote (a zip archive of a small pickle and the raw bytes)."""
+    """Where a tensor's bytes lie within the output of `torch.save` (a zip archive of a small pickle and the raw bytes)."""
 
     def __init__(self) -> None:
         self._offsets: dict[tuple[Path, int], int] = {}
@@ -236,7 +236,7 @@ class _Archives:
         """The offset in the file.
 
         Raises:
-            CheckpointError: it is damaged, or not one plain tensor of that shape and dtype.
+            CheckpointError: the archive is damaged, or is not one plain tensor of this shape and dtype.
         """
         if (path, offset) not in self._offsets:
             try:
@@ -259,17 +259,17 @@ class _Archives:
                 tensor = torch.load(view, weights_only=True)
             plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and tensor.storage_offset() == 0
             if not plain:
-                raise CheckpointError(f"{path} holds something else than a plain contiguous tensor")
+                raise CheckpointError(f"{path} holds something other than a plain contiguous tensor")
             self._checked[pickled] = (tuple(tensor.shape), tensor.dtype)
         if self._checked[pickled] != (sizes, dtype) or data.file_size != num_elements(sizes) * dtype.itemsize:
-            raise CheckpointError(f"{path} holds a tensor of another shape or dtype than {METADATA} says")
+            raise CheckpointError(f"{path} holds a tensor whose shape or dtype differs from {METADATA}")
         view.seek(data.header_offset + 26)  # the local header's lengths of name and extra field
         name, extra = (int.from_bytes(view.read(2), "little") for _ in range(2))
         return data.header_offset + 30 + name + extra
 
 
 class _View(io.RawIOBase):
-    """A range of a file as a file of its own."""
+    """A range of a file, readable as a file."""
 
     def __init__(self, files: Files, path: Path, offset: int, length: int) -> None:
         self._path, self._files, self._offset, self._length, self._at = path, files, offset, length, 0

@@ -1,8 +1,8 @@
-"""Write Megatron's torch_dist format tensor by tensor: first every chunk's place is laid out, then bytes are filled in by many
-threads; no tensor is ever held whole.
+"""Write Megatron's torch_dist format tensor by tensor: lay out all chunks first, then fill in their bytes from many threads;
+no tensor is ever held whole.
 
-`torch.save` under `skip_data` writes all of an archive but the tensor's bytes. It is called once per shape; every chunk of
-that shape is the same frame around other bytes.
+`torch.save` under `skip_data` writes an archive without the tensor's bytes. It is called once per shape: all chunks of a
+shape have the same frame around different bytes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 
-from kdrl_mcore.convert.extent import Extent, num_elements
+from kdrl_mcore.convert.byte_ranges import Extent, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor
 from kdrl_mcore.model.families.base import Architecture
 
 FILES = 4
-"""Chunks are dealt out to so many `.distcp` files at a time: threads that fill in one file wait for each other."""
+"""How many `.distcp` files chunks are distributed over at a time: threads that write to the same file wait for each other."""
 FILE_BYTES = 4 * 10**9
 """New files start after this many bytes."""
 _EXTRA_STATES = (
@@ -47,12 +47,12 @@ _EXTRA_STATES = (
     "mlp.linear_fc2",
     "pre_mlp_layernorm",
 )
-"""Modules of a layer that ask a checkpoint for `_extra_state` (scaling factors of FP8 training, which these weights have not)
-under one of Megatron's layer specs. Each gets an empty one: what a spec does not ask for is ignored."""
+"""Modules of a layer that ask a checkpoint for `_extra_state` (scaling factors of FP8 training, which these weights do not
+have) under one of Megatron's layer specs. Each gets an empty one; a spec ignores those that it does not ask for."""
 
 
 class _Frame(io.RawIOBase):
-    """Takes what `torch.save` writes under `skip_data`, which seeks over the tensor's bytes."""
+    """Captures the output of `torch.save` under `skip_data`, which seeks over the tensor's bytes."""
 
     def __init__(self) -> None:
         self.before, self.after, self._seen, self._at = bytearray(), bytearray(), False, 0
@@ -80,7 +80,7 @@ class _Frame(io.RawIOBase):
 
 
 class TorchDistWriter:
-    """One torch_dist folder in the making."""
+    """A torch_dist folder being written."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -92,7 +92,7 @@ class TorchDistWriter:
         self._open: list[io.BufferedWriter] = []
 
     def place(self, tensor: GlobalTensor, start: int, rows: int, dtype: torch.dtype) -> Extent:
-        """Lay out one chunk: rows of a tensor. Returns where its bytes belong."""
+        """Lay out one chunk, which is some rows of a tensor. Returns where its bytes belong."""
         sizes = (*(1 for _ in tensor.grid), rows, *tensor.shape[1:])
         offsets = (*tensor.position, start, *(0 for _ in tensor.shape[1:]))
         if (sizes, dtype) not in self._frames:
@@ -115,7 +115,7 @@ class TorchDistWriter:
         return Extent(Path(file.name), data, (rows, *tensor.shape[1:]), dtype)
 
     def place_extra_states(self, architecture: Architecture) -> None:
-        """Add the empty `_extra_state` of every module that may ask for one; they all share the same bytes."""
+        """Add an empty `_extra_state` for every module that may ask for one; all share the same bytes."""
         file, blob = self._current(), io.BytesIO()
         torch.save([None], blob)
         begin = file.tell()
@@ -136,13 +136,13 @@ class TorchDistWriter:
             self._add(MetadataIndex(name), file, begin)
 
     def end_layout(self) -> None:
-        """Every chunk is placed: from now on bytes may be filled in."""
+        """Close the files once every chunk is placed; from now on bytes may be filled in."""
         for file in self._open:
             file.close()
         self._open = []
 
     def finish(self, architecture: Architecture, dtype: torch.dtype) -> None:
-        """Write what says that the folder is a complete checkpoint."""
+        """Write the metadata, which makes the folder a complete checkpoint."""
         self.end_layout()
         torch.save(
             {"args": _megatron_args(architecture, dtype), "checkpoint_version": 3.0, "iteration": 0}, self._folder / "common.pt"
@@ -157,7 +157,7 @@ class TorchDistWriter:
         FileSystemWriter(self._folder).finish(Metadata(state_dict_metadata=self._metadata), [self._results])
 
     def _current(self) -> io.BufferedWriter:
-        """The file that has the least so far."""
+        """The open file with the fewest bytes so far."""
         if not self._open or min(file.tell() for file in self._open) > FILE_BYTES:
             self.end_layout()
             for number in range(self._number, self._number + FILES):
@@ -170,7 +170,7 @@ class TorchDistWriter:
         self._results.append(WriteResult(index, length, _StorageInfo(os.path.basename(file.name), begin, length)))
 
 
-# What Megatron-Bridge reads without asking whether it is there, and these families do not have or leave to the reader.
+# Arguments that Megatron-Bridge reads without checking that they exist, and that do not apply here or are the reader's choice.
 _NOT_USED: dict[str, Any] = {
     **dict.fromkeys(("apply_layernorm_1p", "squared_relu", "init_method_xavier_uniform", "multi_latent_attention"), False),
     **dict.fromkeys(("is_hybrid_model", "qk_l2_norm", "no_persist_layer_norm", "overlap_p2p_comm"), False),
@@ -181,7 +181,7 @@ _NOT_USED: dict[str, Any] = {
     "config_logger_dir": "",
     "cp_comm_type": ["p2p"],
     "transformer_impl": "transformer_engine",
-    "tokenizer_type": "NullTokenizer",  # only counts the columns; the tokenizer lies beside the weights
+    "tokenizer_type": "NullTokenizer",  # only counts the vocabulary; the tokenizer lies beside the weights
 }
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes
 from kdrl_mcore.convert.convert import Progress, Start, blocks, run_all
-from kdrl_mcore.convert.extent import num_elements, raw_bytes
-from kdrl_mcore.convert.folders import config_folder, torch_dist_folder
+from kdrl_mcore.convert.folders import torch_dist_folder
 from kdrl_mcore.convert.hf_files import HFWeights
 from kdrl_mcore.convert.torch_dist import TorchDistWeights
-from kdrl_mcore.convert.weight_map import Weights, check_shapes
+from kdrl_mcore.convert.weight_map import HEAD, Weights, check_shapes, check_tied_head
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 
@@ -25,14 +25,14 @@ STATUSES = ("equal", "cast", "missing", "different")
 
 
 @dataclass
-class Comparison:
-    """What verification found.
+class Verification:
+    """The result of a verification.
 
     Attributes:
-        status: of every tensor: equal (the same bytes), cast (the same values in the checkpoint's dtype), missing (on one of
+        status: for every tensor: equal (the same bytes), cast (the same values in the checkpoint's dtype), missing (on one of
             the two sides) or different.
-        why: what is wrong with those that are missing or different.
-        digests: SHA-256 over names, dtypes, shapes and bytes of all tensors, of the HF side and of the checkpoint's.
+        why: for every missing or different tensor, what is wrong.
+        digests: SHA-256 over the names, dtypes, shapes and bytes of all tensors, for the HF side and for the checkpoint.
     """
 
     status: dict[str, str] = field(default_factory=dict)
@@ -45,14 +45,14 @@ class Comparison:
         return not self.why
 
     def table(self) -> list[tuple[str, Counter]]:
-        """(tensor with its layer and expert numbers as *, how many have which status), in order of first appearance."""
+        """(tensor name with layer and expert numbers as *, count of each status), in order of first appearance."""
         rows: dict[str, Counter] = defaultdict(Counter)
         for name, status in self.status.items():
             rows[re.sub(r"\.\d+\.", ".*.", name)][status] += 1
         return list(rows.items())
 
 
-def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | None = None) -> Comparison:
+def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | None = None) -> Verification:
     """Compare every tensor.
 
     Raises:
@@ -61,19 +61,21 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
     folder = torch_dist_folder(checkpoint)
     if folder is None:
         raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
-    architecture = read_architecture(config_folder(checkpoint))
-    result = Comparison()
+    architecture = read_architecture(checkpoint)
+    result = Verification()
     lines: tuple[dict[str, str], dict[str, str]] = ({}, {})  # digests of each side's tensors
     with HFWeights(hf) as source, TorchDistWeights(folder, architecture) as converted:
         check_shapes(converted, architecture, FAMILIES[architecture.family].rules(architecture))
+        if architecture.tied_embeddings:
+            check_tied_head(source)
         sides: tuple[Weights, Weights] = (source, converted)
         names = [
             name
             for name in sorted(source.names | converted.names)
             if not name.endswith("rotary_emb.inv_freq")
-            and not (architecture.tied_embeddings and name == "lm_head.weight")  # a second copy of the embedding
+            and not (architecture.tied_embeddings and name == HEAD)  # a second copy of the embedding
         ]
-        result.status = dict.fromkeys(names, "missing")  # keeps the order; every one is overwritten
+        result.status = dict.fromkeys(names, "missing")  # fixes the order; every entry is overwritten
         held = [(side, name) for name in names for side in sides if name in side.names]
         progress = start(sum(num_elements(side.shape(name)) * side.dtype(name).itemsize for side, name in held))
 
@@ -85,7 +87,7 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
 
         run_all([lambda name=name: compare(name) for name in names], threads)  # type: ignore[misc]
         for key in converted.unexpected_keys:
-            result.status[key], result.why[key] = "missing", f"{checkpoint} has it, the architecture does not"
+            result.status[key], result.why[key] = "missing", f"{checkpoint} has it, but the architecture does not"
     result.digests = (_total(lines[0]), _total(lines[1]))
     return result
 
@@ -123,7 +125,7 @@ def _compare(
         progress(len(theirs) + len(ours))
     lines[0][name], lines[1][name] = digest.hexdigest(), (other or digest).hexdigest()
     if first >= 0:
-        return "different", f"the first difference is at byte {first} of it"
+        return "different", f"the first difference is at its byte {first}"
     return ("cast" if cast else "equal"), ""
 
 
@@ -133,7 +135,7 @@ def _blocks(weights: Weights, name: str) -> Iterable[tuple[int, int]]:
 
 
 class _Hash:
-    """SHA-256 of one tensor: what it is, then its bytes."""
+    """SHA-256 of one tensor: its name, dtype and shape, then its bytes."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self._hash = hashlib.sha256(f"{name} {weights.dtype(name)} {list(weights.shape(name))}\n".encode())

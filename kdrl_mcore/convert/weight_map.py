@@ -1,7 +1,7 @@
-"""The weight map at work: which slices of which HF tensors make up one rank's shard of one Megatron parameter.
+"""The weight map applied: which slices of which HF tensors make up one rank's shard of one Megatron parameter.
 
-Every use (import, loading into a running trainer, export, verification, refit) walks the same list of pieces, in one
-direction or the other.
+Import, loading into a running trainer, export, verification and refit all walk the same list of slices, in one direction or
+the other.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdrl_mcore.convert.extent import ByteRange, Files
+from kdrl_mcore.convert.byte_ranges import ByteRange, Files
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture, WeightRule
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_BYTES = 2**25  # of each of the two tensors held at a time
+
 
 class Weights(Protocol):
-    """The weights of a model on disk under their HF names, whatever the format."""
+    """The weights of a model on disk under their HF names, independent of the file format."""
 
     path: Path
     names: frozenset[str]
@@ -36,12 +39,12 @@ class Weights(Protocol):
         """`length` rows (dim 0) or columns (dim 1) of a tensor, in its dtype."""
 
     def ranges(self, name: str, start: int, length: int) -> list[ByteRange] | None:
-        """Where the bytes of these rows lie, in order; None if they are not whole rows anywhere."""
+        """Where the bytes of these rows lie, in order; None if they are not stored as whole rows."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`length` rows (or columns) of HF tensor `hf`, from `hf_start`, standing at `start` in the shard, along dimension
+class TensorSlice:
+    """`length` rows (or columns) of the HF tensor `hf`, from `hf_start`, which lie at `start` in the shard, along dimension
     `dim`."""
 
     hf: str
@@ -73,24 +76,24 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
 
 def pieces(
     rule: WeightRule, hf_names: tuple[str, ...], architecture: Architecture, rank: int, ranks: int, shard_size: int
-) -> list[Piece]:
+) -> list[TensorSlice]:
     """The slices that make up the shard of tensor-parallel rank `rank` of `ranks`.
 
     Args:
-        shard_size: the shard's size along the split dimension (with padding).
+        shard_size: the shard's size along the split dimension, padding included.
     """
     shapes = hf_shapes(rule, architecture)
     if rule.kind == "replicated":
-        return [Piece(hf_names[0], 0, 0, shapes[0][0], 0)]
+        return [TensorSlice(hf_names[0], 0, 0, shapes[0][0], 0)]
     if rule.kind == "row":
-        return [Piece(hf_names[0], rank * shard_size, 0, shard_size, 1)]
+        return [TensorSlice(hf_names[0], rank * shard_size, 0, shard_size, 1)]
     if rule.kind == "gate_up":
         share = shapes[0][0] // ranks
-        return [Piece(name, rank * share, index * share, share, 0) for index, name in enumerate(hf_names)]
+        return [TensorSlice(name, rank * share, index * share, share, 0) for index, name in enumerate(hf_names)]
     if rule.kind in ("column", "vocabulary"):
         begin = rank * shard_size
         length = max(0, min(shard_size, shapes[0][0] - begin))
-        return [Piece(hf_names[0], begin, 0, length, 0)] if length else []
+        return [TensorSlice(hf_names[0], begin, 0, length, 0)] if length else []
     # qkv: the full matrix stacks, group by group, the group's queries, its key and its value; the shard is a range of its rows.
     head, groups = architecture.head_dim, architecture.num_key_value_heads
     widths = (architecture.num_attention_heads // groups * head, head, head)
@@ -100,7 +103,7 @@ def pieces(
         for name, width in zip(hf_names, widths, strict=True):
             low, high = max(row, begin), min(row + width, end)
             if low < high:
-                result.append(Piece(name, group * width + low - row, low - begin, high - low, 0))
+                result.append(TensorSlice(name, group * width + low - row, low - begin, high - low, 0))
             row += width
     return result
 
@@ -110,12 +113,12 @@ class GlobalTensor:
     """One whole Megatron tensor (of one layer, of one expert) as Megatron's own checkpoints hold it.
 
     Attributes:
-        key: the name; tensors of all layers (and experts) share it, stacked on leading axes.
-        position: where this one stands on the leading axes: (), (layer,) or (layer, expert).
+        key: the name, shared by the tensors of all layers (and experts), which are stacked along leading axes.
+        position: this tensor's index along the leading axes: (), (layer,) or (layer, expert).
         grid: the sizes of the leading axes.
-        shape: without the leading axes.
+        shape: the shape without the leading axes.
         hf_names, hf_shapes: the HF tensors it is made of.
-        pieces: which rows of which HF tensor stand where.
+        pieces: where the rows of each HF tensor lie in it.
     """
 
     key: str
@@ -124,7 +127,7 @@ class GlobalTensor:
     shape: tuple[int, ...]
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
 
 
 def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Iterator[GlobalTensor]:
@@ -140,7 +143,7 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
             for expert in range(count) if rule.is_expert else (0,):
                 names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
                 single = len(names) == 1  # then the Megatron tensor is the HF tensor
-                whole = [Piece(names[0], 0, 0, rows, 0)] if single else pieces(rule, names, architecture, 0, 1, rows)
+                whole = [TensorSlice(names[0], 0, 0, rows, 0)] if single else pieces(rule, names, architecture, 0, 1, rows)
                 yield GlobalTensor(
                     key=_checkpoint_key(rule, architecture),
                     position=(layer, expert)[: layered + rule.is_expert],
@@ -153,8 +156,8 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
 
 
 def _checkpoint_key(rule: WeightRule, architecture: Architecture) -> str:
-    """The name in Megatron's checkpoints: without layer and expert numbers, and with each norm where Transformer Engine keeps
-    it, fused into the linear layer behind it (before experts there is none)."""
+    """The name in Megatron's checkpoints: without layer and expert numbers, and with each norm's weight in the linear layer
+    that follows it, where Transformer Engine keeps it (except before experts)."""
     key = rule.megatron.replace(".{layer}", "").replace("local_experts.{expert}", "experts")
     key = key.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
     if architecture.experts is None:
@@ -163,30 +166,60 @@ def _checkpoint_key(rule: WeightRule, architecture: Architecture) -> str:
 
 
 def check_names(weights: Weights, architecture: Architecture, rules: list[WeightRule]) -> None:
-    """Compare a checkpoint's tensors with what its architecture has.
+    """Compare a checkpoint's tensors with those of its architecture.
 
     Raises:
-        ModelError: a tensor is missing, unexpected, or has another shape.
+        ModelError: a tensor is missing, unexpected or has the wrong shape, or a head stored beside tied embeddings differs from
+            them.
     """
     expected = {name: None for tensor in global_tensors(rules, architecture) for name in tensor.hf_names}
     missing = [name for name in expected if name not in weights.names]
     if missing:
         raise ModelError(f"{weights.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
-    # Tied heads may be stored twice, and old exports stored computed buffers.
-    known = {"lm_head.weight"} if architecture.tied_embeddings else set()
+    # Tied weights may also be stored as the head, and old exports stored computed buffers.
+    known = {HEAD} if architecture.tied_embeddings else set()
     unexpected = sorted(name for name in weights.names - set(expected) - known if not name.endswith("rotary_emb.inv_freq"))
+    unexpected += getattr(weights, "unexpected_keys", [])
     if unexpected:
-        raise ModelError(f"{weights.path} has a tensor its architecture does not: {unexpected[0]} ({len(unexpected)} such)")
+        raise ModelError(
+            f"{weights.path} has a tensor that its architecture does not have: {unexpected[0]} ({len(unexpected)} in all)"
+        )
     check_shapes(weights, architecture, rules)
+    if architecture.tied_embeddings:
+        check_tied_head(weights)
+
+
+def check_tied_head(weights: Weights) -> None:
+    """Check that a head stored beside tied embeddings is a second copy of them. Reads both.
+
+    Raises:
+        ModelError: it is not. `transformers` would then use the head, vLLM would not, and the config agrees with vLLM.
+    """
+    if HEAD not in weights.names:
+        return
+    shape = weights.shape(EMBEDDING)
+    rows = max(1, _COMPARED_BYTES // (4 * shape[1]))
+    same = weights.shape(HEAD) == shape and all(
+        torch.equal(
+            weights.read(HEAD, row, min(rows, shape[0] - row)).float(),
+            weights.read(EMBEDDING, row, min(rows, shape[0] - row)).float(),
+        )
+        for row in range(0, shape[0], rows)
+    )
+    if not same:
+        raise ModelError(
+            f"{weights.path} holds {HEAD}, which differs from the embeddings, but config.json has tie_word_embeddings=true: "
+            f"set that to false if the head is the trained one, or remove {HEAD}"
+        )
 
 
 def check_shapes(weights: Weights, architecture: Architecture, rules: list[WeightRule]) -> None:
-    """Compare the shapes of the tensors that are there with those its architecture has.
+    """Compare the shapes of the tensors present with those of the architecture.
 
     Raises:
-        ModelError: one has another shape.
+        ModelError: the shape of a tensor differs.
     """
     for tensor in global_tensors(rules, architecture):
         for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True):
             if name in weights.names and weights.shape(name) != shape:
-                raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, its config.json says {shape}")
+                raise ModelError(f"{weights.path}: {name} has shape {weights.shape(name)}, but its config.json gives {shape}")

@@ -1,8 +1,11 @@
-"""The endless stream of prompts that training draws its batches from."""
+"""The endless stream of prompts from which training draws its batches."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,58 +14,128 @@ from kdrl_mcore.errors import DataError
 from kdrl_mcore.types import Prompt
 
 
-class PromptStream:
-    """Batches of prompts, epoch after epoch.
+@dataclass(frozen=True)
+class Domain:
+    """One of the data sets of a run: its name, its prompts, its weight in the mixture, and the kind of its verifier."""
 
-    An epoch's order is a function of (seed, epoch) alone, so the stream's whole state is how many prompts it has given. Every
-    epoch gives each prompt once; a batch that reaches the end of an epoch goes on with the next one.
+    name: str
+    prompts: Sequence[Prompt]
+    weight: float = 1.0
+    reward: str = ""
+
+
+class PromptStream:
+    """Batches of prompts, epoch after epoch, from one data set or from several domains.
+
+    A domain's order in an epoch is a function of (seed, epoch, its name) alone. Every epoch contains each of its prompts once,
+    and a batch that reaches the end of an epoch continues with the next one. Domains take turns by their weights: for each
+    prompt, every domain's credit grows by its share, and the domain with the most credit provides the prompt and pays 1. So
+    the number of prompts from a domain is its share of all to within one, in each batch and over the run. The whole state of
+    the stream is the number of prompts drawn from each domain, and the credits.
     """
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int, shuffle: bool) -> None:
-        """Without `shuffle`, every epoch has the data set's own order."""
-        assert prompts and batch_size > 0
-        self._prompts = prompts
+        """The stream of one data set. Without `shuffle`, every epoch keeps the data set's order."""
+        self._start([Domain("", prompts)], batch_size, seed, shuffle)
+
+    @classmethod
+    def of(cls, domains: Sequence[Domain], batch_size: int, seed: int, shuffle: bool) -> PromptStream:
+        """The stream of several domains."""
+        stream = cls.__new__(cls)
+        stream._start(domains, batch_size, seed, shuffle)
+        return stream
+
+    def _start(self, domains: Sequence[Domain], batch_size: int, seed: int, shuffle: bool) -> None:
+        assert domains and batch_size > 0 and all(len(domain.prompts) for domain in domains)
         self._batch_size = batch_size
-        self._seed = seed
-        self._shuffle = shuffle
-        self._given = 0
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._domains = [_DomainOrder(domain, len(domains) == 1, seed, shuffle) for domain in domains]
+        total = sum(domain.weight for domain in domains)
+        self._shares = [domain.weight / total for domain in domains]
+        self._credits = [0.0] * len(domains)
+        self._before = self.state_dict()
 
     def next_batch(self) -> list[Prompt]:
         """The next `batch_size` prompts."""
-        batch = [self._at(place) for place in range(self._given, self._given + self._batch_size)]
-        self._given += self._batch_size
-        return batch
+        self._before = self.state_dict()
+        return [self._next_domain().next_prompt() for _ in range(self._batch_size)]
+
+    def _next_domain(self) -> _DomainOrder:
+        if len(self._domains) == 1:
+            return self._domains[0]
+        self._credits = [credit + share for credit, share in zip(self._credits, self._shares, strict=True)]
+        index = self._credits.index(max(self._credits))
+        self._credits[index] -= 1
+        return self._domains[index]
 
     def first(self, count: int) -> list[Prompt]:
-        """The first prompts of the data set, at most `count`; the stream itself does not move."""
-        return list(self._prompts[:count])
+        """The first prompts of the first data set, at most `count`; the stream does not advance."""
+        return list(self._domains[0].domain.prompts[:count])
 
-    def state_dict(self) -> dict[str, int]:
-        """The cursor: how many prompts were given, and of how large a data set."""
-        return {"given": self._given, "num_prompts": len(self._prompts)}
+    def state_dict(self, *, before_last_batch: bool = False) -> dict[str, Any]:
+        """The cursor: the number of prompts drawn and the size of the data; with several domains also both for each domain, and
+        its credit. With `before_last_batch`, the cursor as it was before the last batch was drawn."""
+        if before_last_batch:
+            return self._before
+        state: dict[str, Any] = {
+            "given": sum(order.given for order in self._domains),
+            "num_prompts": sum(len(order.domain.prompts) for order in self._domains),
+        }
+        if len(self._domains) > 1:
+            state["domains"] = {
+                order.domain.name: {"given": order.given, "num_prompts": len(order.domain.prompts), "credit": credit}
+                for order, credit in zip(self._domains, self._credits, strict=True)
+            }
+        return state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the stream that gave `state` stopped.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume where the stream with this `state` stopped. The weights may have changed: the new ones apply from here on.
 
         Raises:
-            DataError: the state belongs to a data set of another size.
+            DataError: the state belongs to other data sets, or to one of another size.
         """
-        if state["num_prompts"] != len(self._prompts):
+        advice = "resume with the same data, or start anew with checkpoint.resume=never"
+        alone = len(self._domains) == 1
+        saved = state.get("domains", {} if not alone else {self._domains[0].domain.name: state})
+        names = [order.domain.name for order in self._domains]
+        if sorted(saved) != sorted(names):
             raise DataError(
-                f"data.train has {len(self._prompts)} prompts, the checkpoint was made with {state['num_prompts']}: "
-                "resume with the same data, or start anew with checkpoint.resume=never"
+                f"the run trains on {_listed(names)}, the checkpoint was made with {_listed(list(saved))}: {advice}"
             )
-        self._given = state["given"]
+        for index, order in enumerate(self._domains):
+            own, size = saved[order.domain.name], len(order.domain.prompts)
+            if own["num_prompts"] != size:
+                of = f" (of {order.domain.name})" if not alone else ""
+                made = f"{own['num_prompts']}{of}"
+                raise DataError(f"data.train has {size} prompts, the checkpoint was made with {made}: {advice}")
+            order.given = own["given"]
+            self._credits[index] = own.get("credit", 0.0)
+        self._before = self.state_dict()
 
-    def _at(self, place: int) -> Prompt:
-        epoch, index = divmod(place, len(self._prompts))
+
+class _DomainOrder:
+    """One domain, the number of prompts drawn from it, and the order of its current epoch."""
+
+    def __init__(self, domain: Domain, alone: bool, seed: int, shuffle: bool) -> None:
+        self.domain, self.given = domain, 0
+        self._key = [seed] if alone else [seed, zlib.crc32(domain.name.encode())]
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def next_prompt(self) -> Prompt:
+        epoch, index = divmod(self.given, len(self.domain.prompts))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._epoch_order(epoch)
-        return self._prompts[self._order[index]]
+        self.given += 1
+        return self.domain.prompts[int(self._order[index])]
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        size = len(self.domain.prompts)
         if not self._shuffle:
-            return np.arange(len(self._prompts))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            return np.arange(size)
+        seed, *name = self._key
+        return np.random.default_rng([seed, epoch, *name]).permutation(size)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if any(names) else "one data set"

@@ -1,13 +1,15 @@
 """Tokenizers, loaded so that they agree with their `tokenizer.json`, and the check that student and teacher share one.
 
 transformers may rebuild a tokenizer by its model type instead of reading `tokenizer.json`, and can then silently drop
-characters or give other ids than the model was trained with. So nothing is used before it was compared with the file itself.
+characters or produce other ids than the model was trained with. So every tokenizer is compared with the file before it is
+used.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ PROBE = (
     "\\[ x = \\frac{2011.75}{3} \\approx 670.58\\overline{3}, \\quad \\{x \\in \\mathbb{R} : x^2 \\le 10^{6}\\} \\]\n"
     "1+2=3\n12345678901234567890 naïve café \u2013 “quoted” 数学 π≈3.14159 \\boxed{25}   \n"
 )
-"""Newlines, runs of spaces, digits, LaTeX and characters outside ASCII: what tokenizers that differ treat differently."""
+"""Newlines, runs of spaces, digits, LaTeX and characters outside ASCII, on which different tokenizers tend to disagree."""
 
 
 class Tokenizer:
@@ -31,44 +33,68 @@ class Tokenizer:
 
     Attributes:
         path: the model directory.
-        eos_ids: the ids that end a response: the tokenizer's own end of sequence and those of `generation_config.json`.
-        eos_id: the tokenizer's own end of sequence, which supervised targets end with.
+        eos_ids: the ids that end a response: the tokenizer's own end of sequence, those of `generation_config.json`, and the
+            token that ends a turn in the chat template.
+        eos_id: the tokenizer's own end of sequence, with which supervised targets end under the plain template.
+        turn_end_id: the token with which the chat template ends an assistant's turn; None without a template or such a token.
+        bos_id: the beginning of sequence, if there is one.
+        tokens: the token of each id.
         vocabulary_size: the largest token id, added tokens included, plus 1. The model may have more columns (padding).
-        has_chat_template: whether `encode_chat` can be used.
+        has_chat_template: whether `chat_text` can be used.
     """
 
     def __init__(self, path: Path, backend: Any) -> None:
-        """Wrap a loaded transformers tokenizer; `load_tokenizer` is what makes one.
+        """Wrap a loaded transformers tokenizer; use `load_tokenizer` to make one.
 
         Raises:
             DataError: no end of sequence is defined anywhere.
         """
         self._backend = backend
         self.path = path
-        self.eos_ids = eos_token_ids(path, backend.eos_token_id)
-        self.eos_id: int = backend.eos_token_id if backend.eos_token_id is not None else min(self.eos_ids)
+        self.turn_end_id = _turn_end(backend)
+        self.bos_id: int | None = backend.bos_token_id
+        eos_ids = eos_token_ids(path, backend.eos_token_id)
+        self.eos_id: int = backend.eos_token_id if backend.eos_token_id is not None else min(eos_ids)
+        self.eos_ids = eos_ids if self.turn_end_id is None else eos_ids | {self.turn_end_id}
         self.tokens: dict[int, str] = {index: token for token, index in backend.get_vocab().items()}
         self.vocabulary_size = max(self.tokens) + 1
         self.has_chat_template = bool(backend.chat_template)
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenIds]:
-        """Token ids of each text; `special_tokens` adds what the tokenizer puts around one, such as a beginning of sequence."""
+        """Token ids of each text; with `special_tokens`, including those that the tokenizer adds, such as a beginning of
+        sequence."""
         if not texts:
             return []
         rows = self._backend(list(texts), add_special_tokens=special_tokens)["input_ids"]
         return [np.asarray(row, dtype=np.int64) for row in rows]
 
-    def chat_text(self, messages: list[dict[str, str]]) -> str:
-        """The conversation by the chat template, up to where the assistant begins. It already holds its special tokens.
+    def encode_prompts(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of plain prompts with the tokenizer's special tokens. A text that already begins with the beginning of
+        sequence, as rendered chats do, gets no second one."""
+        rows = self.encode(texts, special_tokens=True)
+        return [row[1:] if self.bos_id is not None and (row[:2] == self.bos_id).sum() == 2 else row for row in rows]
+
+    def show(self, token_ids: Sequence[int] | TokenIds) -> str:
+        """The text of these ids on one line, special tokens included; unprintable characters are escaped as in Python."""
+        return repr(self._backend.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def chat_text(self, messages: list[dict[str, str]], today: datetime) -> str:
+        """The conversation in the chat template, up to where the assistant's turn begins, special tokens included.
+
+        Args:
+            today: the date for templates that ask for it, as Llama 3's does: with the real date, the same problems would give
+                different prompts tomorrow.
 
         Raises:
-            DataError: the template refuses the conversation (for instance a system prompt).
+            DataError: the template rejects the conversation (for instance because of a system prompt).
         """
         try:
-            return self._backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it raises what it likes
+            return self._backend.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=today.strftime
+            )
+        except Exception as error:  # a template is a program and can raise anything
             raise DataError(
-                f"the chat template of {self.path} refuses the prompt ({_one_line(error)}): set data.template=plain"
+                f"the chat template of {self.path} rejects the prompt ({_one_line(error)}): set data.template=plain"
             ) from error
 
     def decode_response(self, token_ids: Sequence[int] | TokenIds) -> str:
@@ -82,13 +108,14 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory, from local files only and without running code from them.
 
-    What transformers makes of the directory is compared with `tokenizer.json`: the vocabulary (some classes add tokens of
-    their own, which the model has no row for), and on `PROBE` and the added tokens the ids and the text decoded from them.
-    If they differ, the generic tokenizer that reads `tokenizer.json` (with the special tokens and the chat template of
-    `tokenizer_config.json`) is compared and taken instead.
+    The tokenizer that transformers loads is compared with `tokenizer.json`: its vocabulary (some classes add tokens for which
+    the model has no row), and, for `PROBE` and the added tokens, the ids and the text decoded from them. If they differ, the
+    generic tokenizer that reads `tokenizer.json` (with the special tokens and the chat template of `tokenizer_config.json`)
+    is compared in the same way and used instead.
 
     Raises:
-        DataError: `tokenizer.json` is missing or unreadable, or no way to load it agrees with it (naming the first difference).
+        DataError: `tokenizer.json` is missing or unreadable, or neither tokenizer agrees with it; the message names the first
+            differences.
     """
     directory = Path(path)
     file = directory / "tokenizer.json"
@@ -106,45 +133,69 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for loader in (AutoTokenizer, PreTrainedTokenizerFast):
         try:
             backend = loader.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a model type that transformers does not know, a setting that it refuses
+        except Exception as error:  # a model type that transformers does not know, or a setting that it rejects
             differences.append(f"{loader.__name__} cannot read it: {_one_line(error)}")
             continue
         difference = _first_difference(backend, truth)
         if difference is None:
             return Tokenizer(directory, backend)
         differences.append(f"{type(backend).__name__} {difference}")
-    raise DataError(f"the tokenizer of {directory} cannot be loaded as {file.name} has it: {'; '.join(differences)}")
+    raise DataError(
+        f"the tokenizer of {directory} cannot be loaded so that it agrees with {file.name}: {'; '.join(differences)}"
+    )
 
 
 def eos_token_ids(path: str | Path, tokenizer_eos: int | None) -> frozenset[int]:
     """The ids that end a response: the tokenizer's, and `eos_token_id` of `generation_config.json` (one id or a list).
 
     Raises:
-        DataError: there is none, or `generation_config.json` is not JSON.
+        DataError: there is no such id, or `generation_config.json` is not a JSON object with token ids.
     """
     ids = set() if tokenizer_eos is None else {tokenizer_eos}
     file = Path(path) / "generation_config.json"
     if file.is_file():
         try:
-            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            listed: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise DataError(f"{file} is not a JSON object: copy it from the original model again") from error
-        ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
+        added = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(each) is int and each >= 0 for each in added):
+            raise DataError(
+                f"{file}: eos_token_id is {listed!r}, not a token id or a list of them: copy it from the original model again"
+            )
+        ids.update(added)
     if not ids:
         raise DataError(f"{path} defines no end of sequence: set eos_token in its tokenizer_config.json")
     return frozenset(ids)
 
 
-def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
-    """Check that both tokenizers give every shared id the same token, and return how many ids they share.
+def _turn_end(backend: Any) -> int | None:
+    """The token that the chat template writes after an assistant's message, if it is an added token. It often differs from the
+    tokenizer's own end of sequence, which may be the base model's."""
+    if not backend.chat_template:
+        return None
+    answer = "1984"
+    try:
+        text = backend.apply_chat_template(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], tokenize=False
+        )
+    except Exception:  # a template is a program and can raise anything; `chat_text` reports the conversations that it rejects
+        return None
+    rest = text.rpartition(answer)[2].lstrip()
+    ids = backend(rest, add_special_tokens=False)["input_ids"] if rest else []
+    return ids[0] if ids and ids[0] in backend.get_added_vocab().values() else None
 
-    Shared are the ids below the smaller of both vocabularies: there, one token that differs, or that only one of them has,
-    is an error. Tokens that only the larger vocabulary adds behind them are not, as their columns are left out of both
-    softmaxes; but the student must be able to end its responses without them. Both must also cut `PROBE` into the same
-    tokens, or the teacher would score text in a form it has never seen.
+
+def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
+    """Check that both tokenizers have the same token at every shared id, and return the number of ids that they share.
+
+    The shared ids are those below the size of the smaller vocabulary: there, a token that differs or that only one tokenizer
+    has is an error. Tokens that only the larger vocabulary has above them are allowed, as their columns are left out of both
+    softmaxes; but the student must be able to end its responses without them. Both tokenizers must also split `PROBE` into
+    the same tokens, or the teacher would score text in a form that it has never seen.
 
     Raises:
-        DataError: naming the first difference.
+        DataError: the tokenizers differ; the message names the first difference.
     """
     shared = min(student.vocabulary_size, teacher.vocabulary_size)
     advice = "distillation compares token by token: use a teacher of the student's model family"
@@ -154,18 +205,20 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
             names = [f"{side.path} has {_name(token)}" for side, token in ((student, mine), (teacher, other))]
             raise DataError(f"student and teacher have different tokenizers: at id {index}, {' and '.join(names)}; {advice}")
     if min(student.eos_ids) >= shared:
-        index = min(student.eos_ids)
+        end = min(student.eos_ids)
         raise DataError(
-            f"the student ends with token {index} ({_name(student.tokens.get(index))}), which the teacher lacks; {advice}"
+            f"the student ends with token {end} ({_name(student.tokens.get(end))}), which the teacher lacks; {advice}"
         )
-    pieces = [side.encode([PROBE], special_tokens=False)[0].tolist() for side in (student, teacher)]
-    place = _first_mismatch(*pieces)
+    encoded = [side.encode([PROBE], special_tokens=False)[0].tolist() for side in (student, teacher)]
+    place = _first_mismatch(*encoded)
     if place is not None:
-        cut = [
+        mine, other = (
             _name(side.tokens.get(ids[place]) if place < len(ids) else None)
-            for side, ids in zip((student, teacher), pieces, strict=True)
-        ]
-        raise DataError(f"student and teacher cut the same text differently: token {place} is {cut[0]} and {cut[1]}; {advice}")
+            for side, ids in zip((student, teacher), encoded, strict=True)
+        )
+        raise DataError(
+            f"student and teacher tokenize the same text differently: token {place} is {mine} and {other}; {advice}"
+        )
     return shared
 
 
@@ -178,20 +231,20 @@ def _first_difference(backend: Any, truth: tokenizers.Tokenizer) -> str | None:
     added = [token.content for _, token in sorted(truth.get_added_tokens_decoder().items())]
     for text in (PROBE, *(f"{token} user\n{token}" for token in added)):
         ids, true_ids = backend.encode(text, add_special_tokens=False), truth.encode(text, add_special_tokens=False).ids
-        place = _first_mismatch(ids, true_ids)
-        if place is not None:
-            got, expected = ((truth.id_to_token(row[place]) if place < len(row) else None) for row in (ids, true_ids))
-            return f"cuts {text[:20]!r}... differently: token {place} is {_name(got)} instead of {_name(expected)}"
+        index = _first_mismatch(ids, true_ids)
+        if index is not None:
+            got, expected = ((truth.id_to_token(row[index]) if index < len(row) else None) for row in (ids, true_ids))
+            return f"splits {text[:20]!r}... differently: token {index} is {_name(got)} instead of {_name(expected)}"
         decoded = backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         true_text = truth.decode(true_ids, skip_special_tokens=False)
-        place = _first_mismatch(decoded, true_text)
-        if place is not None:
-            return f"decodes to other text: {decoded[place : place + 20]!r} instead of {true_text[place : place + 20]!r}"
+        index = _first_mismatch(decoded, true_text)
+        if index is not None:
+            return f"decodes to different text: {decoded[index : index + 20]!r} instead of {true_text[index : index + 20]!r}"
     return None
 
 
 def _first_mismatch(left: Sequence[object], right: Sequence[object]) -> int | None:
-    """The first index at which two sequences differ (also where one is at its end); None if they are equal."""
+    """The first index at which two sequences differ, or at which the shorter one ends; None if they are equal."""
     if left == right:
         return None
     pairs: Iterable[tuple[object, object]] = zip(left, right, strict=False)

@@ -1,32 +1,42 @@
-"""Which vocabulary columns exist: for every softmax of a run, those of the tokens that all its models share."""
+"""The vocabulary columns that count in every softmax of a run: those of the tokens that all its models share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, load_tokenizer
-from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.model.families import config_folder, read_architecture
 
 
 def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) -> tuple[Tokenizer | None, int]:
-    """The student's tokenizer, and how many tokens count: those of the shared tokenizer, as far as both models have columns.
+    """The student's tokenizer, and the number of tokens that count: those of the shared tokenizer for which both models have
+    columns.
 
-    A model directory without a tokenizer can still be used on given token ids: then there is no tokenizer (None), and the
-    smaller number of columns counts.
+    A model directory without a tokenizer can still be used on given token ids: then the tokenizer is None, and the number is
+    the smaller number of columns.
 
     Raises:
-        ModelError, DataError: a directory is no model, its tokenizer cannot be read, or the two tokenizers differ.
+        ModelError, DataError: a directory is not a model, its tokenizer cannot be read or ends responses with a token for which
+            a model has no row, or the two tokenizers differ.
     """
     paths = [student, *([teacher] if teacher else [])]
     sizes = [read_architecture(path).vocab_size for path in paths]
     if not _has_tokenizer(student):
         return None, min(sizes)
-    tokenizer = load_tokenizer(student)
+    tokenizer = load_tokenizer(config_folder(student))
+    end = min(tokenizer.eos_ids)
+    for path, size in zip(paths, sizes, strict=True):
+        if end >= size:
+            raise DataError(
+                f"{path} has {size} rows, and {student} ends its responses with token {end} ({tokenizer.tokens.get(end)!r}): "
+                "resize the model's embeddings to its tokenizer, or use the tokenizer that it was trained with"
+            )
     sizes.append(tokenizer.vocabulary_size)
     if teacher and _has_tokenizer(teacher):
-        sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(teacher)))
+        sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(config_folder(teacher))))
     return tokenizer, min(sizes)
 
 
 def _has_tokenizer(path: str | Path) -> bool:
-    return (Path(path) / "tokenizer.json").is_file()
+    return (config_folder(path) / "tokenizer.json").is_file()

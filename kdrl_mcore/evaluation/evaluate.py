@@ -1,4 +1,4 @@
-"""Evaluation with a rollout engine, the same in the training loop and in `tools/evaluate.py`: sample, verify, keep, count."""
+"""Evaluation with a rollout engine, the same in the training loop and in `kdrl-evaluate`: sample, verify, keep, count."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig
+from kdrl_mcore.data.limits import Limits, check_prompts
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.evaluation import metrics
-from kdrl_mcore.evaluation.benchmarks import Benchmark, load_benchmarks
+from kdrl_mcore.evaluation.benchmarks import Benchmark, check_benchmark, load_benchmarks
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.reward.golds import check_golds
+from kdrl_mcore.reward.registry import needed_columns
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.types import Rollout
 
 SAMPLED, GREEDY = "sampled", "greedy"
 Advance = Callable[[str, int], None]
-"""Told after each block: the benchmark's name, and how many responses are done."""
+"""A callback after each block, with the benchmark's name and the number of responses in the block."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The verified responses to a benchmark's prompts, in the order of the prompts; `greedy` is empty where not asked for."""
+    """The verified responses to a benchmark's prompts, in the order of the prompts; `greedy` is empty unless `eval.greedy`."""
 
     name: str
     num_prompts: int
@@ -37,22 +38,29 @@ class Result:
 class Evaluation:
     """Benchmarks with their verifiers, which live on the replicas' leaders."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, groups: ModelGroups) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, groups: ModelGroups, limits: Limits) -> None:
         """Load the benchmarks.
 
+        Args:
+            limits: the limits of the evaluated model.
+
         Raises:
-            ConfigError, DataError: a benchmark or its reward cannot be used.
+            ConfigError, DataError: a benchmark or its reward cannot be used, or a prompt exceeds the limits.
         """
         self.benchmarks = load_benchmarks(config, tokenizer)
+        for benchmark in self.benchmarks:
+            check_prompts(benchmark.prompts, benchmark.name, limits, config.rollout.max_response_tokens)
         self._groups = groups
         self._eval, self._rollout, self._seed = config.eval, config.rollout, config.trainer.seed
         self._verifiers: dict[str, Verifier] = {}
         if groups.is_replica_leader:
             kinds = {self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
-            self._verifiers = {kind: Verifier(replace(config.reward, kind=kind)) for kind in sorted(kinds)}
+            # Further rewards do not decide what is correct; those that need columns of the training rows are left out.
+            terms = [term for term in config.reward.terms if not needed_columns(term.kind)]
+            self._verifiers = {kind: Verifier(replace(config.reward, kind=kind, terms=terms)) for kind in sorted(kinds)}
         self._kinds = {benchmark.name: self._kind(benchmark, config.reward) for benchmark in self.benchmarks}
         for benchmark in self.benchmarks:
-            check_golds(benchmark.prompts, benchmark.name, self._kinds[benchmark.name])
+            check_benchmark(benchmark, self._kinds[benchmark.name], config.reward)
 
     @staticmethod
     def _kind(benchmark: Benchmark, reward: RewardConfig) -> str:
@@ -65,18 +73,19 @@ class Evaluation:
 
     @property
     def num_responses(self) -> int:
-        """How many responses one evaluation takes."""
+        """The number of responses in one evaluation."""
         return sum(len(benchmark.prompts) for benchmark in self.benchmarks) * (self._eval.samples + self._eval.greedy)
 
     def run(
         self, engine: RolloutEngine, generations: Generations | None = None, advance: Advance = lambda name, count: None
     ) -> list[Result]:
-        """Answer every prompt of every benchmark; the same draws at every call, so that two evaluations differ by the weights
-        alone. Collective over the world.
+        """Sample and verify the responses to every prompt of every benchmark, with the same random draws at every call, so that
+        two evaluations differ by the weights alone. Collective over the world.
 
         Args:
-            generations: where responses are kept and finished blocks are found, on rank 0; None on the other ranks, and where
-                nothing is kept.
+            generations: on rank 0, stores the responses and finds finished blocks; None on the other ranks, and if the
+                responses are not kept.
+            advance: called after each block.
         """
         return [
             Result(
@@ -96,8 +105,10 @@ class Evaluation:
         for block, begin in enumerate(range(0, len(benchmark.prompts), size)):
             prompts = benchmark.prompts[begin : begin + size]
             sampling = sampling_of(mode, block, self._eval, self._rollout, self._seed)
-            place = (benchmark.name, mode, block)
-            done = from_first_rank(generations.read(*place, prompts, sampling.copies) if generations is not None else None)
+            key = (benchmark.name, mode, block)
+            done = from_first_rank(
+                generations.read(*key, prompts, sampling.responses_per_prompt) if generations is not None else None
+            )
             if done is None:
                 done = engine.generate(prompts, sampling)
                 for rollout in done:
@@ -105,26 +116,27 @@ class Evaluation:
                 verifier = self._verifiers.get(self._kinds[benchmark.name])
                 verify_together(self._groups, verifier, done, classify=mode == SAMPLED)
                 if generations is not None:
-                    generations.write(*place, done)
+                    generations.write(*key, done)
             rollouts += done
             advance(benchmark.name, len(done))
         return rollouts
 
 
 def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
-    """How the responses of a block are drawn."""
+    """The sampling settings for a block of prompts."""
     if mode == GREEDY:
         return Sampling(0.0, 1.0, rollout.max_response_tokens, 1, (seed, 1, block))
     return Sampling(settings.temperature, rollout.top_p, rollout.max_response_tokens, settings.samples, (seed, 1, block))
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:
-    """The metrics of an evaluation: `eval/BENCHMARK/...` for each benchmark, and over all of them `eval/...`.
+    """The metrics of an evaluation: `eval/BENCHMARK/...` for each benchmark, and `eval/...` over all of them.
 
-    Of a benchmark with K samples: `avg@K` with `_stderr` and the ends of its interval, `_low` and `_high`; `pass@k`; `maj@K`
-    where the verifier compares answers; `greedy` where it was asked for; `response_length` in tokens and `truncated`, the share
-    that hit the limit. Over all, the means over benchmarks; avg@K is there called `eval/accuracy`, and greedy
-    `eval/greedy_accuracy`. `evaluation.metrics` defines each.
+    For a benchmark with K samples: `avg@K` with `_stderr` and the ends of its interval, `_low` and `_high`; `pass@k`; `maj@K`
+    if the verifier compares answers; `greedy` with `eval.greedy`; `response_length` in tokens and `truncated`, the share of
+    responses that hit the limit; `verifier_timeouts`, the share that the verifier gave up on, if there are any. Over all
+    benchmarks, the means; there avg@K is called `eval/accuracy`, and greedy `eval/greedy_accuracy`, both with standard error
+    and interval. `evaluation.metrics` defines each.
     """
     if not results:
         return {}
@@ -139,11 +151,14 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
     for measure in set.intersection(*(set(scores) for scores in by_name.values())):
         means = [scores[measure].mean() for scores in by_name.values()]
         summary[f"eval/{overall.get(measure, measure)}"] = float(np.mean(means))
-    return summary | _uncertainty("eval/accuracy", [scores[f"avg@{samples}"] for scores in by_name.values()])
+    for measure, name in overall.items():
+        if all(measure in scores for scores in by_name.values()):
+            summary |= _uncertainty(f"eval/{name}", [scores[measure] for scores in by_name.values()])
+    return summary
 
 
 def _scores(result: Result) -> dict[str, metrics.Scores]:
-    """Each measure of a benchmark, per prompt [P]."""
+    """Each metric of a benchmark, per prompt [P]."""
     shape = (result.num_prompts, -1)
     correct_PK = np.array([rollout.correct for rollout in result.sampled], dtype=float).reshape(shape)
     samples = correct_PK.shape[1]
@@ -156,7 +171,9 @@ def _scores(result: Result) -> dict[str, metrics.Scores]:
         scores["greedy"] = np.array([rollout.correct for rollout in result.greedy], dtype=float)
     lengths_PK = np.array([len(rollout.response_token_ids) for rollout in result.sampled], dtype=float).reshape(shape)
     truncated_PK = np.array([rollout.finish_reason == "length" for rollout in result.sampled], dtype=float).reshape(shape)
-    return scores | {"response_length": lengths_PK.mean(axis=1), "truncated": truncated_PK.mean(axis=1)}
+    scores |= {"response_length": lengths_PK.mean(axis=1), "truncated": truncated_PK.mean(axis=1)}
+    timeouts = [rollout.extra.get("verifier_timeout", 0.0) for rollout in result.sampled]
+    return scores | ({"verifier_timeouts": np.array(timeouts).reshape(shape).mean(axis=1)} if any(timeouts) else {})
 
 
 def _uncertainty(name: str, benchmarks: Sequence[metrics.Scores]) -> dict[str, float]:

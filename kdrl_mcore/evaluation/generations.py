@@ -1,4 +1,4 @@
-"""The responses of an evaluation on disk: rollout files, one for each finished block of prompts, from which it can go on."""
+"""The responses of an evaluation on disk: one rollout file for each finished block of prompts, so that it can resume."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from kdrl_mcore.config import flatten
 from kdrl_mcore.errors import DataError
+from kdrl_mcore.resilience.files import write_file
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
 from kdrl_mcore.types import Prompt, Rollout
 
@@ -18,18 +19,19 @@ SETTINGS_FILE = "settings.json"
 
 
 class Generations:
-    """`FOLDER/BENCHMARK/MODE_000001.jsonl`, the verified responses of a block of prompts, beside the settings they depend on.
+    """The files `FOLDER/BENCHMARK/MODE_000001.jsonl`, each with the verified responses to a block of prompts, and next to them
+    the settings that they depend on.
 
-    For one rank; a file is there whole or not at all.
+    To be used on one rank. A file exists only once it is complete.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
         """Args:
-            settings: what the responses depend on, as JSON. With it, blocks found in the folder are used; without it, they
-                are written anew.
+            settings: what the responses depend on, to be stored as JSON. With it, blocks found in the folder are reused;
+                without it, they are overwritten.
 
         Raises:
-            DataError: the folder holds responses made with other settings (naming the first that differs).
+            DataError: the folder holds responses made with other settings (naming the first difference).
         """
         self._folder = folder
         self._resumes = settings is not None
@@ -39,31 +41,30 @@ class Generations:
         wanted = json.dumps(settings, indent=2, sort_keys=True)
         if file.is_file() and (difference := _difference(file, json.loads(wanted))):
             raise DataError(f"{folder} has an evaluation with other settings, {difference}: name another folder, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".tmp")
-        aside.write_text(wanted, encoding="utf-8")
-        aside.replace(file)
+        write_file(file, wanted)
 
-    def read(self, benchmark: str, mode: str, block: int, prompts: Sequence[Prompt], copies: int) -> list[Rollout] | None:
-        """The responses of a finished block; None where it is not finished.
+    def read(
+        self, benchmark: str, mode: str, block: int, prompts: Sequence[Prompt], responses_per_prompt: int
+    ) -> list[Rollout] | None:
+        """The responses of a finished block; None if it is not finished.
 
         Raises:
-            DataError: the file is damaged, or answers other prompts.
+            DataError: the file is damaged, or its responses are to other prompts.
         """
         file = self._file(benchmark, mode, block)
         if not self._resumes or not file.is_file():
             return None
         rollouts = read_rollouts(file)
-        asked = [prompt for prompt in prompts for _ in range(copies)]
+        asked = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
         if len(asked) != len(rollouts) or not all(
             np.array_equal(rollout.prompt_token_ids, prompt.token_ids) and rollout.answer == prompt.answer
             for rollout, prompt in zip(rollouts, asked, strict=True)
         ):
-            raise DataError(f"{file} answers other prompts than {benchmark} has now: name another folder, or remove it")
+            raise DataError(f"{file} has responses to prompts other than {benchmark}'s: name another folder, or remove it")
         return rollouts
 
     def write(self, benchmark: str, mode: str, block: int, rollouts: Sequence[Rollout]) -> None:
-        """Keep the responses of a block."""
+        """Write the responses of a block."""
         write_rollouts(self._file(benchmark, mode, block), rollouts)
 
     def _file(self, benchmark: str, mode: str, block: int) -> Path:
@@ -71,7 +72,7 @@ class Generations:
 
 
 def _difference(file: Path, wanted: Mapping[str, Any]) -> str | None:
-    """The first setting that differs, as `rollout.engine was "megatron" and is now "vllm"`."""
+    """The first setting that differs, in the form `rollout.engine was "megatron" and is now "vllm"`."""
     try:
         before, now = flatten(json.loads(file.read_text(encoding="utf-8"))), flatten(wanted)
     except (ValueError, AttributeError):

@@ -1,4 +1,5 @@
-"""Self-attention over packed sequences: rotary embedding by explicit positions, no padding, context parallelism, a KV cache.
+"""Self-attention over packed sequences, with rotary embedding by explicit positions, no padding, context parallelism and a KV
+cache.
 
 S tokens of the packed micro-batch that this rank holds (under sequence parallelism the QKV projection gathers them), N query
 heads and K key/value heads of this tensor-parallel rank, D head dimension, F tokens of all context-parallel ranks together.
@@ -15,13 +16,14 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kdrl_mcore.model import varlen
 from kdrl_mcore.model.varlen import Stretch, VarlenAttention
 from kdrl_mcore.parallel.context import ContextShard
-from kdrl_mcore.parallel.packing import Run
+from kdrl_mcore.parallel.packing import SequenceRun
 
 if TYPE_CHECKING:
     from kdrl_mcore.model.kv_cache import KVCache
@@ -29,20 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What attention needs to know of a packed micro-batch; a superset of what Transformer Engine's kernels take.
+    """What attention needs to know about a packed micro-batch; a superset of what Transformer Engine's kernels take.
 
     Attributes:
         cos_SD, sin_SD: rotary factors of every token, [S, 1, D/2].
-        runs: what attends to what.
-        varlen: the kernel that serves whole stretches of runs at once, where there is one.
-        stretches: what that takes in one call each.
-        context: who holds the other tokens, under context parallelism.
+        runs: which tokens attend to which.
+        varlen: the kernel that handles a whole stretch of runs in one call, where there is one.
+        stretches: the stretches, one per call of that kernel.
+        context: under context parallelism, where the other tokens are.
         cache: while generating, the keys and values so far.
     """
 
     cos_SD: Tensor = field(default_factory=lambda: torch.empty(0))
     sin_SD: Tensor = field(default_factory=lambda: torch.empty(0))
-    runs: tuple[Run, ...] = ()
+    runs: tuple[SequenceRun, ...] = ()
     varlen: VarlenAttention | None = None
     stretches: tuple[Stretch, ...] = ()
     context: ContextShard | None = None
@@ -50,7 +52,7 @@ class PackedSequences(PackedSeqParams):
 
 
 def pack_attention(
-    runs: tuple[Run, ...],
+    runs: tuple[SequenceRun, ...],
     positions_S: Tensor,
     inverse_frequencies: Tensor,
     dtype: torch.dtype,
@@ -58,13 +60,13 @@ def pack_attention(
     rotary_scale: float = 1.0,
     cache: KVCache | None = None,
 ) -> PackedSequences:
-    """Describe packed sequences to attention. On CUDA the host waits for nothing here.
+    """Describe packed sequences to attention. On CUDA the host does not wait for the device.
 
     Args:
         inverse_frequencies: [D/2], float32.
-        dtype: of the activations; the rotary angles are computed in float32.
+        dtype: dtype of the activations; rotary angles are computed in float32.
         rotary_scale: multiplies the rotary factors of queries and keys (yarn).
-        cache: fills with the keys and values of these sequences, or, while decoding, holds all that they attend to.
+        cache: will store the keys and values of these sequences or, while decoding, holds all that they attend to.
     """
     angles = positions_S.float()[:, None, None] * inverse_frequencies
     packed = PackedSequences(
@@ -79,7 +81,7 @@ def pack_attention(
         return packed
     packed.varlen = varlen.find_varlen(positions_S.device, dtype, 2 * len(inverse_frequencies))
     packed.stretches = varlen.stretches(runs)
-    if context is None:  # what Transformer Engine's attention takes: all sequences are whole
+    if context is None:  # all sequences are whole, as Transformer Engine's attention requires
         (whole,) = packed.stretches
         packed.cu_seqlens_q = packed.cu_seqlens_kv = whole.query_bounds
         packed.max_seqlen_q = packed.max_seqlen_kv = whole.longest_query
@@ -87,17 +89,41 @@ def pack_attention(
 
 
 def apply_rotary(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotate each head's halves by its token's angles (the half-split convention of Llama and Qwen)."""
-    first, second = x_SHD.chunk(2, dim=-1)
-    return torch.cat((first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD), dim=-1)
+    """Rotate each head's two halves by its token's angles (the half-split convention of Llama and Qwen). Only `x_SHD` gets a
+    gradient, and nothing is kept for it but the angles."""
+    rotated: Tensor = _Rotary.apply(x_SHD, cos_SD, sin_SD)
+    return rotated
+
+
+class _Rotary(torch.autograd.Function):
+    """A rotation, whose gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SD, sin_SD)
+        return _rotate(x_SHD, cos_SD, sin_SD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_SD, sin_SD = ctx.saved_tensors
+        return _rotate(grads[0], cos_SD, -sin_SD), None, None
+
+
+def _rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    rotated = torch.empty_like(x_SHD, memory_format=torch.contiguous_format)
+    (first, second), (first_out, second_out) = x_SHD.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    torch.mul(first, cos_SD, out=first_out).sub_(second * sin_SD)
+    torch.mul(second, cos_SD, out=second_out).add_(first * sin_SD)
+    return rotated
 
 
 class PackedSelfAttention(SelfAttention):
     """Megatron's self-attention (same parameters, same sharding) with a forward pass over packed sequences.
 
-    Works with explicit process groups throughout, so that student and teacher may have different layouts in one process. Where
-    there are more tensor-parallel ranks than key/value heads, ranks share a head as in Megatron (all-gather of the QKV output
-    over the tensor-parallel group; its backward is a reduce-scatter).
+    All process groups are explicit, so student and teacher may have different layouts in one process. Where there are more
+    tensor-parallel ranks than key/value heads, ranks share a head as in Megatron (all-gather of the QKV output over the
+    tensor-parallel group, with a reduce-scatter in the backward pass).
     """
 
     def forward(
@@ -113,7 +139,9 @@ class PackedSelfAttention(SelfAttention):
         else:
             if packed.cache is not None:
                 packed.cache.fill(self.layer_number, key, value)
-            context = self.core_attention(
+            recompute = self.checkpoint_core_attention and torch.is_grad_enabled()
+            core_attention = self._checkpointed_attention_forward if recompute else self.core_attention
+            context = core_attention(
                 query,
                 key,
                 value,
@@ -152,9 +180,9 @@ class PackedDotProductAttention(nn.Module):
     """Causal attention within each packed sequence: one call of a kernel for sequences of any lengths, or torch's
     scaled_dot_product_attention, run by run.
 
-    With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way they are views:
-    nothing is padded or copied in. Under context parallelism the keys and values of all ranks are gathered first (a rank needs
-    all tokens before its own, and with grouped heads they are few times smaller than the queries).
+    With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way the inputs are
+    views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first, because
+    a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
@@ -173,8 +201,8 @@ class PackedDotProductAttention(nn.Module):
     ) -> Tensor:
         """[S, N, D], [S, K, D], [S, K, D] -> [S, N, D].
 
-        Collectives over the context-parallel group, where there is one: an all-gather of keys and values, and a reduce-scatter
-        of their gradients.
+        Collectives over the context-parallel group, if any: an all-gather of keys and values, and a reduce-scatter of their
+        gradients.
         """
         packed, scale = packed_seq_params, self.softmax_scale
         if packed.context is not None:
@@ -182,7 +210,17 @@ class PackedDotProductAttention(nn.Module):
         else:
             key_FKD, value_FKD = key_SKD, value_SKD
         if packed.varlen is None:
-            outputs = [_attend_to_run(query_SND, key_FKD, value_FKD, run, scale) for run in packed.runs]
+            # One split rather than a slice for each run: the backward pass of a slice fills a tensor as large as all runs.
+            rows = [run.count * run.length for run in packed.runs]
+            if packed.context is None:
+                keys, values = key_FKD.split(rows), value_FKD.split(rows)
+            else:
+                keys, values = (
+                    tuple(x.narrow(0, run.key_start, run.count * run.key_length) for run in packed.runs)
+                    for x in (key_FKD, value_FKD)
+                )
+            parts = zip(query_SND.split(rows), keys, values, packed.runs, strict=True)
+            outputs = [_attend_to_run(query, key, value, run, scale) for query, key, value, run in parts]
         else:
             outputs = []
             for each in packed.stretches:
@@ -191,9 +229,9 @@ class PackedDotProductAttention(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_to_run(query_SND: Tensor, key_FKD: Tensor, value_FKD: Tensor, run: Run, scale: float | None) -> Tensor:
-    query = _split(query_SND, run.start, run.count, run.length)
-    key, value = (_split(x, run.key_start, run.count, run.key_length) for x in (key_FKD, value_FKD))
+def _attend_to_run(query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor, run: SequenceRun, scale: float | None) -> Tensor:
+    query = query_SND.unflatten(0, (run.count, run.length)).transpose(1, 2)
+    key, value = (x.unflatten(0, (run.count, run.key_length)).transpose(1, 2) for x in (key_SKD, value_SKD))
     square = run.length == run.key_length
     context = F.scaled_dot_product_attention(
         query,
@@ -208,11 +246,5 @@ def _attend_to_run(query_SND: Tensor, key_FKD: Tensor, value_FKD: Tensor, run: R
 
 
 def _rows(x_SHD: Tensor, rows: slice) -> Tensor:
-    """A view of some rows. All of them are the tensor itself: backward, a view's gradient is copied into zeros."""
+    """A view of some rows, or the tensor itself for all rows: the backward pass of a view copies its gradient into zeros."""
     return x_SHD if rows == slice(0, len(x_SHD)) else x_SHD[rows]
-
-
-def _split(x_SHD: Tensor, start: int, count: int, length: int) -> Tensor:
-    """`count` stretches of `length` rows from `start`: a view [count, heads, length, D]."""
-    rows = x_SHD.narrow(0, start, count * length)
-    return rows.view(count, length, x_SHD.size(1), x_SHD.size(2)).transpose(1, 2)

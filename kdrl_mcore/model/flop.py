@@ -1,5 +1,5 @@
-"""The floating-point operations that a model's training needs, whatever is spent on it (no recomputation, no padding), and what
-the GPU could do in that time."""
+"""The floating-point operations that training a model needs (without recomputation and padding), and the peak rate of the
+GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdrl_mcore.model.families.base import Architecture
 
 
 def layer_matrices(architecture: Architecture) -> int:
-    """Elements of the matrices that a token is multiplied with in one layer: of the experts only those it is sent to."""
+    """Elements of the matrices that a token is multiplied with in one layer, counting only the experts it is routed to."""
     a = architecture
     attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_key_value_heads)
     if a.experts is None:
@@ -24,10 +24,10 @@ def layer_matrices(architecture: Architecture) -> int:
 
 
 def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int]]) -> float:
-    """FLOP of one forward and backward pass over sequences of (all tokens, loss rows).
+    """FLOP of one forward and backward pass over sequences given as (all tokens, loss rows).
 
-    Two for each element of each matrix and token forward, and twice that backward (arXiv 2001.08361); causal attention's two
-    products over half of the square; the output head for loss rows alone.
+    Each token costs two FLOP per matrix element forward, and twice that backward (arXiv 2001.08361). Causal attention's two
+    products count half of the square, and the output head counts only loss rows.
     """
     a = architecture
     total = 0.0
@@ -39,7 +39,7 @@ def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int
 
 @cache
 def known_peak_tflops(gpu: str) -> float:
-    """Dense bfloat16 TFLOP/s of a GPU by the name that CUDA gives it, from `conf/cluster`; 0 where none there fits."""
+    """Dense bfloat16 TFLOP/s of a GPU by its CUDA name, from `conf/cluster`; 0 where no cluster there matches."""
     words = set(gpu.replace("-", " ").lower().split())
     for path in sorted((conf_dir() / "cluster").glob("*.yaml")):
         if path.stem in words:
@@ -48,7 +48,7 @@ def known_peak_tflops(gpu: str) -> float:
 
 
 def peak_tflops(cluster: ClusterConfig) -> float:
-    """Dense bfloat16 TFLOP/s of this rank's GPU: what the configuration says, else by the GPU's name; 0 is unknown."""
+    """Dense bfloat16 TFLOP/s of this rank's GPU: from the configuration, else by the GPU's name; 0 if unknown."""
     if cluster.peak_tflops or not torch.cuda.is_available():
         return cluster.peak_tflops
     return known_peak_tflops(torch.cuda.get_device_name())

@@ -1,4 +1,4 @@
-"""Build a Megatron-Core GPT model from an architecture: this rank's shard, its parameters still empty."""
+"""Build this rank's shard of a Megatron-Core GPT model from an architecture, with uninitialised parameters."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from torch.nn import functional as F
 
 from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
+from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.norm import RMSNorm
+from kdrl_mcore.model.offload import ActivationOffload
 from kdrl_mcore.model.rope import inverse_frequencies
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.context import ContextShard
+from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.layout import Layout, ModelGroups
-from kdrl_mcore.parallel.packing import PackedBatch, Run
+from kdrl_mcore.parallel.packing import PackedBatch, SequenceRun
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.vocab_parallel import VocabShard
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class LanguageModel(GPTModel):
-    """Megatron-Core's GPT model, ending in hidden states: log-probs and losses are formed from them by `vocab_parallel`.
+    """Megatron-Core's GPT model, ending in hidden states, from which `vocab_parallel` computes log-probs and losses.
 
-    Its last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages what the
-    next one takes.
+    The last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages the input of
+    the next one.
     """
 
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
     inverse_frequencies: Tensor
-    before_head: Callable[[], None] | None = None
+    _head_pre_hook: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
         """One packed micro-batch through this chunk's layers."""
         return self(input_ids=tokens_S[None], position_ids=positions_S[None], attention_mask=None, packed_seq_params=packed)
 
-    def pack(self, runs: tuple[Run, ...], positions_S: Tensor, cache: KVCache) -> PackedSequences:
-        """Describe packed sequences that this rank holds whole to this model's attention, while generating."""
+    def pack(self, runs: tuple[SequenceRun, ...], positions_S: Tensor, cache: KVCache) -> PackedSequences:
+        """Describe packed sequences, each held whole by this rank, to this model's attention for generation."""
         return self._describe(runs, positions_S, cache=cache)
 
     def pack_batch(self, batch: PackedBatch) -> PackedSequences:
@@ -62,7 +64,12 @@ class LanguageModel(GPTModel):
         return self._describe(batch.runs, batch.positions_S, context=context)
 
     def _describe(
-        self, runs: tuple[Run, ...], positions_S: Tensor, *, context: ContextShard | None = None, cache: KVCache | None = None
+        self,
+        runs: tuple[SequenceRun, ...],
+        positions_S: Tensor,
+        *,
+        context: ContextShard | None = None,
+        cache: KVCache | None = None,
     ) -> PackedSequences:
         scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
         return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, cache)
@@ -73,12 +80,16 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied). It is read outside its
-        module, so no hook of that module runs: `before_head` does."""
-        if self.before_head is not None:
-            self.before_head()
+        module, so no hook of that module runs, but that of `register_head_pre_hook`."""
+        if self._head_pre_hook is not None:
+            self._head_pre_hook()
         return (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )
+
+    def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
+        """Have `hook` called each time before the weight of the output head is read."""
+        self._head_pre_hook = hook
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         return hidden_states
@@ -107,7 +118,7 @@ def expert_parameters(chunk: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """The vocabulary rounded up to what tensor-parallel ranks can share evenly."""
+    """The vocabulary size rounded up to a multiple of the tensor-parallel size."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
@@ -116,22 +127,23 @@ def build_model(
     model: ModelConfig,
     groups: ModelGroups,
     *,
-    vocabulary: int,
-    recompute: str = "none",
+    vocab_size: int,
+    activations: Activations = KEEP_ALL,
     trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
 
     Args:
-        vocabulary: the number of real tokens; columns beyond it do not exist for any softmax.
-        recompute: `full` recomputes each layer's activations in the backward pass.
-        trainable: False builds a model that only scores (no gradients).
+        vocab_size: the number of real tokens; no softmax includes the columns beyond it.
+        activations: what the backward pass recomputes and what waits for it in host memory.
+        trainable: False builds a model without gradients, which only scores.
 
     Raises:
-        ConfigError: the layout does not fit the architecture.
+        ConfigError: the layout, or what is to be recomputed or off-loaded, does not fit the architecture.
     """
     check_layout(architecture, groups.layout, trainable=trainable)
-    config = transformer_config(architecture, model, groups, recompute)
+    activations.check(architecture, transformer_engine=uses_transformer_engine(model))
+    config = transformer_config(architecture, model, groups, activations)
     layout = groups.layout
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
@@ -151,26 +163,31 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunk.architecture = architecture
-        chunk.shard = vocab_shard(architecture, groups, vocabulary)
+        chunk.shard = vocab_shard(architecture, groups, vocab_size)
         chunk.context_group = groups.context if layout.context > 1 else None
         chunk.inverse_frequencies = inverse_frequencies(architecture.rope, architecture.head_dim, device())
         chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
         for parameter in expert_parameters(chunk):
-            # Megatron sets this only where expert-parallel size > 1, but ranks that share a tensor-parallel group also hold
-            # whole experts here: their gradients are always summed over the expert-data-parallel group.
+            # Megatron sets this only where expert-parallel size > 1. Here the ranks of a tensor-parallel group hold whole
+            # experts too, so experts' gradients are always summed over the expert-data-parallel group.
             parameter.allreduce = False  # type: ignore[attr-defined]
         chunks.append(chunk.to(device()))
+    if activations.offload and torch.cuda.is_available():
+        offload = ActivationOffload(activations.min_elements)
+        for chunk in chunks:
+            offload.attach(chunk.decoder.layers, activations.offload)
     return ModelParts(chunks, config, architecture, groups)
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers are made of Transformer Engine's modules.
 
-    With `model.spec=auto` not in float32, which Transformer Engine multiplies in TF32: it rounds a thousand times as much.
+    `model.spec=auto` does not use them in float32, which Transformer Engine multiplies in TF32 with rounding errors a thousand
+    times as large.
 
     Raises:
-        ConfigError: they are to be, and it cannot serve here.
+        ConfigError: the configuration asks for Transformer Engine, which cannot be used here.
     """
     if model.spec == "local":
         return False
@@ -178,19 +195,19 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     if model.spec == "auto":
         return reason is None and model.dtype != "float32"
     if reason is not None:
-        raise ConfigError(f"model.spec=transformer_engine, but {reason}: mend that, or use model.spec=auto")
+        raise ConfigError(f"model.spec=transformer_engine, but {reason}: fix that, or use model.spec=auto")
     return True
 
 
-def vocab_shard(architecture: Architecture, groups: ModelGroups, vocabulary: int) -> VocabShard:
-    """The columns of the vocabulary this tensor-parallel rank holds."""
+def vocab_shard(architecture: Architecture, groups: ModelGroups, vocab_size: int) -> VocabShard:
+    """The columns of the vocabulary that this tensor-parallel rank holds."""
     share = padded_vocab_size(architecture.vocab_size, groups.layout.tensor) // groups.layout.tensor
     start = groups.tensor.rank() * share
-    return VocabShard(group=groups.tensor, start=start, stop=start + share, size=vocabulary)
+    return VocabShard(group=groups.tensor, start=start, stop=start + share, size=vocab_size)
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, groups: ModelGroups, recompute: str
+    architecture: Architecture, model: ModelConfig, groups: ModelGroups, activations: Activations
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the model."""
     layout, dtype = groups.layout, DTYPES[model.dtype]
@@ -200,7 +217,7 @@ def transformer_config(
             "num_moe_experts": architecture.experts.count,
             "moe_router_topk": architecture.experts.per_token,
             "moe_ffn_hidden_size": architecture.experts.ffn_hidden_size,
-            # Softmax over the chosen experts only, which is the same as scaling their probabilities to sum to one.
+            # A softmax over the chosen experts only equals scaling their probabilities to sum to one.
             "moe_router_pre_softmax": not architecture.experts.normalized,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
@@ -240,22 +257,23 @@ def transformer_config(
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,  # micro-batches differ in length
-        # With two interleaved stages the next rank is the previous one too: only the separate sends tell their messages apart.
+        # With two interleaved stages the next rank is also the previous one: only separate sends keep their messages apart.
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
-        moe_token_dispatcher_type="alltoall",  # the one that allows it
-        calculate_per_token_loss=True,  # the loss arrives normalised: Megatron sums it and divides by nothing
-        recompute_granularity="full" if recompute == "full" else None,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        moe_token_dispatcher_type="alltoall",  # the dispatcher that supports variable lengths
+        calculate_per_token_loss=True,  # the loss arrives normalised: Megatron sums it without dividing
+        recompute_granularity=None if activations.recompute == "none" else activations.recompute,
+        recompute_method="uniform" if activations.recompute == "full" else None,
+        recompute_num_layers=1 if activations.recompute == "full" else None,
+        recompute_modules=list(activations.modules),
     )
 
 
 def _block_spec(
     model: ModelConfig, architecture: Architecture, config: TransformerConfig, groups: ModelGroups, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """This chunk's layers: Megatron's, with our packed attention and, without Transformer Engine, our norm and core
-    attention."""
+    """This chunk's layers: Megatron's with our packed attention and, without Transformer Engine, our norm, core attention
+    and linear layers."""
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
         use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
@@ -270,10 +288,13 @@ def _block_spec(
     else:
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        feed_forward = mcore.feed_forward_submodules(layer, architecture.experts is not None)
+        attention.submodules.linear_qkv = feed_forward.linear_fc1 = ColumnParallel
+        attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    # Transformer Engine's context parallelism wants every sequence padded; ours cuts the packed sequence. And in float32 its
-    # attention holds the scores of every sequence, padded to the longest.
+    # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
+    # attention would also hold the scores of every sequence, padded to the longest.
     if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32:
         attention.submodules.core_attention = PackedDotProductAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
@@ -281,7 +302,7 @@ def _block_spec(
 
 
 def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool) -> None:
-    """Raise ConfigError if the architecture cannot be split this way."""
+    """Raise ConfigError if the architecture cannot be split over this layout."""
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     experts = architecture.experts
     if experts is None and layout.expert > 1:
@@ -296,7 +317,7 @@ def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool)
     ):
         if size % by:
             raise ConfigError(
-                f"the model's {name} ({size}) do not divide by {by}: change the tensor, expert or pipeline parallel size"
+                f"the model's {name} ({size}) cannot be divided by {by}: change the tensor, expert or pipeline parallel size"
             )
     kv, tensor = architecture.num_key_value_heads, layout.tensor
     if kv % tensor and tensor % kv:

@@ -1,10 +1,10 @@
 """Keys and values of the sequences being generated, one slot each.
 
-Sequences are right-aligned at the end of their prompts: the column behind the longest prompt holds the first response token of
-every slot, so that a decoding step writes one column for all. Columns before a short prompt are masked out.
+Prompts are right-aligned: the column after the longest prompt holds the first response token of every slot, so a decoding step
+writes one column for all slots. Columns before a short prompt are masked out.
 
-The cache grows through few sizes, an eighth of its length at a time. On GPUs attention goes over all of it, the columns to come
-masked out as well: kernels then meet few shapes in thousands of steps, and all of them are aligned.
+The cache grows by an eighth of its length at a time and so takes few sizes. On GPUs attention covers all of it, with future
+columns masked out too: over thousands of steps kernels then see few shapes, all of them aligned.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ _SMALLEST = 64  # columns
 
 
 def padded_columns(columns: int) -> int:
-    """The next of few sizes: multiples of 64, and of an eighth of the power of two below."""
+    """Round up to one of few sizes: multiples of 64 and of an eighth of the power of two below."""
     unit = max(_SMALLEST, 1 << max(0, columns.bit_length() - 4))
     return -(-columns // unit) * unit
 
 
 class KVCache:
-    """The cache of one model chunk or several; layers are told apart by their number.
+    """The cache of one or several model chunks, whose layers are distinguished by their numbers.
 
-    Usage: build it, run the packed prompts once (`fill`), then call `begin_decoding` and run one token per slot and step
-        (`attend`),
-    calling `advance` after each step and `keep` to drop finished slots. The host waits for the device in none of them.
+    Usage: build it, run the packed prompts once (`fill`), call `begin_decoding`, then run one token per slot and step
+    (`attend`), with `advance` after each step and `keep` to drop finished slots. None of them makes the host wait for the
+    device.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], copies: int, max_response: int, *, few_shapes: bool) -> None:
+    def __init__(
+        self, prompt_lengths: Sequence[int], responses_per_prompt: int, max_response: int, *, few_shapes: bool
+    ) -> None:
         """Args:
-        prompt_lengths: of the prompts, in packed order (slots then go prompt by prompt, `copies` each).
-        copies: responses per prompt; they share the prompt's keys and values of one forward pass.
-        max_response: columns that decoding can need at most.
-        few_shapes: attend to all columns that there is memory for; otherwise to those that are written.
+        prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses_per_prompt` for each.
+        responses_per_prompt: responses that share the keys and values of one forward pass over their prompt.
+        max_response: the most columns that decoding can need.
+        few_shapes: attend to all allocated columns rather than only to those written.
         """
         self.decoding = False
         self.columns = max(prompt_lengths)
@@ -50,10 +52,10 @@ class KVCache:
         lengths = torch.tensor(prompt_lengths)
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns) - (self.columns - lengths)[:, None]
-        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(copies, dim=0)
+        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(responses_per_prompt, dim=0)
         self._prompt_rows = to_device(rows)  # [slots, columns]
         # Added to the scores: attention would convert a boolean mask to this at every call.
-        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
+        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(responses_per_prompt, dim=0)
         self._bias = F.pad(to_device(bias), (0, self._capacity() - self.columns), value=-torch.inf)
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
@@ -65,12 +67,12 @@ class KVCache:
         self._bias = self._bias.to(key_SKD.dtype)
 
     def begin_decoding(self) -> None:
-        """From now on each forward pass brings one new token per slot."""
+        """Switch to decoding: from now on each forward pass adds one token per slot."""
         self.decoding = True
         self._bias[:, self.columns] = 0.0
 
     def attend(self, layer: int, query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor) -> Tensor:
-        """Store the new token's key and value of every slot and attend to everything before it: [S, N, D] -> [S, N, D].
+        """Store the new token's key and value for every slot, and attend to it and everything before: [S, N, D] -> [S, N, D].
 
         Rows beyond the slots (token alignment) get zeros.
         """
@@ -78,7 +80,7 @@ class KVCache:
         for store, new in ((self._keys, key_SKD), (self._values, value_SKD)):
             store[layer][:, :, self.columns] = new[:slots]
         heads, kv_heads, width = query_SND.size(1), key_SKD.size(1), query_SND.size(2)
-        # The query heads that share a key/value head stand where a query's time steps would.
+        # The query heads that share a key/value head take the axis of the query's time steps.
         query = query_SND[:slots].reshape(slots, kv_heads, heads // kv_heads, width)
         seen = capacity if self._few_shapes else self.columns + 1
         keys, values = (store[layer][:, :, :seen] for store in (self._keys, self._values))
@@ -88,7 +90,7 @@ class KVCache:
         return F.pad(context, (0, 0, 0, 0, 0, filler)) if filler else context
 
     def advance(self) -> None:
-        """The step is over: its column is history now."""
+        """End a step: its column becomes part of the past, and the next one opens."""
         self.columns += 1
         more = self._capacity() - self._bias.size(1)
         if more > 0:
@@ -99,12 +101,12 @@ class KVCache:
         self._bias[:, self.columns] = 0.0
 
     def keep(self, slots: Tensor) -> None:
-        """Go on with these slots only (ascending indices)."""
+        """Keep only these slots (ascending indices)."""
         self._bias = self._bias[slots]
         for store in (self._keys, self._values):
             for layer in store:
                 store[layer] = store[layer][slots]
 
     def _capacity(self) -> int:
-        """Columns that there is memory for when `columns` are history and one is being written."""
+        """Columns to allocate for `columns` past ones and the one being written."""
         return min(self._limit, padded_columns(self.columns + 1))

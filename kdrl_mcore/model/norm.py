@@ -1,4 +1,4 @@
-"""RMSNorm on plain torch that knows sequence parallelism (Megatron's own torch norm does not)."""
+"""RMSNorm in plain torch with support for sequence parallelism (which Megatron's own torch norm lacks)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight over the last dimension, statistics in float32.
+    """y = x / rms(x) * weight over the last dimension, with statistics in float32.
 
-    Under sequence parallelism each tensor-parallel rank sees its own tokens only; `weight.sequence_parallel` tells Megatron
-    to sum the weight's gradient over the tensor-parallel group.
+    Under sequence parallelism each tensor-parallel rank sees only its own tokens; `weight.sequence_parallel` makes Megatron
+    sum the weight's gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:

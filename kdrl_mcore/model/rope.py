@@ -1,4 +1,4 @@
-"""The rotary frequencies of each kind of context stretching."""
+"""The rotary frequencies for each kind of context extension."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdrl_mcore.model.families.base import Rope
+from kdrl_mcore.model.families.rope import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
@@ -25,15 +25,15 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tens
 
 
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
-    """Long wavelengths are stretched, short ones kept, those between interpolated."""
+    """Long wavelengths are stretched, short ones kept, and those between interpolated."""
     turns = rope.original_positions * plain / (2 * math.pi)  # of each dimension over the original context
     kept = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
     return (1 - kept) * plain / rope.factor + kept * plain
 
 
 def _yarn(rope: Rope, plain: Tensor, head_dim: int) -> Tensor:
-    """Dimensions that turn often over the original context are kept, those that turn seldom stretched, with a ramp
-    between."""
+    """Dimensions that turn often over the original context are kept, those that turn seldom are stretched, with a linear ramp
+    between them."""
 
     def dimension_of(turns: float) -> float:
         return head_dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -43,5 +43,5 @@ def _yarn(rope: Rope, plain: Tensor, head_dim: int) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     steps = torch.arange(head_dim // 2, dtype=torch.float32, device=plain.device)
-    stretched = ((steps - first) / max(last - first, 0.001)).clamp(0, 1)
+    stretched = ((steps - first) / ((last - first) or 0.001)).clamp(0, 1)
     return stretched * plain / rope.factor + (1 - stretched) * plain

@@ -1,4 +1,4 @@
-"""Forward-only scoring through Megatron's pipeline schedule: the log-probs and entropies of given tokens."""
+"""Score given tokens, their log-probs and entropies, with Megatron's forward-only pipeline schedule."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def score_rollouts(
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
         )
-        # They stay on the device until all are there, so that the host goes on to the next micro-batch.
+        # Results stay on the device until all are there, so the host can go on to the next micro-batch.
         return [(batch.spans, torch.stack(tuple(values)).float())]
 
     mine: list[tuple[Span, Any]] = []
@@ -73,7 +73,7 @@ def run_forward(
         collect: (last chunk, micro-batch, its final hidden states [S (/tp under sequence parallelism), H]) -> results.
 
     Returns:
-        All results of `collect` on the ranks of the last pipeline stage, nothing on the others.
+        All results of `collect` on the ranks of the last pipeline stage, an empty list on the others.
     """
     groups, layout = parts.groups, parts.groups.layout
     batches = [
@@ -108,7 +108,7 @@ def run_forward(
 
 
 def scoring_plan(parts: ModelParts, rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[list[int]]]:
-    """plan[data-parallel rank][micro-batch] = the rollouts that `run_forward` gives it."""
+    """plan[data-parallel rank][micro-batch] = the indices of its rollouts, as `run_forward` assigns them."""
     layout = parts.groups.layout
     multiple_of = layout.pipeline if layout.virtual_pipeline else 1
     lengths = [rollout.num_tokens for rollout in rollouts]

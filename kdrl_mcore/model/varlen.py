@@ -1,7 +1,7 @@
 """Causal attention over sequences of any lengths in one call, where torch or flash-attn has a kernel for it.
 
-Such a kernel takes packed rows and the boundaries of the sequences in them. It masks each sequence from the lower right: its
-last query sees all of its keys. Q query rows, F key rows, N query heads, K key/value heads, D head dimension.
+Such a kernel takes packed rows and the boundaries of the sequences in them. Its causal mask is aligned to the lower right: the
+last query of a sequence sees all of its keys. Q query rows, F key rows, N query heads, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdrl_mcore.parallel.packing import Run
+from kdrl_mcore.parallel.packing import SequenceRun
 from kdrl_mcore.parallel.platform import to_device
 
 _LARGEST_HEAD = 256
@@ -23,10 +23,10 @@ _HEAD_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Stretch:
-    """Adjacent sequences whose keys are adjacent too: what one call serves.
+    """Adjacent sequences whose keys are adjacent too, so that one call handles them.
 
     Attributes:
-        queries: their rows.
+        queries: the rows of their queries.
         keys: the rows of their keys, in the order of the whole micro-batch.
         query_bounds, key_bounds: where each sequence begins in those rows, and where the last one ends: int32 [sequences + 1].
         longest_query, longest_key: rows of the longest sequence.
@@ -41,14 +41,14 @@ class Stretch:
 
 
 class VarlenAttention(Protocol):
-    """(queries [Q, N, D], keys [F, K, D], values [F, K, D], the stretch that they are, scale) -> [Q, N, D]."""
+    """(queries [Q, N, D], keys [F, K, D], values [F, K, D], their stretch, scale) -> [Q, N, D]."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor: ...
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, head_dimension: int) -> VarlenAttention | None:
-    """The kernel for such queries, torch's before flash-attn's; None where there is none: on CPU, in float32, for heads or GPUs
-    that FlashAttention does not know."""
+    """The kernel for such queries, torch's in preference to flash-attn's; None where there is none: on CPU, in float32, and for
+    heads or GPUs that FlashAttention does not support."""
     fits = head_dimension % _HEAD_MULTIPLE == 0 and head_dimension <= _LARGEST_HEAD
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not fits:
         return None
@@ -62,7 +62,7 @@ def _torch_varlen() -> VarlenAttention | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # torch 2.10 and 2.11 have an earlier form, without grouped heads.
+    # torch 2.10 and 2.11 have an earlier signature without grouped heads.
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
@@ -79,7 +79,7 @@ def _torch_varlen() -> VarlenAttention | None:
             window_size=(-1, 0),  # any number of keys before a query's own, none after it
             enable_gqa=True,
         )
-        assert isinstance(output, Tensor)  # only with `return_aux` it is more
+        assert isinstance(output, Tensor)  # a tuple only with `return_aux`
         return output
 
     return attend
@@ -90,7 +90,7 @@ def _flash_attn_varlen() -> VarlenAttention | None:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    # The argument came after the mask had moved to the lower right.
+    # Releases with this argument align the mask to the lower right.
     if "deterministic" not in inspect.signature(flash_attn_varlen_func).parameters:
         return None
 
@@ -112,19 +112,19 @@ def _flash_attn_varlen() -> VarlenAttention | None:
     return attend
 
 
-def stretches(runs: Sequence[Run]) -> tuple[Stretch, ...]:
-    """The calls that serve all runs: one, or under context parallelism one for each of the rank's two parts, where a sequence
-    reaches from one into the other and both need its first keys.
+def stretches(runs: Sequence[SequenceRun]) -> tuple[Stretch, ...]:
+    """The calls that cover all runs: one, or under context parallelism one for each of the rank's two parts where a sequence
+    spans both, because both need its first keys.
 
-    The boundaries of all of them go to the device in one copy, which the host does not wait for.
+    All boundaries go to the device in one copy, which the host does not wait for.
     """
-    parts: list[list[Run]] = []
+    parts: list[list[SequenceRun]] = []
     for run in runs:
         if parts and run.key_start == _end_of_keys(parts[-1][-1]):
             parts[-1].append(run)
         else:
             parts.append([run])
-    lengths: list[list[int]] = []  # of the queries and of the keys of each part's sequences, in turn
+    lengths: list[list[int]] = []  # for each part, the lengths of its sequences' queries, then of their keys
     for part in parts:
         lengths.append([run.length for run in part for _ in range(run.count)])
         lengths.append([run.key_length for run in part for _ in range(run.count)])
@@ -134,15 +134,15 @@ def stretches(runs: Sequence[Run]) -> tuple[Stretch, ...]:
         Stretch(
             queries=slice(part[0].start, part[-1].start + part[-1].count * part[-1].length),
             keys=slice(part[0].key_start, _end_of_keys(part[-1])),
-            query_bounds=on_device[place],
-            key_bounds=on_device[place + 1],
-            longest_query=max(lengths[place]),
-            longest_key=max(lengths[place + 1]),
+            query_bounds=on_device[index],
+            key_bounds=on_device[index + 1],
+            longest_query=max(lengths[index]),
+            longest_key=max(lengths[index + 1]),
         )
-        for place, part in zip(range(0, len(lengths), 2), parts, strict=True)
+        for index, part in zip(range(0, len(lengths), 2), parts, strict=True)
     )
 
 
-def _end_of_keys(run: Run) -> int:
-    """Behind the last key of a run: where it has several sequences they are whole, so that their keys are adjacent."""
+def _end_of_keys(run: SequenceRun) -> int:
+    """One past the last key of a run. Several sequences of a run are always whole, so their keys are adjacent."""
     return run.key_start + (run.count - 1) * run.length + run.key_length

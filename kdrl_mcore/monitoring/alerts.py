@@ -1,7 +1,7 @@
 """The failure signatures of KDRL runs, as functions of the recent metrics.
 
-Each signature compares a mean over the last `window` steps with what the same run showed earlier, and says what to do.
-Values that are missing or not finite are left out (the trainer itself stops on those); below two windows nothing is said.
+Each signature compares a mean over the last `window` steps with earlier windows of the same run, and its alert gives advice.
+Values that are missing or not finite are ignored (the trainer itself stops on those); before two windows there are no alerts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import overload
 
 History = Sequence[Mapping[str, float]]
 """The metrics of the steps so far, oldest first."""
@@ -17,7 +18,7 @@ History = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Alert:
-    """One failure signature that shows: its name, and a line saying what was seen and what to do."""
+    """An observed failure signature: its name, and a line with what was observed and what to do."""
 
     name: str
     message: str
@@ -25,7 +26,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class AlertThresholds:
-    """When a signature counts as seen. `window` is in steps; a `_ratio` compares with an earlier window of the run."""
+    """When a signature counts as observed. `window` is in steps; a `_ratio` compares with an earlier window of the run."""
 
     window: int = 5
     reward_ratio: float = 0.5  # collapse: the reward is below this share of the run's best window
@@ -37,29 +38,37 @@ class AlertThresholds:
     kl_ratio: float = 2.0  # blow-up: the KL to the teacher is this many times the run's lowest window
     kl_floor: float = 0.1  # ... and above this, nats per token
     drift_mean: float = 0.05  # sampler and trainer differ by more than this on average, nats per token
-    drift_max: float = 1.0  # ... or by more than this on one token, nats
+    drift_max: float = 1.0  # ... or by more than this on one token, nats; infinite if one token proves nothing
+    sampled: bool = True  # the run samples its responses; otherwise their rewards and lengths do not depend on it
+    has_sampler: bool = True  # responses have a sampler's log-probs, as replayed ones do too
+    rewarded: bool = True  # the run learns from rewards
+    distilled: bool = True  # the run learns from a teacher
 
 
 DEFAULT_THRESHOLDS = AlertThresholds()
 
 WATCHED = ("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max")
-"""The metrics that the signatures look at."""
+"""The metrics that the signatures use."""
 
 
 def reward_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """The reward falls far below the best it had been (beta too high, or KD in the reward)."""
+    """The reward falls far below its earlier best (beta is too high, or KD is in the reward)."""
+    if not (thresholds.sampled and thresholds.rewarded):
+        return None
     means = _window_means(history, "reward", thresholds.window)
     if not means or max(means) <= thresholds.reward_floor or means[-1] >= thresholds.reward_ratio * max(means):
         return None
     return Alert(
         "reward_collapse",
-        f"reward fell to {means[-1]:.3f} from {max(means):.3f}: lower objective.beta or optimizer.lr, "
-        "or use objective.kd.placement=loss",
+        f"reward fell to {means[-1]:.3f} from {max(means):.3f}: lower "
+        + ("objective.beta or optimizer.lr, or use objective.kd.placement=loss" if thresholds.distilled else "optimizer.lr"),
     )
 
 
 def length_explosion(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
     """Responses grow and hit the length limit (the student over-imitates the teacher's style)."""
+    if not thresholds.sampled:
+        return None
     lengths = _window_means(history, "response_length", thresholds.window)
     clipped = _window_means(history, "truncated", thresholds.window)
     if not lengths or not clipped or lengths[-1] < thresholds.length_ratio * lengths[0]:
@@ -69,12 +78,16 @@ def length_explosion(history: History, thresholds: AlertThresholds = DEFAULT_THR
     return Alert(
         "length_explosion",
         f"responses grew from {lengths[0]:.0f} to {lengths[-1]:.0f} tokens and {clipped[-1]:.0%} hit the limit: "
-        "lower objective.beta, anneal it, or raise rollout.max_response_tokens",
+        + ("lower objective.beta, anneal it, or " if thresholds.distilled else "")
+        + "raise rollout.max_response_tokens",
     )
 
 
 def entropy_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """The student stops exploring before the task is solved."""
+    """The student stops exploring before the task is solved. Does not apply without rewards: a student that learns only from
+    given answers or a teacher ends with their entropy."""
+    if not (thresholds.sampled and thresholds.rewarded):
+        return None
     entropies = _window_means(history, "entropy", thresholds.window)
     accuracies = _window_means(history, "accuracy", thresholds.window)
     if not entropies or entropies[-1] >= thresholds.entropy_ratio * entropies[0]:
@@ -90,6 +103,8 @@ def entropy_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THR
 
 def kl_blow_up(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
     """The student moves away from the teacher it distils from."""
+    if not thresholds.distilled:
+        return None
     means = _window_means(history, "kl", thresholds.window)
     if not means or means[-1] < thresholds.kl_floor or means[-1] < thresholds.kl_ratio * min(means):
         return None
@@ -101,7 +116,9 @@ def kl_blow_up(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLD
 
 
 def sampler_drift(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """The sampler's log-probs are not the trainer's: the run is no longer on-policy."""
+    """The sampler's log-probs differ from the trainer's: the run is no longer on-policy."""
+    if not thresholds.has_sampler:
+        return None
     mean, largest = (_window_means(history, name, thresholds.window) for name in ("drift_mean", "drift_max"))
     worst_mean, worst_token = mean[-1] if mean else 0.0, largest[-1] if largest else 0.0
     if worst_mean <= thresholds.drift_mean and worst_token <= thresholds.drift_max:
@@ -124,12 +141,55 @@ SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
 
 
 def check_alerts(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> list[Alert]:
-    """Every failure signature that shows in `history` now."""
+    """Every failure signature observed at the end of `history`."""
     return [alert for signature in SIGNATURES if (alert := signature(history, thresholds)) is not None]
 
 
+class GrowingHistory(Sequence[Mapping[str, float]]):
+    """The steps so far, added one at a time. It updates the window means of every metric, so that checking signatures after
+    each step does not read all earlier steps again."""
+
+    def __init__(self, window: int) -> None:
+        """An empty history; `window` is as in `AlertThresholds`."""
+        self.window = window
+        self._rows: list[Mapping[str, float]] = []
+        self._values: dict[str, list[float]] = {}
+        self._means: dict[str, list[list[float]]] = {}
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a step."""
+        self._rows.append(row)
+        for name in WATCHED:
+            if not math.isfinite(value := row.get(name, math.nan)):
+                continue
+            values = self._values.setdefault(name, [])
+            values.append(value)
+            if len(values) >= self.window:
+                # Counted back from this value, there is one more window than from the value a window earlier.
+                means = self._means.setdefault(name, [[] for _ in range(self.window)])
+                mean, seen = fmean(values[-self.window :]), means[len(values) % self.window]
+                lowest, highest = (min(mean, seen[1]), max(mean, seen[2])) if seen else (mean, mean)
+                means[len(values) % self.window] = [seen[0] if seen else mean, lowest, highest, mean]
+
+    def window_means(self, name: str) -> list[float]:
+        """The first, lowest, highest and last of the means over successive windows counted back from the newest step, which is
+        all that signatures need; [] before two windows."""
+        values = self._values.get(name, [])
+        return self._means[name][len(values) % self.window] if len(values) >= 2 * self.window else []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, float]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, float] | list[Mapping[str, float]]:
+        return self._rows[index]
+
+
 class AlertWatch:
-    """Watches a run step by step and reports each signature when it begins to show, not again while it goes on."""
+    """Watches a run step by step and reports each signature when it appears, but not again while it persists."""
 
     def __init__(self, history: History = (), thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> None:
         """Start from the steps already done (`history`, for a resumed run)."""
@@ -138,15 +198,17 @@ class AlertWatch:
 
     def state_dict(self) -> list[dict[str, float]]:
         """The steps so far, as JSON values."""
-        return list(self._history)
+        return [dict(row) for row in self._history]
 
     def load_state_dict(self, history: History) -> None:
-        """Go on from these steps: what shows in them was reported."""
-        self._history = [_watched(metrics) for metrics in history]
+        """Continue from these steps, whose signatures have already been reported."""
+        self._history = GrowingHistory(self._thresholds.window)
+        for metrics in history:
+            self._history.append(_watched(metrics))
         self._showing = {alert.name for alert in check_alerts(self._history, self._thresholds)}
 
     def observe(self, metrics: Mapping[str, float]) -> list[Alert]:
-        """Take in one more step and return the signatures that were not showing before it."""
+        """Add one step, and return the signatures that it newly shows."""
         self._history.append(_watched(metrics))
         alerts = check_alerts(self._history, self._thresholds)
         new = [alert for alert in alerts if alert.name not in self._showing]
@@ -159,7 +221,9 @@ def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _window_means(history: History, name: str, window: int) -> list[float]:
-    """Means of the metric over successive windows counted back from the newest step, oldest first; [] below two windows."""
+    """Means of the metric over successive windows counted back from the newest step, oldest first; [] before two windows."""
+    if isinstance(history, GrowingHistory) and history.window == window:
+        return history.window_means(name)
     values = [row[name] for row in history if name in row and math.isfinite(row[name])]
     if len(values) < 2 * window:
         return []

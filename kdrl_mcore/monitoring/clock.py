@@ -12,19 +12,19 @@ from kdrl_mcore.monitoring.profiler import named_range
 
 
 class Clock:
-    """Adds up the seconds spent in named phases: `with clock("rollout"): ...`."""
+    """Sums the seconds spent in named phases: `with clock("rollout"): ...`."""
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         """`on_phase` is called with each phase's name when it begins."""
         self._on_phase = on_phase
         self.seconds: dict[str, float] = {}
         self.peak_gib: dict[str, float] = {}
-        """On CUDA, the most that tensors of this rank took in each phase."""
+        """On CUDA, the peak memory of this rank's tensors in each phase, GiB."""
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase; on CUDA its kernels are waited for, so that they are not charged to the next one."""
+        """Time a phase; on CUDA the host waits for its kernels, so that they do not count for the next phase."""
         if self._on_phase is not None:
             self._on_phase(phase)
         if torch.cuda.is_available():

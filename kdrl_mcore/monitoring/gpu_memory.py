@@ -1,11 +1,12 @@
-"""GPU memory that runs out, told in one line: where, what was alive, and which key to lower."""
+"""A one-line error when GPU memory runs out: where, what was allocated, and which key to lower."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +14,25 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config
+from kdrl_mcore.config.derived import engines_share_gpus
 from kdrl_mcore.errors import GpuMemoryError
 from kdrl_mcore.parallel.host_state import state_tensors
 from kdrl_mcore.parallel.platform import device
 
 GIB = 2**30
 SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""In the messages of what allocates beside torch's allocator: NCCL, cuBLAS, cuDNN, the driver."""
+"""Parts of the error messages of allocations outside torch's allocator: NCCL, cuBLAS, cuDNN, the driver."""
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes of this rank's GPU.
+    """Memory of this rank's GPU in bytes.
 
     Attributes:
-        allocated: of living tensors of this process.
-        cached: of torch's allocator beside them.
-        free: of the GPU.
-        total: of the GPU.
+        allocated: held by this process's tensors.
+        cached: held by torch's allocator in addition.
+        free: free on the GPU.
+        total: the size of the GPU's memory.
     """
 
     allocated: int
@@ -40,7 +42,7 @@ class GpuMemory:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether this error says that GPU memory ran out, in torch's allocator or beside it."""
+    """Whether an error means that GPU memory ran out, in torch's allocator or outside it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -48,11 +50,11 @@ def ran_out(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, where: str, rank: int, alive: Mapping[str, int], advice: str) -> GpuMemoryError:
-    """The one line. To be called while the error is handled: what its frames hold is then still alive.
+    """The one-line error. Call it while handling the original error, whose frames then still hold their tensors.
 
     Args:
         where: step and phase.
-        alive: bytes on the GPU by kind; what is allocated beyond them is told as activations.
+        alive: bytes on the GPU by kind; other allocations count as activations.
         advice: which key to lower.
     """
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[KMGT]iB)", str(error))
@@ -64,18 +66,29 @@ def out_of_memory(error: BaseException, where: str, rank: int, alive: Mapping[st
         parts += [
             f"activations and all else {_gib(max(0, memory.allocated - known))}",
             f"cached by torch {_gib(memory.cached)}",
-            f"outside of it {_gib(max(0, memory.total - memory.free - memory.allocated - memory.cached))}",
+            f"outside torch {_gib(max(0, memory.total - memory.free - memory.allocated - memory.cached))}",
         ]
     gpu = "" if memory is None else f", GPU {os.environ.get('LOCAL_RANK', '0')} of {_gib(memory.total)}"
     return GpuMemoryError(
         f"GPU memory ran out in {where}, on rank {rank} ({socket.gethostname()}{gpu})"
-        f"{f', where {asked[1]} more were needed' if asked else ''}; alive were: "
-        f"{', '.join(parts) or 'nothing of a model yet'}; {advice}"
+        f"{f', where {asked[1]} more were needed' if asked else ''}; allocated were: "
+        f"{', '.join(parts) or 'no parts of a model yet'}; {advice}"
     )
 
 
+@contextmanager
+def gpu_memory_errors(where: str, rank: int, advice: str) -> Iterator[None]:
+    """Raise GpuMemoryError in place of any error which means that GPU memory ran out in this context; see `out_of_memory`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise out_of_memory(error, where, rank, {}, advice) from None
+
+
 def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the models on this rank's GPU: the student's weights, gradients and optimizer state, and the weights of others.
+    """Bytes on this rank's GPU by kind: the student's weights, gradients and optimizer state, and other models' weights.
 
     Args:
         student: a `Student`, or None before there is one.
@@ -83,12 +96,12 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
     """
     alive: dict[str, int] = {}
     if student is not None:
-        buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        buffers = [buffer for chunk in student.optimizer.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
         alive["weights"] = _bytes_on_gpu(student.parts.parameters())
         alive["gradients"] = _bytes_on_gpu(buffer.grad_data for buffer in buffers)
-        weights = {_place(parameter) for parameter in student.parts.parameters()}
+        weights = {_storage(parameter) for parameter in student.parts.parameters()}
         alive["optimizer"] = _bytes_on_gpu(
-            tensor for tensor in state_tensors(student.optimizer) if _place(tensor) not in weights
+            tensor for tensor in state_tensors(student.optimizer.megatron) if _storage(tensor) not in weights
         )
     for name, model in others.items():
         if model is not None:
@@ -97,10 +110,10 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
 
 
 def key_to_lower(config: Config, phase: str) -> str:
-    """What to change where memory ran out in this phase, by what the configuration has not done yet."""
+    """What to change if memory ran out in this phase: a key that the configuration does not use yet."""
     rollout, parallel = config.rollout, config.parallel
     spread = "spread the student over more GPUs (parallel.tensor, parallel.pipeline)"
-    colocated = rollout.engine == "vllm" and rollout.vllm.placement == "colocated"
+    colocated = engines_share_gpus(rollout)
     share = rollout.vllm.gpu_memory_utilization
     engine = f"lower rollout.vllm.gpu_memory_utilization (now {'what the plan leaves' if share is None else f'{share:g}'})"
     micro = f"lower batch.micro_tokens (now {config.batch.micro_tokens})"
@@ -114,7 +127,7 @@ def key_to_lower(config: Config, phase: str) -> str:
         return f"{micro} or spread the teacher over more GPUs (teacher.parallel.tensor)"
     if phase == "train":
         unused = [
-            *(["parallel.recompute=full"] if parallel.recompute == "none" else []),
+            *(["parallel.recompute=full"] if parallel.recompute != "full" and not parallel.offload_activations else []),
             *(["optimizer.offload=true"] if not config.optimizer.offload else []),
             *(["teacher.offload=true"] if config.teacher.path and not config.teacher.offload else []),
         ]
@@ -125,7 +138,7 @@ def key_to_lower(config: Config, phase: str) -> str:
 
 
 def _gpu_memory() -> GpuMemory | None:
-    """None where there is no GPU."""
+    """The memory of this rank's GPU; None if there is no GPU."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
@@ -134,12 +147,12 @@ def _gpu_memory() -> GpuMemory | None:
 
 
 def _bytes_on_gpu(tensors: Iterable[Tensor]) -> int:
-    """Of the memory these tensors lie in, each piece once."""
-    storages = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.device == device()}
+    """The bytes of these tensors' storages on the GPU, each counted once."""
+    storages = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.device == device()}
     return sum(storages.values())
 
 
-def _place(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

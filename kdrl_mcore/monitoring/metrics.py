@@ -1,25 +1,24 @@
-"""The metrics of a run: one JSON line per step in `metrics.jsonl`, and the same numbers for TensorBoard."""
+"""The metrics of a run: one JSON line per step in `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 from kdrl_mcore.errors import DataError
+from kdrl_mcore.resilience.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
 
 METRICS: dict[str, str] = {
     "reward": "mean reward of the step's responses",
+    "reward_stderr": "its standard error, clustered by prompt",
     "accuracy": "share of the step's responses that are correct",
+    "accuracy_stderr": "its standard error, clustered by prompt",
     "loss": "alpha * policy_loss + beta * kd_loss",
     "policy_loss": "GRPO loss",
     "kd_loss": "distillation loss",
@@ -31,6 +30,9 @@ METRICS: dict[str, str] = {
     "entropy": "entropy of the student, nats per token",
     "response_length": "mean response length, tokens",
     "truncated": "share of responses that hit the length limit",
+    "truncated_correct": "share of responses that hit it and count as correct (reward.accept_truncated)",
+    "verifier_timeouts": "responses that the verifier gave up after reward.timeout: score 0, but not found wrong",
+    "verifier_crashes": "responses that ended the verifier's process, likewise",
     "alpha": "coefficient of the policy loss",
     "beta": "coefficient of the distillation loss",
     "lr": "learning rate",
@@ -52,6 +54,7 @@ METRICS: dict[str, str] = {
     "eval/accuracy_low": "lower end of its 95 % interval (bootstrap over prompts)",
     "eval/accuracy_high": "upper end",
     "eval/greedy_accuracy": "held-out accuracy of greedy responses, mean over benchmarks",
+    "eval/greedy_accuracy_stderr": "its standard error over prompts; `_low` and `_high` are the ends of its 95 % interval",
     "eval/response_length": "mean held-out response length, tokens",
     "eval/truncated": "share of held-out responses that hit the length limit",
     "time/refit": "seconds spent on giving the engines the student's weights",
@@ -61,6 +64,7 @@ METRICS: dict[str, str] = {
     "time/train": "seconds spent on the student's updates",
     "time/head": "of time/train, seconds in the output head (of the rank that spends most)",
     "time/step": "seconds of the whole step",
+    "time/evaluation": "seconds of the evaluation after it, its refit among them",
     "time/head_share": "time/head as a share of time/train",
     "time/tflops": "TFLOP/s of each rank in the student's updates, by what the model needs (no recomputation, no padding)",
     "memory/refit": "on CUDA: GiB that rank 0's tensors took at most during the refit",
@@ -70,24 +74,21 @@ METRICS: dict[str, str] = {
     "memory/train": "during the student's updates",
     "time/mfu": "the same as a share of the GPU's peak (cluster.peak_tflops, or that of a GPU in conf/cluster)",
 }
-"""The names the trainer writes, and what each one is. Counts and seconds are those of the one step. Besides, `eval/pass@k`,
-`eval/maj@k` and each benchmark's own `eval/NAME/...` (`evaluation.evaluate.summarize`)."""
+"""The metrics that the trainer writes, and their meanings. Counts and seconds are for a single step. Evaluation also writes
+`eval/pass@k`, `eval/maj@k` and each benchmark's `eval/NAME/...` (`evaluation.evaluate.summarize`)."""
 
 
 class MetricsLog:
-    """Appends the metrics of one run; on a resumed run call `truncate_after` first, so that each step stands there once."""
+    """Appends the metrics of one run. When a run resumes, call `truncate_after` first, so that each step is there only once."""
 
-    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
-        """Open `run_dir/metrics.jsonl` for appending, and `run_dir/tensorboard` when `tensorboard` is set."""
+    def __init__(self, run_dir: Path) -> None:
+        """Open `run_dir/metrics.jsonl` for appending."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
-        self._writer: SummaryWriter | None = None
-        self._open_tensorboard(purge_step=None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append `metrics` as one line `{"step": step, ...}`, on disk when this returns.
+        """Append `metrics` as one line `{"step": step, ...}`, which is on disk when this returns.
 
         NaN and infinities become the strings "NaN", "Infinity" and "-Infinity": JSON has no numbers for them, and
         `read_metrics` turns them back.
@@ -96,26 +97,16 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, float(value), step)
-            self._writer.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop every line of a step after `step`, and a last line that a killed run left incomplete."""
+        """Remove all lines of steps after `step`, and a last line that a killed run left incomplete."""
         self._file.close()
-        kept = [line for line, row in _complete_rows(self._path) if row["step"] <= step]
-        shortened = self._path.with_suffix(".tmp")
-        shortened.write_text("".join(kept), encoding="utf-8")
-        shortened.replace(self._path)
+        keep_rows(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._open_tensorboard(purge_step=step + 1)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -123,47 +114,79 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _open_tensorboard(self, purge_step: int | None) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=purge_step)
+def keep_rows(path: Path, last: int) -> None:
+    """Remove from a metrics file all lines of steps after `last`, and an incomplete last line."""
+    kept = [line for line, row in _complete_rows(path) if row["step"] <= last]
+    write_file(path, "".join(kept))
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+def read_metrics(run_dir: Path, on_damage: Callable[[int], None] | None = None) -> list[dict[str, float]]:
     """The metrics of a run, one dict per step in ascending order (`step` among its keys).
 
-    Lines of the same step (training and evaluation) are merged. A last line without its newline, which a run in progress
-    may show, is left out.
+    Lines of the same step (training and evaluation) are merged. A last line without a newline, which a run is still writing, is
+    left out.
+
+    Args:
+        on_damage: called with the number of each line that is not a JSON object with a step; the line is then left out.
 
     Raises:
-        DataError: no `metrics.jsonl` in `run_dir`, no line in it, or a line that is not a JSON object with a step.
+        DataError: `run_dir` has no `metrics.jsonl`, the file has no line or, without `on_damage`, a damaged one.
     """
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise DataError(f"{run_dir}: no {METRICS_FILE} there; name a run directory (run.dir) that has trained a step")
     steps: dict[int, dict[str, float]] = {}
-    for _, row in _complete_rows(path):
+    for _, row in _complete_rows(path, on_damage):
         steps.setdefault(int(row["step"]), {}).update(row)
     if not steps:
         raise DataError(f"{path}: holds no metrics yet; wait for the run's first step")
     return [steps[step] for step in sorted(steps)]
 
 
-def _complete_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def rows_from(path: Path, offset: int) -> Iterator[tuple[dict[str, float], int]]:
+    """The rows of a metrics file from byte `offset` on, each with the offset of the byte after it. The file may still be
+    written: an incomplete last line is left out, as are damaged lines.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        while (line := file.readline()).endswith(b"\n"):
+            offset += len(line)
+            try:
+                row = _parse(line)
+            except _DAMAGE:
+                continue
+            yield row, offset
+
+
+def _complete_rows(path: Path, on_damage: Callable[[int], None] | None = None) -> Iterator[tuple[str, dict[str, float]]]:
     """Each line that ends in a newline, with its parsed metrics."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            row = {name: float(value) for name, value in json.loads(line).items()}
-            row["step"]
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: not a JSON object of numbers with a step; repair or remove it") from error
-        yield line, row
+            row = _parse(line)
+        except _DAMAGE as error:
+            if on_damage is None:
+                message = f"{path}, line {number}: not a JSON object of numbers with a step; repair or remove it"
+                raise DataError(message) from error
+            on_damage(number)
+        else:
+            yield line.decode() + "\n", row
+
+
+_DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError)
+
+
+def _parse(line: bytes) -> dict[str, float]:
+    row = {name: float(value) for name, value in json.loads(line).items()}
+    int(row["step"])
+    return row
 
 
 def _to_json(value: float) -> float | str:

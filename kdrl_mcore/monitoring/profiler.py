@@ -1,4 +1,4 @@
-"""Traces of single steps (`trainer.profile`), and the ranges by which profilers name the phases of every step."""
+"""Traces of single steps (`trainer.profile`), and the ranges that name the phases of every step in profilers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def named_range(name: str) -> Iterator[None]:
-    """A range that torch's profiler and, on CUDA, Nsight Systems (NVTX) show under this name; it costs a microsecond."""
+    """A range with this name in torch's profiler and, on CUDA, in Nsight Systems (NVTX); it costs a microsecond."""
     with record_function(name):
         if not torch.cuda.is_available():
             yield
@@ -30,7 +30,7 @@ def named_range(name: str) -> Iterator[None]:
 
 
 class StepProfiler:
-    """Writes a trace of each step that `trainer.profile.steps` names, on the ranks of `trainer.profile.ranks`."""
+    """Writes a trace of each step in `trainer.profile.steps`, on the ranks in `trainer.profile.ranks`."""
 
     def __init__(self, settings: ProfileConfig, run_dir: Path, rank: int) -> None:
         self._steps = set(settings.steps) if rank in settings.ranks else set()
@@ -40,7 +40,7 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Profile what runs here, if the step is one of those."""
+        """Profile this block if the step is to be profiled."""
         if step not in self._steps:
             yield
             return
@@ -49,7 +49,7 @@ class StepProfiler:
             yield
 
     def save(self, step: int) -> None:
-        """Write the trace of the step that was profiled last, if it is not written yet; Perfetto and chrome://tracing open it.
+        """Write the trace of the last profiled step unless it is already written. Perfetto and chrome://tracing can open it.
 
         Raises:
             OSError: it cannot be written.

@@ -1,9 +1,10 @@
-"""What a person sees while a run goes on: a live display on a terminal, else one plain line now and then."""
+"""The progress of a run for a person: a live display on a terminal, otherwise a plain line from time to time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from rich import progress as rich_progress
 from rich.console import Console, Group
@@ -11,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 MIN_SECONDS_BETWEEN_LINES = 1.0
-"""Plain output: steps that end sooner than this after the last line are not shown (evaluations and the last step are)."""
+"""Plain output skips steps that end sooner than this after the last line, except evaluations and the last step."""
 
 KEY_NUMBERS: tuple[tuple[str, str, str], ...] = (
     ("eval/accuracy", "held-out", ".1%"),
@@ -22,18 +23,18 @@ KEY_NUMBERS: tuple[tuple[str, str, str], ...] = (
     ("response_length", "length", ".1f"),
     ("loss", "loss", ".4f"),
 )
-"""Metric, label and format of the numbers on display, those a step has."""
+"""Metric, label and format of the displayed numbers, if a step has them."""
 
 
 class Progress:
     """Phase, step k of n, time left and the key numbers of a run, on rank 0, between `start` and `close`.
 
-    On a terminal it is a live display; otherwise it prints concise lines without control codes. `enabled=False` shows
-    nothing but `message`s (`logging.progress=false`).
+    On a terminal it is a live display; otherwise it prints concise lines without control codes. `enabled=False`
+    (`logging.progress=false`) shows only `message`s.
     """
 
     def __init__(self, steps: int, enabled: bool = True, console: Console | None = None) -> None:
-        """`steps`: the number of the run's last step; `console`: where to write, standard output by default."""
+        """`steps` is the number of the run's last step; `console` is where to write, standard output by default."""
         self._steps = steps
         self._console = console or Console(highlight=False)
         self._enabled = enabled
@@ -66,7 +67,7 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Show what the run is doing now (rollout, teacher, train, evaluation, ...); on a terminal only."""
+        """Show what the run is doing (rollout, teacher, train, evaluation, ...), only on a terminal."""
         self._bar.update(self._task, description=name)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -85,11 +86,12 @@ class Progress:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=self._live is None)  # plain lines are not cut at a width
+        with suppress(OSError):  # a full disk, or a terminal that is gone, must not end the run
+            self._console.print(text, markup=False, soft_wrap=self._live is None)  # plain lines are not cut at a width
 
     def _line_is_due(self, step: int, metrics: Mapping[str, float]) -> bool:
-        rested = time.monotonic() - self._last_line >= MIN_SECONDS_BETWEEN_LINES
-        return rested or step == self._steps or "eval/accuracy" in metrics
+        waited = time.monotonic() - self._last_line >= MIN_SECONDS_BETWEEN_LINES
+        return waited or step == self._steps or "eval/accuracy" in metrics
 
     def _seconds_left(self, step: int) -> float:
         return (time.monotonic() - self._started) / (step - self._first_step) * (self._steps - step)

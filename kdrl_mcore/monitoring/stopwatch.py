@@ -1,4 +1,4 @@
-"""Seconds that a device spends on a stretch of work, without waiting for it."""
+"""Measure the seconds that a device spends on some work, without waiting for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the stretches of work between two looks at it: by a pair of events each on CUDA, by the clock on CPU."""
+    """Sums the durations of timed blocks between two calls of `take`: by pairs of events on CUDA, by the clock on CPU."""
 
     def __init__(self) -> None:
         self._events: list[tuple[Any, Any]] = []
@@ -19,7 +19,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Time what is launched here; on CUDA it takes two records in the stream, and nothing is waited for."""
+        """Time the work launched in this block; on CUDA two events are recorded in the stream, and the host does not wait."""
         if torch.cuda.is_available():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -32,7 +32,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Seconds since the last look. On CUDA the work must be done: call it after the device was waited for anyway."""
+        """Seconds since the last call. On CUDA the work must be complete: call it where the host has waited for the device."""
         seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
         self._events, self._seconds = [], 0.0
         return seconds

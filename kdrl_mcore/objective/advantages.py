@@ -11,13 +11,15 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, *, normalize_by_std: bool) -> Tensor:
-    """A_i = (r_i - mean of its group) / (std of its group + 1e-6), the standard deviation with n - 1; without the division
-    if asked.
+    """A_i = (r_i - mean of its group) / (std of its group + 1e-6) [N], the standard deviation with n - 1.
 
     Computed in float64. A group whose rewards are all equal gets exactly zero.
 
+    Args:
+        normalize_by_std: without it, the mean is subtracted and nothing is divided.
+
     Raises:
-        DataError: a group of one response, which has nothing to be compared with.
+        DataError: a group has a single response, and so nothing to compare it with.
     """
     rewards_N = rewards_N.double()
     groups, index_N, counts = group_ids_N.unique(return_inverse=True, return_counts=True)
@@ -39,5 +41,5 @@ def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, *, normalize_by_std
 
 
 def shaped_rewards(rewards_N: Tensor, log_ratio_sums_N: Tensor, beta: float) -> Tensor:
-    """r_i + beta * sum_t (log T - log pi), before group normalisation: our reconstruction of the paper's reward shaping."""
+    """r_i + beta * sum_t (log T - log pi) [N], before group normalisation: our reconstruction of the paper's reward shaping."""
     return rewards_N.double() + beta * log_ratio_sums_N.double()

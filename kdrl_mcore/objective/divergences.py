@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def log_ratio(teacher_log_probs_T: Tensor, log_probs_T: Tensor, clamp: float | None) -> Tensor:
-    """d, clamped to [-clamp, clamp] if asked (a clamped token has no gradient)."""
+    """d, clamped to [-clamp, clamp] unless `clamp` is None (a clamped token has no gradient)."""
     d_T = teacher_log_probs_T - log_probs_T
     return d_T if clamp is None else d_T.clamp(-clamp, clamp)
 
@@ -21,27 +21,27 @@ def importance_weight(log_probs_T: Tensor, sampler_log_probs_T: Tensor) -> Tenso
 
 
 def on_policy_weight(log_probs_T: Tensor, estimator: str) -> Tensor:
-    """w of tokens that the student itself sampled: 1. For k1 it carries the gradient of log pi, which is all that k1 learns
-    from; for the others it is a constant, the paper's form (so k3's gradient is the biased one of the paper's ablation)."""
+    """w = 1, for tokens sampled by the student's present weights. For k1 it carries the gradient of log pi, which is all that
+    k1 learns from. For the others it is a constant, the paper's form, so k3 has the biased gradient of the paper's ablation."""
     w_T = (log_probs_T - log_probs_T.detach()).exp()
     return w_T if estimator == "k1" else w_T.detach()
 
 
 def k1(d_T: Tensor, w_T: Tensor) -> Tensor:
-    """-w sg(d): value and gradient unbiased. w must be differentiable: with a detached w the gradient's expectation is zero."""
+    """-w sg(d): value and gradient unbiased. w must be differentiable: with a detached w the expected gradient is zero."""
     return -w_T * d_T.detach()
 
 
 def k2(d_T: Tensor, w_T: Tensor) -> Tensor:
-    """sg(w) d^2 / 2 (the paper's): gradient unbiased, value biased. w must be detached."""
+    """sg(w) d^2 / 2, the paper's estimator: gradient unbiased, value biased. w is detached."""
     return 0.5 * w_T.detach() * d_T.square()
 
 
 def k3(d_T: Tensor, w_T: Tensor) -> Tensor:
-    """w (exp(d) - 1 - d): value unbiased. With w = 1 on-policy its gradient, (1 - exp(d)) grad log pi, is biased; with a
-    differentiable w off-policy it is -w d grad log pi, as unbiased as k2's."""
+    """w (exp(d) - 1 - d): value unbiased. On-policy, with w = 1, its gradient (1 - exp(d)) grad log pi is biased. Off-policy,
+    with a differentiable w, the gradient is -w d grad log pi, unbiased like k2's."""
     return w_T * (d_T.expm1() - d_T)
 
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
-"""The estimators by their configuration names."""
+"""The estimators by the names that `objective.kd.estimator` uses."""

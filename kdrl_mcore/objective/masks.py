@@ -10,8 +10,9 @@ def distillation_mask(correct_N: Tensor, group_ids_N: Tensor, mask: str) -> Tens
     """True where a response is distilled [N].
 
     Args:
-        correct_N: whether the verifier found the answer correct (bool); rewards play no part.
-        mask: `none` distils all; `response` the incorrect ones; `group` those of groups without a correct response.
+        correct_N: whether the verifier found the answer correct (bool); the reward itself does not matter.
+        mask: `none` distils all responses; `response` only the incorrect ones; `group` only those of groups without a
+            correct response.
     """
     if mask == "none":
         return torch.ones_like(correct_N, dtype=torch.bool)
@@ -21,4 +22,4 @@ def distillation_mask(correct_N: Tensor, group_ids_N: Tensor, mask: str) -> Tens
         groups, index_N = group_ids_N.unique(return_inverse=True)
         num_correct = torch.zeros(len(groups), dtype=torch.long).scatter_add(0, index_N, correct_N.long())
         return num_correct[index_N] == 0
-    raise ValueError(f"mask is none, response or group, not {mask}")
+    raise ValueError(f"mask must be none, response or group, not {mask}")

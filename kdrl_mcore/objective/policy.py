@@ -1,4 +1,4 @@
-"""The clipped policy-gradient surrogate and the correction for a sampler that differs from the trainer."""
+"""The clipped policy-gradient surrogate, and the correction for a sampler that differs from the trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrl_mcore.config import SamplerCorrectionConfig
 def surrogate(
     log_probs_T: Tensor, old_log_probs_T: Tensor | None, advantages_T: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = pi / pi_old, and where the clip was active.
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = pi / pi_old, and whether the clip was active; both [T].
 
     Without `old_log_probs_T` the batch is strictly on-policy: rho is 1 in value and carries the gradient.
     """
@@ -22,7 +22,7 @@ def surrogate(
 
 
 def sampler_correction(old_log_probs_T: Tensor, sampler_log_probs_T: Tensor, settings: SamplerCorrectionConfig) -> Tensor:
-    """The detached weight of each token's policy loss for tokens sampled by mu instead of pi_old.
+    """The detached weight [T] of the policy loss of tokens that mu sampled instead of pi_old.
 
     `truncate`: min(pi_old / mu, bound), truncated importance sampling. `mask`: 1 where pi_old / mu lies in [1/bound, bound],
     else 0. `none`: 1.

@@ -1,4 +1,4 @@
-"""Coefficients and the learning rate as functions of the optimizer step."""
+"""The coefficients alpha and beta and the learning rate, as functions of the optimizer step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
-from kdrl_mcore.errors import ConfigError
 
 
 class Coefficient:
@@ -14,22 +13,18 @@ class Coefficient:
 
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
-    adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max) on the measured KL per token.
+    adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
 
     def __init__(self, schedule: ScheduleConfig) -> None:
-        """Raises ConfigError for settings that make no schedule."""
-        if schedule.kind in ("cosine", "switch") and schedule.steps <= 0:
-            raise ConfigError(f"a {schedule.kind} schedule needs steps > 0, not {schedule.steps}")
-        if schedule.kind == "adaptive" and (schedule.target <= 0 or schedule.init <= 0):
-            raise ConfigError("an adaptive schedule needs target > 0 (the KL per token to hold) and init > 0")
+        """Start at step 0. `check_config` has already rejected invalid settings."""
         self._schedule = schedule
         self._step = 0
         self._adapted = schedule.init
 
     @property
     def value(self) -> float:
-        """The coefficient of the coming optimizer step."""
+        """The coefficient for the next optimizer step."""
         s, t = self._schedule, self._step
         if s.kind == "linear":
             return max(s.init - s.delta * t, s.min)
@@ -37,10 +32,10 @@ class Coefficient:
             return s.min + (s.init - s.min) * 0.5 * (1 + math.cos(math.pi * min(t / s.steps, 1.0)))
         if s.kind == "switch":
             return s.init if t < s.steps else s.after
-        return self._adapted
+        return self._adapted if s.kind == "adaptive" else s.init
 
     def advance(self, kl_per_token: float | None) -> None:
-        """An optimizer step was taken. `kl_per_token` is the KL to the teacher it measured, or None if it measured none."""
+        """Advance by one optimizer step. `kl_per_token` is the KL to the teacher that the step measured, if any."""
         self._step += 1
         s = self._schedule
         if s.kind == "adaptive" and kl_per_token is not None:
@@ -49,17 +44,20 @@ class Coefficient:
             self._adapted = min(max(self._adapted * math.exp(exponent), s.min), s.max)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"step": self._step, "adapted": self._adapted}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._step, self._adapted = int(state["step"]), float(state["adapted"])
+    def load_state_dict(self, state: dict[str, Any], *, restart: bool = False) -> None:
+        """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, the adapted
+        coefficient starts again at `init`."""
+        self._step = int(state["step"])
+        self._adapted = self._schedule.init if restart else float(state["adapted"])
 
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:
-    """The learning rate of optimizer step `step` (0 is the first): linear warm-up, then constant, linear or cosine to
-    `min_lr`."""
+    """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant, or a linear or cosine decay
+    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, still
+    learns where `min_lr` is 0."""
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":

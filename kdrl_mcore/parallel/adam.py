@@ -1,4 +1,4 @@
-"""AdamW whose step count lives in the parameter group, as Megatron's sharded optimizer state needs it."""
+"""AdamW with its step count in the parameter group, as Megatron's sharded optimizer state requires."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Adam(torch.optim.Optimizer):
     """AdamW (decoupled weight decay, https://arxiv.org/abs/1711.05101) on torch's fused kernel.
 
     torch's own AdamW keeps `step` in every parameter's state, which cannot be re-sharded with the flat parameter ranges of
-    the distributed optimizer. Apex and Transformer Engine keep it in the group; so does this class, and it serves where
-    neither is installed.
+    the distributed optimizer. Apex and Transformer Engine keep it in the group; this class does too, and is used where neither
+    is installed.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Adam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            # One number for all, made on the device: a tensor of a Python number would be copied there, and waited for.
+            # One step count for all parameters, made on the device: copying it there would make the host wait.
             step = torch.full((), float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,

@@ -1,23 +1,26 @@
-"""Small results that every rank needs: gathered from the replicas' leaders, so that no rank ever sees the whole world's
-copies."""
+"""Share small results with every rank. What all ranks of a replica hold is gathered from the replicas' leaders only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from kdrl_mcore.errors import KdrlError, StorageError
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.resilience.waiting import waits_for_others
 
 T = TypeVar("T")
 
 
+@waits_for_others
 def gather_from_replicas(groups: ModelGroups, items: list[T]) -> list[T]:
     """The lists of all replicas of the model (data x context parallel), concatenated in rank order, on every rank.
 
-    Only each replica's leader's `items` count. Collectives: an all-gather over the leaders of the replicas, then a broadcast
+    Only the `items` of replica leaders are used. Collectives: an all-gather over the leaders of the replicas, then a broadcast
     within each replica (tensor x pipeline ranks).
     """
     shared: list[Any] = [None]
@@ -36,10 +39,11 @@ def leader_rank(groups: ModelGroups) -> int:
     return dist.get_global_rank(groups.groups.mp, index)
 
 
+@waits_for_others
 def sum_over_replicas(
     groups: ModelGroups, sums: dict[str, float], maxima: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum and maximum over the replicas (data x context parallel) of what the last stages measured, on every rank.
+    """Sums and maxima over the replicas (data x context parallel) of the values measured by the last stages, on every rank.
 
     Collectives: two all-reduces over the replicas' group (last stage only), then a broadcast over the pipeline group.
     """
@@ -58,13 +62,52 @@ def sum_over_replicas(
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. Collective: one all-reduce over the world."""
-    tensor = torch.tensor(float(flag), device=device())
+    return each_on_any_rank([flag])[0]
+
+
+@waits_for_others
+def each_on_any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank. Collective: one all-reduce over the world."""
+    tensor = torch.tensor([float(flag) for flag in flags], device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return [bool(flag) for flag in tensor.tolist()]
 
 
+@waits_for_others
+def gather_objects(item: T) -> list[T]:
+    """The items of all ranks, in rank order, on every rank. Collective: one all-gather over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+@waits_for_others
 def from_first_rank(value: T) -> T:
-    """What rank 0 has, on every rank. Collective: one broadcast over the world."""
+    """Rank 0's value, on every rank. Collective: one broadcast over the world."""
     shared: list[Any] = [value]
     dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+@waits_for_others
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run an action on rank 0 and return its result on every rank. Collective: one broadcast over the world.
+
+    Raises:
+        KdrlError: on every rank, if rank 0 raises it or cannot read or write a file.
+    """
+    shared: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            shared = [action()]
+        except KdrlError as error:
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            shared = [error]
+        except OSError as error:
+            shared = [
+                StorageError(f"{error.filename}: {error.strerror or error}: set its permissions, or repair the file system")
+            ]
+    dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], KdrlError):
+        raise shared[0]
     return shared[0]

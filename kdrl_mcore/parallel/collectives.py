@@ -1,4 +1,4 @@
-"""Collectives that torch 2.13 has renamed, under their new names for every torch from 2.6 on."""
+"""Collectives that torch 2.13 renamed, under their new names for every torch from 2.6 on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context parallelism: the ranks that share one packed micro-batch, and the gather of what every one of them needs of all."""
+"""Context parallelism: the ranks that share one packed micro-batch, and the gather of all their rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ContextShard:
     """This rank's part of a packed sequence.
 
     Attributes:
-        group: the ranks that share it.
-        rows_F: rows of the packed sequence in the order in which the ranks hold them, rank after rank.
+        group: the ranks that share the sequence.
+        rows_F: indices of the packed sequence's rows in the order in which the ranks hold them, rank after rank.
     """
 
     group: dist.ProcessGroup
@@ -27,7 +27,8 @@ class ContextShard:
     def gather(self, local: Tensor) -> Tensor:
         """All ranks' rows [F, ...] in the order of the packed sequence, from this rank's [F / ranks, ...].
 
-        Collectives over the group: an all-gather; backward a reduce-scatter (each rank's rows get the sum of all gradients).
+        Collectives over the group: an all-gather, and in the backward pass a reduce-scatter (each row gets the sum of all
+        ranks' gradients).
         """
         return _Gather.apply(local, self)
 

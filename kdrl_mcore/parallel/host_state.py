@@ -1,4 +1,4 @@
-"""The optimizer's state in host memory while forward and backward passes run."""
+"""Keep the optimizer's state in host memory while forward and backward passes run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdrl_mcore.parallel.platform import device
 
 
 def state_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """What a Megatron-Core optimizer keeps beside the model: float32 copies of lower-precision weights, and moments."""
+    """The state of a Megatron-Core optimizer: float32 copies of lower-precision weights, and moments."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(part, "is_stub_optimizer", False):
             continue
-        for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):  # sharded over replicas, and not
+        for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):  # sharded over replicas, and unsharded
             for group in getattr(part, name, []):
                 yield from (weight for weight in group if weight is not None)
         for state in part.optimizer.state.values():
@@ -24,14 +24,14 @@ def state_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 class HostState:
-    """Moves the state out and in; the host's copy is pinned and kept, so that moving allocates nothing after the first time."""
+    """Moves the state between device and host. The host's copy is pinned and kept, so only the first move allocates memory."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._host: dict[Tensor, Tensor] = {}
 
     def leave(self) -> None:
-        """The update is done: copy the state to the host and free it on the device."""
+        """After the update: copy the state to the host and free it on the device."""
         for tensor in state_tensors(self._optimizer):
             if tensor.device.type == "cpu":
                 continue
@@ -43,6 +43,6 @@ class HostState:
             tensor.data = host
 
     def enter(self) -> None:
-        """The gradients are ready: bring the state back."""
+        """Before the update: copy the state back to the device."""
         for tensor in self._host:
             tensor.data = tensor.data.to(device(), non_blocking=True)

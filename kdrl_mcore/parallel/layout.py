@@ -1,6 +1,6 @@
-"""Layouts and process groups: the student's and the teacher's differ, so each model carries its own.
+"""Layouts and process groups. Student and teacher may differ in both, so each model carries its own.
 
-Ranks are laid out as Megatron lays them out: tensor fastest, then context, data, and pipeline slowest.
+The order of ranks is Megatron's: tensor fastest, then context, data, and pipeline slowest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch.distributed as dist
 
-from kdrl_mcore.config import ParallelConfig
+from kdrl_mcore.config import ParallelConfig, TeacherParallelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.groups import own_group, shared_with_megatron
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is spread over the world. `data` is what is left of the world after the other sizes.
+    """How one model is distributed over the world. The data-parallel size follows from the other sizes.
 
-    Experts are spread over `expert` neighbouring ranks of a pipeline stage, across tensor, context and data parallelism; each
-    rank holds whole experts (expert tensor parallel size 1).
+    Experts are distributed over `expert` neighbouring ranks of a pipeline stage, across tensor, context and data parallelism;
+    each rank holds whole experts (expert tensor parallel size 1).
     """
 
-    world: int
+    world_size: int
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
@@ -37,41 +37,41 @@ class Layout:
 
     def __post_init__(self) -> None:
         model = self.tensor * self.pipeline * self.context
-        if self.world % model:
+        if self.world_size % model:
             raise ConfigError(
-                f"{self.world} ranks cannot hold replicas of tensor {self.tensor} x pipeline {self.pipeline} x context "
+                f"{self.world_size} ranks cannot hold replicas of tensor {self.tensor} x pipeline {self.pipeline} x context "
                 f"{self.context} = {model} ranks: start a multiple of {model}, or change the parallel sizes"
             )
-        if (self.world // self.pipeline) % self.expert:
+        if (self.world_size // self.pipeline) % self.expert:
             raise ConfigError(
-                f"the {self.world // self.pipeline} ranks of a pipeline stage do not divide by expert parallel size "
+                f"the {self.world_size // self.pipeline} ranks of a pipeline stage cannot be divided by expert parallel size "
                 f"{self.expert}: change parallel.expert"
             )
 
     @property
     def data(self) -> int:
         """Data-parallel size."""
-        return self.world // (self.tensor * self.pipeline * self.context)
+        return self.world_size // (self.tensor * self.pipeline * self.context)
 
     def rank(self, *, pipeline: int, data: int, context: int = 0, tensor: int = 0) -> int:
-        """The global rank at these places."""
+        """The global rank with these parallel ranks."""
         return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
 
     @property
     def token_alignment(self) -> int:
-        """The number of tokens of a micro-batch is a multiple of this (context and sequence parallelism split them evenly)."""
+        """The number of tokens of a micro-batch is a multiple of this: context and sequence parallelism split them evenly."""
         return (2 * self.context if self.context > 1 else 1) * self.replica_alignment
 
     @property
     def replica_alignment(self) -> int:
-        """The same where each context-parallel rank works on tokens of its own, as in generation."""
+        """The same where each context-parallel rank has its own sequences, as in generation."""
         return self.tensor if self.sequence_parallel else 1
 
 
-def student_layout(world: int, parallel: ParallelConfig) -> Layout:
-    """The layout that the configuration gives the student."""
+def student_layout(world_size: int, parallel: ParallelConfig) -> Layout:
+    """The student's layout from the configuration."""
     return Layout(
-        world,
+        world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
@@ -81,9 +81,14 @@ def student_layout(world: int, parallel: ParallelConfig) -> Layout:
     )
 
 
+def teacher_layout(world_size: int, parallel: TeacherParallelConfig) -> Layout:
+    """The layout of a model that only scores."""
+    return Layout(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, expert=parallel.expert)
+
+
 @dataclass(frozen=True)
 class ModelGroups:
-    """One model's layout and its process groups, as Megatron-Core takes them."""
+    """One model's layout and its process groups in Megatron-Core's form."""
 
     layout: Layout
     groups: ProcessGroupCollection
@@ -100,17 +105,17 @@ class ModelGroups:
 
     @property
     def data(self) -> dist.ProcessGroup:
-        """The group of the ranks that hold the same shard as this one and train on other sequences."""
+        """The group of the ranks that hold the same shard and train on different sequences."""
         return self.groups.dp
 
     @property
     def context(self) -> dist.ProcessGroup:
-        """The group of the ranks that hold the same shard and train on other tokens of the same sequences."""
+        """The group of the ranks that hold the same shard and train on different tokens of the same sequences."""
         return self.groups.cp
 
     @property
     def replicas(self) -> dist.ProcessGroup:
-        """The group of all ranks that hold the same shard (data x context): each belongs to one replica of the model."""
+        """The group of all ranks that hold the same shard (data x context), one from each replica of the model."""
         return self.groups.dp_cp
 
     @property
@@ -120,12 +125,12 @@ class ModelGroups:
 
     @property
     def is_replica_leader(self) -> bool:
-        """Whether this rank speaks for its replica: tensor rank 0 of the last pipeline stage."""
+        """Whether this rank is the leader of its replica: tensor rank 0 of the last pipeline stage."""
         return self.is_last_stage and self.tensor.rank() == 0
 
 
 def create_student_groups(layout: Layout) -> ModelGroups:
-    """Create the student's groups as Megatron-Core's global state (its optimizer and checkpoints read that). Collective over
+    """Create the student's groups as Megatron-Core's global state, which its optimizer and checkpoints read. Collective over
     the world."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -141,15 +146,15 @@ def create_student_groups(layout: Layout) -> ModelGroups:
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
-            create_gloo_process_groups=False,  # for gathering the optimizer's state, which nothing here does
+            create_gloo_process_groups=False,  # they would serve to gather the optimizer's state, which nothing does here
         )
-    # Nothing here draws random numbers (no dropout), but sequence parallelism and recomputation want the generators to exist.
+    # Nothing draws random numbers (no dropout), but sequence parallelism and recomputation need the generators to exist.
     model_parallel_cuda_manual_seed(0)
     return ModelGroups(layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
 def create_scoring_groups(layout: Layout) -> ModelGroups:
-    """Create groups for a model that only scores, beside Megatron-Core's global state. Collective over the world."""
+    """Create groups for a model that only scores, separate from Megatron-Core's global state. Collective over the world."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection()
@@ -159,18 +164,18 @@ def create_scoring_groups(layout: Layout) -> ModelGroups:
     pipelines = _ranks_along(layout, "p")
     groups.embd = own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
     groups.pos_embd = own_group([ranks[:1] for ranks in pipelines])
-    stages = np.arange(layout.world).reshape(layout.pipeline, -1, layout.expert)
+    stages = np.arange(layout.world_size).reshape(layout.pipeline, -1, layout.expert)
     groups.ep = groups.tp_ep = own_group(stages.reshape(-1, layout.expert).tolist())
     groups.expt_dp = own_group(stages.transpose(0, 2, 1).reshape(-1, stages.shape[1]).tolist())
-    groups.expt_tp = own_group([[rank] for rank in range(layout.world)])
+    groups.expt_tp = own_group([[rank] for rank in range(layout.world_size)])
     groups.tp_ep_pp = own_group(stages.transpose(1, 0, 2).reshape(stages.shape[1], -1).tolist())
     return ModelGroups(layout, groups)
 
 
 def _ranks_along(layout: Layout, axes: str) -> list[list[int]]:
-    """The rank lists of all groups that vary along these axes (t, c, d, p) and share the others, each ascending."""
+    """The ranks of all groups that vary along these axes (t, c, d, p) and share the others; each list is ascending."""
     order = "pdct"  # slowest first
-    grid = np.arange(layout.world).reshape(layout.pipeline, layout.data, layout.context, layout.tensor)
+    grid = np.arange(layout.world_size).reshape(layout.pipeline, layout.data, layout.context, layout.tensor)
     kept = [axis for axis in order if axis not in axes]
     grid = grid.transpose([order.index(axis) for axis in [*kept, *(axis for axis in order if axis in axes)]])
     return grid.reshape(-1, int(np.prod(grid.shape[len(kept) :]))).tolist()

@@ -1,5 +1,4 @@
-"""The one file that knows what differs between Megatron-Core versions (0.16 to 0.19) and between machines with and without
-its CUDA extras."""
+"""All code that depends on the Megatron-Core version (0.16 to 0.19) or on whether its CUDA extras are installed."""
 
 from __future__ import annotations
 
@@ -13,24 +12,25 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdrl_mcore.interrupt import end_with_parent
+from kdrl_mcore.resilience.interrupt import end_with_parent
 
 logger = logging.getLogger(__name__)
 
 
 @cache
 def why_no_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot serve in this process; None where it can. Imports it, once.
+    """The reason why Transformer Engine cannot be used in this process; None where it can. Imports it, once.
 
-    Megatron-Core takes what it finds, also without a GPU, and does not import itself where Transformer Engine is there but
-    broken (built for another torch, a CUDA library missing). So where it cannot serve it is hidden from this process: call this
-    before anything of Megatron-Core is imported.
+    Megatron-Core uses it wherever it is installed, even without a GPU, and cannot be imported where it is broken (built for
+    another torch, or a CUDA library is missing). Where it cannot be used it is therefore hidden from this process: call this
+    before importing anything of Megatron-Core.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
@@ -40,14 +40,14 @@ def why_no_transformer_engine() -> str | None:
         try:
             importlib.import_module("transformer_engine.pytorch")
             return None
-        except Exception as error:  # whatever stops its libraries from loading comes in its own type
+        except Exception as error:  # failures to load its libraries come in many types
             first_line = str(error).partition("\n")[0]
-            reason = f"Transformer Engine is installed but does not import ({type(error).__name__}: {first_line})"
+            reason = f"Transformer Engine is installed but cannot be imported ({type(error).__name__}: {first_line})"
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("%s on %s: Megatron-Core's own layers serve instead", reason, socket.gethostname())
+                logger.warning("%s on %s: using Megatron-Core's own layers instead", reason, socket.gethostname())
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         del sys.modules[name]
-    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it is an ImportError from now on
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it now raises ImportError
     return reason
 
 
@@ -59,23 +59,66 @@ def layer_submodules(use_transformer_engine: bool, qk_norm: bool, num_experts: i
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_norm
         )
+    _recompute_without_fp8()
     layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=qk_norm)
     if num_experts is not None:
         _prepare_local_experts()
-        # The local layer saves this norm as one fused into a dense MLP, which Transformer Engine's layer with experts has not.
+        # The local layer saves this norm as fused into a dense MLP, unlike Transformer Engine's layer with experts.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return layer
 
 
+def feed_forward_submodules(layer: Any, has_experts: bool) -> Any:
+    """The linear layers (`linear_fc1`, `linear_fc2`) of a layer's MLP or of its experts, to be replaced in the spec."""
+    submodules = _submodules(layer.submodules.mlp)
+    return _submodules(submodules.experts) if has_experts else submodules
+
+
+def _submodules(spec: Any) -> Any:
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # 0.19, 0.16
+
+
+def _recompute_without_fp8() -> None:
+    """Make Megatron-Core's recompute of norms work without Transformer Engine. Idempotent.
+
+    By default it takes anything but None for FP8, `False` too, and then calls Transformer Engine, installed or not.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """Let Transformer Engine's layers, where they can be used, keep hold of their weights during a forward pass: autograd's
+    hooks for saved tensors give a weight back without its `main_grad` and the marks that DDP relies on.
+
+    The layers ask Transformer Engine whether its own off-load is on. Megatron-Core sets the same mark for its off-load, but
+    from 2.10 on Transformer Engine heeds it only if it has also been told to use its first form.
+    """
+    if why_no_transformer_engine() is not None:
+        yield
+        return
+    from transformer_engine.pytorch import cpu_offload
+
+    first_form = getattr(cpu_offload, "v1_code_path", cpu_offload)
+    before = getattr(cpu_offload, "NVTE_CPU_OFFLOAD_V1", None)
+    first_form.CPUOffloadEnabled, cpu_offload.NVTE_CPU_OFFLOAD_V1 = True, True
+    try:
+        yield
+    finally:
+        first_form.CPUOffloadEnabled, cpu_offload.NVTE_CPU_OFFLOAD_V1 = False, before
+
+
 def _prepare_local_experts() -> None:
-    """Mend what Megatron-Core's mixture of experts lacks without Transformer Engine and on CPU. Idempotent."""
+    """Make Megatron-Core's mixture of experts work without Transformer Engine and on CPU. Idempotent."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16 reads it also where Transformer Engine is missing
+        moe_utils.te_general_gemm = None  # 0.16 reads it even where Transformer Engine is missing
 
     def split_sizes_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # Megatron converts what comes from a GPU only, but the collectives want numbers, not tensors, from the CPU too.
+        # Megatron converts only tensors on a GPU, but the collectives need numbers rather than tensors on the CPU too.
         if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
             return tensor.numpy()
         return moe_utils.maybe_move_tensor_to_cpu(tensor, as_numpy=as_numpy, record_stream=record_stream)
@@ -84,7 +127,7 @@ def _prepare_local_experts() -> None:
 
 
 def use_adam(adam: type[torch.optim.Optimizer]) -> None:
-    """Register the Adam that Megatron-Core's optimizers build where neither Transformer Engine nor Apex brings one."""
+    """Register the Adam that Megatron-Core's optimizers use where neither Transformer Engine nor Apex provides one."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -92,14 +135,14 @@ def use_adam(adam: type[torch.optim.Optimizer]) -> None:
         for module in (optimizer, distrib_optimizer):
             module.Adam = adam
         optimizer.USING_PYTORCH_OPTIMIZER = False
-        # Its state has Apex's shape, so it is saved and loaded as Apex's would be.
+        # Its state has the same structure as Apex's, so it is saved and loaded in the same way.
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Mark the weights that tensor-parallel ranks split, as Megatron-Core itself does only where it initialises them.
+    """Mark the weights that tensor-parallel ranks split, which Megatron-Core does only when it initialises them.
 
-    Its gradient norm takes an unmarked weight for one that every rank holds whole, and counts tensor rank 0's share alone.
+    Its gradient norm takes an unmarked weight for one that every rank holds whole, and counts only tensor rank 0's share.
     """
     from megatron.core.tensor_parallel.layers import (
         ColumnParallelLinear,
@@ -117,11 +160,11 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
 
 
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
-    """Have Transformer Engine's linear layers add each weight's gradient to its `main_grad`, which DDP has given it, within the
-    matrix product, rather than hand it to autograd in the weight's type.
+    """Make Transformer Engine's linear layers add each weight's gradient to its `main_grad` (from DDP) within the matrix
+    product, rather than pass it to autograd in the weight's dtype.
 
-    Megatron-Core's own setting (`gradient_accumulation_fusion`) wants Apex for the output head, whose gradient is not formed by
-    its module here.
+    Megatron-Core's own setting (`gradient_accumulation_fusion`) requires Apex for the output head, whose gradient does not come
+    from its module here.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -129,15 +172,23 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
 
 def build_optimizer(settings: Any, model_chunks: list[Any]) -> Any:
-    """Megatron-Core's optimizer, in whose parameter groups `wd_mult` is 0 for norms and biases: the caller multiplies."""
+    """Megatron-Core's optimizer. Its parameter groups have `wd_mult` 0 for norms and biases; the caller applies it."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         settings,
         model_chunks,
         config_overrides=get_standard_config_overrides(settings),
-        use_gloo_process_groups=False,  # for a form of checkpoints that is not used
+        use_gloo_process_groups=False,  # they are for a checkpoint format that is not used
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "init_state_fn", None) is None:
+            part.init_state_fn = _no_state  # sgd has none, but loading a checkpoint calls it
+    return optimizer
+
+
+def _no_state(*_: Any) -> None:
+    """Initialise the state of an optimizer that has none."""
 
 
 def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
@@ -151,21 +202,21 @@ def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
 
 
 def finish_param_gather(chunk: Any) -> None:
-    """Wait for the all-gathers of weights that `start_param_sync` of this DDP chunk began."""
+    """Wait for the all-gathers of weights that `start_param_sync` of this DDP chunk started."""
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if group.param_gather_dispatched:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def weights_to_load(model: Any) -> dict[str, Any]:
-    """A model chunk's weights as Megatron's sharded tensors, without the `_extra_state` of its modules (of FP8 training; empty
-    here): under Transformer Engine other modules have one than under Megatron-Core's own layers, and a checkpoint of one is to
-    load into the other."""
+    """A model chunk's weights as Megatron's sharded tensors, without its modules' `_extra_state` (for FP8; empty here).
+    Transformer Engine's layers and Megatron-Core's own have it in different modules, and a checkpoint of either must load into
+    the other."""
     return {name: value for name, value in model.sharded_state_dict().items() if not _is_extra_state(name)}
 
 
 def take_weights(model: Any, weights: dict[str, Any]) -> None:
-    """Take over what `dist_checkpointing.load` returned for `weights_to_load`.
+    """Load into the model what `dist_checkpointing.load` returned for `weights_to_load`.
 
     Raises:
         RuntimeError: a weight is missing, or does not belong to the model.
@@ -173,38 +224,63 @@ def take_weights(model: Any, weights: dict[str, Any]) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if not _is_extra_state(name)] + unexpected
     if wrong:
-        raise RuntimeError(f"the model and what was loaded do not have the same weights: {wrong[0]} ({len(wrong)} such)")
+        raise RuntimeError(f"the model and the checkpoint do not have the same weights: {wrong[0]} ({len(wrong)} in all)")
 
 
 def _is_extra_state(name: str) -> bool:
     return "_extra_state" in name.rpartition(".")[2]
 
 
-def complete_parameter_groups(optimizer: Any) -> None:
-    """After loading, give every parameter group the settings that the checkpoint's optimizer did not have: Transformer Engine's
-    Adam reads more of them than the one that serves without it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner: Any = getattr(part, "optimizer", None)
-        if inner is None:
-            continue
-        for group in inner.param_groups:
-            for name, value in inner.defaults.items():
-                group.setdefault(name, value)
+def why_unreadable(weights: Path) -> str | None:
+    """The reason why this Megatron-Core cannot load a complete torch_dist folder; None where it can. From 0.19 on the state
+    common to all ranks is written with the shards, where earlier versions do not look for it."""
+    import megatron.core
+    from megatron.core.dist_checkpointing.strategies import common
+
+    if not hasattr(common, "TorchCommonSaveStrategy") or (weights / "common.pt").is_file():
+        return None
+    return (
+        f"it was written by Megatron-Core 0.19 or later, but {megatron.core.__version__} is installed: install a later version"
+    )
 
 
 def parallel_save_strategy(replicas: torch.distributed.ProcessGroup) -> Any:
-    """How a checkpoint is written: of what several ranks of the group hold alike, each writes a share.
+    """The strategy that writes checkpoints: ranks of the group that hold the same data each write a share of it.
 
-    Who writes what is agreed on at the first save and kept, so one strategy serves checkpoints of one model only.
+    The shares are agreed on at the first save and kept, so a strategy can be used for one model only.
     """
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas, do_cache_distribution=True)
+    strategy = get_default_save_sharded_strategy()
+    strategy.async_save = partial(_save_without_copies, strategy.async_save)
+    return FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
+
+
+def _save_without_copies(save: Callable[..., Any], state: dict[str, Any], *args: Any, **settings: Any) -> Any:
+    """Save without copying tensors in host memory: forked processes write them, and see them as they were at the fork.
+
+    Megatron-Core's writer copies each tensor that is part of a larger storage, as weights are part of DDP's buffers.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            tensor.data = _with_own_storage(tensor.data.detach())
+    return save(state, *args, **settings)
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that ends where the tensor does, because torch saves whole storages."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    memory = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memory.view(tensor.dtype).view(tensor.shape)
 
 
 def save_settings() -> dict[str, str]:
-    """Of `dist_checkpointing.save`: Megatron-Core's own writer beside the training process, where another package's is the
+    """Arguments of `dist_checkpointing.save` that choose Megatron-Core's own asynchronous writer where another package's is the
     default (from 0.19 on)."""
     from megatron.core import dist_checkpointing
 
@@ -212,11 +288,26 @@ def save_settings() -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
-def start_write_results_process() -> None:
-    """Start the process that brings this one what its checkpoint writers did; it ends with this one. Idempotent.
+def common_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The unsharded part of a sharded state dict: hyper-parameters, the same on every rank."""
+    from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 
-    The one that Megatron-Core starts lives on when a rank is killed or ends in a hang, and keeps the rank's output open: who
-    reads that waits for ever.
+    common: dict[str, Any] = extract_sharded_base(extract_nonpersistent(state)[1])[1]
+    return common
+
+
+def write_common_state(common: dict[str, Any], folder: Path) -> None:
+    """Write the common state where releases before 0.19 look for it. Later releases store it with the shards and read both."""
+    file = folder / "common.pt"
+    if not file.exists():
+        torch.save(common, file)
+
+
+def start_write_results_process() -> None:
+    """Start the process that passes the results of checkpoint writers to this one, and ends with it. Idempotent.
+
+    The process that Megatron-Core would start outlives a rank that is killed or ends in a hang, and keeps the rank's output
+    open, so that whoever reads the output waits forever.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -228,9 +319,9 @@ def start_write_results_process() -> None:
 
 @contextmanager
 def rank_0_write_errors() -> Iterator[list[Exception]]:
-    """What goes wrong in the small files of a checkpoint that Megatron-Core writes on rank 0 alone (common.pt, .metadata,
-    metadata.json) is put into the list, not raised: it calls a collective next, in which the others would wait for ever. The
-    caller tells them."""
+    """Collect errors in the small checkpoint files that Megatron-Core writes on rank 0 only (common.pt, .metadata,
+    metadata.json) in a list rather than raise them: a collective follows, in which the other ranks would wait forever. The
+    caller must pass the errors on to them."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -242,7 +333,7 @@ def rank_0_write_errors() -> Iterator[list[Exception]]:
             try:
                 return write(*args, **kwargs)
             except (OSError, RuntimeError) as error:  # torch.save raises the latter
-                errors.append(OSError(f"{file}: {error}"))  # torch's own message does not name it
+                errors.append(OSError(f"{file}: {error}"))  # torch's own message does not name the file
 
         return collect
 
@@ -270,7 +361,7 @@ def forward_backward_function(pipeline_size: int, virtual_pipeline_size: int | N
 
 
 def drop_gathering_buffer() -> None:
-    """Let go of the memory into which Megatron-Core gathers activations under sequence parallelism: it keeps the largest."""
+    """Free the buffer into which Megatron-Core gathers activations under sequence parallelism; it keeps the largest one."""
     from megatron.core import parallel_state
 
     if parallel_state._GLOBAL_MEMORY_BUFFER is not None:  # the student's, where there is one

@@ -1,15 +1,19 @@
-"""The distributed optimizer's state in a checkpoint: every rank saves, and loads, the share that it holds.
+"""The distributed optimizer's state in a checkpoint: every rank saves and loads the share that it holds.
 
-Megatron-Core's own re-shardable form gathers the state of a model-parallel rank whole in the host memory of each of its
-replicas, to save it and to load it: 12 bytes a parameter. Here nothing is gathered. A rank holds flat ranges of parameters;
-each is cut into blocks of the parameter's global tensor, which are saved from where they lie and loaded to where they lie. The
-tensors' names and global shapes are those of Megatron-Core's form, and torch's checkpoints are read by overlap: either form is
-loaded as the other, in any layout.
+Megatron-Core's own re-shardable form gathers the whole state of a model-parallel rank in the host memory of each of its
+replicas, both to save and to load it: 12 bytes per parameter. Here nothing is gathered. A rank holds flat ranges of parameters;
+each is cut into blocks of the parameter's global tensor, which are saved and loaded in place. The tensors' names and global
+shapes are those of Megatron-Core's form, and torch reads checkpoints by overlap, so each form can be loaded as the other, in
+any layout.
+
+An optimizer that is not distributed uses a few different names, and so does a chain of two (for dense weights and for experts):
+`as_saved` finds the name that a checkpoint uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,14 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OPTIMIZER, OPTIMIZER_TENSORS = "optimizer", "optimizer_tensors"
+"""Keys of a student's sharded state: the whole optimizer, for saving, and its tensors only, for loading."""
+
+_NAME = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<weight>.+)")
+
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size along each dimension."""
 
 
 def blocks_of_range(shape: tuple[int, ...], start: int, end: int) -> list[Block]:
-    """Cut the elements [start, end) of a tensor, counted in memory order, into blocks that lie one after the other in memory.
+    """Cut the elements [start, end) of a tensor, counted in memory order, into blocks that follow one another in memory.
 
-    A matrix gives at most three: the rest of a row, whole rows, the beginning of a row.
+    A matrix gives at most three: the rest of a row, whole rows, and the beginning of a row.
     """
     if start >= end:
         return []
@@ -50,7 +59,7 @@ def blocks_of_range(shape: tuple[int, ...], start: int, end: int) -> list[Block]
 
 @contextmanager
 def held_shares(optimizer: Any) -> Iterator[None]:
-    """While entered, Megatron-Core's optimizer describes, and takes over, its re-shardable state as this rank's share of it."""
+    """Inside this context Megatron-Core's optimizer saves and loads its re-shardable state as this rank's share of it."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     parts = [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if isinstance(part, DistributedOptimizer)]
@@ -64,15 +73,67 @@ def held_shares(optimizer: Any) -> Iterator[None]:
             del part.sharded_param_state_fully_reshardable, part.load_parameter_state_from_fully_reshardable
 
 
+def sharded_tensors(state: Any) -> list[Any]:
+    """The sharded tensors (and their factories) in a state of any structure."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    return list(nested_values(extract_sharded_tensors_and_factories(state)[0]))
+
+
+def as_saved(tensors: list[Any], saved: Collection[str], *, float32_weights: bool) -> list[Any]:
+    """The optimizer's sharded tensors under the names that they have in a checkpoint.
+
+    Args:
+        saved: the names in the checkpoint.
+        float32_weights: the weights are float32, so they are their own master copies. A checkpoint of an optimizer that is not
+            distributed then has no separate copies, and these are left out.
+
+    Raises:
+        KeyError: the checkpoint has no such tensor.
+    """
+    found = {_state_and_weight(name): name for name in saved if _NAME.fullmatch(name)}
+    renamed = []
+    for tensor in tensors:
+        state, weight = _state_and_weight(tensor.key)
+        name = tensor.key if tensor.key in saved else found.get((state, weight))
+        if name is not None:
+            renamed.append(replace(tensor, key=name))
+        elif not (float32_weights and state == "param"):
+            raise KeyError(f"it has no {tensor.key}")
+    return renamed
+
+
+def _state_and_weight(name: str) -> tuple[str, str]:
+    """The state and the weight that a name stands for, in either naming."""
+    matched = _NAME.fullmatch(name)
+    assert matched is not None, name
+    state = matched["state"]
+    return "param" if state == "fp32_param" else state, matched["weight"]
+
+
+def saved_step(common: Any) -> int | None:
+    """The number of steps that a checkpoint's optimizer has taken: the largest count in any of its parameter groups (groups
+    without parameters may have none). None for an optimizer that does not count steps (sgd)."""
+    if isinstance(common, Mapping):
+        own = common.get("step")
+        found = [int(own)] if own is not None and not isinstance(own, Mapping | list) else []
+        children: list[Any] = list(common.values())
+    else:
+        found, children = [], list(common) if isinstance(common, list | tuple) else []
+    found += [step for child in children if (step := saved_step(child)) is not None]
+    return max(found, default=None)
+
+
 def _is_loaded(share: Any) -> None:
-    """What was loaded is in its place: the blocks are views of the state."""
+    """Nothing to do after loading, because the blocks are views of the state."""
 
 
 def _share(
     part: Any, model: Mapping[str, Any], is_loading: bool = False, metadata: Mapping[str, Any] | None = None
 ) -> dict[int, Any]:
-    """The blocks of this rank's flat ranges, as Megatron-Core's sharded tensors: views of the state, for saving and loading
-    alike."""
+    """The blocks of this rank's flat ranges as Megatron-Core's sharded tensors, which are views of the state, both for saving
+    and for loading."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -112,7 +173,7 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int) -> 
                 global_shape=piece.global_shape,
                 global_offset=tuple(map(sum, zip(piece.global_offset, (*(0 for _ in outer), *offset), strict=True))),
                 axis_fragmentations=None,  # blocks differ in size
-                replica_id=(*sharded.replica_id[:2], 0),  # the last counts data-parallel replicas, which hold different blocks
+                replica_id=(*sharded.replica_id[:2], 0),  # the last is the data-parallel rank; each has different blocks
                 allow_shape_mismatch=piece.allow_shape_mismatch,
             )
 

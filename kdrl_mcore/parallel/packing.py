@@ -1,7 +1,7 @@
 """From rollouts to micro-batches: balanced over data-parallel ranks by tokens, packed without padding between sequences.
 
-S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Every function here is a pure
-function of the lengths, so every rank computes the same plan without communication.
+S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Plans are pure functions of the
+lengths, so every rank computes the same one without communication.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kdrl_mcore.types import TokenIds
 
 
 @dataclass(frozen=True)
-class Run:
-    """`count` stretches of `length` queries each, adjacent from row `start`: one attention call serves them all.
+class SequenceRun:
+    """`count` sequences (or parts of them) of `length` queries each, adjacent from row `start`, for one attention call.
 
-    The stretch attends to `key_length` keys, from row `key_start` on for the first one; its last query sees all of them. Keys
-    stand in the order of the whole micro-batch. Without context parallelism queries and keys are the same rows.
+    Each attends to `key_length` keys, which begin at row `key_start` for the first one; its last query sees all of them. Keys
+    are in the order of the whole micro-batch. Without context parallelism queries and keys are the same rows.
     """
 
     start: int
@@ -35,13 +35,13 @@ class Run:
     key_length: int
 
     @classmethod
-    def whole(cls, start: int, count: int, length: int) -> Run:
-        """`count` whole sequences of one length."""
+    def whole(cls, start: int, count: int, length: int) -> SequenceRun:
+        """`count` whole sequences of the same length."""
         return cls(start, count, length, start, length)
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop) of the response of a rollout, by its index in the global batch."""
+    """Tokens [start, stop) of a rollout's response; `rollout` is its index in the global batch."""
 
     rollout: int
     start: int
@@ -53,20 +53,21 @@ class PackedBatch:
     """One micro-batch, or a context-parallel rank's part of it: whole sequences, shortest first, one after the other.
 
     Attributes:
-        tokens_S: token ids; the tail that aligns S is a sequence of its own that no loss row refers to.
+        tokens_S: token ids; the tail that aligns S is a separate sequence that no loss row refers to.
         positions_S: position of each token in its sequence.
-        runs: what attends to what.
+        runs: which tokens attend to which.
         rows_T: the row whose hidden state predicts each response token.
         targets_T: the response tokens.
-        spans: the loss rows in order, as stretches of responses.
-        num_distilled: the first so many loss rows are those of distilled responses.
-        order: the rollouts, as they stand in the packed sequence.
-        context_rows: rows of the packed sequence in the order in which context-parallel ranks hold them; None without.
+        spans: the loss rows in order, as spans of responses.
+        num_distilled: how many loss rows belong to distilled responses; these come first.
+        order: the rollouts in the order of the packed sequence.
+        context_rows: indices of the packed sequence's rows in the order in which context-parallel ranks hold them; None
+            without context parallelism.
     """
 
     tokens_S: Tensor
     positions_S: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[SequenceRun, ...]
     rows_T: Tensor
     targets_T: Tensor
     spans: tuple[Span, ...]
@@ -82,7 +83,7 @@ class PackedBatch:
 
 
 def partition(weights: Sequence[int], bins: int) -> list[list[int]]:
-    """Spread items over bins so that the heaviest bin is light: longest first, each to the lightest bin so far.
+    """Distribute items over bins of nearly equal weight: heaviest first, each to the lightest bin so far.
 
     Returns:
         The item indices of each bin, each list ascending. Bins may be empty.
@@ -106,7 +107,7 @@ def plan_micro_batches(
 
     Args:
         lengths: prompt + response tokens of each sequence.
-        micro_tokens: of a whole micro-batch: with context parallelism, its ranks' together.
+        micro_tokens: the limit for a whole micro-batch, which with context parallelism is that of its ranks together.
         multiple_of: round the number of micro-batches up to a multiple of this (interleaved pipelines).
 
     Returns:
@@ -146,8 +147,8 @@ def pack(
     no sequence needs padding.
 
     Args:
-        alignment: S is filled up to a multiple of this (with context parallelism a multiple of 2 * `context_size`); an empty
-            micro-batch still has one aligned filler sequence, so that a rank with nothing to do stays in every collective.
+        alignment: S is filled up to a multiple of this (with context parallelism itself a multiple of 2 * `context_size`). An
+            empty micro-batch still has one filler sequence of this length, so that an idle rank takes part in every collective.
         distilled: the indices whose loss rows come first.
     """
     by_index = {index: (prompt, response) for index, prompt, response in sequences}
@@ -183,12 +184,12 @@ def pack(
 
 @dataclass(frozen=True)
 class Places:
-    """Where a micro-batch's tokens stand.
+    """Where a micro-batch's tokens lie.
 
     Attributes:
-        order: the rollouts as they stand in the packed sequence.
-        lengths: of the sequences in it, the filler included.
-        spans: the loss rows that a context-parallel rank holds: a stretch of a response, and the rank's row of its first.
+        order: the rollouts in the order of the packed sequence.
+        lengths: the lengths of its sequences, the filler included.
+        spans: the loss rows that a context-parallel rank holds: a span of a response, and the rank's row for its first token.
     """
 
     order: tuple[int, ...]
@@ -204,7 +205,7 @@ def place_rows(
     context_rank: int = 0,
     context_size: int = 1,
 ) -> Places:
-    """What `pack` does with sequences of these (index, prompt tokens, response tokens), without the tokens."""
+    """Where `pack` puts sequences of these (index, prompt tokens, response tokens), without the tokens themselves."""
     ordered = sorted(shapes, key=lambda shape: (shape[1] + shape[2], shape[0]))
     lengths = [prompt + response for _, prompt, response in ordered]
     total = sum(lengths)
@@ -212,7 +213,7 @@ def place_rows(
     starts = dict(zip((shape[0] for shape in ordered), np.cumsum([0, *lengths]).tolist(), strict=False))
     if filler:
         lengths.append(filler)
-    place = np.full(total + filler, -1)  # where this rank holds a row of the packed sequence; -1 is elsewhere
+    place = np.full(total + filler, -1)  # this rank's row for each row of the packed sequence; -1: on another rank
     mine = _context_rows(len(place), context_rank, context_size)
     place[mine] = np.arange(len(mine))
     spans: list[tuple[Span, int]] = []
@@ -235,10 +236,10 @@ def _context_rows(rows: int, rank: int, size: int) -> NDArray[np.int64]:
     return np.concatenate([np.arange(start, stop) for start, stop in _context_parts(rows, rank, size)])
 
 
-def _runs(lengths: Sequence[int], rank: int, size: int) -> list[Run]:
-    """The stretches of sequences in this rank's parts; adjacent whole sequences of one length are one run."""
+def _runs(lengths: Sequence[int], rank: int, size: int) -> list[SequenceRun]:
+    """The sequences in this rank's parts; adjacent whole sequences of the same length are one run."""
     starts = np.cumsum([0, *lengths])
-    runs: list[Run] = []
+    runs: list[SequenceRun] = []
     offset = 0  # of the part in this rank's rows
     for part_start, part_stop in _context_parts(int(starts[-1]), rank, size):
         first = int(np.searchsorted(starts, part_start, side="right")) - 1
@@ -246,7 +247,7 @@ def _runs(lengths: Sequence[int], rank: int, size: int) -> list[Run]:
             if begin >= part_stop:
                 break
             low, high = max(begin, part_start), min(end, part_stop)
-            run = Run(offset + low - part_start, 1, high - low, begin, high - begin)
+            run = SequenceRun(offset + low - part_start, 1, high - low, begin, high - begin)
             previous = runs[-1] if runs else None
             whole = run.length == run.key_length
             if (
@@ -264,6 +265,6 @@ def _runs(lengths: Sequence[int], rank: int, size: int) -> list[Run]:
 
 
 def _stretches(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """[start, stop) of each stretch of True."""
+    """[start, stop) of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False]))))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes nothing but which attention kernels torch chooses from.
+"""Make Megatron-Core run on CPU over gloo; on CUDA this file changes only which attention kernels torch may choose.
 
 Megatron-Core assumes one CUDA device per rank: it allocates with device="cuda" or `torch.cuda.current_device()`, moves scalars
 with `.cuda()`, synchronises streams, keeps CUDA random states, and recognises dtypes by `Tensor.type()` strings. On a machine
@@ -13,6 +13,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,7 +49,7 @@ def device() -> torch.device:
 
 
 def to_device(tensor: Tensor) -> Tensor:
-    """The tensor on this rank's device. On CUDA it goes through pinned memory, and nothing waits for it."""
+    """The tensor on this rank's device. On CUDA it is copied through pinned memory without making the host wait."""
     return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor.to(device())
 
 
@@ -56,7 +57,7 @@ def prepare_platform(deterministic: bool = False) -> None:
     """Prepare this process for Megatron-Core. Idempotent; call it before importing anything from megatron.
 
     Args:
-        deterministic: ask torch for deterministic kernels, so that the same run gives the same bits.
+        deterministic: use torch's deterministic kernels, so that the same run gives the same bits.
     """
     global _prepared
     if deterministic:
@@ -71,25 +72,49 @@ def prepare_platform(deterministic: bool = False) -> None:
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|transformer_engine).*")
     # It calls collectives by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
-    # From 0.19 on it says at every build that GPTModel gets no new features.
+    # It uses torch's ShardedTensor when loading.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"Please use DTensor instead")
+    # From 0.19 on it warns at every build that GPTModel gets no new features.
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        # NCCL's flight recorder then knows which collectives have started, and how long they took (monitoring/watchdog.py).
+        # NCCL's flight recorder then records which collectives have started and how long they took (resilience/watchdog.py).
         os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # On Hopper torch prefers cuDNN's attention, which builds a plan for every new length and keeps it for ever.
+        # On Hopper torch prefers cuDNN's attention, which builds a plan for every new length and never frees it.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return
     _map_factories_to_cpu()
+    _import_megatron_uncompiled()
     _map_cuda_module_to_cpu()
     _report_cuda_types()
 
 
+def choose_threads() -> str | None:
+    """Without a GPU, set the number of OpenMP threads of this rank: `OMP_NUM_THREADS`, which torchrun sets to 1 for several
+    ranks, or else its share of the cores less one for the processes beside it (verifiers, engines, checkpoint writers). All
+    other threads spin while they wait for one that shares its core.
+
+    Returns:
+        A log line with the choice; None on CUDA.
+    """
+    if torch.cuda.is_available():
+        return None
+    ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _num_cores()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores // ranks - 1))
+    return f"{ranks} rank(s) on {cores} cores, OpenMP threads of each: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)"
+
+
+def _num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def initialize_distributed(timeout_minutes: int) -> bool:
-    """Join the job's world (torchrun's environment; alone without it). NCCL on CUDA with gloo beside it, gloo on CPU.
+    """Join the world of torchrun's environment, or make a world of one rank without it. NCCL and gloo on CUDA, gloo on CPU.
 
     Returns:
         Whether this call created the world (and so must destroy it).
@@ -110,7 +135,7 @@ def initialize_distributed(timeout_minutes: int) -> bool:
 
 
 def destroy_groups(kept: set[Any]) -> None:
-    """End a job in a world that lives on: destroy its process groups (all but `kept`), each of which holds threads and sockets.
+    """Destroy a finished job's process groups (all but `kept`), which hold threads and sockets, in a world that continues.
 
     Collective over the world: a barrier, so that no group is closed while another rank still uses it.
     """
@@ -129,7 +154,7 @@ def _is_cuda(where: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The factory function with `device="cuda"` read as the CPU."""
+    """The factory function with `device="cuda"` replaced by the CPU."""
 
     @functools.wraps(function)
     def factory(*args: Any, **kwargs: Any) -> Any:
@@ -141,8 +166,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _map_factories_to_cpu() -> None:
-    # `with torch.device(...)` recognises factory functions by identity, from a list it makes once: it must hold the original
-    # ones.
+    # `with torch.device(...)` recognises factory functions by identity from a list that it makes once. Make it now, so that it
+    # holds the original ones.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
@@ -163,21 +188,31 @@ def _map_factories_to_cpu() -> None:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: the CPU runs in order, so there is nothing to wait for."""
+    """Stands in for a CUDA stream or event: the CPU runs in order, so there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def record_event(self, *args: Any) -> _NoStream:
-        """The point in the stream that others would wait for."""
+        """The event that other streams would wait for."""
         return _NoStream()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
+def _import_megatron_uncompiled() -> None:
+    """Megatron-Core wraps its fused functions, which only CUDA calls (model/gpt.py), in `torch.compile` when it is imported. To
+    wrap them imports torch's compiler, which takes longer than Megatron-Core itself."""
+    compile_, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = compile_
+
+
 def _do_nothing() -> Callable[..., None]:
-    """A new no-op each time: torch's compiler wants the functions of torch.cuda to be distinct objects."""
+    """A new no-op each time, because torch's compiler needs the functions of torch.cuda to be distinct objects."""
     return lambda *args, **kwargs: None
 
 
@@ -206,7 +241,7 @@ def _map_cuda_module_to_cpu() -> None:
 
 
 def _report_cuda_types() -> None:
-    """`Tensor.type()` says torch.cuda.*: the distributed optimizer recognises its parameters by these strings."""
+    """Make `Tensor.type()` return torch.cuda.*: the distributed optimizer recognises its parameters by these strings."""
     original_type = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

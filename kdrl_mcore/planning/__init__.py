@@ -1,1 +1,1 @@
-"""What a run needs and how long it takes, before it is queued: memory of every rank, time by phase, the best layouts."""
+"""Estimates made before a run is queued: the memory of every rank, the time of each phase, and the best layouts."""

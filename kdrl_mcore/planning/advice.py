@@ -1,4 +1,4 @@
-"""What would make a run fit, and what rules its longest phase."""
+"""Advice on a plan: which changes would make it fit, and what limits its longest phase."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.measures import with_config
-from kdrl_mcore.planning.memory import GIB, engine_share, fitting_share
+from kdrl_mcore.planning.memory import ATTENTION, GIB, engine_share, fitting_share, leaves_attention
 from kdrl_mcore.planning.plan import Plan
 from kdrl_mcore.planning.setup import shard_requests
 from kdrl_mcore.planning.shards import ShardRequest, try_shards
 
 
 def advise(plan: Plan) -> list[str]:
-    """Lines for a person: what does not fit and which single change would make it fit; what rules the longest phase."""
+    """Lines of advice: what limits the longest phase, what does not fit, and which single changes would make it fit."""
     longest = max(plan.phases, key=lambda phase: phase.seconds.total)
-    lines = [f"The longest phase is {longest.name}, ruled by {longest.seconds.bound}."]
+    lines = [f"The longest phase is {longest.name}, bound by {longest.seconds.bound}."]
     if plan.fits:
         return lines
     worst = max(plan.memory, key=lambda rank: rank.peak - (rank.capacity or 0))
@@ -26,13 +26,13 @@ def advise(plan: Plan) -> list[str]:
         (item for item in worst.items if not item.phases or worst.fullest in item.phases), key=lambda item: item.bytes
     )
     lines.append(
-        f"DOES NOT FIT: {worst.name} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, {worst.capacity / GIB:.1f} "
-        f"can be used; most of it is {largest.kind} ({largest.bytes / GIB:.1f} GiB)."
+        f"DOES NOT FIT: {worst.name} needs {worst.peak / GIB:.1f} GiB in {worst.fullest}, but {worst.capacity / GIB:.1f} "
+        f"are available; the largest part is {largest.kind} ({largest.bytes / GIB:.1f} GiB)."
     )
     fits = [(name, other) for name, other in _changes(plan) if other.fits]
     lines += [f"It would fit with {name}: {other.peak / GIB:.1f} GiB, {other.seconds:.1f} s." for name, other in fits]
     if not fits:
-        lines.append("No single change makes it fit: tools/plan.py --search looks at combinations.")
+        lines.append("No single change makes it fit: kdrl-plan --search tries combinations.")
     return lines
 
 
@@ -51,8 +51,15 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
     def add_engine(key: str, value: float) -> None:
         candidates.append((f"rollout.vllm.{key}={value:g}", lambda c: setattr(c.rollout.vllm, key, value)))
 
-    if config.parallel.recompute == "none":
-        add("parallel.recompute=full", "parallel", "recompute", "full")
+    parallel = config.parallel
+    if parallel.recompute != "full":
+        if not parallel.offload_activations and (parallel.recompute == "none" or leaves_attention(parallel)):
+            value = list(ATTENTION)
+            add(f"parallel.offload_activations=[{','.join(value)}]", "parallel", "offload_activations", value)
+        if parallel.recompute == "none" and not set(parallel.offload_activations) & set(parallel.recompute_modules):
+            add("parallel.recompute=selective", "parallel", "recompute", "selective")
+        if not parallel.offload_activations:
+            add("parallel.recompute=full", "parallel", "recompute", "full")
     if not config.optimizer.offload:
         add("optimizer.offload=true", "optimizer", "offload", True)
     if setup.teacher is not None and not config.teacher.offload:
@@ -82,13 +89,13 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
 
 
 def _build_at_once(plan: Plan, changes: list[Callable[[Config], None]]) -> None:
-    """One faked world for all; each plan then finds its shards there."""
+    """Build the shards of all changes in one fake world; each plan then finds its own."""
     requests: list[ShardRequest] = []
     for change in changes:
         config = copy.deepcopy(plan.setup.config)
         change(config)
         try:
-            requests += shard_requests(config, plan.setup.student.layout.world).values()
+            requests += shard_requests(config, plan.setup.student.layout.world_size).values()
         except ConfigError:
             continue
     try_shards(requests)

@@ -1,4 +1,4 @@
-"""What each measure that makes big runs cheap saves in a plan, whether it is on or off."""
+"""The saving in a plan from each measure that makes big runs cheaper, whether it is on or off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kdrl_mcore.config import Config
+from kdrl_mcore.planning.memory import ATTENTION, leaves_attention
 from kdrl_mcore.planning.plan import Plan, make_plan, old_policy_seconds
 from kdrl_mcore.planning.setup import make_setup
 
@@ -14,14 +15,14 @@ NEEDS_SERVERS = "needs vLLM servers"
 
 
 @dataclass(frozen=True)
-class Measure:
+class Saving:
     """One measure in one run.
 
     Attributes:
-        key: what switches it; empty where the trainer always, or never, does it.
-        seconds, bytes: what it saves of an iteration and of the peak: without it minus with it, all else as planned. None where
-            it cannot be had.
-        note: why it cannot be had, or what the figures are.
+        key: the key that switches it; empty if it is always on or always off.
+        seconds, bytes: what it saves of an iteration and of the peak: without it minus with it, all else as planned. None if
+            it is not available.
+        note: why it is not available, or an explanation of the figures.
     """
 
     name: str
@@ -36,21 +37,22 @@ def with_config(plan: Plan, change: Callable[[Config], None]) -> Plan:
     """The plan of the same run with its configuration changed.
 
     Raises:
-        ConfigError: it then does not fit the number of GPUs.
+        ConfigError: the changed configuration does not fit the number of GPUs.
     """
     config = copy.deepcopy(plan.setup.config)
     change(config)
-    world = plan.setup.student.layout.world
-    return make_plan(make_setup(config, plan.setup.workload, plan.setup.choices, world=world))
+    world_size = plan.setup.student.layout.world_size
+    return make_plan(make_setup(config, plan.setup.workload, plan.setup.choices, world_size=world_size))
 
 
-def measures(plan: Plan) -> list[Measure]:
-    """Every measure, in the order of docs/planning.md; those of the teacher where there is one."""
+def measures(plan: Plan) -> list[Saving]:
+    """Every measure, in the order of docs/planning.md; those of the teacher only if there is one."""
     config = plan.setup.config
     return [
         _packing(plan),
         _micro_batches(plan),
-        _switch(plan, "recompute", "parallel.recompute", config.parallel.recompute == "full", ("full", "none")),
+        _recompute(plan),
+        _activation_offload(plan),
         _switch(plan, "overlapped gradient reduction", "parallel.overlap_grad_reduce", config.parallel.overlap_grad_reduce),
         _switch(plan, "overlapped parameter gathering", "parallel.overlap_param_gather", config.parallel.overlap_param_gather),
         _switch(plan, "optimizer off-load", "optimizer.offload", config.optimizer.offload),
@@ -59,8 +61,24 @@ def measures(plan: Plan) -> list[Measure]:
     ]
 
 
-def _switch(plan: Plan, name: str, key: str, on: bool, values: tuple[object, object] = (True, False)) -> Measure:
-    """A measure that a key switches; `values` are the key's with it and without it."""
+def _recompute(plan: Plan) -> Saving:
+    """Compared with keeping every activation that is not off-loaded; where it is off, the selective form is weighed."""
+    recompute = plan.setup.config.parallel.recompute
+    values = ("selective" if recompute == "none" else recompute, "none")
+    return _switch(plan, "recompute", "parallel.recompute", recompute != "none", values)
+
+
+def _activation_offload(plan: Plan) -> Saving:
+    """Compared with keeping them on the GPU; where it is off, that of attention is weighed."""
+    parallel = plan.setup.config.parallel
+    name, key, on = "activation off-load", "parallel.offload_activations", bool(parallel.offload_activations)
+    if parallel.recompute == "full" or (not on and parallel.recompute == "selective" and not leaves_attention(parallel)):
+        return Saving(name, key, False, None, None, "recomputed instead")
+    return _switch(plan, name, key, on, (parallel.offload_activations or list(ATTENTION), []))
+
+
+def _switch(plan: Plan, name: str, key: str, on: bool, values: tuple[object, object] = (True, False)) -> Saving:
+    """A measure that a key switches; `values` are the key's values with and without the measure."""
     section, field = key.rsplit(".", 1)
 
     def change(config: Config) -> None:
@@ -71,27 +89,27 @@ def _switch(plan: Plan, name: str, key: str, on: bool, values: tuple[object, obj
 
     other = with_config(plan, change)
     sign = 1 if on else -1
-    return Measure(name, key, on, sign * (other.seconds - plan.seconds) + 0.0, sign * (other.peak - plan.peak) + 0.0)
+    return Saving(name, key, on, sign * (other.seconds - plan.seconds) + 0.0, sign * (other.peak - plan.peak) + 0.0)
 
 
-def _packing(plan: Plan) -> Measure:
-    """Against every sequence padded to the longest, and as many of them for each rank."""
+def _packing(plan: Plan) -> Saving:
+    """Compared with padding every sequence to the longest and giving each rank the same number of them."""
     workload = plan.setup.workload
     other = make_plan(replace(plan.setup, workload=replace(workload, response_tokens=workload.longest)))
     phases = ("teacher", "old policy", "reference", "training")
     seconds = sum(other.phase(name).total - plan.phase(name).total for name in phases)
-    return Measure("token-balanced packing", "", True, seconds, 0.0)
+    return Saving("token-balanced packing", "", True, seconds, 0.0)
 
 
-def _micro_batches(plan: Plan) -> Measure:
-    """Against all sequences of a rank in one micro-batch."""
+def _micro_batches(plan: Plan) -> Saving:
+    """Compared with all sequences of a rank in one micro-batch."""
     packed, context = plan.setup.scoring_packing, plan.setup.student.layout.context
     other = with_config(plan, lambda config: setattr(config.batch, "micro_tokens", packed.tokens * context))
     key = "batch.micro_tokens"
-    return Measure("micro-batching by memory", key, True, other.seconds - plan.seconds, other.peak - plan.peak)
+    return Saving("micro-batching by memory", key, True, other.seconds - plan.seconds, other.peak - plan.peak)
 
 
-def _of_teacher(plan: Plan) -> Iterator[Measure]:
+def _of_teacher(plan: Plan) -> Iterator[Saving]:
     setup, config = plan.setup, plan.setup.config
     if setup.teacher is None:
         return
@@ -101,19 +119,19 @@ def _of_teacher(plan: Plan) -> Iterator[Measure]:
     if setup.engine_gpus and not config.rollout.steps_ahead:
         yield _switch(plan, name, key, config.teacher.score_while_sampling)
     else:
-        yield Measure(name, key, False, None, None, f"{NEEDS_SERVERS}, and no step ahead")
+        yield Saving(name, key, False, None, None, f"{NEEDS_SERVERS} and rollout.steps_ahead=0")
     with_mask = "response" if mask == "none" else mask
     yield _switch(plan, "teacher pruned by mask", "objective.kd.mask", mask != "none", (with_mask, "none"))
 
 
-def _of_sampling(plan: Plan) -> Iterator[Measure]:
+def _of_sampling(plan: Plan) -> Iterator[Saving]:
     setup, config = plan.setup, plan.setup.config
     if config.objective.kind == "sft":
         return
     updates, seconds = config.batch.updates_per_step, old_policy_seconds(setup)
-    yield Measure("no old-policy pass on-policy", "batch.updates_per_step", updates == 1, seconds, 0.0)
+    yield Saving("no old-policy pass on-policy", "batch.updates_per_step", updates == 1, seconds, 0.0)
     name, key = "one-step-off generation", "rollout.steps_ahead"
     if setup.engine_gpus:
         yield _switch(plan, name, key, config.rollout.steps_ahead > 0, (1, 0))
     else:
-        yield Measure(name, key, False, None, None, NEEDS_SERVERS)
+        yield Saving(name, key, False, None, None, NEEDS_SERVERS)

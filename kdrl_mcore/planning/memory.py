@@ -1,4 +1,4 @@
-"""Bytes of one rank by kind, and the phase of the step in which they add up to most. docs/planning.md has the equations."""
+"""Bytes of one rank by kind, and the phase of the step that needs the most. docs/planning.md has the equations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdrl_mcore.config import Config
+from kdrl_mcore.config import Config, ParallelConfig
+from kdrl_mcore.config.derived import compares_over_vocabulary, max_sequence_tokens, samples, uses_distributed_optimizer
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.planning.setup import OVER_THE_VOCABULARY, Placed, Setup, make_setup
+from kdrl_mcore.planning.setup import Placed, Setup, make_setup
 from kdrl_mcore.planning.workload import Packing, workload_of
-from kdrl_mcore.rollout.gpu_memory import ENGINE_SHARE, RESERVE
+from kdrl_mcore.rollout.vllm.gpu_memory import ENGINE_SHARE, RESERVE
 from kdrl_mcore.vocab_parallel import VocabShard
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
 
@@ -20,22 +21,26 @@ GIB = 2**30
 RUNTIME = 1.5 * GIB
 """CUDA context, kernels, cuBLAS and cuDNN workspaces of one process."""
 PER_GROUP = 0.15 * GIB
-"""NCCL's buffers of one communicator."""
+"""NCCL's buffers for one communicator."""
 ENGINE_ASLEEP = 2.0 * GIB
-"""What a worker of a colocated vLLM engine always keeps beside its share of the GPU, asleep too: its CUDA context, NCCL's
-buffers, CUDA graphs. Not measured."""
+"""What a worker of a colocated vLLM engine keeps in addition to its share of the GPU, even asleep: its CUDA context, NCCL's
+buffers, CUDA graphs. An estimate, not measured."""
 ENGINE_WORK = 1.5 * GIB
-"""What it takes of its share for one step's activations and logits. Not measured."""
+"""The part of its share that it needs for one step's activations and logits. An estimate, not measured."""
 LEAST_SHARE = 0.05
-"""Of a GPU, for an engine: one that gets no more is planned with that, and does not fit."""
+"""The smallest share of a GPU that is planned for an engine; if less is left, the plan does not fit."""
+LAYERS_MOVING = 2
+"""Layers whose off-loaded activations are on the GPU at once: one that computes, and one of which they are on their way."""
+ATTENTION = ("qkv_linear", "core_attn", "attn_proj")
+"""The parts of a layer that are off-loaded where the plan chooses: attention keeps few bytes for the time that it computes."""
 GLOO_COPY = "gloo's copy"
-"""Kind of what gloo's reduce-scatter allocates inside itself; no tensor of ours."""
+"""The kind of memory that gloo's reduce-scatter allocates internally, which is no tensor of ours."""
 PHASES = ("rollout", "teacher", "head", "backward", "update")
 
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes of one kind, and when they are there (empty: always)."""
+    """Bytes of one kind, and the phases in which they are allocated (empty: always)."""
 
     kind: str
     bytes: float
@@ -44,11 +49,11 @@ class Item:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """GPUs that are alike: those of a pipeline stage, or those of vLLM's servers.
+    """The memory of GPUs with equal loads: those of a pipeline stage, or those of vLLM's servers.
 
     Attributes:
-        name, ranks: which, as text.
-        capacity: bytes of a GPU that can be used; None where it is not known.
+        name, ranks: which GPUs these are, as text.
+        capacity: usable bytes of a GPU; None if unknown.
     """
 
     name: str
@@ -57,22 +62,22 @@ class RankMemory:
     capacity: float | None
 
     def at(self, phase: str) -> float:
-        """Bytes in a phase."""
+        """The bytes allocated in a phase."""
         return sum(item.bytes for item in self.items if not item.phases or phase in item.phases)
 
     @property
     def fullest(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most."""
         return max(PHASES, key=self.at)
 
     @property
     def peak(self) -> float:
-        """Bytes in the fullest phase."""
+        """The bytes allocated in the fullest phase."""
         return self.at(self.fullest)
 
     @property
     def between_steps(self) -> float:
-        """Bytes that are always there."""
+        """The bytes that are always allocated."""
         return sum(item.bytes for item in self.items if not item.phases)
 
     @property
@@ -82,10 +87,10 @@ class RankMemory:
 
 
 def plan_memory(setup: Setup) -> list[RankMemory]:
-    """Every pipeline stage of the student; where the teacher's stages differ, the largest one counts."""
+    """The memory of every pipeline stage of the student; if the teacher's stages differ, its largest one counts."""
     layout, cluster = setup.student.layout, setup.cluster
     capacity = cluster.memory_gib * GIB * (1 - RESERVE) if cluster.memory_gib else None
-    per_stage = layout.world // layout.pipeline
+    per_stage = layout.world_size // layout.pipeline
     result = []
     for stage in range(layout.pipeline):
         items = [*_training(setup, stage), *_rollout(setup, stage)]
@@ -95,7 +100,7 @@ def plan_memory(setup: Setup) -> list[RankMemory]:
 
 
 def _training(setup: Setup, stage: int) -> list[Item]:
-    """All but what generation holds."""
+    """The items of all phases except generation."""
     return [
         *_state(setup, stage),
         *_activations(setup, stage),
@@ -105,8 +110,8 @@ def _training(setup: Setup, stage: int) -> list[Item]:
 
 
 def plan_server_memory(setup: Setup) -> list[RankMemory]:
-    """The GPUs of vLLM's servers, of which there may be none. An engine takes its share of a GPU for itself; what its weights
-    leave is KV cache."""
+    """The memory of the GPUs of vLLM's servers, if there are any. An engine takes its share of each GPU; all that its weights
+    and activations leave of it is KV cache."""
     if setup.engine is None or not setup.engine_gpus:
         return []
     memory = setup.cluster.memory_gib * GIB
@@ -115,43 +120,57 @@ def plan_server_memory(setup: Setup) -> list[RankMemory]:
     return [RankMemory("servers", f"{layout.data} x {layout.tensor} GPUs", tuple(_engine(setup)), capacity)]
 
 
-def plan_run_memory(config: Config, world: int, memory_gib: float) -> list[RankMemory]:
+def plan_run_memory(config: Config, world_size: int, memory_gib: float) -> list[RankMemory]:
     """The memory of a run on GPUs of this size.
 
     Raises:
-        ConfigError: a layout does not fit its model or the world.
+        ConfigError: a layout does not fit its model or the number of ranks.
     """
     config = copy.deepcopy(config)
     config.cluster.memory_gib = memory_gib
-    return plan_memory(make_setup(config, workload_of(config), world=world))
+    return plan_memory(make_setup(config, workload_of(config), world_size=world_size))
 
 
 def _state(setup: Setup, stage: int) -> list[Item]:
-    """Weights, gradients in float32, and the optimizer's state, which the distributed optimizer shares over replicas.
+    """Weights, gradients in float32, and the optimizer's state, which the distributed optimizer divides among the replicas.
 
-    On CPU gloo reduces the distributed optimizer's gradients in a copy of their buffer, in a group of one rank as well. Experts
-    have a buffer of their own, which is reduced after the other.
+    On CPU, gloo reduces the distributed optimizer's gradients in a copy of their buffer, even in a group of one rank. Experts
+    have a separate buffer, which is reduced after the other.
     """
     student, settings = setup.student, setup.config.optimizer
-    held, layout = student.shard.stages[stage], student.layout
-    distributed = setup.config.parallel.distributed_optimizer and settings.name == "adam"
-    copies = layout.data * layout.context
-    expert_copies = layout.world // layout.pipeline // layout.expert
-    per_element = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
-    shared = (held.parameters - held.experts) / (copies if distributed else 1)
-    experts = held.experts / (expert_copies if distributed else 1)
+    held = student.shard.stages[stage]
+    distributed = uses_distributed_optimizer(setup.config)
+    shared = _share_of_replicas(setup, stage) if distributed else held.parameters
     on_gloo = distributed and not setup.cluster.memory_gib
     reduced = max(held.parameters - held.experts, held.experts) if on_gloo else 0
     return [
         Item("weights", held.parameters * student.element),
         Item("gradients", held.parameters * 4),
-        Item("optimizer", (shared + experts) * per_element, ("update",) if settings.offload else ()),
+        Item("optimizer", shared * _state_of_a_weight(setup), ("update",) if settings.offload else ()),
         Item(GLOO_COPY, reduced * 4, ("update",)),
     ]
 
 
+def _share_of_replicas(setup: Setup, stage: int) -> float:
+    """A rank's parameters divided by the number of replicas that hold the same ones; experts have other replicas."""
+    layout, held = setup.student.layout, setup.student.shard.stages[stage]
+    experts = held.experts / (layout.world_size // layout.pipeline // layout.expert)
+    return (held.parameters - held.experts) / (layout.data * layout.context) + experts
+
+
+def _state_of_a_weight(setup: Setup) -> int:
+    """Bytes of optimizer state per weight: the moments, and for a 16-bit weight its copy in float32."""
+    return {"adam": 8, "sgd": 0}[setup.config.optimizer.name] + (4 if setup.student.element == 2 else 0)
+
+
+def checkpoint_bytes(setup: Setup) -> float:
+    """The bytes that a rank of the fullest stage saves: its share of weights and optimizer state, distributed or not."""
+    shares = [_share_of_replicas(setup, stage) for stage in range(setup.student.layout.pipeline)]
+    return max(shares) * (setup.student.element + _state_of_a_weight(setup))
+
+
 def _activations(setup: Setup, stage: int) -> list[Item]:
-    """What the forward pass keeps, what one layer's backward pass needs beside it, and the output head."""
+    """What the forward pass saves, what the backward pass of one layer needs in addition, and the output head."""
     student = setup.student
     layout, layer, packed = student.layout, student.shard.layer, setup.update_packing
     tokens = max(packed.largest, layout.token_alignment)
@@ -160,9 +179,14 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
     full = setup.config.parallel.recompute == "full"
     kept = waiting * layers * tokens * (layer.input if full else layer.saved)
     more = tokens * (layer.backward if full else max(0.0, layer.backward - layer.saved))
-    items = [Item("activations", kept, ("head", "backward")), Item("backward of a layer", more, ("backward",))]
+    moving = min(LAYERS_MOVING, waiting * layers) * tokens * layer.host
+    items = [
+        Item("activations", kept, ("head", "backward")),
+        Item("off-loaded activations", moving, ("head", "backward")),
+        Item("backward of a layer", more, ("backward",)),
+    ]
     if stage == layout.pipeline - 1:
-        exact = setup.teacher is not None and setup.config.objective.kd.estimator in OVER_THE_VOCABULARY
+        exact = compares_over_vocabulary(setup.config.objective)
         items.append(Item("logits head", head_bytes(student, tokens, setup, train=True, exact=exact), ("head",)))
         if exact:
             assert setup.teacher is not None
@@ -171,9 +195,26 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
     return items
 
 
+def offloaded_bytes(setup: Setup) -> float:
+    """The bytes of activations that a rank of the fullest stage has in host memory, not rounded up to powers of two."""
+    student = setup.student
+    layout, packed = student.layout, setup.update_packing
+    tokens = max(packed.largest, layout.token_alignment)
+    kept = (
+        kept_micro_batches(layout.pipeline, stage, packed.micro_batches, layout.virtual_pipeline) * held.layers
+        for stage, held in enumerate(student.shard.stages)
+    )
+    return max(kept) * tokens * student.shard.layer.host
+
+
+def leaves_attention(parallel: ParallelConfig) -> bool:
+    """Whether selective recompute, if it is on, covers nothing of `ATTENTION`."""
+    return not {"core_attn", "layernorm"} & set(parallel.recompute_modules)
+
+
 def kept_micro_batches(pipeline: int, stage: int, micro_batches: int, virtual: int | None) -> float:
-    """How many micro-batches' activations a stage keeps: the 1F1B schedule (arXiv 2006.09503), interleaved: arXiv
-    2104.04473, in whole micro-batches of all its chunks."""
+    """The number of micro-batches whose activations a stage keeps, in whole micro-batches of all its chunks: by the 1F1B
+    schedule (arXiv 2006.09503), or the interleaved one (arXiv 2104.04473)."""
     if virtual is None:
         return min(pipeline - stage, micro_batches)
     warm_up = (pipeline - stage - 1) * 2 + (virtual - 1) * pipeline + 1
@@ -181,12 +222,12 @@ def kept_micro_batches(pipeline: int, stage: int, micro_batches: int, virtual: i
 
 
 def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: bool = False) -> float:
-    """Of one pass over the output head: one chunk's logits, and in training dW (float32 and, at the end, as the weight) and
-    dX. Every token counts as a loss row."""
+    """The bytes for one pass over the output head: the logits of one chunk, and in training dW (in float32 and, at the end, in
+    the weight's type) and dX. Every token counts as a loss row."""
     layout, columns, hidden = model.layout, model.shard.columns, model.architecture.hidden_size
     cuda = setup.cluster.memory_gib > 0
     rows = default_chunk_tokens(VocabShard(None, 0, columns, columns), torch.device("cuda" if cuda else "cpu"))
-    # Triton's kernels keep the products' own output; torch's path logits and exponentials in float32.
+    # Triton's kernels keep only the output of the matrix product; the torch path keeps logits and exponentials in float32.
     buffers = model.element if cuda else 8 + (2 if model.element == 2 else 0)
     if exact:
         buffers += model.element if cuda else 4
@@ -199,7 +240,8 @@ def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: 
 
 
 def _teacher(setup: Setup) -> list[Item]:
-    """The teacher's weights, in host memory while idle or always here, and its forward pass; the reference likewise."""
+    """The teacher's weights, off-loaded to host memory while idle or always on the GPU, and its forward pass; the reference
+    likewise."""
     items = []
     phases = ("teacher",) if setup.config.teacher.offload else ()
     if setup.teacher is not None:
@@ -221,8 +263,8 @@ def _scoring(model: Placed, packed: Packing, setup: Setup) -> float:
 
 
 def _rollout(setup: Setup, stage: int) -> list[Item]:
-    """What generation holds on a GPU that trains: the embedded engine's KV cache, or a colocated vLLM engine."""
-    if setup.config.objective.kind == "sft" or setup.config.rollout.engine == "replay" or setup.engine_gpus:
+    """The memory of generation on a GPU that trains: the embedded engine's KV cache, or a colocated vLLM engine."""
+    if not samples(setup.config) or setup.engine_gpus:
         return []
     if setup.engine is not None:
         return _engine(setup)
@@ -231,7 +273,7 @@ def _rollout(setup: Setup, stage: int) -> list[Item]:
         setup.config.rollout.max_sequences,
         -(-setup.workload.responses // (student.layout.data * student.layout.context)),
     )
-    columns = setup.config.rollout.max_prompt_tokens + setup.config.rollout.max_response_tokens
+    columns = max_sequence_tokens(setup.config.rollout)
     cache: float = sequences * columns * student.shard.stages[stage].layers * student.shard.kv_bytes
     return [Item("KV cache", cache, ("rollout",))]
 
@@ -247,37 +289,37 @@ def _engine(setup: Setup) -> list[Item]:
 
 
 def engine_cache_bytes(setup: Setup) -> float:
-    """The KV cache on one GPU of a vLLM engine: what weights and activations leave of its share, and at least one response of
-    full length, without which vLLM does not start."""
+    """The bytes of KV cache on one GPU of a vLLM engine: what weights and activations leave of its share, but at least one
+    response of full length, without which vLLM does not start."""
     memory = setup.cluster.memory_gib * GIB
     left = engine_share(setup) * memory - engine_bytes(setup) if memory else setup.config.rollout.vllm.kv_cache_gib * GIB
     return max(left, _longest_response_bytes(setup))
 
 
 def engine_bytes(setup: Setup) -> float:
-    """Weights, and on a GPU activations, of one worker of a vLLM engine."""
+    """The bytes of weights, and on a GPU of activations, of one worker of a vLLM engine."""
     assert setup.engine is not None
     work = ENGINE_WORK if setup.cluster.memory_gib else 0
     return setup.engine.shard.stages[0].parameters * setup.engine.element + work
 
 
 def _longest_response_bytes(setup: Setup) -> float:
-    """Keys and values of one response of full length with its prompt, on one GPU of an engine."""
+    """The bytes of keys and values of one response of full length with its prompt, on one GPU of an engine."""
     assert setup.engine is not None
     rollout, shard = setup.config.rollout, setup.engine.shard
-    return (rollout.max_prompt_tokens + rollout.max_response_tokens) * shard.stages[0].layers * shard.kv_bytes
+    return max_sequence_tokens(rollout) * shard.stages[0].layers * shard.kv_bytes
 
 
 def engine_share(setup: Setup) -> float:
-    """The share of each of its GPUs that a vLLM engine takes: `rollout.vllm.gpu_memory_utilization`, or by default what
-    training leaves of them, at most `ENGINE_SHARE`."""
+    """The share that a vLLM engine takes of each of its GPUs: `rollout.vllm.gpu_memory_utilization`, or by default what
+    training leaves, at most `ENGINE_SHARE`."""
     given = setup.config.rollout.vllm.gpu_memory_utilization
     return fitting_share(setup) if given is None else given
 
 
 def fitting_share(setup: Setup) -> float:
-    """At most `ENGINE_SHARE`, and where an engine shares GPUs with training what is left of the fullest one beside all that
-    training keeps there while it samples, in steps of a hundredth."""
+    """The share of a GPU that an engine can take, at most `ENGINE_SHARE`. If it shares GPUs with training, this is what remains
+    of the fullest GPU with all that training keeps there during sampling, rounded down to a hundredth."""
     memory = setup.cluster.memory_gib * GIB
     if setup.engine is None or setup.engine_gpus or not memory:
         return ENGINE_SHARE
@@ -288,7 +330,7 @@ def fitting_share(setup: Setup) -> float:
 
 
 def fit_engine(setup: Setup) -> Setup:
-    """The same run, with engines that take no more of a GPU than is left to them, and no more than is set."""
+    """The same run, with colocated engines that take no more of a GPU than training leaves, and no more than is configured."""
     if setup.engine is None or setup.engine_gpus or not setup.cluster.memory_gib:
         return setup
     config = copy.deepcopy(setup.config)
@@ -296,19 +338,19 @@ def fit_engine(setup: Setup) -> Setup:
     return replace(setup, config=config)
 
 
-def plan_engine_share(config: Config, world: int, memory_gib: float) -> float:
+def plan_engine_share(config: Config, world_size: int, memory_gib: float) -> float:
     """`engine_share` of a run with colocated engines on GPUs of this size.
 
     Raises:
-        ConfigError: a layout does not fit its model or the world; or training leaves nothing that an engine could work with.
+        ConfigError: a layout does not fit its model or the number of ranks, or training leaves too little for an engine.
     """
     config = copy.deepcopy(config)
     config.cluster.memory_gib = memory_gib
-    setup = make_setup(config, workload_of(config), world=world)
+    setup = make_setup(config, workload_of(config), world_size=world_size)
     share, needs = engine_share(setup), engine_bytes(setup) + _longest_response_bytes(setup)
     if config.rollout.vllm.gpu_memory_utilization is None and share * memory_gib * GIB < needs:
         raise ConfigError(
-            f"training leaves {share:.0%} of {memory_gib:.0f} GiB to a colocated engine of rollout.vllm.tensor="
+            f"training leaves {share:.0%} of {memory_gib:.0f} GiB to a colocated engine with rollout.vllm.tensor="
             f"{config.rollout.vllm.tensor}, which needs {needs / GIB:.1f} GiB for its weights and one response of full length: "
             "raise rollout.vllm.tensor, train on more GPUs, or set rollout.vllm.placement=server"
         )

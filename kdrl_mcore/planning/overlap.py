@@ -1,4 +1,4 @@
-"""What goes on while vLLM's servers sample: the next step's training, or the teacher."""
+"""The work that runs while vLLM's servers sample: the next step's training, or the teacher."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kdrl_mcore.planning.setup import Setup
 
 
 def hidden_seconds(setup: Setup, generation: Generation, teacher: Seconds, rest: float) -> float:
-    """By how much an iteration is shorter than its phases together.
+    """The seconds by which overlap makes an iteration shorter than the sum of its phases.
 
     Args:
-        rest: seconds of all phases but generation and refit.
+        rest: seconds of all phases except generation and refit.
     """
     if not setup.engine_gpus:
         return 0.0
@@ -25,8 +25,8 @@ def hidden_seconds(setup: Setup, generation: Generation, teacher: Seconds, rest:
 
 
 def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> float:
-    """The teacher takes complete groups in parts: a micro-batch for each stage of each of its replicas. Its weights come once
-    for each part; what is left when the last response arrives is scored then."""
+    """The seconds saved when the teacher scores complete groups in parts: a micro-batch for each stage of each of its replicas.
+    Its weights are loaded once for each part; what remains when the last response arrives is scored then."""
     assert setup.teacher is not None
     layout = setup.teacher.layout
     part = setup.config.batch.micro_tokens * layout.pipeline * layout.data
@@ -49,12 +49,12 @@ def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> flo
 
 
 def _complete_groups(setup: Setup, generation: Generation) -> np.ndarray:
-    """Seconds after which each group of responses is complete. Those that do not run from the start begin evenly spread over
-    the time in which others wait; a group is complete with its longest response."""
+    """The seconds after which each group of responses is complete. Groups that do not run from the start begin evenly spread
+    over the time in which others wait; a group is complete with its longest response."""
     workload, rollout = setup.workload, setup.config.rollout
     groups = np.arange(rollout.prompts_per_step)
     shortest, longest = float(workload.lengths_N.min()), workload.longest
-    # The longest of G draws that are even between the shortest and the longest; neighbours differ (the golden ratio).
+    # The longest of G uniform draws between the shortest and the longest; the golden ratio makes neighbours differ.
     quantile = ((groups * 0.618034) % 1.0) ** (1 / rollout.responses_per_prompt)
     length = shortest + (longest - shortest) * quantile
     waited = np.maximum(0.0, groups / len(groups) - generation.at_once) / max(1e-9, 1 - generation.at_once)

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_mcore.planning.memory import engine_cache_bytes
-from kdrl_mcore.planning.rates import CACHE_SHARE, CPU, FLOP, LATENCY, LAUNCH, MEMORY, MESSAGE, NETWORK, Rates, Seconds
+from kdrl_mcore.planning.rates import CACHE_SHARE, CPU, FLOP, HOST, LATENCY, LAUNCH, MEMORY, MESSAGE, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Placed, Setup
 from kdrl_mcore.planning.workload import Packing
 
 LAYER_KERNELS = 40
-"""Kernels of one layer's forward pass, counted in a decoding step of the embedded engine in bfloat16 (views left out): 4 matrix
+"""Kernels in one layer's forward pass, counted in a decoding step of the embedded engine in bfloat16 (without views): 4 matrix
 products, attention, 2 norms, 12 for the rotary embedding, biases, SwiGLU, residuals, casts, the cache. Twice that backward."""
 EAGER_LAUNCH = 15e-6
-"""Seconds from one kernel to the next in a decoding step of the embedded engine, where modules in Python launch them one by
-one: 22 us were measured on a small cloud CPU (40 kernels, 0.9 ms a layer); servers' are assumed to be faster."""
+"""Seconds from one kernel to the next in a decoding step of the embedded engine, where Python modules launch them one by one.
+On a small cloud CPU 22 us were measured (40 kernels, 0.9 ms per layer); servers' CPUs are assumed to be faster."""
 EAGER_STEP = 2e-3
 """Seconds of one decoding step of the embedded engine outside the layers: 57 kernels for positions, head and sampling (1 ms on
-the same CPU), and a wait for the GPU, behind which it has nothing to do until the next layer is launched."""
+the same CPU), and a wait for the GPU, which is then idle until the next layer is launched."""
 ENGINE_STEP = 8e-3
-"""Seconds of one decoding step of vLLM outside the model: scheduling, sampling with log-probs, detokenisation of some hundred
+"""Seconds of one decoding step of vLLM outside the model: scheduling, sampling with log-probs, detokenisation of a few hundred
 sequences."""
 FUSED_HEAD = {False: 2, True: 6}
-"""Bytes read and written for each logit in bfloat16 beside the matrix products, in scoring and in training: the kernels read
-it for the statistics, and in training read it again and write the derivative."""
+"""Bytes read and written per logit in bfloat16, besides the matrix products, in scoring (False) and in training (True): the
+kernels read it for the statistics, and in training read it again and write the derivative."""
 MATERIALISED_HEAD = {False: 46, True: 68}
-"""The same where log-softmax is a kernel for each operation in float32: convert, maximum, subtract, exponential, sum, subtract,
+"""The same if log-softmax runs one float32 kernel per operation: convert, maximum, subtract, exponential, sum, subtract,
 exponential; in training also negate, scale, convert (counted in NeMo-RL's `DistributedLogprob`)."""
 GRID = 64
-"""Points at which a decode's progress is looked at."""
+"""The number of points at which the progress of a decode is evaluated."""
 
 
 def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
-    """One token through one layer, forward, on one rank."""
+    """The seconds of one token's forward pass through one layer on one rank.
+
+    Args:
+        attended: the mean number of tokens that a token attends to.
+        overlap_tensor: whether tensor-parallel communication is hidden behind matrix products.
+    """
     a, layout, bytes_ = model.architecture, model.layout, model.element
     held = model.shard.stages[0]
     width = a.experts.per_token * a.experts.ffn_hidden_size if a.experts else a.ffn_hidden_size
     heads = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     split = layout.tensor if layout.sequence_parallel else 1
     touched = 10 * a.hidden_size / split + (2 * heads + 3 * width) / layout.tensor
-    if rates.fp8:  # each product's input is read once more and written twice (as it is, and transposed), a byte each time
+    if rates.fp8:  # each product's input is read once more and written twice (plain and transposed), at a byte per element
         touched += (2 * a.hidden_size + heads + width) / layout.tensor * (bytes_ + 2) / bytes_
     seconds = Seconds()
     seconds[FLOP] = rates.matmul(2 * held.layer_matrices)
@@ -59,8 +65,8 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
 
 
 def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
-    """The same, backward: two products for each one forward; flash attention's five for two; under sequence parallelism the
-    gathered inputs are gathered again for the weight gradients."""
+    """The seconds of the backward pass: two products for each one in the forward pass, in flash attention five for two. Under
+    sequence parallelism the inputs are gathered again for the weight gradients."""
     forward = layer_forward(model, rates, attended, overlap_tensor=overlap_tensor)
     a = model.architecture
     attention = rates.attention(4 * a.num_attention_heads * a.head_dim / model.layout.tensor * attended)
@@ -70,11 +76,39 @@ def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tens
     return backward
 
 
+def recomputed_forward(model: Placed, rates: Rates, attended: float, modules: Sequence[str]) -> Seconds:
+    """The seconds of one token through those parts of a layer that selective recompute runs again."""
+    a, layout, bytes_ = model.architecture, model.layout, model.element
+    width = a.experts.per_token * a.experts.ffn_hidden_size if a.experts else a.ffn_hidden_size
+    split = layout.tensor if layout.sequence_parallel else 1
+    seconds, touched = Seconds(), 0.0
+    if "core_attn" in modules:
+        seconds[FLOP] += rates.attention(4 * a.num_attention_heads * a.head_dim / layout.tensor * attended)
+        keys = 2 * max(1, a.num_key_value_heads // layout.tensor) * a.head_dim * bytes_
+        seconds[NETWORK] += rates.ring(keys * layout.context, layout.context, layout.tensor)
+        touched += 2 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim / layout.tensor
+    if "layernorm" in modules:
+        touched += 4 * a.hidden_size / split
+    if "moe_act" in modules:
+        touched += 3 * width / layout.tensor
+    if "moe" in modules if a.experts else "mlp" in modules:
+        seconds[FLOP] += rates.matmul(2 * 3 * a.hidden_size * width / layout.tensor)
+        touched += 2 * a.hidden_size / split + 3 * width / layout.tensor
+        # Experts lie whole on their ranks: tokens go to them and back, over the expert-parallel ranks.
+        if a.experts and layout.expert > 1:
+            sent = 2 * a.experts.per_token * a.hidden_size * bytes_ / layout.tensor * (layout.expert - 1) / layout.expert
+            seconds[NETWORK] += rates.link(sent, layout.expert, 1)
+        elif not a.experts:
+            seconds[NETWORK] += 2 * rates.ring(a.hidden_size * bytes_, layout.tensor, 1)
+    seconds[MEMORY] += rates.memory(touched * bytes_)
+    return seconds
+
+
 def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: float, *, train: bool) -> Seconds:
-    """All micro-batches through all stages, forward and, to train, backward.
+    """The seconds of all micro-batches through all stages, forward and, in training, backward.
 
     The slowest stage works through all of them; filling and draining the pipeline takes pipeline - 1 micro-batches of an
-    average stage, divided by the chunks of an interleaved one (arXiv 2104.04473).
+    average stage, divided by the number of chunks if it is interleaved (arXiv 2104.04473).
 
     Args:
         loss_tokens: rows of the output head on the most loaded rank.
@@ -84,17 +118,25 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
     forward = layer_forward(model, rates, attended, overlap_tensor=overlap)
     layer, kernels = forward, LAYER_KERNELS
     if train:
-        layer = forward + layer_backward(model, rates, attended, overlap_tensor=overlap)
+        parallel = setup.config.parallel
+        backward = layer_backward(model, rates, attended, overlap_tensor=overlap)
         kernels *= 3
-        if setup.config.parallel.recompute == "full":
-            layer, kernels = layer + forward, kernels + LAYER_KERNELS
+        if parallel.recompute == "full":
+            backward, kernels = backward + forward, kernels + LAYER_KERNELS
+        elif parallel.recompute == "selective":
+            again = recomputed_forward(model, rates, attended, parallel.recompute_modules)
+            backward, kernels = backward + again, kernels + LAYER_KERNELS // 2
+        layer = forward + backward
+        if model.shard.layer.host:  # each way beside one layer's work
+            copy = rates.host(model.shard.layer.host)
+            layer[HOST] += max(0.0, copy - forward.total) + max(0.0, copy - backward.total)
     stages = []
     for stage in model.shard.stages:
         seconds = layer * (stage.layers * packed.tokens)
         seconds[LATENCY] += (packed.stall - 1) * seconds.total
         launch = stage.layers * kernels * LAUNCH * packed.micro_batches
         seconds[LATENCY] = max(seconds[LATENCY], launch - seconds.total + seconds[LATENCY])
-        # The head stays in the parameters' own type.
+        # The head keeps the parameters' type, also with FP8.
         seconds[FLOP] += Rates(setup.cluster).matmul((6 if train else 2) * stage.head * loss_tokens)
         if stage.head:
             traffic = (FUSED_HEAD if setup.choices.fused_head else MATERIALISED_HEAD)[train]
@@ -105,19 +147,19 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
     slowest[LATENCY] += (layout.pipeline - 1) / (layout.virtual_pipeline or 1) * mean
     if layout.pipeline > 1 and layout.virtual_pipeline is None:  # an interleaved schedule hides them
         sent = model.architecture.hidden_size * model.element / (layout.tensor if layout.sequence_parallel else 1)
-        stride = layout.world // layout.pipeline
+        stride = layout.world_size // layout.pipeline
         slowest[NETWORK] += (2 if train else 1) * packed.tokens * rates.link(sent, 2, stride)
     return slowest
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Of the most loaded replica.
+    """The time of generation on the most loaded replica.
 
     Attributes:
-        at_once: share of the responses that run from the start.
-        waiting: as long as others wait for their place.
-        last: the prompts, and the last ones that run together.
+        at_once: the share of the responses that run from the start.
+        waiting: the time in which responses wait to be started.
+        last: the time of the prompts' forward pass, and of the last responses that run together.
     """
 
     at_once: float
@@ -126,17 +168,17 @@ class Generation:
 
     @property
     def seconds(self) -> Seconds:
-        """Of all."""
+        """The whole time."""
         return self.waiting + self.last
 
 
 def generation(setup: Setup) -> Generation:
-    """The most loaded replica's prompts and responses."""
+    """The time of the most loaded replica's prompts and responses."""
     return _engine_generation(setup) if setup.engine is not None else Generation(1.0, Seconds(), _embedded_generation(setup))
 
 
 def _embedded_generation(setup: Setup) -> Seconds:
-    """Waves of `max_sequences`, each as long as its longest response; stages work one after the other."""
+    """Waves of `max_sequences`, each as long as its longest response; pipeline stages work one after another."""
     model, rollout = setup.student, setup.config.rollout
     lengths = setup.workload.share(model.layout.data * model.layout.context)
     copies = rollout.responses_per_prompt
@@ -149,15 +191,16 @@ def _embedded_generation(setup: Setup) -> Seconds:
 
 
 def _engine_generation(setup: Setup) -> Generation:
-    """As many sequences at once as the KV cache holds; while others wait, that many run; then they run out."""
+    """As many sequences run at once as fit into the KV cache. While others wait, their number is constant; then the last ones
+    run to their ends."""
     assert setup.engine is not None
     model = setup.engine
     lengths = setup.workload.share(model.layout.data)
     per_token = model.shard.stages[0].layers * model.shard.kv_bytes
-    # A running response is on average half done.
+    # A running response is half done on average.
     held = setup.workload.prompt_tokens + float(lengths.mean()) / 2
-    room = engine_cache_bytes(setup) / per_token / held
-    at_once = int(max(1, min(len(lengths), setup.config.rollout.max_sequences, room)))
+    capacity = engine_cache_bytes(setup) / per_token / held
+    at_once = int(max(1, min(len(lengths), setup.config.rollout.max_sequences, capacity)))
     last = lengths[:: max(1, round(len(lengths) / at_once))][:at_once]
     steps = (float(lengths.sum()) - float(last.sum())) / at_once
     waiting = _step(setup, model, at_once, held, embedded=False) * max(0.0, steps)
@@ -166,7 +209,7 @@ def _engine_generation(setup: Setup) -> Generation:
 
 
 def _decode(setup: Setup, model: Placed, lengths: NDArray[np.int64], *, embedded: bool) -> Seconds:
-    """Until the longest of these sequences, begun together, is done."""
+    """The time in which these sequences, started together, are all completed."""
     seconds, longest = Seconds(), int(lengths.max())
     for point in range(GRID):
         done = (point + 0.5) / GRID * longest
@@ -177,8 +220,8 @@ def _decode(setup: Setup, model: Placed, lengths: NDArray[np.int64], *, embedded
 
 
 def _step(setup: Setup, model: Placed, running: float, context: float, *, embedded: bool) -> Seconds:
-    """One token of each running sequence: the weights are read once, the cache once; matrix products hide behind the weights
-    while there are few sequences."""
+    """The time for one token of each running sequence: weights and cache are read once; for few sequences, reading the weights
+    hides the matrix products."""
     rates, layout, a = Rates(setup.cluster), model.layout, model.architecture
     layers = sum(stage.layers for stage in model.shard.stages)
     weights = sum(
@@ -201,13 +244,13 @@ def _step(setup: Setup, model: Placed, running: float, context: float, *, embedd
 
 
 def idle_experts(model: Placed, experts: int, running: float) -> float:
-    """Weights of a stage's experts that none of the running sequences is sent to, where routing is even."""
+    """The number of weights in a stage's experts to which no running sequence is routed, assuming uniform routing."""
     mixture = model.architecture.experts
     return 0.0 if mixture is None else experts * (1 - mixture.per_token / mixture.count) ** running
 
 
 def _prefill(setup: Setup, model: Placed, prompts: float) -> Seconds:
-    """The prompts' forward pass, once for all responses of a group."""
+    """The time of the prompts' forward pass, once for all responses of a group."""
     layers = sum(stage.layers for stage in model.shard.stages)
     tokens = prompts * setup.workload.prompt_tokens
     return layer_forward(model, Rates(setup.cluster), setup.workload.prompt_tokens / 2) * (layers * tokens)

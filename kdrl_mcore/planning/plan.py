@@ -1,17 +1,18 @@
-"""The plan of a run: memory of every rank, time of an iteration by phase, what the run costs."""
+"""The plan of a run: the memory of every rank, the time of an iteration by phase, and the cost of the run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrl_mcore.planning.memory import RankMemory, plan_memory, plan_server_memory
+from kdrl_mcore.config.derived import samples, uses_distributed_optimizer
+from kdrl_mcore.planning.memory import RankMemory, checkpoint_bytes, offloaded_bytes, plan_memory, plan_server_memory
 from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, layer_forward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
 
 VERIFY = 0.02
-"""Seconds of one worker for one answer (math-verify)."""
+"""Seconds that one worker needs for one answer (math-verify)."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it is queued.
+    """The estimates for a run before it is queued.
 
     Attributes:
-        phases: of one iteration.
-        hidden: seconds of them during which servers sample.
+        memory: of each pipeline stage, and of the servers' GPUs.
+        phases: those of one iteration.
+        hidden: the seconds by which overlapping with the servers' sampling shortens an iteration.
     """
 
     setup: Setup
@@ -38,7 +40,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of one iteration."""
+        """The seconds of one iteration."""
         return sum(phase.seconds.total for phase in self.phases) - self.hidden
 
     @property
@@ -48,39 +50,50 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes of the fullest rank in its fullest phase."""
+        """The bytes of the fullest rank in its fullest phase."""
         return max(rank.peak for rank in self.memory)
 
     @property
+    def checkpoint_host_bytes(self) -> float:
+        """The host memory, on a node with only ranks of the fullest stage, for the copy that is written during training; 0 if
+        nothing is saved. Nothing is gathered for it (parallel/optimizer_state.py)."""
+        saves = self.setup.config.checkpoint.every >= 0
+        return checkpoint_bytes(self.setup) * _ranks_of_a_node(self.setup) if saves else 0.0
+
+    @property
+    def activation_host_bytes(self) -> float:
+        """The host memory, on a node with only ranks of the fullest stage, for off-loaded activations."""
+        return offloaded_bytes(self.setup) * _ranks_of_a_node(self.setup)
+
+    @property
     def tokens_per_gpu_second(self) -> float:
-        """Prompt and response tokens of one iteration, per GPU and second."""
+        """The prompt and response tokens of one iteration, per GPU and second."""
         return self.setup.workload.tokens / self.seconds / self.setup.gpus
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run, evaluations left out."""
+        """The GPU-hours of the whole run, without evaluations."""
         return self.setup.config.trainer.steps * self.seconds * self.setup.gpus / 3600
 
     @property
     def cost(self) -> float:
-        """Of the whole run, USD."""
+        """The cost of the whole run in USD."""
         return self.gpu_hours * self.setup.cluster.usd_per_gpu_hour
 
     def phase(self, name: str) -> Seconds:
-        """A phase's seconds; none where the run has no such phase."""
+        """The seconds of a phase; none if the run has no such phase."""
         return next((phase.seconds for phase in self.phases if phase.name == name), Seconds())
 
 
 def make_plan(setup: Setup) -> Plan:
-    """Memory and time of a run.
+    """Plan the memory and the time of a run.
 
     Raises:
-        ConfigError: the cluster is not described.
+        ConfigError: the configuration does not describe the cluster.
     """
     sft = setup.config.objective.kind == "sft"
-    samples = not sft and setup.config.rollout.engine != "replay"
     phases = []
-    sampled = generation(setup) if samples else None
+    sampled = generation(setup) if samples(setup.config) else None
     if sampled is not None:
         phases += [Phase("rollout", sampled.seconds), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
     if setup.teacher is not None:
@@ -101,26 +114,26 @@ def make_plan(setup: Setup) -> Plan:
 
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
-    """Response tokens among those of the most loaded rank."""
+    """The number of response tokens among the tokens of the most loaded rank."""
     return packed_tokens * float(setup.workload.lengths_N.sum()) / setup.workload.tokens
 
 
 def _training(setup: Setup) -> Seconds:
-    """Every update of a step: passes, reduction of gradients, the optimizer, gathering of weights."""
+    """The time of all updates of a step: passes, reduction of gradients, the optimizer, gathering of weights."""
     packed, student, rates = setup.update_packing, setup.student, Rates(setup.cluster)
     layout, settings = student.layout, setup.config.optimizer
     passes = pipeline_pass(setup, student, packed, _loss_tokens(setup, packed.tokens), train=True)
     stage = max(student.shard.stages, key=lambda stage: stage.parameters)
     copies, stride = layout.data * layout.context, layout.tensor
-    distributed = setup.config.parallel.distributed_optimizer and settings.name == "adam"
+    distributed = uses_distributed_optimizer(setup.config)
     reduce = rates.ring(4 * stage.parameters, copies, stride) * (1 if distributed else 2)
     if setup.config.parallel.overlap_grad_reduce:
-        # Only the last micro-batch's backward pass is there to hide it.
+        # Only the last micro-batch's backward pass can hide it.
         backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
     gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
     if setup.config.parallel.overlap_param_gather:
-        # Only the next update's first forward pass is there to hide it; what follows a step's last update reads the weights.
+        # Only the next update's first forward pass can hide it; what follows the last update of a step reads the weights.
         followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
         forward = layer_forward(student, rates, setup.workload.attended) * stage.layers
         gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
@@ -136,7 +149,8 @@ def _training(setup: Setup) -> Seconds:
 
 
 def _teacher(setup: Setup) -> Seconds:
-    """The teacher's weights come, score what the mask keeps, and go (their host copy is still there)."""
+    """The time in which the teacher's weights are loaded and score what the mask keeps; they need not be copied back, as the
+    host memory keeps its copy."""
     assert setup.teacher is not None
     packed = setup.teacher_packing
     seconds = pipeline_pass(setup, setup.teacher, packed, _loss_tokens(setup, packed.tokens), train=False)
@@ -147,7 +161,7 @@ def _teacher(setup: Setup) -> Seconds:
 
 
 def old_policy_seconds(setup: Setup) -> float:
-    """Of a pass that scores a step's responses with the student before its first update."""
+    """The seconds of a pass that scores a step's responses with the student before its first update."""
     return _score_with_student(setup).total
 
 
@@ -165,34 +179,32 @@ def _move_reference(setup: Setup) -> Seconds:
 
 
 def _refit(setup: Setup) -> Seconds:
-    """Each engine rank gets its shard of the weights: from other nodes where the student is spread over several."""
+    """The time in which each engine rank receives its shard of the weights, from other nodes if there are several."""
     seconds = Seconds()
     if setup.engine is not None:
         received = setup.engine.shard.stages[0].parameters * setup.engine.element
-        # Beyond one node every GPU receives over its own adapter.
+        # Beyond one node, every GPU receives over its own adapter.
         stride = 1 if setup.gpus <= setup.cluster.gpus_per_node else setup.cluster.gpus_per_node
         seconds[NETWORK] = Rates(setup.cluster).link(received, setup.gpus, stride)
     return seconds
 
 
 def _reward(setup: Setup) -> Seconds:
-    """The replicas' leaders share the answers; each has `reward.workers` processes."""
+    """The time to verify the answers, which are divided among the replicas' leaders with `reward.workers` processes each."""
     seconds, layout = Seconds(), setup.student.layout
     seconds[CPU] = setup.workload.responses * VERIFY / (layout.data * layout.context * setup.config.reward.workers)
     return seconds
 
 
 def _checkpoint(setup: Setup) -> Seconds:
-    """A checkpoint's share of one step: its copy to host memory; the writing too where training waits for it."""
-    student, settings = setup.student, setup.config.checkpoint
-    layout, rates = student.layout, Rates(setup.cluster)
-    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
-    copies = layout.data * layout.context
-    state = 8 + (4 if student.element == 2 else 0)
-    own = stage.parameters * (student.element + state) / copies  # ranks that hold the same weights share the writing
-    seconds = Seconds()
-    seconds[HOST] = rates.host(own) / settings.every
+    """The time per step for checkpoints: the copy to host memory, and the writing if training waits for it."""
+    settings, seconds = setup.config.checkpoint, Seconds()
+    seconds[HOST] = Rates(setup.cluster).host(checkpoint_bytes(setup)) / settings.every
     if not settings.asynchronous:
-        per_node = min(setup.cluster.gpus_per_node, layout.world)
-        seconds["storage"] = own * per_node / (setup.cluster.storage_gbs * 1e9) / settings.every
+        written = checkpoint_bytes(setup) * _ranks_of_a_node(setup)
+        seconds["storage"] = written / (setup.cluster.storage_gbs * 1e9) / settings.every
     return seconds
+
+
+def _ranks_of_a_node(setup: Setup) -> int:
+    return min(setup.cluster.gpus_per_node, setup.student.layout.world_size)

@@ -1,4 +1,4 @@
-"""Step times that others have published, and what the planner says of the same runs."""
+"""Step times that others have published, and the planner's estimates for the same runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _GRPO = (
     "rollout.responses_per_prompt=32 rollout.max_response_tokens=3968 batch.updates_per_step=4 batch.micro_tokens=4096 "
     "objective.reference_kl.coefficient=0.01 parallel.overlap_grad_reduce=true reward.workers=8"
 )
-"""NeMo-RL 0.5's performance recipes: 2048 samples in four updates, so that it scores old policy and reference; sequences are
-packed to 4096 tokens."""
+"""NeMo-RL 0.5's performance recipes: 2048 samples in four updates, so old policy and reference are scored; sequences are packed
+to 4096 tokens."""
 _COLOCATED = "rollout.vllm.gpu_memory_utilization=0.6"
 _SERVERS = (
     "rollout.vllm.placement=server rollout.vllm.gpu_memory_utilization=0.8 rollout.steps_ahead=1 "
@@ -32,7 +32,7 @@ _PRETRAINING = (
     "rollout.responses_per_prompt=1 rollout.max_response_tokens=8192 parallel.overlap_grad_reduce=true"
 )
 PROMPT = 128
-"""Mean tokens of a prompt, assumed; the published lengths are of whole sequences."""
+"""The mean number of prompt tokens, an assumption: the published lengths are those of whole sequences."""
 NEMO_RL = "https://docs.nvidia.com/nemo/rl/0.5.0/about/performance-summary.html"
 MEGATRON_BRIDGE = "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html"
 
@@ -42,9 +42,9 @@ class Published:
     """One published run.
 
     Attributes:
-        overrides: the run as this project's configuration.
-        tokens: mean length of a sequence.
-        value: seconds of a step, or tokens per second and GPU.
+        overrides: the run in this project's configuration.
+        tokens: the mean length of a sequence.
+        value: seconds per step, or tokens per second and GPU, by `unit`.
         source: where it was published.
     """
 
@@ -57,14 +57,14 @@ class Published:
     choices: Choices
 
     def plan(self) -> Plan:
-        """The planner's answer."""
+        """The plan of the run."""
         config = load_config(self.overrides.split())
         prompt = 0 if config.objective.kind == "sft" else PROMPT
         workload = workload_of(config, prompt_tokens=prompt, response_tokens=self.tokens - prompt)
         return make_plan(make_setup(config, workload, self.choices))
 
     def planned(self) -> float:
-        """In the published unit."""
+        """The planned value, in the published unit."""
         plan = self.plan()
         return plan.seconds if self.unit == "s" else plan.tokens_per_gpu_second
 
@@ -113,11 +113,11 @@ RUNS = (
         for batch, value in ((128, 1619), (256, 1621))
     ),
 )
-"""All on DGX H100."""
+"""The published runs, all on DGX H100."""
 
 
 def markdown() -> str:
-    """The comparison as docs/planning.md shows it."""
+    """The comparison as a table, as in docs/planning.md."""
     lines = ["| run | published | planned | difference |", "|---|---|---|---|"]
     for run in RUNS:
         planned = run.planned()

@@ -1,7 +1,7 @@
-"""How fast a GPU and its links are in practice: the vendor's numbers times one share for each kind of work.
+"""The speed of a GPU and its links in practice: the vendor's numbers times one share for each kind of work.
 
-The shares hold for every cluster, model and row of the comparison with published runs: none is fitted to a row. They are round
-numbers, chosen with those rows in view.
+The shares are the same for every cluster and model and for every row of the comparison with published runs. They are round
+numbers, chosen with those rows in view, but none is fitted to a single row.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from kdrl_mcore.config import ClusterConfig
 from kdrl_mcore.errors import ConfigError
 
 MATMUL_SHARE = 0.65
-"""Of the peak: large bfloat16 matrix products on an H100 at its power limit reach some 650 of 989 TFLOP/s."""
+"""The share of the peak in large bfloat16 matrix products: an H100 at its power limit reaches about 650 of 989 TFLOP/s."""
 FP8_SHARE = 0.55
-"""The same in FP8, with per-tensor scaling: the power limit binds harder."""
+"""The same in FP8 with per-tensor scaling, where the power limit is more restrictive."""
 ATTENTION_SHARE = 0.50
-"""Of the bfloat16 peak in causal flash attention (arXiv 2307.08691 and 2407.08608: 50 to 60 % on an H100 at head size 128)."""
+"""The share of the bfloat16 peak in causal flash attention (arXiv 2307.08691 and 2407.08608: 50 to 60 % on an H100 at head
+size 128)."""
 MEMORY_SHARE = 0.80
-"""Of the memory's bandwidth, in element-wise kernels and in reading weights."""
+"""The share of the memory bandwidth in element-wise kernels and in reading weights."""
 CACHE_SHARE = 0.50
-"""Of the memory's bandwidth, in reading a paged KV cache of sequences of different lengths."""
+"""The share of the memory bandwidth in reading a paged KV cache of sequences of different lengths."""
 LINK_SHARE = 0.75
-"""Of a link's bandwidth, in NCCL's collectives on large messages."""
+"""The share of a link's bandwidth in NCCL's collectives on large messages."""
 HOST_SHARE = 0.75
-"""Of PCIe, from pinned memory."""
+"""The share of PCIe's bandwidth from pinned memory."""
 LAUNCH = 5e-6
-"""Seconds to launch one kernel from Python and C++, where no CUDA graph does it."""
+"""Seconds to launch one kernel from Python and C++, without a CUDA graph."""
 MESSAGE = 20e-6
 """Seconds of one small collective within a node."""
 FLOP, MEMORY, NETWORK, HOST, LATENCY, CPU = "FLOP", "memory bandwidth", "network", "PCIe", "latency", "CPU"
-"""What can rule a phase."""
+"""What can limit a phase."""
 
 
 class Seconds(defaultdict[str, float]):
-    """Seconds by what rules them; they add up and scale."""
+    """Seconds by what limits the work; they can be added and scaled."""
 
     def __init__(self, **seconds: float) -> None:
         super().__init__(float)
@@ -43,12 +44,12 @@ class Seconds(defaultdict[str, float]):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all."""
         return sum(self.values())
 
     @property
     def bound(self) -> str:
-        """What most of them are ruled by."""
+        """What limits most of them."""
         return max(self, key=self.__getitem__) if self.total else "-"
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -68,14 +69,14 @@ class Seconds(defaultdict[str, float]):
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a piece of work on one GPU of a cluster."""
+    """The seconds that a given amount of work takes on one GPU of a cluster."""
 
     cluster: ClusterConfig
     fp8: bool = False
 
     def __post_init__(self) -> None:
         if not self.cluster.peak_tflops:
-            raise ConfigError("the cluster's GPU is not described: add cluster=h100 (or h200, b200, a100), or set cluster.*")
+            raise ConfigError("the cluster's GPU is not specified: add cluster=h100 (or h200, b200, a100), or set cluster.*")
         if self.fp8 and not self.cluster.fp8_peak_tflops:
             raise ConfigError(f"{self.cluster.name} has no FP8 (cluster.fp8_peak_tflops is 0)")
 
@@ -86,7 +87,7 @@ class Rates:
         return flop / (self.cluster.peak_tflops * 1e12 * MATMUL_SHARE)
 
     def attention(self, flop: float) -> float:
-        """Flash attention, bfloat16 also where the matrix products are FP8."""
+        """Flash attention, in bfloat16 even if the matrix products are in FP8."""
         return flop / (self.cluster.peak_tflops * 1e12 * ATTENTION_SHARE)
 
     def memory(self, num_bytes: float, share: float = MEMORY_SHARE) -> float:
@@ -98,9 +99,9 @@ class Rates:
         return num_bytes / (self.cluster.host_gbs * 1e9 * HOST_SHARE)
 
     def link(self, num_bytes: float, ranks: int, stride: int) -> float:
-        """Bytes that one GPU sends to others of a group of `ranks` that lie `stride` apart.
+        """Bytes that one GPU sends within a group of `ranks` ranks, `stride` apart.
 
-        Groups that span nodes go round a ring that leaves each node once, over the adapters of all the group's GPUs there.
+        Groups that span nodes use a ring that leaves each node once, over the adapters of all the group's GPUs there.
         """
         per_node = self.cluster.gpus_per_node
         if ranks == 1 or num_bytes == 0:
@@ -112,5 +113,5 @@ class Rates:
         return num_bytes / (rate * 1e9 * LINK_SHARE)
 
     def ring(self, num_bytes: float, ranks: int, stride: int) -> float:
-        """An all-gather to, or a reduce-scatter from, `num_bytes` on every rank."""
+        """An all-gather to `num_bytes` on every rank, or a reduce-scatter from them."""
         return self.link(num_bytes * (ranks - 1) / ranks, ranks, stride)

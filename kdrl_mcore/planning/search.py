@@ -1,4 +1,4 @@
-"""The best layouts for a number of GPUs: every combination that exists is planned, and the fastest that fit are kept."""
+"""The best layouts for a number of GPUs: every valid combination is planned, and the fastest that fit are kept."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from kdrl_mcore.config import Config, ParallelConfig
+from kdrl_mcore.config.derived import max_sequence_tokens, training_ranks, uses_teacher
+from kdrl_mcore.config.schema import DEFAULT_RECOMPUTE
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.planning.memory import GIB, engine_share, fit_engine
+from kdrl_mcore.planning.memory import ATTENTION, GIB, engine_share, fit_engine
 from kdrl_mcore.planning.plan import Plan, make_plan
-from kdrl_mcore.planning.setup import find_engines, make_setup, shard_requests, training_world, uses_teacher
+from kdrl_mcore.planning.setup import find_engines, make_setup, shard_requests
 from kdrl_mcore.planning.shards import ShardRequest, find_shape, try_shards
 from kdrl_mcore.planning.workload import Workload
 
 SIZES = (1, 2, 4, 8, 16)
 VIRTUAL = (None, 2, 4)
 LONG = 8192
-"""Tokens of a sequence from which on context parallelism is worth a look."""
+"""The number of tokens in a sequence from which context parallelism is tried."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits."""
+    """A layout that fits: its overrides, its plan, and what sets it apart from the best one."""
 
     overrides: tuple[str, ...]
     plan: Plan
@@ -34,29 +36,58 @@ class Candidate:
 
 
 def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Candidate], int]:
-    """The fastest layouts that fit, and how many were looked at.
+    """The fastest layouts that fit, and the number of layouts that were planned.
 
-    Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration says.
-    Layouts that differ in nothing but recompute or micro-batch size count as one: the faster one is shown.
+    Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration sets.
+    Layouts that differ only in recompute, off-load or micro-batch size count as one: the fastest is shown.
     """
-    teachers = _teacher_variants(config) if uses_teacher(config) else []
-    # All in one faked world; each plan below finds its shards there.
+    teachers = _teacher_variants(config) if uses_teacher(config.objective) else []
+    # All are built in one fake world, where each plan below finds its shards.
     try_shards([request for variant in [*teachers, *_variants(config)] for request in _requests(variant)])
     if teachers:
         config = _with_fastest_teacher(config, teachers, workload)
     found: dict[Layout, Plan] = {}
-    looked_at = 0
+    planned, too_large = 0, []
     for variant in _variants(config):
-        try:
-            plan = make_plan(fit_engine(make_setup(variant, workload)))
-        except ConfigError:
-            continue  # the model cannot be split this way
-        looked_at += 1
-        layout = plan.setup.student.layout
-        if plan.fits and (layout not in found or plan.seconds < found[layout].seconds):
-            found[layout] = plan
+        plan = _planned(variant, workload)
+        if plan is not None:
+            planned += 1
+            if plan.fits:
+                _keep_faster(found, plan)
+            else:
+                too_large.append((plan, variant))
+    # To keep fewer activations takes no less time: only layouts that could be among the best are planned again.
+    too_large = [(plan, variant) for plan, variant in too_large if _may_be_among(found, plan, best)]
+    smaller = [list(_with_less_memory(variant)) for _, variant in too_large]
+    try_shards([request for variants in smaller for variant in variants for request in _requests(variant)])
+    for (plan, _), variants in sorted(zip(too_large, smaller, strict=True), key=lambda each: each[0][0].seconds):
+        for variant in variants if _may_be_among(found, plan, best) else ():
+            kept = _planned(variant, workload)
+            planned += kept is not None
+            if kept is not None and kept.fits:
+                _keep_faster(found, kept)
     ranked = sorted(found.values(), key=lambda plan: plan.seconds)[:best]
-    return [Candidate(tuple(_overrides(plan)), plan, _reason(plan, ranked[0])) for plan in ranked], looked_at
+    return [Candidate(tuple(_overrides(plan)), plan, _reason(plan, ranked[0])) for plan in ranked], planned
+
+
+def _planned(variant: Config, workload: Workload) -> Plan | None:
+    try:
+        return make_plan(fit_engine(make_setup(variant, workload)))
+    except ConfigError:
+        return None  # the model cannot be split this way
+
+
+def _keep_faster(found: dict[Layout, Plan], plan: Plan) -> None:
+    layout = plan.setup.student.layout
+    if layout not in found or plan.seconds < found[layout].seconds:
+        found[layout] = plan
+
+
+def _may_be_among(found: dict[Layout, Plan], plan: Plan, best: int) -> bool:
+    """Whether a plan of the same layout that takes at least this time may be one of the best."""
+    same = found.get(plan.setup.student.layout)
+    others = sorted(each.seconds for each in found.values())[:best]
+    return (same is None or plan.seconds < same.seconds) and (len(others) < best or plan.seconds < others[-1])
 
 
 def _teacher_variants(config: Config) -> list[Config]:
@@ -70,7 +101,8 @@ def _teacher_variants(config: Config) -> list[Config]:
 
 
 def _with_fastest_teacher(config: Config, variants: list[Config], workload: Workload) -> Config:
-    """The teacher's layout depends on nothing else: of those that leave half of the GPU to others, the fastest."""
+    """The configuration with the fastest of the teacher's layouts whose weights take at most half of a GPU. The choice does not
+    depend on the student's layout."""
     fastest, seconds = config, math.inf
     for variant in variants:
         try:
@@ -91,17 +123,17 @@ def _tensors(config: Config) -> list[int]:
 
 
 def _variants(config: Config) -> Iterator[Config]:
-    world = training_world(config)
+    world_size = training_ranks(config.cluster)
     architecture = read_architecture(find_shape(config.student.path, "student.path"))
-    sequence = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    engines = [1] if find_engines(_with_engine(config, 1), world) is None else _tensors(config)
+    sequence = max_sequence_tokens(config.rollout)
+    engines = [1] if find_engines(_with_engine(config, 1), world_size) is None else _tensors(config)
     experts = SIZES if architecture.experts else (1,)
     for tensor, pipeline, virtual, context, expert in product(_tensors(config), SIZES, VIRTUAL, (1, 2, 4), experts):
-        if world % (tensor * pipeline * context) or (virtual and pipeline == 1) or (context > 1 and sequence < LONG):
+        if world_size % (tensor * pipeline * context) or (virtual and pipeline == 1) or (context > 1 and sequence < LONG):
             continue
         if architecture.num_layers % (pipeline * (virtual or 1)):
             continue
-        for engine, recompute, pack in product(engines, ("none", "full"), (1, 2)):
+        for engine, pack in product(engines, (1, 2)):
             changed = _with_engine(config, engine)
             changed.parallel = replace(
                 config.parallel,
@@ -111,10 +143,20 @@ def _variants(config: Config) -> Iterator[Config]:
                 context=context,
                 expert=expert,
                 sequence_parallel=tensor > 1,
-                recompute=recompute,
+                recompute="none",
+                recompute_modules=list(DEFAULT_RECOMPUTE),
+                offload_activations=[],
             )
             changed.batch.micro_tokens = pack * -(-sequence // context)
             yield changed
+
+
+def _with_less_memory(config: Config) -> Iterator[Config]:
+    """The same layout, keeping fewer activations on the GPU: some off-loaded, some recomputed, both, all recomputed."""
+    for recompute, offloaded in (("none", ATTENTION), ("selective", ()), ("selective", ATTENTION), ("full", ())):
+        changed = copy.copy(config)
+        changed.parallel = replace(config.parallel, recompute=recompute, offload_activations=list(offloaded))
+        yield changed
 
 
 def _with_engine(config: Config, tensor: int) -> Config:
@@ -130,6 +172,8 @@ def _overrides(plan: Plan) -> Iterator[str]:
             yield f"parallel.{key}={getattr(parallel, key)}"
     yield f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}"
     yield f"parallel.recompute={parallel.recompute}"
+    if parallel.offload_activations:
+        yield f"parallel.offload_activations=[{','.join(parallel.offload_activations)}]"
     yield f"batch.micro_tokens={config.batch.micro_tokens}"
     if plan.setup.teacher is not None:
         yield f"teacher.parallel.tensor={config.teacher.parallel.tensor}"
@@ -141,7 +185,7 @@ def _overrides(plan: Plan) -> Iterator[str]:
 
 def _requests(config: Config) -> list[ShardRequest]:
     try:
-        return list(shard_requests(config, training_world(config)).values())
+        return list(shard_requests(config, training_ranks(config.cluster)).values())
     except ConfigError:
         return []
 
@@ -149,7 +193,7 @@ def _requests(config: Config) -> list[ShardRequest]:
 def _reason(plan: Plan, best: Plan) -> str:
     """What sets a layout apart from the best one."""
     longest = max(plan.phases, key=lambda phase: phase.seconds.total)
-    text = f"{longest.name} {longest.seconds.total:.0f} s, ruled by {longest.seconds.bound}"
+    text = f"{longest.name} {longest.seconds.total:.0f} s, bound by {longest.seconds.bound}"
     fullest = max(plan.memory, key=lambda rank: rank.peak)
     text += f"; {(fullest.capacity or 0) / GIB - fullest.peak / GIB:.0f} GiB free in {fullest.fullest}"
     if plan is best:

@@ -1,4 +1,4 @@
-"""A run as the planner sees it: models in their layouts, the cluster, the work of one step."""
+"""The planner's view of a run: models in their layouts, the cluster, and the work of one step."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from kdrl_mcore.config import ClusterConfig, Config, can_be_positive
+from kdrl_mcore.config import ClusterConfig, Config
+from kdrl_mcore.config.derived import samples_with_vllm, servers_per_node, training_ranks, uses_reference, uses_teacher
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
-from kdrl_mcore.parallel.layout import Layout, student_layout
+from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
 from kdrl_mcore.planning.shards import Shard, ShardRequest, find_shape, get_shards
 from kdrl_mcore.planning.workload import Packing, Workload, packing
-
-OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Placed:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, vocabulary padding included."""
+        """The number of parameters of the whole model, vocabulary padding included."""
         architecture, layout = self.architecture, self.layout
         shared = sum(stage.parameters - stage.experts for stage in self.shard.stages) * layout.tensor
         experts = sum(stage.experts for stage in self.shard.stages) * layout.expert
@@ -38,13 +37,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Choices:
-    """What other trainers, whose published runs are planned as well, do differently: no key of the configuration tells it.
+    """Design choices of other trainers, whose published runs are planned too, that no key of the configuration covers.
 
     Attributes:
-        fp8: matrix products in FP8.
-        overlap_tensor: tensor-parallel communication hidden behind matrix products (Transformer Engine's user buffers).
-        sorted_by_length: neighbouring micro-batches are alike in length, as this trainer's packing leaves them.
-        fused_head: log-probs in chunks that kernels read as few times as they can, as here; else logits are materialised.
+        fp8: matrix products are in FP8.
+        overlap_tensor: matrix products hide tensor-parallel communication (Transformer Engine's user buffers).
+        sorted_by_length: neighbouring micro-batches have similar lengths, as with this trainer's packing.
+        fused_head: log-probs are computed in chunks that kernels read as few times as possible, as in this trainer; otherwise
+            logits are materialised.
     """
 
     fp8: bool = False
@@ -58,8 +58,9 @@ class Engines:
     """vLLM's engines.
 
     Attributes:
-        tensor: GPUs of each.
-        own_gpus: GPUs that only generate, idle ones of server nodes included; 0 where they share those that train.
+        count: the number of engines.
+        tensor: GPUs per engine.
+        own_gpus: GPUs that only generate, including idle ones on server nodes; 0 if the engines share GPUs with training.
     """
 
     count: int
@@ -69,50 +70,50 @@ class Engines:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything the equations read."""
+    """The inputs of the planner's equations."""
 
     config: Config
     workload: Workload
     choices: Choices
     student: Placed
     teacher: Placed | None
-    engine: Placed | None  # vLLM's own copy of the student
-    engine_gpus: int  # that only generate
+    engine: Placed | None  # vLLM's copy of the student
+    engine_gpus: int  # GPUs that only generate
     reference: bool
 
     @property
     def cluster(self) -> ClusterConfig:
-        """The machine."""
+        """The cluster's description."""
         return self.config.cluster
 
     @property
     def gpus(self) -> int:
-        """That are paid for."""
-        return self.student.layout.world + self.engine_gpus
+        """The number of GPUs that are paid for."""
+        return self.student.layout.world_size + self.engine_gpus
 
     @property
     def updates(self) -> int:
-        """Optimizer updates of one step."""
+        """The number of optimizer updates per step."""
         return self.config.batch.updates_per_step
 
     @property
     def distilled(self) -> float:
-        """Share of the responses that the teacher scores. With the group mask at most that."""
+        """The share of the responses that the teacher scores; with the group mask an upper bound."""
         return 1.0 if self.config.objective.kd.mask == "none" else 1 - self.workload.correct
 
     @cached_property
     def update_packing(self) -> Packing:
-        """Of one optimizer update."""
+        """The packing of one optimizer update."""
         return self._packing(self.student, self.workload.sequences[:: self.updates])
 
     @cached_property
     def scoring_packing(self) -> Packing:
-        """Of a student's forward pass over the whole batch."""
+        """The packing of a forward pass of the student over the whole batch."""
         return self._packing(self.student, self.workload.sequences)
 
     @cached_property
     def teacher_packing(self) -> Packing:
-        """Of the teacher's pass over what the mask keeps."""
+        """The packing of the teacher's pass over the responses that the mask keeps."""
         assert self.teacher is not None
         kept = max(1, round(self.workload.responses * self.distilled))
         every = self.workload.sequences
@@ -123,43 +124,34 @@ class Setup:
         return packing(sequences, model.layout, tokens, sorted_by_length=ordered)
 
 
-def uses_teacher(config: Config) -> bool:
-    """Whether a teacher is loaded."""
-    return config.objective.kind != "sft" and can_be_positive(config.objective.beta)
-
-
-def find_engines(config: Config, world: int) -> Engines | None:
-    """Where `rollout.vllm` puts engines beside `world` ranks that train; None where the run samples without vLLM.
+def find_engines(config: Config, world_size: int) -> Engines | None:
+    """The engines that `rollout.vllm` starts for `world_size` training ranks; None if the run samples without vLLM.
 
     Raises:
-        ConfigError: they do not fit the GPUs they are to run on.
+        ConfigError: they do not fit their GPUs.
     """
-    if config.rollout.engine != "vllm" or config.objective.kind == "sft":
+    if not samples_with_vllm(config):
         return None
     settings, cluster = config.rollout.vllm, config.cluster
-    here = min(world, cluster.gpus_per_node)
+    here = min(world_size, cluster.gpus_per_node)
     if cluster.server_nodes:  # the launcher fills each with engines (slurm/settings.py)
-        if settings.tensor > cluster.gpus_per_node:
-            raise ConfigError(
-                f"rollout.vllm.tensor={settings.tensor} does not fit a server node of {cluster.gpus_per_node} GPUs: change it"
-            )
-        count = cluster.server_nodes * (cluster.gpus_per_node // settings.tensor)
+        count = cluster.server_nodes * servers_per_node(config, cluster.gpus_per_node)
         return Engines(count, settings.tensor, cluster.server_nodes * cluster.gpus_per_node)
     if settings.placement == "server":
         count = max(1, settings.replicas, len(settings.servers))
         return Engines(count, settings.tensor, count * settings.tensor)
-    if here % settings.tensor or settings.replicas > world // settings.tensor:
+    if here % settings.tensor or settings.replicas > world_size // settings.tensor:
         raise ConfigError(
-            f"colocated engines of rollout.vllm.tensor={settings.tensor} do not fit {world} ranks on nodes of {here} GPUs"
+            f"colocated engines of rollout.vllm.tensor={settings.tensor} do not fit {world_size} ranks on nodes of {here} GPUs"
             + (f" {settings.replicas} times (rollout.vllm.replicas)" if settings.replicas else "")
             + ": change it, or set rollout.vllm.placement=server"
         )
-    return Engines(settings.replicas or world // settings.tensor, settings.tensor, 0)
+    return Engines(settings.replicas or world_size // settings.tensor, settings.tensor, 0)
 
 
-def shard_requests(config: Config, world: int) -> dict[str, ShardRequest]:
-    """What must be built to plan a run of `world` training ranks, by role: student, and where there are any teacher and
-    engine."""
+def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
+    """The shards that a plan for `world_size` training ranks needs, by role: "student", and if there are any "teacher" and
+    "engine"."""
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
     requests = {
         "student": ShardRequest(
@@ -171,24 +163,21 @@ def shard_requests(config: Config, world: int) -> dict[str, ShardRequest]:
             parallel.context,
             parallel.expert,
             parallel.sequence_parallel,
+            recomputed=tuple(parallel.recompute_modules) if parallel.recompute == "selective" else (),
+            offloaded=tuple(parallel.offload_activations),
         )
     }
-    if uses_teacher(config):
+    if uses_teacher(config.objective):
         teacher, layout = find_shape(config.teacher.path, "teacher.path"), config.teacher.parallel
         requests["teacher"] = ShardRequest(
             teacher, config.model.dtype, layout.tensor, layout.pipeline, expert=layout.expert, trainable=False
         )
-    engines = find_engines(config, world)
+    engines = find_engines(config, world_size)
     if engines is not None:
-        # vLLM splits each expert over its GPUs, which then hold as much as if each had whole ones.
+        # vLLM splits each expert over its GPUs, which then hold as many elements as if each had whole experts.
         expert = engines.tensor if read_architecture(student).experts else 1
         requests["engine"] = ShardRequest(student, config.model.dtype, engines.tensor, expert=expert, trainable=False)
     return requests
-
-
-def training_world(config: Config) -> int:
-    """Ranks that train, one on each GPU of `cluster.nodes`."""
-    return config.cluster.nodes * config.cluster.gpus_per_node
 
 
 def make_setup(
@@ -196,32 +185,31 @@ def make_setup(
     workload: Workload,
     choices: Choices = Choices(),
     *,
-    world: int | None = None,
+    world_size: int | None = None,
     build: Callable[[Sequence[ShardRequest]], Sequence[Shard]] = get_shards,
 ) -> Setup:
-    """Build what a run needs.
+    """The planner's inputs for a run, with the shards of its models.
 
     Args:
-        world: ranks that train; None takes all GPUs of the cluster's training nodes.
+        world_size: the number of training ranks; None takes all GPUs of the cluster's training nodes.
+        build: builds the shards.
 
     Raises:
         ConfigError: a layout does not fit its model or the number of GPUs.
     """
-    world = training_world(config) if world is None else world
-    requests, engines = shard_requests(config, world), find_engines(config, world)
+    world_size = training_ranks(config.cluster) if world_size is None else world_size
+    requests, engines = shard_requests(config, world_size), find_engines(config, world_size)
     shards = dict(zip(requests, build(list(requests.values())), strict=True))
     element = 2 if config.model.dtype == "bfloat16" else 4
-    layouts = {"student": student_layout(world, config.parallel)}
+    layouts = {"student": student_layout(world_size, config.parallel)}
     if "teacher" in requests:
-        teacher = config.teacher.parallel
-        layouts["teacher"] = Layout(world, teacher.tensor, teacher.pipeline, expert=teacher.expert)
+        layouts["teacher"] = teacher_layout(world_size, config.teacher.parallel)
     if engines is not None:
         layouts["engine"] = Layout(engines.count * engines.tensor, engines.tensor, expert=requests["engine"].expert)
     placed = {
         role: Placed(read_architecture(request.path), layouts[role], shards[role], element)
         for role, request in requests.items()
     }
-    sft = config.objective.kind == "sft"
     return Setup(
         config,
         workload,
@@ -230,5 +218,5 @@ def make_setup(
         placed.get("teacher"),
         placed.get("engine"),
         0 if engines is None else engines.own_gpus,
-        reference=not sft and config.objective.reference_kl.coefficient > 0,
+        reference=uses_reference(config.objective),
     )

@@ -1,6 +1,7 @@
-"""What the ranks of a layout hold, from the real model: built in a faked world by `world.py`, in a process of its own.
+"""The shards that the ranks of a layout hold, taken from the real model, which `world.py` builds in a fake world in a separate
+process.
 
-A process can be in only one world, and this one may be in a real one already. Answers are kept, so that a layout is built
+A process can be in only one world, and this one may already be in a real one. Results are kept, so that each layout is built
 once.
 """
 
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kdrl_mcore.config import without_revision
 from kdrl_mcore.errors import ConfigError, KdrlError
 
 SHAPES = Path(__file__).parent / "shapes"
-"""The `config.json` of published models, for planning where the model itself is not at hand."""
+"""The `config.json` of published models, for planning without the model itself."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class ShardRequest:
 
     Attributes:
         path: a directory with an HF `config.json`.
-        trainable: False is a model that only scores.
+        trainable: False for a model that only scores.
+        recomputed, offloaded: names as in `parallel.recompute_modules` (under selective recompute) and
+            `parallel.offload_activations`.
     """
 
     path: str
@@ -38,19 +42,22 @@ class ShardRequest:
     expert: int = 1
     sequence_parallel: bool = False
     trainable: bool = True
+    recomputed: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage on one of its tensor-parallel ranks (they are alike); all numbers are elements of this rank.
+    """A pipeline stage on one of its tensor-parallel ranks (all have equal shards). Except for `layers`, all numbers are
+    elements on this rank.
 
     Attributes:
-        layers: transformer layers.
-        parameters: of all kinds.
+        layers: the number of transformer layers.
+        parameters: parameters of all kinds.
         experts: those of them in experts, which are replicated over fewer ranks.
-        layer_matrices: weights a token is multiplied with in one layer: all matrices, but of the experts only those that work
-            on it.
-        embedding, head: input embedding and output head; a tied one counts where it is used.
+        layer_matrices: the weights in one layer that a token is multiplied with: all matrices, but only the experts to which it
+            is routed.
+        embedding, head: the input embedding and the output head; a tied one counts where it is used.
     """
 
     layers: int
@@ -63,19 +70,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """One layer's bytes per token of the micro-batch's part on this rank, traced through the real layer.
+    """The bytes of one layer per token on this rank, traced through the real layer. All include the layer's input.
 
     Attributes:
-        input: what comes in: all that is kept of a layer that is recomputed.
-        saved: what is kept for the backward pass, the input included.
-        forward: the most that is alive during a forward pass that keeps nothing, the input included.
-        backward: the most that is alive during forward and backward, the input included.
+        input: the input alone, which is all that a recomputed layer keeps.
+        saved: what is kept for the backward pass on the device.
+        forward: the peak of live bytes during a forward pass that keeps nothing.
+        backward: the peak of live bytes during the forward and backward pass, less what is off-loaded.
+        host: what is off-loaded.
     """
 
     input: float
     saved: float
     forward: float
     backward: float
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,10 @@ class Shard:
     """A model in a layout.
 
     Attributes:
-        stages: in pipeline order.
-        layer: of activations.
-        kv_bytes: keys and values of one token in one layer on one rank.
-        columns: of the output head on one rank.
+        stages: the stages in pipeline order.
+        layer: the activations of one layer.
+        kv_bytes: bytes of the keys and values of one token in one layer on one rank.
+        columns: vocabulary columns of the output head on one rank.
     """
 
     stages: tuple[Stage, ...]
@@ -99,30 +108,31 @@ _known: dict[ShardRequest, Shard | str] = {}
 
 
 def find_shape(path: str | None, key: str) -> str:
-    """The directory that describes a model: the one named, or the published shape of that name.
+    """The directory that describes a model, as an absolute path: `path`, or the published model with its name.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither; the message names the `key`.
     """
     if not path:
         raise ConfigError(f"{key} is not set: name a model directory, or one of: {', '.join(shape_names())}")
     if (Path(path) / "config.json").is_file():
-        return path
-    if (SHAPES / Path(path).name / "config.json").is_file():
-        return str(SHAPES / Path(path).name)
+        return str(Path(path).absolute())  # it is read in a process that runs in another folder
+    published = SHAPES / Path(without_revision(path)).name
+    if (published / "config.json").is_file():
+        return str(published)
     raise ConfigError(f"{key}={path} has no config.json; put one there, or name one of: {', '.join(shape_names())}")
 
 
 def shape_names() -> list[str]:
-    """The published models that can be planned by name."""
+    """The names of the published models that can be planned by name alone."""
     return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
 
 
 def try_shards(requests: Sequence[ShardRequest]) -> list[Shard | str]:
-    """Each model in its layout, or why it does not fit that layout.
+    """Each model in its layout, or the reason why it does not fit that layout.
 
     Raises:
-        KdrlError: the faked world broke down.
+        KdrlError: the process of the fake world failed.
     """
     new = [request for request in dict.fromkeys(requests) if request not in _known]
     if new:
@@ -131,12 +141,12 @@ def try_shards(requests: Sequence[ShardRequest]) -> list[Shard | str]:
             input=json.dumps([asdict(request) for request in new]),
             capture_output=True,
             text=True,
-            # The plan is the same whether or not there is a GPU, and nothing here may take one's memory.
+            # The plan is the same with or without a GPU, and must not take its memory.
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).resolve().parents[2],
         )
         if done.returncode:
-            raise KdrlError(f"the model could not be built in a faked world: {done.stderr.strip().splitlines()[-1:]}")
+            raise KdrlError(f"the model could not be built in a fake world: {done.stderr.strip().splitlines()[-1:]}")
         for request, answer in zip(new, json.loads(done.stdout.splitlines()[-1]), strict=True):
             _known[request] = answer if isinstance(answer, str) else _shard(answer)
     return [_known[request] for request in requests]

@@ -11,7 +11,7 @@ from kdrl_mcore.planning.plan import Plan
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
-    """What `tools/plan.py` prints: seconds, bytes, tokens/s/GPU, GPU-hours, USD."""
+    """The numbers that `kdrl-plan` prints: seconds, bytes, tokens/s/GPU, GPU-hours, USD."""
     setup, workload = plan.setup, plan.setup.workload
     config, student, teacher = setup.config, setup.student, setup.teacher
     return {
@@ -43,6 +43,8 @@ def summarise(plan: Plan) -> dict[str, Any]:
             rank.name: {"peak_bytes": rank.peak, "capacity_bytes": rank.capacity, "fullest": rank.fullest}
             for rank in plan.memory
         },
+        "checkpoint_host_bytes": plan.checkpoint_host_bytes,
+        "activation_host_bytes": plan.activation_host_bytes,
         "tokens_per_gpu_second": plan.tokens_per_gpu_second,
         "gpu_hours": plan.gpu_hours,
         "usd": plan.cost,
@@ -50,7 +52,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
 
 
 def to_json(plan: Plan) -> bytes:
-    """The summary, and what each measure saves, as a file."""
+    """The summary and the saving of each measure, as the content of a JSON file."""
     saved = [
         {"name": each.name, "key": each.key, "on": each.on, "seconds": each.seconds, "bytes": each.bytes}
         for each in measures(plan)

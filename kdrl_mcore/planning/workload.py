@@ -1,4 +1,4 @@
-"""What a step works on, as far as it is not in the configuration: lengths, correctness, and where the rollout engine runs."""
+"""The work of a step as far as the configuration does not determine it: the lengths and the correctness of responses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from kdrl_mcore.parallel.layout import Layout
 from kdrl_mcore.parallel.packing import plan_micro_batches
 
 MEAN_SHARE = 0.5
-"""Mean response length where none is given, as a share of the longest that is allowed."""
+"""The mean response length if none is given, as a share of the longest allowed one."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step's responses.
+    """The responses of one training step.
 
     Attributes:
-        responses: N.
-        prompt_tokens: mean.
-        response_tokens: mean.
-        longest: of the responses.
-        correct: the share of correct responses, which a mask keeps from the teacher.
+        responses: their number N.
+        prompt_tokens: the mean length of a prompt.
+        response_tokens: the mean length of a response.
+        longest: the length of the longest response.
+        correct: the share of correct responses, which a mask excludes from distillation.
     """
 
     responses: int
@@ -44,7 +44,7 @@ class Workload:
 
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
-        """Response lengths, longest first: spread evenly around the mean, as far as the limits allow."""
+        """Response lengths [N], the longest first, spread evenly around the mean as far as the limits allow."""
         low = max(1, 2 * self.response_tokens - self.longest)
         high = 2 * self.response_tokens - low
         lengths = np.linspace(high, low, self.responses).round().astype(np.int64)
@@ -53,22 +53,22 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """The number of tokens in all sequences."""
         return int(self.lengths_N.sum()) + self.responses * self.prompt_tokens
 
     @property
     def attended(self) -> float:
-        """Mean number of tokens before a token, in its sequence."""
+        """The mean number of tokens that precede a token in its sequence."""
         totals = self.lengths_N + self.prompt_tokens
         return float((totals.astype(float) ** 2).sum() / totals.sum() / 2)
 
     def share(self, parts: int) -> NDArray[np.int64]:
-        """Response lengths of the part with the longest response, when dealt out in turn."""
+        """The response lengths of the part with the longest response, if responses are dealt to the parts in turn."""
         return self.lengths_N[::parts]
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Prompt and response together."""
+        """The lengths of the sequences, prompt and response together."""
         return tuple((self.lengths_N + self.prompt_tokens).tolist())
 
 
@@ -79,7 +79,7 @@ def workload_of(
     response_tokens: int | None = None,
     correct: float = 0.6,
 ) -> Workload:
-    """The configuration's batch; what it does not tell is given or assumed."""
+    """The batch of the configuration; what it does not determine is given or assumed."""
     rollout = config.rollout
     return Workload(
         responses=rollout.prompts_per_step * rollout.responses_per_prompt,
@@ -92,14 +92,14 @@ def workload_of(
 
 @dataclass(frozen=True)
 class Packing:
-    """The most loaded data-parallel rank.
+    """The micro-batches of the most loaded data-parallel rank.
 
     Attributes:
-        tokens: that it works through.
-        micro_batches: of every rank.
-        largest: tokens of the largest micro-batch.
-        stall: by how much longer a pipeline takes because its stages, at work on neighbouring micro-batches, wait for the
-            longest of them.
+        tokens: the number of its tokens.
+        micro_batches: the number of micro-batches on every rank.
+        largest: the number of tokens in the largest micro-batch.
+        stall: the factor by which a pipeline slows down because its stages, working on neighbouring micro-batches, wait for
+            the longest of them.
     """
 
     tokens: int
@@ -110,10 +110,11 @@ class Packing:
 
 @cache
 def packing(sequences: tuple[int, ...], layout: Layout, micro_tokens: int, *, sorted_by_length: bool = True) -> Packing:
-    """What the trainer's own packing makes of these sequence lengths; tokens are those of one context-parallel rank.
+    """The trainer's packing of these sequence lengths; tokens are those of one context-parallel rank.
 
     Args:
-        sorted_by_length: neighbouring micro-batches are alike, as this trainer's packing leaves them; else in any order.
+        sorted_by_length: neighbouring micro-batches have similar lengths, as with this trainer's packing; otherwise they are
+            in random order.
     """
     multiple_of = layout.pipeline if layout.virtual_pipeline else 1
     plan = plan_micro_batches(sequences, layout.data, micro_tokens * layout.context, multiple_of)

@@ -1,7 +1,7 @@
-"""A faked world: one process builds any rank of any world, on tensors without memory, and traces what a layer keeps.
+"""A fake world: one process builds any rank of any world with tensors that have no memory, and traces what a layer keeps.
 
-A program that `shards.py` runs: JSON requests on standard input, JSON answers on standard output. A request for a layout that
-the model does not fit is answered by the reason.
+`shards.py` runs this as a program: JSON requests on standard input, JSON answers on standard output. If a model does not fit
+the requested layout, the answer is the reason.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import prepare_platform
 
 prepare_platform()
@@ -31,27 +35,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from kdrl_mcore.model import attention, gpt  # noqa: E402
+from kdrl_mcore.model.activations import Activations  # noqa: E402
 from kdrl_mcore.model.families import read_architecture  # noqa: E402
 from kdrl_mcore.model.families.base import Architecture  # noqa: E402
+from kdrl_mcore.model.offload import offloaded_modules  # noqa: E402
 from kdrl_mcore.parallel.layout import Layout, create_student_groups  # noqa: E402
 from kdrl_mcore.parallel.packing import pack  # noqa: E402
 from kdrl_mcore.planning.live import LiveBytes  # noqa: E402
 from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  # noqa: E402
 
 TRACED_TOKENS = 1024
-"""Of a micro-batch on one rank: enough for what does not grow with tokens to vanish."""
+"""The tokens of the traced micro-batch on one rank: so many that memory which does not grow with them is negligible."""
+FEW = 32
+"""Saved tensors with fewer elements per token are taken for too small to be off-loaded."""
 
 
 def fake_process_groups() -> None:
-    """From now on every process group is a faked one: a rank talks to itself, and no gloo group looks for the others."""
+    """Make every process group from now on a fake one: its collectives return at once, and no gloo group waits for other
+    ranks."""
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
 
 
 @contextlib.contextmanager
-def faked_world(rank: int, world: int) -> Iterator[None]:
-    """This process as one rank of a world; `fake_process_groups` must have been called."""
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Run as one rank of a fake world; call `fake_process_groups` first."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
@@ -62,8 +71,8 @@ def faked_world(rank: int, world: int) -> Iterator[None]:
 def build_shard(request: ShardRequest) -> Shard:
     """Build the first tensor-parallel rank of every stage, and trace a layer.
 
-    The smallest world that holds the model is enough: data parallelism changes no shard. Every layer of a chunk is alike, so
-    that one is built per chunk and counted as many times as there are.
+    The smallest world that holds the model is enough, as data parallelism changes no shard. All layers of a chunk are alike, so
+    one is built per chunk and counted once for each of them.
 
     Raises:
         ConfigError: the model does not fit the layout.
@@ -71,15 +80,36 @@ def build_shard(request: ShardRequest) -> Shard:
     architecture = read_architecture(request.path)
     layout = _smallest_layout(request)
     gpt.check_layout(architecture, layout, trainable=request.trainable)
-    # Stages between the first and the last are alike, and context parallelism changes no weight.
-    plain = replace(request, context=1)
+    Activations("selective", request.recomputed, request.offloaded).check(architecture, transformer_engine=None)
+    # All stages between the first and the last are alike, and context parallelism and what is kept change no weight.
+    plain = replace(request, context=1, recomputed=(), offloaded=())
     built = {stage: _build_stage(plain, stage) for stage in {0, min(1, request.pipeline - 1), request.pipeline - 1}}
     stages = tuple(built[stage] if stage in built else built[1] for stage in range(request.pipeline))
-    layer = _trace_layer(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel)
+    layer = _layer_memory(architecture, request)
     groups_here = max(1, architecture.num_key_value_heads // request.tensor)
-    size = torch.empty(0, dtype=gpt.DTYPES[request.dtype]).element_size()
+    size = torch.empty(0, dtype=DTYPES[request.dtype]).element_size()
     columns = gpt.padded_vocab_size(architecture.vocab_size, request.tensor) // request.tensor
     return Shard(stages, layer, 2 * groups_here * architecture.head_dim * size, columns)
+
+
+def _layer_memory(architecture: Architecture, request: ShardRequest) -> LayerMemory:
+    """What one layer keeps. What is off-loaded lies in other parts of it than what is recomputed."""
+    traced = TracedLayer(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel)
+    memory = _trace(traced, _as_dense(request.recomputed))
+    if "moe_act" in request.recomputed:  # what the activation function returns is not kept
+        assert architecture.experts is not None
+        width = architecture.experts.per_token * architecture.experts.ffn_hidden_size
+        memory = replace(memory, saved=memory.saved - width * DTYPES[request.dtype].itemsize / request.tensor)
+    if request.offloaded:
+        moved, host = _trace_off_load(traced, _as_dense(request.offloaded))
+        memory = replace(memory, saved=memory.saved - moved, backward=memory.backward - moved, host=host)
+    return memory
+
+
+def _as_dense(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts of a layer by their names in the dense layer that is traced."""
+    dense = {"mlp": "mlp", "moe": "mlp", "moe_act": ""}
+    return tuple(sorted({dense.get(name, name) for name in names} - {""}))
 
 
 def _smallest_layout(request: ShardRequest) -> Layout:
@@ -101,12 +131,12 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     per_chunk = architecture.num_layers // chunks
     rank = layout.rank(pipeline=stage, data=0)
-    with faked_world(rank, layout.world), FakeTensorMode():
+    with fake_world(rank, layout.world_size), FakeTensorMode():
         parts = gpt.build_model(
             replace(architecture, num_layers=chunks),
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
-            vocabulary=architecture.vocab_size,
+            vocab_size=architecture.vocab_size,
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
@@ -115,7 +145,7 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         matrices = sum(p.numel() for name, p in names.items() if ".decoder.layers." in name and p.dim() == 2)
         others = sum(p.numel() for name, p in names.items() if ".decoder.layers." not in name)
         mixture = architecture.experts
-        # A rank's experts see, on average, as many tokens as if each token's own experts were here, split over the ranks.
+        # On average a rank's experts process as many tokens as if they were the experts of its own tokens.
         working = 0 if mixture is None else _active_expert_elements(architecture, layout)
         last = parts.chunks[-1]
         on_last = parts.groups.is_last_stage
@@ -130,62 +160,128 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
 
 
 def _active_expert_elements(architecture: Architecture, layout: Layout) -> int:
-    """Elements of the experts that a token is multiplied with in one layer, as one rank's share: the ranks that split a
-    token's layers (tensor parallelism) have different tokens in the experts."""
+    """The expert weights that a token is multiplied with in one layer, as one rank's share: tensor-parallel ranks, which split
+    the other matrices, process different tokens in the experts."""
     assert architecture.experts is not None
     of_one = 3 * architecture.hidden_size * architecture.experts.ffn_hidden_size
     return architecture.experts.per_token * of_one // layout.tensor
 
 
-@cache
-def _trace_layer(architecture: Architecture, dtype: str, tensor: int, context: int, sequence_parallel: bool) -> LayerMemory:
-    """Run one layer forward and backward on tensors without memory.
+@dataclass(frozen=True)
+class TracedLayer:
+    """One layer of a model in a layout, to be traced.
 
-    The number of tokens of an expert depends on their values: a mixture is traced as a dense layer as wide as the experts of
-    one token, which holds the same activations.
+    The number of tokens routed to an expert depends on their values, which do not exist here: so a mixture of experts is traced
+    as a dense layer as wide as the experts of one token, which has the same activations.
     """
-    mixture = architecture.experts
-    if mixture is not None:
-        width = mixture.per_token * mixture.ffn_hidden_size
-        architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
-    layout = Layout(tensor * context, tensor=tensor, context=context, sequence_parallel=sequence_parallel)
-    with faked_world(0, layout.world), FakeTensorMode(allow_non_fake_inputs=True):
-        groups = create_student_groups(layout)
-        parts = gpt.build_model(
-            replace(architecture, num_layers=1),
-            ModelConfig(dtype=dtype, spec="local"),
-            groups,
-            vocabulary=architecture.vocab_size,
-            trainable=True,
-        )
-        chunk = parts.chunks[0]
-        rows = TRACED_TOKENS
-        batch = pack(
-            [(0, np.zeros(rows * context - 1, np.int64), np.zeros(1, np.int64))],
-            layout.token_alignment,
-            context_size=layout.context,
-        )
-        packed = chunk.pack_batch(batch)
-        shape = (rows // layout.replica_alignment, 1, architecture.hidden_size)
-        known = (*chunk.parameters(), packed.cos_SD, packed.sin_SD)
 
-        def run(*, keep: bool) -> tuple[LiveBytes, Tensor, int]:
-            with LiveBytes(known) as live, torch.set_grad_enabled(keep):
-                hidden = torch.zeros(shape, dtype=parts.config.params_dtype, requires_grad=keep)
-                size = live.now
-                output = chunk.decoder.layers[0](hidden, attention_mask=None, packed_seq_params=packed)[0]
-                return live, output, size
+    architecture: Architecture
+    dtype: str
+    tensor: int
+    context: int
+    sequence_parallel: bool
 
+    @contextlib.contextmanager
+    def build(self, recomputed: tuple[str, ...] = ()) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """The layer on tensors without memory, and a function that runs it forward, keeping what the backward pass needs or
+        nothing: `run(keep)` gives the live bytes, the output and the bytes of the input."""
+        architecture, mixture = self.architecture, self.architecture.experts
+        if mixture is not None:
+            width = mixture.per_token * mixture.ffn_hidden_size
+            architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
+        layout = Layout(
+            self.tensor * self.context, tensor=self.tensor, context=self.context, sequence_parallel=self.sequence_parallel
+        )
+        with fake_world(0, layout.world_size), FakeTensorMode(allow_non_fake_inputs=True):
+            groups = create_student_groups(layout)
+            parts = gpt.build_model(
+                replace(architecture, num_layers=1),
+                ModelConfig(dtype=self.dtype, spec="local"),
+                groups,
+                vocab_size=architecture.vocab_size,
+                activations=Activations("selective", recomputed) if recomputed else Activations(),
+                trainable=True,
+            )
+            chunk = parts.chunks[0]
+            batch = pack(
+                [(0, np.zeros(TRACED_TOKENS * self.context - 1, np.int64), np.zeros(1, np.int64))],
+                layout.token_alignment,
+                context_size=layout.context,
+            )
+            packed = chunk.pack_batch(batch)
+            shape = (TRACED_TOKENS // layout.replica_alignment, 1, architecture.hidden_size)
+            known = (*chunk.parameters(), packed.cos_SD, packed.sin_SD)
+
+            def run(*, keep: bool) -> tuple[LiveBytes, Tensor, int]:
+                with LiveBytes(known) as live, torch.set_grad_enabled(keep):
+                    hidden = torch.zeros(shape, dtype=parts.config.params_dtype, requires_grad=keep)
+                    size = live.now
+                    output = chunk.decoder.layers[0](hidden, attention_mask=None, packed_seq_params=packed)[0]
+                    return live, output, size
+
+            yield chunk.decoder.layers[0], run
+
+
+@cache
+def _trace(traced: TracedLayer, recomputed: tuple[str, ...]) -> LayerMemory:
+    """Run the layer forward and backward."""
+    with traced.build(recomputed) as (layer, run):
         forward, output, input_bytes = run(keep=False)
         del output
         live, output, _ = run(keep=True)
         saved = live.now - output.untyped_storage().nbytes()
-        for parameter in chunk.parameters():  # as Megatron's DDP does once a gradient is in its buffer
+        for parameter in layer.parameters():  # as in Megatron's DDP once a gradient is in its buffer
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with live:
             output.backward(torch.zeros_like(output))
-        largest = max(p.numel() * p.element_size() for p in chunk.decoder.layers[0].parameters())
-    return LayerMemory(*(size / rows for size in (input_bytes, saved, forward.peak, live.peak - largest)))
+        largest = max(p.numel() * p.element_size() for p in layer.parameters())
+    return LayerMemory(*(size / TRACED_TOKENS for size in (input_bytes, saved, forward.peak, live.peak - largest)))
+
+
+@cache
+def _trace_off_load(traced: TracedLayer, offloaded: tuple[str, ...]) -> tuple[float, float]:
+    """Of what the layer saves, the bytes per token that leave the device, and those that the host then holds. A view that is
+    off-loaded frees the memory around it, too, if nothing else needs that."""
+    with traced.build() as (layer, run):
+        run(keep=False)  # Megatron-Core's buffer for gathered activations stays
+        kept = []
+        for names in ((), offloaded):
+            with _dropping(layer, names) as dropped:
+                live, output, _ = run(keep=True)
+            kept.append(live.now)
+            del output
+    return (kept[0] - kept[1]) / TRACED_TOKENS, sum(dropped) / TRACED_TOKENS
+
+
+@contextlib.contextmanager
+def _dropping(layer: nn.Module, names: tuple[str, ...]) -> Iterator[list[int]]:
+    """Keep nothing of what these parts of the layer save, so that no backward pass can follow; yields the bytes of each memory
+    that is saved. The conditions are those of `model/offload.py`, with `FEW` in place of the smallest number of elements."""
+    weights = {parameter.untyped_storage() for parameter in layer.parameters()}
+    seen: weakref.WeakKeyDictionary[torch.UntypedStorage, set[object]] = weakref.WeakKeyDictionary()
+    dropped: list[int] = []
+    handles = []
+
+    def save(tensor: Tensor) -> Tensor | None:
+        storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+        if storage in weights or tensor.numel() < FEW * TRACED_TOKENS or size > storage.nbytes():
+            return tensor.detach()
+        place = None if size == storage.nbytes() else (tensor.storage_offset(), tensor.shape, tensor.stride())
+        if place not in seen.setdefault(storage, set()):
+            seen[storage].add(place)
+            dropped.append(size)
+        return None
+
+    def restore(_: object) -> Tensor:
+        raise AssertionError("what is dropped cannot be used")
+
+    for module in offloaded_modules(layer, names):
+        hooks = saved_tensors_hooks(save, restore)
+        handles.append(module.register_forward_pre_hook(lambda *_, hooks=hooks: hooks.__enter__()))
+        handles.append(module.register_forward_hook(lambda *_, hooks=hooks: hooks.__exit__(None, None, None)))
+    yield dropped
+    for handle in handles:
+        handle.remove()
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -194,10 +290,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _prepare() -> None:
     fake_process_groups()
-    # Nothing here draws random numbers, and comparing states that hold no values fails.
+    # Nothing here draws random numbers, and comparing states without values would fail.
     CudaRNGStatesTracker.fork = lambda self, *args, **kwargs: contextlib.nullcontext()
-    gpt.LanguageModel.to = lambda self, *args, **kwargs: self  # everything is where it shall be
-    # A tensor subclass that cannot be faked; flash attention needs no mask.
+    gpt.LanguageModel.to = lambda self, *args, **kwargs: self  # everything is already in place
+    # The mask is a tensor subclass that cannot be faked; flash attention needs none.
     attention.causal_lower_right = lambda *_: None  # type: ignore[assignment]
 
 
@@ -207,7 +303,8 @@ def main() -> None:
     answers: list[dict | str] = []
     for fields in json.load(sys.stdin):
         try:
-            answers.append(asdict(build_shard(ShardRequest(**fields))))
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            answers.append(asdict(build_shard(ShardRequest(**{**fields, **lists}))))
         except ConfigError as error:
             answers.append(str(error))
     print(json.dumps(answers))

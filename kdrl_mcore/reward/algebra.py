@@ -1,6 +1,6 @@
-r"""Formulas by math-verify and sympy: exact, with the faults of reading and rounding mended around them. For workers only.
+r"""Comparing formulas exactly with math-verify and sympy, and correcting their parsing and rounding errors. For workers only.
 
-Two constants are equal if they agree to `DIGITS` significant digits, so that no difference is too small to count; formulas with
+Two constants are equal if they agree to `DIGITS` significant digits, so that practically any difference counts. Formulas with
 variables are equal if math-verify finds them equal and they have the same values at sample points.
 """
 
@@ -17,10 +17,10 @@ from math_verify import LatexExtractionConfig, parse, verify
 from kdrl_mcore.reward.numbers import Number, agree, read_number
 
 DIGITS = 60
-"""Significant digits to which equal constants agree."""
+"""The number of significant digits to which equal constants agree."""
 _READING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-)  # units are read by words.py: math-verify takes the m of 5m for one
+)  # words.py handles units: math-verify would take the m of 5m for one
 _LATEX = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_READING)]
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _ANGLE_FUNCTION = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -52,7 +52,7 @@ def equal_formulas(reference: str, answer: str) -> bool:
 
 
 def near(formula: str, decimal: Number) -> bool:
-    """Whether a decimal is the constant that a formula stands for, cut or rounded to the decimal's place."""
+    """Whether a decimal is the value of a constant formula, truncated or rounded to the decimal's last place."""
     if (plain := number(formula)) is not None:
         return agree(plain, decimal)
     found = expression(formula)
@@ -65,13 +65,13 @@ def near(formula: str, decimal: Number) -> bool:
 
 
 def by_math_verify(reference: str, answer: str) -> bool:
-    """math-verify's own verdict on two texts. Its time limits (SIGALRM) are off: the parent ends a slow worker."""
+    """math-verify's verdict on two texts. Its time limits (SIGALRM) are off: the parent process kills slow workers."""
     return bool(verify(_parsed(reference), _parsed(answer), allow_set_relation_comp=True, timeout_seconds=None))
 
 
 @lru_cache(maxsize=512)
 def number(text: str) -> Number | None:
-    """The plain number of a formula; degrees, minutes and seconds are one number of degrees."""
+    """The plain number that a formula is; None if it is not one. Degrees, minutes and seconds become a number of degrees."""
     if (found := read_number(text)) is not None:
         return found
     if match := _DMS.fullmatch(text.strip()):
@@ -84,7 +84,8 @@ def number(text: str) -> Number | None:
 
 @lru_cache(maxsize=512)
 def expression(text: str) -> Any | None:
-    """sympy's form of a formula, exact: decimals are fractions, `i` and `e` the constants; None where it cannot be read."""
+    """The exact sympy expression of a formula: decimals are fractions, `i` and `e` the constants; None if it cannot be
+    parsed."""
     if (plain := number(text)) is not None:
         value = sympy.Rational(plain.value.numerator, plain.value.denominator)
         return value / 100 if plain.percent else value
@@ -120,7 +121,7 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 
 def _squeezed(text: str) -> str:
-    """Without the white space that means nothing: what stands between two digits keeps them apart."""
+    """The text without white space, except between two digits, which it separates."""
     return _LOOSE_SPACE.sub("", text.strip())
 
 
@@ -158,7 +159,7 @@ def _is_percent(plain: Number | None) -> bool:
 
 
 def _equal_at_points(left: Any, right: Any) -> bool:
-    """Whether two formulas agree where both have values, at two points of their variables."""
+    """Whether two formulas agree at two values of their variables, as far as both are defined there."""
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     for start in (7, 23):
         point = {symbol: sympy.Rational(start + 6 * place, 11 + place) for place, symbol in enumerate(symbols)}

@@ -1,16 +1,18 @@
-r"""Finding the answer in a text, and the comparisons that need no algebra: pure functions, linear in the text's length."""
+r"""Finding the answer in a text, and comparisons that need no algebra: pure functions, linear in the length of the text."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 MAX_ANSWER_CHARS = 2000
-"""A boxed answer longer than this is no answer: it bounds what reaches the parser, whatever the response holds."""
+"""A longer boxed text is not an answer: this limits the input of the parser for any response."""
 MAX_BOXES = 50
-"""Boxes that can make one answer."""
+"""The most boxes that can form one answer."""
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _ANY_BOX = re.compile(r"\\boxed\s*(?:\{|([A-Za-z0-9][A-Za-z0-9.,]*))")
@@ -29,7 +31,8 @@ _TAKEN_BACK = re.compile(
 
 
 def final_part(text: str) -> str:
-    """What stands behind the response's thought (`</think>`); all of it without one, nothing of a thought that has no end."""
+    """The text after the response's thought (`</think>`). Without a thought that is the whole text; a thought that does not end
+    is cut off."""
     ends = list(_THOUGHT_END.finditer(text))
     if ends:
         return text[ends[-1].end() :]
@@ -38,26 +41,26 @@ def final_part(text: str) -> str:
 
 
 def count_boxes(text: str) -> int:
-    r"""How many `\boxed{` the text opens."""
+    r"""The number of times that the text opens a `\boxed{`."""
     return len(_BOX.findall(text))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` of the text holds, stripped; `\boxed 5` holds 5.
+    r"""The content of the last `\boxed{...}` in the text, stripped; that of `\boxed 5` is 5.
 
     Braces are balanced; an escaped brace (`\{`) is content. None if there is no box, or if the last one is not closed
-    within `MAX_ANSWER_CHARS` characters: an earlier box never stands in for it.
+    within `MAX_ANSWER_CHARS` characters: an earlier box never replaces it.
     """
     boxes = _boxes(text)
     return boxes[-1][2] if boxes else None
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The answer that a response boxes: its last box, and with it the boxes of the same sentence that it is listed with.
+    r"""The boxed answer of a response: its last box, together with the boxes of the same sentence that form a list with it.
 
-    `\boxed{1} and \boxed{2}` is the answer `1; 2`: one list, which equals a reference that is a list too, and neither 1 nor 2.
-    Boxes elsewhere play no part, so a response gains nothing by boxing several candidates. A box in a thought counts only
-    where nothing is boxed behind it, and never in a thought that has no end.
+    `\boxed{1} and \boxed{2}` is the answer `1; 2`: one list, which can equal a reference that is a list too, but neither 1
+    nor 2. Other boxes are ignored, so a response gains nothing by boxing several candidates. A box in a thought counts only
+    if nothing is boxed after the thought, and never in a thought that does not end.
     """
     part = final_part(text)
     if not _boxes(part) and _THOUGHT_END.search(text):
@@ -66,7 +69,8 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _listed(text: str, joined: Callable[[str], bool]) -> str | None:
-    """The contents of the last box and of those before it as far as what stands between has them joined; None without one."""
+    """The contents of the last box and of the boxes before it as long as the text between two of them is `joined`; None without
+    a box."""
     boxes = _boxes(text)
     if not boxes or boxes[-1][2] is None:
         return None
@@ -76,12 +80,12 @@ def _listed(text: str, joined: Callable[[str], bool]) -> str | None:
             break
         listed.insert(0, box)
     contents = [content for _, _, content in listed if content]
-    answer = "; ".join(contents) if len(contents) == len(listed) else ""  # an empty box is no answer, nor is a list with one
+    answer = "; ".join(contents) if len(contents) == len(listed) else ""  # an empty box or a list with one is no answer
     return answer if len(answer) <= MAX_ANSWER_CHARS else None
 
 
 def free_answer(text: str) -> str | None:
-    r"""The answer of a response that need not box it: `\boxed{...}` with what it boxes, else the end of what it says."""
+    r"""The answer of a response that does not have to box it: `\boxed{...}` if it does, else the end of its text."""
     if _boxes(text):
         boxed = boxed_answer(text)
         return f"\\boxed{{{boxed}}}" if boxed else None
@@ -89,19 +93,19 @@ def free_answer(text: str) -> str | None:
 
 
 def _lists(between: str) -> bool:
-    """Whether the text between two boxes joins them to a list: a separator, and no sentence's end or second thoughts."""
+    """Whether the text between two boxes joins them into a list: it has a separator, ends no sentence and retracts nothing."""
     if len(between) > 200 or _SENTENCE_END.search(between) or _TAKEN_BACK.search(between):
         return False
     return _SEPARATOR.search(between) is not None
 
 
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
-    """Begin, end and content of each outermost box; no content where a box is not closed, which is then the last."""
+    """Start, end and content of each outermost box. A box that is not closed has no content and is the last."""
     found: list[tuple[int, int, str | None]] = []
     end = 0
     for match in _ANY_BOX.finditer(text):
         if match.start() < end:
-            continue  # a box in a box, of which the innermost counts
+            continue  # inside another box; the innermost one counts, see below
         if match[1]:
             end = match.end()
             found.append((match.start(), end, match[1].rstrip(".,")))
@@ -116,7 +120,7 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Where the brace before `start` is closed, within `MAX_ANSWER_CHARS` characters; None where it is not."""
+    """The position where the brace before `start` is closed; None if that is not within `MAX_ANSWER_CHARS` characters."""
     depth, position, end = 1, start, min(len(text), start + MAX_ANSWER_CHARS + 1)
     while position < end:
         character = text[position]
@@ -132,16 +136,30 @@ def _closing(text: str, start: int) -> int | None:
     return None
 
 
-def answer_text(value: Any) -> str | None:
-    """An answer column's value as text; None where it is none.
+class WrittenFloat(float):
+    """A float that keeps its text: `0.10` stays `0.10`, and no digit is lost."""
 
-    Texts stay as they are, numbers are written out (a float that is whole without its point), a list of them is joined by
-    commas, and a list of objects, such as the tests of a program, is written as JSON.
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """Parse the text."""
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+
+def answer_text(value: Any) -> str | None:
+    """The value of an answer column as text; None if it is not an answer.
+
+    Strings stay unchanged. Numbers are written with all their digits, whole ones without a decimal point, and dates as
+    2024-01-31. A list of these is joined by commas; a list of objects, such as the tests of a program, becomes JSON.
     """
     if isinstance(value, str):
         return value if value.strip() else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else repr(value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return _number_text(value)
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        return value.isoformat()
     if isinstance(value, list) and value:
         if all(isinstance(each, dict) for each in value):
             return json.dumps(value)
@@ -150,9 +168,22 @@ def answer_text(value: Any) -> str | None:
     return None
 
 
+def _number_text(value: float | Decimal) -> str | None:
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, WrittenFloat):
+        exact, text = Decimal(value.text), value.text
+    else:
+        exact, text = Decimal(str(value)), repr(value) if isinstance(value, float) else f"{value:f}"
+    if not exact.is_finite():
+        return None
+    is_whole = exact == exact.to_integral_value() and abs(exact) < Decimal(10) ** 25
+    return str(int(exact)) if is_whole else text
+
+
 def reference_answer(answer: str) -> str:
-    r"""The bare reference answer, stripped: out of its `\boxed{}` (several are a list), `\fbox{}` or dollar signs, or behind
-    GSM8K's `####`, where it has them; the items of a JSON list of texts. What would leave nothing stays as it is."""
+    r"""The bare reference answer, stripped of its `\boxed{}` (several become a list), `\fbox{}` or dollar signs if it has them;
+    the text after GSM8K's `####`; the items of a JSON list of strings. A text of which nothing would remain is unchanged."""
     if match := _GRADE_SCHOOL.search(answer):
         return match[1].strip()
     boxed = _listed(_FRAMED.sub(r"\\boxed", answer), lambda between: not _SENTENCE_END.search(between))
@@ -163,7 +194,7 @@ def reference_answer(answer: str) -> str:
 
 
 def _as_list(text: str) -> str:
-    """A JSON list of texts (`["1", "2"]`) as a list of answers; any other text as it is."""
+    """A JSON list of strings (`["1", "2"]`) as a list of answers; any other text unchanged."""
     if text.startswith('["') and text.endswith('"]'):
         try:
             items = json.loads(text)
@@ -175,10 +206,10 @@ def _as_list(text: str) -> str:
 
 
 def compare_plainly(reference: str, answer: str) -> bool | None:
-    """Whether two answers are equal, where that needs no parser; None where it does.
+    """Whether two answers are equal, if that can be decided without a parser; None otherwise.
 
-    Two cases are decided here. Equal strings are equal answers under every reading of them. Two plain integers (an
-    optional minus and at most 15 digits) are equal exactly if their values are. Anything else is for `equivalent`.
+    Two cases are decided here: equal strings are equal answers however they are read, and two plain integers (an optional
+    minus and at most 15 digits) are equal exactly if their values are. Everything else is left to `equivalent`.
     """
     if reference == answer:
         return True

@@ -1,7 +1,7 @@
 r"""The choice that a text makes among labelled options: its letters, in order. Pure functions.
 
 `B`, `(b)`, `\text{B}`, `**B**`, `B. because ...` and `Option B` choose `B`; `A, C`, `(A)(C)` and `AC` choose `AC`; `A or B`
-chooses nothing, and so does a text that is no choice.
+chooses nothing, like any text that is not a choice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STATED = re.compile(
 
 
 def chosen(text: str) -> str | None:
-    """The letters that the whole text chooses, sorted; None where it is no choice."""
+    """The letters that the text as a whole chooses, sorted; None if it is not a choice."""
     text = _plain(text)
     if re.fullmatch("[a-z]|[(][a-z][)]", text):
         text = text.upper()
@@ -46,9 +46,9 @@ def chosen(text: str) -> str | None:
 
 
 def choice_of(response: str) -> str | None:
-    r"""The letters that a response chooses: in its last box, or, where that holds no letter, in the last sentence that states
-    them, or as all that the response or its last line says. A thought before `</think>` counts only for what it boxes. A box
-    that was never closed chooses nothing: the response was cut off."""
+    r"""The letters that a response chooses: in its last box; else in the last sentence that states an answer; else if the
+    response or its last line is nothing but a choice. Of a thought before `</think>` only boxes count. A box that is not closed
+    chooses nothing: the response was cut off."""
     part = final_part(response)
     in_box = boxed_answer(part)
     if in_box is None and "\\boxed{" in part:

@@ -1,6 +1,6 @@
-r"""Whether two answers are equal: normalised, compared by their structure, and formulas by math-verify.
+r"""Whether two answers are equal: they are normalised and compared by their structure, and formulas by math-verify.
 
-For worker processes only: it may take any time or memory. docs/rewards.md has the table of what counts as equal.
+For worker processes only: it may take any amount of time or memory. docs/rewards.md lists what counts as equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOTHING = frozenset({"emptyset", "{}", "\\{\\}", "empty set"})
 
 
 def equivalent(reference: str, answer: str) -> bool:
-    r"""Whether `answer` equals `reference` as mathematics; both are the content of a `\boxed{}`."""
+    r"""Whether `answer` equals `reference` mathematically; each is the content of a `\boxed{}`."""
     first, second = normalise(reference), normalise(answer)
     if not first or not second:
         return False
@@ -49,7 +49,8 @@ def equivalent(reference: str, answer: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _read(text: str) -> tuple[Form, ...]:
-    """Every reading; of `\\frac{1}{3} \\approx 0.33` both sides, where the decimal is the value cut or rounded."""
+    """Every reading of a text; for `\\frac{1}{3} \\approx 0.33` those of both sides, if the decimal is the truncated or rounded
+    value."""
     exact, *rounded = (side.strip() for side in split(text, _APPROXIMATELY))
     if not rounded:
         return tuple(readings(text))
@@ -62,18 +63,18 @@ def _read(text: str) -> tuple[Form, ...]:
 
 
 def _letters(text: str) -> str:
-    """A text of at least two letters and nothing else, in lower case without spaces: a word, not a product; else nothing."""
+    """The text in lower case without spaces if it consists of letters, at least two: a word, not a product. Else empty."""
     plain = _MARKS.sub("", text)
     return plain.lower() if len(plain) > 1 and plain.isalpha() else ""
 
 
 def _is_product(letters: str) -> bool:
-    """Whether a run of letters is rather a product, whose order does not matter: two or three different usual variables."""
+    """Whether letters are more likely a product, whose order does not matter: two or three different common variables."""
     return len(letters) <= 3 and len(set(letters)) == len(letters) and _VARIABLES.issuperset(letters)
 
 
 def _labels(reference: str, answer: str) -> bool | None:
-    """The verdict where one of the answers is a labelled choice, such as `(C) 17` or `C.`; None where none is."""
+    """The verdict if one of the answers is a labelled choice, such as `(C) 17` or `C.`; None if neither is."""
     (letter, rest), (other, other_rest) = _choice(reference), _choice(answer)
     if not (letter and other) and not (rest and letter and other_rest) and not (other and other_rest and rest):
         return None
@@ -85,7 +86,7 @@ def _labels(reference: str, answer: str) -> bool | None:
 
 
 def _choice(text: str) -> tuple[str, str]:
-    """The letter of a choice and what stands behind it; no letter and the whole text where it is no choice."""
+    """The letter of a choice and the text after it; an empty letter and the whole text if it is not a choice."""
     plain = text.replace(TEXT_BEGIN, "").replace(TEXT_END, "").strip()
     if re.fullmatch("[A-J]", plain):
         return plain, ""
@@ -96,7 +97,7 @@ def _choice(text: str) -> tuple[str, str]:
 
 
 def _bases(reference: str, answer: str) -> bool | None:
-    """The verdict where one of two numbers names its base; the other may leave it out, but not name another."""
+    """The verdict if one of two numbers names its base; the other may omit the base, but not name a different one."""
     first, second = _BASE.fullmatch(reference), _BASE.fullmatch(answer)
     if not first and not second:
         return None
@@ -107,7 +108,7 @@ def _bases(reference: str, answer: str) -> bool | None:
 
 
 def _digits(text: str, match: re.Match[str] | None) -> tuple[str | None, int]:
-    """Digits without leading zeros, and the base; base 0 where none is named, no digits where it is no such number."""
+    """Digits without leading zeros, and the base: 0 if none is named. None instead of digits if it is not such a number."""
     if match is None:
         plain = text.replace(" ", "").strip("()")
         return (plain.upper().lstrip("0") or "0", 0) if re.fullmatch(r"[0-9][0-9A-Fa-f]*", plain) else (None, 0)
@@ -148,7 +149,7 @@ def _same_equations(first: Form, second: Form) -> bool:
         return by_math_verify(_plain(first.text), _plain(second.text))
     if isinstance(first, Equation):
         named = _name(first.sides[0])
-        if isinstance(second, Items) and isinstance(first.sides[0], Items):  # (x, y) = (1, 2) and x = 1, y = 2
+        if isinstance(second, Items) and isinstance(first.sides[0], Items):  # `(x, y) = (1, 2)` equals `x = 1, y = 2`
             values = _values_of(second, first.sides[0])
             return values is not None and _same(first.sides[-1], values)
         return (bool(named) or _is_symbolic(first)) and _holds(first) and _same(first.sides[-1], second)
@@ -160,14 +161,15 @@ def _same_equations(first: Form, second: Form) -> bool:
 
 
 def _is_symbolic(equation: Equation) -> bool:
-    """Whether the left side asks for something (`x + y = 5`, `a : b = 1 : 2`), unlike a curve: only symbols, and not `= 0`."""
+    """Whether the equation gives the value of its left side (`x + y = 5`, `a : b = 1 : 2`) rather than describing a curve: the
+    left side has only symbols, and the right side is not 0."""
     left, right = (equation.text.split("=", 1)[0], equation.sides[-1])
     only_symbols = not re.search(r"\d", re.sub(r"_\s*(?:\{[^{}]*\}|\w)", "", left))
     return only_symbols and not (isinstance(right, Value) and right.formula == "0")
 
 
 def _holds(equation: Equation) -> bool:
-    """Whether all constants among the sides are equal: `13 = 12` is no answer, whatever its last side is."""
+    """Whether all constants among the sides are equal: `13 = 12` is never an answer."""
     constants = [side for side in equation.sides if isinstance(side, Value) and _is_constant(side)]
     return all(_same_values(side, constants[-1]) for side in constants[:-1])
 
@@ -184,7 +186,7 @@ def _is_constant(value: Value) -> bool:
 
 
 def _name(side: Form) -> str:
-    """What an equation's left side names, as a text without spaces; nothing where it is an expression."""
+    """The name on the left side of an equation, without spaces; empty if that side is an expression."""
     if isinstance(side, Value):
         plain = side.text.strip()
         return "".join(plain.split()) if plain and _NAME.fullmatch(plain) else ""
@@ -201,12 +203,12 @@ def _same_name(name: str, other: str) -> bool:
 
 
 def _renamed(form: Form, name: str, target: str) -> Form:
-    """The value of f(n) with n renamed to x, where the reference has f(x)."""
+    """The value of f(n) with n renamed to x if the reference has f(x)."""
     one, two = _FUNCTION.fullmatch(name), _FUNCTION.fullmatch(target)
     if not one or not two or one[2] == two[2] or not isinstance(form, Value):
         return form
     renamed = re.sub(rf"(?<![A-Za-z\\]){one[2]}(?![A-Za-z])", two[2], form.formula)
-    return Value(renamed, renamed, form.before, form.behind)
+    return Value(renamed, renamed, form.before, form.after)
 
 
 def _is_assigned(items: Items) -> bool:
@@ -214,7 +216,7 @@ def _is_assigned(items: Items) -> bool:
 
 
 def _values_of(items: Items, names: Items) -> Form | None:
-    """The values of `x = 1, y = 2` in the order of `names`, as a tuple; a tuple itself; None where the names are others."""
+    """The values of `x = 1, y = 2` as a tuple in the order of `names`; a tuple unchanged; None if the names differ."""
     if not _is_assigned(items):
         return items
     values = {_name(item.sides[0]): item.sides[-1] for item in items.items if isinstance(item, Equation)}
@@ -276,7 +278,7 @@ def _same_items(first: Form, second: Form) -> bool:
 
 
 def _unnamed(items: Items, other: Items) -> Items:
-    """The values of `x = 1 or x = 2` and `n = 2, 3, 4`, where one name stands for all; other lists as they are."""
+    """The values of `x = 1 or x = 2` or of `n = 2, 3, 4`, where one name applies to all; other lists unchanged."""
     equations = [item for item in items.items if isinstance(item, Equation)]
     names = {_name(item.sides[0]) for item in equations}
     several = len(equations) == len(items.items) and len(names) == 1 and not _is_function(next(iter(names)))
@@ -297,7 +299,7 @@ def _same_assignments(first: Items, second: Items) -> bool:
 
 
 def _match(first: tuple[Form, ...], second: tuple[Form, ...]) -> bool:
-    """Whether two lists are equal as sets: each item has an equal one in the other."""
+    """Whether two lists are equal as sets: each item has an equal in the other list."""
     if len(first) == len(second) and all(_same(one, other) for one, other in zip(first, second, strict=True)):
         return True
     left = all(any(_same(one, other) for other in second) for one in first)
@@ -305,7 +307,8 @@ def _match(first: tuple[Form, ...], second: tuple[Form, ...]) -> bool:
 
 
 def _same_ratios(first: Form, second: Form) -> bool:
-    """Ratios with the same parts, or two parts in the same proportion unless they may be a time; 1:2 is also a half."""
+    """Whether two ratios have the same parts, or two parts each in the same proportion, unless they could be times; 1:2 also
+    equals the fraction 1/2."""
     if isinstance(first, Ratio) and isinstance(second, Ratio):
         if contradict(first.words, second.words) or len(first.parts) != len(second.parts):
             return False
@@ -315,7 +318,7 @@ def _same_ratios(first: Form, second: Form) -> bool:
         return None not in quotients and quotients[0] == quotients[1]
     ratio, other = (first, second) if isinstance(first, Ratio) else (second, first)
     assert isinstance(ratio, Ratio)
-    if not isinstance(other, Value) or other.before or other.behind or ratio.words or not re.search(r"\\frac|/", other.formula):
+    if not isinstance(other, Value) or other.before or other.after or ratio.words or not re.search(r"\\frac|/", other.formula):
         return False
     value = number(other.formula)
     return value is not None and _quotient(ratio) == value.value
@@ -331,17 +334,17 @@ def _quotient(ratio: Ratio) -> object:
 
 
 def _same_values(first: Value, second: Value) -> bool:
-    """Words must not contradict each other; then the formulas decide, magnitudes (`million`) multiplied in."""
-    (factor, behind), (other_factor, other_behind) = take_magnitude(first.behind), take_magnitude(second.behind)
+    """Whether the words do not contradict each other and the formulas, times magnitudes such as `million`, are equal."""
+    (factor, rest), (other_factor, other_rest) = take_magnitude(first.after), take_magnitude(second.after)
     if not first.formula and not second.formula:
-        return first.behind == second.behind
+        return first.after == second.after
     if not first.formula or not second.formula:
-        words, value = (first.behind, second) if not first.formula else (second.behind, first)
+        words, value = (first.after, second) if not first.formula else (second.after, first)
         counted = spelled(words)
-        if counted is not None and not value.before and not value.behind:
+        if counted is not None and not value.before and not value.after:
             return equal_formulas(str(counted), value.formula)
         return words == ("infinity",) and value.formula == "\\infty"
-    if contradict(behind, other_behind) or _prefixed(first) != _prefixed(second):
+    if contradict(rest, other_rest) or _prefixed(first) != _prefixed(second):
         return False
     if factor == other_factor:
         return equal_formulas(first.formula, second.formula)
@@ -355,7 +358,7 @@ _DROPPED_BEFORE = frozenset({"dollar", "euro", "pound", "yen", "yuan", "rupee", 
 
 
 def _prefixed(value: Value) -> frozenset[str]:
-    """The words before a formula that say something; a currency may be left out."""
+    """The significant words before a formula; a currency may be omitted."""
     return frozenset(value.before) - _DROPPED_BEFORE
 
 

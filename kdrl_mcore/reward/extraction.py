@@ -1,4 +1,4 @@
-r"""Answers outside of a box, for `reward.extract=anywhere`: found in the text by math-verify. For worker processes only."""
+r"""Answers outside a box, for `reward.extract=anywhere`: math-verify finds them in the text. For worker processes only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FORMULA = re.compile(r"\$|\\\(|\\\[")
 
 
 def equivalent_anywhere(reference: str, answer: str) -> bool:
-    r"""Whether an answer, `\boxed{...}` or a text that states it, equals the reference.
+    r"""Whether an answer, given as `\boxed{...}` or as a text that states it, equals the reference.
 
-    What is boxed is compared as ever. In a text math-verify looks for the answer (behind "the answer is", else the last
-    formula or number) and compares it; two plain numbers are compared exactly, as everywhere.
+    A boxed answer is compared by `equivalent`. In a text math-verify looks for the answer (after "the answer is", else the
+    last formula or number) and compares it, except that two plain numbers are compared exactly, as everywhere.
     """
     expected = _bare(reference)
     if answer.startswith("\\boxed{") and equivalent(expected, _bare(answer)):

@@ -1,6 +1,6 @@
 r"""The structure of an answer: lists, tuples, sets, equations, relations, matrices and single values.
 
-`readings` takes a normalised text apart. Where a text has two readings (`2,500` is a number and a list of two), both are given.
+`readings` parses a normalised text and returns both readings of an ambiguous one (`2,500` is a number or a list of two).
 Nothing is evaluated here; a value is a text until it is compared.
 """
 
@@ -16,23 +16,23 @@ from kdrl_mcore.reward.words import Words, split_words, take_qualifier
 
 MAX_ITEMS = 200
 MAX_DEPTH = 12
-"""Longer and deeper answers are single values, whatever they look like."""
+"""Longer or deeper answers are read as single values."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value: a formula (which may be empty) and the words before and behind it."""
+    """One value: a formula, which may be empty, and the words before and after it."""
 
     text: str
     formula: str
     before: Words = ()
-    behind: Words = ()
+    after: Words = ()
 
 
 @dataclass(frozen=True)
 class Items:
-    r"""Several answers. `opening` and `closing` are `(` and `)`, `[` and `]`, mixtures of them, `\{` and `\}`, or empty for a
-    bare list, whose items `join` joins: `,`, `and` or `or`."""
+    r"""Several answers. `opening` and `closing` are `(` and `)`, `[` and `]`, a mixture of them, `\{` and `\}`, or empty for a
+    bare list; `join` is what joins its items: `,`, `;`, `and` or `or`."""
 
     items: tuple[Form, ...]
     opening: str = ""
@@ -43,7 +43,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Equation:
-    """Sides joined by equals signs, at least two."""
+    """Two or more sides joined by equals signs."""
 
     sides: tuple[Form, ...]
     text: str
@@ -51,14 +51,14 @@ class Equation:
 
 @dataclass(frozen=True)
 class Relation:
-    r"""What describes a region: inequalities, `\in`, unions, set builders, half-open intervals; `regions.py` reads it."""
+    r"""The description of a region: inequalities, `\in`, unions, set builders, half-open intervals. `regions.py` parses it."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Parts joined by colons: a ratio, or a time of the day."""
+    """Parts joined by colons: a ratio, or a time of day."""
 
     parts: tuple[Form, ...]
     words: Words = ()
@@ -92,12 +92,12 @@ _SEPARATORS = [
 
 
 def readings(text: str) -> list[Form]:
-    """What the answer may mean, the likeliest first. `text` is normalised."""
+    """The possible readings of a normalised answer, the most likely first."""
     return [read(grouped) for grouped in _thousands(text)]
 
 
 def _thousands(text: str) -> Iterator[str]:
-    """The text with commas between thousands taken out of its numbers, and as a list where that is possible too."""
+    """The text with the thousands separators removed from its numbers, and the unchanged text if it could be a list."""
     depth = nesting(text)
     bare = [match for match in _THOUSANDS.finditer(text) if depth[match.start()] == 0]
     joined = text
@@ -114,24 +114,24 @@ def read(text: str, depth: int = 0) -> Form:
     text = unwrap(text)
     if depth > MAX_DEPTH:
         return Value(text, text)
-    pieces, join = separate(text)
-    if len(pieces) > 1 and not _RELATION.search(pieces[0]):  # `x = 2k, k \in Z` says for which k
-        pieces = [pieces[0], *(piece for piece in pieces[1:] if not _DOMAIN.fullmatch(piece))]
-    if 1 < len(pieces) <= MAX_ITEMS:
-        return _list(pieces, join, text, depth)
-    return _single(take_qualifier(unwrap(pieces[0]) if len(pieces) == 1 else text), depth)
+    parts, join = separate(text)
+    if len(parts) > 1 and not _RELATION.search(parts[0]):  # drops the domain of a variable, as in `x = 2k, k \in Z`
+        parts = [parts[0], *(part for part in parts[1:] if not _DOMAIN.fullmatch(part))]
+    if 1 < len(parts) <= MAX_ITEMS:
+        return _list(parts, join, text, depth)
+    return _single(take_qualifier(unwrap(parts[0]) if len(parts) == 1 else text), depth)
 
 
-def _list(pieces: list[str], join: str, text: str, depth: int) -> Form:
+def _list(parts: list[str], join: str, text: str, depth: int) -> Form:
     items: list[Form] = []
-    for piece in pieces:
-        item = read(piece, depth + 1)
+    for part in parts:
+        item = read(part, depth + 1)
         items += item.items if isinstance(item, Items) and not item.opening and not _is_solution(item) else [item]
     return Items(tuple(items), join=join, text=text)
 
 
 def _is_solution(items: Items) -> bool:
-    """Whether a list assigns values to different names, as one solution of several (`x=1, y=2; x=3, y=4`)."""
+    """Whether a list assigns values to different names and so is one of several solutions (`x=1, y=2; x=3, y=4`)."""
     names = [item.sides[0] for item in items.items if isinstance(item, Equation)]
     return len(names) == len(items.items) and len(set(names)) == len(names)
 
@@ -156,7 +156,8 @@ def _single(text: str, depth: int) -> Form:
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
-    """A tuple, interval or set, or what single parentheses hold; None where no pair of brackets holds the whole."""
+    """The tuple, interval or set that the text is, or the content of plain parentheses; None if no pair of brackets encloses
+    the whole text."""
     for opening in ("\\{", "(", "["):
         if text.startswith(opening):
             break
@@ -170,23 +171,23 @@ def _bracketed(text: str, depth: int) -> Form | None:
     inside = text[len(opening) : len(text) - len(ending)]
     if opening == "\\{" and (_RELATION.search(inside) or re.search(r"(?<!\d):|\|", inside)):
         return Relation(text)
-    pieces = [piece for piece in split(inside, re.compile("[,;]")) if piece.strip()]
-    if len(pieces) > MAX_ITEMS or (not pieces and opening != "\\{"):
+    parts = [part for part in split(inside, re.compile("[,;]")) if part.strip()]
+    if len(parts) > MAX_ITEMS or (not parts and opening != "\\{"):
         return None
-    if opening != "\\{" and len(pieces) == 1:
+    if opening != "\\{" and len(parts) == 1:
         return read(inside, depth + 1) if opening + ending == "()" else None
-    infinite = opening != "\\{" and len(pieces) == 2 and "\\infty" in inside
+    infinite = opening != "\\{" and len(parts) == 2 and "\\infty" in inside
     if infinite or opening + ending in ("(]", "[)"):
         return Relation(text)
     items: list[Form] = []
-    for piece in pieces:
-        item = read(piece, depth + 1)
+    for part in parts:
+        item = read(part, depth + 1)
         items += item.items if opening == "\\{" and isinstance(item, Items) and not item.opening else [item]
     return Items(tuple(items), opening, ending, text=text)
 
 
 def encloses(text: str, width: int) -> bool:
-    """Whether the bracket that opens the text is closed by the one of this width at its end."""
+    """Whether the bracket that opens the text is closed only by the bracket at its end, which is `width` characters long."""
     levels = nesting(text)
     inner = zip(text[1:-width], levels[1:-width], strict=True)
     return not any(level < 1 or (level == 1 and character in ")]}") for character, level in inner)
@@ -194,14 +195,14 @@ def encloses(text: str, width: int) -> bool:
 
 def _value(text: str, depth: int) -> Form:
     parts = split_words(text)
-    formulas = [place for place, part in enumerate(parts) if isinstance(part, str)]
+    formulas = [index for index, part in enumerate(parts) if isinstance(part, str)]
     if len(formulas) == 1:
-        (place,) = formulas
-        before, formula, behind = _together(parts[:place]), str(parts[place]), _together(parts[place + 1 :])
+        (index,) = formulas
+        before, formula, after = _together(parts[:index]), str(parts[index]), _together(parts[index + 1 :])
         colons = split(formula, re.compile(":"))
         if len(colons) > 1 and not before and all(part.strip() for part in colons):
-            return Ratio(tuple(read(part, depth + 1) for part in colons), behind)
-        return Value(text, formula, before, behind)
+            return Ratio(tuple(read(part, depth + 1) for part in colons), after)
+        return Value(text, formula, before, after)
     if not formulas:
         return Value(text, "", (), _together(parts))
     return Items(tuple(_quantities(parts)), text=text)
@@ -212,9 +213,9 @@ def _together(parts: list[str | Words]) -> Words:
 
 
 def _quantities(parts: list[str | Words]) -> Iterator[Value]:
-    """`3 hours 20 minutes`: each formula with the words behind it, or before it where the words come first."""
+    """The values of `3 hours 20 minutes`: each formula with the words after it, or before it if the text begins with words."""
     labels_first = not isinstance(parts[0], str)
-    starts = [place for place, part in enumerate(parts) if isinstance(part, str) is not labels_first]
+    starts = [index for index, part in enumerate(parts) if isinstance(part, str) is not labels_first]
     starts = [start for start in starts if start == 0 or isinstance(parts[start - 1], str) is labels_first]
     for begin, end in pairwise([*starts, len(parts)]):
         group = parts[begin:end]
@@ -225,7 +226,7 @@ def _quantities(parts: list[str | Words]) -> Iterator[Value]:
 
 
 def _signs(text: str) -> tuple[str, str] | None:
-    r"""The two values of a text with `\pm` (`\mp` takes the other sign); None where it has none."""
+    r"""The two values of a text with `\pm` (`\mp` takes the opposite sign); None without it."""
     if not re.search(r"\\pm(?![A-Za-z])", text):
         return None
     plus = re.sub(r"\\pm(?![A-Za-z])", "+", re.sub(r"\\mp(?![A-Za-z])", "-", text))
@@ -234,13 +235,13 @@ def _signs(text: str) -> tuple[str, str] | None:
 
 
 def separate(text: str) -> tuple[list[str], str]:
-    r"""The pieces of a bare list, and what joins them: semicolons first, then `or`, then commas and `and`. Empty pieces are
-    left out."""
+    r"""The items of a bare list, and the separator between them: semicolons are tried first, then `or`, `and` and commas.
+    Empty items are dropped."""
     for join, pattern in _SEPARATORS:
-        pieces = [piece.strip() for piece in split(text, pattern) if piece.strip()]
-        if len(pieces) > 1:
-            return pieces, join
-    return pieces, ","
+        items = [item.strip() for item in split(text, pattern) if item.strip()]
+        if len(items) > 1:
+            return items, join
+    return items, ","
 
 
 def split(text: str, pattern: re.Pattern[str]) -> list[str]:
@@ -255,7 +256,7 @@ def split(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def nesting(text: str) -> list[int]:
-    """How many brackets are open around each character; a bracket itself counts as inside. Closing any kind closes one."""
+    """The number of brackets open around each character; a bracket itself counts as inside. Any closing bracket closes one."""
     levels, depth, position = [0] * len(text), 0, 0
     while position < len(text):
         character = text[position]

@@ -1,4 +1,4 @@
-"""Reward models: behind HTTP (`remote_model`), or loaded by each data-parallel replica (`local_model`)."""
+"""Reward models: served over HTTP (`remote_model`), or loaded by each data-parallel replica (`local_model`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kdrl_mcore.reward.registry import Reward, register_class
 from kdrl_mcore.types import Rollout
 
 FIRST_WAIT_SECONDS = 0.5
-"""Before the second attempt of a request; it doubles with each further one."""
+"""The wait before the second attempt of a request; it doubles with each further attempt."""
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would carry the token to another place."""
+    """Makes a redirect an error: it would send the token to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -35,13 +35,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @register_class("remote_model")
 class RemoteModel(Reward):
-    """The scores that a server gives, on the server's own scale.
+    """Scores from a server, on the server's own scale.
 
-    POST `{"responses": [{"prompt": ..., "response": ..., "answer": ...}, ...]}`; the reply is `{"scores": [number, ...]}`.
+    The request is a POST of `{"responses": [{"prompt": ..., "response": ..., "answer": ...}, ...]}`, each response also with
+    `"columns": {...}` if `data.columns` names any; the reply is `{"scores": [number, ...]}`.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        """Raises ConfigError if the token's environment variable is not set."""
+        """Read the token. Connects only when there are responses to score.
+
+        Raises:
+            ConfigError: the token's environment variable is not set.
+        """
         self._settings = config.remote
         self._headers = {"Content-Type": "application/json"}
         if variable := config.remote.token_variable:
@@ -51,14 +56,18 @@ class RemoteModel(Reward):
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """See `Reward`. A request that cannot be sent, times out or meets a busy server is tried again."""
+        """See `Reward`. A request that cannot be sent, times out or reaches a busy server is retried."""
         scores: list[float] = []
         for begin in range(0, len(rollouts), self._settings.batch_size):
             scores += self._request(rollouts[begin : begin + self._settings.batch_size])
         return scores
 
     def _request(self, rollouts: Sequence[Rollout]) -> list[float]:
-        rows = [{"prompt": each.prompt, "response": each.response, "answer": each.answer} for each in rollouts]
+        rows = [
+            {"prompt": each.prompt, "response": each.response, "answer": each.answer}
+            | ({"columns": dict(each.columns)} if each.columns else {})
+            for each in rollouts
+        ]
         body, url = json.dumps({"responses": rows}).encode(), str(self._settings.url)
         cause = ""
         for attempt in range(self._settings.attempts):
@@ -71,11 +80,13 @@ class RemoteModel(Reward):
             except urllib.error.HTTPError as error:
                 cause = f"HTTP status {error.code}"
                 if error.code not in _TRY_AGAIN:
-                    raise RewardError(f"the reward model at {url} refuses ({cause}): check reward.remote") from error
-            except (OSError, HTTPException) as error:  # no connection, a time-out, a reply that is cut off
+                    raise RewardError(
+                        f"the reward model at {url} rejects the request ({cause}): check reward.remote"
+                    ) from error
+            except (OSError, HTTPException) as error:  # no connection, a time-out, a truncated reply
                 cause = str(getattr(error, "reason", error)) or type(error).__name__
             except ValueError as error:
-                raise ConfigError(f"reward.remote.url={url} is no address: {error}") from error
+                raise ConfigError(f"reward.remote.url={url} is not a URL: {error}") from error
         raise RewardError(
             f"the reward model at {url} does not answer ({cause}; {self._settings.attempts} attempts of "
             f"{self._settings.timeout:g} s): start it, or raise reward.remote.timeout or .attempts"
@@ -89,28 +100,30 @@ def _scores(reply: bytes, count: int, url: str) -> list[float]:
             return [float(score) for score in scores]
     except (ValueError, KeyError, TypeError):
         pass
-    raise RewardError(f'the reward model at {url} does not reply {{"scores": [...]}} with {count} finite numbers: repair it')
+    raise RewardError(
+        f'the reward model at {url} did not reply with {{"scores": [...]}} and {count} finite numbers in it: fix the server'
+    )
 
 
 @register_class("local_model")
 class LocalModel(Reward):
-    """The logit of a sequence classifier with one label, for prompt and response as one text. Weights are safetensors only."""
+    """The logit of a sequence classifier with one label, for prompt and response as one text. Weights must be safetensors."""
 
     def __init__(self, config: RewardConfig) -> None:
-        """Loads nothing: the model is loaded with the first response.
+        """Check the path. The model itself is loaded with the first response.
 
         Raises:
-            ModelError: `reward.local.path` holds no such model.
+            ModelError: there is no such model at `reward.local.path`.
         """
         self._settings = config.local
         self._model: Any = None
         path = Path(str(self._settings.path))
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise ModelError(f"reward.local.path={path} is no HF model directory with safetensors weights")
+            raise ModelError(f"reward.local.path={path} is not an HF model directory with safetensors weights")
 
     @torch.inference_mode()
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """See `Reward`. A text longer than the model's positions is an error, not cut off."""
+        """See `Reward`. A text longer than the model's positions is an error and is not truncated."""
         if self._model is None:
             self._load()
         texts = [rollout.prompt + rollout.response for rollout in rollouts]
@@ -119,16 +132,16 @@ class LocalModel(Reward):
             if len(each) > self._longest:
                 raise RewardError(
                     f"prompt {rollout.prompt_id}: prompt and response have {len(each)} tokens, the reward model's limit is "
-                    f"{self._longest}: lower rollout.max_response_tokens, or take another model"
+                    f"{self._longest}: lower rollout.max_response_tokens, or use another model"
                 )
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # little padding
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # by length, for little padding
         scores = [0.0] * len(ids)
         for begin in range(0, len(order), self._batch_size):
             chosen = order[begin : begin + self._batch_size]
             batch = self._tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt").to(device())
             logits = self._model(**batch).logits.float()[:, 0].tolist()
             if not all(map(math.isfinite, logits)):
-                raise RewardError(f"the reward model {self._settings.path} gives scores that are not finite")
+                raise RewardError(f"the reward model {self._settings.path} returns scores that are not finite")
             for index, logit in zip(chosen, logits, strict=True):
                 scores[index] = logit
         return scores
@@ -147,7 +160,7 @@ class LocalModel(Reward):
         if model.config.num_labels != 1:
             raise ModelError(f"reward.local.path={path} has {model.config.num_labels} labels: a reward model has one")
         self._longest = int(getattr(model.config, "max_position_embeddings", 1 << 30))
-        # Without a padding token of its own a decoder cannot tell where a padded text ends.
+        # A decoder without a padding token cannot find the end of a padded text.
         padded = model.config.pad_token_id is not None and self._tokenizer.pad_token_id == model.config.pad_token_id
         self._batch_size = self._settings.batch_size if padded else 1
         if not padded:

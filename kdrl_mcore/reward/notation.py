@@ -1,7 +1,7 @@
-r"""One spelling for each symbol of an answer: Unicode, LaTeX and Markdown ways to write the same thing become one text.
+r"""One spelling for each symbol of an answer: the ways to write it in Unicode, LaTeX and Markdown become one.
 
-Pure functions on text. What `normalise` gives back keeps words apart from formulas: the content of `\text{...}` and its kin
-stands between `TEXT_BEGIN` and `TEXT_END`, and `and` and `or` stand outside, as they join answers.
+Pure functions on text. The result of `normalise` separates words from formulas: the content of `\text{...}` and similar
+commands is enclosed in `TEXT_BEGIN` and `TEXT_END`, except `and` and `or`, which join answers.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 
 
 def normalise(text: str) -> str:
-    r"""The answer in one spelling. Idempotent up to white space; what it does not know stays as it is."""
+    r"""The answer in one spelling. Idempotent up to white space; unknown notation is left unchanged."""
     text = unwrap(plain_characters(text))
     text = _mark_currencies(text)
     text = _mark_text(_NO_PRINT.sub(" ", text))
-    for pattern, replacement in _SPELLINGS[:3]:  # `\!` joins what other spaces keep apart
+    for pattern, replacement in _SPELLINGS[:3]:  # unlike the other spaces, `\!` joins its neighbours
         text = pattern.sub(replacement, text)
     text = _SPACES.sub(" ", text)
     for pattern, replacement in _SPELLINGS[3:]:
@@ -109,7 +109,7 @@ def normalise(text: str) -> str:
 
 
 def plain_characters(text: str) -> str:
-    """Unicode's many characters as ASCII and LaTeX: digits of any script, full-width forms, roots, fractions, signs."""
+    """Unicode characters as ASCII and LaTeX: digits of any script, full-width forms, roots, fractions, signs."""
     text = unicodedata.normalize("NFC", text)
     if text.isascii():
         return text
@@ -148,7 +148,7 @@ def _root(match: re.Match[str]) -> str:
 
 
 def unwrap(text: str) -> str:
-    r"""Out of boxes, dollar signs, braces, emphasis and quotes around the whole, and without the full stop behind it."""
+    r"""The text without boxes, dollar signs, braces, emphasis or quotes around all of it, and without a final full stop."""
     before = None
     while before != text:
         before = text
@@ -168,7 +168,7 @@ def unwrap(text: str) -> str:
 
 
 def closing(text: str, opening: int) -> int:
-    """Where the brace at `opening` is closed; -1 where it is not. Escaped braces are content."""
+    """The position where the brace at `opening` is closed; -1 if it is not. Escaped braces are content."""
     depth, position = 0, opening
     while position < len(text):
         if text[position] == "\\":
@@ -195,7 +195,7 @@ def _mark_currencies(text: str) -> str:
 
 
 def _mark_text(text: str) -> str:
-    """Commands that change the font, innermost first: words are marked, what holds no word is part of the formula."""
+    """The text without font commands, the innermost first: words are marked, other contents become part of the formula."""
     before = None
     while before != text:
         before = text
@@ -211,10 +211,10 @@ def _marked(match: re.Match[str]) -> str:
     if formula or (re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match)):
         return f" {content} " if command.startswith(("text", "mbox", "hbox")) else content
     parts = _JOINS.split(content)
-    marked = [part if place % 2 else f"{TEXT_BEGIN}{part}{TEXT_END}" for place, part in enumerate(parts)]
+    marked = [part if index % 2 else f"{TEXT_BEGIN}{part}{TEXT_END}" for index, part in enumerate(parts)]
     return _BLANK_TEXT.sub(r" \1 ", " ".join(marked))
 
 
 def _is_label(match: re.Match[str]) -> bool:
-    """A single letter is a choice or a name where nothing stands before it; behind a number it is a unit."""
+    """Whether a single letter is a choice or a name: nothing precedes it. After a number it is a unit."""
     return not match.string[: match.start()].strip(" ({[$")

@@ -1,7 +1,8 @@
 r"""Plain numbers as exact fractions: integers, decimals, e-notation, fractions, mixed numbers, repeating decimals, percentages.
 
-A number is exact as it is written: nothing is rounded. Two differ unless they are the same, but for one thing: a decimal with
-at least six digits behind the point equals what it is cut or rounded from (`agree`): 0.333333 is a third, and 0.33 is not.
+A number has exactly the value that is written: nothing is rounded. Two numbers are equal only if their values are, with one
+exception: a decimal with at least six digits after the point equals every number that it could be truncated or rounded from
+(`agree`): 0.333333 is a third, and 0.33 is not.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 MAX_EXPONENT = 2000
-"""Of powers of ten; beyond it a text is no plain number."""
+"""The largest exponent of a power of ten; a text with a larger one is not a plain number."""
 PRECISE_DIGITS = 6
-"""Significant digits, all behind the decimal point, from which on a decimal stands for what it is cut or rounded from."""
+"""A decimal with at least this many significant digits after the point equals what it was truncated or rounded from."""
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
@@ -37,7 +38,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Number:
-    """An exact value. `place` is the value of the last digit of a decimal that has `PRECISE_DIGITS`, else 0."""
+    """An exact value. `place` is the place value of the last digit of a decimal with `PRECISE_DIGITS`, else 0."""
 
     value: Fraction
     place: Fraction = Fraction(0)
@@ -45,7 +46,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that the whole text writes; None where it writes none. `text` is normalised."""
+    """The number that a normalised text is as a whole; None if it is not one."""
     text = text.strip()
     if text.endswith("%"):
         number = read_number(text[:-1])
@@ -79,12 +80,12 @@ def _decimal(digits: str, exponent: str | None) -> Number | None:
     power = int((exponent or "0").replace(" ", ""))
     if abs(power) > MAX_EXPONENT:
         return None
-    whole, _, behind = digits.replace(",", "").replace(" ", "").partition(".")
-    scale = Fraction(10) ** (power - len(behind))
-    significant = len((whole + behind).lstrip("0"))
-    needed = significant if exponent else min(significant, len(behind))  # in e-notation every digit is one behind the point
-    precise = bool(behind) and needed >= PRECISE_DIGITS
-    return Number(int(whole + behind or "0") * scale, scale if precise else Fraction(0))
+    whole, _, decimals = digits.replace(",", "").replace(" ", "").partition(".")
+    scale = Fraction(10) ** (power - len(decimals))
+    significant = len((whole + decimals).lstrip("0"))
+    counted = significant if exponent else min(significant, len(decimals))  # in e-notation every digit counts as a decimal
+    precise = bool(decimals) and counted >= PRECISE_DIGITS
+    return Number(int(whole + decimals or "0") * scale, scale if precise else Fraction(0))
 
 
 def _fraction(above: str, below: str) -> Number | None:
@@ -100,7 +101,7 @@ def _repeating(whole: str, fixed: str, period: str) -> Fraction:
 
 
 def agree(first: Number, second: Number) -> bool:
-    """Whether two numbers are equal. A percentage is also equal to the bare number before its sign (50% is 0.5 and 50)."""
+    """Whether two numbers are equal. A percentage also equals the bare number before its sign (50% equals 0.5 and 50)."""
     if first.percent == second.percent:
         return _equal(first, second)
     percentage, other = (first, second) if first.percent else (second, first)
@@ -109,12 +110,12 @@ def agree(first: Number, second: Number) -> bool:
 
 
 def _equal(first: Number, second: Number) -> bool:
-    # The coarser of two decimals decides; an integer and a fraction have no place and are exact.
+    # The coarser of two decimals decides; integers and fractions have no place and are exact.
     return first.value == second.value or abs(first.value - second.value) < max(first.place, second.place)
 
 
 def spelled(words: tuple[str, ...]) -> int | None:
-    """The value of a number in words up to ninety-nine (`zero`, `twenty five`); None for other words."""
+    """The value of a number in words, up to ninety-nine (`zero`, `twenty five`); None for other words."""
     values = [_WORDS.get(word) for word in words]
     match values:
         case [int(value)]:

@@ -1,4 +1,4 @@
-"""A pool of verifier processes that can be killed: each answer gets a time limit, and no answer can hurt another."""
+"""A pool of verifier processes that can be killed: each answer has a time limit, and no answer can affect another."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from kdrl_mcore.errors import RewardError
-from kdrl_mcore.interrupt import children_ignore_stop_signals
+from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals
 from kdrl_mcore.reward import worker as protocol
+from kdrl_mcore.reward.verdicts import CRASH, TIMEOUT, Unjudged
 
 MEMORY_BYTES = 1 << 30
-"""Address space of one worker. math-verify needs about 70 MB."""
+"""The address space of one worker. math-verify needs about 70 MB."""
 
 START_SECONDS = 120.0
-"""How long a worker may take to start: importing sympy over a cold network file system is slow."""
+"""How long a worker may take to start: importing sympy from a cold network file system is slow."""
 
 _GRACE_SECONDS = 5.0  # by how much a worker's own time limit exceeds the parent's
 
 
 @dataclass
 class _Worker:
-    """One process. Starting until its first reply; then idle, or busy with the pair at index `task`."""
+    """One process. It is starting until its first reply, then idle, or busy with the pair at index `task`."""
 
     process: subprocess.Popen[bytes]
     deadline: float
@@ -45,7 +46,11 @@ class _Worker:
         return self.process.stdout.fileno()
 
     def give(self, task: int, pair: tuple[str, str], timeout: float) -> None:
-        """Send one pair. Raises BrokenPipeError if the process is gone."""
+        """Send one pair.
+
+        Raises:
+            BrokenPipeError: the process has ended.
+        """
         assert self.process.stdin is not None
         self.task, self.deadline = task, time.monotonic() + timeout
         self.process.stdin.write(json.dumps(pair).encode() + b"\n")
@@ -53,21 +58,27 @@ class _Worker:
 
 
 class WorkerPool:
-    """Compares (reference, answer) pairs in separate processes. Not for use from several threads at once.
+    """Compares (reference, answer) pairs in separate processes. Not thread-safe.
 
-    Processes are started when first needed, as fresh interpreters (no fork of a process that holds threads or a GPU), and live
-    until `close`, the end of this process, or a pair that kills them. A pair that exceeds the timeout, the memory limit or
-    crashes the interpreter is judged wrong and counted in `timeouts` or `crashes`; a new process takes over.
+    Processes start when they are first needed, as fresh interpreters (a process with threads or a GPU must not be forked), and
+    live until `close`, the end of this process, or a pair that kills them. A pair that exceeds the time limit or the memory
+    limit or crashes the interpreter is `Unjudged` and counted in `timeouts` or `crashes`; a new process takes over.
+
+    Attributes:
+        timeouts: the number of pairs so far that exceeded the time limit.
+        crashes: the number of pairs so far that ended their process.
+        undecided: the pairs of the last `compare` that did either.
     """
 
     def __init__(self, function: str, workers: int, timeout: float) -> None:
         """Args:
         function: what the workers call, as `MODULE:FUNCTION`, with (reference, answer) -> bool.
-        workers: processes at most.
-        timeout: seconds for one pair.
+        workers: the largest number of processes.
+        timeout: the time limit for one pair, in seconds.
         """
         self.timeouts = 0
         self.crashes = 0
+        self.undecided: set[tuple[str, str]] = set()
         self._command = [
             *(sys.executable, "-m", protocol.__name__),
             *(function, str(MEMORY_BYTES), str(timeout + _GRACE_SECONDS)),
@@ -77,15 +88,16 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
 
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether each pair is equal, in order.
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool | Unjudged]:
+        """Whether each pair is equal, in order; `Unjudged`, which is false, if comparing it took too long or ended the process.
 
         Raises:
-            RewardError: a worker does not start, or fails on the trivial pair it is tested with at its start. After a
-                crash the new worker is tested like the first, so a broken installation never passes for wrong answers.
+            RewardError: a worker does not start, or fails on the trivial pair that every new worker is tested with. So a
+                broken installation is never mistaken for wrong answers.
         """
-        verdicts = [False] * len(pairs)
+        verdicts: list[bool | Unjudged] = [False] * len(pairs)
         waiting = deque(range(len(pairs)))
+        self.undecided = set()
         try:
             self._drop_dead()
             while waiting or any(worker.task is not None for worker in self._workers):
@@ -94,11 +106,11 @@ class WorkerPool:
                     self._workers.append(self._start())
                 for worker in [worker for worker in self._workers if worker.idle]:
                     if waiting:
-                        self._give(worker, waiting.popleft(), pairs)
+                        self._give(worker, waiting.popleft(), pairs, verdicts)
                 for worker in self._heard_from():
-                    self._receive(worker, verdicts)
-                self._end_overdue()
-        except BaseException:  # an interrupted batch leaves replies behind that the next one would take for its own
+                    self._receive(worker, pairs, verdicts)
+                self._end_overdue(pairs, verdicts)
+        except BaseException:  # the next batch would mistake the remaining replies of this one for its own
             self.close()
             raise
         return verdicts
@@ -111,29 +123,31 @@ class WorkerPool:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         pipe = subprocess.PIPE
         try:
-            # A worker that a preemption's SIGTERM killed would count as a wrong answer in the step that is still to be saved.
+            # If a preemption's SIGTERM killed a worker, its answer would count as wrong in the step that is about to be saved.
             with children_ignore_stop_signals():
                 process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
         except OSError as error:
             raise RewardError(f"cannot start a verifier process ({error}): check the limit on processes and memory") from error
         return _Worker(process, time.monotonic() + START_SECONDS)
 
-    def _give(self, worker: _Worker, task: int, pairs: Sequence[tuple[str, str]]) -> None:
+    def _give(self, worker: _Worker, task: int, pairs: Sequence[tuple[str, str]], verdicts: list[bool | Unjudged]) -> None:
         try:
             worker.give(task, pairs[task], self._timeout)
         except BrokenPipeError:
+            verdicts[task] = CRASH
             self.crashes += 1
+            self.undecided.add(pairs[task])
             self._discard(worker)
 
     def _heard_from(self) -> list[_Worker]:
-        """The workers that sent a reply or died; waits for the first, or for the nearest deadline."""
+        """Wait for the first reply or death of a worker, or for the nearest deadline; returns the workers concerned."""
         active = {worker.replies: worker for worker in self._workers if not worker.idle}
         if not active:
             return []
         patience = min(worker.deadline for worker in active.values()) - time.monotonic()
         return [active[descriptor] for descriptor in wait(list(active), max(0.0, patience))]  # type: ignore[index]
 
-    def _receive(self, worker: _Worker, verdicts: list[bool]) -> None:
+    def _receive(self, worker: _Worker, pairs: Sequence[tuple[str, str]], verdicts: list[bool | Unjudged]) -> None:
         reply = os.read(worker.replies, 1)
         if not worker.ready:
             if not reply:
@@ -146,21 +160,27 @@ class WorkerPool:
             verdicts[worker.task] = reply == protocol.RIGHT
             worker.task = None
         else:
+            assert worker.task is not None
+            verdicts[worker.task] = CRASH
             self.crashes += 1
+            self.undecided.add(pairs[worker.task])
             self._discard(worker)
 
-    def _end_overdue(self) -> None:
+    def _end_overdue(self, pairs: Sequence[tuple[str, str]], verdicts: list[bool | Unjudged]) -> None:
         now = time.monotonic()
         for worker in [worker for worker in self._workers if not worker.idle and worker.deadline <= now]:
             if not worker.ready:
                 raise RewardError(
                     f"a verifier process did not start within {START_SECONDS:.0f} s: check the math-verify installation"
                 )
+            assert worker.task is not None
+            verdicts[worker.task] = TIMEOUT
             self.timeouts += 1
+            self.undecided.add(pairs[worker.task])
             self._discard(worker)
 
     def _drop_dead(self) -> None:
-        """Forget workers that ended while idle (killed from outside)."""
+        """Discard workers that ended while idle (killed from outside)."""
         for worker in [worker for worker in self._workers if worker.idle and worker.process.poll() is not None]:
             self._discard(worker)
 
@@ -170,7 +190,7 @@ class WorkerPool:
 
 
 def _last_error(worker: _Worker) -> str:
-    """The last line that a worker which ended wrote to its standard error."""
+    """The last line on the standard error of a worker that has ended."""
     assert worker.process.stderr is not None
     code = worker.process.wait()
     lines = worker.process.stderr.read().decode(errors="replace").split("\n")

@@ -1,4 +1,4 @@
-"""`python_code`: a program is right where it passes every test; each runs in a process of its own that can be killed."""
+"""`python_code`: a program is correct if it passes every test; tests run in separate processes that can be killed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from typing import Any
 
 from kdrl_mcore.config import RewardConfig
 from kdrl_mcore.errors import RewardError
-from kdrl_mcore.interrupt import children_ignore_stop_signals
+from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals
 from kdrl_mcore.reward import sandbox
 from kdrl_mcore.reward.answers import final_part
 from kdrl_mcore.reward.registry import Reward, register_class
+from kdrl_mcore.reward.verdicts import CRASH, TIMEOUT, Unjudged
 from kdrl_mcore.types import Rollout
 
 logger = logging.getLogger(__name__)
 
 MEMORY_BYTES = 512 << 20
 FILE_BYTES = 1 << 20
-"""The largest file a program may write into its own empty folder."""
+"""The largest file that a program may write, into its own empty folder."""
 MAX_OUTPUT_BYTES = 1 << 20
 """A program that prints more is wrong."""
 PRECISE_DIGITS = 6
-"""Digits behind the point from which on an expected decimal stands for what it is cut or rounded from."""
+"""An expected decimal with at least this many digits after the point matches what it was truncated or rounded from."""
 FLOAT_NOISE = Decimal("1e-9")
-"""How far a float may be from the expected one, relative to it unless that is 0: what rounding in sums makes."""
+"""The rounding error by which a float may differ from the expected one, relative to it unless that is 0."""
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
 _THOUGHT = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
 _PYTHON = re.compile(r"\{?\.?i?py(?:thon|con)?[\d.]*\b", re.IGNORECASE)
@@ -45,16 +46,16 @@ _SANDBOX = [sys.executable, "-I", "-S", sandbox.__file__]
 
 @register_class("python_code")
 class PythonCode(Reward):
-    r"""1 where the program in the response's last fenced block (or the whole response, without one) passes every test.
+    r"""1 if the program in the response's last fenced block (or the whole response, without one) passes every test, else 0.
 
-    The tests are the row's answer: a JSON list of `{"call": "add(2, 3)", "output": "5"}`, the `repr` of a value of the
-    program's own, or `{"stdin": "2 3\n", "output": "5"}`, what the program prints (white space at the ends of lines and of the
-    text does not count, and floats may differ by what rounding makes). A program never sees what is expected.
-    `reward.timeout` bounds each process, `reward.workers` how many run at once.
+    The tests are the row's answer: a JSON list of `{"call": "add(2, 3)", "output": "5"}`, with the `repr` of the value that the
+    program returns, or `{"stdin": "2 3\n", "output": "5"}`, with the text that it prints (trailing white space of lines and
+    white space around the text do not count, and floats may differ by rounding errors). A program never sees the expected
+    output. `reward.timeout` limits the time of each process, and `reward.workers` the number of processes at once.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        """Starts nothing."""
+        """Take the settings; processes start with the first response."""
         self._timeout = config.timeout
         self._workers = config.workers
         self._probed = False
@@ -68,7 +69,7 @@ class PythonCode(Reward):
         return None if _tests(answer) else _NO_TESTS
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """See `Reward`. Each distinct pair of program and tests is run once."""
+        """See `Reward`. Each distinct pair of program and tests runs once."""
         if not self._probed:
             self._probe()
         pairs = [(program_of(rollout.response), rollout.answer) for rollout in rollouts]
@@ -78,22 +79,30 @@ class PythonCode(Reward):
             verdicts = dict(
                 zip(distinct, threads.map(lambda pair: self._passes(pair[0], tests[pair[1]]), distinct), strict=True)
             )
-        return [float(verdicts[pair]) for pair in pairs]
+        found = [verdicts[pair] for pair in pairs]
+        return [verdict if isinstance(verdict, Unjudged) else float(verdict) for verdict in found]
 
-    def _passes(self, program: str, tests: list[dict[str, str]]) -> bool:
+    def _passes(self, program: str, tests: list[dict[str, str]]) -> bool | Unjudged:
         calls = [test for test in tests if "call" in test]
         if calls:
             answer = self._run({"program": program, "calls": [test["call"] for test in calls]})
+            if isinstance(answer, Unjudged):
+                return answer
             if not _is_list(answer, [test["output"] for test in calls]):
                 return False
-        scripts = [test for test in tests if "stdin" in test]
-        return all(_prints(self._run({"program": program, "stdin": test["stdin"]}), test["output"]) for test in scripts)
+        for test in [test for test in tests if "stdin" in test]:
+            printed = self._run({"program": program, "stdin": test["stdin"]})
+            if isinstance(printed, Unjudged):
+                return printed
+            if not _prints(printed, test["output"]):
+                return False
+        return True
 
-    def _run(self, request: dict[str, Any]) -> str | None:
-        """What the sandbox answers; None where the program failed, printed too much or was killed."""
+    def _run(self, request: dict[str, Any]) -> str | Unjudged | None:
+        """The sandbox's answer; None if the program failed or printed too much, `Unjudged` if it was killed."""
         limits = [str(MEMORY_BYTES), str(int(self._timeout) + 1), str(FILE_BYTES)]
-        # The folder and the empty environment keep the program from the run's files, settings and secrets as far as it asks by
-        # the usual ways; a session of its own lets its children be killed with it.
+        # The folder and the empty environment keep the run's files, settings and secrets out of a program's usual reach; in a
+        # new session its children can be killed with it.
         with tempfile.TemporaryDirectory(prefix="kdrl_code_") as folder, tempfile.TemporaryFile() as output:
             try:
                 with children_ignore_stop_signals():
@@ -113,12 +122,13 @@ class PythonCode(Reward):
             except subprocess.TimeoutExpired:
                 with self._lock:
                     self.timeouts += 1
-                return None
+                return TIMEOUT
             finally:
                 _kill(process)
             if process.returncode < 0 or process.returncode > sandbox.SIGNALLED:
                 with self._lock:
                     self.crashes += 1
+                return CRASH
             output.seek(0)
             text = output.read(MAX_OUTPUT_BYTES + 1)
         if process.returncode != 0 or len(text) > MAX_OUTPUT_BYTES:
@@ -126,10 +136,10 @@ class PythonCode(Reward):
         return text.decode(errors="replace")
 
     def _probe(self) -> None:
-        """Check that the sandbox works: a broken one would pass for wrong programs.
+        """Check that the sandbox works: a broken one would make every program look wrong.
 
         Raises:
-            RewardError: it does not.
+            RewardError: it does not work.
         """
         answer = self._run({"program": "import json, random\nx = 1", "calls": ["x"]})
         if answer != '["1"]':
@@ -137,15 +147,15 @@ class PythonCode(Reward):
         found = subprocess.run([*_SANDBOX, "--probe"], capture_output=True, text=True, env={}).stdout.strip()
         if found != "namespace":
             logger.warning(
-                "python_code: Linux namespaces are not permitted here: programs are kept from the network inside Python only "
+                "python_code: Linux namespaces are not permitted here: only Python itself keeps programs off the network "
                 "(docs/rewards.md)"
             )
         self._probed = True
 
 
 def program_of(response: str) -> str:
-    """The content of the last fenced block in Python, else of the last without a language, else of the last; the whole response
-    where it has none. A thought before `</think>` plays no part, unless there is no block behind it."""
+    """The content of the last fenced block in Python, else of the last without a language, else of the last; without blocks the
+    whole response. A thought before `</think>` counts only if no block follows it."""
     response = response.replace("\r\n", "\n")
     blocks = _fenced(final_part(response)) or (_fenced(_THOUGHT.sub("\n", response)) if "</think" in response else [])
     if not blocks:
@@ -156,8 +166,8 @@ def program_of(response: str) -> str:
 
 
 def _fenced(text: str) -> list[tuple[str, str]]:
-    """Language and content of each fenced block, between lines of at least three backticks or tildes, without the fence's
-    indentation. A block that is not closed ends with the text."""
+    """Language and content of each fenced block, between lines that begin with at least three backticks or tildes, with the
+    fence's indentation removed. A block that is not closed ends with the text."""
     blocks: list[tuple[str, str]] = []
     fence, language, indent, lines = "", "", "", list[str]()
     for line in text.rstrip("\n").split("\n"):
@@ -177,7 +187,7 @@ def read_tests(rollout: Rollout) -> list[dict[str, str]]:
     """The tests of the response's prompt.
 
     Raises:
-        RewardError: the answer is no list of tests.
+        RewardError: the answer is not a list of tests.
     """
     tests = _tests(rollout.answer)
     if tests is None:
@@ -186,12 +196,12 @@ def read_tests(rollout: Rollout) -> list[dict[str, str]]:
 
 
 _NO_TESTS = (
-    'no list of tests for python_code: write a JSON list of {"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
+    'not a list of tests for python_code: write a JSON list of {"call": ..., "output": ...} or {"stdin": ..., "output": ...}'
 )
 
 
 def _tests(answer: str) -> list[dict[str, str]] | None:
-    """The tests that an answer lists; None where it is no such list."""
+    """The tests that an answer lists; None if it is not such a list."""
     try:
         tests = json.loads(answer)
     except ValueError:
@@ -213,7 +223,7 @@ def _is_list(answer: str | None, expected: list[str]) -> bool:
 
 
 def _same_value(value: Any, expected: str) -> bool:
-    """Whether a `repr` is the expected one; floats outside of strings may differ as `_same_float` allows."""
+    """Whether a `repr` is the expected one; floats outside strings may differ as `_same_float` allows."""
     if value == expected or not isinstance(value, str):
         return bool(value == expected)
     if "'" in expected or '"' in expected or _FLOAT.sub("", value) != _FLOAT.sub("", expected):
@@ -239,7 +249,7 @@ def _same_words(words: list[str], expected: list[str]) -> bool:
 
 
 def _same_float(text: str, expected: str) -> bool:
-    """Whether a float is the expected one but for noise, or is cut or rounded to it where it has at least six decimals."""
+    """Whether a float equals the expected one up to noise, or truncates or rounds to it if that has at least six decimals."""
     value, wanted = Decimal(text), Decimal(expected)
     decimals = -int(wanted.as_tuple().exponent)
     place = Decimal(1).scaleb(-decimals) if decimals >= PRECISE_DIGITS and "e" not in expected.lower() else Decimal(0)
@@ -251,7 +261,7 @@ def _lines(text: str | None) -> list[str] | None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the program and whatever it started in its session."""
+    """End the program and every process in its session."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

@@ -1,4 +1,4 @@
-r"""Sets of real numbers: intervals, inequalities in one variable, unions, set builders, as sympy's sets. For workers only."""
+r"""Sets of real numbers (intervals, inequalities in one variable, unions, set builders) as sympy sets. For workers only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdrl_mcore.reward.forms import Form, Items, Relation, Value, encloses, nest
 from kdrl_mcore.reward.notation import unwrap
 
 Region = tuple[str | None, Any]
-"""The variable, where one is named, and the set."""
+"""The variable, if one is named, and the set."""
 
 _ORDER = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|[<>]")
 _MEMBER = re.compile(r"\\in(?![A-Za-z])")
@@ -25,17 +25,17 @@ _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?)?")
 
 
 def region_of(form: Form) -> Region | None:
-    """The set that an answer describes; None where it describes none."""
+    """The set that an answer describes; None if it describes none."""
     if isinstance(form, Relation):
         return _region(form.text)
     if isinstance(form, Items):
         return _items(form)
-    all_reals = isinstance(form, Value) and not form.formula and form.behind in _ALL_REALS
+    all_reals = isinstance(form, Value) and not form.formula and form.after in _ALL_REALS
     return (None, sympy.S.Reals) if all_reals else None
 
 
 def equal_regions(first: Region, second: Region) -> bool:
-    """Whether two sets are equal; variables that are both named must be the same."""
+    """Whether two sets are equal; if both name a variable, it must be the same."""
     (name, one), (other_name, other) = first, second
     if name and other_name and name != other_name:
         return False
@@ -65,8 +65,8 @@ def _items(form: Items) -> Region | None:
 
 
 def _end(form: Form) -> Any | None:
-    """An end of an interval: a real constant, or an infinity."""
-    if not isinstance(form, Value) or form.before or form.behind:
+    """The end of an interval: a real constant, or an infinity."""
+    if not isinstance(form, Value) or form.before or form.after:
         return None
     found = expression(form.formula.removeprefix("+"))
     if not isinstance(found, sympy.Expr) or found.free_symbols or not found.is_extended_real:
@@ -115,13 +115,13 @@ def _combined(parts: list[str], combine: Any) -> Region | None:
 
 
 def _set(text: str) -> Region | None:
-    """A part of a union: read as a form of its own; `x \\in [1,2] \\cup [3,4]` names its variable in the first part."""
+    """A part of a union, parsed like a separate answer; `x \\in [1,2] \\cup [3,4]` names its variable in the first part."""
     form = read(text)
     return region_of(form)
 
 
 def _bounds(text: str) -> Region | None:
-    """An interval with an infinite end or with two kinds of brackets, which is a relation at first sight."""
+    """An interval with an infinite end or with two kinds of brackets, which `forms` parses as a relation."""
     if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
         return None
     parts = split(text[1:-1], re.compile("[,;]"))
@@ -142,7 +142,7 @@ def _builder(inside: str) -> Region | None:
 
 
 def _inequality(text: str) -> Region | None:
-    """A chain such as `-2 \\le x < 1`, of one variable between constants."""
+    """A chain of one variable and constants, such as `-2 \\le x < 1`."""
     signs = [match[0] for match in _ORDER.finditer(text) if nesting(text)[match.start()] == 0]
     sides = [side.strip() for side in split(text, _ORDER)]
     names = [place for place, side in enumerate(sides) if _NAME.fullmatch(side) and expression(side) is not None]
@@ -162,7 +162,7 @@ def _inequality(text: str) -> Region | None:
 
 
 def _half_line(sign: str, value: Any, left: bool) -> Any:
-    """The numbers that stand in a relation to `value`, left or right of the sign."""
+    """The numbers to one side of `value`; `left` if the variable is on the left of the sign."""
     if sign == "\\ne":
         return sympy.Complement(sympy.S.Reals, sympy.FiniteSet(value))
     below = (sign in ("<", "\\le")) == left

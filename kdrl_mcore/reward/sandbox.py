@@ -1,18 +1,18 @@
-"""One untrusted program in a process of its own, started in an empty folder:
+"""Runs one untrusted program in a separate process, in an empty folder:
 
     python -I -S sandbox.py MEMORY_BYTES CPU_SECONDS FILE_BYTES
 
 The parent (`python_code.py`) sends `{"program": ..., "calls": [...]}` or `{"program": ..., "stdin": ...}` as JSON on standard
 input. With calls, the program is executed and each call evaluated; the answer is a JSON list with the `repr` of each value, or
-null where it raised. With `stdin`, the program runs as a script, and the answer is what it prints. What is expected is in
-neither, so a program cannot look it up or forge it. Only the standard library is imported: this must start in milliseconds.
+null if the call raised. With `stdin`, the program runs as a script, and the answer is what it prints. The request never
+contains the expected output, so a program cannot look it up. Only the standard library is imported: this must start in
+milliseconds.
 
-What is forbidden, by the kernel: more memory, CPU time, file size, open files and processes than allowed, core dumps and new
-privileges. Where Linux namespaces are permitted (to root, or with unprivileged user namespaces), the program has no network
-and its processes end with it, whatever they do. Where they are not, sockets are only blocked inside Python, which a determined
-program can undo (through ctypes), and a child that leaves its session can outlive it; `--probe` prints which holds here. Root
-becomes `nobody`, where that user can read the Python installation. It is no jail for the file system: what the user can read
-can be read.
+The kernel limits memory, CPU time, file size, open files and processes, and forbids core dumps and new privileges. Where Linux
+namespaces are permitted (to root, or with unprivileged user namespaces), the program has no network, and all its processes end
+with it. Otherwise sockets are blocked only inside Python, which a determined program can undo (through ctypes), and a child
+that leaves its session can outlive it; `--probe` prints which applies here. Root becomes `nobody` if that user can read the
+Python installation. The file system is not protected: the program can read every file that its user can read.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _CLONE_NEWNET, _CLONE_NEWPID, _CLONE_NEWUSER = 0x40000000, 0x20000000, 0x1000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 MAX_OPEN_FILES = 32
 MAX_PROCESSES = 32
-"""Of one user in all, which is why it is no smaller; the kernel does not count root's."""
+"""The kernel counts all processes of the user, so this must not be smaller; it does not count root's."""
 NOBODY = 65534
 OWN_FRAMES = 20
-"""By so much the recursion limit is raised for the frames of this file below the program's own."""
+"""The number by which the recursion limit is raised, for this file's frames below those of the program."""
 SIGNALLED = 128
 """A program that a signal ended exits with this plus the signal's number."""
 
 
 def isolate() -> bool:
-    """Leave the parent's network, and let the next child begin a process namespace of its own; whether that was permitted."""
+    """Leave the parent's network, and let the next child start a new process namespace; returns whether that is permitted."""
     unshare, own = ctypes.CDLL(None).unshare, _CLONE_NEWNET | _CLONE_NEWPID
     return unshare(own) == 0 or unshare(_CLONE_NEWUSER | own) == 0
 
 
 def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
-    """Give up what a program under test does not need. There is no way back for this process or its children."""
+    """Give up what a program under test does not need, irreversibly for this process and its children."""
     if isolate():
         _continue_in_child()
     else:
@@ -71,7 +71,7 @@ def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
 
 
 def _continue_in_child() -> None:
-    """Fork: the child, the first process of its namespace, returns; with it every process of the namespace ends."""
+    """Fork, and return in the child. It is the first process of its namespace: when it ends, so do all others in it."""
     _die_with_parent()
     child = os.fork()
     if child:
@@ -93,7 +93,7 @@ def _become_nobody() -> None:
         return
     os.setresuid(NOBODY, NOBODY, NOBODY)
     _die_with_parent()  # a change of user clears it
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # so does this: /proc/self, and with it /dev/stdin, is its own again
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # makes /proc/self, and with it /dev/stdin, accessible again
 
 
 def _refuse_sockets(event: str, _: object) -> None:
@@ -102,7 +102,7 @@ def _refuse_sockets(event: str, _: object) -> None:
 
 
 def feed(text: str) -> None:
-    """Give the program standard input of its own, for Python's `sys.stdin`, for descriptor 0 and for /dev/stdin alike."""
+    """Replace standard input with this text, for `sys.stdin`, descriptor 0 and /dev/stdin alike."""
     file = os.memfd_create("stdin")
     with os.fdopen(os.dup(file), "wb") as writer:
         writer.write(text.encode(errors="surrogatepass"))
@@ -110,11 +110,11 @@ def feed(text: str) -> None:
     os.dup2(file, 0)
     os.close(file)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    vars(sys)["__stdin__"] = sys.stdin  # keeps the buffer open where a program wraps it anew
+    vars(sys)["__stdin__"] = sys.stdin  # keeps the buffer open if a program wraps it again
 
 
 def as_script() -> dict[str, object]:
-    """The scope of a module `__main__` that is run as a script without arguments, with the built-ins that `site` adds."""
+    """The scope of a module `__main__` that runs as a script without arguments, with the built-ins that `site` adds."""
     module = types.ModuleType("__main__")
     module.__file__ = "program.py"
     sys.modules["__main__"] = module
@@ -126,7 +126,7 @@ def as_script() -> dict[str, object]:
 
 
 def execute(program: str, scope: dict[str, object]) -> None:
-    """Run the program's text; this file's `from __future__` is not for it."""
+    """Run the program's text, without this file's `from __future__` imports."""
     exec(compile(program, "program.py", "exec", dont_inherit=True), scope)
 
 
@@ -138,10 +138,10 @@ def run(request: dict[str, object]) -> None:
         sys.stdout.flush()
         return
     answers = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is not part of the answer
     try:
         execute(program, scope)
-    except (SystemExit, EOFError) as ended:  # it is run as a script, which may end itself or ask for input that there is not
+    except (SystemExit, EOFError) as ended:  # a script may exit, or read input that it does not have
         if isinstance(ended, SystemExit) and ended.code not in (None, 0):
             raise
     values: list[str | None] = []

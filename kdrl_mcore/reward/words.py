@@ -1,7 +1,7 @@
-r"""Words in and around an answer: units, names of things, magnitudes, and words that change what is said.
+r"""Words in and around an answer: units, names of things, magnitudes, and words that change its meaning.
 
-`18 eggs` answers a question whose reference is 18, so nouns and units behind a number may be left out, but not contradicted:
-5 cm is not 5 m. Words such as "at least", "million" or "even" say something else than the bare number, and are never left out.
+`18 eggs` is a correct answer if the reference is 18, so nouns and units after a number may be omitted, but not contradicted:
+5 cm is not 5 m. Words such as "at least", "million" or "even" change the meaning of the number and may not be omitted.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ _UNIT_NAMES = "|".join(sorted((a for a in _CANONICAL if a.isascii() and len(a) >
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _NAMED_UNIT = rf"(?i:{_UNIT_NAMES}){_POWER}"
 _LETTER_UNIT = rf"[smghlJNWVAKLCTF]{_POWER}"
-_PLAIN_UNIT = (
-    re.compile(  # a letter alone is a unit at the end, apart from its number or with another unit; else it is a variable
-        rf"(?<=[\d}})%])(?:\s*{_NAMED_UNIT}|\s+{_LETTER_UNIT}(?=\s*(?:$|/))|\s*{_LETTER_UNIT}(?=\s*/\s*[A-Za-z]))"
-        rf"(?:(?:\.?\s+|\s*/\s*|\s*\\cdot\s*)(?:{_NAMED_UNIT}|{_LETTER_UNIT})(?![A-Za-z(_]))*(?![A-Za-z(^_])\.?"
-    )
+# A single letter is a unit only after a space at the end or before a slash, or in a quotient of units; else it is a variable.
+_PLAIN_UNIT = re.compile(
+    rf"(?<=[\d}})%])(?:\s*{_NAMED_UNIT}|\s+{_LETTER_UNIT}(?=\s*(?:$|/))|\s*{_LETTER_UNIT}(?=\s*/\s*[A-Za-z]))"
+    rf"(?:(?:\.?\s+|\s*/\s*|\s*\\cdot\s*)(?:{_NAMED_UNIT}|{_LETTER_UNIT})(?![A-Za-z(_]))*(?![A-Za-z(^_])\.?"
 )
 _TEMPERATURE = re.compile(r"\^\\circ\s*([CF])(?![A-Za-z])")
 _PLAIN_WORD = re.compile(r"(?<![A-Za-z\\_^{|])([A-Za-z]{2,}(?:['’-][A-Za-z]{4,})*)(?![A-Za-z_^({|=])")
@@ -67,7 +66,7 @@ _TOKEN = re.compile(r"[^\W\d_]+|\^\s*\{?\s*(-?\d)\s*\}?|/|\d+")
 
 
 def split_words(text: str) -> list[str | Words]:
-    """The text as formulas (strings) and words (tuples, in lower case, units in one spelling), in order."""
+    """The text as a sequence of formulas (strings) and words (tuples in lower case, units in one spelling)."""
     text = _TIME.sub(lambda match: f"{match[1].lower()}m", text)
     text = _MARKED.sub(lambda match: f" {match[1]} " if re.search(r"\d", match[1]) else match[0], text)
     text = _TEMPERATURE.sub(rf"^\\circ {TEXT_BEGIN}\1{TEXT_END}", text)
@@ -76,8 +75,8 @@ def split_words(text: str) -> list[str | Words]:
     text = re.sub(f"({TEXT_END}){_POWER_AFTER}", r"\2\1", text)
     text = re.sub(rf"{TEXT_END}(\s*/?\s*){TEXT_BEGIN}", r" \1 ", text)
     parts: list[str | Words] = []
-    for place, piece in enumerate(_MARKED.split(text)):
-        if place % 2:
+    for index, piece in enumerate(_MARKED.split(text)):
+        if index % 2:
             if words := canonical(piece):
                 parts.append(words)
         elif piece := re.sub(r"^\.\s+|\.$", "", piece.strip(" ,:")).strip():
@@ -86,18 +85,18 @@ def split_words(text: str) -> list[str | Words]:
 
 
 def _mark(pattern: re.Pattern[str], text: str) -> str:
-    """Mark what the pattern finds outside of marked words."""
+    """Mark the matches of the pattern outside marked words."""
 
     def quoted(match: re.Match[str]) -> str:
         is_words = pattern is not _PLAIN_WORD or _is_word(match)
         return f"{TEXT_BEGIN}{match[0]}{TEXT_END}" if is_words else match[0]
 
     pieces = re.split(f"({TEXT_BEGIN}[^{TEXT_END}]*{TEXT_END})", text)
-    return "".join(piece if place % 2 else pattern.sub(quoted, piece) for place, piece in enumerate(pieces))
+    return "".join(piece if index % 2 else pattern.sub(quoted, piece) for index, piece in enumerate(pieces))
 
 
 def _is_word(match: re.Match[str]) -> bool:
-    """Whether a run of letters is a word of a language rather than a product of variables."""
+    """Whether a run of letters is a word rather than a product of variables."""
     lower = match[0].lower()
     if lower in _FUNCTIONS:
         return False
@@ -105,12 +104,12 @@ def _is_word(match: re.Match[str]) -> bool:
         return True
     if len(lower) < 3 or not re.search("[aeiou]", lower):
         return False
-    beside = match.string[: match.start()].rstrip()[-1:] + match.string[match.end() :].lstrip()[:1]
-    return len(lower) > 4 or not set(beside) & set("+-*/^<>")
+    neighbours = match.string[: match.start()].rstrip()[-1:] + match.string[match.end() :].lstrip()[:1]
+    return len(lower) > 4 or not set(neighbours) & set("+-*/^<>")
 
 
 def canonical(text: str) -> Words:
-    """The words of a text in lower case, without articles, plurals and full stops; units by their names, powers as `square`."""
+    """The words of a text in lower case and singular, without articles and full stops; units by name, powers as `square`."""
     words: list[str] = []
     for match in _TOKEN.finditer(text.replace(".", "").replace("'s", "")):
         token = match[0].lower()
@@ -132,7 +131,7 @@ def _singular(word: str) -> str:
 
 
 def take_magnitude(words: Words) -> tuple[int, Words]:
-    """The factor that the words behind a number begin with (`million dollars`), and the other words."""
+    """The factor with which the words after a number begin (`million dollars`), and the other words."""
     factor = 1
     while words and words[0] in _MAGNITUDES:
         factor *= _MAGNITUDES[words[0]]
@@ -141,7 +140,7 @@ def take_magnitude(words: Words) -> tuple[int, Words]:
 
 
 def take_qualifier(text: str) -> str:
-    r"""The text without a clause behind a formula that says for what it holds (`\text{ for all } x`)."""
+    r"""The text without a clause after a formula that says when it holds (`\text{ for all } x`)."""
     for match in re.finditer(rf"{TEXT_BEGIN}\s*([A-Za-z]+)|(?<=[\s,])([a-z]+)(?= )", text):
         head = text[: match.start()].strip(" ,(")
         if (match[1] or match[2]).lower() in _QUALIFIERS and re.search(r"[\w})\]]$", head) and not _MARKED.search(head):
@@ -150,7 +149,7 @@ def take_qualifier(text: str) -> str:
 
 
 def contradict(first: Words, second: Words) -> bool:
-    """Whether the words say different things: other modifiers, or other units where both have some."""
+    """Whether the words have different meanings: other modifiers, or other units if both have some."""
     one, other = set(first), set(second)
     if (one ^ other) & _MODIFIERS or (one ^ other) & _MAGNITUDES.keys():
         return True
@@ -160,5 +159,5 @@ def contradict(first: Words, second: Words) -> bool:
 
 
 def droppable(words: Words) -> bool:
-    """Whether the bare number says the same: the words are units and names of things only."""
+    """Whether the words may be omitted: they are only units and names of things."""
     return not contradict(words, ())

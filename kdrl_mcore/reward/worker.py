@@ -1,8 +1,8 @@
 """One verifier process: `python -m kdrl_mcore.reward.worker MODULE:FUNCTION MEMORY_BYTES TIME_LIMIT`.
 
-Reads one JSON pair `[reference, answer]` a line on standard input and answers each with one byte on standard output. It
-imports neither torch nor the configuration, so that it starts in about a second. It ends when its input does, which is when
-its parent ends.
+Reads one JSON pair `[reference, answer]` per line from standard input and answers each with one byte on standard output. It
+imports neither torch nor the configuration, so that it starts in about a second. It ends with its input, and so with its
+parent.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import sys
 from collections.abc import Callable
 
 READY, RIGHT, WRONG = b"r", b"1", b"0"
-"""The replies: the function is loaded and compares 1 with 1 rightly; the answer equals the reference; it does not."""
+"""The replies: the function is loaded and finds 1 equal to 1; the answer equals the reference; it does not."""
 
 
 def load(name: str) -> Callable[[str, str], bool]:
-    """The function `MODULE:FUNCTION` names, tried on the trivial pair (which also warms up its parser).
+    """The function that `MODULE:FUNCTION` names, tested on the trivial pair (which also warms up its parser).
 
     Raises:
         RuntimeError: it does not find 1 equal to 1.
@@ -36,8 +36,8 @@ def load(name: str) -> Callable[[str, str], bool]:
 def serve(compare: Callable[[str, str], bool], replies: int, time_limit: float) -> None:
     """Answer pairs until standard input ends.
 
-    A pair that takes longer than `time_limit` seconds ends the process by SIGALRM's default action, which needs no
-    Python code to run. The parent kills earlier; this limit is for a process whose parent is gone.
+    A pair that takes longer than `time_limit` seconds ends the process by SIGALRM's default action, which works without
+    running Python code. The parent kills the process earlier; this limit is for one whose parent is gone.
     """
     os.write(replies, READY)
     for line in sys.stdin.buffer:
@@ -56,14 +56,15 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _keep_replies_apart() -> int:
-    """Send what is printed to standard error, where it is not taken for a reply; the old standard output's descriptor."""
+    """Redirect standard output to standard error, so that nothing printed looks like a reply; returns the descriptor of the
+    original standard output."""
     replies = os.dup(1)
     os.dup2(2, 1)
     return replies
 
 
 def _silence() -> None:
-    """Send everything printed from now on to nowhere, and forbid writing files."""
+    """Discard everything printed from now on, and forbid writing files."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -71,7 +72,7 @@ def _silence() -> None:
 
 
 def main(function: str, memory_bytes: str, time_limit: str) -> None:
-    """Load the function and serve. A failure to load ends the process with its traceback on standard error."""
+    """Load the function and serve. If loading fails, the process ends with the traceback on standard error."""
     _limit_resources(int(memory_bytes))
     logging.disable(logging.CRITICAL)
     replies = _keep_replies_apart()

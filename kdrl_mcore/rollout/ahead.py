@@ -1,71 +1,94 @@
-"""One step ahead: the engines sample the next step's responses while the student trains on this one's. They are then one step
-off-policy, which the importance weights correct; what is under way belongs to the checkpoint."""
+"""Sampling one step ahead: the engines sample the next step's responses while the student trains on the present ones. The
+responses are then one step off-policy, which importance weights correct, and a checkpoint includes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kdrl_mcore.errors import EngineError
-from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.data.stream import PromptStream
+from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.files import from_row, to_row
+from kdrl_mcore.rollout.source import SampledRollouts
 from kdrl_mcore.types import Prompt, Rollout
 
 
-class BackgroundEngine(Protocol):
-    """An engine that samples while its caller does something else."""
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that samples in the background."""
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Start; no communication among ranks."""
+        """Start sampling. No communication among ranks."""
+        ...
 
     def finish(self) -> list[Rollout]:
-        """The responses of the last `begin`, as from `RolloutEngine.generate`. Collective over the world."""
+        """Wait for the responses of the last `begin` and return them as `RolloutEngine.generate` does. Collective over the
+        world."""
+        ...
 
 
-class NextBatch:
-    """The responses of the coming step: none, being sampled, or complete."""
+class SampledAhead(SampledRollouts):
+    """Returns responses that were sampled during the previous step, and begins to sample those of the next one. At any time the
+    next step's responses are not begun (at the start), being sampled, or complete."""
 
-    def __init__(self, engine: BackgroundEngine) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: BackgroundEngine,
+        student: Weights,
+        prompts: PromptStream,
+        verifier: Verifier | None,
+        sampling: Sampling,
+        *,
+        last_step: int,
+        updates_per_step: int,
+    ) -> None:
+        """Args:
+        last_step: the run's last step, during which nothing more is begun.
+        updates_per_step: optimizer updates by which the student is ahead of the sampling weights when it trains.
+        """
+        super().__init__(engine, student, prompts, verifier, sampling)
+        self._background, self._last_step, self._staleness = engine, last_step, updates_per_step
         self._rollouts: list[Rollout] | None = None
-        self.is_running = False
+        self._is_running = False
 
-    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Let the engine sample them with the weights it has now."""
-        assert self._rollouts is None and not self.is_running
-        self._engine.begin(prompts, sampling)
-        self.is_running = True
+    def refit(self) -> None:
+        """See `RolloutSource`. First waits for the responses that are being sampled with the older weights."""
+        self.finish()
+        super().refit()
 
     def finish(self) -> None:
-        """Wait until none is under way: the engine can then be refitted. Collective over the world."""
-        if self.is_running:
-            self._rollouts = self._engine.finish()
-            self.is_running = False
+        """See `RolloutSource`."""
+        if self._is_running:
+            self._rollouts = self._background.finish()
+            self._is_running = False
 
-    def take(self) -> list[Rollout] | None:
-        """The complete batch, once; None if none was begun. Collective over the world."""
+    def state_dict(self) -> dict[str, Any]:
+        """See `RolloutSource`. Holds the complete batch of the next step as lines of a rollout file, and the cursor from which
+        a run would sample it again. A batch that is still being sampled counts as not begun."""
+        if self._rollouts is None:
+            return {"prompts": self.prompts.state_dict(before_last_batch=self._is_running), "pending": None}
+        return {
+            "prompts": self.prompts.state_dict(),
+            "pending": [to_row(rollout) for rollout in self._rollouts],
+            "prompts_before_pending": self.prompts.state_dict(before_last_batch=True),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
+        """See `RolloutSource`."""
+        pending = None if resamples else state.get("pending")
+        if pending:
+            self.prompts.load_state_dict(state["prompts"])
+            self._rollouts = [from_row(row) for row in pending]
+        else:
+            super().load_state_dict(state)
+            self._rollouts = None
+
+    def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
         self.finish()
         rollouts, self._rollouts = self._rollouts, None
+        if rollouts is None:
+            rollouts = super()._sample(step, on_part)
+        if step < self._last_step:
+            self._background.begin(self.prompts.next_batch(), self._sampling_of(step + 1))
+            self._is_running = True
         return rollouts
-
-    def state_dict(self) -> list[dict[str, Any]] | None:
-        """The complete batch as lines of a rollout file; None if there is none."""
-        return None if self._rollouts is None else [to_row(rollout) for rollout in self._rollouts]
-
-    def load_state_dict(self, state: Sequence[dict[str, Any]] | None) -> None:
-        """Go on with the batch of a checkpoint."""
-        self._rollouts = None if state is None else [from_row(row) for row in state]
-
-
-def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:
-    """Refuse a batch that has a response sampled with weights more than `allowed` updates older than the student's, `version`.
-
-    Raises:
-        EngineError: naming the oldest response.
-    """
-    oldest = min(rollouts, key=lambda rollout: rollout.weight_version, default=None)
-    if oldest is not None and version - oldest.weight_version > allowed:
-        raise EngineError(
-            f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
-            f"has version {version}: rollout.steps_ahead allows {allowed} updates between them; the engine was not refitted"
-        )

@@ -1,4 +1,4 @@
-"""Rollout files: JSONL, one response a line. Every training step writes one, and `rollout=replay` trains on one."""
+"""Rollout files: JSONL, one response per line. Every training step writes one, and `rollout=replay` trains on one."""
 
 from __future__ import annotations
 
@@ -27,57 +27,56 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "finish_reason": str,
     "weight_version": int,
 }
-_TEXTS = ("prompt", "response", "answer")
+_TEXTS = ("prompt", "response", "answer", "domain")
 _WORDS = {str: "text", int: "an integer", list: "a list", bool: "true or false", float: "a number"}
 
 
 def write_rollouts(
     path: str | Path, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[TokenFloats]] | None = None
 ) -> None:
-    """Write a rollout file. It appears whole or not at all: it is written aside and then moved into place.
+    """Write a rollout file atomically: to a temporary file, then renamed.
 
-    Each line holds the contract's keys, `prompt`, `response` and `answer` for people, `teacher_log_probs` where the teacher
-    gave them, and the keys of `extra`. A float32
-    log-prob is written with the digits that give the same float32 back. Log-probs that are not finite are written as they
-    are (`NaN`), as evidence; `read_rollouts` refuses them.
+    Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` where the teacher gave
+    them, `domain` where training has several, and the keys of `extra`. A float32 log-prob is written with enough digits to read
+    the same float32 back. Log-probs that are not finite are written as such (`NaN`), as evidence; `read_rollouts` refuses them.
 
     Args:
-        scores: further lists with one number for each response token, by their key: what makes it a scored file.
+        scores: further lists with one number per response token, by key, which make it a scored file.
 
     Raises:
         DataError: a key of `extra` is one of the file's own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate becomes its JSON escape
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # writes lone surrogates as JSON escapes
             for index, rollout in enumerate(rollouts):
                 row = to_row(rollout) | {key: values[index].tolist() for key, values in (scores or {}).items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:
     """Read a rollout file, and check every line.
 
-    The texts for people may be missing. A further key with a number goes to `extra`; further keys with anything else (such
-    as the per-token lists of `tools/score.py`) are not part of a rollout and are left out.
+    The texts may be missing. A further key with a number goes to `extra`; further keys with other values (such as the per-token
+    lists of `kdrl-score`) are not part of a rollout and are ignored.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8; or a line is cut off, is not JSON, lacks a key or holds a wrong
-            value. Names the file and the line.
+            value. The message names the file and the line.
     """
     return [rollout for rollout, _ in read_scored(path)]
 
 
 def read_scored(path: str | Path) -> list[tuple[Rollout, dict[str, TokenFloats]]]:
-    """`read_rollouts`, and of each line the lists with one number for each response token, by their key (`sampler_log_probs`
-    among them)."""
+    """Like `read_rollouts`, and for each line also its lists with one number per response token, by key (including
+    `sampler_log_probs`)."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a rollout file (JSONL), such as RUN/rollouts/step_000001.jsonl")
@@ -110,23 +109,12 @@ def read_scored(path: str | Path) -> list[tuple[Rollout, dict[str, TokenFloats]]
     return rollouts
 
 
-def check_token_ids(path: str | Path, rollouts: Sequence[Rollout], vocabulary: int) -> None:
-    """Raise DataError if a rollout of the file holds a token id that is not below `vocabulary`."""
-    for line, rollout in enumerate(rollouts, start=1):
-        largest = max(int(rollout.prompt_token_ids.max()), int(rollout.response_token_ids.max()))
-        if largest >= vocabulary:
-            raise DataError(
-                f"{path} line {line}: token id {largest} is not one of the {vocabulary} tokens of the models: name rollouts of "
-                "the same tokenizer"
-            )
-
-
 class _BadRow(Exception):
-    """What is wrong with a line."""
+    """A line is wrong; the message says how."""
 
 
 def to_row(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as a line of a rollout file holds it; a float32 log-prob comes back as the same float32."""
+    """A rollout as one line of a rollout file; its float32 log-probs can be read back exactly."""
     row: dict[str, Any] = {
         "prompt_id": rollout.prompt_id,
         "group_id": rollout.group_id,
@@ -143,6 +131,8 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
     }
     if rollout.teacher_log_probs is not None:
         row["teacher_log_probs"] = rollout.teacher_log_probs.tolist()
+    if rollout.domain:
+        row["domain"] = rollout.domain
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
@@ -150,12 +140,12 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
 
 
 def from_row(row: Any) -> Rollout:
-    """The rollout of `to_row`."""
+    """The rollout from the result of `to_row`."""
     if not isinstance(row, dict):
-        raise _BadRow("is not a JSON object: write one response a line")
+        raise _BadRow("is not a JSON object: write one response per line")
     for key, kind in _TYPES.items():
         if key not in row:
-            raise _BadRow(f"lacks '{key}'; the keys are {', '.join(_TYPES)}")
+            raise _BadRow(f"'{key}' is missing; the required keys are {', '.join(_TYPES)}")
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(row[key], kinds) or (isinstance(row[key], bool) and bool not in kinds):
             raise _BadRow(f"'{key}' is {_shorten(row[key])}, it must be {' or '.join(_WORDS[each] for each in kinds)}")
@@ -183,7 +173,7 @@ def from_row(row: Any) -> Rollout:
 
 
 def _scores(row: dict[str, Any], num_tokens: int) -> dict[str, TokenFloats]:
-    """Every list of as many numbers as there are response tokens."""
+    """Every list with one number per response token."""
     return {
         key: np.array(value, dtype=np.float32)
         for key, value in row.items()
@@ -207,7 +197,7 @@ def _log_probs(values: list[Any], num_tokens: int) -> NDArray[np.float32]:
         raise _BadRow(f"'sampler_log_probs' has {len(values)} values for {num_tokens} response tokens: it needs one for each")
     if not all(map(_is_number, values)):
         raise _BadRow("'sampler_log_probs' must hold numbers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
         result = np.array(values, dtype=np.float32)
     if not np.isfinite(result).all():
         raise _BadRow(f"'sampler_log_probs' is not finite at token {int(np.flatnonzero(~np.isfinite(result))[0])}")

@@ -1,5 +1,5 @@
-"""The embedded engine: samples with the student itself, over its own tensor x pipeline layout. No second copy of the
-weights, no refit."""
+"""The embedded engine: samples with the student itself, over its tensor x pipeline layout, without a second copy of the weights
+or a refit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
+from kdrl_mcore.model.linear import few_rows_product
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
-from kdrl_mcore.parallel.packing import Run, pack, partition
+from kdrl_mcore.parallel.packing import SequenceRun, pack, partition
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
 from kdrl_mcore.rollout.sampling import sample, uniforms
@@ -27,27 +28,27 @@ from kdrl_mcore.types import Prompt, Rollout
 
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NO_TOKEN = -1
-_COMPACT_BELOW = 0.75  # share of the batch still running
+_COMPACT_BELOW = 0.75  # share of the batch that is still running
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
-"""Decoding steps from one look at what has finished to the next, by kind of device. On CUDA the host waits for the device at
-each, and what is decoded in vain meanwhile costs less: at most 15 tokens behind the longest response."""
+"""Decoding steps between two checks for finished responses, by kind of device. On CUDA the host waits for the device at each
+check; the superfluous decoding in between, of at most 15 tokens after the longest response, costs less."""
 
 
 class MegatronEngine:
     """Batched generation with a KV cache on the student's own shards.
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
-    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps it
-    looks at what has finished, which leaves the batch; in between the host waits for nothing. Replicas decode on their own, but
-    where experts are spread over several of them: then all take as many steps as the longest, so that none waits for another's
-    experts.
+    decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
+    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, except
+    where experts are distributed over several of them: all then take as many steps as the longest, so that none waits for
+    another's experts.
     """
 
     verifies = False
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
         """Args:
-        weight_version: tells how many updates the student's weights have seen.
+        weight_version: returns how many updates the student's weights have seen.
         """
         self._parts = parts
         self._tokenizer = tokenizer
@@ -57,7 +58,7 @@ class MegatronEngine:
         self._weight_version = weight_version
 
     def refit(self, student: Weights) -> None:
-        """Nothing to do: it samples with the student itself."""
+        """Nothing to do, because the engine samples with the student itself."""
 
     def sleep(self) -> None:
         """Nothing to do."""
@@ -67,31 +68,31 @@ class MegatronEngine:
 
     @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutEngine`; it does not verify. Collective over the world."""
+        """See `RolloutEngine`; this engine does not verify. Collective over the world."""
         groups = self._parts.groups
         for chunk in self._parts.chunks:
             chunk.eval()
         mine = partition([len(prompt.token_ids) for prompt in prompts], groups.replicas.size())[groups.replicas.rank()]
-        wave = max(1, self._max_sequences // sampling.copies)
+        wave = max(1, self._max_sequences // sampling.responses_per_prompt)
         rollouts: list[tuple[int, Rollout]] = []
         for number in range(self._most(math.ceil(len(mine) / wave))):
             indices = mine[number * wave : (number + 1) * wave]
             if indices:
                 rollouts += self._generate_wave([prompts[i] for i in indices], indices, sampling)
-            else:  # only so that this replica's experts serve the others
-                self._generate_wave(list(prompts[:1]), [0], replace(sampling, copies=1))
+            else:  # so that the other replicas can use this one's experts
+                self._generate_wave(list(prompts[:1]), [0], replace(sampling, responses_per_prompt=1))
         for chunk in self._parts.chunks:
             chunk.train()
         gathered = sorted(gather_from_replicas(groups, rollouts), key=lambda item: item[0])
         return [rollout for _, rollout in gathered]
 
     def _most(self, count: int) -> int:
-        """The largest count of the replicas that share experts with this one; `count` itself where none does. Collective over
-        the replicas then."""
+        """The largest count of the replicas that share experts with this one, in a collective over the replicas; `count` itself
+        where none does."""
         return self._own_and_most(torch.tensor(count))[1]
 
     def _own_and_most(self, count: Tensor) -> tuple[int, int]:
-        """A number, on any device, and its `_most`: the host waits for it."""
+        """A count, on any device, and its `_most`. The host waits for both."""
         groups, counts = self._parts.groups, count.repeat(2)
         if groups.layout.tensor % groups.layout.expert:
             counts = counts.to(device())
@@ -100,25 +101,25 @@ class MegatronEngine:
         return own, most
 
     def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
-        """(place in the global batch, rollout) of each response of these prompts."""
-        copies, limit = sampling.copies, sampling.max_response_tokens
+        """(index in the global batch, rollout) of each response to these prompts."""
+        responses_per_prompt, limit = sampling.responses_per_prompt, sampling.max_response_tokens
         alignment, where = self._parts.groups.layout.replica_alignment, device()
         packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).on_device()
         order = packed.order
         lengths = torch.tensor([len(prompts[i].token_ids) for i in order])
-        places = [indices[i] * copies + copy for i in order for copy in range(copies)]
-        random = to_device(uniforms(sampling.key, places, limit))
-        cache = KVCache(lengths.tolist(), copies, limit, few_shapes=where.type == "cuda")
+        indices = [indices[i] * responses_per_prompt + number for i in order for number in range(responses_per_prompt)]
+        random = to_device(uniforms(sampling.key, indices, limit))
+        cache = KVCache(lengths.tolist(), responses_per_prompt, limit, few_shapes=where.type == "cuda")
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
-        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
+        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(responses_per_prompt))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
 
-        slots = torch.arange(len(places), device=where)  # which response each cache slot belongs to
-        positions = to_device(lengths.repeat_interleave(copies))
-        tokens = torch.full((len(places), limit), _NO_TOKEN, device=where)
-        log_probs = torch.zeros(len(places), limit, device=where)
-        running = torch.ones(len(places), dtype=torch.bool, device=where)  # by slot
+        slots = torch.arange(len(indices), device=where)  # the response of each cache slot
+        positions = to_device(lengths.repeat_interleave(responses_per_prompt))
+        tokens = torch.full((len(indices), limit), _NO_TOKEN, device=where)
+        log_probs = torch.zeros(len(indices), limit, device=where)
+        running = torch.ones(len(indices), dtype=torch.bool, device=where)  # by slot
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
             tokens[slots, step], log_probs[slots, step] = token, log_prob
@@ -129,8 +130,8 @@ class MegatronEngine:
                 num_running, most = self._own_and_most(running.sum())
                 if most == 0:
                     break
-                # Dropping finished sequences copies the cache, which costs about as much as a step; until then they go on, and
-                # what follows their end is not counted.
+                # Dropping finished sequences copies the cache, which costs about as much as a step. Until then they are decoded
+                # further, and the tokens after their end are ignored.
                 if 0 < num_running <= _COMPACT_BELOW * len(slots):
                     kept = (~running).byte().sort(stable=True).indices[:num_running]
                     slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
@@ -138,14 +139,16 @@ class MegatronEngine:
             last_hidden = self._decode(token, positions, cache)
             cache.advance()
             positions = positions + 1
-        return self._rollouts([prompts[i] for i in order], places, copies, tokens.cpu().numpy(), log_probs.cpu().numpy())
+        return self._rollouts(
+            [prompts[i] for i in order], indices, responses_per_prompt, tokens.cpu().numpy(), log_probs.cpu().numpy()
+        )
 
     def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """The next token and its log-prob for every slot: sampled on the last stage, sent to the others."""
+        """The next token and its log-prob for every slot, sampled on the last stage and broadcast over the pipeline group."""
         groups, chunk = self._parts.groups, self._parts.chunks[-1]
         sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
-            logits = F.linear(hidden, chunk.head_weight()).float()
+            logits = few_rows_product(hidden, chunk.head_weight()).float()
             sampled = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
         if groups.pipeline.size() > 1:
             shape = (2, len(uniform_N))
@@ -158,16 +161,16 @@ class MegatronEngine:
         return sampled
 
     def _decode(self, token_N: Tensor, position_N: Tensor, cache: KVCache) -> Tensor | None:
-        """Hidden states [N, H] of one new token per slot (last stage only)."""
+        """Hidden states [N, H] of one new token per slot, on the last stage; None on the others."""
         count = len(token_N)
         filler = -count % self._parts.groups.layout.replica_alignment
         if filler:
             token_N, position_N = F.pad(token_N, (0, filler)), F.pad(position_N, (0, filler))
-        hidden = self._forward(token_N, position_N, (Run.whole(0, count + filler, 1),), cache)
+        hidden = self._forward(token_N, position_N, (SequenceRun.whole(0, count + filler, 1),), cache)
         return None if hidden is None else hidden[:count]
 
-    def _forward(self, tokens_S: Tensor, positions_S: Tensor, runs: tuple[Run, ...], cache: KVCache) -> Tensor | None:
-        """All layers over packed tokens: the final hidden states [S, H], whole, on the last stage, None on the others.
+    def _forward(self, tokens_S: Tensor, positions_S: Tensor, runs: tuple[SequenceRun, ...], cache: KVCache) -> Tensor | None:
+        """Run all layers over packed tokens: the whole final hidden states [S, H] on the last stage, None on the others.
 
         Collectives: send and receive along the pipeline, and under sequence parallelism an all-gather of the result.
         """
@@ -197,7 +200,7 @@ class MegatronEngine:
         chunk: LanguageModel,
         tokens_S: Tensor,
         positions_S: Tensor,
-        runs: tuple[Run, ...],
+        runs: tuple[SequenceRun, ...],
         cache: KVCache,
         hidden: Tensor | None,
     ) -> Tensor:
@@ -207,23 +210,23 @@ class MegatronEngine:
     def _rollouts(
         self,
         prompts: list[Prompt],
-        places: list[int],
-        copies: int,
+        indices: list[int],
+        responses_per_prompt: int,
         tokens: NDArray[np.int64],
         log_probs: NDArray[np.float32],
     ) -> list[tuple[int, Rollout]]:
-        """Cut each row of sampled tokens [responses, limit] behind its first stop token."""
+        """Cut each row of sampled tokens [responses, limit] after its first stop token."""
         is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids))
         stopped = np.asarray(is_end.any(axis=1))
         counts = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1])
         version = self._weight_version()
         result = []
-        for slot, (place, count, stop) in enumerate(zip(places, counts, stopped, strict=True)):
-            prompt = prompts[slot // copies]
+        for slot, (index, count, stop) in enumerate(zip(indices, counts, stopped, strict=True)):
+            prompt = prompts[slot // responses_per_prompt]
             ids = tokens[slot, :count].copy()
             rollout = Rollout(
                 prompt_id=prompt.prompt_id,
-                group_id=place // copies,
+                group_id=index // responses_per_prompt,
                 prompt_token_ids=prompt.token_ids,
                 response_token_ids=ids,
                 sampler_log_probs=log_probs[slot, :count].copy(),
@@ -232,6 +235,8 @@ class MegatronEngine:
                 prompt=prompt.text,
                 response=self._tokenizer.decode_response(ids),
                 answer=prompt.answer,
+                domain=prompt.domain,
+                columns=prompt.columns,
             )
-            result.append((place, rollout))
+            result.append((index, rollout))
         return result

@@ -1,7 +1,7 @@
 """Draw tokens from vocab-parallel logits without gathering them.
 
-One uniform number per token decides it by inversion of the cumulative distribution, so a sample depends on the seed, the
-step and its place in the batch, and not on the layout or on which other sequences are still running.
+Each token follows from one uniform number by inversion of the cumulative distribution, so a sample depends on the seed, the
+step and its position in the batch, and not on the layout or on which other sequences are still running.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.vocab_parallel import VocabShard
 
 _MASKED = -1e30
-_BLOCK = 64  # masses summed at once
+_BLOCK = 64  # masses in one sum
 
 
 def uniforms(key: tuple[int, ...], sequences: list[int], tokens: int) -> Tensor:
-    """Uniform numbers in [0, 1) for each sequence and token [sequences, tokens], float64, each row a function of (key,
-    sequence) alone."""
+    """Uniform numbers in [0, 1) for each sequence and token [sequences, tokens], float64; each row is a function of (key,
+    sequence) only."""
     rows = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, sequence]))).random(tokens) for sequence in sequences
     ]
@@ -34,8 +34,8 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
     Args:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
-        temperature: divides the logits; 0 takes the most likely token (its log-prob is that of the unscaled distribution).
-        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are of that
+        temperature: divides the logits; 0 takes the most likely token, with its log-prob in the unscaled distribution.
+        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are those of that
             distribution.
 
     Returns:
@@ -49,7 +49,7 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
     if top_p < 1 and temperature > 0:
         return _sample_nucleus(_gather_columns(logits_NV, shard), uniform_N, top_p)
     peak_N = logits_NV.amax(dim=1).double()
-    # In float64, ranks may each weigh against their own peak: what that rounds is far below what decides a token.
+    # Each rank scales by its own peak: in float64 the rounding error is far too small to change a token.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
     peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, masses.total_N)), shard).unbind(dim=1)
     top_N = peak_RN.amax(dim=0)
@@ -58,7 +58,7 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
     total_N = mass_RN.sum(dim=0)
     rank = shard.group.rank() if shard.group is not None else 0
     if temperature == 0:
-        # Of several ranks (or columns) at the peak, the first one owns the token.
+        # If several ranks (or columns) have the peak, the first one owns the token.
         owner_N = (peak_RN == top_N).double().argmax(dim=0)
         index_N = logits_NV.argmax(dim=1)
     else:
@@ -88,11 +88,12 @@ def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple
 
 
 class _Masses:
-    """Unnormalised probabilities [N, V] and the places where their running sum passes a number.
+    """Unnormalised probabilities [N, V], with a search for the column where their running sum passes a number.
 
     torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
-    so on; the way back down needs the running sums of one block of each level only: small matrix products. It also moves less:
-    the masses are read once and nothing of their size is written (128 rows of 152,000 columns: 156 MB).
+    so on; the search down the levels needs the running sums of only one block per level, which are small matrix products. This
+    also moves less memory: the masses are read once, and nothing of their size (156 MB for 128 rows of 152,000 columns) is
+    written.
     """
 
     def __init__(self, mass_NV: Tensor) -> None:
@@ -111,17 +112,17 @@ class _Masses:
     def locate(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
         """The first column at which the running sum exceeds the target, and the sum of the columns before it."""
         rows_N = torch.arange(len(target_N), device=target_N.device)
-        place_N, before_N = torch.zeros_like(rows_N), torch.zeros_like(target_N)
+        index_N, before_N = torch.zeros_like(rows_N), torch.zeros_like(target_N)
         for level in self._levels:
-            inside_N, more_N = _locate(level[rows_N, place_N], target_N - before_N)
-            place_N, before_N = place_N * level.size(2) + inside_N, before_N + more_N
-        return place_N, before_N
+            inside_N, more_N = _locate(level[rows_N, index_N], target_N - before_N)
+            index_N, before_N = index_N * level.size(2) + inside_N, before_N + more_N
+        return index_N, before_N
 
 
 def _locate(mass_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry of each row at which the running sum exceeds the target, and the sum of those before it.
+    """The first entry of each row at which the running sum exceeds the target, and the sum of the entries before it.
 
-    Whatever is rounded, it is an entry with mass: the first for targets below zero, the last for those beyond the total.
+    Despite rounding it is always an entry with mass: the first for targets below zero, the last for targets beyond the total.
     """
     columns = mass_NK.size(1)
     sum_NK = mass_NK @ torch.ones(columns, columns, dtype=mass_NK.dtype, device=mass_NK.device).triu()
@@ -133,7 +134,7 @@ def _locate(mass_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:
-    """[N] of every rank as [ranks, N]."""
+    """The values [N] of every rank as [ranks, N]. Collective over the shard's group: an all-gather."""
     if shard.group is None or shard.group.size() == 1:
         return value_N[None]
     gathered = value_N.new_empty(shard.group.size() * value_N.size(0), *value_N.shape[1:])
@@ -142,6 +143,6 @@ def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _gather_columns(logits_NV: Tensor, shard: VocabShard) -> Tensor:
-    """The logits of all ranks side by side."""
+    """The logits of all ranks side by side. Collective over the shard's group: an all-gather."""
     parts = _gather_rows(logits_NV.contiguous(), shard)
     return parts.transpose(0, 1).flatten(1)

@@ -1,19 +1,21 @@
-"""Exact log-probs, entropies, divergences and losses over a vocabulary that tensor-parallel ranks share."""
+"""Exact log-probs, entropies, divergences and losses over a vocabulary split across tensor-parallel ranks."""
 
-from kdrl_mcore.vocab_parallel.divergence import fused_exact_reverse_kl
+from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
 from kdrl_mcore.vocab_parallel.engine import HeadOutputs
+from kdrl_mcore.vocab_parallel.exact import ExactReverseKL
 from kdrl_mcore.vocab_parallel.head import fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.logits import token_log_probs_and_entropy
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-from kdrl_mcore.vocab_parallel.top_k import fused_top_k_reverse_kl, fused_top_k_unbiased
+from kdrl_mcore.vocab_parallel.top_k import TopKReverseKL, TopKUnbiased
 
 __all__ = [
+    "ExactReverseKL",
     "HeadOutputs",
+    "TeacherInputs",
+    "TopKReverseKL",
+    "TopKUnbiased",
     "VocabShard",
-    "fused_exact_reverse_kl",
     "fused_head",
-    "fused_top_k_reverse_kl",
-    "fused_top_k_unbiased",
     "head_log_probs",
     "token_log_probs_and_entropy",
 ]

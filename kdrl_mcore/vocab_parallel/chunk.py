@@ -1,4 +1,4 @@
-"""One chunk of tokens: logits, softmax statistics, and the derivative of the logits in the logits' own buffers.
+"""One chunk of tokens: logits, softmax statistics, and the derivative of the logits, which overwrites them.
 
 C rows of the chunk, H hidden, G the teacher's hidden, V real vocabulary columns of this rank, T loss rows of the whole pass.
 """
@@ -16,22 +16,23 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
-from kdrl_mcore.vocab_parallel.comparison import Compare, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import TeacherInputs, TokenSums
 from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
-ChunkLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
-"""(log-probs [C], entropies [C], divergences [C], which of the T rows) -> loss of each token [C]."""
+TokenLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
+"""(log-probs [C], entropies [C], divergences from the teacher [C], slice of the T rows) -> loss of each token [C],
+differentiable in all three. Rows without a teacher have divergence 0, without gradient."""
 
 Kernels = Literal["auto", "torch", "triton"]
-"""What computes a chunk: `auto` is Triton's kernels on CUDA where triton can be imported and no type is float64, else torch."""
+"""What computes a chunk: `auto` is Triton's kernels on CUDA if triton is installed and no type is float64, otherwise torch."""
 
 
 def logits_memory(
     kernels: Kernels, rows: int, columns: int, dtype: torch.dtype, teacher_dtype: torch.dtype | None, device: torch.device
 ) -> ChunkLogits:
-    """Memory for chunks of up to `rows` rows, with the chosen way to compute; `teacher_dtype` is None without a teacher.
+    """Memory for chunks of up to `rows` rows, for the chosen kernels; `teacher_dtype` is None without a teacher.
 
     Raises:
         ValueError: `kernels` is unknown, or is `triton` and a type is float64.
@@ -41,7 +42,7 @@ def logits_memory(
     wide = torch.float64 in (dtype, teacher_dtype)
     if kernels == "triton" and wide:
         raise ValueError("Triton's kernels add up in float32 and would lose float64's precision: use kernels='torch'")
-    if kernels == "triton" or (kernels == "auto" and device.type == "cuda" and not wide and _has_triton()):
+    if kernels == "triton" or (kernels == "auto" and not wide and chooses_triton(device)):
         # Not at the top: triton is optional, and on CPU only its interpreter could run.
         from kdrl_mcore.vocab_parallel.triton_logits import TritonLogits
 
@@ -49,9 +50,14 @@ def logits_memory(
     return TorchLogits.allocate(rows, columns, dtype, teacher_dtype, device)
 
 
+def chooses_triton(device: torch.device) -> bool:
+    """Whether `auto` uses Triton's kernels on this device, for types up to float32."""
+    return device.type == "cuda" and _has_triton()
+
+
 @cache
 def _has_triton() -> bool:
-    """Whether triton can be imported; logs it once if not."""
+    """Whether triton is installed; logs a warning once if not."""
     found = find_spec("triton") is not None
     if not found:
         logging.getLogger(__name__).warning(
@@ -61,12 +67,12 @@ def _has_triton() -> bool:
 
 
 class Chunk:
-    """The student (and the teacher) on one chunk, statistics known.
+    """The student's (and the teacher's) softmax statistics on one chunk, and its loss.
 
     Attributes:
-        log_prob_C, entropy_C: of the target and of the student's distribution, the same on every rank.
-        teacher_log_prob_C: the teacher's, of the target; 0 without a teacher.
-        divergence_C: from `loss` on; 0 without a teacher.
+        log_prob_C, entropy_C: the student's log-prob of the target and its entropy, the same on every rank.
+        teacher_log_prob_C: the teacher's log-prob of the target; 0 without a teacher.
+        divergence_C: set by `loss`; 0 without a teacher.
     """
 
     def __init__(
@@ -77,60 +83,61 @@ class Chunk:
         shard: VocabShard,
         temperature: float,
         logits: ChunkLogits,
-        teacher: tuple[Tensor, Tensor, Compare] | None,
+        teacher: TeacherInputs | None,
     ) -> None:
-        """Logits and statistics.
+        """Compute logits and statistics.
 
         Args:
             weight_VH: the real columns only.
-            teacher: its (hidden states [C, G], head [V, G], comparison with the student), or None.
+            teacher: the teacher's inputs for these rows, with hidden states [C, G]; or None.
 
         Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
-        four (six with a teacher, and the comparison's), and the comparison's own.
+        four (with a teacher six, and those of the divergence), and the divergence's own collectives.
         """
         self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
-        peaks_KC = logits.project(hidden_CH, weight_VH, None if teacher is None else teacher[:2], temperature)
+        teacher_factors = None if teacher is None else (teacher.hidden_DG, teacher.weight_VG)
+        peaks_KC = logits.project(hidden_CH, weight_VH, teacher_factors, temperature)
         logits.centre(max_over_ranks(peaks_KC, shard))
         own_C, column_C = shard.locate(targets_C)
         targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
         held_C = own_C.to(peaks_KC.dtype)
-        self._comparison = None if teacher is None else teacher[2](logits, shard)
-        more_KC = peaks_KC.new_empty(0, len(targets_C)) if self._comparison is None else self._comparison.sums_KC
+        self._divergence = None if teacher is None else teacher.divergence.on_chunk(logits, shard)
+        more_KC = peaks_KC.new_empty(0, len(targets_C)) if self._divergence is None else self._divergence.sums_KC
         parts = logits.totals(), torch.stack((*targets, held_C)), more_KC
         sums_KC = sum_over_ranks(torch.cat(parts), shard)
         models = len(targets)
         self._total_C, product_C, *teacher_total = sums_KC[: models + 1]
         target_C, *teacher_target = sums_KC[models + 1 : 2 * models + 1]
-        holders_C, self._comparison_sums_KC = sums_KC[2 * models + 1], sums_KC[2 * models + 2 :]
+        holders_C, self._divergence_sums_KC = sums_KC[2 * models + 1], sums_KC[2 * models + 2 :]
         self._log_total_C = self._total_C.log()
         self.log_prob_C = known_or_nan(target_C - self._log_total_C, holders_C)
         self.entropy_C = self._log_total_C - product_C / self._total_C
         self.divergence_C = self.teacher_log_prob_C = torch.zeros_like(self.log_prob_C)
-        if self._comparison is not None:
+        if self._divergence is not None:
             self._teacher_log_total_C = teacher_total[0].log()
             self.teacher_log_prob_C = teacher_target[0] - self._teacher_log_total_C
 
-    def loss(self, chunk_loss: ChunkLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        """(sum of the tokens' losses, dL/dlogits [C, V] or None where it is zero): of the logits before the temperature, in the
-        parameters' precision.
+    def loss(self, token_loss: TokenLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """(sum of the tokens' losses, dL/dlogits [C, V] or None if it is zero). The logits are those before division by the
+        temperature; their derivative is in the parameters' precision.
 
-        The derivative stands in the chunk's memory of logits, which are used up. No communication.
+        The derivative overwrites the chunk's logits. No communication.
 
         Args:
-            differentiate: whether to form the derivative at all.
+            differentiate: whether to compute the derivative.
 
         Raises:
-            ValueError: `chunk_loss` returned anything but one number per token.
+            ValueError: `token_loss` did not return one number per token.
         """
         log_prob_C, entropy_C = self.log_prob_C.clone().requires_grad_(), self.entropy_C.clone().requires_grad_()
         leaves, divergence_C = [log_prob_C, entropy_C], self.divergence_C
         with torch.set_grad_enabled(differentiate):
-            if self._comparison is not None:
+            if self._divergence is not None:
                 tokens = TokenSums(log_prob_C, self._log_total_C, self.teacher_log_prob_C, self._teacher_log_total_C)
-                leaf, divergence_C = self._comparison.divergence(self._comparison_sums_KC, tokens, self._targets_C, rows)
+                leaf, divergence_C = self._divergence.value(self._divergence_sums_KC, tokens, self._targets_C, rows)
                 leaves.append(leaf)
                 self.divergence_C = divergence_C.detach()
-            losses_C = chunk_loss(log_prob_C, entropy_C, divergence_C, rows)
+            losses_C = token_loss(log_prob_C, entropy_C, divergence_C, rows)
             value = losses_C.sum()
         if losses_C.shape != log_prob_C.shape:
             raise ValueError(
@@ -144,7 +151,7 @@ class Chunk:
         return value.detach(), self._logits_gradient(*gradients)
 
     def _logits_gradient(self, g_C: Tensor | None, h_C: Tensor | None, d_leaf: Tensor | None = None) -> Tensor:
-        """dL/dlogits from the derivatives in log-prob (g), entropy (h) and the comparison's leaf.
+        """dL/dlogits from the derivatives in log-prob (g), entropy (h) and the divergence's leaf.
 
         d log p_t / dz_v = 1[v = t] - p_v; dH / dz_v = -p_v (log p_v + H) with p_v = e_v / s.
         """
@@ -154,7 +161,7 @@ class Chunk:
         if h_C is not None:
             terms.append(LogitsTerms(h_C * (self._log_total_C - self.entropy_C), product_row_C=-h_C))
         if d_leaf is not None:
-            assert self._comparison is not None
-            terms.append(self._comparison.logits_terms(d_leaf))
+            assert self._divergence is not None
+            terms.append(self._divergence.logits_terms(d_leaf))
         targets = None if g_C is None else (self._targets_C, g_C)
         return self._logits.gradient(terms, targets, self._total_C, self._temperature, self._shard)

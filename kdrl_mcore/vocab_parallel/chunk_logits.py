@@ -1,6 +1,6 @@
-"""What one chunk needs from its logits on this rank, whatever computes it: torch on any device, Triton's kernels on CUDA.
+"""The interface to one chunk's logits on this rank. It has two implementations: torch on any device, Triton's kernels on CUDA.
 
-Z are the student's logits, y the teacher's, both over the temperature and, from `centre` on, minus their largest over all
+z are the student's logits and y the teacher's, divided by the temperature and, after `centre`, minus the row's largest over all
 ranks; e_v = exp(z_v). C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H and G hidden.
 """
 
@@ -20,7 +20,7 @@ ROW_ALIGNMENT_BYTES = 64
 """Rows of logits start at multiples of this: matrix products on GPUs are slow with odd row strides."""
 
 FILLED_COLUMNS = 32
-"""Where filler stands behind the real columns, a row takes a multiple of this many: 64 bytes of a 16-bit type."""
+"""Where rows are filled up after the real columns, their length is a multiple of this: 64 bytes of a 16-bit type."""
 
 Model = Literal["student", "teacher"]
 
@@ -40,10 +40,10 @@ class LogitsTerms:
 
 
 class ChunkLogits(ABC):
-    """The logits of one chunk, in memory that every chunk uses again. No method communicates.
+    """The logits of one chunk, in memory that all chunks reuse. No method communicates.
 
-    The order of calls: `project`, `centre`, any of `at`, `largest`, `difference_C` (once) and `outside` (after `at`), `totals`,
-    and `gradient`, after which the logits are gone.
+    The order of calls is `project`, `centre`, any of `at`, `largest`, `difference_C` (once) and `outside` (after `at`),
+    `totals`, and `gradient`, which overwrites the logits.
     """
 
     @classmethod
@@ -61,15 +61,15 @@ class ChunkLogits(ABC):
     def project(
         self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
     ) -> Tensor:
-        """The logits hidden @ weight^T / temperature, formed in the arguments' precision; `teacher` is (hidden [C, G], weight
-        [at least V, G]). Returns this rank's largest of each row, [1, C], or [2, C] with a teacher.
+        """Compute the logits hidden @ weight^T / temperature in the arguments' precision; `teacher` is (hidden [C, G], weight
+        [at least V, G]). Returns the largest logit of each row on this rank, [1, C], or [2, C] with a teacher.
 
-        Rows of a weight beyond V are padding: they may be multiplied and must be finite, and count for nothing.
+        Rows of a weight beyond V are padding. They must be finite, as they may be multiplied, and do not affect any result.
         """
 
     @abstractmethod
     def centre(self, peaks_KC: Tensor) -> None:
-        """Subtract the ranks' largest."""
+        """Subtract each row's largest logit over all ranks, `peaks_KC`."""
 
     @abstractmethod
     def at(self, column_CK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -78,8 +78,8 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def largest(self, model: Model, top_k: int) -> Tensor:
-        """The columns [C, min(top_k, V)] of the model's largest logits, largest first, of equal logits the lower column first.
-        Without waiting for the device."""
+        """The columns [C, min(top_k, V)] of the model's largest logits, in descending order; among equal logits the lower
+        column comes first. Does not wait for the device."""
 
     @abstractmethod
     def difference_C(self) -> Tensor:
@@ -87,11 +87,11 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
-        """(sum_v e_v, sum_v exp(y_v)) over all columns but `column_CK`, [2, C]; entries that are not `own_CK` are ignored."""
+        """(sum_v e_v, sum_v exp(y_v)) over all columns except `column_CK`, [2, C]; entries with `own_CK` False are ignored."""
 
     @abstractmethod
     def totals(self) -> Tensor:
-        """(sum_v e_v, sum_v e_v z_v), and with a teacher sum_v exp(y_v): [2, C] or [3, C]."""
+        """(sum_v e_v, sum_v e_v z_v) and, with a teacher, sum_v exp(y_v): [2, C] or [3, C]."""
 
     @abstractmethod
     def gradient(
@@ -102,19 +102,19 @@ class ChunkLogits(ABC):
         temperature: float,
         shard: VocabShard,
     ) -> Tensor:
-        """dL/d(logits before the temperature), in the matrix products' precision, in the chunk's own memory: [C, V], or with
-        zeros for some of the weight's further rows behind them.
+        """dL/d(logits before division by the temperature), in the matrix products' precision and in the chunk's own memory:
+        [C, V], possibly followed by columns of zeros for the weight's padding rows.
 
         Args:
             targets: (token ids [C], what to add to dL/dz there [C]).
-            total_C: s, the ranks' sum of e_v.
+            total_C: s, the sum of e_v over all ranks.
         """
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, columns] whose rows start aligned.
+    """An uninitialised tensor [rows, columns] with aligned rows.
 
-    What stands between the rows is zero: oneDNN's 16-bit products with AMX multiply it by zero, and NaN would stay NaN.
+    The gaps between rows are zeroed: oneDNN's 16-bit products with AMX multiply them by zero, and a NaN there would spread.
     """
     aligned = ROW_ALIGNMENT_BYTES // dtype.itemsize
     padded = torch.empty(rows, -(-columns // aligned) * aligned, dtype=dtype, device=device)
@@ -123,5 +123,5 @@ def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 
 
 def multiply(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CV: Tensor) -> None:
-    """hidden @ weight^T / temperature in the precision of all three."""
+    """out = hidden @ weight^T / temperature, in the tensors' common type."""
     torch.addmm(out_CV, hidden_CH, weight_VH.T, beta=0.0, alpha=1.0 / temperature, out=out_CV)

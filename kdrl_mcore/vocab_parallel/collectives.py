@@ -1,5 +1,5 @@
-"""What the ranks that share a vocabulary say to each other. With a single rank every function returns its argument.
-Nothing is sent for an empty tensor: all ranks of a group always have the same number of tokens.
+"""Collectives among the ranks that share a vocabulary. With a single rank every function returns its argument.
+Empty tensors are not communicated: all ranks of a group always have the same number of tokens.
 
 C tokens, K numbers per token, R ranks, S rows of the sequence, H hidden.
 """
@@ -28,7 +28,7 @@ def max_over_ranks(value: Tensor, shard: VocabShard) -> Tensor:
 
 
 def gather_columns(value_CK: Tensor, shard: VocabShard) -> Tensor:
-    """The ranks' [C, K] side by side in rank order, [C, R*K]. One all-gather over the shard's group."""
+    """Concatenate the ranks' [C, K] in rank order to [C, R*K]. One all-gather over the shard's group."""
     if shard.ranks == 1:
         return value_CK
     gathered_RCK = value_CK.new_empty(shard.ranks, *value_CK.shape)
@@ -38,7 +38,7 @@ def gather_columns(value_CK: Tensor, shard: VocabShard) -> Tensor:
 
 
 def gather_sequence(value_SH: Tensor, shard: VocabShard) -> Tensor:
-    """The rows of all ranks in rank order. One all-gather over the shard's group."""
+    """Concatenate the rows of all ranks in rank order. One all-gather over the shard's group."""
     if shard.ranks == 1:
         return value_SH
     gathered = value_SH.new_empty(value_SH.size(0) * shard.ranks, value_SH.size(1))

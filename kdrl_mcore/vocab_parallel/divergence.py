@@ -1,113 +1,103 @@
-"""Exact reverse KL, KL(student || teacher), of each token in the same pass over the head as log-probs and entropy.
+"""The interface of a divergence between student and teacher, as the pass over the head calls it.
 
-With z, y the centred logits of student and teacher and lse their log sums of exponentials,
+A `Divergence` defines how the two models are compared, in the same way for every token; a `ChunkDivergence` computes it for one
+chunk. A new divergence is one subclass: of `top_k.SeparableDivergence` if it is a sum over a support, else of `Divergence`.
 
-    D = sum_v p_v (log p_v - log q_v) = E_p[z - y] - lse_p + lse_q,     dD/dz_v = p_v (z_v - y_v - lse_p + lse_q - D).
-
-S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
-V vocabulary columns of this rank.
+T loss rows, the first D of them with a teacher, C rows of a chunk, G the teacher's hidden, V vocabulary columns of this rank,
+K numbers (or further tokens) per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.chunk import Kernels
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
-from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
-from kdrl_mcore.vocab_parallel.engine import HeadOutputs, HeadPass, Teacher
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
-DivergenceLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
-"""(log-probs [C], entropies [C], divergences [C], which of the T rows) -> loss of each token [C], differentiable in all."""
 
+@dataclass(frozen=True)
+class TokenSums:
+    """Quantities of each token of a chunk that are already reduced over the ranks, all [C].
 
-def fused_exact_reverse_kl(
-    hidden_SH: Tensor,
-    weight_VH: Tensor,
-    teacher_hidden_DG: Tensor,
-    teacher_weight_VG: Tensor,
-    rows_T: Tensor,
-    targets_T: Tensor,
-    token_loss: DivergenceLoss,
-    shard: VocabShard,
-    *,
-    temperature: float,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
-    kernels: Kernels = "auto",
-) -> HeadOutputs:
-    """`fused_head` with the exact reverse KL to a teacher: the joint loss, GRPO on log-probs and beta * D, is one pass.
-
-    6*H FLOP per token and column, and 2*G where there is a teacher; no sampling variance; the teacher's logits are never
-    stored or sent, and get no gradient. Both softmaxes are over the shard's real columns and at the same temperature.
-
-    Args:
-        teacher_hidden_DG: the teacher's last hidden states of the first D of the T rows, on every rank; D may be 0. The other
-            rows have no teacher: their divergence is 0 with no gradient, and costs nothing.
-        teacher_weight_VG: the teacher's head in the student's vocab-parallel layout: its first rows are the shard's real
-            columns, further rows (the teacher's own padding) are ignored.
-        token_loss: gets the divergences (nats) as well.
-        The others: as for `fused_head`.
-
-    Returns:
-        Loss, log-probs, entropies, divergences and the teacher's log-probs of the targets; all but the loss without gradient.
-
-    Raises:
-        ValueError: as `fused_head`; or the teacher's tensors do not fit.
-
-    Collectives over the shard's group: those of `fused_head`, with [2, C] in the MAX and [7, C] in the SUM all-reduce
-    of chunks with a teacher. D and T are the same on every rank.
+    Attributes:
+        log_prob: log p of the target under the student, a leaf with respect to which the loss is differentiated.
+        log_total: log sum_v exp of the student's centred logits; subtracting it turns them into log p.
+        teacher_log_prob, teacher_log_total: the teacher's.
     """
-    return fused_divergence(
-        hidden_SH,
-        weight_VH,
-        Teacher(teacher_hidden_DG, teacher_weight_VG, _ExactReverseKL),
-        rows_T,
-        targets_T,
-        token_loss,
-        shard,
-        temperature=temperature,
-        sequence_parallel=sequence_parallel,
-        chunk_tokens=chunk_tokens,
-        kernels=kernels,
-    )
+
+    log_prob: Tensor
+    log_total: Tensor
+    teacher_log_prob: Tensor
+    teacher_log_total: Tensor
 
 
-def fused_divergence(
-    hidden_SH: Tensor,
-    weight_VH: Tensor,
-    teacher: Teacher,
-    rows_T: Tensor,
-    targets_T: Tensor,
-    token_loss: DivergenceLoss,
-    shard: VocabShard,
-    *,
-    temperature: float,
-    sequence_parallel: bool,
-    chunk_tokens: int | None,
-    kernels: Kernels,
-) -> HeadOutputs:
-    """`fused_head` with any divergence that `teacher.compare` computes; see `fused_exact_reverse_kl`."""
-    return HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels).run(
-        hidden_SH, weight_VH
-    )
+class ChunkDivergence(ABC):
+    """The divergence on one chunk: from the local columns to one number per token."""
 
+    sums_KC: Tensor
+    """This rank's numbers that are to be summed over the ranks; K may be 0."""
 
-class _ExactReverseKL(Comparison):
-    """The leaf is D itself."""
+    @abstractmethod
+    def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """(leaf, divergence [C]), where the divergence is a differentiable function of the leaf (and of `tokens.log_prob`). No
+        communication.
 
-    def __init__(self, logits: ChunkLogits, shard: VocabShard) -> None:
-        self.sums_KC = logits.difference_C()[None]
+        Args:
+            sums_KC: `self.sums_KC` summed over the ranks.
+            rows: the position of these rows among the pass's T rows.
+        """
 
-    def divergence(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        self._lse_difference_C = tokens.teacher_log_total - tokens.log_total
-        divergence_C = self._lse_difference_C - sums_KC[0] / tokens.log_total.exp()
-        self._value_C = divergence_C
-        leaf = divergence_C.clone().requires_grad_()
-        return leaf, leaf
-
+    @abstractmethod
     def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
-        return LogitsTerms(d_leaf * (self._lse_difference_C - self._value_C), difference_row_C=-d_leaf)
+        """The contribution of dL/dleaf to dL/dz. Called after `value`. No communication."""
+
+
+class Divergence(ABC):
+    """A comparison of the student's distribution p of a token with the teacher's, q."""
+
+    @abstractmethod
+    def check(self, shard: VocabShard) -> None:
+        """Raise ValueError if the divergence does not fit the vocabulary. No communication."""
+
+    @abstractmethod
+    def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
+        """Begin a chunk; `logits` holds the centred logits of both models. Collectives, if any, over the shard's group."""
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """The teacher's side of a pass over the head.
+
+    Attributes:
+        hidden_DG: the teacher's last hidden states of the first D of the T loss rows, the same on every rank of the shard's
+            group; D may be 0. The other rows have no teacher: their divergence is 0 without gradient, at no cost.
+        weight_VG: the teacher's head in the student's vocab-parallel layout, in the type of the hidden states. The first rows
+            are the shard's real columns; further rows (the teacher's own padding) are not used.
+        divergence: the divergence to compute.
+    """
+
+    hidden_DG: Tensor
+    weight_VG: Tensor
+    divergence: Divergence
+
+    def of_rows(self, rows: slice) -> TeacherInputs:
+        """The inputs of some of the D rows."""
+        return replace(self, hidden_DG=self.hidden_DG[rows])
+
+    def check(self, num_tokens: int, shard: VocabShard) -> None:
+        """Raise ValueError if shapes, types or the divergence do not fit `num_tokens` loss rows and the student's columns."""
+        hidden_DG, weight_VG = self.hidden_DG, self.weight_VG
+        if len(hidden_DG) > num_tokens or hidden_DG.size(1) != weight_VG.size(1) or hidden_DG.dtype != weight_VG.dtype:
+            raise ValueError(
+                f"teacher hidden states {tuple(hidden_DG.shape)} {hidden_DG.dtype} and head {tuple(weight_VG.shape)} "
+                f"{weight_VG.dtype} do not fit: expected [at most {num_tokens}, G] and [columns, G] of one type"
+            )
+        if weight_VG.size(0) < shard.real_columns:
+            raise ValueError(
+                f"the teacher's head has {weight_VG.size(0)} columns on this rank, fewer than the student's "
+                f"{shard.real_columns}: load it in the student's vocab-parallel layout"
+            )
+        self.divergence.check(shard)

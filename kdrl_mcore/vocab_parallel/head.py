@@ -1,21 +1,19 @@
-"""The fused output head: from hidden states to log-probs, entropies and a loss, never holding the logits of a micro-batch.
+"""The fused output head: from hidden states to log-probs, entropies, a divergence from a teacher and a loss, without ever
+holding the logits of a whole micro-batch.
 
-S rows of the sequence, T loss rows, C rows of a chunk, H hidden, V vocabulary columns of this rank.
+S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, V vocabulary columns of
+this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.chunk import Kernels
-from kdrl_mcore.vocab_parallel.engine import HeadPass
+from kdrl_mcore.vocab_parallel.chunk import Kernels, TokenLoss
+from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
+from kdrl_mcore.vocab_parallel.engine import HeadOutputs, HeadPass
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-
-TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
-"""(log-probs [C], entropies [C], which of the T rows) -> loss of each token [C], differentiable in both."""
 
 
 def fused_head(
@@ -27,48 +25,49 @@ def fused_head(
     shard: VocabShard,
     *,
     temperature: float,
+    teacher: TeacherInputs | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> HeadOutputs:
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
-    With p = softmax(h W^T / temperature) over the real columns, `token_loss` gets log p[target] and the entropy of p (nats).
-    It is called once for each chunk, in order, and once with empty tensors when T is 0; on every rank of the shard's group it
-    must compute the same. Gradients are formed in the forward pass, so one backward pass can follow it.
+    With p = softmax(h W^T / temperature) over the real columns, and q the teacher's distribution likewise, `token_loss` gets
+    log p[target], the entropy of p and the divergence of p from q (nats). So one pass computes the joint loss of KDRL
+    (arXiv 2506.02208): alpha * L_GRPO of the log-probs plus beta * L_KD of the divergence.
+
+    `token_loss` is called once for each chunk, in order, and once with empty tensors if T is 0; it must return the same on
+    every rank of the shard's group. Gradients are computed in the forward pass, so only one backward pass can follow it.
+
+    The cost is 6*H FLOP per token and column, and 2*G more with a teacher of hidden size G. The teacher's logits are never
+    stored or sent, and get no gradient.
 
     Args:
-        hidden_SH: hidden states [S, H]; with `sequence_parallel` this rank's S/tp rows of them.
-        weight_VH: this rank's rows of the output head, in the type of the hidden states. Logits are formed in that type;
-            statistics, loss and dW are added up in float32.
-        rows_T: the rows that predict the targets, counted in the whole sequence; no other row reaches the head.
+        hidden_SH: hidden states [S, H]; with `sequence_parallel`, this rank's S/tp rows of them.
+        weight_VH: this rank's rows of the output head, in the type of the hidden states. Logits are computed in that type;
+            statistics, loss and dW are accumulated in float32.
+        rows_T: the rows that predict the targets, as indices into the whole sequence; no other row reaches the head.
         targets_T: token ids in [0, shard.size).
-        chunk_tokens: rows per chunk, the same on every rank; None is `engine.default_chunk_tokens`.
-        kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` takes Triton where it can.
+        teacher: the teacher of the first D rows and the divergence: `ExactReverseKL`, `TopKReverseKL` or `TopKUnbiased`.
+        chunk_tokens: rows per chunk, the same on every rank; None means `engine.default_chunk_tokens`.
+        kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` uses Triton where possible.
 
     Returns:
-        (loss, log-probs [T], entropies [T]), float32 (float64 of float64), the same on every rank of the group. The last two
-        have no gradient. With no tokens the loss is 0 and its gradient zero.
+        Loss, log-probs, entropies, divergences and the teacher's log-probs of the targets, in float32 (float64 for float64
+        inputs), the same on every rank of the group. Only the loss has a gradient. Without tokens, loss and gradient are zero.
 
     Raises:
         ValueError: a target is not a token (on CUDA its log-prob is NaN instead, as a check would wait for the device), shapes
-            or types do not fit, or `token_loss` did not return one number per token.
+            or types do not fit, `token_loss` did not return one number per token, or the divergence does not fit the
+            vocabulary.
 
-    Collectives over the shard's group: for each chunk a MAX all-reduce of [C] and a SUM all-reduce of [4, C]; under sequence
-    parallelism an all-gather of the hidden states; backward a SUM all-reduce of [T, H], under sequence parallelism a
-    reduce-scatter of [S, H].
+    Collectives over the shard's group: for each chunk a MAX all-reduce of [C] and a SUM all-reduce of [4, C], or with a teacher
+    of [2, C] and [6, C] plus what its divergence adds; under sequence parallelism an all-gather of the hidden states; in the
+    backward pass a SUM all-reduce of [T, H], under sequence parallelism a reduce-scatter of [S, H]. D and T must be the same on
+    every rank.
     """
-    outputs = HeadPass(
-        rows_T,
-        targets_T,
-        shard,
-        temperature,
-        sequence_parallel,
-        chunk_tokens,
-        lambda log_probs_C, entropy_C, _, rows: token_loss(log_probs_C, entropy_C, rows),
-        kernels=kernels,
-    ).run(hidden_SH, weight_VH)
-    return outputs.loss, outputs.log_probs, outputs.entropies
+    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels)
+    return head.run(hidden_SH, weight_VH)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Log-probs and entropy of logits that are already there, differentiable, for small problems and for other people's models.
+"""Differentiable log-probs and entropy of existing logits, for small problems and for models that return logits.
 
 T tokens, V vocabulary columns of this rank.
 """
@@ -15,9 +15,9 @@ from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 MASKED = -1e30
-"""The largest logit of a rank without real columns: finite, for 0 * infinity would be NaN."""
+"""The largest logit of a rank without real columns. It is finite, since 0 * infinity would be NaN."""
 COUNTS_BYTES = 16 * 2**20
-"""What the counts of equal logits may take at a time."""
+"""The memory for the counts of equal logits at a time."""
 
 
 def token_log_probs_and_entropy(
@@ -25,21 +25,21 @@ def token_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """log p[target] and the entropy -sum_v p_v log p_v of p = softmax(logits / temperature), in nats.
 
-    The whole [T, V] stays in memory; `fused_head` does not need it. The input is never overwritten. Columns beyond the real
-    vocabulary take no part and get zero gradient.
+    The whole [T, V] stays in memory, unlike in `fused_head`. The input is never overwritten. Columns beyond the real vocabulary
+    are ignored and get zero gradient.
 
     Args:
         logits_TV: this rank's columns.
         targets_T: token ids in [0, shard.size), the same on every rank of the group.
 
     Returns:
-        (log-probs [T], entropy [T]), float32 (float64 of float64 logits), the same on every rank of the group. Both are
-        differentiable: d log p_t / dz_v = 1[v = t] - p_v, dH / dz_v = -p_v (log p_v + H), z the divided logits.
+        (log-probs [T], entropy [T]), float32 (float64 for float64 logits), the same on every rank of the group. Both are
+        differentiable: d log p_t / dz_v = 1[v = t] - p_v, dH / dz_v = -p_v (log p_v + H), where z = logits / temperature.
 
     Raises:
         ValueError: a target is not a token (on CUDA its log-prob is NaN instead), or shapes do not fit.
 
-    Collectives over the shard's group: a MAX all-reduce of [T] and a SUM all-reduce of [4, T]; none in the backward pass, as
+    Collectives over the shard's group: a MAX all-reduce of [T] and a SUM all-reduce of [4, T]; none in the backward pass, since
     the outputs' gradients are the same on every rank.
     """
     if logits_TV.shape != (len(targets_T), shard.stop - shard.start):
@@ -53,17 +53,18 @@ def token_log_probs_and_entropy(
 
 
 def local_peak(logits_CV: Tensor) -> Tensor:
-    """The largest logit of each row, `MASKED` where there are no columns."""
+    """The largest logit of each row; `MASKED` if there are no columns."""
     if logits_CV.size(1) == 0:
         return logits_CV.new_full((logits_CV.size(0),), MASKED)
     return logits_CV.amax(dim=1)
 
 
 def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
-    """The columns [C, min(top_k, V)] of the largest logits, largest first, of equal logits the lower column first.
+    """The columns [C, min(top_k, V)] of the largest logits, in descending order; among equal logits the lower column comes
+    first.
 
-    `torch.topk` leaves open which of equal logits it returns. Here it only finds the threshold: S is what is above it and the
-    first columns that equal it. That is the same number in each row, so the device need not be waited for.
+    `torch.topk` does not specify which of equal logits it returns, so it is used only to find the threshold. The result is the
+    columns above the threshold and the first ones equal to it: the same number in each row, so nothing waits for the device.
     """
     top_k = min(top_k, logits_CV.size(1))
     if top_k == 0 or len(logits_CV) == 0:
@@ -86,7 +87,7 @@ def _top_k_of_rows(logits_CV: Tensor, top_k: int) -> Tensor:
 
 
 def local_target(centred_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(the targets' logits [C], 1.0 or 0.0 [C] for whether they are this rank's); the logit is 0 where they are not."""
+    """(the targets' logits [C], 1.0 where this rank holds the target and 0.0 elsewhere [C]); the logit is 0 elsewhere."""
     own_C, column_C = shard.locate(targets_C)
     held_C = own_C.to(centred_CV.dtype)
     if centred_CV.size(1) == 0:
@@ -95,7 +96,7 @@ def local_target(centred_CV: Tensor, targets_C: Tensor, shard: VocabShard) -> tu
 
 
 def known_or_nan(log_probs_C: Tensor, holders_C: Tensor) -> Tensor:
-    """The log-probs, NaN where no rank held the target."""
+    """The log-probs, or NaN where no rank held the target."""
     return torch.where(holders_C > 0, log_probs_C, torch.nan)
 
 
@@ -144,6 +145,6 @@ class _LogProbsAndEntropy(torch.autograd.Function):
 
 
 def _scaled(logits_TV: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """A copy of the real columns over the temperature, at least float32."""
+    """A copy of the real columns divided by the temperature, in at least float32."""
     real_TV = logits_TV[:, : shard.real_columns]
     return real_TV.to(torch.promote_types(logits_TV.dtype, torch.float32), copy=True).div_(temperature)

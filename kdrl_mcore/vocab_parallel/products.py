@@ -1,4 +1,4 @@
-"""Matrix products of 16-bit factors whose sums stay in float32."""
+"""Matrix products of 16-bit factors, accumulated in float32."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
-"""What a block of a product may take on the way to its sum, on CPU."""
+"""The size of the blocks in which CPUs form a product before adding it."""
 
 
 def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, first: bool) -> None:
-    """sum += a @ b, in place; the sum has the factors' type or, of 16-bit factors, float32.
+    """sum += a @ b, in place. The sum has the factors' type or, for 16-bit factors, float32.
 
-    On CUDA one product accumulates into the sum: 2*M*K*N FLOP beside 8*M*N bytes (4 of them for the first), and nothing is
-    rounded to 16 bits. CPUs have no such product: it is formed by blocks in the factors' type, and each is added.
+    On CUDA a single product accumulates into the sum: 2*M*K*N FLOP and 8*M*N bytes (4*M*N for the first one), and nothing is
+    rounded to 16 bits. CPUs have no such product; there it is computed block by block in the factors' type and then added.
 
     Args:
-        first: the sum holds nothing yet, whatever stands in its memory.
+        first: whether the sum is uninitialised, so that the product overwrites it.
     """
     beta = 0 if first else 1
     if sum_MN.dtype == a_MK.dtype:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns [start, stop) of the padded vocabulary stand in this rank's weight; columns >= size do not exist for any softmax.
+    """This rank's weight holds the columns [start, stop) of the padded vocabulary; columns >= size take part in no softmax.
 
     Attributes:
-        group: the ranks that share the vocabulary, in column order; None is a single rank.
+        group: the ranks that share the vocabulary, in column order; None for a single rank.
         size: the number of real tokens. A rank may hold none of them.
     """
 
@@ -42,8 +42,8 @@ class VocabShard:
     def check_targets(self, targets_T: Tensor) -> None:
         """Raise ValueError if a target is not a real token.
 
-        On CUDA this would cost a synchronisation, so it is left out there: such a target's log-prob comes out NaN, which
-        every check on the loss sees.
+        On CUDA this would cost a synchronisation, so it is skipped there: the log-prob of such a target is NaN, which every
+        check of the loss detects.
         """
         if targets_T.device.type == "cpu" and len(targets_T):
             low, high = torch.aminmax(targets_T)

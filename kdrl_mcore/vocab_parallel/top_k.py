@@ -1,228 +1,225 @@
-"""Reverse KL to a teacher restricted to a top-k set of tokens, in the same pass over the head as log-probs and entropy.
+"""Divergences restricted to a support of k tokens, computed in the same pass over the head as log-probs and entropy.
 
-The set S is the student's or the teacher's k most likely tokens. Nothing differentiates the choice of S; on it every form is a
-function of the k log-probs log p_v, v in S, whose derivatives the pass spreads over the columns as it does the target's.
+The support S of a token is the k most likely tokens of the student or of the teacher. The choice of S is not differentiated.
+Given S, every divergence is a function of the k log-probs log p_v, v in S, whose derivatives the pass spreads over the columns
+as it does the target's.
 
-S rows of the sequence, T loss rows, the first D of them with a teacher, C rows of a chunk, H hidden, G the teacher's hidden,
-V vocabulary columns of this rank, K = k tokens of a set, M candidates, R ranks.
+T loss rows of the pass, C rows of a chunk, K = k tokens of a support, M candidates, R ranks.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.chunk import Kernels
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import gather_columns
-from kdrl_mcore.vocab_parallel.comparison import Comparison, TokenSums
-from kdrl_mcore.vocab_parallel.divergence import DivergenceLoss, fused_divergence
-from kdrl_mcore.vocab_parallel.engine import HeadOutputs, Teacher
+from kdrl_mcore.vocab_parallel.divergence import ChunkDivergence, Divergence, TokenSums
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 Support = Literal["student", "teacher"]
+"""The model whose most likely tokens form the support."""
+
 Tail = Literal["truncate", "renormalize", "bucket"]
+"""How the tokens outside S are treated.
+
+`truncate`: they are left out, so the divergence may be negative;
+`renormalize`: p and q are scaled to sum to 1 on S;
+`bucket`: together they count as one more token, with p_out = sum_{v not in S} p_v and q_out likewise; a mass below the smallest
+normal number of the statistics' type is replaced by that number.
+"""
 
 
-def fused_top_k_reverse_kl(
-    hidden_SH: Tensor,
-    weight_VH: Tensor,
-    teacher_hidden_DG: Tensor,
-    teacher_weight_VG: Tensor,
-    rows_T: Tensor,
-    targets_T: Tensor,
-    token_loss: DivergenceLoss,
-    shard: VocabShard,
-    *,
-    top_k: int,
-    support: Support,
-    tail: Tail,
-    temperature: float,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
-    kernels: Kernels = "auto",
-) -> HeadOutputs:
-    """`fused_exact_reverse_kl` with a top-k set in place of the vocabulary.
+@dataclass(frozen=True)
+class SupportLogProbs:
+    """The log-probs of both models on the supports of a chunk's tokens, the same on every rank.
 
-    `tail` says what becomes of the tokens outside S:
-    `truncate`: they are left out, sum_S p (log p - log q), which may be negative;
-    `renormalize`: p and q are scaled to sum to 1 on S;
-    `bucket`: together they are one more token, p_out (log p_out - log q_out) with p_out = sum_{v not in S} p_v; a mass
-    below the smallest normal number of the statistics' type counts as that number in the logarithms.
+    Attributes:
+        ids_CK: the supports, most likely first; among equal logits the lower token id comes first, in every layout.
+        log_p_CK: the student's log-probs, a leaf with respect to which the loss is differentiated.
+        log_q_CK: the teacher's.
+        outside_KC: (sum over v not in S of exp(z_v), and of exp(y_v)) of the centred logits, [2, C]; [0, C] if the divergence
+            does not need them.
+        tokens: the tokens' quantities over the whole vocabulary.
+        targets_C: the sampled tokens.
+        rows: the position of these rows among the pass's T rows.
+    """
 
-    Args:
-        top_k: the size of S. Of equal logits the lower token ids are chosen, whatever the layout.
-        support: whose most likely tokens.
-        The others: as for `fused_exact_reverse_kl`.
+    ids_CK: Tensor
+    log_p_CK: Tensor
+    log_q_CK: Tensor
+    outside_KC: Tensor
+    tokens: TokenSums
+    targets_C: Tensor
+    rows: slice
+
+
+@dataclass(frozen=True)
+class TopKDivergence(Divergence):
+    """A divergence that is a function of the log-probs on a support; subclasses define the function.
+
+    Attributes:
+        k: the size of the support.
+        support: the model whose k most likely tokens form it.
+
+    Adds an all-gather of [C, 3*k] for each chunk and, if `needs_outside`, two numbers per token to the chunk's SUM all-reduce.
 
     Raises:
-        ValueError: as there; or top_k is not in 1 to shard.size, or support or tail is unknown.
-
-    Collectives over the shard's group: those of `fused_exact_reverse_kl`, and for each chunk an all-gather of [C, 3*k].
+        ValueError: `support` is unknown. `check` raises it if k is not between 1 and the size of the vocabulary.
     """
-    if tail not in ("truncate", "renormalize", "bucket"):
-        raise ValueError(f"tail is '{tail}': it must be truncate, renormalize or bucket")
-    compare = partial(_TopKReverseKL, top_k=_checked(top_k, support, shard), support=support, tail=tail)
-    return fused_divergence(
-        hidden_SH,
-        weight_VH,
-        Teacher(teacher_hidden_DG, teacher_weight_VG, compare),
-        rows_T,
-        targets_T,
-        token_loss,
-        shard,
-        temperature=temperature,
-        sequence_parallel=sequence_parallel,
-        chunk_tokens=chunk_tokens,
-        kernels=kernels,
-    )
+
+    k: int
+    support: Support
+
+    def __post_init__(self) -> None:
+        if self.support not in ("student", "teacher"):
+            raise ValueError(f"support is '{self.support}': it must be student or teacher")
+
+    @property
+    def needs_outside(self) -> bool:
+        """Whether `value` needs the masses outside the support, which cost one more read of the chunk's logits."""
+        return False
+
+    @abstractmethod
+    def value(self, chunk: SupportLogProbs) -> Tensor:
+        """The divergence [C], differentiable in `chunk.log_p_CK` and `chunk.tokens.log_prob`. No communication."""
+
+    def check(self, shard: VocabShard) -> None:
+        if not 1 <= self.k <= shard.size:
+            raise ValueError(f"k is {self.k}: it must be between 1 and the vocabulary's {shard.size} tokens")
+
+    def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
+        return _OnSupport(self, logits, shard)
 
 
-def fused_top_k_unbiased(
-    hidden_SH: Tensor,
-    weight_VH: Tensor,
-    teacher_hidden_DG: Tensor,
-    teacher_weight_VG: Tensor,
-    rows_T: Tensor,
-    targets_T: Tensor,
-    token_loss: DivergenceLoss,
-    shard: VocabShard,
-    *,
-    top_k: int,
-    sampler_log_probs_T: Tensor | None,
-    temperature: float,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
-    kernels: Kernels = "auto",
-) -> HeadOutputs:
+@dataclass(frozen=True)
+class SeparableDivergence(TopKDivergence):
+    """A sum over tokens of a function of p_v and q_v, `terms`, on the support and its tail.
+
+    Attributes:
+        tail: how the tokens outside the support are treated.
+
+    Raises:
+        ValueError: as for `TopKDivergence`, or `tail` is unknown.
+    """
+
+    tail: Tail
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tail not in ("truncate", "renormalize", "bucket"):
+            raise ValueError(f"tail is '{self.tail}': it must be truncate, renormalize or bucket")
+
+    @property
+    def needs_outside(self) -> bool:
+        # 1 - sum_S p would lose a small remainder to rounding.
+        return self.tail == "bucket"
+
+    @abstractmethod
+    def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Each token's term of the sum, for tensors of any shape, differentiable in p and log p."""
+
+    def value(self, chunk: SupportLogProbs) -> Tensor:
+        log_p_CK, log_q_CK = chunk.log_p_CK, chunk.log_q_CK
+        if self.tail == "renormalize":
+            log_p_CK = log_p_CK - log_p_CK.logsumexp(dim=1, keepdim=True)
+            log_q_CK = log_q_CK - log_q_CK.logsumexp(dim=1, keepdim=True)
+        inside_C = self.terms(log_p_CK.exp(), log_p_CK, log_q_CK).sum(dim=1)
+        if self.tail != "bucket":
+            return inside_C
+        tiny = torch.finfo(log_p_CK.dtype).tiny
+        p_inside_C = log_p_CK.exp().sum(dim=1)
+        student_C, teacher_C = chunk.outside_KC
+        # The value comes from the sum outside S, the derivative from p_out = 1 - sum_S p, for which it is exact.
+        p_out_C = (student_C / chunk.tokens.log_total.exp()).clamp_min(tiny) - (p_inside_C - p_inside_C.detach())
+        q_out_C = (teacher_C / chunk.tokens.teacher_log_total.exp()).clamp_min(tiny)
+        return inside_C + self.terms(p_out_C, p_out_C.log(), q_out_C.log())
+
+
+@dataclass(frozen=True)
+class TopKReverseKL(SeparableDivergence):
+    """sum_v p_v (log p_v - log q_v), in nats, over a support instead of the vocabulary."""
+
+    def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return p * (log_p - log_q)
+
+
+@dataclass(frozen=True)
+class TopKUnbiased(TopKDivergence):
     """A surrogate of the reverse KL whose gradient is unbiased: exact on the student's top-k set, sampled outside.
 
     sum_{v in S} sg(p_v (log p_v - log q_v)) log p_v + 1[target not in S] sg(w) (log q_target - log p_target)^2 / 2 with
     w = p_target / mu_target. Its value is not a divergence; its gradient, averaged over targets drawn from mu, is dD/dz.
 
-    Args:
-        sampler_log_probs_T: log mu of the targets, for w; None where the student itself sampled them (w = 1).
-        The others: as for `fused_top_k_reverse_kl`, collectives and errors as well.
+    Attributes:
+        sampler_log_probs_T: log mu of the targets, for w; None if the student itself sampled them (w = 1).
     """
-    compare = partial(_TopKUnbiased, top_k=_checked(top_k, "student", shard), sampler_log_probs_T=sampler_log_probs_T)
-    return fused_divergence(
-        hidden_SH,
-        weight_VH,
-        Teacher(teacher_hidden_DG, teacher_weight_VG, compare),
-        rows_T,
-        targets_T,
-        token_loss,
-        shard,
-        temperature=temperature,
-        sequence_parallel=sequence_parallel,
-        chunk_tokens=chunk_tokens,
-        kernels=kernels,
-    )
+
+    support: Support = field(default="student", init=False)
+    sampler_log_probs_T: Tensor | None
+
+    def value(self, chunk: SupportLogProbs) -> Tensor:
+        log_p_CK, tokens = chunk.log_p_CK, chunk.tokens
+        factor_CK = (log_p_CK.exp() * (log_p_CK - chunk.log_q_CK)).detach()
+        inside_C = (factor_CK * log_p_CK).sum(dim=1)
+        d_C = tokens.teacher_log_prob - tokens.log_prob
+        outside_C = (chunk.ids_CK != chunk.targets_C[:, None]).all(dim=1)
+        sampled_C = 0.5 * d_C.square()
+        if self.sampler_log_probs_T is not None:
+            sampled_C = (tokens.log_prob.detach() - self.sampler_log_probs_T[chunk.rows]).exp() * sampled_C
+        return inside_C + torch.where(outside_C, sampled_C, 0.0)
 
 
-def _checked(top_k: int, support: str, shard: VocabShard) -> int:
-    if not 1 <= top_k <= shard.size:
-        raise ValueError(f"top_k is {top_k}: it must be between 1 and the vocabulary's {shard.size} tokens")
-    if support not in ("student", "teacher"):
-        raise ValueError(f"support is '{support}': it must be student or teacher")
-    return top_k
+class _OnSupport(ChunkDivergence):
+    """The leaf is log p of the supports, [C, K]."""
+
+    def __init__(self, divergence: TopKDivergence, logits: ChunkLogits, shard: VocabShard) -> None:
+        self._divergence = divergence
+        self._candidates = _choose(logits, shard, divergence.k, divergence.support)
+        self._ids_CK = self._candidates.ids.long()
+        if divergence.needs_outside:
+            self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
+        else:
+            self.sums_KC = self._candidates.student.new_empty(0, len(self._ids_CK))
+
+    def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p_CK = (self._candidates.student - tokens.log_total[:, None]).requires_grad_()
+        log_q_CK = self._candidates.teacher - tokens.teacher_log_total[:, None]
+        chunk = SupportLogProbs(self._ids_CK, log_p_CK, log_q_CK, sums_KC, tokens, targets_C, rows)
+        return log_p_CK, self._divergence.value(chunk)
+
+    def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
+        return LogitsTerms(-d_leaf.sum(dim=1), one_hot=(self._ids_CK, d_leaf))
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Tokens with the centred logits of both models, all [C, K]."""
+    """Token ids and the centred logits of both models, all [C, K]."""
 
     ids: Tensor
     student: Tensor
     teacher: Tensor
 
 
-def _choose(logits: ChunkLogits, shard: VocabShard, top_k: int, support: Support) -> _Candidates:
-    """The set S of each row, the same on every rank. One all-gather of [C, 3*top_k] over the shard's group.
+def _choose(logits: ChunkLogits, shard: VocabShard, k: int, support: Support) -> _Candidates:
+    """The support of each row, the same on every rank. One all-gather of [C, 3*k] over the shard's group.
 
-    Ids travel as floats, which are exact up to 2^24. Ranks stand in column order, so the stable sort over all candidates again
-    prefers lower ids.
+    Ids are sent as floats, which are exact up to 2^24. Ranks are in column order, so the stable sort over all candidates also
+    puts lower ids first.
     """
-    column_CK = logits.largest(support, top_k)
-    missing = top_k - column_CK.size(1)
+    column_CK = logits.largest(support, k)
+    missing = k - column_CK.size(1)
     student_CK, teacher_CK = logits.at(column_CK)
     assert teacher_CK is not None
     local = ((column_CK + shard.start).to(student_CK.dtype), student_CK, teacher_CK)
     padded = [torch.nn.functional.pad(part, (0, missing), value=MASKED) for part in local]
-    gathered_CR3K = gather_columns(torch.cat(padded, dim=1), shard).unflatten(1, (shard.ranks, 3, top_k))
+    gathered_CR3K = gather_columns(torch.cat(padded, dim=1), shard).unflatten(1, (shard.ranks, 3, k))
     ids_CM, student_CM, teacher_CM = (gathered_CR3K[:, :, i].flatten(1) for i in range(3))
     ranked_CM = student_CM if support == "student" else teacher_CM
-    order_CK = ranked_CM.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    order_CK = ranked_CM.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return _Candidates(*(part.gather(1, order_CK) for part in (ids_CM, student_CM, teacher_CM)))
-
-
-class _TopK(Comparison):
-    """The leaf is log p of the set, [C, K]."""
-
-    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, support: Support) -> None:
-        self._set = _choose(logits, shard, top_k, support)
-        self._ids_CK = self._set.ids.long()
-        self.sums_KC = self._set.student.new_empty(0, len(self._ids_CK))
-
-    def divergence(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_p_CK = (self._set.student - tokens.log_total[:, None]).requires_grad_()
-        log_q_CK = self._set.teacher - tokens.teacher_log_total[:, None]
-        return log_p_CK, self._value(log_p_CK, log_q_CK, sums_KC, tokens, targets_C, rows)
-
-    def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
-        return LogitsTerms(-d_leaf.sum(dim=1), one_hot=(self._ids_CK, d_leaf))
-
-    @abstractmethod
-    def _value(
-        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
-    ) -> Tensor:
-        """The divergence [C] from the set's log-probs."""
-
-
-class _TopKReverseKL(_TopK):
-    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, support: Support, tail: Tail) -> None:
-        super().__init__(logits, shard, top_k=top_k, support=support)
-        self._tail = tail
-        if tail == "bucket":
-            # 1 - sum_S p would lose a small rest to rounding.
-            self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
-
-    def _value(
-        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
-    ) -> Tensor:
-        if self._tail == "renormalize":
-            log_p_CK = log_p_CK - log_p_CK.logsumexp(dim=1, keepdim=True)
-            log_q_CK = log_q_CK - log_q_CK.logsumexp(dim=1, keepdim=True)
-        inside_C = (log_p_CK.exp() * (log_p_CK - log_q_CK)).sum(dim=1)
-        if self._tail != "bucket":
-            return inside_C
-        tiny = torch.finfo(log_p_CK.dtype).tiny
-        p_inside_C = log_p_CK.exp().sum(dim=1)
-        # The value comes from the sum outside S, the derivative from p_out = 1 - sum_S p, of which it is the exact one.
-        p_out_C = (sums_KC[0] / tokens.log_total.exp()).clamp_min(tiny) - (p_inside_C - p_inside_C.detach())
-        q_out_C = (sums_KC[1] / tokens.teacher_log_total.exp()).clamp_min(tiny)
-        return inside_C + p_out_C * (p_out_C.log() - q_out_C.log())
-
-
-class _TopKUnbiased(_TopK):
-    def __init__(self, logits: ChunkLogits, shard: VocabShard, *, top_k: int, sampler_log_probs_T: Tensor | None) -> None:
-        super().__init__(logits, shard, top_k=top_k, support="student")
-        self._sampler_log_probs_T = sampler_log_probs_T
-
-    def _value(
-        self, log_p_CK: Tensor, log_q_CK: Tensor, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice
-    ) -> Tensor:
-        factor_CK = (log_p_CK.exp() * (log_p_CK - log_q_CK)).detach()
-        inside_C = (factor_CK * log_p_CK).sum(dim=1)
-        d_C = tokens.teacher_log_prob - tokens.log_prob
-        outside_C = (self._ids_CK != targets_C[:, None]).all(dim=1)
-        sampled_C = 0.5 * d_C.square()
-        if self._sampler_log_probs_T is not None:
-            sampled_C = (tokens.log_prob.detach() - self._sampler_log_probs_T[rows]).exp() * sampled_C
-        return inside_C + torch.where(outside_C, sampled_C, 0.0)

@@ -1,4 +1,4 @@
-"""A chunk's logits in plain torch: the reference, good on CPU, and what CUDA falls back to.
+"""A chunk's logits in plain torch: the reference, used on CPU and as the fallback on CUDA.
 
 C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
 """
@@ -17,7 +17,7 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
 class TorchLogits(ChunkLogits):
-    """Logits and e_v in at least float32, and buffers in the matrix products' own precision where that is lower."""
+    """Holds logits and e_v in at least float32, and buffers in the matrix products' precision where that is lower."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class TorchLogits(ChunkLogits):
         self._student_CV, self._exp_CV, self._teacher_buffer_CV = student_CV, exp_CV, teacher_CV
         self._low_CV, self._teacher_low_CV = low_CV, teacher_low_CV
         self._teacher_CV: Tensor | None = None
-        """The teacher's buffer where this chunk has a teacher."""
+        """The teacher's buffer if this chunk has a teacher, otherwise None."""
 
     @classmethod
     def allocate(
@@ -93,15 +93,16 @@ class TorchLogits(ChunkLogits):
         return local_top_k(logits_CV, top_k)
 
     def difference_C(self) -> Tensor:
-        """The teacher's buffer then holds e_v (y_v - z_v): its sum gives the divergence, and it is all that dD/dz needs."""
+        """See `ChunkLogits`. Leaves e_v (y_v - z_v) in the teacher's buffer: its sum gives the divergence, and dD/dz needs no
+        more."""
         assert self._teacher_CV is not None
         return self._teacher_CV.sub_(self._student_CV).mul_(self._exp_CV).sum(dim=1)
 
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
-        """Uses up the teacher."""
+        """See `ChunkLogits`. Overwrites the teacher's logits."""
         assert self._teacher_CV is not None
         columns = self._exp_CV.size(1)
-        # Tokens of other ranks point at a spare column.
+        # Tokens of other ranks are mapped to a spare column.
         outside_CV = torch.ones(len(self._exp_CV), columns + 1, dtype=torch.bool, device=self._exp_CV.device)
         outside_CV = outside_CV.scatter_(1, torch.where(own_CK, column_CK, columns), False)[:, :columns]
         teacher_C = self._teacher_CV.exp_().mul_(outside_CV).sum(dim=1)
@@ -110,7 +111,7 @@ class TorchLogits(ChunkLogits):
 
     def totals(self) -> Tensor:
         total_C = self._exp_CV.sum(dim=1)
-        # From here on the student's buffer holds e_v z_v: all that the entropy, and later its derivative, needs.
+        # From here on the student's buffer holds e_v z_v, which is all that the entropy and its derivative need.
         product_C = self._student_CV.mul_(self._exp_CV).sum(dim=1)
         return torch.stack((total_C, product_C, *self._teacher_totals))
 
@@ -122,7 +123,7 @@ class TorchLogits(ChunkLogits):
         temperature: float,
         shard: VocabShard,
     ) -> Tensor:
-        """In place of e, then in the products' precision."""
+        """See `ChunkLogits`. Computed in place of e_v, then converted to the products' precision."""
         d_CV = self._exp_CV
         scale_C = 1.0 / (total_C * temperature)
         row_C = torch.stack([term.row_C for term in terms]).sum(dim=0)
@@ -144,7 +145,7 @@ class TorchLogits(ChunkLogits):
 
 
 def _project(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CV: Tensor, low_CV: Tensor | None) -> None:
-    """Multiplied in the parameters' precision, then widened."""
+    """Multiply in the parameters' precision, then convert to `out_CV`'s."""
     weight_VH = weight_VH[: out_CV.size(1)]
     multiply(hidden_CH, weight_VH, temperature, out_CV if low_CV is None else low_CV)
     if low_CV is not None:

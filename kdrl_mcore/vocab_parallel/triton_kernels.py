@@ -1,8 +1,8 @@
 """Triton kernels over the logits of one chunk: softmax statistics in one read, the derivative in place in one pass.
 
-Everything is added up in float32, whatever the logits' type; largest logits start from a finite number, for a difference of
-infinities would be NaN. Give them a number of columns that is a multiple of 16: only then can the compiler tell that 16 bytes
-belong to a row together, and move them in one access instead of eight.
+All sums are in float32 for every type of logits. Running maxima start from a finite number, since a difference of infinities
+would be NaN. The number of columns should be a multiple of 16: only then does the compiler know that 16 bytes belong to one row
+and move them in one access instead of eight.
 
 C rows, V columns of this rank, z the student's and y the teacher's logits.
 """
@@ -20,16 +20,18 @@ STATISTICS_BLOCK = 4096
 TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
 LARGEST_BLOCK = 2048
-"""Columns that one program handles at a time: as many as keep its sums in registers with three programs on a multiprocessor."""
+"""Columns that one program handles at a time, chosen so that its sums stay in registers with three programs on a
+multiprocessor."""
 WARPS = 8
 REGISTERS = 80
-"""Of a thread that holds a block's sums: three programs on a multiprocessor. Left alone, ptxas spills to fit a fourth."""
+"""Registers of a thread that holds a block's sums, for three programs on a multiprocessor. Without the limit, ptxas spills
+registers to fit a fourth."""
 
 
 def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
-    """Per row, with m the row's largest z and n its largest y: (m, sum e^(z-m), sum e^(z-m) (z-m)), [3, C], and with a teacher
-    (n, sum e^(y-n), sum e^(z-m) ((y-n) - (z-m))), [6, C]; float32. One read of the logits. A row without columns gives
-    `MASKED` and zeros."""
+    """Statistics of each row in float32, with m its largest z and n its largest y: (m, sum e^(z-m), sum e^(z-m) (z-m)), [3, C];
+    with a teacher also (n, sum e^(y-n), sum e^(z-m) ((y-n) - (z-m))), [6, C]. One read of the logits. A row without columns
+    gives `MASKED` and zeros."""
     rows, columns = z_CV.shape
     out_KC = torch.empty(3 if y_CV is None else 6, rows, dtype=torch.float32, device=z_CV.device)
     if rows:
@@ -56,7 +58,7 @@ def differentiate(z_CV: Tensor, y_CV: Tensor | None, column_C: Tensor, numbers_K
     """Overwrite z by dL/dz_v = e_v (a + b z'_v + c (y'_v - z'_v)) + g 1[v = column], with z', y' the centred logits.
 
     Args:
-        column_C: the target's local column, -1 where it is not this rank's.
+        column_C: the target's local column, -1 if another rank holds it.
         numbers_KC: float32 rows (largest z, a, b, g), with a teacher also (largest y, c).
     """
     rows, columns = z_CV.shape
@@ -79,10 +81,10 @@ def differentiate(z_CV: Tensor, y_CV: Tensor | None, column_C: Tensor, numbers_K
 
 
 def largest(z_CV: Tensor, top_k: int) -> Tensor:
-    """The columns [C, top_k] of the largest logits, ascending, of equal logits the lower columns.
+    """The columns [C, top_k] of the largest logits, in ascending order of columns; among equal logits, the lower columns.
 
-    `torch.topk` leaves open which of equal logits it returns, so it only finds the threshold. A second read takes what is above
-    it and the first columns that equal it: exactly top_k, so that the host has nothing to count.
+    `torch.topk` does not specify which of equal logits it returns, so it is used only to find the threshold. A second read
+    takes the columns above the threshold and the first ones equal to it: exactly top_k, so the host need not count them.
     """
     rows, columns = z_CV.shape
     column_CK = torch.empty(rows, top_k, dtype=torch.long, device=z_CV.device)
@@ -106,7 +108,7 @@ def largest(z_CV: Tensor, top_k: int) -> Tensor:
 
 
 def overwrite(d_CV: Tensor, column_CK: Tensor, own_CK: Tensor, values_CK: Tensor) -> None:
-    """d[c, column_CK[c, k]] = values_CK[c, k] wherever own_CK; columns are distinct within a row."""
+    """d[c, column_CK[c, k]] = values_CK[c, k] where own_CK[c, k]; columns are distinct within a row."""
     rows, count = column_CK.shape
     if rows and count and d_CV.size(1):
         with torch.cuda.device_of(d_CV):
@@ -124,8 +126,8 @@ def overwrite(d_CV: Tensor, column_CK: Tensor, own_CK: Tensor, values_CK: Tensor
 def _statistics(
     z_ptr, z_stride, y_ptr, y_stride, out_ptr, rows, columns, LOWEST: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program per row. The sums stay spread over the block's lanes until the end; only the largest logit is needed by all
-    of them, so a step costs one reduction per model."""
+    """One program per row. The sums stay spread over the block's lanes until the end. Only the largest logit is needed by all
+    lanes, so a step costs one reduction per model."""
     row = tl.program_id(0).to(tl.int64)  # C * V can exceed 32 bits
     lanes = tl.arange(0, BLOCK)
     z_row = z_ptr + row * z_stride
@@ -187,8 +189,8 @@ def _differentiate(
 
 @triton.jit(do_not_specialize=["count"])
 def _largest(z_ptr, z_stride, threshold_ptr, above_ptr, column_ptr, columns, count, BLOCK: tl.constexpr):
-    """One program per row. What is above the threshold takes the first places and what equals it those behind, in the order of
-    columns; few blocks hold any of either."""
+    """One program per row. Columns above the threshold are stored first, then those equal to it, each in ascending order. Few
+    blocks contain any."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     z_row = z_ptr + row * z_stride

@@ -1,11 +1,11 @@
-"""A chunk's logits through Triton's kernels: they are read once for all statistics and turned into their derivative in place.
+"""A chunk's logits with Triton's kernels, which read them once for all statistics and overwrite them with their derivative.
 
-The matrix products' own output is the only [C, V] there is (one more for a teacher); nothing is widened, centred or
+The output of the matrix product is the only [C, V] in memory (with a teacher there are two); nothing is widened, centred or
 exponentiated in memory. Imported only where Triton can run: on CUDA, or on CPU under Triton's interpreter.
 
-A row takes W columns of memory: the V real ones and filler up to a multiple that suits the kernels. The filler's logits are
-`MASKED`, so that its exponentials, and its part of every sum and of the derivative, are exactly zero. The products cover it as
-far as the weight has rows there (its padding), so that their sizes are even as well.
+A row takes W columns of memory: the V real ones, then filler up to a multiple that suits the kernels. The filler's logits are
+`MASKED`, so its exponentials and its contributions to sums and derivatives are exactly zero. The products also compute the
+filler as far as the weight has rows for it (its padding), so that their sizes are even as well.
 
 C rows of a chunk, V real vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
 """
@@ -25,12 +25,12 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
 class TritonLogits(ChunkLogits):
-    """Holds the logits as the products wrote them; `centre` only corrects the rows' sums for the ranks' largest logit."""
+    """Holds the logits as the products wrote them; `centre` only rescales the rows' sums for the largest logit of all ranks."""
 
     def __init__(self, columns: int, student_CW: Tensor, teacher_CW: Tensor | None) -> None:
         self._columns, self._student_CW, self._teacher_buffer_CW = columns, student_CW, teacher_CW
         self._teacher_CW: Tensor | None = None
-        """The teacher's buffer where this chunk has a teacher."""
+        """The teacher's buffer if this chunk has a teacher, otherwise None."""
 
     @classmethod
     def allocate(
@@ -56,10 +56,10 @@ class TritonLogits(ChunkLogits):
             self._teacher_CW = self._teacher_buffer_CW
             self._multiply(*teacher, temperature, self._teacher_CW)
         self._local_KC = triton_kernels.statistics(self._student_CW, self._teacher_CW)
-        return self._local_KC[::3].clone()  # the ranks' largest will overwrite it
+        return self._local_KC[::3].clone()  # the maximum over ranks will overwrite it
 
     def _multiply(self, hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CW: Tensor) -> int:
-        """The logits, `MASKED` behind the real columns. Returns how many columns the weight has rows for."""
+        """Compute the logits, `MASKED` after the real columns. Returns the number of columns for which the weight has rows."""
         columns = min(len(weight_VH), out_CW.size(1))
         multiply(hidden_CH, weight_VH[:columns], temperature, out_CW[:, :columns])
         out_CW[:, self._columns :] = MASKED
@@ -97,7 +97,7 @@ class TritonLogits(ChunkLogits):
         return self._difference_C
 
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
-        """A second read, with the columns masked for its duration."""
+        """See `ChunkLogits`. Reads the logits once more, with the columns masked meanwhile."""
         assert self._teacher_CW is not None
         buffers = (self._student_CW, self._teacher_CW)
         kept = [buffer_CW.gather(1, column_CK).float() for buffer_CW in buffers if self._columns]
@@ -121,8 +121,8 @@ class TritonLogits(ChunkLogits):
         temperature: float,
         shard: VocabShard,
     ) -> Tensor:
-        """In place of the student's logits. In a top-k set's columns the derivative nearly cancels, so there it is formed in
-        float32 and rounded once."""
+        """See `ChunkLogits`. Computed in place of the student's logits. In the columns of a top-k set the derivative nearly
+        cancels, so there it is computed in float32 and rounded once."""
         scale_C = 1.0 / (total_C * temperature)
         zero_C = torch.zeros_like(scale_C)
         row_C, product_C, difference_C = (

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 PACKAGES = ("megatron", "vllm", "transformer_engine")
 
 _ENGINE = "vllm.v1.engine.async_llm.AsyncLLM"
@@ -27,15 +27,15 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "kdrl_mcore/model/gpt.py": {"self.config": (_CONFIG,)},
     "kdrl_mcore/model/attention.py": {"self.config": (_CONFIG,), "self.pg_collection": (_GROUPS,)},
     "kdrl_mcore/parallel/layout.py": {"self.groups": (_GROUPS,), "groups": (_GROUPS,)},
-    "kdrl_mcore/rollout/vllm_adapter.py": {
+    "kdrl_mcore/rollout/vllm/adapter.py": {
         "self._llm": (_ENGINE,),
         "args": ("vllm.engine.arg_utils.AsyncEngineArgs",),
         "vllm_config": ("vllm.config.VllmConfig",),
         "part": ("vllm.outputs.CompletionOutput",),
     },
-    "kdrl_mcore/rollout/vllm_reload.py": {"worker": (_WORKER,), "worker.model_runner": _RUNNERS},
-    "kdrl_mcore/rollout/vllm_worker.py": {"self.parallel_config": ("vllm.config.ParallelConfig",)},
-    "kdrl_mcore/student.py": {"self.parts.config": (_CONFIG,)},
+    "kdrl_mcore/rollout/vllm/reload.py": {"worker": (_WORKER,), "worker.model_runner": _RUNNERS},
+    "kdrl_mcore/rollout/vllm/worker.py": {"self.parallel_config": ("vllm.config.ParallelConfig",)},
+    "kdrl_mcore/student/student.py": {"self.parts.config": (_CONFIG,)},
 }
 """The classes of expressions of a file which its syntax does not show."""
 UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")

@@ -5,39 +5,19 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.convert.verify import verify
-from tests.convert import worker
-from tests.ranks import RankPool
 from tests.reference.dense import load_model
 from tests.reference.tiny_models import make_model, make_tokenizer
-
-
-def quiet(total: int) -> Any:
-    """No progress bar."""
-    return lambda num_bytes: None
-
-
-def all_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of an HF folder."""
-    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_bytes(one: Path, other: Path) -> None:
-    """Two HF folders hold the same tensors: names, dtypes, shapes and bytes."""
-    left, right = all_tensors(one), all_tensors(other)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert (tensor.dtype, tensor.shape) == (right[name].dtype, right[name].shape)
-        assert torch.equal(tensor.view(-1).view(torch.uint8), right[name].view(-1).view(torch.uint8)), name
+from tests.support import conversion_ranks
+from tests.support.hf_folders import all_tensors, assert_same_bytes, quiet
+from tests.support.ranks import RankPool
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +100,7 @@ def test_the_keys_and_chunks_are_those_megatron_itself_saves(
     converted: Path, source: Path, ranks1: RankPool, tmp_path: Path
 ) -> None:
     """Megatron-Core's own `dist_checkpointing.save` of the same model writes the same keys, shapes, dtypes and chunks."""
-    ranks1.run(worker.save_with_megatron, str(source), str(tmp_path))
+    ranks1.run(conversion_ranks.save_with_megatron, str(source), str(tmp_path))
     theirs, ours = (
         FileSystemReader(folder).read_metadata().state_dict_metadata for folder in (tmp_path, converted / "release")
     )
@@ -136,7 +116,7 @@ def test_the_keys_and_chunks_are_those_megatron_itself_saves(
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
 def test_megatron_loads_it_in_any_layout(layout: dict, source: Path, converted: Path, ranks2: RankPool) -> None:
     """`dist_checkpointing.load` fills a model with the same values as our own loading, padded vocabulary included."""
-    assert all(ranks2.run(worker.megatron_loads_the_same, str(source), str(converted), layout))
+    assert all(ranks2.run(conversion_ranks.megatron_loads_the_same, str(source), str(converted), layout))
 
 
 @pytest.mark.parametrize(
@@ -145,13 +125,13 @@ def test_megatron_loads_it_in_any_layout(layout: dict, source: Path, converted: 
 def test_megatron_loads_experts_in_any_layout(layout: dict, ranks2: RankPool, tmp_path: Path) -> None:
     hf = make_model("qwen3_moe", tmp_path / "hf", seed=4)
     import_hf(hf, tmp_path / "megatron", None, quiet)
-    assert all(ranks2.run(worker.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
+    assert all(ranks2.run(conversion_ranks.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
 
 
 def test_a_converted_model_is_a_model(source: Path, converted: Path, ranks2: RankPool) -> None:
     """Whoever takes a model folder takes either kind."""
     layout, given = {"tensor": 2}, [[1, 2, 3, 4], [5, 6]]
-    first, second = (ranks2.run(worker.logits, str(path), layout, given)[0] for path in (source, converted))
+    first, second = (ranks2.run(conversion_ranks.logits, str(path), layout, given)[0] for path in (source, converted))
     assert np.array_equal(first, second)
 
 
@@ -168,7 +148,7 @@ def test_a_running_model_exports_the_bytes_it_was_loaded_from(
 ) -> None:
     """And the checkpoint it saves does too: through a change of layout, with a padded vocabulary."""
     hf = make_model(family, tmp_path / "hf", seed=6)
-    ranks4.run(worker.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
+    ranks4.run(conversion_ranks.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
     assert_same_bytes(hf, tmp_path / "exported")
     export_hf_folder(tmp_path / "saved", tmp_path / "back", quiet)
     assert_same_bytes(hf, tmp_path / "back")
@@ -177,7 +157,7 @@ def test_a_running_model_exports_the_bytes_it_was_loaded_from(
 
 def test_a_tied_model_over_a_pipeline_exports_one_embedding(ranks2: RankPool, tmp_path: Path) -> None:
     hf = make_model("qwen2", tmp_path / "hf", seed=6, tie_word_embeddings=True)
-    ranks2.run(worker.export_and_save, str(hf), {"pipeline": 2}, str(tmp_path / "exported"), str(tmp_path / "saved"))
+    ranks2.run(conversion_ranks.export_and_save, str(hf), {"pipeline": 2}, str(tmp_path / "exported"), str(tmp_path / "saved"))
     assert_same_bytes(hf, tmp_path / "exported")
     export_hf_folder(tmp_path / "saved", tmp_path / "back", quiet)
     assert_same_bytes(hf, tmp_path / "back")

@@ -12,10 +12,10 @@ import torch
 
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families import FAMILIES, read_architecture
-from tests.convert import worker
-from tests.ranks import RankPool
 from tests.reference.dense import load_model
 from tests.reference.tiny_models import make_model
+from tests.support import conversion_ranks
+from tests.support.ranks import RankPool
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -53,7 +53,7 @@ def agree(name: str, models: dict[str, Path], pool: RankPool, layout: dict[str, 
     model = load_model(models[name], torch.float32)
     with torch.no_grad():
         expected = np.concatenate([model(torch.tensor([tokens]), use_cache=False).logits[0].numpy() for tokens in given])
-    (result,) = [each for each in pool.run(worker.logits, str(models[name]), layout, given) if each is not None][:1]
+    (result,) = [each for each in pool.run(conversion_ranks.logits, str(models[name]), layout, given) if each is not None][:1]
     assert result.shape == expected.shape
     assert np.abs(result - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -112,7 +112,7 @@ def test_a_yarn_model_differs_from_the_plain_one(models: dict[str, Path]) -> Non
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ("qwen3", {"hidden_size": None}, "has no hidden_size"),
+        ("qwen3", {"hidden_size": None}, "has no valid hidden_size"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("qwen3_moe", {"num_local_experts": None}, "num_experts"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
+from examples import comparison
 from examples.tiny import demo, task
-from examples.tiny.demo import Training
+from examples.tiny.demo import training
 from examples.tiny.make_pair import FLAW_RATE, write_random_model
 from kdrl_mcore.monitoring.metrics import read_metrics
 from kdrl_mcore.rollout.files import read_scored
@@ -32,26 +34,32 @@ def test_every_method_trains_from_the_same_start_is_reported_and_is_not_repeated
 ) -> None:
     demo.demo(directory, STEPS, seeds=[3])
 
-    trainings = [Training(method, 3, STEPS, directory) for stage in demo.STAGES for method in stage]
-    metrics = {training.method.name: read_metrics(training.run_dir) for training in trainings}
+    runs = [training(method, 3, STEPS, directory) for stage in demo.STAGES for method in stage]
+    metrics = {run.name.removesuffix("_seed3"): read_metrics(run.run_dir) for run in runs}
     assert [int(rows[-1]["step"]) for rows in metrics.values()] == [STEPS] * 3
     assert len({rows[0]["eval/accuracy"] for rows in metrics.values()}) == 1
     assert len({sum(row.get("samples", 0) for row in rows) for rows in metrics.values()}) == 1
     assert metrics["grpo"][-1]["teacher_tokens"] == 0 < metrics["kdrl"][-1]["teacher_tokens"]
     assert (metrics["kdrl"][-1]["alpha"], metrics["kd"][-1]["alpha"]) == (1.0, 0.0)
     assert metrics["kdrl"][1]["beta"] > metrics["kdrl"][2]["beta"]  # it falls
-    scored = {t.method.name: read_scored(t.run_dir / "rollouts" / "step_000001.jsonl") for t in trainings}
+    scored = {r.name.removesuffix("_seed3"): read_scored(r.run_dir / "rollouts" / "step_000001.jsonl") for r in runs}
     assert all("teacher_log_probs" in scores for _, scores in scored["kdrl"])  # for the report's log-ratios
     assert not any("teacher_log_probs" in scores for _, scores in scored["grpo"])
-    assert "tensor: 2" in (trainings[0].run_dir / "config.yaml").read_text()
-    assert all((training.run_dir / "hf" / "model.safetensors").is_file() for training in trainings)
+    by_prompt: dict[int, list[float]] = {}
+    for rollout, _ in scored["grpo"]:
+        by_prompt.setdefault(rollout.group_id, []).append(rollout.correct)
+    means = [fmean(each) for each in by_prompt.values()]  # prompts are the draws, not their responses
+    assert metrics["grpo"][1]["accuracy_stderr"] == pytest.approx(stdev(means) / len(means) ** 0.5)
+    assert [row["step"] for row in metrics["grpo"] if row.get("time/evaluation", 0) > 0] == [0, STEPS]
+    assert "tensor: 2" in (runs[0].run_dir / "config.yaml").read_text()
+    assert all((run.run_dir / "hf" / "model.safetensors").is_file() for run in runs)
     assert (directory / "demo.png").stat().st_size > 10_000
     shown = capfd.readouterr()
     assert "took" in shown.out and all(f"{name}_seed3" in shown.out for name in metrics)
 
-    monkeypatch.setattr(demo, "start_training", lambda *_: pytest.fail("a complete run was started again"))
+    monkeypatch.setattr(comparison, "start_training", lambda *_: pytest.fail("a complete run was started again"))
     demo.demo(directory, STEPS, seeds=[3])
-    assert [training.is_complete() for training in trainings] == [True] * 3
-    assert not Training(demo.KDRL, 3, STEPS + 1, directory).is_complete()
+    assert [run.is_complete() for run in runs] == [True] * 3
+    assert not training(demo.KDRL, 3, STEPS + 1, directory).is_complete()
     (directory / "student").touch()  # made anew: what was trained from the old one no longer counts
-    assert not trainings[0].is_complete()
+    assert not runs[0].is_complete()

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 from examples.tiny.make_pair import write_random_model
-from kdrl_mcore.reward.registry import AnswerReward
-from kdrl_mcore.types import Rollout
-from tests.ranks import RankPool
+from kdrl_mcore.cli.evaluate import output_name
+from kdrl_mcore.convert.folders import find_model
 from tests.reference.tiny_models import read_jsonl, write_jsonl
-from tests.training import FAST, Outcome, listen, metrics_of, train_on_rank
+from tests.support.commands import BLOCK, REWARD, SAMPLES, evaluate_on_rank, evaluation_arguments
+from tests.support.ranks import RankPool
+from tests.support.training import FAST, metrics_of, train_on_rank
 
-SAMPLES, PROMPTS, BLOCK = 3, 5, 2
-REWARD = f"reward.kind={__name__}:LengthModulo"
-
-
-class LengthModulo(AnswerReward):
-    """The answer of a random model's response: its length modulo 3."""
-
-    def __init__(self, config: Any) -> None:
-        pass
-
-    def answer(self, rollout: Rollout) -> str:
-        return str(len(rollout.response_token_ids) % 3)
-
-    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        return [left == right for left, right in pairs]
-
-
-def evaluate_on_rank(arguments: list[str]) -> Outcome:
-    """`tools/evaluate.py`, as the command line calls it, in the pool's world; `found["blocks"]`: how often it sampled."""
-    import torch.distributed as dist
-
-    from kdrl_mcore.parallel.platform import destroy_groups, prepare_platform
-
-    prepare_platform()
-    from kdrl_mcore.rollout.megatron import MegatronEngine
-    from tools.evaluate import main
-
-    kept = set(dist.distributed_c10d._world.pg_map)
-    with patch.object(MegatronEngine, "generate", autospec=True, side_effect=MegatronEngine.generate) as generate:
-        outcome = listen(lambda: main(arguments))
-    destroy_groups(kept)
-    outcome.found = {"blocks": generate.call_count}
-    return outcome
+PROMPTS = 5
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(folder: Path, output: str, *more: str) -> list[str]:
-    files = ["--model", str(folder / "model"), "--data", str(folder / "sums.jsonl"), "--output", str(folder / output)]
-    sizes = ["--samples", str(SAMPLES), "--max-response-tokens", "120", "--block", str(BLOCK)]
-    return [*files, *sizes, "--temperature", "2.5", *more, "data.template=plain", REWARD]
-
-
 def responses(folder: Path, output: str, mode: str) -> list[Any]:
     return [row for path in sorted((folder / output / "sums").glob(f"{mode}_*.jsonl")) for row in read_jsonl(path)]
 
@@ -76,7 +37,7 @@ def responses(folder: Path, output: str, mode: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def whole(folder: Path, ranks2: RankPool) -> dict[str, float]:
     """The metrics of an uninterrupted evaluation on two tensor-parallel ranks."""
-    outcomes = ranks2.run(evaluate_on_rank, arguments(folder, "whole", "--tensor-parallel", "2"))
+    outcomes = ranks2.run(evaluate_on_rank, evaluation_arguments(folder, "whole", "--tensor-parallel", "2"))
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
     assert "avg@3" in outcomes[0].stdout and outcomes[1].stdout == ""
     assert outcomes[0].found["blocks"] == 2 * -(-PROMPTS // BLOCK)
@@ -117,7 +78,7 @@ def test_an_interrupted_evaluation_samples_only_what_is_missing(
     (folder / "whole" / "sums" / "sampled_000002.jsonl").unlink()
     (folder / "whole" / "metrics.json").unlink()
     # The layout may change in between: two replicas now, not two shards of one.
-    outcomes = ranks2.run(evaluate_on_rank, arguments(folder, "whole"))
+    outcomes = ranks2.run(evaluate_on_rank, evaluation_arguments(folder, "whole"))
     assert [(outcome.code, outcome.found["blocks"]) for outcome in outcomes] == [(0, 1), (0, 1)], outcomes[0].stderr
     assert [row["response_token_ids"] for row in responses(folder, "whole", "sampled")] == [
         row["response_token_ids"] for row in before
@@ -142,10 +103,59 @@ def test_training_evaluates_with_the_same_numbers(folder: Path, whole: dict[str,
     ]
 
 
+def test_a_run_and_its_checkpoint_are_models(folder: Path, whole: dict[str, float], ranks2: RankPool) -> None:
+    """A run's export, its training checkpoint, and the run itself: the same responses, which are not those of its student."""
+    overrides = [
+        *("objective=grpo", "trainer.steps=1", "optimizer.lr=0.01", "checkpoint.every=1", "eval.every=-1", "parallel.tensor=2"),
+        *(f"student.path={folder}/model", f"data.train={folder}/sums.jsonl", f"run.dir={folder}/trained", REWARD),
+        *("data.template=plain", "rollout.prompts_per_step=2", "rollout.responses_per_prompt=4", "trainer.self_test=false"),
+        *("logging.progress=false", "logging.tensorboard=false", "rollout.temperature=2.5"),
+    ]
+    outcomes = ranks2.run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    found = {}
+    for name, path in {"run": "trained", "export": "trained/hf", "checkpoint": "trained/checkpoints/latest"}.items():
+        command = [*evaluation_arguments(folder, name, "--tensor-parallel", "2"), "--model", f"{folder}/{path}", "--no-greedy"]
+        outcomes = ranks2.run(evaluate_on_rank, command)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        said = [f"evaluating {folder}/trained/hf"] if name == "run" else []
+        assert [outcome.stderr.splitlines() for outcome in outcomes] == [said, []]
+        found[name] = [row["response_token_ids"] for row in responses(folder, name, "sampled")]
+    assert found["run"] == found["export"] == found["checkpoint"]
+    assert found["run"] != [row["response_token_ids"] for row in responses(folder, "whole", "sampled")]
+
+
+def test_a_run_without_an_export_is_its_latest_checkpoint(tmp_path: Path) -> None:
+    for name in ("step_000001/model", "step_000002/model"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / name / "config.json").touch()
+    (tmp_path / "run" / "checkpoints" / "latest").symlink_to("step_000002")
+    latest = (tmp_path / "run" / "checkpoints" / "step_000002").resolve()
+    assert find_model(tmp_path / "run") == find_model(tmp_path / "run" / "checkpoints") == latest
+    assert find_model(latest) == latest
+    (tmp_path / "run" / "hf").mkdir()
+    (tmp_path / "run" / "hf" / "config.json").touch()
+    assert find_model(tmp_path / "run") == (tmp_path / "run" / "hf").resolve()
+    for other in (tmp_path, tmp_path / "none"):
+        assert find_model(other) == other
+
+
+def test_two_models_have_two_folders(tmp_path: Path) -> None:
+    models = [tmp_path / name for name in ("one/hf", "two/hf", "two/deep/hf", "more/two/hf", "two-hf", "checkpoints/step_1")]
+    names = [output_name(model) for model in models]
+    assert len(set(names)) == len(models) and names[0].startswith("one-hf-")
+    assert names == [output_name(model) for model in models]
+
+
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
         (["--seed", "2"], 1, "other settings, seed was 1 and is now 2"),
+        (
+            ["--max-response-tokens", "254"],
+            1,
+            "sums row 5: a prompt of 5 tokens and rollout.max_response_tokens=254 exceed the 256",
+        ),
         (["--top-p", "0.9"], 1, "rollout.top_p was 1.0 and is now 0.9"),
         (["rollout=vllm"], 1, 'rollout.engine was "megatron" and is now "vllm"'),
         (["--benchmarks", "aime42"], 2, "no such benchmark 'aime42'"),
@@ -160,7 +170,7 @@ def test_training_evaluates_with_the_same_numbers(folder: Path, whole: dict[str,
 def test_bad_input_is_one_line(
     folder: Path, whole: dict[str, float], ranks1: RankPool, more: list[str], code: int, words: str
 ) -> None:
-    command = [*arguments(folder, "whole"), *more]
+    command = [*evaluation_arguments(folder, "whole"), *more]
     if more[0].startswith("reward"):
         command = [each for each in command if each != REWARD]
     (outcome,) = ranks1.run(evaluate_on_rank, command)

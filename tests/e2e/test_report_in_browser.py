@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kdrl_mcore.cli.report import watch
 from kdrl_mcore.monitoring.metrics import MetricsLog
-from kdrl_mcore.reporting.page import write_page
-from kdrl_mcore.reporting.runs import by_configuration, read_runs
 from kdrl_mcore.rollout.files import write_rollouts
-from tests.unit.test_report import rollout, write_run
-from tools.report import watch
+from kdrl_mcore.studies.report.page import write_page
+from kdrl_mcore.studies.report.runs import by_configuration, read_runs
+from tests.support.reported_runs import rollout, write_run
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = (
@@ -141,18 +141,18 @@ def test_everything_is_drawn_without_a_fault(tmp_path: Path, browser: Browser) -
     body = document.split("<script>")[0]
     (table,) = re.findall(r'<table id="table">.*?</table>', body, re.DOTALL)
     assert table.count("<tr") == 3 and "54.0%<small> ± 5.0%</small>" in table
+    assert "Curves and rollouts need JavaScript" in body and "54.0% ± 5.0%" in body  # the same without it
     panels = re.findall(r"<figure>.*?</figure>", body, re.DOTALL)
     titles = [re.sub("<[^>]*>", "", re.findall(r"<figcaption.*?</figcaption>", panel)[0]) for panel in panels]
-    assert titles[:4] == [
-        "Accuracy (dots: held out)",
-        "Reward",
-        "KL to the teacher · nats/token",
-        "Coefficient of distillation, beta",
-    ]
+    assert titles[:4] == ["Accuracy, held out", "Greedy accuracy, held out", "Reward", "Accuracy"]
     lines = {title: set(re.findall(r'data-group="(\d)"', panel)) for title, panel in zip(titles, panels, strict=True)}
     assert lines["Reward"] == {"0", "1"} and lines["KL to the teacher · nats/token"] == {"0"}
-    assert all(re.search(r'<path d="M[\d.]+ [\d.]+', panel) for panel in panels) and "NaN" not in body
-    assert panels[0].count("<circle") == 4  # held out at the start and the end, for both
+    assert all(re.search(r'class="curve" d="M[\d.]+ [\d.]+', panel) for panel in panels) and "NaN" not in body
+    assert panels[0].count('class="mark"') == 4  # held out at the start and the end, for both
+    same = next(panel for title, panel in zip(titles, panels, strict=True) if title.startswith("Response length"))
+    assert (
+        "kdrl, &lt;i&gt;grpo coincide" in same and len(re.findall(r'stroke-dasharray="9 9"', same)) == 1
+    )  # neither hides the other
     assert len(re.findall(r'<span style="background[^"]*" data-i="\d">', body)) == 9  # three responses, three tokens each
     assert "objective.beta.init" in body and '<span id="live" class="live" hidden="">' in body
 
@@ -186,8 +186,19 @@ def test_a_reader_hides_sorts_and_turns_the_panels(tmp_path: Path, browser: Brow
     click("a configuration each")
     assert texts("#panels figcaption") == ["weak", "usual", "strong"]
     assert len(set(texts("#panels svg > text:first-of-type"))) == 1  # one axis for all
+    assert set(texts("#panels svg .tick")) <= {str(step) for step in range(11)}  # whole steps
     faint = tab.evaluate("[...document.querySelectorAll('#panels svg')].map(s => s.querySelectorAll(':scope > path').length)")
     assert faint == [3, 3, 3]  # the others, to compare with
+    click("tokens")
+    assert set(texts("#panels svg .axis")) == {"tokens trained on"} and "10000" in texts("#panels svg .tick")
+    click("time")
+    assert set(texts("#panels svg .axis")) == {"time in steps and evaluations (seconds)"} and "8" in texts("#panels svg .tick")
+    paths = "[...document.querySelectorAll('#panels .curve')].map(line => line.getAttribute('d'))"
+    linear = tab.evaluate(paths)
+    click("logarithmic")
+    assert not set(tab.evaluate(paths)) & set(linear) and len(texts("#panels .remark")) == 0  # positive values: no caveat
+    for button in ("linear", "steps"):
+        click(button)
     click("usual")
     assert texts("#panels figcaption") == texts("#table tbody td:first-child") == ["weak", "strong"]
     colours = []
@@ -208,12 +219,12 @@ def test_an_open_page_follows_a_live_run_to_its_end(tmp_path: Path, browser: Bro
     tab = browser.open(output)
     tab.wait_until("document.querySelector('#live')?.hidden === false && DATA.groups[0].runs[0].step === 2")
     tab.wait_until("document.querySelector('#theme').click(), document.documentElement.dataset.theme === 'light'")
-    with MetricsLog(run, tensorboard=False) as log:
+    with MetricsLog(run) as log:
         log.write(3, {"reward": 0.9})
     # Nobody but the page itself loads it anew, and what the reader chose stays.
     tab.wait_until("document.querySelector('#table')?.innerText.includes('0.400')")
     tab.wait_until("document.documentElement.dataset.theme === 'light'")
-    with MetricsLog(run, tensorboard=False) as log:
+    with MetricsLog(run) as log:
         log.write(4, {"reward": 0.9})
     tab.wait_until("document.querySelector('#stamp')?.innerText.includes('1 run (1 finished)')")
     watcher.join(60)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import RankPool
 from tests.reference.dense import Row, Settings
 from tests.reference.tiny_models import read_jsonl, write_jsonl
-from tests.training import Outcome, listen
-from tests.zoo import TOKENS, Zoo
+from tests.support import ROOT
+from tests.support.commands import assert_scores, score_on_rank
+from tests.support.ranks import RankPool
+from tests.support.zoo import TOKENS, Zoo
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LAYOUTS = {
     "one rank": (1, ""),
@@ -33,37 +33,15 @@ LAYOUTS = {
 }
 
 
-def score_on_rank(arguments: list[str]) -> Outcome:
-    """`tools/score.py`, as the command line calls it, in the pool's world."""
-    import torch.distributed as dist
-
-    from kdrl_mcore.parallel.platform import destroy_groups, prepare_platform
-
-    prepare_platform()
-    from tools.score import main
-
-    kept = set(dist.distributed_c10d._world.pg_map)
-    outcome = listen(lambda: main(arguments))
-    destroy_groups(kept)
-    return outcome
-
-
 def run_alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The tool as a person starts it, on one rank."""
     command = [sys.executable, "tools/score.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
 
-def assert_scores(path: Path, expected: dict[str, list[torch.Tensor]]) -> None:
-    rows = read_jsonl(path)
-    for name, truths in expected.items():
-        for row, truth in zip(rows, truths, strict=True):
-            torch.testing.assert_close(torch.tensor(row[name]).double(), truth, rtol=1e-4, atol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def expected(zoo: Zoo) -> dict[str, list[torch.Tensor]]:
-    settings = Settings(beta=0.1, temperature=0.7, vocabulary=TOKENS)
+    settings = Settings(beta=0.1, temperature=0.7, vocab_size=TOKENS)
     result = zoo.reference("untied", "teacher", "uneven", settings)
     return {"log_probs": result.log_probs, "entropy": result.entropies, "teacher_log_probs": result.teacher_log_probs}
 
@@ -122,8 +100,8 @@ def test_compare_reports_largest_mean_and_the_worst_tokens(zoo: Zoo, tmp_path: P
     assert log_probs.mean == pytest.approx(0.75 / tokens, abs=1e-6)
     first, second = log_probs.worst[:2]
     rows = zoo.rows("uneven")
-    assert (first.line, first.place, first.token_id) == (4, 2, rows[3]["response_token_ids"][2])
-    assert (second.line, second.place, second.prompt_id) == (6, 1, rows[5]["prompt_id"])
+    assert (first.line, first.index, first.token_id) == (4, 2, rows[3]["response_token_ids"][2])
+    assert (second.line, second.index, second.prompt_id) == (6, 1, rows[5]["prompt_id"])
     assert first.left - first.right == pytest.approx(0.5, abs=1e-6)
 
 
@@ -159,6 +137,44 @@ def spoiled(zoo: Zoo, path: Path) -> Path:
     return scored(zoo, path, spoil)
 
 
+def noisy(zoo: Zoo, path: Path) -> Path:
+    """A rollout file whose sampler was a little different."""
+    rows = deepcopy(zoo.rows("uneven"))
+    rows[4]["sampler_log_probs"][0] -= 0.25
+    return write_jsonl(path, rows)
+
+
+def with_teacher(zoo: Zoo, path: Path) -> Path:
+    """A scored file with a teacher."""
+
+    def add(rows: list[Row]) -> None:
+        spoil(rows)
+        for row in rows:
+            row["teacher_log_probs"] = [-1.0] * len(row["response_token_ids"])
+
+    return scored(zoo, path, add)
+
+
+def _distilled(zoo: Zoo, path: Path, places: range) -> Path:
+    rows = deepcopy(zoo.rows("uneven"))
+    for row in rows[places.start : places.stop : places.step]:
+        row["teacher_log_probs"] = [-1.125] * len(row["response_token_ids"])
+    return write_jsonl(path, rows)
+
+
+def distilled(zoo: Zoo, path: Path) -> Path:
+    """A run's rollouts: the mask kept every second for the teacher."""
+    return _distilled(zoo, path, range(0, 12, 2))
+
+
+def distilled_elsewhere(zoo: Zoo, path: Path) -> Path:
+    return _distilled(zoo, path, range(1, 12, 2))
+
+
+def all_distilled(zoo: Zoo, path: Path) -> Path:
+    return _distilled(zoo, path, range(12))
+
+
 def longer(zoo: Zoo, path: Path) -> Path:
     return scored(zoo, path, lambda rows: rows.append(rows[0]))
 
@@ -179,10 +195,21 @@ COMPARISONS = {
     "above the tolerance": Comparison(spoiled, scored, 1, ("exceeds --tolerance 0.4",), ("--tolerance", "0.4")),
     "another number of responses": Comparison(longer, scored, 1, ("13 and 12 responses",)),
     "other responses": Comparison(of_another_response, scored, 1, ("line 5 has different response_token_ids",)),
-    "no common score": Comparison(plain, plain, 1, ("no score in common", "tools/score.py")),
+    "two rollout files": Comparison(plain, noisy, 0, ("sampler_log_probs", "0.25")),
+    "sampler against trainer": Comparison(plain, spoiled, 0, ("sampler_log_probs - log_probs", "0.5")),
+    "a run's rollouts, some distilled": Comparison(
+        with_teacher, distilled, 0, ("log_probs - sampler_log_probs", "teacher_log_probs", "0.5", "0.125")
+    ),
+    "a run's rollouts, all distilled": Comparison(
+        with_teacher, all_distilled, 0, ("log_probs - sampler_log_probs", "teacher_log_probs", "0.5", "0.125")
+    ),
+    "a run's rollouts on the left": Comparison(
+        distilled, with_teacher, 0, ("sampler_log_probs - log_probs", "teacher_log_probs")
+    ),
+    "two runs' rollouts, distilled apart": Comparison(distilled, distilled_elsewhere, 0, ("sampler_log_probs",)),
     "a cut file": Comparison(scored, cut_off, 1, ("line 12 is cut off",)),
     "a missing file": Comparison(scored, lambda zoo, path: path, 1, ("right.jsonl does not exist",)),
-    "a tolerance of nothing": Comparison(scored, scored, 2, ("--tolerance -1", "at least 0"), ("--tolerance", "-1")),
+    "a tolerance of nothing": Comparison(scored, scored, 2, ("--tolerance=-1", "at least 0"), ("--tolerance", "-1")),
 }
 
 
@@ -198,6 +225,20 @@ def test_compare(comparison: Comparison, zoo: Zoo, ranks1: RankPool, tmp_path: P
         assert len(errors) == 1 and errors[0].startswith("error: ")
     for word in comparison.words:
         assert word in outcome.stdout + outcome.stderr
+
+
+def test_a_runs_rollouts_are_compared_where_the_teacher_was_asked(zoo: Zoo, tmp_path: Path) -> None:
+    from kdrl_mcore.rollout.comparison import compare_scores
+    from kdrl_mcore.rollout.files import read_scored
+
+    left, right = with_teacher(zoo, tmp_path / "left.jsonl"), distilled(zoo, tmp_path / "right.jsonl")
+    teacher, policy = compare_scores(read_scored(left), read_scored(right))
+    lengths = [len(row["response_token_ids"]) for row in zoo.rows("uneven")]
+    assert (teacher.name, teacher.num_responses, teacher.num_tokens) == ("teacher_log_probs", 6, sum(lengths[::2]))
+    assert (teacher.largest, teacher.mean) == (0.125, 0.125)
+    assert {token.line % 2 for token in teacher.worst} == {1} and teacher.worst[0].index == 0
+    assert (policy.name, policy.num_responses, policy.num_tokens) == ("log_probs - sampler_log_probs", 12, sum(lengths))
+    assert policy.largest == pytest.approx(0.5, abs=1e-6) and policy.worst[0].line == 4
 
 
 def with_foreign_token(zoo: Zoo, folder: Path) -> Path:
@@ -216,8 +257,13 @@ BAD = {
     "no output": ("--model {model} --input {good}", 2, "--output"),
     "tokens of another tokenizer": ("--model {model} --input {foreign} --output {folder}/out.jsonl", 1, "line 7: token id 64"),
     "too many tensor ranks": ("--model {model} --input {good} --output {folder}/out.jsonl --tensor-parallel 3", 2, "3"),
-    "a size of nothing": ("--model {model} --input {good} --output {folder}/out.jsonl --micro-tokens 0", 2, "--micro-tokens 0"),
+    "a size of nothing": (
+        "--model {model} --input {good} --output {folder}/out.jsonl --micro-tokens 0",
+        2,
+        "--micro-tokens=0 must be at least 1",
+    ),
     "an output in a file": ("--model {model} --input {good} --output {good}/out.jsonl", 1, "cannot be written"),
+    "an output over its input": ("--model {model} --input {good} --output {roundabout}", 2, "would be lost"),
     "nothing to do": ("--input {good}", 2, "nothing to do"),
     "a tolerance without a comparison": (
         "--model {model} --input {good} --output {folder}/out.jsonl --tolerance 1",
@@ -228,19 +274,17 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), BAD.values(), ids=list(BAD))
-def test_bad_input_is_one_line_on_the_first_rank(
-    arguments: str, code: int, words: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line(arguments: str, code: int, words: str, zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
     places = {
         "model": zoo.model("untied"),
         "good": zoo.rollouts("uneven"),
         "foreign": with_foreign_token(zoo, tmp_path),
         "folder": tmp_path,
+        "roundabout": zoo.folder / ".." / zoo.folder.name / zoo.rollouts("uneven").name,
     }
     outcomes = ranks2.run(score_on_rank, [word.format(**places) for word in arguments.split()])
-    (line,) = outcomes[0].stderr.splitlines()
-    assert outcomes[0].code == code and line.startswith("error: ") and words in line
-    assert outcomes[1].stderr == ""
+    (line,) = "".join(outcome.stderr for outcome in outcomes).splitlines()
+    assert max(outcome.code for outcome in outcomes) == code and line.startswith("error: ") and words in line
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import RankPool
 from tests.reference.tiny_models import read_jsonl, write_jsonl
-from tests.training import QUIET, train_on_rank
-from tests.zoo import Zoo
+from tests.support.ranks import RankPool
+from tests.support.training import QUIET, train_on_rank
+from tests.support.zoo import Zoo
 
 
 def base(zoo: Zoo, run: Path) -> dict[str, str]:
@@ -118,6 +118,75 @@ def no_answers(zoo: Zoo, folder: Path) -> dict[str, str]:
     return {**sampling(zoo, folder), "data.train": str(folder / "train.jsonl")} | {"data.answer_key": "result"}
 
 
+def beyond_the_positions(zoo: Zoo, folder: Path) -> dict[str, str]:
+    """A prompt of 6 tokens in row 2, and room for 507 more of the 512 positions."""
+    rows = [{"prompt": prompt, "answer": "2"} for prompt in ("1+1=", "1+1+0=", "1+1=")]
+    return {**sampling(zoo, folder), "data.train": str(write_jsonl(folder / "train.jsonl", rows))} | {
+        "rollout.max_response_tokens": "507"
+    }
+
+
+def evaluated_beyond_the_positions(zoo: Zoo, folder: Path) -> dict[str, str]:
+    long = write_jsonl(folder / "held_out.jsonl", [{"prompt": "1+" * 300 + "1=", "answer": "301"}])
+    return {**sampling(zoo, folder), "data.eval": str(long)}
+
+
+def a_short_teacher(zoo: Zoo, folder: Path) -> dict[str, str]:
+    model = copy_of(zoo, "teacher", folder)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    return {"teacher.path": str(model)}
+
+
+def long_rollouts(zoo: Zoo, folder: Path) -> dict[str, str]:
+    rows = read_jsonl(zoo.rollouts("uneven"))
+    rows[5] |= {"response_token_ids": [7] * 600, "sampler_log_probs": [-1.0] * 600}
+    return {"rollout.path": str(write_jsonl(folder / "long.jsonl", rows))}
+
+
+def long_targets(zoo: Zoo, folder: Path) -> dict[str, str]:
+    rows = [{"prompt": "1+1=", "response": "2"}, {"prompt": "1+1=", "response": "2" * 520}]
+    return {**sampling(zoo, folder), "objective": "sft"} | {"data.train": str(write_jsonl(folder / "sft.jsonl", rows))}
+
+
+def added_token(zoo: Zoo, folder: Path, *, ends: bool = False, to: str = "untied") -> Path:
+    """A model whose tokenizer got a token, without a row for it: 67 rows, and the token has id 70."""
+    model = copy_of(zoo, to, folder)
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    new = {**tokenizer["added_tokens"][0], "content": "<new>"}
+    filler = [{**new, "id": number, "content": f"<{number}>"} for number in range(61, 70)]
+    tokenizer["added_tokens"] += [*filler, {**new, "id": 70}]
+    file.write_text(json.dumps(tokenizer))
+    if ends:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<new>"}))
+        (model / "generation_config.json").unlink(missing_ok=True)
+    return model
+
+
+def a_token_without_a_row(zoo: Zoo, folder: Path, tensor: int = 1) -> dict[str, str]:
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1<new>1=", "answer": "2"}]
+    paths = {"student.path": str(added_token(zoo, folder)), "data.train": str(write_jsonl(folder / "rows.jsonl", rows))}
+    return {**sampling(zoo, folder), **paths, "objective": "grpo", "parallel.tensor": str(tensor)}
+
+
+def an_evaluated_token_without_a_row(zoo: Zoo, folder: Path) -> dict[str, str]:
+    held_out = write_jsonl(folder / "held_out.jsonl", [{"prompt": "<new>", "answer": "2"}])
+    paths = {"student.path": str(added_token(zoo, folder)), "data.eval": str(held_out)}
+    return {**sampling(zoo, folder), **paths, "objective": "grpo"}
+
+
+def a_target_without_a_row(zoo: Zoo, folder: Path) -> dict[str, str]:
+    rows = [{"prompt": "1+1=", "response": "2<new>"}]
+    paths = {"student.path": str(added_token(zoo, folder)), "data.train": str(write_jsonl(folder / "rows.jsonl", rows))}
+    return {**sampling(zoo, folder), **paths, "objective": "sft", "parallel.tensor": "2"}
+
+
+def an_end_without_a_row(zoo: Zoo, folder: Path) -> dict[str, str]:
+    return {**sampling(zoo, folder), "student.path": str(added_token(zoo, folder, ends=True)), "objective": "grpo"}
+
+
 def fixed(**overrides: str) -> Change:
     return lambda zoo, folder: {key.replace("__", "."): value for key, value in overrides.items()}
 
@@ -148,6 +217,28 @@ SPOILED: dict[str, tuple[Change, int, list[str]]] = {
     ),
     "truncated rollout file": (cut_rollouts, 1, ["cut.jsonl line 12", "cut off"]),
     "token ids beyond the vocabulary": (foreign_tokens, 1, ["foreign.jsonl line 4", "61", "tokenizer"]),
+    "a prompt and its response beyond the positions": (
+        beyond_the_positions,
+        1,
+        ["train.jsonl row 2", "6 tokens", "rollout.max_response_tokens=507", "512 positions", "untied", "at most 506"],
+    ),
+    "an evaluated prompt beyond the positions": (
+        evaluated_beyond_the_positions,
+        1,
+        ["held_out row 1", "602 tokens", "512 positions", "remove longer prompts"],
+    ),
+    "rollouts beyond the teacher's positions": (a_short_teacher, 1, ["uneven.jsonl line", "16 positions of", "teacher"]),
+    "rollouts beyond the positions": (long_rollouts, 1, ["long.jsonl line 6", "512 positions"]),
+    "a target beyond the positions": (long_targets, 1, ["sft.jsonl row 2", "521 tokens", "512 positions"]),
+    "a token without a row": (a_token_without_a_row, 1, ["rows.jsonl row 2", "id 70", "61", "resize"]),
+    "a token without a row, in shards": (
+        lambda z, f: a_token_without_a_row(z, f, tensor=2),
+        1,
+        ["rows.jsonl row 2", "id 70", "61", "resize"],
+    ),
+    "an evaluated token without a row": (an_evaluated_token_without_a_row, 1, ["held_out row 1", "id 70", "67"]),
+    "a target without a row": (a_target_without_a_row, 1, ["rows.jsonl row 1", "id 70", "61"]),
+    "an end without a row": (an_end_without_a_row, 1, ["has 67 rows", "token 70 ('<new>')", "resize"]),
     "negative token ids": (negative_tokens, 1, ["negative.jsonl line 2", "prompt_token_ids"]),
     "infinite sampler log-prob": (infinite_log_prob, 1, ["infinite.jsonl line 3", "sampler_log_probs"]),
     "ranks that do not divide": (fixed(parallel__tensor="3"), 2, ["2 ranks", "tensor 3"]),
@@ -155,7 +246,7 @@ SPOILED: dict[str, tuple[Change, int, list[str]]] = {
     "layers that do not divide": (
         fixed(parallel__pipeline="2", parallel__virtual_pipeline="4"),
         2,
-        ["layers (4)", "divide by 8"],
+        ["layers (4)", "divided by 8"],
     ),
     "sequence parallelism alone": (fixed(parallel__sequence_parallel="true"), 2, ["parallel.sequence_parallel", "tensor > 1"]),
     "missing tensor": (without_a_tensor, 1, ["untied", "model.layers.2.mlp.up_proj.weight"]),
@@ -180,17 +271,27 @@ def test_one_clear_line(change: Change, code: int, words: list[str], zoo: Zoo, r
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def launch(ranks: int, overrides: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "kdrl_mcore.train", *QUIET, *(f"{key}={value}" for key, value in overrides.items())]
+def launch(*program: str | Path) -> subprocess.CompletedProcess[str]:
+    """Under torchrun, on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, program)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
 
 
-def test_torchrun_ends_all_ranks_where_only_one_meets_the_error(zoo: Zoo, tmp_path: Path) -> None:
-    """The second pipeline stage's file is damaged: the first stage, which waits for it, does not wait for ever."""
-    model = copy_of(zoo, "untied", tmp_path)
+def launch_training(overrides: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return launch("-m", "kdrl_mcore.train", *QUIET, *(f"{key}={value}" for key, value in overrides.items()))
+
+
+def only_error_line(output: str) -> str:
+    """It ends the output."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
+    return lines[-1]
+
+
+def with_a_damaged_second_stage(zoo: Zoo, folder: Path) -> Path:
+    model = copy_of(zoo, "untied", folder)
     weights = load_file(model / "model.safetensors")
     second = {
         name
@@ -204,26 +305,49 @@ def test_torchrun_ends_all_ranks_where_only_one_meets_the_error(zoo: Zoo, tmp_pa
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (model / "model.safetensors").unlink()
     (model / "model-2.safetensors").write_bytes((model / "model-2.safetensors").read_bytes()[:-100])
-    overrides = {**base(zoo, tmp_path / "run"), "student.path": str(model), "parallel.pipeline": "2"}
-    result = launch(2, overrides)
+    return model
+
+
+@pytest.mark.parametrize("program", ["train", "score"])
+def test_torchrun_ends_all_ranks_where_only_one_meets_the_error(program: str, zoo: Zoo, tmp_path: Path) -> None:
+    """The second pipeline stage's file is damaged: the first stage, which waits for it, does not wait for ever."""
+    model = with_a_damaged_second_stage(zoo, tmp_path)
+    if program == "train":
+        result = launch_training({**base(zoo, tmp_path / "run"), "student.path": str(model), "parallel.pipeline": "2"})
+    else:
+        files = ("--input", zoo.rollouts("one"), "--output", tmp_path / "scored.jsonl")
+        result = launch("tools/score.py", "--model", model, "--pipeline-parallel", "2", *files)
     assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "model-2.safetensors" in lines[0] and "cut short" in lines[0]
-    # torchrun adds a traceback of its own; ours there is none.
+    line = only_error_line(result.stderr)
+    assert "model-2.safetensors" in line and "cut short" in line
+    # torchrun adds a traceback of its own before it; ours there is none.
     assert [line for line in result.stderr.splitlines() if 'File "' in line and "kdrl_mcore" in line] == []
 
 
-def test_torchrun_prints_a_configuration_error_once(zoo: Zoo, tmp_path: Path) -> None:
-    result = launch(2, {**base(zoo, tmp_path / "run"), "rollout.pathh": "x"})
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "rollout.pathh" in lines[0] and "rollout.path'" in lines[0]
+def test_torchrun_ends_a_preflight_with_what_it_found(zoo: Zoo, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    overrides = {**base(zoo, tmp_path / "run"), "run.dir": f"{tmp_path}/file", "teacher.path": "/no/such/model"}
+    result = launch("-m", "kdrl_mcore.preflight", *(f"{key}={value}" for key, value in overrides.items()))
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: preflight, ")]
+    assert len(errors) > 1 and errors == result.stderr.splitlines()[-len(errors) :], result.stderr
+    assert "/no/such/model" in errors[0] and f"{tmp_path}/file" in " ".join(errors)
+
+
+def test_torchrun_prints_a_configuration_error_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 comes later than rank 1, whose end is its own."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    result = launch_training({**base(zoo, tmp_path / "run"), "rollout.pathh": "x"})
+    line = only_error_line(result.stderr)
+    assert "rollout.pathh" in line and "rollout.path'" in line
     assert result.returncode == 1  # torchrun's own; the ranks' is 2
     assert "exitcode  : 2" in result.stderr
 
 
 def test_one_rank_alone_exits_with_the_code(tmp_path: Path, zoo: Zoo) -> None:
     command = [sys.executable, "-m", "kdrl_mcore.train", "student.path=/no/such/model", "objective=grpo", "data.train=x.jsonl"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 1
     assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(result.stderr.splitlines()) == 1 and "/no/such/model" in result.stderr

@@ -11,11 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.faults import resuming
-from tests.ranks import RankPool
-from tests.reference.tiny_models import read_hf_weights, read_jsonl, write_jsonl
-from tests.training import QUIET, Outcome, metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.reference.tiny_models import make_model, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
+from tests.support import resuming
+from tests.support.ranks import RankPool
+from tests.support.training import QUIET, Outcome, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),
@@ -40,7 +40,7 @@ def poison_on_rank(overrides: list[str], where: str, rank: int, bad_steps: list[
 
 @contextmanager
 def _poisoned(where: str, bad_steps: list[int]) -> Iterator[None]:
-    from kdrl_mcore.student import Student
+    from kdrl_mcore.student.student import Student
 
     update, forward_backward = Student.update, Student._forward_backward
     steps = iter(range(1, 100))
@@ -124,6 +124,70 @@ def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tm
     assert [line for line in printed.splitlines() if line.startswith("error:")] == [printed.strip()]
     assert "3 updates in a row" in printed and "step 5" in printed and str(tmp_path) in printed
     assert [row["skipped_updates"] for row in metrics_of(tmp_path)] == [1, 0, 1, 1, 1]
+
+
+def only_error(outcomes: list[Outcome]) -> str:
+    (line,) = [line for outcome in outcomes for line in outcome.stderr.splitlines() if line.startswith("error:")]
+    return line
+
+
+UPDATED = {
+    "dp2": (2, "batch.micro_tokens=60"),
+    "dp2 unsharded optimizer": (2, "batch.micro_tokens=60 parallel.distributed_optimizer=false"),
+    "dp2 gathered late": (2, "batch.micro_tokens=60 parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"),
+    "tp2 bf16": (2, "parallel.tensor=2 model.dtype=bfloat16"),
+    "pp2": (2, "parallel.pipeline=2"),
+    "cp2": (2, "parallel.context=2"),
+    "ep2": (2, "parallel.expert=2 batch.micro_tokens=60"),
+}
+
+
+@pytest.mark.parametrize(("ranks", "layout"), UPDATED.values(), ids=list(UPDATED))
+def test_weights_that_an_update_spoils_are_neither_saved_nor_exported(
+    ranks: int, layout: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    """On the last rank, in its own share. The last checkpoint stays: it is what the same command goes on from."""
+    job = [*overrides_of(zoo, tmp_path, 3, layout), "checkpoint.every=1", "checkpoint.keep=1"]
+    if "expert" in layout:
+        student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+        rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13))
+        job += [f"student.path={student}", f"rollout.path={rollouts}", "teacher.path=null", "objective=grpo"]
+    fault = ["fault.kind=nan", "fault.phase=update", "fault.step=2", f"fault.rank={ranks - 1}"]
+    outcomes = pools[ranks].run(train_on_rank, [*job, *fault])
+    assert [outcome.code for outcome in outcomes] == [1] * ranks, outcomes[0].stderr
+    line = only_error(outcomes)
+    saved = tmp_path / "checkpoints" / "step_000001"
+    assert line.startswith("error: the update of step 2 made weights NaN or infinite") and str(saved) in line
+    assert sorted((tmp_path / "checkpoints").glob("step_*")) == [saved] and not (tmp_path / "hf").exists()
+    rows = metrics_of(tmp_path)
+    assert [row["skipped_updates"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
+    if layout == UPDATED["dp2"][1]:
+        outcomes = pools[ranks].run(train_on_rank, job)
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+        assert all(weight.isfinite().all() for weight in read_hf_weights(tmp_path / "hf").values())
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """One that was made before weights were checked: nothing is trained, and nothing is pruned."""
+    job = [*overrides_of(zoo, tmp_path, 2, "parallel.tensor=2"), "checkpoint.every=1", "trainer.self_test=false"]
+    spoil = [*job, "trainer.steps=1", "fault.kind=nan", "fault.phase=update", "fault.rank=0"]
+    outcomes = ranks2.run(without_a_look_at_weights_on_rank, spoil)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    outcomes = ranks2.run(train_on_rank, job)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    line = only_error(outcomes)
+    assert "step_000001" in line and "NaN or infinite" in line and "checkpoint.resume" in line
+
+
+def without_a_look_at_weights_on_rank(overrides: list[str]) -> Outcome:
+    """Train as before there was one."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.student.optimizer import Optimizer
+
+    with patch.object(Optimizer, "_look_at_weights", lambda optimizer: None):
+        return train_on_rank(overrides)
 
 
 def test_a_teacher_that_gives_nan_is_noticed_before_the_update(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:

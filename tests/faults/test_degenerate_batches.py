@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import RankPool
 from tests.reference.tiny_models import read_hf_weights, read_jsonl, write_jsonl
-from tests.training import FAST, metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.support.ranks import RankPool
+from tests.support.training import FAST, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 Rows = list[dict[str, Any]]
 

@@ -16,9 +16,9 @@ from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import GpuMemoryError
 from kdrl_mcore.monitoring import gpu_memory
 from kdrl_mcore.monitoring.gpu_memory import GIB, GpuMemory, key_to_lower, out_of_memory, ran_out
-from tests.faults import resuming
-from tests.ranks import RankPool
-from tests.zoo import Zoo
+from tests.support import resuming
+from tests.support.ranks import RankPool
+from tests.support.zoo import Zoo
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB is free."
 
@@ -57,7 +57,7 @@ def in_decoding() -> Any:
 
 
 def in_the_teacher() -> Any:
-    from kdrl_mcore.teacher import Teacher
+    from kdrl_mcore.teacher.teacher import Teacher
 
     return patch.object(Teacher, "score", run_out)
 
@@ -84,16 +84,33 @@ def test_it_is_told_wherever_it_is_raised(
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert code == 1 and "Traceback" not in errors
     assert line.startswith(f"error: GPU memory ran out in {phase}, on rank 0 (") and "2.50 GiB more were needed" in line
-    alive, advice = line.split("alive were: ")[1].split("; ")
+    alive, advice = line.split("allocated were: ")[1].split("; ")
     assert all(kind in alive for kind in ("gradients ", "weights ", "teacher's weights "))
     assert advice.startswith(key), line
+
+
+def in_the_resumption() -> Any:
+    from megatron.core import dist_checkpointing
+
+    return patch.object(dist_checkpointing, "load", run_out)
+
+
+def test_a_checkpoint_that_finds_no_room_is_not_called_damaged(job: list[str], ranks1: RankPool, tmp_path: Path) -> None:
+    overrides = [*job, f"run.dir={tmp_path}"]
+    assert [code for code, _ in ranks1.run(resuming.train, overrides)] == [0]
+    ((code, errors),) = ranks1.run(resuming.train, [*overrides, "trainer.steps=2"], in_the_resumption)
+    assert code == 1 and "cannot be loaded" not in errors
+    assert "error: GPU memory ran out in step 0, resume, on rank 0 (" in errors
 
 
 def test_before_there_is_a_model(job: list[str], ranks1: RankPool, tmp_path: Path) -> None:
     fault = ["fault.kind=out_of_memory", "fault.step=0", "fault.phase=load student"]
     ((code, errors),) = ranks1.run(resuming.train, [*job, f"run.dir={tmp_path}", *fault], contextlib.nullcontext)
     assert code == 1
-    assert "in step 0, load student, on rank 0" in errors and "alive were: nothing of a model yet; spread the student" in errors
+    assert (
+        "in step 0, load student, on rank 0" in errors
+        and "allocated were: no parts of a model yet; spread the student" in errors
+    )
 
 
 def test_the_line_adds_up_to_the_gpu() -> None:
@@ -103,10 +120,12 @@ def test_the_line_adds_up_to_the_gpu() -> None:
             torch.OutOfMemoryError(MESSAGE), "step 3, train", 5, {"weights": 8 * GIB, "optimizer": 20 * GIB}, "do"
         )
     assert isinstance(error, GpuMemoryError) and error.exit_code == 1
-    assert " on rank 5 (" in str(error) and ", GPU 0 of 80.0 GiB), where 2.50 GiB more were needed; alive were: " in str(error)
+    assert " on rank 5 (" in str(error) and ", GPU 0 of 80.0 GiB), where 2.50 GiB more were needed; allocated were: " in str(
+        error
+    )
     assert str(error).endswith(
         "optimizer 20.0 GiB, weights 8.0 GiB, activations and all else 32.0 GiB, cached by torch 8.0 GiB, "
-        "outside of it 10.0 GiB; do"
+        "outside torch 10.0 GiB; do"
     )
 
 
@@ -144,9 +163,9 @@ def score(arguments: list[str]) -> Any:
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
+    from kdrl_mcore.cli.score import main
     from kdrl_mcore.model import scoring
-    from tests.training import listen
-    from tools.score import main
+    from tests.support.training import listen
 
     with patch.object(scoring, "score_rollouts", run_out):
         return listen(lambda: main(arguments))
@@ -157,8 +176,8 @@ def evaluate(arguments: list[str]) -> Any:
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    from tests.training import listen
-    from tools.evaluate import main
+    from kdrl_mcore.cli.evaluate import main
+    from tests.support.training import listen
 
     with in_decoding():
         return listen(lambda: main(arguments))

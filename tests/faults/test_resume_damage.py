@@ -14,10 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults import resuming
-from tests.ranks import RankPool
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT, resuming
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -71,7 +69,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(copied: Pat
     for name in ("step_000001", "step_000002"):
         flip_one_bit(copied / name / "trainer_state.json")
     (answer,) = ranks1.run(resuming.find, str(copied))
-    assert answer.startswith(f"error: no checkpoint in {copied} is whole (2 refused)")
+    assert answer.startswith(f"error: no checkpoint in {copied} is intact (2 refused)")
     assert "checkpoint.resume=never" in answer
 
 
@@ -100,7 +98,7 @@ def test_a_killed_rank_leaves_no_process_that_keeps_its_output_open(ranks1: Rank
 
 def test_killed_at_20_random_moments_of_a_save_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
     resuming.make_job(tmp_path)
-    command = [sys.executable, "-m", "tests.faults.kill_while_saving", str(tmp_path), "20"]
+    command = [sys.executable, "-m", "tests.support.kill_while_saving", str(tmp_path), "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     outcome = done.stdout.split()

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.faults import resuming
-from tests.ranks import RankPool
+from tests.support import resuming
+from tests.support.ranks import RankPool
+from tests.support.training import steps_of
 
 STEPS = 16
 EVERY = 3
 LAYOUT = ["parallel.tensor=2"]
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's metrics without its clock."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")} for line in lines]
-
-
-def tokens(run_dir: Path, step: int) -> list[tuple[Any, ...]]:
-    """What was sampled in a step, and its rewards."""
-    lines = (run_dir / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [(row["prompt_id"], row["response_token_ids"], row["sampler_log_probs"], row["reward"]) for row in found]
-
-
-def parameters(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The exported student, from all of its files."""
-    files = sorted((run_dir / "hf").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,30 +46,18 @@ def test_interrupted_in_generation_in_an_update_and_in_a_save_a_run_equals_the_w
     for accident, asynchronous, last_step, latest in accidents:
         results = ranks2.run(resuming.train, [*overrides, f"checkpoint.asynchronous={asynchronous}"], accident, timeout=300)
         assert [code for code, _ in results] == [None, None]
-        assert rows(tmp_path)[-1]["step"] in last_step
+        assert steps_of(tmp_path)[-1]["step"] in last_step
         assert (tmp_path / "checkpoints" / "latest").readlink() == Path(latest)
     assert [code for code, _ in ranks2.run(resuming.train, overrides, timeout=300)] == [0, 0]
 
-    assert rows(tmp_path) == rows(whole)
-    assert [row["step"] for row in rows(whole)] == list(range(1, STEPS + 1))
-    assert len({row["beta"] for row in rows(whole)}) == STEPS
-    assert [tokens(tmp_path, step) for step in range(1, STEPS + 1)] == [tokens(whole, step) for step in range(1, STEPS + 1)]
+    assert steps_of(tmp_path) == steps_of(whole)
+    assert [row["step"] for row in steps_of(whole)] == list(range(1, STEPS + 1))
+    assert len({row["beta"] for row in steps_of(whole)}) == STEPS
+    assert [resuming.tokens(tmp_path, step) for step in range(1, STEPS + 1)] == [
+        resuming.tokens(whole, step) for step in range(1, STEPS + 1)
+    ]
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes()
     assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
-@pytest.mark.parametrize("layout", [[], ["parallel.pipeline=2"]], ids=["data=2", "pipeline=2"])
-def test_in_another_layout_the_parameters_are_the_same_bits_and_the_next_loss_to_1e5(
-    layout: list[str], job: list[str], whole: Path, ranks2: RankPool, tmp_path: Path
-) -> None:
-    resume = f"checkpoint.resume={whole}/checkpoints/step_000006"
-    for name, steps, extra in (("same", 6, LAYOUT), ("other", 6, layout), ("next", 7, layout)):
-        overrides = [*job, *extra, resume, f"run.dir={tmp_path}/{name}", f"trainer.steps={steps}", "checkpoint.every=-1"]
-        assert [code for code, _ in ranks2.run(resuming.train, overrides)] == [0, 0]
-    same, other = parameters(tmp_path / "same"), parameters(tmp_path / "other")
-    assert same.keys() == other.keys()
-    assert all(torch.equal(same[name], other[name]) for name in same)
-    assert rows(tmp_path / "next")[0]["loss"] == pytest.approx(rows(whole)[6]["loss"], abs=1e-5)
 
 
 def test_a_signal_to_one_rank_makes_all_of_them_save_and_end_cleanly(
@@ -99,12 +66,12 @@ def test_a_signal_to_one_rank_makes_all_of_them_save_and_end_cleanly(
     overrides = [*job, *LAYOUT, f"run.dir={tmp_path}", "trainer.steps=8", "checkpoint.every=0"]
     results = ranks2.run(resuming.train, overrides, partial(resuming.told_to_stop, 4))
     assert [code for code, _ in results] == [0, 0]
-    assert rows(tmp_path) == rows(whole)[:4]
+    assert steps_of(tmp_path) == steps_of(whole)[:4]
     assert not (tmp_path / "hf").exists()
     checkpoints = tmp_path / "checkpoints"
     assert ranks2.run(resuming.find, str(checkpoints)) == [f"{checkpoints}/step_000004"] * 2
     assert [code for code, _ in ranks2.run(resuming.train, overrides)] == [0, 0]
-    assert rows(tmp_path) == rows(whole)[:8]
+    assert steps_of(tmp_path) == steps_of(whole)[:8]
 
 
 @pytest.mark.parametrize("accident", [resuming.on_a_full_disk, resuming.without_its_file_system])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.errors import HANG_EXIT_CODE
-from tests.faults import resuming
-from tests.faults.launching import Ended, Launcher
-from tests.faults.test_resume_runs import rows, tokens
+from tests.support import resuming
+from tests.support.launching import Ended, Launcher
+from tests.support.training import steps_of
 
 STEPS = 100
 RANKS = 2
@@ -48,7 +48,7 @@ def test_a_hundred_steps_with_a_fault_every_twenty_lose_nothing_and_count_nothin
                 overrides.append(f"trainer.hang_timeout={longest}")
             ended.append(launcher.train(RANKS, overrides, tmp_path / f"start{number}.log"))
             longest = max(longest, time.monotonic() - began)
-            done = rows(run)[-1]["step"]
+            done = steps_of(run)[-1]["step"]
             attempts += done - began_after(ended[-1]) + ("kill" in fault or "hang" in fault)
         uninterrupted = launcher.train(
             RANKS, [*job, f"run.dir={whole}", "checkpoint.every=0", *NAN.split()], tmp_path / "whole.log"
@@ -61,10 +61,12 @@ def test_a_hundred_steps_with_a_fault_every_twenty_lose_nothing_and_count_nothin
     assert last.codes == uninterrupted.codes == [0] * RANKS, last.output
     assert [began_after(each) for each in ended] == [0, 8, 28, 50, 68]
 
-    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
-    assert rows(run) == rows(whole)
-    assert [tokens(run, step) for step in range(1, STEPS + 1)] == [tokens(whole, step) for step in range(1, STEPS + 1)]
+    assert [row["step"] for row in steps_of(run)] == list(range(1, STEPS + 1))
+    assert steps_of(run) == steps_of(whole)
+    assert [resuming.tokens(run, step) for step in range(1, STEPS + 1)] == [
+        resuming.tokens(whole, step) for step in range(1, STEPS + 1)
+    ]
     assert (run / "hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes()
-    skipped = sum(row["skipped_updates"] for row in rows(run))
+    skipped = sum(row["skipped_updates"] for row in steps_of(run))
     assert (done, skipped) == (STEPS, 1)
     assert (done - skipped) / attempts >= 0.9, attempts

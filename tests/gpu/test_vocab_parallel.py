@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 import torch
 
-from kdrl_mcore.vocab_parallel import VocabShard, fused_exact_reverse_kl, fused_head
+from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
-from tests.reference.head_cases import HEADS, Sizes, assert_same, run_head
+from tests.support.head_cases import HEADS, Sizes, assert_same, run_head
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -73,15 +74,15 @@ def test_speed(exact: bool, capsys: pytest.CaptureFixture[str]) -> None:
     targets_T = torch.randint(0, VOCABULARY, (tokens,), generator=generator, device="cuda")
     shard = VocabShard(None, 0, VOCABULARY, VOCABULARY)
 
-    def run(kernels: str) -> torch.Tensor:
+    teacher = TeacherInputs(teacher_TH, teacher_VH, ExactReverseKL()) if exact else None
+
+    def token_loss(p: torch.Tensor, h: torch.Tensor, d: torch.Tensor, _: slice) -> torch.Tensor:
+        return (d - p if exact else 0.5 * (p + 12).square()) - 0.01 * h
+
+    def run(kernels: Any) -> torch.Tensor:
         hidden_TH.grad = weight_VH.grad = None
-        options = {"temperature": 1.0, "kernels": kernels}
-        if exact:
-            arguments = (hidden_TH, weight_VH, teacher_TH, teacher_VH, rows_T, targets_T)
-            loss, *_ = fused_exact_reverse_kl(*arguments, lambda p, h, d, _: d - p - 0.01 * h, shard, **options)  # type: ignore[arg-type]
-        else:
-            arguments = (hidden_TH, weight_VH, rows_T, targets_T)
-            loss, *_ = fused_head(*arguments, lambda p, h, _: 0.5 * (p + 12).square() - 0.01 * h, shard, **options)  # type: ignore[arg-type]
+        arguments = (hidden_TH, weight_VH, rows_T, targets_T, token_loss, shard)
+        loss = fused_head(*arguments, temperature=1.0, teacher=teacher, kernels=kernels).loss
         loss.backward()
         return loss.detach()
 

@@ -1,13 +1,16 @@
-"""Pools of ranks on paper CUDA."""
+"""Pools of ranks on paper CUDA, and what they train."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.paper_cuda import install
-from tests.ranks import RankPool
+from tests.reference.tiny_models import make_model, make_pair, make_tokenizer
+from tests.support.ranks import RankPool
+from tests.support.training import PROMPTS
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
@@ -38,3 +41,12 @@ def paper4() -> Iterator[RankPool]:
 def papers(paper1: RankPool, paper2: RankPool, paper4: RankPool) -> dict[int, RankPool]:
     """The pools by their size."""
     return {1: paper1, 2: paper2, 4: paper4}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, a teacher, a mixture and prompts."""
+    folder = make_pair(tmp_path_factory.mktemp("pair"), PROMPTS[:6])
+    make_model("qwen3_moe", folder / "mixture", seed=11, vocab_size=100)
+    make_tokenizer(folder / "mixture")
+    return folder

@@ -5,29 +5,31 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from tests.paper.runs import train_on_paper
-from tests.paper.test_runs import overrides, pair  # noqa: F401
-from tests.ranks import RankPool
-from tools.bench_memory import configure, measure_on_rank, plan, write_model
+from benchmarks.memory import configure, measure_on_rank, plan, write_model
+from kdrl_mcore.config import load_config
+from tests.support.paper_runs import paper_overrides, train_beside_an_engine, train_on_paper
+from tests.support.ranks import RankPool
+from tests.support.receiver import Process
 
 SMALL = 64 * 1024
 """Bytes of what else a run may keep: the engine's stop tokens, a counter of Megatron-Core's, numbers of a loss."""
-TOKENS, MICRO_BATCHES = 512, 2
+TOKENS, MICRO_BATCHES = 256, 2
 
 
 def run(paper: RankPool, folder: Path, directory: Path, *more: str) -> list[tuple[str, int, dict[str, int]]]:
     """The phases of a run of two steps: name, bytes alive, bytes of what is kept."""
-    (outcome,) = paper.run(train_on_paper, [*overrides(folder, directory), *more])
+    (outcome,) = paper.run(train_on_paper, [*paper_overrides(folder, directory), *more])
     assert outcome.code == 0, outcome
     phases: list[Any] = outcome.found["phases"]
     return phases
 
 
 def test_an_engine_finds_weights_gradients_and_optimizer_and_nothing_else(
-    pair: Path,  # noqa: F811
+    pair: Path,
     paper1: RankPool,
     tmp_path: Path,
 ) -> None:
@@ -40,7 +42,7 @@ def test_an_engine_finds_weights_gradients_and_optimizer_and_nothing_else(
     assert awake[-1][1]["optimizer"] > 0
 
 
-def test_an_off_loaded_optimizer_is_gone(pair: Path, paper1: RankPool, tmp_path: Path) -> None:  # noqa: F811
+def test_an_off_loaded_optimizer_is_gone(pair: Path, paper1: RankPool, tmp_path: Path) -> None:
     phases = run(paper1, pair, tmp_path, "optimizer.offload=true", "teacher.offload=false", "eval.every=-1")
     assert {"checkpoint", "export"} <= {name for name, _, _ in phases}
     assert all(kept["optimizer"] == 0 and kept["teacher"] > 0 for _, _, kept in phases)
@@ -49,9 +51,33 @@ def test_an_off_loaded_optimizer_is_gone(pair: Path, paper1: RankPool, tmp_path:
             assert live - sum(kept.values()) < SMALL
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor, sequence, bfloat16"])
-def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=4096)
+def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
+    pair: Path,
+    paper1: RankPool,
+    tmp_path: Path,
+) -> None:
+    """vLLM's side of a colocated engine: its weights come over CUDA IPC, and nothing of that stays when its KV cache comes."""
+    receiver = Process(1, "cuda")
+    settings = ["rollout=vllm", "rollout.vllm.gpu_memory_utilization=0.5", "objective.kd.estimator=k2", "eval.every=-1"]
+    try:
+        arguments = [*paper_overrides(pair, tmp_path), *settings, "rollout.max_log_prob_drift=100", "trainer.self_test=false"]
+        (outcome,) = paper1.run(train_beside_an_engine, arguments, receiver.port, timeout=280)
+    finally:
+        receiver.close()
+    assert outcome.code == 0, outcome
+    awake = outcome.found["awake"]
+    each_step = ["wake weights", "wake kv_cache", "generate", "sleep"]
+    assert {moment for moment, *_ in awake} == set(each_step)
+    for _, live, kept in awake:
+        assert kept["weights"] > 0 and kept["gradients"] > 0 and kept["teacher"] == 0
+        assert 0 <= live - sum(kept.values()) < SMALL
+    assert awake[-1][2]["optimizer"] > 0
+
+
+def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Path) -> None:
+    """In one layout: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
+    layout = "tensor, sequence, bfloat16"
+    model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=2048)
     settings, config = configure(layout, model, TOKENS)
     config.cluster.memory_gib = 80
     planned = plan(config, TOKENS, MICRO_BATCHES)
@@ -59,3 +85,82 @@ def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, 
         rank = planned[measured.stage]
         assert rank.between_steps == pytest.approx(measured.held.between, rel=0.02)
         assert rank.peak == pytest.approx(measured.held.peak, rel=0.10)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_off_loaded_activations_are_gone_as_planned(recompute: str, paper1: RankPool, tmp_path: Path) -> None:
+    """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
+    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
+    peaks = []
+    for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
+        settings = [
+            "objective=sft",
+            f"student.path={model}",
+            f"batch.micro_tokens={TOKENS}",
+            f"parallel.recompute={recompute}",
+            f"parallel.offload_activations={offloaded}",
+            f"parallel.offload_min_elements={32 * TOKENS}",
+        ]
+        config = load_config(settings)
+        config.cluster.memory_gib = 80
+        (planned,) = plan(config, TOKENS, MICRO_BATCHES, ranks=1)
+        (measured,) = paper1.run(measure_on_rank, settings, TOKENS, MICRO_BATCHES, timeout=300)
+        assert planned.peak == pytest.approx(measured.held.peak, rel=0.10)
+        peaks.append((planned.peak, measured.held.peak))
+    saved, really_saved = (before - after for before, after in zip(*peaks, strict=True))
+    print(peaks)
+    assert saved > 0.05 * peaks[0][0] and really_saved == pytest.approx(saved, rel=0.15)
+
+
+def build_on_rank(overrides: list[str], plan: float | str) -> tuple[list[Any], Any]:
+    """Build a job whose plan leaves a share of a GPU to an engine, or none and says so: what is planned on this rank, and the
+    share with which engines would be started, or the error."""
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.errors import ConfigError
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore import build
+
+    planned: list[Any] = []
+
+    def plan_share(config: Any, world_size: int, memory_gib: float) -> float:
+        planned.append((world_size, memory_gib))
+        if isinstance(plan, str):
+            raise ConfigError(plan)
+        return plan
+
+    def start(config: Any, vocab_size: int, share: float | None = None, *_: Any) -> Any:
+        raise ConfigError(f"share {share}")
+
+    with patch.object(build, "plan_engine_share", plan_share), patch.object(build, "start_replicas", start):
+        try:
+            build.build_job(load_config(overrides))
+        except ConfigError as error:
+            return planned, str(error)
+    return planned, None
+
+
+@pytest.mark.parametrize(
+    ("plan", "placement", "told"),
+    [(0.37, "colocated", "share 0.37"), ("no room", "colocated", "no room"), (1.0, "server", "share None")],
+)
+def test_a_colocated_engine_gets_the_share_that_the_plan_leaves(
+    plan: float | str,
+    placement: str,
+    told: str,
+    pair: Path,
+    paper2: RankPool,
+    tmp_path: Path,
+) -> None:
+    """Rank 0 plans, for the smallest GPU; every rank has the answer."""
+    vllm = [
+        "rollout=vllm",
+        f"rollout.vllm.placement={placement}",
+        "parallel.tensor=2",
+        "teacher.parallel.tensor=2",
+        "eval.every=-1",
+    ]
+    found = paper2.run(build_on_rank, [*paper_overrides(pair, tmp_path), *vllm], plan)
+    assert [error for _, error in found] == [told, told]
+    assert [planned for planned, _ in found] == [[(2, 80.0)] if placement == "colocated" else [], []]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.paper.programs import PROGRAMS, count_syncs, measure_memory, run_program, share_memory
-from tests.ranks import RankPool
+from tests.support.paper_programs import PROGRAMS, count_syncs, measure_memory, run_program, share_memory
+from tests.support.ranks import RankPool
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

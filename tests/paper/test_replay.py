@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.paper.runs import train_on_paper
-from tests.ranks import RankPool
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import QUIET, Outcome, metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.support.paper_runs import train_on_paper
+from tests.support.ranks import RankPool
+from tests.support.training import QUIET, Outcome, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 BFLOAT16 = 1e-2
 SYNCS_OF_AN_UPDATE = 12
@@ -85,6 +85,19 @@ def test_two_and_two_steps_are_the_cpus_four_to_the_digit(zoo: Zoo, ranks2: Rank
         assert_seldom_waits(outcome)
     assert [row["step"] for row in numbers_of(tmp_path / "gpu")] == [1, 2, 3, 4]
     assert_equal(tmp_path / "gpu", tmp_path / "cpu")
+
+
+def test_an_off_loaded_optimizer_is_saved_as_it_was_in_that_step(zoo: Zoo, paper2: RankPool, tmp_path: Path) -> None:
+    """Each checkpoint is written beside the steps after it, whose updates bring the state to the GPU and away again."""
+    settings = "parallel.tensor=2 optimizer.offload=true checkpoint.every=1 checkpoint.keep=0 trainer.steps=4"
+    train(paper2, train_on_paper, overrides(zoo, tmp_path / "straight", settings))
+    for step in (1, 3):
+        saved = f"checkpoint.resume={tmp_path}/straight/checkpoints/step_{step:06d}"
+        run = tmp_path / f"from_{step}"
+        train(paper2, train_on_paper, [*overrides(zoo, run, settings), saved])
+        assert numbers_of(run) == numbers_of(tmp_path / "straight")[step:]
+        weights, wanted = read_hf_weights(run / "hf"), read_hf_weights(tmp_path / "straight" / "hf")
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
 def test_supervised_fine_tuning_gives_the_digits_of_the_cpu(

@@ -9,47 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.late_weights import OVERLAPPED
-from tests.paper.runs import train_on_paper
-from tests.ranks import RankPool
-from tests.reference.tiny_models import make_model, make_pair, make_tokenizer, read_hf_weights, read_jsonl
-from tests.training import QUIET, metrics_of, train_on_rank
-
-PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b"]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student, a teacher, a mixture and prompts."""
-    folder = make_pair(tmp_path_factory.mktemp("pair"), PROMPTS)
-    make_model("qwen3_moe", folder / "mixture", seed=11, vocab_size=100)
-    make_tokenizer(folder / "mixture")
-    return folder
-
-
-def overrides(folder: Path, run: Path, student: str = "student") -> list[str]:
-    """A run that goes through everything: self-test, sampling, evaluation, checkpoint, export."""
-    return [
-        f"run.dir={run}",
-        f"student.path={folder / student}",
-        f"teacher.path={folder / 'teacher'}",
-        f"data.train={folder / 'train.jsonl'}",
-        f"data.eval={folder / 'train.jsonl'}",
-        "data.template=plain",
-        "eval.every=2",
-        "reward=exact_match",
-        "reward.workers=1",
-        "objective=kdrl",
-        "objective.beta.init=0.3",
-        "rollout.prompts_per_step=2",
-        "rollout.responses_per_prompt=3",
-        "rollout.max_response_tokens=6",
-        "batch.micro_tokens=20",
-        "optimizer.lr=0.01",
-        "optimizer.adam_eps=1e-3",
-        "trainer.steps=2",
-        *QUIET[:2],
-    ]
+from tests.reference.tiny_models import read_hf_weights, read_jsonl
+from tests.support.late_weights import OVERLAPPED
+from tests.support.paper_runs import paper_overrides, train_on_paper
+from tests.support.ranks import RankPool
+from tests.support.training import metrics_of, train_on_rank
 
 
 @dataclass(frozen=True)
@@ -66,6 +30,7 @@ TOLERANCE = 1e-5
 """On a GPU the engine decodes over padded keys, and experts fuse their SwiGLU with their weights: sums in another order. Where
 neither has a part the digits are the same: `test_replay.py`."""
 OFFLOADED = "optimizer.offload=true"
+ACTIVATIONS = "parallel.offload_min_elements=1 parallel.offload_activations="
 CASES = {
     "one rank, reference, deterministic": Case(
         1,
@@ -95,6 +60,25 @@ CASES = {
         "parallel.tensor=2 parallel.sequence_parallel=true parallel.expert=2 objective.kd.estimator=k3 batch.micro_tokens=48",
         student="mixture",
     ),
+    "tp2 sp, activations off-loaded": Case(
+        2,
+        "parallel.tensor=2 parallel.sequence_parallel=true batch.micro_tokens=48",
+        f"{ACTIVATIONS}[qkv_linear,core_attn,attn_proj,mlp]",
+    ),
+    "pp2 interleaved, activations off-loaded": Case(
+        2,
+        "parallel.pipeline=2 parallel.virtual_pipeline=2 batch.updates_per_step=2",
+        f"{ACTIVATIONS}[qkv_linear,core_attn,attn_proj,mlp]",
+    ),
+    "cp2, attention off-loaded, mlp recomputed": Case(
+        2, "parallel.context=2 parallel.recompute=selective", f"{ACTIVATIONS}[qkv_linear,core_attn,attn_proj]"
+    ),
+    "dp2 ep2, experts off-loaded, attention recomputed": Case(
+        2,
+        "parallel.expert=2 parallel.recompute=selective parallel.recompute_modules=[core_attn]",
+        f"{ACTIVATIONS}[qkv_linear,moe]",
+        "mixture",
+    ),
 }
 
 
@@ -103,10 +87,10 @@ def test_a_run_gives_the_numbers_of_the_cpu(
     case: Case, pair: Path, pools: dict[int, RankPool], papers: dict[int, RankPool], tmp_path: Path
 ) -> None:
     settings = case.settings.split()
-    on_cpu = pools[case.ranks].run(train_on_rank, [*overrides(pair, tmp_path / "cpu", case.student), *settings])
+    on_cpu = pools[case.ranks].run(train_on_rank, [*paper_overrides(pair, tmp_path / "cpu", case.student), *settings])
     assert [outcome.code for outcome in on_cpu] == [0] * case.ranks, on_cpu
     on_gpu = papers[case.ranks].run(
-        train_on_paper, [*overrides(pair, tmp_path / "gpu", case.student), *settings, *case.on_gpu.split()]
+        train_on_paper, [*paper_overrides(pair, tmp_path / "gpu", case.student), *settings, *case.on_gpu.split()]
     )
     assert [outcome.code for outcome in on_gpu] == [0] * case.ranks, on_gpu
     assert_same(tmp_path / "cpu", tmp_path / "gpu")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import varlen
 from tests.paper_cuda import streams
 from tests.paper_cuda.dispatch import unwatched
 from tests.paper_cuda.memory import Block, allocate, index_of, mark_of
+from tests.support import varlen
 
 
 class _Attention(torch.autograd.Function):

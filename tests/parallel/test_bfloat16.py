@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.test_optimizer_agreement import SETTINGS, overrides_of
-from tests.ranks import RankPool
 from tests.reference.tiny_models import read_hf_weights
-from tests.training import PROBE, PROBE_LR, Outcome, metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.support.agreement import SETTINGS, overrides_of
+from tests.support.ranks import RankPool
+from tests.support.training import PROBE, PROBE_LR, Outcome, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 LAYOUTS = {
     "tp2 sp": (2, "parallel.tensor=2 parallel.sequence_parallel=true"),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.parallel.packing import pack
-from tests.ranks import RankPool
-from tests.varlen import varlen_attn
+from tests.support.ranks import RankPool
+from tests.support.varlen import varlen_attn
 
 HEADS, GROUPS, DIMENSION = 6, 2, 5
 BATCHES = {

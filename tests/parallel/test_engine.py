@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +9,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.ranks import RankPool
 from tests.reference import dense
-from tests.training import FAST
-from tests.zoo import TOKENS, Zoo
+from tests.support.ranks import RankPool
+from tests.support.sampling import (
+    COPIES,
+    LIMIT,
+    PROMPTS,
+    SAMPLINGS,
+    assert_close,
+    generate_on_rank,
+    generate_with_transposed_products,
+    tokens_of,
+)
+from tests.support.training import FAST
+from tests.support.zoo import TOKENS, Zoo
 
-PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
-LIMIT = 20
-COPIES = 3
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "plain": {"temperature": 1.0, "top_p": 1.0},
-    "cool": {"temperature": 0.6, "top_p": 1.0},
-    "nucleus": {"temperature": 0.8, "top_p": 0.7},
-    "greedy": {"temperature": 0.0, "top_p": 1.0},
-}
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),
     "pp2": (2, "parallel.pipeline=2"),
@@ -36,42 +36,8 @@ LAYOUTS = {
 }
 
 
-def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For each sampling: the responses, and the log-probs that the trainer gives them."""
-    from kdrl_mcore.config import load_config
-    from kdrl_mcore.parallel.platform import prepare_platform
-
-    prepare_platform()
-    from kdrl_mcore.job import build_job
-    from kdrl_mcore.model.scoring import score_rollouts
-    from kdrl_mcore.rollout.engine import Sampling
-    from kdrl_mcore.types import Prompt
-
-    job = build_job(load_config(overrides))
-    assert job.engine is not None
-    asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
-    result = {}
-    for name, how in samplings.items():
-        sampling = Sampling(max_response_tokens=LIMIT, copies=COPIES, key=(1, 0, 1), **how)
-        rollouts = job.engine.generate(asked, sampling)
-        scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
-        result[name] = [
-            {
-                "prompt_id": rollout.prompt_id,
-                "group_id": rollout.group_id,
-                "prompt_token_ids": rollout.prompt_token_ids.tolist(),
-                "response_token_ids": rollout.response_token_ids.tolist(),
-                "sampler_log_probs": rollout.sampler_log_probs,
-                "finish_reason": rollout.finish_reason,
-                "trainer_log_probs": log_probs,
-            }
-            for rollout, (log_probs, _) in zip(rollouts, scored, strict=True)
-        ]
-    return result
-
-
-def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, Any]]]:
-    overrides = [
+def overrides_of(zoo: Zoo, layout: str) -> list[str]:
+    return [
         f"student.path={zoo.model('untied')}",
         "rollout=replay",
         f"rollout.path={zoo.rollouts('one')}",
@@ -79,14 +45,13 @@ def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, 
         *FAST,
         *layout.split(),
     ]
-    results = pool.run(generate_on_rank, overrides, PROMPTS, SAMPLINGS)
+
+
+def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, Any]]]:
+    results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS)
     for other in results[1:]:  # every rank holds all of them
         assert tokens_of(other) == tokens_of(results[0])
     return results[0]
-
-
-def tokens_of(result: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[int]]]:
-    return {name: [row["response_token_ids"] for row in rows] for name, rows in result.items()}
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +139,20 @@ def test_every_layout_samples_the_same_tokens_and_scores_them_as_the_trainer_doe
                 assert_close(row["sampler_log_probs"], row["trainer_log_probs"])
 
 
+@pytest.mark.parametrize("name", ["tp1", "tp2", "tp2 sp", "tp2 pp2"])
+def test_products_of_few_rows_with_a_large_weight_sample_the_same_tokens(
+    name: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
+) -> None:
+    """The model's weights are small, so they are declared large."""
+    ranks, layout = LAYOUTS.get(name, (1, ""))
+    overrides = overrides_of(zoo, layout)
+    for result, products in pools[ranks].run(generate_with_transposed_products, overrides, PROMPTS, SAMPLINGS):
+        assert products > 100
+        assert tokens_of(result) == tokens_of(alone)
+        for row, single in zip(result["plain"], alone["plain"], strict=True):
+            assert_close(row["sampler_log_probs"], single["sampler_log_probs"])
+
+
 def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
     with torch.no_grad():
         return dense.log_prob_of(dense.response_logits(model, row, TOKENS, temperature).log_softmax(-1), row)
-
-
-def assert_close(found: Sequence[float], expected: Sequence[float] | torch.Tensor) -> None:
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-5)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from torch.nn import functional as F
 
 from tests.paper_cuda import install
-from tests.parallel.test_engine import PROMPTS, SAMPLINGS, assert_close, generate_on_rank, tokens_of
-from tests.ranks import RankPool
-from tests.training import FAST
-from tests.zoo import Zoo
+from tests.support.ranks import RankPool
+from tests.support.sampling import PROMPTS, SAMPLINGS, assert_close, generate_on_rank, tokens_of
+from tests.support.training import FAST
+from tests.support.zoo import Zoo
 
 LIMITS = (33, 97)
 
@@ -37,16 +39,24 @@ def generate_deterministically(overrides: list[str]) -> dict[str, Any]:
         torch.use_deterministic_algorithms(False)
 
 
-def syncs_on_rank(overrides: list[str]) -> list[dict[str, int]]:
-    """Where the host waits in a generation of each of the limits, which some responses reach."""
+def syncs_on_rank(overrides: list[str]) -> tuple[list[dict[str, int]], set[int]]:
+    """Where the host waits in a generation of each of the limits, which some responses reach; and the numbers of keys to which
+    attention goes while decoding."""
     from kdrl_mcore.config import load_config
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    from kdrl_mcore.job import build_job
+    from kdrl_mcore.build import build_job
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.types import Prompt
     from tests.paper_cuda.syncs import syncs
+
+    columns, attend = set(), F.scaled_dot_product_attention
+
+    def attend_and_note(query: Any, key: Any, value: Any, attn_mask: Any = None, **settings: Any) -> Any:
+        if attn_mask is not None:  # a prompt has none
+            columns.add(key.size(2))
+        return attend(query, key, value, attn_mask=attn_mask, **settings)
 
     job = build_job(load_config(overrides))
     assert job.engine is not None
@@ -54,10 +64,11 @@ def syncs_on_rank(overrides: list[str]) -> list[dict[str, int]]:
     counted = []
     for limit in LIMITS:
         syncs.clear()
-        rollouts = job.engine.generate(prompts, Sampling(1.0, 1.0, limit, copies=30, key=(1,)))
+        with patch.object(F, "scaled_dot_product_attention", attend_and_note):
+            rollouts = job.engine.generate(prompts, Sampling(1.0, 1.0, limit, responses_per_prompt=30, key=(1,)))
         assert "length" in {rollout.finish_reason for rollout in rollouts}
         counted.append(dict(syncs))
-    return counted
+    return counted, columns
 
 
 def overrides_of(zoo: Zoo, layout: str) -> list[str]:
@@ -81,8 +92,23 @@ def test_gpus_sample_the_tokens_of_the_cpu(layout: str, zoo: Zoo, gpus: RankPool
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
-def test_the_host_waits_once_in_16_tokens(layout: str, zoo: Zoo, gpus: RankPool) -> None:
-    for short, long in gpus.run(syncs_on_rank, overrides_of(zoo, layout)):
+def test_the_host_waits_once_in_16_tokens_and_attention_meets_few_shapes(layout: str, zoo: Zoo, gpus: RankPool) -> None:
+    for (short, long), columns in gpus.run(syncs_on_rank, overrides_of(zoo, layout)):
+        assert columns == {64, 128}
         more = {place: count - short.get(place, 0) for place, count in long.items() if count != short.get(place, 0)}
         assert sum(more.values()) == (LIMITS[1] - LIMITS[0]) // 16, more
         assert sum(short.values()) <= 12, short
+
+
+def has_cudnn_attention() -> bool:
+    import torch
+
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    return torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_attention_is_never_cudnns(gpus: RankPool) -> None:
+    """It plans anew for every length, and keeps each plan."""
+    assert gpus.run(has_cudnn_attention) == [False, False]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
 from tests.reference.dense import Settings
-from tests.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
-from tests.zoo import TOKENS, Zoo
+from tests.support.ranks import RankPool
+from tests.support.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
+from tests.support.zoo import TOKENS, Zoo
 
 
 @pytest.mark.parametrize("estimator", ["k2", "exact"])
@@ -33,7 +33,7 @@ def test_norms_and_cosine_of_both_gradients(estimator: str, zoo: Zoo, ranks2: Ra
         ],
     )
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
-    joint = Settings(beta=0.5, estimator=estimator, vocabulary=TOKENS)
+    joint = Settings(beta=0.5, estimator=estimator, vocab_size=TOKENS)
     policy, distillation = (
         zoo.reference("untied", "teacher", "uneven", part) for part in (replace(joint, beta=0.0), replace(joint, alpha=0.0))
     )

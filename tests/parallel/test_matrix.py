@@ -8,42 +8,15 @@ gradient of every parameter, to 1e-4.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.test_dense_agreement import JOINT, Case, check
-from tests.ranks import RankPool
 from tests.reference.dense import Settings
-from tests.zoo import Zoo
-
-
-@dataclass(frozen=True)
-class StudentLayout:
-    tensor: int
-    pipeline: int
-    context: int
-    data: int
-    sequence_parallel: bool = False
-    virtual_pipeline: int | None = None
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
-
-    @property
-    def overrides(self) -> str:
-        return (
-            f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} parallel.context={self.context} "
-            f"parallel.sequence_parallel={str(self.sequence_parallel).lower()} "
-            f"parallel.virtual_pipeline={'null' if self.virtual_pipeline is None else self.virtual_pipeline}"
-        )
-
-    def __str__(self) -> str:
-        sizes = {"tp": self.tensor, "pp": self.pipeline, "cp": self.context, "dp": self.data}
-        words = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["one rank"]
-        return " ".join([*words, *(["sp"] if self.sequence_parallel else []), *(["vpp2"] if self.virtual_pipeline else [])])
+from tests.support.agreement import JOINT, Case, StudentLayout, case, check
+from tests.support.ranks import RankPool
+from tests.support.zoo import Zoo
 
 
 def layouts() -> Iterator[StudentLayout]:
@@ -54,23 +27,6 @@ def layouts() -> Iterator[StudentLayout]:
             for sequence_parallel in (False, True)[: 1 + (tensor > 1)]:
                 for virtual_pipeline in (None, 2)[: 1 + (pipeline > 1)]:
                     yield StudentLayout(tensor, pipeline, context, data, sequence_parallel, virtual_pipeline)
-
-
-def teacher_layout(student: StudentLayout) -> str:
-    """One that is not the student's, where there is one: its pipeline size for a tensor size, or the reverse."""
-    if student.ranks == 1:
-        return ""
-    tensor, pipeline = (1, 2) if student.tensor > 1 else (2, 1)
-    if student.ranks == 4 and student.context * student.data > 1:
-        tensor = pipeline = 2
-    return f"teacher.parallel.tensor={tensor} teacher.parallel.pipeline={pipeline}"
-
-
-def case(layout: StudentLayout, settings: Settings, rollouts: str = "uneven") -> Case:
-    """Three or more micro-batches on each data-parallel rank. Four stages of two chunks need eight layers."""
-    student = "deep" if layout.pipeline == 4 and layout.virtual_pipeline else "untied"
-    overrides = f"{layout.overrides} {teacher_layout(layout)} batch.micro_tokens={60 // layout.data}"
-    return Case(layout.ranks, overrides, settings, student=student, rollouts=rollouts)
 
 
 LAYOUTS = list(layouts())

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.test_dense_agreement import JOINT, Case, about, assert_gradients, check
-from tests.ranks import RankPool
 from tests.reference import dense
 from tests.reference.dense import Settings
 from tests.reference.tiny_models import CHARACTERS, read_hf_weights
-from tests.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, train_on_rank
-from tests.zoo import TOKENS, Zoo
+from tests.support.agreement import JOINT, Case, about, assert_gradients, check
+from tests.support.ranks import RankPool
+from tests.support.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, train_on_rank
+from tests.support.zoo import TOKENS, Zoo
 
 TP2 = "parallel.tensor=2 "
 SP = TP2 + "parallel.sequence_parallel=true batch.micro_tokens=60 "
@@ -132,7 +132,7 @@ def test_two_updates_on_one_batch_clip_against_its_first_policy(
     """The second update is off-policy: rho = pi / pi_old, and the KL to the initial student is no longer zero."""
     settings = replace(
         JOINT,
-        vocabulary=TOKENS,
+        vocab_size=TOKENS,
         estimator=estimator,
         top_k=7,
         reference=0.5,
@@ -192,7 +192,7 @@ def test_supervised_fine_tuning_is_the_cross_entropy_of_the_responses(
         {"prompt_token_ids": [ids[c] for c in prompt], "response_token_ids": [*(ids[c] for c in response), 0]}
         for prompt, response in pairs
     ]
-    loss, gradients = dense.sft(zoo.model("untied"), rows, aggregation=aggregation, vocabulary=TOKENS)
+    loss, gradients = dense.sft(zoo.model("untied"), rows, aggregation=aggregation, vocab_size=TOKENS)
     overrides = [
         f"run.dir={tmp_path / 'run'}",
         f"student.path={zoo.model('untied')}",

@@ -9,10 +9,6 @@ import pytest
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import ConfigError
-from tests.late_weights import OVERLAPPED, train_with_late_weights_on_rank
-from tests.parallel.test_matrix import StudentLayout, teacher_layout
-from tests.parallel.test_optimizer_agreement import check_adam
-from tests.ranks import RankPool
 from tests.reference.tiny_models import (
     make_model,
     make_pair,
@@ -22,8 +18,11 @@ from tests.reference.tiny_models import (
     read_jsonl,
     write_jsonl,
 )
-from tests.training import QUIET, metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.support.agreement import StudentLayout, check_adam, teacher_layout
+from tests.support.late_weights import OVERLAPPED, train_with_late_weights_on_rank
+from tests.support.ranks import RankPool
+from tests.support.training import QUIET, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 REPLICATED = [
     StudentLayout(1, 1, 1, 2),

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdrl_mcore.planning.passes import LAYER_KERNELS
-from tests.ranks import RankPool
 from tests.reference.tiny_models import make_qwen2, make_tokenizer
+from tests.support.ranks import RankPool
 
 NO_KERNEL = {
     *("alias", "as_strided", "detach", "dropout", "dropout_", "empty", "empty_like", "expand", "flatten", "item", "lift_fresh"),
@@ -47,7 +47,7 @@ def count_kernels(path: str) -> float:
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.rollout.megatron import MegatronEngine
     from kdrl_mcore.types import Prompt
-    from tests.convert.worker import build
+    from tests.support.conversion_ranks import build
 
     parts, kernels = build(path, {}, dtype="bfloat16"), Kernels()
     for layer in parts.chunks[0].decoder.layers:

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import configure, measure_on_rank, plan, without, write_model
 from kdrl_mcore.planning.memory import GLOO_COPY
 from kdrl_mcore.planning.setup import shard_requests
 from kdrl_mcore.planning.shards import get_shards
-from tests.ranks import RankPool
-from tools.bench_memory import configure, measure_on_rank, plan, without, write_model
+from tests.support.ranks import RankPool
 
 TOKENS, MICRO_BATCHES = 512, 4
 MEASURED = (
     "data",
     "tensor, sequence, bfloat16",
     "pipeline, recompute, bfloat16",
+    "pipeline, bfloat16",
+    "pipeline, mlp recomputed, bfloat16",
+    "tensor, sequence, norms and attention recomputed, bfloat16",
     "interleaved pipeline",
     "data, not distributed",
 )
@@ -29,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def built(model: Path) -> None:
-    """One faked world for all layouts."""
+    """One fake world for all layouts."""
     configs = [configure(layout, model, TOKENS)[1] for layout in MEASURED]
     get_shards([request for config in configs for request in shard_requests(config, 2).values()])
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.test_dense_agreement import JOINT, Case, check
-from tests.ranks import RankPool
-from tests.training import metrics_of, score_in_parts_and_train_on_rank
-from tests.zoo import Zoo
+from tests.support.agreement import JOINT, Case, check
+from tests.support.ranks import RankPool
+from tests.support.training import metrics_of, score_in_parts_and_train_on_rank
+from tests.support.zoo import Zoo
 
 CASES = {
     "k2, teacher dp2": Case(2, "parallel.tensor=2 teacher.parallel.tensor=1", JOINT),

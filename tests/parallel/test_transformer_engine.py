@@ -1,6 +1,6 @@
-"""Under Transformer Engine's layers (played by `tests/stubs`) everything is as under Megatron-Core's own: loss, log-probs and
-gradients, which its layers add to the main gradient themselves; optimizer, weights from and to Hugging Face files, refit, and
-checkpoints, which load from one kind of layers into the other.
+"""Under Transformer Engine's layers, played by `tests/support/stubs`, everything is as under Megatron-Core's own: loss,
+log-probs and gradients, which its layers add to the main gradient themselves; optimizer, weights from and to Hugging Face
+files, refit, and checkpoints, which load from one kind of layers into the other.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from kdrl_mcore.convert.convert import import_hf
-from tests.convert import test_expert_training, worker
-from tests.late_weights import OVERLAPPED
-from tests.parallel.test_dense_agreement import Case, assert_gradients, check
-from tests.parallel.test_megatron_core_019 import BESIDE, assert_newer
-from tests.parallel.test_optimizer_agreement import check_adam, overrides_of
-from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model, make_qwen2, read_hf_weights
-from tests.te_ranks import (
+from tests.support import conversion_ranks, expert_training
+from tests.support.agreement import Case, assert_gradients, check, check_adam, overrides_of
+from tests.support.hf_folders import quiet
+from tests.support.late_weights import OVERLAPPED
+from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
+from tests.support.ranks import RankPool
+from tests.support.te_ranks import (
     STUBS,
     attention_on_rank,
     modules_on_rank,
@@ -29,8 +29,8 @@ from tests.te_ranks import (
     under_te_on_rank,
     updates_on_rank,
 )
-from tests.training import metrics_of, train_on_rank
-from tests.zoo import Zoo
+from tests.support.training import metrics_of, train_on_rank
+from tests.support.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,9 @@ ROWS = {
     "tp2 sp": Case(2, f"{SEQUENCE_PARALLEL} parallel.recompute=full batch.micro_tokens=40"),
     "tied, pp2 interleaved": Case(2, "parallel.pipeline=2 parallel.virtual_pipeline=2 batch.micro_tokens=40", student="tied"),
     "cp2": Case(2, "parallel.context=2"),
+    "tp2 sp, attention and MLP recomputed": Case(
+        2, f"{SEQUENCE_PARALLEL} parallel.recompute=selective parallel.recompute_modules=[core_attn,mlp]"
+    ),
 }
 
 
@@ -82,8 +85,17 @@ def test_norms_of_heads_and_grouped_experts_train(family: str, layout: str, te_r
         layout = "batch.micro_tokens=32"
     student = make_model(family, tmp_path / "student", seed=11, vocab_size=64)
     teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
-    probe = test_expert_training.make_probe(tmp_path, student, teacher)
-    test_expert_training.check(probe, te_ranks, [*layout.split(), TE], tmp_path / "run")
+    probe = expert_training.make_probe(tmp_path, student, teacher)
+    expert_training.check(probe, te_ranks, [*layout.split(), TE], tmp_path / "run")
+
+
+@pytest.mark.parametrize("modules", ["moe_act", "layernorm,moe", "core_attn,layernorm,moe_act"])
+def test_grouped_experts_recompute(modules: str, te_ranks: RankPool, tmp_path: Path) -> None:
+    student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+    teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+    probe = expert_training.make_probe(tmp_path, student, teacher)
+    recompute = ["parallel.recompute=selective", f"parallel.recompute_modules=[{modules}]"]
+    expert_training.check(probe, te_ranks, ["parallel.expert=2", *recompute, TE], tmp_path / "run")
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -98,11 +110,15 @@ def test_weights_come_and_go_to_the_byte(family: str, layout: dict[str, int], te
     (modules, _) = te_ranks.run(under_te_on_rank, modules_on_rank, str(hf), layout)
     assert modules["decoder.layers.0.self_attention.linear_qkv"] == "TELayerNormColumnParallelLinear"
     assert te_ranks.run(under_te_on_rank, refit_on_rank, str(hf), layout) == [[], []]
-    te_ranks.run(under_te_on_rank, worker.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
+    te_ranks.run(
+        under_te_on_rank, conversion_ranks.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved")
+    )
     before, after = read_hf_weights(hf), read_hf_weights(tmp_path / "exported")
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    import_hf(hf, tmp_path / "megatron", None, lambda total: lambda num_bytes: None)
-    assert all(te_ranks.run(under_te_on_rank, worker.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
+    import_hf(hf, tmp_path / "megatron", None, quiet)
+    assert all(
+        te_ranks.run(under_te_on_rank, conversion_ranks.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout)
+    )
 
 
 @pytest.mark.parametrize("first, then", [("local", "te"), ("te", "local")], ids=["from local", "to local"])
@@ -126,14 +142,14 @@ def test_a_run_goes_on_under_the_other_layers(
     assert_gradients({name: ended[name] - halfway[name] for name in ended}, {n: whole[n] - halfway[n] for n in whole})
 
 
-@pytest.mark.skipif(not BESIDE.is_dir(), reason=f"{BESIDE} does not exist: make setup installs it, on Linux on x86-64")
+@needs_newer_core
 def test_a_newer_megatron_core_makes_the_same_of_it(tmp_path: Path) -> None:
     pool = RankPool(2, import_first=[STUBS, str(BESIDE)], prepare=play_transformer_engine)
     try:
         student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
         teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
-        probe = test_expert_training.make_probe(tmp_path, student, teacher)
-        test_expert_training.check(probe, pool, [*SEQUENCE_PARALLEL.split(), TE], tmp_path / "run")
+        probe = expert_training.make_probe(tmp_path, student, teacher)
+        expert_training.check(probe, pool, [*SEQUENCE_PARALLEL.split(), TE], tmp_path / "run")
         assert_newer(pool)
     finally:
         pool.close()

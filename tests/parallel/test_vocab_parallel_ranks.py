@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ranks import RankPool
-from tests.reference import vocabulary
-from tests.reference.vocabulary import KINDS, Layout, Problem, answer, assert_same, dense, make_problem
+from tests.reference.output_head import KINDS, TOP_K, Problem, dense, make_problem
+from tests.support import vocabulary
+from tests.support.ranks import RankPool
+from tests.support.vocabulary import Layout, answer, assert_same
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 FUSED = [kind for kind in KINDS if kind != "logits"]
@@ -71,8 +72,8 @@ def test_without_tokens(pool: RankPool, layout: Layout) -> None:
 def test_sets_larger_than_a_rank_holds(pool: RankPool, layout: Layout) -> None:
     """Ten tokens of four ranks with six each, and all 23."""
     check(pool, [make_problem(top_k=10)], TAUGHT, layout, **EXACT)
-    by_rank = pool.run(answers, [make_problem(top_k=23)], list(vocabulary.TOP_K), layout)
-    for i in range(len(vocabulary.TOP_K)):
+    by_rank = pool.run(answers, [make_problem(top_k=23)], list(TOP_K), layout)
+    for i in range(len(TOP_K)):
         assert_same([rank[i][0] for rank in by_rank], dense(make_problem(), "exact"), layout, **EXACT)
 
 

@@ -38,7 +38,7 @@ class Settings:
             gradient of log pi for k1, which learns from nothing else. If not, w is what it says.
         reference, reference_estimator: coefficient and form (k2 or k3) of the KL to a frozen model, where one is given.
         temperature: the logits of all models are divided by it.
-        vocabulary: tokens that exist for both softmaxes; None takes the smaller model's columns.
+        vocab_size: tokens that exist for both softmaxes; None takes the smaller model's columns.
         top_k, top_k_support, top_k_tail: of the top-k estimators.
     """
 
@@ -59,7 +59,7 @@ class Settings:
     reference: float = 0.0
     reference_estimator: str = "k3"
     temperature: float = 1.0
-    vocabulary: int | None = None
+    vocab_size: int | None = None
     top_k: int = 64
     top_k_support: str = "student"
     top_k_tail: str = "bucket"
@@ -107,11 +107,11 @@ def vocabulary_size(*models: Any) -> int:
     return min(model.config.vocab_size for model in models)
 
 
-def response_logits(model: Any, row: Row, vocabulary: int, temperature: float) -> Tensor:
+def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -> Tensor:
     """The logits [T, V] that predict each response token, at the temperature, without columns beyond the vocabulary."""
     prompt, response = row["prompt_token_ids"], row["response_token_ids"]
     logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
-    return logits[len(prompt) - 1 : -1, :vocabulary] / temperature
+    return logits[len(prompt) - 1 : -1, :vocab_size] / temperature
 
 
 def log_prob_of(log_p_T_V: Tensor, row: Row) -> Tensor:
@@ -160,15 +160,15 @@ def kdrl_of_models(
     if settings.beta > 0 and teacher is None:
         raise ValueError("beta > 0 needs a teacher")
     models = [student] if teacher is None else [student, teacher]
-    vocabulary = settings.vocabulary or vocabulary_size(*models)
+    vocab_size = settings.vocab_size or vocabulary_size(*models)
 
     # log p and log q over the vocabulary [T, V], and of the tokens o_t [T], per response
-    log_p = [torch.log_softmax(response_logits(student, row, vocabulary, settings.temperature), -1) for row in rows]
+    log_p = [torch.log_softmax(response_logits(student, row, vocab_size, settings.temperature), -1) for row in rows]
     log_pi = [log_prob_of(each, row) for each, row in zip(log_p, rows, strict=True)]
     log_q: list[Tensor] = []
     if teacher is not None:
         with torch.no_grad():
-            log_q = [torch.log_softmax(response_logits(teacher, row, vocabulary, settings.temperature), -1) for row in rows]
+            log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in rows]
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 
@@ -206,7 +206,7 @@ def kdrl_of_models(
         reference_terms = []
         for i, row in enumerate(rows):
             with torch.no_grad():
-                log_ref = log_prob_of(response_logits(reference, row, vocabulary, settings.temperature).log_softmax(-1), row)
+                log_ref = log_prob_of(response_logits(reference, row, vocab_size, settings.temperature).log_softmax(-1), row)
             w = importance_weight(log_pi[i], log_mu[i], settings.reference_estimator, settings)
             reference_terms.append(sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator))
         reference_loss = aggregate(reference_terms, everything, everything, settings)
@@ -231,12 +231,12 @@ def sft(
     rows: Sequence[Row],
     *,
     aggregation: str = "token_mean",
-    vocabulary: int | None = None,
+    vocab_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[float, dict[str, Tensor]]:
     """-log pi(target) on given responses at temperature 1, and its gradient by HF parameter name."""
     student = load_model(student_path, dtype)
-    columns = vocabulary or vocabulary_size(student)
+    columns = vocab_size or vocabulary_size(student)
     terms = [-log_prob_of(torch.log_softmax(response_logits(student, row, columns, 1.0), -1), row) for row in rows]
     everything = torch.ones(len(rows), dtype=torch.bool)
     loss = aggregate(terms, everything, everything, Settings(aggregation=aggregation))

@@ -152,7 +152,7 @@ def make_rollouts(
     seed: int,
     num_groups: int = 3,
     group_size: int = 4,
-    vocabulary: int = 64,
+    vocab_size: int = 64,
     max_prompt_tokens: int = 9,
     prompt_tokens: int | None = None,
     max_response_tokens: int = 17,
@@ -164,7 +164,7 @@ def make_rollouts(
     """Random rollouts of uneven lengths, the first response of a single token.
 
     Args:
-        vocabulary: token ids are below it, and it is the size of the softmax behind the log-probs.
+        vocab_size: token ids are below it, and it is the size of the softmax behind the log-probs.
         prompt_tokens: of every prompt, in place of a random number of them.
         noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 is the same policy.
         correct: per response; by default random, with both kinds in the first group and the last group all incorrect.
@@ -188,11 +188,11 @@ def make_rollouts(
     student = load_model(student_path)
     rows: list[Row] = []
     for group in range(num_groups):
-        prompt = draw(1, vocabulary, prompt_tokens or draw(1, max_prompt_tokens + 1)[0])
+        prompt = draw(1, vocab_size, prompt_tokens or draw(1, max_prompt_tokens + 1)[0])
         for _ in range(group_size):
             index = len(rows)
             length = 1 if index == 0 else draw(2, max_response_tokens + 1)[0]
-            response = draw(1, vocabulary, length)
+            response = draw(1, vocab_size, length)
             stops = bool(draw(0, 2)[0])
             if stops:
                 response[-1] = 0
@@ -208,7 +208,7 @@ def make_rollouts(
                 "weight_version": 0,
             }
             with torch.no_grad():
-                true = log_prob_of(response_logits(student, row, vocabulary, temperature).log_softmax(-1), row)
+                true = log_prob_of(response_logits(student, row, vocab_size, temperature).log_softmax(-1), row)
             mu = true + noise * torch.randn(length, generator=generator, dtype=true.dtype)
             row["sampler_log_probs"] = mu.float().tolist()
             rows.append(row)

@@ -13,13 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.rollout.models import QUIET_ENGINE, needs_vllm
-from tools.bench_replicas import MODES as REPLICA_MODES
-from tools.bench_servers import MODES
+from benchmarks.replicas import MODES as REPLICA_MODES
+from benchmarks.servers import MODES
+from tests.support import ROOT
+from tests.support.vllm_models import QUIET_ENGINE, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_step_benchmark_measures_every_measure_and_ends_its_processes(tmp_path: Path) -> None:

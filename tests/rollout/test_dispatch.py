@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from kdrl_mcore.errors import EngineError
-from kdrl_mcore.monitoring.watchdog import _waits
+from kdrl_mcore.resilience.watchdog import _waits
 from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response, request_seed
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.vllm_client import ServerFailed
+from kdrl_mcore.rollout.vllm.client import ServerFailed
 from kdrl_mcore.types import Prompt
 
 TOKEN_SECONDS = 1e-4
@@ -71,14 +71,16 @@ def prompts_of(count: int) -> list[Prompt]:
     return [Prompt(f"p{i}", "", np.array([i + 1, 2, 3]), "") for i in range(count)]
 
 
-def sampling_of(copies: int) -> Sampling:
-    return Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, copies=copies, key=(1, 0, 7))
+def sampling_of(responses_per_prompt: int) -> Sampling:
+    return Sampling(
+        temperature=1.0, top_p=1.0, max_response_tokens=50, responses_per_prompt=responses_per_prompt, key=(1, 0, 7)
+    )
 
 
 def run(
     servers: Sequence[FakeServer],
     prompts: Sequence[Prompt],
-    copies: int = 4,
+    responses_per_prompt: int = 4,
     max_sequences: int = 256,
     lengths: ExpectedLengths | None = None,
     on_failure: Callable[[Failure], bool] = lambda failure: True,
@@ -86,7 +88,9 @@ def run(
     """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
     got: list[Response] = []
     failures: list[Failure] = []
-    dispatch = Dispatch(servers, prompts, sampling_of(copies), 3, max_sequences, lengths or ExpectedLengths(), got.append)
+    dispatch = Dispatch(
+        servers, prompts, sampling_of(responses_per_prompt), 3, max_sequences, lengths or ExpectedLengths(), got.append
+    )
     dispatch.start()
     try:
         while True:
@@ -103,12 +107,12 @@ def run(
             raise TimeoutError("the dispatch hangs")
     finally:
         dispatch.stop()
-    assert Counter(response.place for response in got).most_common(1)[0][1] == 1  # none came twice
-    return {response.place: response for response in got}, failures
+    assert Counter(response.index for response in got).most_common(1)[0][1] == 1  # none came twice
+    return {response.index: response for response in got}, failures
 
 
-def everything(prompts: int, copies: int) -> set[tuple[int, int]]:
-    return {(place, copy) for place in range(prompts) for copy in range(copies)}
+def everything(prompts: int, responses_per_prompt: int) -> set[tuple[int, int]]:
+    return {(place, copy) for place in range(prompts) for copy in range(responses_per_prompt)}
 
 
 def test_every_response_comes_once_and_no_server_is_idle() -> None:
@@ -218,7 +222,7 @@ def test_a_server_with_room_takes_what_waits_behind_long_answers() -> None:
         return 2000 if prompt[0] <= 2 else 10
 
     servers = [FakeServer(length), FakeServer(length)]
-    run(servers, prompts_of(40), copies=1, max_sequences=2)
+    run(servers, prompts_of(40), responses_per_prompt=1, max_sequences=2)
     assert min(len(server.finished) for server in servers) >= 1
     assert sum(len(server.finished) for server in servers) == 40
     assert all(server.most_at_once <= 2 for server in servers)
@@ -226,7 +230,7 @@ def test_a_server_with_room_takes_what_waits_behind_long_answers() -> None:
 
 def test_copies_of_few_prompts_are_spread() -> None:
     servers = [FakeServer() for _ in range(4)]
-    got, _ = run(servers, prompts_of(1), copies=16)
+    got, _ = run(servers, prompts_of(1), responses_per_prompt=16)
     assert set(got) == everything(1, 16)
     assert all(len(server.finished) == 4 for server in servers)
 

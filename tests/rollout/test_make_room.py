@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import load_config
-from kdrl_mcore.rollout import gpu_memory, vllm, vllm_placement
-from kdrl_mcore.rollout.gpu_memory import free_share, without_expandable_segments
-from kdrl_mcore.rollout.vllm import VllmEngine
-from kdrl_mcore.rollout.vllm_client import engine_environment
-from kdrl_mcore.rollout.vllm_placement import Replicas, start_replicas
+from kdrl_mcore.rollout.vllm import engine as vllm
+from kdrl_mcore.rollout.vllm import gpu_memory
+from kdrl_mcore.rollout.vllm import placement as vllm_placement
+from kdrl_mcore.rollout.vllm.client import ServerFailed, engine_environment
+from kdrl_mcore.rollout.vllm.engine import VllmEngine
+from kdrl_mcore.rollout.vllm.gpu_memory import free_share, without_expandable_segments
+from kdrl_mcore.rollout.vllm.placement import Replicas, start_replicas
+from tests.support.ranks import RankPool
 
 GIB = 2**30
 
@@ -62,7 +66,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             events.append("all have")
         return [item]
 
-    monkeypatch.setattr(vllm_placement, "_gather", gather)
+    monkeypatch.setattr(vllm_placement, "gather_objects", gather)
+    monkeypatch.setattr(vllm_placement, "drop_gathering_buffer", lambda: events.append("drop"))
     monkeypatch.setattr(vllm_placement, "give_back", lambda: events.append("give back"))
     monkeypatch.setattr(vllm, "send_weights", lambda *args, **settings: events.append("refit") or _Sent())
     return events
@@ -72,16 +77,30 @@ class _Sent:
     version, num_bytes, seconds = 3, 0, 0.0
 
 
-ROOM = ["give back", "all have"]
+ROOM = ["drop", "give back", "all have"]
 
 
 @pytest.mark.parametrize("placement", ["colocated", "server"])
 def test_every_rank_gives_its_cache_back_before_weights_and_before_the_kv_cache(events: list[str], placement: str) -> None:
     config = load_config(["rollout=vllm", "objective=grpo", f"rollout.vllm.placement={placement}"])
     replicas = Replicas([Engine(events)], [0], placement == "colocated")  # type: ignore[list-item]
-    VllmEngine(replicas, config.rollout, None, None).refit(Student())  # type: ignore[arg-type]
+    VllmEngine(replicas, config.rollout, None, None, vocab_size=9).refit(Student())  # type: ignore[arg-type]
     room = ROOM if placement == "colocated" else []
     assert events == [*room, "wake ['weights']", "refit", *room, "wake ['kv_cache']"]
+
+
+def test_an_engine_that_fails_to_wake_finds_room_when_it_starts_again_and_when_it_wakes(events: list[str]) -> None:
+    class Tight(Engine):
+        def wake(self, tags: list[str]) -> None:
+            super().wake(tags)
+            if events.count("wake ['weights']") == 1:
+                raise ServerFailed("out of memory")
+
+    config = load_config(["rollout=vllm", "objective=grpo", "rollout.vllm.placement=colocated"])
+    replicas = Replicas([Tight(events)], [0], True)  # type: ignore[list-item]
+    VllmEngine(replicas, config.rollout, None, None, vocab_size=9).refit(Student())  # type: ignore[arg-type]
+    woken = [*ROOM, "wake ['weights']"]
+    assert events == [*woken, *ROOM, "restart", *woken, "refit", *ROOM, "wake ['kv_cache']"]
 
 
 def test_an_engine_starts_and_starts_again_on_gpus_that_training_has_left(
@@ -89,7 +108,8 @@ def test_an_engine_starts_and_starts_again_on_gpus_that_training_has_left(
 ) -> None:
     shares: list[float] = []
     monkeypatch.setattr(vllm_placement, "EngineServer", lambda *args, **settings: Engine(events))
-    monkeypatch.setattr(vllm_placement, "_arguments", lambda config, vocabulary, single, share: shares.append(share) or ())
+    monkeypatch.setattr(vllm_placement, "_arguments", lambda config, vocab_size, single, share: shares.append(share) or ())
+    monkeypatch.setattr(vllm_placement, "tight_memory", lambda *args: None)
     replicas = start_replicas(load_config(["rollout=vllm", "objective=grpo"]), 61, 0.6)
     assert events == [*ROOM, "start", "ready"] and shares == [0.6]
     events.clear()
@@ -106,6 +126,28 @@ def test_what_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cache"))
     gpu_memory.give_back()
     assert done == ["collect", "ipc", "cache"]
+
+
+def gather_and_drop() -> tuple[int, int]:
+    """On a rank: the buffers that Megatron-Core keeps after a pass under sequence parallelism, before and after."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from megatron.core import parallel_state
+    from megatron.core.utils import GlobalMemoryBuffer
+
+    from kdrl_mcore.parallel.mcore import drop_gathering_buffer
+
+    memory = GlobalMemoryBuffer()
+    with patch.object(parallel_state, "_GLOBAL_MEMORY_BUFFER", memory):
+        memory.get_tensor((4, 8), torch.float32, "mpu")
+        before = len(memory.buffer)
+        drop_gathering_buffer()
+        return before, len(memory.buffer)
+
+
+def test_what_activations_were_gathered_into_is_dropped(ranks1: RankPool) -> None:
+    assert ranks1.run(gather_and_drop) == [(1, 0)]
 
 
 @pytest.mark.parametrize(("free", "share"), [(80, 0.85), (40.9, 0.46), (8, 0.05)])

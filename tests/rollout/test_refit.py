@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests import paper_cuda
-from tests.convert.test_conversion import all_tensors
-from tests.ranks import RankPool
 from tests.reference.tiny_models import make_model
-from tests.rollout import refit_ranks
-from tests.rollout.receiver import Process
+from tests.support import refit_ranks
+from tests.support.hf_folders import all_tensors
+from tests.support.ranks import RankPool
+from tests.support.receiver import Process, assert_holds
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +22,6 @@ def receiver() -> Iterator[Process]:
     process = Process(2)
     yield process
     process.close()
-
-
-def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Both workers hold the tensors of an HF folder, byte for byte, and no others; and they came layer by layer: an engine
-    keeps a layer's tensors until it has the last of them."""
-    receiver.client().post("save", {"folder": str(folder)})
-    expected = all_tensors(hf)
-    layers = re.findall(r"\.layers\.(\d+)\.", " ".join(receiver.client().post("order", {})))
-    assert layers == sorted(layers, key=int)
-    for worker in range(2):
-        got = load_file(folder / f"worker{worker}.safetensors")
-        assert got.keys() == expected.keys()
-        for name, tensor in expected.items():
-            wanted = tensor if dtype is None else tensor.to(dtype)
-            assert (got[name].dtype, got[name].shape) == (wanted.dtype, wanted.shape)
-            assert torch.equal(got[name].view(-1).view(torch.uint8), wanted.view(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])

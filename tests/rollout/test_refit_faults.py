@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from kdrl_mcore.errors import RefitError
-from tests.ranks import RankDiedError, RankPool
 from tests.reference.tiny_models import make_model
-from tests.rollout import refit_ranks
-from tests.rollout.receiver import Process
-from tests.rollout.refit_ranks import VICTIM
-from tests.rollout.test_refit import assert_holds
+from tests.support import refit_ranks
+from tests.support.ranks import RankDiedError, RankPool
+from tests.support.receiver import Process, assert_holds
+from tests.support.refit_ranks import VICTIM
 
 TIMEOUT = 6.0
 """Seconds, of a refit that somebody does not answer in."""
@@ -66,7 +65,7 @@ def test_a_wrong_byte_or_a_missing_tensor_is_named_and_put_right(
 
 def test_what_the_ranks_give_must_be_the_whole_model(ranks2: RankPool, hf: Path, receiver: Process) -> None:
     for result in run(ranks2, hf, receiver, "incomplete"):
-        assert VICTIM in result["error"] and "the ranks give none" in result["error"]
+        assert VICTIM in result["error"] and "the ranks own none" in result["error"]
 
 
 @pytest.mark.parametrize("colocated", [True, False], ids=["memory", "broadcast"])
@@ -74,7 +73,7 @@ def test_a_receiver_that_is_killed_is_noticed_at_once(colocated: bool, ranks2: R
     mortal.client().post("fault", {"die_at": VICTIM})
     for result in run(ranks2, hf, mortal, "none", colocated=colocated):
         assert "failed on rank 0, at " in result["error"] and "does not answer" not in result["error"]
-    mortal.process.wait(5)
+    mortal.process.wait(60)
 
 
 def test_a_receiver_that_hangs_fails_within_the_time_out(ranks2: RankPool, hf: Path, mortal: Process) -> None:

@@ -9,17 +9,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from tests.late_weights import OVERLAPPED
-from tests.ranks import RankPool
 from tests.reference.tiny_models import read_jsonl
-from tests.rollout import vllm_runs
-from tests.rollout.refit_ranks import VICTIM
-from tests.training import metrics_of
+from tests.support import vllm_runs
+from tests.support.late_weights import OVERLAPPED
+from tests.support.ranks import RankPool
+from tests.support.refit_ranks import VICTIM
+from tests.support.training import metrics_of
 
 pytest.importorskip("vllm")
 
-from kdrl_mcore.rollout.vllm_client import EngineServer, Launch
+from kdrl_mcore.rollout.vllm.client import EngineServer, Launch
 
 TOKEN = "of-the-tests"
 
@@ -43,6 +44,9 @@ def server(models: Path) -> Iterator[EngineServer]:
     engine.stop()
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2", reason="vLLM's workers share memory only on CPUs with AVX-512"
+)
 def test_the_memory_that_workers_share_has_no_name(server: EngineServer) -> None:
     """So that none is left when they are killed."""
     workers = psutil.Process(server.pid).children(recursive=True)

@@ -18,14 +18,14 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
-from kdrl_mcore.rollout import vllm_adapter
+from kdrl_mcore.rollout.vllm import adapter as vllm_adapter
 
 NUM_TOKENS, COLUMNS = 5, 8
 
 
 SETTINGS = vllm_adapter.EngineSettings(
     model="nowhere",
-    vocabulary=NUM_TOKENS,
+    vocab_size=NUM_TOKENS,
     stop_ids=(0,),
     dtype="bfloat16",
     max_model_len=64,

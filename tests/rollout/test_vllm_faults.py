@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.rollout.models import QUIET_ENGINE, environment, make_prompts, make_student, needs_vllm
-from tests.training import metrics_of
+from tests.support import ROOT
+from tests.support.training import metrics_of
+from tests.support.vllm_models import QUIET_ENGINE, environment, make_prompts, make_student, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, COPIES = 4, 4
 
 
@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*torchrun, "-m", "tests.rollout.faulty_train", *overrides],
+        [*torchrun, "-m", "tests.support.faulty_train", *overrides],
         cwd=ROOT,
         env=environment(QUIET_ENGINE),
         capture_output=True,

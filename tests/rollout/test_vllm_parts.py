@@ -13,11 +13,13 @@ import pytest
 import torch.distributed as dist
 
 from kdrl_mcore.config import load_config
-from kdrl_mcore.rollout.vllm import VllmEngine
+from kdrl_mcore.errors import EngineError
+from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.types import Prompt, Rollout
-from tests.rollout.test_dispatch import sampling_of
 
 COPIES = 2
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, responses_per_prompt=COPIES, key=(1, 0, 7))
 
 
 @dataclass
@@ -68,18 +70,32 @@ class Weights:
 
 
 @pytest.fixture
-def world() -> Iterator[None]:
+def world_size() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
+def test_a_token_that_the_models_do_not_share_is_an_error(world_size: None) -> None:
+    """Of a server that was started for another vocabulary: on a GPU such a token would end the job inside a kernel."""
+    gate = threading.Event()
+    gate.set()
+    config = load_config(["rollout=vllm", "objective=grpo"]).rollout
+    engine: Any = VllmEngine(OneReplica([GatedServer(gate)]), config, Letters(), None, vocab_size=4)  # type: ignore[arg-type]
+    engine._student, engine._version = Weights(), 0
+    with pytest.raises(
+        EngineError, match="sampled token id 4, but the models share 4 tokens: start its server with --vocabulary 4"
+    ):
+        engine.generate([Prompt("p", "", np.array([1, 2, 3]), "")], SAMPLING)
+    engine.close()
+
+
 @pytest.mark.parametrize(("part_tokens", "least"), [(1, 1), (20, 2), (0, 0)])
-def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, least: int, world: None) -> None:
+def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, least: int, world_size: None) -> None:
     gate = threading.Event()
     verifier = AllCorrect()
     config = load_config(["rollout=vllm", "objective=grpo"]).rollout
-    engine: Any = VllmEngine(OneReplica([GatedServer(gate)]), config, Letters(), verifier)  # type: ignore[arg-type]
+    engine: Any = VllmEngine(OneReplica([GatedServer(gate)]), config, Letters(), verifier, vocab_size=99)  # type: ignore[arg-type]
     engine._student, engine._version = Weights(), 0
     prompts = [Prompt(f"p{i}", "", np.array([i + 1, 2, 3]), "") for i in range(4)]
     parts: list[dict[int, Rollout]] = []
@@ -91,7 +107,7 @@ def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, 
 
     if part_tokens == 0:
         gate.set()
-    sampling = replace(sampling_of(COPIES), verify=True, part_tokens=part_tokens)
+    sampling = replace(SAMPLING, verify=True, part_tokens=part_tokens)
     rollouts = engine.generate(prompts, sampling, take)
     engine.close()
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore import preflight
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.shards import SHAPES
-from kdrl_mcore.rollout import vllm_placement
+from kdrl_mcore.preflight import configuration
+from kdrl_mcore.rollout.vllm import placement as vllm_placement
 
 VLLM = ["rollout=vllm", "objective=grpo"]
 
@@ -22,9 +22,9 @@ def config(*overrides: str) -> Config:
     return load_config([*VLLM, *(f"rollout.vllm.{override}" for override in overrides)])
 
 
-def in_a_job(monkeypatch: pytest.MonkeyPatch, world: int, local: int, local_rank: int = 0) -> None:
-    monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+def in_a_job(monkeypatch: pytest.MonkeyPatch, world_size: int, local: int, local_rank: int = 0) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
 
@@ -39,7 +39,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch, world: int, local: int, local_rank
     ],
 )
 def test_owners(overrides: Sequence[str], owners: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_job(monkeypatch, world=16, local=8)
+    in_a_job(monkeypatch, world_size=16, local=8)
     assert vllm_placement.find_owners(config(*overrides)) == owners
 
 
@@ -47,7 +47,7 @@ def test_owners(overrides: Sequence[str], owners: list[int], monkeypatch: pytest
     ("overrides", "message"), [(["tensor=3"], "does not divide the 8 ranks"), (["tensor=4", "replicas=5"], "at most 4")]
 )
 def test_engines_that_do_not_fit_are_refused(overrides: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_job(monkeypatch, world=16, local=8)
+    in_a_job(monkeypatch, world_size=16, local=8)
     with pytest.raises(ConfigError, match=message):
         vllm_placement.find_owners(config(*overrides))
 
@@ -62,12 +62,12 @@ def test_engines_that_do_not_fit_are_refused(overrides: Sequence[str], message: 
     ],
 )
 def test_the_preflight_looks_at_the_engines(student: str, tensor: int, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_job(monkeypatch, world=16, local=8)
-    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    in_a_job(monkeypatch, world_size=16, local=8)
+    monkeypatch.setattr(configuration, "check_installed", lambda: None)
     settings = config(f"tensor={tensor}")
     settings.student.path = str(SHAPES / student)
     try:
-        answer = preflight.check_engines(settings)
+        answer = configuration.check_engines(settings)
     except ConfigError as error:
         answer = str(error)
     assert found in answer
@@ -76,12 +76,12 @@ def test_the_preflight_looks_at_the_engines(student: str, tensor: int, found: st
 def test_a_colocated_engine_has_its_ranks_gpus_and_a_server_those_that_no_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
-    in_a_job(monkeypatch, world=16, local=8, local_rank=4)  # engine 3 of the second node
+    in_a_job(monkeypatch, world_size=16, local=8, local_rank=4)  # engine 3 of the second node
     assert vllm_placement._environment(config("tensor=4"), 3) == {"CUDA_VISIBLE_DEVICES": "3,2,1,0"}
-    in_a_job(monkeypatch, world=4, local=4)
+    in_a_job(monkeypatch, world_size=4, local=4)
     server = config("placement=server", "tensor=2", "replicas=3")
     assert vllm_placement._environment(server, 1) == {"CUDA_VISIBLE_DEVICES": "1,0"}
-    with pytest.raises(ConfigError, match="engine 2 needs 2 GPUs beside those of 4 ranks, and the node shows 8"):
+    with pytest.raises(ConfigError, match="engine 2 needs 2 GPUs beside those of 4 ranks, but the node has 8"):
         vllm_placement._environment(server, 2)
 
 
@@ -90,7 +90,8 @@ def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
     single_node: bool, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_placement, "check_installed", lambda: None)
-    monkeypatch.setattr(vllm_placement, "_own_address", lambda: "10.0.0.5")
+    monkeypatch.setattr(vllm_placement, "own_address", lambda host: {"10.0.0.1": "10.0.0.5"}[host])
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     words = vllm_placement._arguments(config(), 61, single_node, 0.7)
     assert words[words.index("--host") + 1] == host
     assert words[words.index("--gpu-memory-utilization") + 1] == "0.7"
@@ -107,9 +108,9 @@ def test_without_vllm_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
     ("override", "message"),
     [
         ("placement=elsewhere", "is not one of: colocated, server"),
-        ("tensor=0", "must be greater than 0"),
-        ("gpu_memory_utilization=1.5", r"must be in \(0, 1\]"),
-        ("restarts=-1", "must not be negative"),
+        ("tensor=0", "must be at least 1"),
+        ("gpu_memory_utilization=1.5", "must be greater than 0 and at most 1"),
+        ("restarts=-1", "must be at least 0"),
         ("servers=[node1:8000]", "needs rollout.vllm.placement=server"),
     ],
 )

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.errors import EngineError
-from kdrl_mcore.rollout.vllm_client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
-from tests.ranks import RankPool
+from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
 from tests.reference import dense
-from tests.rollout.models import QUIET_ENGINE, make_prompts, make_student, needs_vllm
-from tests.training import Outcome, metrics_of, train_on_rank
-from tests.zoo import TOKENS
+from tests.support.ranks import RankPool
+from tests.support.training import Outcome, metrics_of, train_on_rank
+from tests.support.vllm_models import QUIET_ENGINE, make_prompts, make_student, needs_vllm
+from tests.support.zoo import TOKENS
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 
@@ -81,7 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "max-model-len": MAX_MODEL_LEN,
         "kv-cache-gib": 0.1,
     }
-    command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm_server"]
+    command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm.server"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -92,7 +92,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         parent.kill()
         parent.wait()
-        process.wait(30)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_server_ends_with_its_parent_and_leaves_nothing(served: Served) -> Non
     assert len(family) > 1
     served.parent.kill()
     served.parent.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family):
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_mcore.convert.extent import raw_bytes
+from kdrl_mcore.convert.byte_ranges import raw_bytes
 from kdrl_mcore.errors import RefitError
-from kdrl_mcore.rollout import weight_transport
-from kdrl_mcore.rollout.weight_stream import checksum, cut, digest
-from kdrl_mcore.rollout.weight_transport import CudaIpcReceiver, CudaIpcSender
-from kdrl_mcore.rollout.weight_writer import WeightWriter
-from tests.rollout.receiver import DictWorker
+from kdrl_mcore.rollout.refit import transport as weight_transport
+from kdrl_mcore.rollout.refit.stream import checksum, cut, digest
+from kdrl_mcore.rollout.refit.transport import CudaIpcReceiver, CudaIpcSender
+from kdrl_mcore.rollout.refit.writer import WeightWriter
+from tests.support.receiver import DictWorker
 
 TENSORS = {"one": torch.arange(40.0), "two": torch.arange(9.0)}
 TABLE = {name: (list(tensor.shape), "float32") for name, tensor in TENSORS.items()}
@@ -100,7 +100,7 @@ def test_a_server_that_refuses_is_heard_of_by_every_rank_at_once() -> None:
 
 def test_as_many_workers_as_ranks_that_serve_them() -> None:
     for writer in send(Server(3), 2):
-        assert "the engine has 3 workers, and 2 ranks serve them" in str(writer.error)
+        assert "the engine has 3 workers, but 2 ranks serve them" in str(writer.error)
 
 
 def test_what_one_rank_damages_fails_the_refit_by_the_server_s_answer() -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kdrl_mcore.experiments.local import is_finished
-from kdrl_mcore.experiments.slurm import submit
-from kdrl_mcore.experiments.study import load_study
+from kdrl_mcore.studies.local import is_finished
+from kdrl_mcore.studies.slurm import submit
+from kdrl_mcore.studies.study import load_study
 from tests.reference.tiny_models import make_qwen2, make_tokenizer
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.support.slurm_cluster import Cluster, needs_slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = """
 root: {folder}/runs
 seeds: [1, 2]
@@ -33,21 +31,7 @@ overrides:
   - checkpoint.export_hf=false
 """
 
-pytestmark = [
-    pytest.mark.skipif(
-        bool(missing_programs()),
-        reason=f"no SLURM here ({', '.join(missing_programs())} not found): apt-get install slurm-wlm",
-    ),
-    pytest.mark.timeout(600),
-]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path / "slurm")
-    cluster.start()
-    yield cluster
-    cluster.stop()
+pytestmark = [needs_slurm, pytest.mark.timeout(600)]
 
 
 def test_the_elements_of_an_array_are_the_runs_of_a_study(
@@ -61,7 +45,7 @@ def test_the_elements_of_an_array_are_the_runs_of_a_study(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "pair.yaml").write_text(BASE.format(folder=tmp_path))
     (tmp_path / "study.yaml").write_text("base: pair\ngrid: {method: {grpo: [objective=grpo]}}\n")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     for name, value in {
         **cluster.environment(),
         "KDRL_PYTHON": sys.executable,

@@ -2,79 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from kdrl_mcore.monitoring.metrics import read_metrics
-from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_jsonl
-from tests.rollout.models import make_student, needs_vllm
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.reference.tiny_models import read_jsonl
+from tests.support import ROOT
+from tests.support.slurm_cluster import Cluster, needs_slurm
+from tests.support.slurm_jobs import steps_done
+from tests.support.vllm_models import make_student, needs_vllm
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
 
-pytestmark = [
-    pytest.mark.skipif(
-        bool(missing_programs()),
-        reason=f"no SLURM here ({', '.join(missing_programs())} not found): apt-get install slurm-wlm",
-    ),
-    pytest.mark.timeout(900),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One cluster for all tests of this file."""
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    cluster.start()
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a job that takes a few seconds: a random pair and prompts it cannot solve."""
-    folder = tmp_path_factory.mktemp("pair")
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_qwen2(folder / name, seed=seed, num_layers=2)
-        make_tokenizer(folder / name)
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(6)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [
-        "experiment=tiny_cpu",
-        f"student.path={folder}/student",
-        f"teacher.path={folder}/teacher",
-        f"data.train={folder}/train.jsonl",
-        "data.eval=null",
-        "eval.at_start=false",
-        "reward=exact_match",
-        "rollout.prompts_per_step=4",
-        "rollout.max_response_tokens=48",
-        "logging.tensorboard=false",
-    ]
+pytestmark = [needs_slurm, pytest.mark.timeout(900)]
 
 
 def submit(cluster: Cluster, folder: Path, overrides: list[str], *options: str, **settings: str) -> str:
     """Submit the script from a folder of its own; returns the job's number."""
-    variables = {"KDRL_ROOT": str(ROOT), "KDRL_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **settings}
+    variables = {"KDRL_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **settings}
     script = str(ROOT / "slurm" / "kdrl_32b.sh")
     return cluster.run("sbatch", "--parsable", *options, script, *overrides, cwd=folder, **variables).strip()
-
-
-def steps_done(run_dir: Path) -> list[int]:
-    """The steps in the run's metrics so far."""
-    if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text():
-        return []
-    return [int(row["step"]) for row in read_metrics(run_dir)]
 
 
 def job_log(folder: Path, number: str) -> str:
@@ -136,7 +90,8 @@ def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(
     assert steps_done(tmp_path / "run") == [1, 2]
     report = (tmp_path / "run" / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
     assert re.findall(r"^ok +(\S+)", report, re.MULTILINE) == [
-        *("versions", "devices", "models", "layout", "engines", "data", "memory", "run.dir", "all-reduce")
+        *("versions", "devices", "hub", "models", "layout", "engines", "data", "lengths", "memory", "loggers", "run.dir"),
+        "all-reduce",
     ]
 
 
@@ -204,8 +159,13 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job
     cluster.wait_in_job(number, lambda: len(steps_done(tmp_path / "run")) >= 2, "two steps")
     cluster.run("scancel", number)
     cluster.wait(lambda: cluster.state(number) == "CANCELLED", "the end", 60)
-    last = steps_done(tmp_path / "run")[-1]
-    cluster.wait((tmp_path / "run" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file, "the checkpoint", 30)
+
+    def saved() -> bool:
+        """A cancelled job still ends the step it is in, so the last step is looked up each time."""
+        last = steps_done(tmp_path / "run")[-1]
+        return (tmp_path / "run" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
+
+    cluster.wait(saved, "the checkpoint of the last step", 100)
 
 
 def test_what_is_wrong_is_told_in_one_line_before_anything_trains(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -28,11 +28,18 @@ def tree(tmp_path: Path) -> Path:
 
 
 def make(tree: Path, fail: str) -> subprocess.CompletedProcess[str]:
-    variables = ["INSTALLED=ready", "VLLM_INSTALLED=ready", "NEWER_CORE_INSTALLED=", "SYSTEM_INSTALLED="]
+    variables = ["INSTALLED=ready", "VLLM_INSTALLED=ready", "NEWER_CORE_INSTALLED=", "SYSTEM_INSTALLED=", "SMOLLM2_INSTALLED="]
     (tree / "ready").touch()
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "test", *variables]
     return subprocess.run(command, cwd=tree, env=environment | {"FAIL": fail}, capture_output=True, text=True, timeout=240)
+
+
+def short(call: list[str]) -> str:
+    """Which tool, on what."""
+    if "pytest" not in call:
+        return " ".join(call)
+    return f"pytest {'all but ' if '--ignore' in call else ''}{call[-1]}"
 
 
 @pytest.mark.parametrize(
@@ -41,15 +48,21 @@ def make(tree: Path, fail: str) -> subprocess.CompletedProcess[str]:
         ("nothing of this", ""),
         ("mypy", "check"),
         ("--ignore*--ignore", "test-main"),
+        ("pytest?tests/index", "test-index"),
         ("loadscope-reorder?tests/rollout", "test-vllm"),
         ("pytest?tests/slurm", "test-slurm"),
-        ("pytest", "test-main test-vllm test-slurm"),
+        ("pytest", "test-index test-main test-slurm test-vllm"),
     ],
 )
 def test_a_group_that_fails_does_not_keep_the_others_from_running(fail: str, failed: str, tree: Path) -> None:
     done = make(tree, fail)
     assert (done.returncode != 0) == bool(failed), done.stderr
     calls = [call.split() for call in (tree / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["ruff", "ruff", "mypy", "python", "python", "python"]
-    assert [call[-1] for call in calls[3:]] == ["tests/slurm", "tests/rollout", "tests/slurm"]
+    ran = [
+        "mypy",
+        "ruff check",
+        "ruff format --check",
+        *(f"pytest {last}" for last in ("tests/index", "tests/rollout", "tests/slurm")),
+    ]
+    assert sorted(short(call) for call in calls) == sorted([*ran, "pytest all but tests/index"])
     assert f"failed: {failed} (" in done.stderr if failed else "failed" not in done.stderr

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.config import load_config
-from kdrl_mcore.config_help import documented_keys
+from kdrl_mcore.config.help import documented_keys
 from kdrl_mcore.monitoring.alerts import SIGNATURES
 from kdrl_mcore.monitoring.metrics import METRICS
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("operations", "slurm", "troubleshooting", "rollout")}
 KEYS = {key.name for key in documented_keys()}
 
@@ -36,7 +36,7 @@ def test_every_key_exists(page: str) -> None:
 def test_every_script_and_setting_exists(page: str) -> None:
     files = re.findall(r"\b(?:tools|slurm|tests|docs)/\w+(?:\.\w+)?", code(PAGES[page]))
     assert [name for name in files if not (ROOT / name).exists()] == []
-    readers = (*ROOT.glob("slurm/*.sh"), ROOT / "slurm/container/apptainer-python", *ROOT.glob("kdrl_mcore/rollout/*.py"))
+    readers = (*ROOT.glob("slurm/*.sh"), ROOT / "slurm/container/apptainer-python", *ROOT.glob("kdrl_mcore/rollout/**/*.py"))
     read = "".join(path.read_text() for path in readers)
     assert [name for name in re.findall(r"\bKDRL_[A-Z_]+", PAGES[page]) if name not in read] == []
 
@@ -47,8 +47,8 @@ COMMANDS = [line for text in PAGES.values() for line in code(text).splitlines() 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_job_that_is_submitted_has_a_configuration(command: str) -> None:
     """Also what the script adds when no experiment is named."""
-    words = shlex.split(command.replace("...", ""), comments=True)
-    (script,) = [word for word in words if word.startswith("slurm/")]
+    words = shlex.split(command.replace("...", "").replace("%a", "1"), comments=True)
+    (script,) = [word for word in words if "slurm/kdrl_" in word]
     given = words[words.index(script) + 1 :]
     config = load_config([f"experiment={Path(script).stem}", *given])
     assert config.student.path and config.run.dir
@@ -69,7 +69,8 @@ def test_the_metrics_to_watch_are_written() -> None:
 
 def test_every_message_to_look_up_is_one_that_is_written() -> None:
     """The parts of it between what changes from run to run."""
-    sources = "".join(path.read_text() for path in ROOT.glob("kdrl_mcore/**/*.py"))
+    files = [*ROOT.glob("kdrl_mcore/**/*.py"), *ROOT.glob("slurm/*.*")]
+    sources = "".join(path.read_text() for path in files)
     written = re.sub(r'"\s*\n\s*f?"', "", sources)  # a message over several lines of code
     messages = re.findall(r"^\| `(?:preflight, [\w.-]+: )?(.*?)` \|", PAGES["troubleshooting"], re.MULTILINE)
     assert len(messages) >= 10

@@ -1,4 +1,4 @@
-"""Model families: each is one file with what its HF config means and where its weights go."""
+"""Model families: one file for each, with the meaning of its HF config and the map of its weights."""
 
 from __future__ import annotations
 
@@ -13,32 +13,50 @@ FAMILIES: dict[str, Family] = {module.FAMILY.hf_architecture: module.FAMILY for 
 """The supported families by the name in an HF config's `architectures`."""
 
 
+def config_folder(path: str | Path) -> Path:
+    """The folder with config and tokenizer: the folder itself, or `model` in a training checkpoint."""
+    path = Path(path)
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
 def read_hf_config(path: str | Path) -> dict:
-    """The `config.json` of an HF model directory.
+    """The `config.json` of a model folder.
 
     Raises:
-        ModelError: no such directory or file, or it is not JSON.
+        ModelError: there is no such directory or file, or the file is not JSON.
     """
-    file = Path(path) / "config.json"
+    file = config_folder(path) / "config.json"
     if not file.is_file():
-        raise ModelError(f"{path} is not a model directory: it has no config.json")
+        adapter = Path(path) / "adapter_config.json"
+        hint = ", only an adapter's: merge it into its base first" if adapter.is_file() else ""
+        raise ModelError(f"{path} is not a model directory: it has no config.json{hint}")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a JSON object: it does not describe a model")
+    return config
 
 
 def read_architecture(path: str | Path) -> Architecture:
-    """What the model in an HF directory is made of.
+    """The architecture of the model in a folder.
 
     Raises:
-        ModelError: an unknown architecture, code of its own, or a feature that is not supported (never ignored).
+        ModelError: the architecture is unknown, the model brings its own code, or has a feature that is not supported (such
+            features are never ignored).
     """
-    hf = read_hf_config(path)
+    hf, path = read_hf_config(path), config_folder(path)
     if "auto_map" in hf:
         raise ModelError(f"{path}/config.json brings its own code (auto_map); remote code is never run")
     names = hf.get("architectures") or []
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name].read(hf, str(path))
-    raise ModelError(f"{path}/config.json: architecture {names} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    if family is None:
+        raise ModelError(f"{path}/config.json: architecture {names} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    kind = hf.get("model_type")
+    if kind is not None and family.model_type not in (None, kind):
+        raise ModelError(
+            f"{path}/config.json: model_type={kind} does not match {family.hf_architecture} ({family.model_type}): correct "
+            "whichever is wrong"
+        )
+    return family.read(hf, str(path))

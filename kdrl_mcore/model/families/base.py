@@ -1,14 +1,14 @@
-"""What a family declares: the shape of its models, and where each HF tensor goes (one map for import, export, verify, loading
-and refit)."""
+"""What a family declares: the shape of its models, and where each HF tensor goes (one map for import, export, verification,
+loading and refit)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from kdrl_mcore.errors import ModelError
+from kdrl_mcore.model.families.rope import Rope, is_number, is_size, read_rope, refuse
 
 Kind = Literal["replicated", "column", "row", "vocabulary", "qkv", "gate_up"]
 
@@ -19,10 +19,10 @@ class WeightRule:
 
     `{layer}` stands for the global layer number, `{expert}` for the global expert number.
 
-    Kinds: `replicated` on every tensor-parallel rank; `column` split on its first dimension; `row` on its second;
-    `vocabulary` split on its first after padding; `qkv` (query, key, value) interleaved by key/value head, then split on the
-    first; `gate_up` (gate, up): every rank holds its share of both, gate first. Experts are never split: expert-parallel ranks
-    hold whole ones.
+    Kinds: `replicated`: whole on every tensor-parallel rank. `column`: split along the first dimension. `row`: split along the
+    second. `vocabulary`: padded, then split along the first. `qkv` (query, key, value): interleaved by key/value head, then
+    split along the first. `gate_up` (gate, up): every rank holds its share of both, gate first. Experts are never split:
+    expert-parallel ranks hold whole ones.
     """
 
     megatron: str
@@ -31,32 +31,8 @@ class WeightRule:
 
     @property
     def is_expert(self) -> bool:
-        """Whether this is a weight of each expert."""
+        """Whether this is an expert's weight."""
         return "{expert}" in self.megatron
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding and how it is stretched to longer contexts.
-
-    Attributes:
-        theta: the base.
-        kind: default, linear, llama3 (https://arxiv.org/abs/2407.21783) or yarn (https://arxiv.org/abs/2309.00071).
-        factor: by how much the context is stretched.
-        original_positions: the context length before stretching (llama3, yarn).
-        low, high: llama3's low and high frequency factor; yarn's beta_slow and beta_fast.
-        attention_factor: yarn's scale of cosine and sine.
-        truncate: yarn: round the range of interpolated dimensions outwards to whole ones.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_positions: int = 0
-    low: float = 1.0
-    high: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,8 +40,8 @@ class Experts:
     """The mixture-of-experts layers that replace every MLP.
 
     Attributes:
-        count: experts of a layer.
-        per_token: experts each token is sent to.
+        count: experts in a layer.
+        per_token: experts that each token is routed to.
         ffn_hidden_size: width of one expert.
         normalized: whether the chosen experts' probabilities are scaled to sum to one.
     """
@@ -103,106 +79,98 @@ class Family:
 
     Attributes:
         hf_architecture: the class name in `architectures`.
-        read: HF config (and its path, for messages) -> architecture; refuses what it does not support.
+        model_type: `model_type` of its configs, by which `transformers` chooses the class; None if it is not checked.
+        read: HF config (and its path, for messages) -> architecture; refuses features that are not supported.
         rules: architecture -> the weight map.
     """
 
     hf_architecture: str
     read: Callable[[dict, str], Architecture]
     rules: Callable[[Architecture], list[WeightRule]]
+    model_type: str | None = None
 
 
-def refuse(hf: dict, path: str, **supported: object) -> None:
-    """Refuse a config in which a key is set to anything but the supported value (None counts as not set).
-
-    Raises:
-        ModelError: naming the first such key.
-    """
-    for key, value in supported.items():
-        if hf.get(key) is not None and hf[key] != value:
-            raise ModelError(f"{path}/config.json: {key}={hf[key]} is not supported (only {value} is)")
+_CHANGES_OUTPUTS: dict[str, object] = {
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "attention_scale": None,
+    "query_pre_attn_scalar": None,
+    "scale_emb": 1.0,
+    "scale_depth": None,
+    "dim_model_base": None,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 0,
+    "dual_chunk_attention_config": None,
+    "attention_chunk_size": None,
+    "parallel_attn": False,
+    "n_shared_experts": 0,
+    "shared_expert_intermediate_size": 0,
+    "first_k_dense_replace": 0,
+    "is_encoder_decoder": False,
+}
+"""Keys of other families and of forks, with the value at which they have no effect. `transformers` ignores them in a config of
+a supported family, but whoever wrote one meant a different model, and vLLM honours some."""
 
 
 def dense_architecture(hf: dict, path: str, family: str, **fields: object) -> Architecture:
-    """The fields that Llama-like families spell the same way; `fields` adds to them or overrides them.
+    """The architecture from the fields that all Llama-like families share; `fields` adds to them or overrides them.
 
     Raises:
-        ModelError: a missing field, sliding-window attention, another activation, or unknown rope scaling.
+        ModelError: a field is missing, or the config has sliding-window attention, another activation or unknown rope scaling.
     """
     if hf.get("use_sliding_window") or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
         raise ModelError(f"{path}/config.json: sliding-window attention (use_sliding_window, layer_types) is not supported")
-    if hf.get("quantization_config"):
-        raise ModelError(f"{path}/config.json: quantized weights (quantization_config) are not supported")
-    refuse(hf, path, hidden_act="silu", attention_dropout=0.0, mlp_bias=False, pretraining_tp=1)
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(hf.get(key), int):
-            raise ModelError(f"{path}/config.json has no {key}: it does not describe a {family}")
+    for key in ("quantization_config", "compression_config"):
+        if hf.get(key):
+            raise ModelError(f"{path}/config.json: quantized weights ({key}) are not supported")
+    refuse(hf, path, hidden_act="silu", attention_dropout=0.0, mlp_bias=False, pretraining_tp=1, **_CHANGES_OUTPUTS)
     values: dict = {
         "family": family,
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "ffn_hidden_size": hf["intermediate_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        "vocab_size": hf["vocab_size"],
+        "num_layers": hf.get("num_hidden_layers"),
+        "hidden_size": hf.get("hidden_size"),
+        "ffn_hidden_size": hf.get("intermediate_size"),
+        "num_attention_heads": hf.get("num_attention_heads"),
+        "num_key_value_heads": hf.get("num_key_value_heads"),
+        "head_dim": hf.get("head_dim"),
+        "vocab_size": hf.get("vocab_size"),
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
-        "rope": read_rope(hf, path),
         "max_positions": hf.get("max_position_embeddings", 32768),
         "tied_embeddings": hf.get("tie_word_embeddings", False),
+        **fields,
     }
-    return Architecture(**{**values, **fields})
+    for name, key in _SIZES.items():
+        if name == "head_dim" and values.get(name) is None:
+            values[name] = values["hidden_size"] // values["num_attention_heads"]
+        if not is_size(values[name]):
+            raise ModelError(f"{path}/config.json has no valid {key}: it does not describe a {family}")
+    if not isinstance(values["tied_embeddings"], bool) or not is_number(values["norm_epsilon"]):
+        raise ModelError(f"{path}/config.json: tie_word_embeddings must be true or false, and rms_norm_eps a number")
+    return Architecture(**{"rope": read_rope(hf, path), **values})
 
 
-def read_rope(hf: dict, path: str) -> Rope:
-    """The rotary embedding, from the old (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`) form of an HF config.
-
-    Raises:
-        ModelError: a kind of scaling that is not supported, or one that lacks a parameter.
-    """
-    given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = given.get("rope_type", given.get("type", "default"))
-    refuse({**hf, **given}, path, partial_rotary_factor=1.0)
-    if kind == "default":
-        return Rope(theta)
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ModelError(f"{path}/config.json: rope scaling '{kind}' is not supported (default, linear, llama3 and yarn are)")
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}[kind]
-    for key in needed:
-        if given.get(key) is None:
-            raise ModelError(f"{path}/config.json: rope scaling '{kind}' has no {key}")
-    factor = float(given["factor"])
-    if kind == "linear":
-        return Rope(theta, kind, factor)
-    original = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
-    if original is None:
-        raise ModelError(f"{path}/config.json: rope scaling '{kind}' has no original_max_position_embeddings")
-    if kind == "llama3":
-        return Rope(theta, kind, factor, original, float(given["low_freq_factor"]), float(given["high_freq_factor"]))
-    return Rope(
-        theta,
-        kind,
-        factor,
-        original,
-        low=float(given.get("beta_slow") or 1),
-        high=float(given.get("beta_fast") or 32),
-        attention_factor=_yarn_attention_factor(given, factor),
-        truncate=given.get("truncate", True),
-    )
-
-
-def _yarn_attention_factor(given: dict, factor: float) -> float:
-    if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-    scale = math.log(factor) if factor > 1 else 0.0
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return (0.1 * given["mscale"] * scale + 1.0) / (0.1 * given["mscale_all_dim"] * scale + 1.0)
-    return 0.1 * scale + 1.0
+_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+"""Fields of an architecture that must be positive integers, with their names in the config."""
 
 
 def attention_rules(architecture: Architecture) -> list[WeightRule]:
-    """The map of everything but the MLPs, which the Llama-like families share."""
+    """The weight map of everything but the MLPs, shared by the Llama-like families."""
     attention, layer = "model.layers.{layer}.self_attn.", "decoder.layers.{layer}."
     rules = [
         WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
@@ -230,7 +198,7 @@ def attention_rules(architecture: Architecture) -> list[WeightRule]:
 
 
 def dense_decoder_rules(architecture: Architecture) -> list[WeightRule]:
-    """The map that the dense Llama-like families share."""
+    """The weight map shared by the dense Llama-like families."""
     mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
     return [
         *attention_rules(architecture),
@@ -240,7 +208,7 @@ def dense_decoder_rules(architecture: Architecture) -> list[WeightRule]:
 
 
 def expert_decoder_rules(architecture: Architecture) -> list[WeightRule]:
-    """The map of families whose every MLP is a router and its experts."""
+    """The weight map of families in which every MLP is a router with experts."""
     mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
     expert = mlp + "experts.{expert}."
     local = layer + "experts.local_experts.{expert}."

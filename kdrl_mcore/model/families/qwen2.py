@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, and what is built on them: R1-Distill-Qwen, QwQ, Skywork-OR1."""
+"""Qwen2, Qwen2.5 and models built on them: R1-Distill-Qwen, QwQ, Skywork-OR1."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from kdrl_mcore.model.families.base import Architecture, Family, dense_architect
 
 
 def _read(hf: dict, path: str) -> Architecture:
-    refuse(hf, path, attention_bias=True)  # always there, whatever a config says
+    refuse(hf, path, attention_bias=True)  # the biases always exist, whatever the config says
     return dense_architecture(hf, path, "Qwen2ForCausalLM", qkv_bias=True)
 
 
-FAMILY = Family("Qwen2ForCausalLM", _read, dense_decoder_rules)
+FAMILY = Family("Qwen2ForCausalLM", _read, dense_decoder_rules, model_type="qwen2")

@@ -1,19 +1,35 @@
-"""Qwen3 mixture of experts (30B-A3B): Qwen3's attention, and a router with experts for every MLP."""
+"""Qwen3 mixture of experts (30B-A3B): Qwen3's attention, and a router with experts in place of every MLP."""
 
 from __future__ import annotations
 
 from kdrl_mcore.errors import ModelError
-from kdrl_mcore.model.families.base import Architecture, Experts, Family, dense_architecture, expert_decoder_rules, refuse
+from kdrl_mcore.model.families.base import (
+    Architecture,
+    Experts,
+    Family,
+    dense_architecture,
+    expert_decoder_rules,
+    is_size,
+    refuse,
+)
 
 
 def _read(hf: dict, path: str) -> Architecture:
     refuse(hf, path, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[])
-    count = hf.get("num_experts") or hf.get("num_local_experts")
-    width = hf.get("moe_intermediate_size")
-    if not count or not width:
+    counts = {hf[key] for key in ("num_experts", "num_local_experts") if hf.get(key) is not None}
+    count, width = next(iter(counts), None), hf.get("moe_intermediate_size")
+    if len(counts) > 1:
+        raise ModelError(f"{path}/config.json: num_experts and num_local_experts differ: remove the one that is wrong")
+    if not is_size(count) or not is_size(width):
         raise ModelError(f"{path}/config.json has no num_experts or moe_intermediate_size: it does not describe its experts")
-    experts = Experts(count, hf.get("num_experts_per_tok", 8), width, hf.get("norm_topk_prob", False))
+    per_token, normalized = hf.get("num_experts_per_tok", 8), hf.get("norm_topk_prob", False)
+    if not is_size(per_token) or per_token > count or not isinstance(normalized, bool):
+        raise ModelError(
+            f"{path}/config.json: num_experts_per_tok={per_token} of {count} experts with norm_topk_prob={normalized} is "
+            "impossible"
+        )
+    experts = Experts(count, per_token, width, normalized)
     return dense_architecture(hf, path, "Qwen3MoeForCausalLM", qk_norm=True, experts=experts)
 
 
-FAMILY = Family("Qwen3MoeForCausalLM", _read, expert_decoder_rules)
+FAMILY = Family("Qwen3MoeForCausalLM", _read, expert_decoder_rules, model_type="qwen3_moe")

@@ -1,0 +1,365 @@
+"""Ways to compute loss and gradients of an output head, each in separate processes so that its memory can be measured.
+
+T tokens, C rows of a chunk, H hidden size (of student and teacher), V vocabulary columns of one rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.resident import peak_resident_bytes, resident_bytes, restart_peak
+from kdrl_mcore.errors import KdrlError
+from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
+
+WARM_UP_TOKENS = 16
+TIMEOUT = 1800.0  # seconds for one command
+CLIP, BETA, ENTROPY_WEIGHT = 0.2, 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The problem: the loss of `tokens` tokens over `vocab` columns that `tp` ranks share, and its gradients.
+
+    Attributes:
+        estimator: `k2` (log-prob, entropy, GRPO and k2) or `exact` (GRPO, entropy and the exact reverse KL).
+        threads: CPU threads of one rank.
+    """
+
+    tokens: int
+    hidden: int
+    vocab: int
+    tp: int
+    dtype: str
+    estimator: str
+    device: str
+    threads: int
+
+    @property
+    def flop(self) -> int:
+        """The FLOP of the bare matrix products on one rank."""
+        return (8 if self.estimator == "exact" else 6) * self.tokens * self.hidden * (self.vocab // self.tp)
+
+
+@dataclass
+class Inputs:
+    """The tensors of one rank; the first two get gradients."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    targets_T: Tensor
+    advantages_T: Tensor
+    teacher_log_probs_T: Tensor
+    teacher: TeacherInputs | None
+    shard: VocabShard
+
+    def first(self, tokens: int) -> Inputs:
+        """The inputs of the first `tokens` tokens."""
+        return Inputs(
+            self.hidden_TH.detach()[:tokens].clone().requires_grad_(),
+            self.weight_VH,
+            self.targets_T[:tokens],
+            self.advantages_T[:tokens],
+            self.teacher_log_probs_T[:tokens],
+            None if self.teacher is None else self.teacher.of_rows(slice(tokens)),
+            self.shard,
+        )
+
+    def loss_C(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+        """The loss of each token: clipped surrogate, entropy bonus, and k2 or the exact divergence."""
+        ratio_C = (log_probs_C - log_probs_C.detach()).exp()
+        advantages_C = self.advantages_T[rows]
+        surrogate_C = torch.minimum(ratio_C * advantages_C, ratio_C.clamp(1 - CLIP, 1 + CLIP) * advantages_C)
+        if self.teacher is None:
+            divergence_C = 0.5 * (self.teacher_log_probs_T[rows] - log_probs_C).square()
+        return -surrogate_C + BETA * divergence_C - ENTROPY_WEIGHT * entropy_C
+
+
+def make_inputs(problem: Problem, rank: int, group: dist.ProcessGroup | None) -> Inputs:
+    """The same seeded inputs for every variant: hidden states equal on every rank, and logits of unit variance."""
+    dtype, columns = getattr(torch, problem.dtype), problem.vocab // problem.tp
+    shared, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2 + rank)
+
+    def normal(rows: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+        return torch.randn(rows, problem.hidden, generator=generator).mul_(scale).to(problem.device, dtype)
+
+    return Inputs(
+        normal(problem.tokens, shared).requires_grad_(),
+        normal(columns, own, problem.hidden**-0.5).requires_grad_(),
+        torch.randint(0, problem.vocab, (problem.tokens,), generator=shared).to(problem.device),
+        torch.randn(problem.tokens, generator=shared).to(problem.device),
+        torch.randn(problem.tokens, generator=shared).sub_(12).to(problem.device),
+        TeacherInputs(normal(problem.tokens, shared), normal(columns, own, problem.hidden**-0.5), ExactReverseKL())
+        if problem.estimator == "exact"
+        else None,
+        VocabShard(group, rank * columns, (rank + 1) * columns, problem.vocab),
+    )
+
+
+class _ToRanks(torch.autograd.Function):
+    """Passes a value to the columns of every rank: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard = shard
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone()
+        if ctx.shard.ranks > 1:
+            dist.all_reduce(gradient, group=ctx.shard.group)
+        return gradient, None
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """Sums the ranks' parts: as every rank continues with the same sum, each part's gradient is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, shard: VocabShard) -> Tensor:
+        total = value.clone()
+        if shard.ranks > 1:
+            dist.all_reduce(total, group=shard.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _log_softmax(hidden_CH: Tensor, weight_VH: Tensor, shard: VocabShard) -> Tensor:
+    logits_CV = (hidden_CH @ weight_VH.T).float()
+    if shard.ranks == 1:
+        return logits_CV.log_softmax(dim=1)
+    peak_C = logits_CV.detach().amax(dim=1)
+    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=shard.group)
+    total_C = _SumOfRanks.apply((logits_CV - peak_C[:, None]).exp().sum(dim=1), shard)
+    # The sum goes back to the columns of each rank.
+    return logits_CV - _ToRanks.apply(peak_C + total_C.log(), shard)[:, None]
+
+
+def _plain_loss(inputs: Inputs, hidden_CH: Tensor, weight_VH: Tensor, start: int) -> Tensor:
+    """The loss of some rows for autograd, with the logits and everything computed from them in float32."""
+    rows, shard = slice(start, start + len(hidden_CH)), inputs.shard
+    log_p_CV = _log_softmax(_ToRanks.apply(hidden_CH, shard), weight_VH, shard)
+    p_CV = log_p_CV.exp()
+    own_C, column_C = shard.locate(inputs.targets_T[rows])
+    log_probs_C = _SumOfRanks.apply(torch.where(own_C, log_p_CV.gather(1, column_C[:, None])[:, 0], 0.0), shard)
+    entropy_C = -_SumOfRanks.apply((p_CV * log_p_CV).sum(dim=1), shard)
+    divergence_C = torch.zeros_like(log_probs_C)
+    if inputs.teacher is not None:
+        with torch.no_grad():
+            log_q_CV = _log_softmax(inputs.teacher.hidden_DG[rows], inputs.teacher.weight_VG, shard)
+        divergence_C = _SumOfRanks.apply((p_CV * (log_p_CV - log_q_CV)).sum(dim=1), shard)
+    return inputs.loss_C(log_probs_C, entropy_C, divergence_C, rows).sum()
+
+
+def materialised(inputs: Inputs) -> Tensor:
+    """All logits at once, in float32, differentiated by autograd."""
+    loss = _plain_loss(inputs, inputs.hidden_TH, inputs.weight_VH, 0)
+    loss.backward()
+    return loss.detach()
+
+
+def recomputed(inputs: Inputs) -> Tensor:
+    """Chunks of the same size as in `ours`, each recomputed for its gradient."""
+    size = default_chunk_tokens(inputs.shard, inputs.hidden_TH.device)
+    parts = [
+        checkpoint(_plain_loss, inputs, inputs.hidden_TH[start : start + size], inputs.weight_VH, start, use_reentrant=False)
+        for start in range(0, len(inputs.hidden_TH), size)
+    ]
+    loss = torch.stack(parts).sum()
+    loss.backward()
+    return loss.detach()
+
+
+def ours(inputs: Inputs) -> Tensor:
+    """The fused head."""
+    loss = fused_head(
+        inputs.hidden_TH,
+        inputs.weight_VH,
+        torch.arange(len(inputs.targets_T), device=inputs.targets_T.device),
+        inputs.targets_T,
+        inputs.loss_C,
+        inputs.shard,
+        temperature=1.0,
+        teacher=inputs.teacher,
+    ).loss
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def bare_products(inputs: Inputs) -> None:
+    """The lower bound: only the matrix products for logits, dX and dW (and the teacher's logits), in the same chunks."""
+    hidden_TH, weight_VH = inputs.hidden_TH, inputs.weight_VH
+    size = min(len(hidden_TH), default_chunk_tokens(inputs.shard, hidden_TH.device))
+    buffer_CV = hidden_TH.new_empty(size, len(weight_VH))
+    d_hidden_TH, d_weight_VH = torch.empty_like(hidden_TH), torch.zeros_like(weight_VH)
+    for start in range(0, len(hidden_TH), size):
+        hidden_CH = hidden_TH[start : start + size]
+        logits_CV = buffer_CV[: len(hidden_CH)]
+        if inputs.teacher is not None:
+            torch.mm(inputs.teacher.hidden_DG[start : start + size], inputs.teacher.weight_VG.T, out=logits_CV)
+        torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+        torch.mm(logits_CV, weight_VH, out=d_hidden_TH[start : start + size])
+        d_weight_VH.addmm_(logits_CV.T, hidden_CH)
+
+
+VARIANTS: dict[str, Callable[[Inputs], Tensor | None]] = {
+    "materialised": materialised,
+    "recomputed": recomputed,
+    "ours": ours,
+    "bare products": bare_products,
+}
+
+
+@dataclass
+class Reference:
+    """The loss and gradients of the first variant on one rank, in shared memory."""
+
+    loss: Tensor
+    d_hidden_TH: Tensor
+    d_weight_VH: Tensor
+
+    @classmethod
+    def empty(cls, problem: Problem) -> Reference:
+        """Allocate the memory for one rank."""
+        shapes = (1,), (problem.tokens, problem.hidden), (problem.vocab // problem.tp, problem.hidden)
+        return cls(*(torch.zeros(shape).share_memory_() for shape in shapes))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, dX, dW."""
+        return self.loss, self.d_hidden_TH, self.d_weight_VH
+
+
+class Ranks:
+    """The processes of one variant, one per tensor-parallel rank, which wait for commands."""
+
+    def __init__(self, variant: str, problem: Problem, references: list[Reference], folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._variant, self._members = variant, []
+        for rank in range(problem.tp):
+            connection, theirs = context.Pipe()
+            arguments = (variant, problem, rank, folder / variant, references[rank], theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, connection))
+
+    def ask(self, command: str) -> list[dict[str, float]]:
+        """Run a command on every rank and return the answers.
+
+        Raises:
+            KdrlError: a rank failed or died.
+        """
+        for _, connection in self._members:
+            connection.send(command)
+        answers: list[dict[str, float]] = []
+        for rank, (process, connection) in enumerate(self._members):
+            try:
+                answer = connection.recv() if connection.poll(TIMEOUT) else f"no answer in {TIMEOUT:g} s"
+            except (EOFError, ConnectionError):
+                process.join(5)
+                answer = f"its process ended with code {process.exitcode} (out of memory?)"
+            if isinstance(answer, str):
+                raise KdrlError(f"{self._variant}, rank {rank}, {command}: {answer}")
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, _ in self._members:
+            process.kill()
+            process.join()
+
+
+def _serve(variant: str, problem: Problem, rank: int, store: Path, reference: Reference, connection: Connection) -> None:
+    """The main function of one rank. Commands: `first`, the untimed first run, answers `extra_bytes` at its peak and the
+    `difference` from the reference; `publish` is the same, but its results become the reference; `time` answers the wall-clock
+    `seconds` and `cpu_seconds` of a run."""
+    try:
+        torch.set_num_threads(problem.threads)
+        if problem.device == "cuda":
+            torch.cuda.set_device(rank)
+        if problem.tp > 1:
+            backend = "nccl" if problem.device == "cuda" else "gloo"
+            address = f"file://{store}"
+            dist.init_process_group(backend, address, timedelta(seconds=TIMEOUT), world_size=problem.tp, rank=rank)
+        inputs = make_inputs(problem, rank, dist.group.WORLD if problem.tp > 1 else None)
+        commands = {
+            "publish": partial(_first, variant, inputs, reference, publish=True),
+            "first": partial(_first, variant, inputs, reference, publish=False),
+            "time": partial(_time, partial(VARIANTS[variant], inputs), inputs),
+        }
+        while True:
+            command = connection.recv()
+            connection.send(commands[command]())
+            inputs.hidden_TH.grad = inputs.weight_VH.grad = None
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _first(variant: str, inputs: Inputs, reference: Reference, *, publish: bool) -> dict[str, float]:
+    """Run a variant for the first time. A run with few tokens comes before, so that loaded code and thread pools do not count
+    as its memory."""
+    VARIANTS[variant](inputs.first(WARM_UP_TOKENS))
+    inputs.weight_VH.grad = None
+    gc.collect()
+    extra_bytes, loss = _extra_memory(partial(VARIANTS[variant], inputs), inputs)
+    if loss is None:
+        return {"extra_bytes": extra_bytes}
+    assert inputs.hidden_TH.grad is not None and inputs.weight_VH.grad is not None
+    results = loss.reshape(1), inputs.hidden_TH.grad, inputs.weight_VH.grad
+    if publish:
+        for kept, value in zip(reference.tensors(), results, strict=True):
+            kept.copy_(value)
+        return {"extra_bytes": extra_bytes}
+    pairs = [(value.float().cpu(), kept) for value, kept in zip(results, reference.tensors(), strict=True)]
+    difference = max(float((value - kept).abs().max() / kept.abs().max()) for value, kept in pairs)
+    return {"extra_bytes": extra_bytes, "difference": difference}
+
+
+def _extra_memory(run: Callable[[], Tensor | None], inputs: Inputs) -> tuple[float, Tensor | None]:
+    """(bytes at the peak of the run above those before it, the result of the run); on CPU, bytes of the resident set."""
+    if inputs.hidden_TH.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = run()
+        return float(torch.cuda.max_memory_allocated() - before), loss
+    restart_peak()
+    before = resident_bytes()
+    loss = run()
+    return float(peak_resident_bytes() - before), loss
+
+
+def _time(run: Callable[[], Any], inputs: Inputs) -> dict[str, float]:
+    if inputs.shard.ranks > 1:
+        dist.barrier()
+    _synchronize(inputs)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    run()
+    _synchronize(inputs)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+
+
+def _synchronize(inputs: Inputs) -> None:
+    if inputs.hidden_TH.is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,12 @@
+"""Defaults in the tools' `--help`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of each option that has one; for others the text itself says what happens without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)

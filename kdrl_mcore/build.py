@@ -1,0 +1,299 @@
+"""Build a run from its configuration, one function per part. Cheap checks come before expensive ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kdrl_mcore.config import Config, TeacherConfig, TeacherParallelConfig
+from kdrl_mcore.config.derived import (
+    compares_over_vocabulary,
+    engines_share_gpus,
+    evaluates,
+    num_updates,
+    replays,
+    samples,
+    used_models,
+    uses_reference,
+    uses_teacher,
+)
+from kdrl_mcore.convert.targets import check_target
+from kdrl_mcore.data.limits import Limits, check_prompts
+from kdrl_mcore.data.prompts import describe_prompt
+from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
+from kdrl_mcore.data.stream import Domain, PromptStream
+from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.evaluation.evaluate import Evaluation
+from kdrl_mcore.job import Job
+from kdrl_mcore.objective.schedules import Coefficient
+from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
+from kdrl_mcore.parallel.layout import teacher_layout
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.planning.memory import GIB, plan_engine_share
+from kdrl_mcore.reward.verifier import Verifier
+from kdrl_mcore.rollout.ahead import SampledAhead
+from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.megatron import MegatronEngine
+from kdrl_mcore.rollout.replay import ReplayedRollouts
+from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
+from kdrl_mcore.rollout.vllm.engine import VllmEngine
+from kdrl_mcore.rollout.vllm.placement import start_replicas
+from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+OnPhase = Callable[[str], None]
+"""Called with the name of a phase when it begins and whenever it makes progress."""
+
+
+def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progress: Callable[[], None] = lambda: None) -> Job:
+    """Build every part of the run. Collective over the world.
+
+    Args:
+        on_progress: called during training whenever engines in other processes make progress.
+
+    Raises:
+        ConfigError, DataError, ModelError: before anything is trained, naming what to change.
+    """
+    check_outcome(config)
+    data = build_training_data(config, on_phase)
+    student = Student(config, dist.get_world_size(), data.vocab_size, partial(on_phase, "load student"))
+    evaluation = build_evaluation(config, data, student, on_phase)
+    if dist.get_rank() == 0:
+        describe_data(data, evaluation)
+    teacher = build_teacher(config, student, data.vocab_size, on_phase)
+    reference = build_reference(config, data.vocab_size, on_phase)
+    on_phase("start engines")
+    verifier = build_verifier(config, data, student)
+    engine = build_engine(config, data, student, verifier, partial(on_phase, "start engines"), on_progress)
+    return Job(
+        config=config,
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        source=build_source(config, data, student, engine, verifier),
+        engine=engine,
+        evaluation=evaluation,
+        alpha=Coefficient(config.objective.alpha),
+        beta=Coefficient(config.objective.beta),
+    )
+
+
+def check_outcome(config: Config) -> None:
+    """Check the end of the run before it begins: that there is something to do, that the learning rate reaches its peak (if
+    not, a warning is logged), and that the student can be exported.
+
+    Raises:
+        ConfigError: there is nothing to do, or the export would be refused after the last step.
+    """
+    models = used_models(config)
+    if config.trainer.steps == 0 and not evaluates(config):
+        raise ConfigError(
+            "trainer.steps=0 only evaluates, and there is nothing to evaluate on: set data.eval or eval.benchmarks, and leave "
+            "eval.every at 0"
+        )
+    if 0 < num_updates(config) < config.optimizer.warmup_steps and dist.get_rank() == 0:
+        logger.warning(
+            "optimizer.warmup_steps=%d is more than the run's %d updates: the learning rate never reaches optimizer.lr=%g",
+            *(config.optimizer.warmup_steps, num_updates(config), config.optimizer.lr),
+        )
+    if config.checkpoint.export_hf:
+        check_target(Path(config.run.dir) / "hf", list(models.values()), overwrite=True)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        tokenizer: None only if rollouts are replayed and nothing is evaluated.
+        vocab_size: the number of tokens that all models share.
+        limits: the models' limits on token ids and lengths.
+        domains: the prompts; empty if rollouts are replayed.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    limits: Limits
+    domains: list[Domain]
+
+
+def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
+    """Load the tokenizer and the prompts. Collective over the world.
+
+    Raises:
+        ConfigError, DataError, ModelError: they cannot be used, or exceed the models' limits.
+    """
+    on_phase("load tokenizers")
+    assert config.student.path is not None
+    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path)
+    limits = Limits.of(vocab_size, list(used_models(config).values()))
+    if tokenizer is None and not replays(config):
+        raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
+    if tokenizer is None and evaluates(config):
+        raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval and eval.benchmarks need")
+    domains = []
+    if tokenizer is not None and not replays(config):
+        sources = training_sources(config)
+        on_phase("load prompts")
+        domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
+        for (source, _), domain in zip(sources, domains, strict=True):
+            check_prompts(domain.prompts, str(source.path), limits, config.rollout.max_response_tokens)
+    return TrainingData(tokenizer, vocab_size, limits, domains)
+
+
+def build_evaluation(config: Config, data: TrainingData, student: Student, on_phase: OnPhase) -> Evaluation | None:
+    """The benchmarks, checked against the student's limits; None if nothing is evaluated."""
+    on_phase("load evaluation")
+    if not evaluates(config):
+        return None
+    assert data.tokenizer is not None and config.student.path is not None
+    limits = Limits.of(student.parts.architecture.vocab_size, [config.student.path])
+    return Evaluation(config, data.tokenizer, student.groups, limits)
+
+
+def describe_data(data: TrainingData, evaluation: Evaluation | None) -> None:
+    """Log a summary of the data, and one prompt as the models see it."""
+    benchmarks = [] if evaluation is None else evaluation.benchmarks
+    for line in data_notes(data.domains, benchmarks):
+        logger.warning("%s", line)
+    prompts = [*(domain.prompts for domain in data.domains), *(benchmark.prompts for benchmark in benchmarks)]
+    if prompts and data.tokenizer is not None:
+        logger.info("%s", describe_prompt(prompts[0][0], data.tokenizer))
+
+
+def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
+    """The teacher, or None if the loss has no distillation term. If the loss compares both models over the vocabulary, the
+    student also loads the teacher's head. Collective over the world."""
+    if not uses_teacher(config.objective):
+        return None
+    assert config.teacher.path is not None
+    on_parameter = partial(on_phase, "load teacher")
+    teacher = Teacher(config.teacher.path, config.teacher, config.model, dist.get_world_size(), vocab_size, on_parameter)
+    kd = config.objective.kd
+    if kd.clamp is not None and dist.get_rank() == 0:
+        logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
+    if compares_over_vocabulary(config.objective):
+        student.load_teacher_head(config.teacher.path, kd)
+    return teacher
+
+
+def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
+    """A frozen copy of the initial student, in the student's layout; None if the loss has no reference KL. Collective over the
+    world."""
+    if not uses_reference(config.objective):
+        return None
+    assert config.student.path is not None
+    parallel = config.parallel
+    settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))
+    on_parameter = partial(on_phase, "load reference")
+    return Teacher(config.student.path, settings, config.model, dist.get_world_size(), vocab_size, on_parameter)
+
+
+def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:
+    """The verifier on the ranks that verify sampled responses, None on the others. vLLM's responses arrive on rank 0, which
+    verifies them while others are still being sampled; otherwise the replicas' leaders share the work."""
+    in_vllm = config.rollout.engine == "vllm"
+    verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
+    return Verifier(config.reward, reward_kinds(data.domains)) if verifies and samples(config) else None
+
+
+def build_engine(
+    config: Config,
+    data: TrainingData,
+    student: Student,
+    verifier: Verifier | None,
+    on_wait: Callable[[], None],
+    on_progress: Callable[[], None],
+) -> RolloutEngine | None:
+    """The engine that samples for training or evaluation, or None if nothing is sampled. Collective over the world.
+
+    Args:
+        on_wait: called repeatedly while vLLM's servers start.
+        on_progress: called whenever they make progress later.
+    """
+    if data.tokenizer is None:
+        return None
+    if config.rollout.engine != "vllm":
+        return MegatronEngine(student.parts, data.tokenizer, config.rollout.max_sequences, lambda: student.version)
+    if not samples(config) and not evaluates(config):
+        return None
+    replicas = start_replicas(config, data.vocab_size, _engine_share(config), on_wait)
+    return VllmEngine(replicas, config.rollout, data.tokenizer, verifier, vocab_size=data.vocab_size, on_progress=on_progress)
+
+
+def _engine_share(config: Config) -> float | None:
+    """The share of a GPU's memory for a colocated engine; None where engines share no GPU. It is what the plan
+    (docs/planning.md) leaves once the optimizer's state exists, which is allocated only at the first update. Rank 0 plans.
+    Collective over the world.
+
+    Raises:
+        ConfigError: on all ranks: too little memory is left.
+    """
+    if not engines_share_gpus(config.rollout) or not torch.cuda.is_available():
+        return None
+    smallest = min(gather_objects(torch.cuda.get_device_properties(device()).total_memory)) / GIB
+    share = on_first_rank(lambda: plan_engine_share(config, dist.get_world_size(), smallest))
+    if dist.get_rank() == 0:
+        logger.info("colocated engines take %.0f %% of each GPU", 100 * share)
+    return share
+
+
+def build_source(
+    config: Config, data: TrainingData, student: Student, engine: RolloutEngine | None, verifier: Verifier | None
+) -> RolloutSource:
+    """Where the rollouts of each step come from."""
+    if replays(config):
+        assert config.rollout.path is not None
+        return ReplayedRollouts(config.rollout.path, data.limits, config.batch.updates_per_step)
+    prompts = PromptStream.of(data.domains, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
+    if not samples(config):
+        return GivenResponses(prompts, student)
+    assert engine is not None
+    return build_sampling_source(config, student, engine, prompts, verifier)
+
+
+def build_sampling_source(
+    config: Config, student: Student, engine: RolloutEngine, prompts: PromptStream, verifier: Verifier | None
+) -> SampledRollouts:
+    """Responses to the prompts, sampled with the student's present weights or one step ahead."""
+    rollout = config.rollout
+    sampling = Sampling(
+        rollout.temperature,
+        rollout.top_p,
+        rollout.max_response_tokens,
+        rollout.responses_per_prompt,
+        (config.trainer.seed, 0),
+        verify=True,
+        part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
+    )
+    if rollout.steps_ahead:
+        assert isinstance(engine, VllmEngine)
+        return SampledAhead(
+            engine,
+            student,
+            prompts,
+            verifier,
+            sampling,
+            last_step=config.trainer.steps,
+            updates_per_step=config.batch.updates_per_step,
+        )
+    return SampledRollouts(engine, student, prompts, verifier, sampling)
+
+
+def _part_tokens(config: Config) -> int:
+    """How many tokens the teacher scores at a time while others are sampled: a full micro-batch for every stage of every
+    replica. 0 without a teacher."""
+    if not uses_teacher(config.objective):
+        return 0
+    layout = teacher_layout(dist.get_world_size(), config.teacher.parallel)
+    return config.batch.micro_tokens * layout.context * layout.pipeline * layout.data

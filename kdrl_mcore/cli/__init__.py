@@ -1,0 +1,1 @@
+"""The commands, and the code that they share."""

@@ -1,0 +1,167 @@
+"""Facts that follow from the configuration alone, one function each."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from kdrl_mcore.config.schema import ClusterConfig, Config, ObjectiveConfig, RolloutConfig, ScheduleConfig
+from kdrl_mcore.errors import ConfigError
+
+OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
+"""The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
+
+
+def can_be_positive(schedule: ScheduleConfig) -> bool:
+    """Whether a coefficient schedule is above zero at some step."""
+    values = {
+        "constant": (schedule.init,),
+        "switch": (schedule.init, schedule.after),
+        "linear": (schedule.init, schedule.min, -schedule.delta),  # with a negative delta it grows
+    }
+    return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
+
+
+def learns_from_reward(objective: ObjectiveConfig) -> bool:
+    """Whether the loss has the GRPO term at some step."""
+    return objective.kind != "sft" and can_be_positive(objective.alpha)
+
+
+def uses_teacher(objective: ObjectiveConfig) -> bool:
+    """Whether the loss has the distillation term at some step, so that a teacher is loaded."""
+    return objective.kind != "sft" and can_be_positive(objective.beta)
+
+
+def uses_reference(objective: ObjectiveConfig) -> bool:
+    """Whether the loss has a KL to the initial student, which is then loaded as the reference."""
+    return objective.kind != "sft" and objective.reference_kl.coefficient > 0
+
+
+def compares_over_vocabulary(objective: ObjectiveConfig) -> bool:
+    """Whether the loss compares student and teacher over the vocabulary, so that the student also loads the teacher's head."""
+    return uses_teacher(objective) and objective.kd.estimator in OVER_THE_VOCABULARY
+
+
+def replays(config: Config) -> bool:
+    """Whether every step trains on the responses of a rollout file instead of prompts."""
+    return config.objective.kind != "sft" and config.rollout.engine == "replay"
+
+
+def samples(config: Config) -> bool:
+    """Whether the responses that a step trains on are sampled, that is, neither given (sft) nor replayed."""
+    return config.objective.kind != "sft" and config.rollout.engine != "replay"
+
+
+def samples_with_vllm(config: Config) -> bool:
+    """Whether vLLM's engines sample the responses that a step trains on."""
+    return samples(config) and config.rollout.engine == "vllm"
+
+
+def is_on_policy(config: Config) -> bool:
+    """Whether every update uses the weights that sampled its batch, and the batch was sampled from their whole distribution
+    (with `top_p` the sampler's distribution is only the student's nucleus)."""
+    rollout = config.rollout
+    sampled_now = samples(config) and rollout.steps_ahead == 0
+    return sampled_now and rollout.top_p == 1 and config.batch.updates_per_step == 1
+
+
+def max_sequence_tokens(rollout: RolloutConfig) -> int:
+    """The tokens of the longest prompt with the longest response."""
+    return rollout.max_prompt_tokens + rollout.max_response_tokens
+
+
+def engines_share_gpus(rollout: RolloutConfig) -> bool:
+    """Whether vLLM's engines are on the GPUs that train."""
+    return rollout.engine == "vllm" and rollout.vllm.placement == "colocated"
+
+
+def engines_have_own_gpus(rollout: RolloutConfig) -> bool:
+    """Whether vLLM's engines are servers with their own devices, so that they can sample while the ranks do other work."""
+    return rollout.engine == "vllm" and rollout.vllm.placement == "server"
+
+
+def evaluates(config: Config) -> bool:
+    """Whether there is something to evaluate on, and evaluation is not off."""
+    return config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
+
+
+def num_updates(config: Config) -> int:
+    """The number of optimizer updates of the whole run."""
+    return config.trainer.steps * config.batch.updates_per_step
+
+
+def uses_distributed_optimizer(config: Config) -> bool:
+    """Whether data-parallel ranks share the optimizer's state."""
+    return config.parallel.distributed_optimizer and config.optimizer.name == "adam"
+
+
+def used_models(config: Config) -> dict[str, str]:
+    """The paths of the models that process training sequences, by role: the student and, if used, the teacher.
+
+    Raises:
+        ConfigError: `student.path` is not set.
+    """
+    if not config.student.path:
+        raise ConfigError("student.path is not set: name an HF model directory")
+    models = {"student": config.student.path}
+    if uses_teacher(config.objective):
+        assert config.teacher.path is not None
+        models["teacher"] = config.teacher.path
+    return models
+
+
+def training_ranks(cluster: ClusterConfig) -> int:
+    """The number of ranks that train, one on each GPU of `cluster.nodes`."""
+    return cluster.nodes * cluster.gpus_per_node
+
+
+def ranks_per_node(config: Config, gpus: int) -> int:
+    """One rank per configured GPU. Without GPUs, ranks are plain processes, at least as many as both layouts need.
+
+    Args:
+        gpus: the number of GPUs of a node.
+    """
+    per_node = config.cluster.gpus_per_node
+    if gpus:
+        return per_node
+    student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
+    return max(per_node, -(-math.lcm(student, teacher) // config.cluster.nodes))
+
+
+def servers_per_node(config: Config, gpus: int) -> int:
+    """The number of engines that fit on a node of `cluster.server_nodes`; one without GPUs.
+
+    Args:
+        gpus: the number of GPUs of a node.
+
+    Raises:
+        ConfigError: no engine fits.
+    """
+    per_node, tensor = config.cluster.gpus_per_node, config.rollout.vllm.tensor
+    if gpus and config.cluster.server_nodes and tensor > per_node:
+        raise ConfigError(f"rollout.vllm.tensor={tensor} does not fit a server node of {per_node} GPUs: change it")
+    return per_node // tensor if gpus else 1
+
+
+def server_arguments(config: Config, model: str | Path, share: float | None) -> list[str]:
+    """The command-line arguments of vLLM's servers that follow from the configuration. The weights come from the trainer.
+
+    Args:
+        model: the directory of the student's configuration.
+        share: the engine's share of a GPU's memory; None leaves it to the server.
+    """
+    rollout = config.rollout
+    values = {
+        "model": model,
+        "dtype": config.model.dtype,
+        "max-model-len": max_sequence_tokens(rollout),
+        "max-sequences": rollout.max_sequences,
+        "tensor": rollout.vllm.tensor,
+        "kv-cache-gib": rollout.vllm.kv_cache_gib,
+        "seed": config.trainer.seed,
+        "load-format": "dummy",  # a refit brings the weights; until then the server refuses to sample
+    }
+    if share is not None:
+        values["gpu-memory-utilization"] = share
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]

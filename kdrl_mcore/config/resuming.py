@@ -1,0 +1,180 @@
+"""Which keys may change when a run resumes from a checkpoint.
+
+A resumed run is the same experiment. How fast it learns, how its losses are weighted, and where and how often it runs and
+writes may change; the new values are used. What it learns from must not change: another student, teacher, data set, task or
+seed makes another experiment, which needs its own run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from kdrl_mcore.config.checks import flatten
+from kdrl_mcore.config.derived import uses_teacher
+from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
+
+Effect = Literal["wins", "fixed", "content", "start"]
+"""wins: the new value is used, and a log line shows old -> new. fixed: another value is refused. content: another path is
+accepted if its content is the same, otherwise refused. start: concerns a single start of the run, so it is not compared."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a key that differs from the checkpoint's is treated, and why.
+
+    Attributes:
+        shows_in_steps: whether a new value affects the following steps, so that it has no effect if none is left.
+    """
+
+    effect: Effect
+    why: str
+    shows_in_steps: bool = True
+
+
+RULES: dict[str, Rule] = {
+    "run": Rule("start", "the run directory may move"),
+    "trainer": Rule("wins", "length, checks and time-outs", False),
+    "trainer.seed": Rule("fixed", "data order and sampling are functions of it"),
+    "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
+    "model.spec": Rule("wins", "the same weights in other kernels", False),
+    "student.path": Rule("content", "the model that the weights began as"),
+    "teacher": Rule("wins", "its layout and off-load", False),
+    "teacher.path": Rule("content", "the model that teaches, where one taught before and one teaches now"),
+    "parallel": Rule("wins", "checkpoints load in any layout", False),
+    "objective": Rule(
+        "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when a key of its own changes"
+    ),
+    "objective.kind": Rule("fixed", "KDRL and supervised fine-tuning are two experiments"),
+    "rollout": Rule("wins", "sampling; responses that were sampled ahead with other settings are sampled anew"),
+    "rollout.engine": Rule("wins", "megatron or vllm; from or to replay is refused", False),
+    "rollout.max_sequences": Rule("wins", "how many are decoded at once", False),
+    "rollout.vllm": Rule("wins", "vLLM's engines", False),
+    "rollout.path": Rule("content", "the rollouts that are replayed are the data"),
+    "reward": Rule("wins", "rewards, bonuses and limits"),
+    "reward.kind": Rule("fixed", "it says what is correct"),
+    "data": Rule("fixed", "columns and templates make the prompts"),
+    "data.train": Rule("content", "the prompts that are trained on"),
+    "data.sources": Rule("fixed", "the prompts that are trained on, and what is in their files"),
+    "data.eval": Rule("wins", "evaluation changes nothing that is learned"),
+    "eval": Rule("wins", "the same"),
+    "batch.micro_tokens": Rule("wins", "the size of a micro-batch", False),
+    "batch.updates_per_step": Rule("wins", "updates of the steps that follow"),
+    "optimizer": Rule("wins", "rates, their schedule, decay and clipping"),
+    "optimizer.offload": Rule("wins", "where its state lies", False),
+    "optimizer.name": Rule("fixed", "the state of one is not that of the other"),
+    "checkpoint": Rule("wins", "how often, how many, how", False),
+    "checkpoint.resume": Rule("start", "where this start begins"),
+    "logging": Rule("wins", "what is shown and kept", False),
+    "fault": Rule("start", "a rehearsal"),
+    "cluster": Rule("wins", "the machine", False),
+}
+"""The rule of each key or section; the longest match counts."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs from the checkpoint's."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_text(self.old)} -> {_text(self.new)}"
+
+
+def rule_of(key: str) -> Rule:
+    """The rule of a key.
+
+    Raises:
+        KeyError: no rule matches.
+    """
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        if (rule := RULES.get(".".join(parts[:length]))) is not None:
+            return rule
+    raise KeyError(key)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Every key that differs, except those of a single start. Both configurations are flat. A key that is missing in one of
+    them (it was saved by another version) has its default there."""
+    defaults = flatten(asdict(Config()))
+    return [
+        Change(key, old.get(key, default), new.get(key, default))
+        for key, default in defaults.items()
+        if rule_of(key).effect != "start" and old.get(key, default) != new.get(key, default)
+    ]
+
+
+def refused(
+    old: Mapping[str, Any], new: Mapping[str, Any], same_content: Callable[[str, str | None, str | None], bool]
+) -> list[str]:
+    """The differences that make `new` another experiment than `old`, each with the reason.
+
+    Args:
+        same_content: (key, old path, new path) -> whether both have the same content. Called for every key whose content
+            counts, whether the path has changed or not.
+    """
+    differences = {change.key: change for change in changes(old, new)}
+    found = []
+    for key, default in flatten(asdict(Config())).items():
+        rule, before, now = rule_of(key), old.get(key, default), new.get(key, default)
+        change = differences.get(key)
+        replays = key == "rollout.engine" and "replay" in (before, now)
+        if change is not None and (rule.effect == "fixed" or replays):
+            found.append(f"{change} ({RULES['rollout.path'].why if replays else rule.why})")
+        elif (
+            (rule.effect == "content" or key == "data.sources")
+            and _is_used(key, old)
+            and _is_used(key, new)
+            and not same_content(key, before, now)
+        ):
+            found.append(f"{change} ({rule.why})" if change else f"{key}={now}, whose content has changed ({rule.why})")
+    return found
+
+
+def restarted_schedules(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """The schedules, `alpha` or `beta`, that have a key that differs."""
+    return {
+        change.key.split(".")[1]
+        for change in changes(old, new)
+        if change.key.startswith(("objective.alpha.", "objective.beta."))
+    }
+
+
+def markdown() -> str:
+    """The rules as a Markdown table."""
+    effects = {
+        "wins": "the new value is taken",
+        "fixed": "refused",
+        "content": "another path with the same content is taken, another content refused",
+        "start": "not compared",
+    }
+    rows = [f"| `{key}{'' if _is_key(key) else '.*'}` | {effects[rule.effect]} | {rule.why} |" for key, rule in RULES.items()]
+    return "\n".join(["| keys | when they differ from the checkpoint's | |", "|---|---|---|", *rows]) + "\n"
+
+
+def _is_key(name: str) -> bool:
+    return name in flatten(asdict(Config()))
+
+
+def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a run with this configuration reads the file."""
+    if key == "teacher.path":
+        kind = flat.get("objective.kind", ObjectiveConfig.kind)
+        return uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
+    if key == "rollout.path":
+        return flat.get("rollout.engine") == "replay"
+    return True
+
+
+def _schedule(prefix: str, flat: Mapping[str, Any]) -> ScheduleConfig:
+    known = {field.name: flat[f"{prefix}.{field.name}"] for field in fields(ScheduleConfig) if f"{prefix}.{field.name}" in flat}
+    return ScheduleConfig(**known)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,88 @@
+"""The limits of a run's models: the token ids that they have embeddings for, and the lengths that their positions allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits common to all models that process a sequence.
+
+    Attributes:
+        tokens: each of the models knows all token ids below this number.
+        positions: the length of the longest sequence, prompt and response together, in tokens.
+        model: the model that has these positions, for error messages.
+    """
+
+    tokens: int
+    positions: int
+    model: str
+
+    @staticmethod
+    def of(tokens: int, models: Sequence[str | Path]) -> Limits:
+        """The limits of these models (the student first), which share `tokens` token ids.
+
+        Raises:
+            ModelError: one of the paths is not a model.
+        """
+        positions = {str(model): read_architecture(model).max_positions for model in models}
+        shortest = min(positions, key=lambda model: positions[model])
+        return Limits(tokens, positions[shortest], shortest)
+
+
+def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_response_tokens: int) -> None:
+    """Check that prompts, with the longest response to each (or with their targets), are within the limits.
+
+    Raises:
+        DataError: one is not; the message names its row (from 1) and what to change.
+    """
+    longest, longest_row = 0, 0
+    for row, prompt in enumerate(prompts, start=1):
+        largest = max(int(ids.max(initial=0)) for ids in (prompt.token_ids, prompt.target) if ids is not None)
+        if largest >= limits.tokens:
+            raise DataError(
+                f"{source} row {row} has token id {largest}, but the models know only {limits.tokens} tokens (0 to "
+                f"{limits.tokens - 1}): a model has no row for it, or the teacher's tokenizer lacks it; resize the embeddings, "
+                "or use the tokenizer that the model was trained with"
+            )
+        if prompt.target is not None and len(prompt.token_ids) + len(prompt.target) > limits.positions:
+            raise DataError(
+                f"{source} row {row}: prompt and response have {len(prompt.token_ids)} and {len(prompt.target)} tokens, more "
+                f"than the {limits.positions} positions of {limits.model} (max_position_embeddings): remove the row"
+            )
+        if prompt.target is None and len(prompt.token_ids) > longest:
+            longest, longest_row = len(prompt.token_ids), row
+    if longest_row and longest + max_response_tokens > limits.positions:
+        remaining = limits.positions - longest
+        lower = f"set rollout.max_response_tokens to at most {remaining}, or " if remaining > 0 else ""
+        raise DataError(
+            f"{source} row {longest_row}: a prompt of {longest} tokens and rollout.max_response_tokens={max_response_tokens} "
+            f"exceed the {limits.positions} positions of {limits.model} (max_position_embeddings): {lower}remove longer prompts"
+        )
+
+
+def check_rollouts(rollouts: Sequence[Rollout], path: str | Path, limits: Limits) -> None:
+    """Check that the rollouts of a file are within the limits.
+
+    Raises:
+        DataError: one is not; the message names its line (from 1).
+    """
+    for line, rollout in enumerate(rollouts, start=1):
+        largest = max(int(rollout.prompt_token_ids.max()), int(rollout.response_token_ids.max()))
+        if largest >= limits.tokens:
+            raise DataError(
+                f"{path} line {line}: token id {largest} is not one of the models' {limits.tokens} tokens: name a file of "
+                "rollouts made with the same tokenizer"
+            )
+        if rollout.num_tokens > limits.positions:
+            raise DataError(
+                f"{path} line {line}: prompt and response have {rollout.num_tokens} tokens, more than the {limits.positions} "
+                f"positions of {limits.model} (max_position_embeddings): remove the line, or use a model with a longer context"
+            )

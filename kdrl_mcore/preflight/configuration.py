@@ -1,0 +1,180 @@
+"""Checks of the configuration: its models, layouts, engines and data, and the memory that they need."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kdrl_mcore.config import Config, load_benchmark
+from kdrl_mcore.config.derived import replays, samples_with_vllm, used_models
+from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.hf_files import unread_files
+from kdrl_mcore.convert.targets import check_target
+from kdrl_mcore.convert.weight_map import check_names, global_tensors
+from kdrl_mcore.data.files import is_file
+from kdrl_mcore.data.hub import resolve_models
+from kdrl_mcore.data.limits import Limits, check_prompts, check_rollouts
+from kdrl_mcore.data.sources import data_notes, read_domains, training_sources
+from kdrl_mcore.data.stream import Domain
+from kdrl_mcore.data.tokenizers import load_tokenizer
+from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.errors import ConfigError, DataError
+from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
+from kdrl_mcore.model.families import FAMILIES, read_architecture
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
+from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
+from kdrl_mcore.parallel.layout import student_layout, teacher_layout
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.planning.memory import GIB, plan_run_memory
+from kdrl_mcore.preflight.findings import CheckFailed
+from kdrl_mcore.rollout.files import read_rollouts
+from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
+
+
+def check_hub(config: Config) -> str:
+    """Models that are named by a hub id are downloaded, once on each node, and found by their folder from here on."""
+    found = resolve_models(config)
+    return ", ".join(f"{key} {model}" for key, model in found.items()) or "no model by hub id"
+
+
+def check_models(config: Config) -> str:
+    """Models and tokenizers are complete on every node, and student and teacher share their tokens."""
+    models, described = used_models(config), []
+    if config.checkpoint.export_hf:
+        check_target(Path(config.run.dir) / "hf", list(models.values()), overwrite=True)
+    for name, path in models.items():
+        architecture = read_architecture(path)
+        with open_weights(path) as weights:
+            check_names(weights, architecture, FAMILIES[architecture.family].rules(architecture))
+        described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B parameters)")
+        described += [f"{path} also holds {file}, which is not read" for file in unread_files(path)]
+    tokenizer, vocab_size = shared_vocabulary(*models.values())
+    if tokenizer is None and not replays(config):
+        raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
+    return f"{'; '.join(described)}; {vocab_size} tokens"
+
+
+def check_layout(config: Config) -> str:
+    """Both layouts fit the number of ranks and the models."""
+    # Megatron-Core reads torch.cuda when it is imported, so it is imported only here, after the platform is set up.
+    from kdrl_mcore.model.gpt import check_layout as check_fit
+
+    world_size = dist.get_world_size()
+    layouts, models = {"student": student_layout(world_size, config.parallel)}, used_models(config)
+    if "teacher" in models:
+        layouts["teacher"] = teacher_layout(world_size, config.teacher.parallel)
+    for name, layout in layouts.items():
+        check_fit(read_architecture(models[name]), layout, trainable=name == "student")
+    return "; ".join(
+        f"{name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
+        for name, layout in layouts.items()
+    )
+
+
+def check_engines(config: Config) -> str:
+    """vLLM's engines fit the student's heads; where ranks start them, vLLM is installed and they fit the ranks' GPUs."""
+    settings = config.rollout.vllm
+    if not samples_with_vllm(config):
+        return "no vLLM engines"
+    architecture, tensor = read_architecture(str(config.student.path)), settings.tensor
+    heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    if heads % tensor or max(kv_heads, tensor) % min(kv_heads, tensor):
+        raise ConfigError(
+            f"rollout.vllm.tensor={tensor} does not divide the student's {heads} heads ({kv_heads} key-value heads): change it"
+        )
+    if settings.placement == "server":
+        return f"servers of tensor {tensor}"
+    check_installed()
+    return f"{len(find_owners(config))} engines of tensor {tensor} on the ranks' GPUs"
+
+
+def check_data(config: Config) -> str:
+    """Files of prompts and rollouts exist on every node (any other name is taken for a hub id). All prompts to train or
+    evaluate on are read as in training, once on each node, and their verifiers accept each of the reference answers."""
+    sources = [str(source.path) for source, _ in training_sources(config)] if config.data.train or config.data.sources else []
+    named = [path for path in (*sources, config.data.eval, config.rollout.path) if path]
+    for path in named:
+        if is_file(path) and not Path(path).is_file():
+            raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
+    if not named:
+        raise ConfigError("neither data.train nor rollout.path is set: name the prompts, or a rollout file")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return ""
+    if not (Path(str(config.student.path)) / "tokenizer.json").is_file():  # `check_models` reports it where it is an error
+        return ", ".join(named)
+    tokenizer = load_tokenizer(str(config.student.path))
+    domains: list[Domain] = []
+    if not replays(config):
+        domains = [Domain(table.domain, table) for table in read_domains(config, tokenizer, all_golds=True)]
+    benchmarks = []
+    if config.eval.every >= 0:
+        benchmarks = load_benchmarks(config, tokenizer)
+        for benchmark in benchmarks:
+            check_benchmark(benchmark, benchmark.reward or config.reward.kind, config.reward, everything=True)
+    counted = [f"{path} ({len(domain.prompts)} prompts)" for path, domain in zip(sources, domains, strict=False)]
+    counted += [f"{benchmark.name} ({len(benchmark.prompts)} held out)" for benchmark in benchmarks]
+    return ". ".join([", ".join(counted or named), *data_notes(domains, benchmarks)])
+
+
+def check_lengths(config: Config) -> str:
+    """The models know the token ids of all prompts and rollouts, which with their responses fit the models' positions."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return ""
+    models = list(used_models(config).values())
+    tokenizer, vocab_size = shared_vocabulary(*models)
+    limits, most = Limits.of(vocab_size, models), config.rollout.max_response_tokens
+    checked = []
+    if replays(config):
+        assert config.rollout.path is not None
+        check_rollouts(read_rollouts(config.rollout.path), config.rollout.path, limits)
+        checked.append(config.rollout.path)
+    elif tokenizer is not None and (config.data.train or config.data.sources):
+        for table in read_domains(config, tokenizer):
+            check_prompts(table, table.source, limits, most)
+            checked.append(table.source)
+    if tokenizer is not None and config.eval.every >= 0:
+        own = Limits.of(read_architecture(models[0]).vocab_size, models[:1])
+        for benchmark in load_benchmarks(_only_files(config), tokenizer):
+            check_prompts(benchmark.prompts, benchmark.name, own, most)
+            checked.append(benchmark.name)
+    return f"{', '.join(checked) or 'no file'}: within {limits.positions} positions"
+
+
+def _only_files(config: Config) -> Config:
+    """The configuration with only those evaluation sets that are files on this machine."""
+    found = config.data.eval if config.data.eval and Path(config.data.eval).is_file() else None
+    benchmarks = [name for name in config.eval.benchmarks if Path(load_benchmark(name).source).is_file()]
+    return replace(config, data=replace(config.data, eval=found), eval=replace(config.eval, benchmarks=benchmarks))
+
+
+def check_memory(config: Config) -> str:
+    """Every rank's planned memory (docs/planning.md) fits the smallest GPU. Rank 0 makes the plan."""
+    if not torch.cuda.is_available():
+        return "no GPU; kdrl-plan shows the memory that this run needs on one"
+    smallest = min(gather_objects(torch.cuda.get_device_properties(device()).total_memory)) / GIB
+    planned = on_first_rank(lambda: plan_run_memory(config, dist.get_world_size(), smallest))
+    worst = max(planned, key=lambda rank: rank.peak)
+    held = ", ".join(f"{item.kind} {item.bytes / GIB:.1f}" for item in worst.items if item.bytes >= GIB / 20)
+    text = f"at most {worst.peak / GIB:.1f} GiB a rank, in {worst.fullest} ({held}), of {smallest:.0f}"
+    if not worst.fits:
+        raise CheckFailed(f"{text}: kdrl-plan with the same overrides shows what would make it fit")
+    return text
+
+
+def check_loggers(config: Config) -> str:
+    """The packages of the run's loggers are installed for rank 0, which alone starts them."""
+    names = on_first_rank(lambda: check_logger_packages(config.logging))
+    return ", ".join(["metrics.jsonl", *names])
+
+
+def num_parameters(architecture: Architecture) -> int:
+    """The number of the model's parameters, without padding."""
+    rules = FAMILIES[architecture.family].rules(architecture)
+    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture))

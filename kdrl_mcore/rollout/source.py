@@ -1,0 +1,186 @@
+"""The sources of a step's rollouts: sampled with the student's present weights, sampled one step ahead (`ahead.py`), replayed
+from a file (`replay.py`), or given with the prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kdrl_mcore.data.stream import PromptStream
+from kdrl_mcore.errors import EngineError
+from kdrl_mcore.reward.verifier import Verifier, verify_together
+from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
+from kdrl_mcore.types import Prompt, Rollout
+
+
+class RolloutSource(ABC):
+    """Provides the rollouts of each step. Methods are collective over the world unless documented otherwise. The methods that
+    are not abstract do nothing for sources that sample nothing."""
+
+    samples = False
+    """Whether an engine samples them with the student's weights, so that its log-probs must match the trainer's."""
+
+    @abstractmethod
+    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
+        """The step's rollouts, the same list on every rank.
+
+        Args:
+            step: counted from 1.
+            on_part: called with complete groups while the others are being sampled, if the configuration enables it.
+        """
+
+    @abstractmethod
+    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
+        """At most `count` rollouts for checks, the same at every call; the source does not advance. If sampled, they are
+        responses to the first prompts, drawn with `sampling`."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The source's state for a checkpoint: the cursor of the prompts, and the responses sampled ahead. Not collective."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
+        """Continue from a `state_dict`. Not collective.
+
+        Args:
+            resamples: the sampling settings have changed, so responses sampled ahead are dropped and their prompts are
+                sampled again.
+        """
+
+    def refit(self) -> None:  # noqa: B027
+        """Give the engine the student's present weights, so that the next step is sampled with them."""
+
+    def verify(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027
+        """Set the reward and the correctness of each rollout, unless they were given with it."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Wait for the responses being sampled ahead, so that a checkpoint can hold them and the engine is free."""
+
+    def close(self) -> None:  # noqa: B027
+        """End the verifier's processes. Not collective."""
+
+
+class SampledRollouts(RolloutSource):
+    """Samples each step's responses to the next prompts with the student's present weights."""
+
+    samples = True
+
+    def __init__(
+        self, engine: RolloutEngine, student: Weights, prompts: PromptStream, verifier: Verifier | None, sampling: Sampling
+    ) -> None:
+        """Args:
+        verifier: the verifier on the ranks that verify, None on the others.
+        sampling: the settings of every step; the step's number is appended to their key.
+        """
+        self.engine, self.prompts, self.verifier = engine, prompts, verifier
+        self._student, self._sampling = student, sampling
+        self._staleness = 0  # optimizer updates by which the student may be ahead of the sampling weights
+
+    def refit(self) -> None:
+        """See `RolloutSource`."""
+        self.engine.refit(self._student)
+
+    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
+        """See `RolloutSource`.
+
+        Raises:
+            EngineError: on all ranks: the engine failed, or sampled with stale weights.
+        """
+        rollouts = self._sample(step, on_part)
+        self.engine.sleep()
+        refuse_stale(rollouts, self._student.version, self._staleness)
+        return rollouts
+
+    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
+        """See `RolloutSource`."""
+        self.refit()
+        rollouts = self.engine.generate(self.prompts.first(count), sampling)
+        self.engine.sleep()
+        return rollouts
+
+    def verify(self, rollouts: Sequence[Rollout]) -> None:
+        """See `RolloutSource`. The replicas' leaders share the groups, unless the engine has verified them already."""
+        if not self.engine.verifies:
+            verify_together(self._student.parts.groups, self.verifier, rollouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RolloutSource`."""
+        return {"prompts": self.prompts.state_dict(), "pending": None}
+
+    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
+        """See `RolloutSource`. Prompts for which the checkpoint holds responses sampled ahead are sampled again."""
+        _load_cursor(self.prompts, state)
+
+    def close(self) -> None:
+        """See `RolloutSource`."""
+        if self.verifier is not None:
+            self.verifier.close()
+
+    def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
+        return self.engine.generate(self.prompts.next_batch(), self._sampling_of(step), on_part)
+
+    def _sampling_of(self, step: int) -> Sampling:
+        return replace(self._sampling, key=(*self._sampling.key, step))
+
+
+class GivenResponses(RolloutSource):
+    """The data set's own responses, for supervised fine-tuning: they were not sampled and have no reward."""
+
+    def __init__(self, prompts: PromptStream, student: Weights) -> None:
+        self._prompts, self._student = prompts, student
+
+    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
+        """See `RolloutSource`; the sampler's log-probs are zero."""
+        return self._as_rollouts(self._prompts.next_batch())
+
+    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
+        """See `RolloutSource`."""
+        return self._as_rollouts(self._prompts.first(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RolloutSource`."""
+        return {"prompts": self._prompts.state_dict(), "pending": None}
+
+    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
+        """See `RolloutSource`."""
+        _load_cursor(self._prompts, state)
+
+    def _as_rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        rollouts = []
+        for group, prompt in enumerate(prompts):
+            assert prompt.target is not None
+            nothing = np.zeros(len(prompt.target), dtype=np.float32)
+            version, domain = self._student.version, prompt.domain
+            rollouts.append(
+                Rollout(prompt.prompt_id, group, prompt.token_ids, prompt.target, nothing, "stop", version, domain=domain)
+            )
+        return rollouts
+
+
+def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:
+    """Refuse a batch with a response whose weights are more than `allowed` updates older than the student's `version`.
+
+    Raises:
+        EngineError: the message names the oldest response.
+    """
+    oldest = min(rollouts, key=lambda rollout: rollout.weight_version, default=None)
+    if oldest is not None and version - oldest.weight_version > allowed:
+        raise EngineError(
+            f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
+            f"has version {version}: rollout.steps_ahead allows {allowed} updates between them; the engine was not refitted"
+        )
+
+
+def _load_cursor(prompts: PromptStream, state: dict[str, Any]) -> None:
+    """Set the stream's cursor as if nothing had been sampled ahead. A checkpoint of replayed rollouts has no cursor."""
+    cursor, pending = state["prompts"], state.get("pending")
+    if pending:
+        drawn = len({row["group_id"] for row in pending})
+        before = {**cursor, "given": cursor["given"] - drawn}  # for checkpoints without prompts_before_pending
+        cursor = state.get("prompts_before_pending") or before
+    if cursor is not None:
+        prompts.load_state_dict(cursor)

@@ -1,0 +1,249 @@
+"""All code that depends on the vLLM version (0.32 and 0.33, CPU and CUDA): engine arguments, sampling, weights, sleep.
+
+Imported by engine servers and by vLLM's own worker processes, never by a training rank.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+
+from kdrl_mcore.errors import RefitError
+from kdrl_mcore.rollout.vllm.client import kill_group
+
+STREAM_INTERVAL = 32
+"""Tokens of a response between two signs of its progress."""
+_WATCH_SECONDS = 0.5
+_CPU_STEP_TOKENS = 4096  # tokens of a step on CPU, raised if prompts are longer
+_CUDA_STEP_TOKENS = 8192  # tokens of a step on a GPU; vLLM's default for our way of building an engine, 2048, is too few
+_SERVER_PID = "KDRL_ENGINE_SERVER_PID"
+"""The environment variable with the server's process id, for vLLM's processes. It cannot be part of vLLM's configuration: vLLM
+caches compiled code under the configuration's hash, and the next start would not find it."""
+_SOCKET_FOLDER = 107 - len("/") - 36  # longest folder name in which vLLM can open its sockets, which are named by a UUID
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built from.
+
+    Attributes:
+        vocab_size: tokens of the tokenizer; columns of the model beyond them are never sampled, as in the trainer.
+        stop_ids: token ids that end a response.
+        dtype: the weights' dtype, float32 or bfloat16.
+        max_model_len: the most prompt and response tokens together.
+        max_sequences: responses decoded at once.
+        gpu_memory_utilization: share of a GPU for weights and KV cache.
+        kv_cache_gib: size of the KV cache on CPU, GiB.
+        load_format: how weights are loaded; `dummy` if they come with a refit.
+    """
+
+    model: str
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    dtype: Any
+    max_model_len: int
+    max_sequences: int
+    tensor: int
+    seed: int
+    gpu_memory_utilization: float
+    kv_cache_gib: float
+    load_format: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished response."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+class Engine:
+    """vLLM's asynchronous engine, reduced to what rollouts need."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Start vLLM's processes and load the model, which takes from half a minute to several minutes."""
+        self._settings = settings
+        self._sleeps = torch.cuda.is_available()
+        os.environ[_SERVER_PID] = str(os.getpid())
+        args = engine_args(settings, self._sleeps)
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        if self._sleeps:
+            # A forked process cannot use CUDA once this process has touched it, and this one has threads.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        else:
+            # Fork vLLM's processes: spawned ones, its choice on CPU, would import everything again. Nothing has been computed
+            # in this process, so there are no OpenMP threads yet that a fork would lose.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            torch.compiler.set_stance("force_eager")  # compiling the sampler takes longer than it saves; forks inherit this
+        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+
+    @property
+    def dead(self) -> bool:
+        """Whether vLLM's own processes have failed."""
+        return self._llm.errored
+
+    async def check_health(self) -> None:
+        """Raise if vLLM's own processes have failed."""
+        await self._llm.check_health()
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any]
+    ) -> AsyncIterator[Finished | None]:
+        """Sample one response: yields None from time to time while it grows, and finally the response."""
+        params = SamplingParams(
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            max_tokens=sampling["max_tokens"],
+            seed=seed,
+            logprobs=0,  # of the sampled token only
+            stop_token_ids=list(self._settings.stop_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        token_ids: list[int] = []
+        log_probs: list[float] = []
+        async for output in self._llm.generate({"prompt_token_ids": list(prompt_token_ids)}, params, request_id):
+            part = output.outputs[0]
+            token_ids += part.token_ids
+            columns: Any = part.logprobs or ()  # for each token, log-probs by token id
+            log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
+            yield None if part.finish_reason is None else Finished(token_ids, log_probs, part.finish_reason)
+
+    async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
+        """Have every worker receive the weights of a refit (`worker.RefitWorker`), and clear the prefix cache, which was
+        computed with the old ones. Returns each worker's report.
+
+        Raises:
+            RefitError: a worker did not receive them.
+        """
+        answers = await self._llm.collective_rpc("try_to_receive_weights", args=(dict(spec),))
+        errors = {answer["error"] for answer in answers if "error" in answer}
+        if errors:
+            raise RefitError("; ".join(sorted(errors)))
+        await self._llm.reset_prefix_cache()
+        return answers
+
+    async def sleep(self) -> bool:
+        """Free the GPU memory of weights and KV cache. Returns whether they are gone; on CPU nothing is freed."""
+        if self._sleeps:
+            await self._llm.sleep(level=2)
+        return self._sleeps
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        """Allocate GPU memory again for `weights` (whose content comes with a refit) or `kv_cache`."""
+        if self._sleeps:
+            await self._llm.wake_up(list(tags))
+
+    def shutdown(self) -> None:
+        """End vLLM's processes at once; they have nothing to save."""
+        self._llm.shutdown(timeout=0)
+
+
+def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
+    """vLLM's arguments."""
+    on_device: dict[str, Any] = (
+        {
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+            "max_num_batched_tokens": max(_CUDA_STEP_TOKENS, settings.max_sequences),
+        }
+        if cuda
+        else {
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            # After a chunk of a prompt vLLM rewinds the request's generator, which torch cannot do on CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_STEP_TOKENS, settings.max_model_len),
+        }
+    )
+    if not cuda and settings.tensor == 1:
+        # A third process, which would only bind OpenMP threads, would make the start half as long again.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        on_device["distributed_executor_backend"] = "uni"
+    elif not cuda:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs its own NUMA node
+    if len(tempfile.gettempdir()) > _SOCKET_FOLDER:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", "/tmp")
+    return AsyncEngineArgs(
+        model=settings.model,
+        dtype=settings.dtype,
+        load_format=settings.load_format,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_sequences,
+        tensor_parallel_size=settings.tensor,
+        seed=settings.seed,
+        skip_tokenizer_init=True,  # token ids in, token ids out; the stop ids are ours
+        generation_config="vllm",  # ignores the model's own defaults
+        logprobs_mode="processed_logprobs",  # of the distribution that tokens are sampled from, at its temperature
+        logits_processors=[f"{__name__}:OnlyTokens"],
+        additional_config={"num_tokens": settings.vocab_size},
+        worker_extension_cls="kdrl_mcore.rollout.vllm.worker.RefitWorker",
+        stream_interval=STREAM_INTERVAL,
+        disable_log_stats=True,
+        enable_prefix_caching=True,
+        **on_device,
+    )
+
+
+class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):
+    """Masks the logits' columns that have no token, under either of vLLM's model runners (the second one, used with Triton, has
+    a different interface). vLLM builds one in each of its worker processes, so it also makes them end with the server and leave
+    no shared memory behind."""
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self._num_tokens = vllm_config.additional_config["num_tokens"]
+        end_group_with(int(os.environ[_SERVER_PID]))
+        unlink_shared_memory()
+
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """See vLLM. `logits` [rows, columns] is changed in place."""
+        logits[:, self._num_tokens :] = float("-inf")
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """See vLLM."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """See vLLM; there is no state."""
+
+
+def unlink_shared_memory() -> None:
+    """On CPU the workers of an engine communicate through shared memory, which nobody would remove if they were killed. All
+    have opened it by the time the first one gets here, so its name can be removed now."""
+    name = os.environ.get("VLLM_DIST_IDENT")
+    for file in Path("/dev/shm").glob(f"{name}-*") if name else ():
+        file.unlink(missing_ok=True)
+
+
+def end_group_with(pid: int) -> None:
+    """Kill this process's group, which is that of one engine server, soon after the process `pid` ends."""
+
+    def watch() -> None:
+        try:
+            process = psutil.Process(pid)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_WATCH_SECONDS)
+        except psutil.NoSuchProcess:
+            pass
+        kill_group(os.getpgrp())
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,289 @@
+"""An engine server: vLLM in separate processes behind a small HTTP interface, so that a killed engine kills no training rank.
+
+    kdrl-serve --run-dir RUN --index 0 --model HF_DIR [options]
+
+Trainers start servers themselves. On other nodes they are started like this by hand or by srun, and
+`rollout.vllm.placement=server` finds them in RUN/servers. Every route requires `Authorization: Bearer TOKEN`; received data are
+never unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+
+from kdrl_mcore.data.tokenizers import load_tokenizer
+from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.resilience.interrupt import block_ignored_stop_signals
+from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, end_group_with
+from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, write_address
+from kdrl_mcore.rollout.vllm.gpu_memory import ENGINE_SHARE
+
+_SIGN_SECONDS = 1.0  # between two signs of progress in a stream
+
+
+class SampleRequest(TypedDict):
+    """One response to sample."""
+
+    id: str
+    prompt_token_ids: list[int]
+    seed: int
+
+
+class GenerateBody(TypedDict):
+    """The body of /generate; `sampling` holds arguments of vLLM's SamplingParams."""
+
+    version: int | None
+    requests: list[SampleRequest]
+    sampling: dict[str, Any]
+
+
+class WeightsBody(TypedDict):
+    """The body of /weights; `spec` describes where the engine's workers find the refit's writers."""
+
+    version: int
+    spec: dict[str, Any]
+
+
+@dataclass
+class _Served:
+    """The server's state.
+
+    Attributes:
+        usable: whether the weights can be used: not while asleep, during a refit, or after one that failed.
+        version: the version of the engine's weights; None for those of the model directory, or for unusable ones.
+        parts: how many parts of responses the engine has made since it started.
+    """
+
+    usable: bool
+    version: int | None = None
+    parts: int = 0
+
+
+def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callable[[], None]) -> FastAPI:
+    """The application with all routes, which require the token.
+
+    Args:
+        stop: ends the server.
+    """
+    app = FastAPI(openapi_url=None)
+    held = _Served(usable=settings.load_format != "dummy")
+
+    @app.middleware("http")
+    async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return Response("wrong or missing token", status_code=401)
+        return await proceed(request)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        if engine.dead:
+            raise HTTPException(503, "vLLM's engine process has died")
+        await engine.check_health()
+        return {"version": held.version, "usable": held.usable}
+
+    @app.post("/generate")
+    async def generate(request: Request) -> StreamingResponse:
+        body: GenerateBody = await request.json()
+        if not held.usable or body["version"] != held.version:
+            have = held.version if held.usable else "no usable weights"
+            raise HTTPException(409, f"asked for weight version {body['version']}, the engine has {have}")
+        limit = settings.max_model_len - body["sampling"]["max_tokens"]
+        for each in body["requests"]:
+            if not 0 < len(each["prompt_token_ids"]) <= limit:
+                length = len(each["prompt_token_ids"])
+                raise HTTPException(
+                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                )
+        return StreamingResponse(stream(body, held.version), media_type="application/x-ndjson")
+
+    async def stream(body: GenerateBody, version: int | None) -> AsyncIterator[str]:
+        """A line for each finished response, and an empty object for each second in which the engine sampled."""
+        results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        seen = held.parts
+
+        async def run(each: SampleRequest) -> None:
+            name = f"{each['id']}-{secrets.token_hex(4)}"  # vLLM needs names that it has never seen
+            async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
+                held.parts += 1
+                if isinstance(out, Finished):
+                    if not held.usable or held.version != version:
+                        raise RuntimeError(f"the weights changed from version {version} while {each['id']} was sampled")
+                    results.put_nowait({"id": each["id"], "version": version, **vars(out)})
+
+        tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
+        for task in tasks:
+            task.add_done_callback(lambda _: results.put_nowait(None))
+        try:
+            left = len(tasks)
+            while left:
+                try:
+                    line = await asyncio.wait_for(results.get(), _SIGN_SECONDS)
+                except TimeoutError:
+                    if held.parts > seen:
+                        seen = held.parts
+                        yield "{}\n"
+                    continue
+                if line is not None:
+                    yield json.dumps(line) + "\n"
+                    continue
+                left -= 1
+                failed = next((task for task in tasks if task.done() and task.exception()), None)
+                if failed is not None:
+                    yield json.dumps({"error": f"{type(failed.exception()).__name__}: {failed.exception()}"}) + "\n"
+                    return
+        finally:  # if the client has gone or a request failed, vLLM drops the unfinished requests
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @app.post("/weights")
+    async def weights(request: Request) -> dict[str, Any]:
+        body: WeightsBody = await request.json()
+        held.usable = False
+        try:
+            workers = await engine.receive_weights(body["spec"])
+        except Exception as error:  # vLLM wraps its worker's error in many types; the trainer decides what to do
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        held.version, held.usable = body["version"], True
+        return {"version": body["version"], "workers": workers}
+
+    @app.post("/sleep")
+    async def sleep() -> dict[str, bool]:
+        gone = await engine.sleep()
+        if gone:
+            held.usable = False
+        return {"gone": gone}
+
+    @app.post("/wake")
+    async def wake(request: Request) -> None:
+        await engine.wake((await request.json())["tags"])
+
+    @app.post("/stop")
+    async def end() -> None:
+        stop()
+
+    return app
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until asked to stop, or until the parent process ends."""
+    options = _parser().parse_args(arguments)
+    block_ignored_stop_signals()  # vLLM's processes set their own handlers
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    if options.parent:
+        end_group_with(options.parent)
+    try:
+        settings = _settings(options)
+    except KdrlError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    token = os.environ.pop(TOKEN_VARIABLE, None) or secrets.token_urlsafe(32)
+    listener = socket.create_server((options.host, options.port))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(settings, token, listener, Path(options.run_dir), options.index))
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Installs no signal handlers: whoever started the process decides what signals do."""
+
+    def capture_signals(self) -> Any:
+        """See uvicorn."""
+        return contextlib.nullcontext()
+
+
+async def _serve(settings: EngineSettings, token: str, listener: socket.socket, run_dir: Path, index: int) -> None:
+    engine = Engine(settings)
+    server = _Server(uvicorn.Config(lambda: app, factory=True, log_level="warning"))
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app: FastAPI = make_app(engine, settings, token, stop)
+    watching = asyncio.create_task(_announce(server, engine, token, listener, run_dir, index))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watching.cancel()
+        engine.shutdown()
+
+
+async def _announce(
+    server: uvicorn.Server, engine: Engine, token: str, listener: socket.socket, run_dir: Path, index: int
+) -> None:
+    """Write the address once the server answers; later end the server if vLLM's processes die."""
+    while not server.started:
+        await asyncio.sleep(0.05)
+    host, port = listener.getsockname()[:2]
+    write_address(run_dir, index, f"{host}:{port}", token)
+    while not engine.dead:
+        await asyncio.sleep(1.0)
+    server.should_exit = True
+
+
+def _settings(options: argparse.Namespace) -> EngineSettings:
+    if not Path(options.model).is_dir():
+        raise ConfigError(f"--model {options.model} is not a folder: name an HF model directory")
+    tokenizer = load_tokenizer(options.model)
+    return EngineSettings(
+        model=options.model,
+        vocab_size=options.vocab_size or tokenizer.vocabulary_size,
+        stop_ids=tuple(sorted(tokenizer.eos_ids)),
+        **{name: getattr(options, name) for name in _FLAGS}
+        | {"max_model_len": min(options.max_model_len, read_architecture(options.model).max_positions)},
+    )
+
+
+_FLAGS: dict[str, tuple[Any, str]] = {
+    "dtype": ("float32", "dtype of the weights: float32 or bfloat16"),
+    "max_model_len": (2048, "prompt and response tokens together; never more than the model supports"),
+    "max_sequences": (256, "responses decoded at once"),
+    "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
+    "seed": (1, "the engine's seed; each request has its own"),
+    "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
+    "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
+    "load_format": ("auto", "auto, or dummy if a refit brings the weights"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdrl-serve", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
+    parser.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
+    parser.add_argument("--model", required=True, help="HF model directory")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
+    parser.add_argument(
+        "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
+    )
+    for name, (default, text) in _FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Python would take seconds to tear down vLLM's modules

@@ -1,0 +1,202 @@
+"""A rollout batch with the per-response quantities that an update needs, and its division into micro-batches.
+
+N responses of the global batch, T loss rows of a micro-batch, C rows of a chunk of it, D rows of distilled responses, G the
+teacher's hidden size. Every rank holds the same `TrainingBatch` and cuts its own micro-batches from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.objective.joint import TokenBatch
+from kdrl_mcore.parallel.layout import ModelGroups
+from kdrl_mcore.parallel.packing import Span, pack, place_rows, plan_micro_batches
+from kdrl_mcore.parallel.platform import to_device
+from kdrl_mcore.student.student import Measures, MicroBatch
+from kdrl_mcore.teacher.hidden_states import HiddenStates
+from kdrl_mcore.types import Rollout, TokenFloats
+
+BatchLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, Measures]]
+"""(log-probs [C], divergences [C] or None, the batch of these tokens) -> (loss of each token [C], measures)."""
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Per-response quantities of one update's global batch, in the order of `rollouts`.
+
+    Attributes:
+        distil_N: which responses are distilled.
+        on_policy: whether the student's present weights sampled the rollouts.
+        teacher_log_probs: log T [response tokens] of each response, None where the teacher did not score it.
+        teacher_hidden: the teacher's hidden states instead, for a divergence over the vocabulary.
+        old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
+        reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
+        advantages_N: group-relative advantages.
+        policy_weights_N, distillation_weights_N: the weight of each token of a response in the two global losses; the
+            normaliser is included.
+    """
+
+    rollouts: Sequence[Rollout]
+    distil_N: Tensor
+    on_policy: bool = False
+    teacher_log_probs: Sequence[TokenFloats | None] | None = None
+    teacher_hidden: HiddenStates | None = None
+    old_log_probs: Sequence[TokenFloats] | None = None
+    reference_log_probs: Sequence[TokenFloats] | None = None
+    advantages_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    policy_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    distillation_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def with_weights(self, *, advantages_N: Tensor, policy_weights_N: Tensor, distillation_weights_N: Tensor) -> TrainingBatch:
+        """The same batch with these advantages and weights."""
+        return replace(
+            self, advantages_N=advantages_N, policy_weights_N=policy_weights_N, distillation_weights_N=distillation_weights_N
+        )
+
+    def split_by_group(self, parts: int) -> list[TrainingBatch]:
+        """Split into `parts` batches of whole groups, in order; empty batches are left out."""
+        groups = list(dict.fromkeys(rollout.group_id for rollout in self.rollouts))
+        result = []
+        for part in range(parts):
+            wanted = set(groups[part * len(groups) // parts : (part + 1) * len(groups) // parts])
+            index = [i for i, rollout in enumerate(self.rollouts) if rollout.group_id in wanted]
+            if index:
+                result.append(self._take(index))
+        return result
+
+    def _take(self, index: list[int]) -> TrainingBatch:
+        def pick(values: Sequence[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in index]
+
+        rollouts = pick(self.rollouts)
+        assert rollouts is not None
+        return TrainingBatch(
+            rollouts,
+            self.distil_N[index],
+            self.on_policy,
+            pick(self.teacher_log_probs),
+            None if self.teacher_hidden is None else self.teacher_hidden.select(index),
+            pick(self.old_log_probs),
+            pick(self.reference_log_probs),
+        )
+
+    def bad_log_probs(self) -> str | None:
+        """A description of the first log-prob that is NaN or infinite, or None. All ranks hold the same batch, so all get the
+        same answer."""
+        named = {
+            "sampler": [rollout.sampler_log_probs for rollout in self.rollouts],
+            "teacher": self.teacher_log_probs,
+            "old-policy": self.old_log_probs,
+            "reference": self.reference_log_probs,
+        }
+        for name, values in named.items():
+            for rollout, value in zip(self.rollouts, values or (), strict=False):
+                if value is not None and not np.isfinite(value).all():
+                    return f"a {name} log-prob of prompt {rollout.prompt_id} is not finite"
+        return None
+
+    def token_batch(self, spans: Sequence[Span]) -> TokenBatch:
+        """The loss rows of one micro-batch."""
+        indices = [span.rollout for span in spans]
+        counts = torch.tensor([span.stop - span.start for span in spans], dtype=torch.long)
+
+        def spread(values_N: Tensor) -> Tensor:
+            return values_N[indices].float().repeat_interleave(counts)
+
+        def join(values: Sequence[TokenFloats | None] | None) -> Tensor | None:
+            if values is None:
+                return None
+            rows = [
+                np.zeros(stop - start, np.float32) if (value := values[index]) is None else value[start:stop]
+                for index, start, stop in spans
+            ]
+            return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0)
+
+        sampler = join([rollout.sampler_log_probs for rollout in self.rollouts])
+        assert sampler is not None
+        return TokenBatch(
+            advantages=spread(self.advantages_N),
+            policy_weights=spread(self.policy_weights_N),
+            distillation_weights=spread(self.distillation_weights_N),
+            sampler_log_probs=sampler,
+            on_policy=self.on_policy,
+            old_log_probs=join(self.old_log_probs),
+            teacher_log_probs=join(self.teacher_log_probs),
+            reference_log_probs=join(self.reference_log_probs),
+        )
+
+
+def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
+    """This rank's micro-batches, each of at most `micro_tokens` tokens per rank and with the loss of its tokens.
+
+    Every rank computes the same plan. If the batch has hidden states of the teacher, the call is collective over the world:
+    they are delivered by an all-to-all, then broadcast over the tensor-parallel group. Otherwise nothing is communicated.
+    """
+    rollouts, layout = batch.rollouts, groups.layout
+    distilled = set(batch.distil_N.nonzero().squeeze(1).tolist())
+    plan = plan_micro_batches(
+        [rollout.num_tokens for rollout in rollouts],
+        layout.data,
+        micro_tokens * layout.context,
+        layout.pipeline if layout.virtual_pipeline else 1,
+    )
+    result = []
+    for number, items in enumerate(plan[groups.data.rank()]):
+        packed = pack(
+            [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
+            layout.token_alignment,
+            distilled=distilled,
+            context_rank=groups.context.rank(),
+            context_size=layout.context,
+        ).on_device()
+        hidden_DG = None
+        if batch.teacher_hidden is not None:
+            hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
+        tokens = batch.token_batch(packed.spans).map(to_device)
+        mu_T = None if batch.on_policy else tokens.sampler_log_probs
+        result.append(MicroBatch(packed, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG))
+    return result
+
+
+def _loss_of_rows(
+    loss: BatchLoss, tokens: TokenBatch, log_probs_C: Tensor, _: Tensor, divergence_C: Tensor | None, rows: slice
+) -> tuple[Tensor, Measures]:
+    return loss(log_probs_C, divergence_C, tokens[rows])
+
+
+def _deliver(
+    batch: TrainingBatch,
+    hidden: HiddenStates,
+    items_of_rank: Sequence[Sequence[int]],
+    distilled: set[int],
+    groups: ModelGroups,
+) -> Tensor | None:
+    """The teacher's hidden states [D, G] of this rank's distilled loss rows, in host memory; None except on the last stage."""
+    layout, last = groups.layout, groups.layout.pipeline - 1
+    wanted: dict[int, list[Span]] = {}
+    for data, items in enumerate(items_of_rank):
+        shapes = [(i, len(batch.rollouts[i].prompt_token_ids), len(batch.rollouts[i].response_token_ids)) for i in items]
+        for context in range(layout.context):
+            places = place_rows(
+                shapes, layout.token_alignment, distilled=distilled, context_rank=context, context_size=layout.context
+            )
+            spans = [span for span, _ in places.spans if span.rollout in distilled]
+            wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
+    states = hidden.deliver(wanted)
+    if not groups.is_last_stage:
+        return None
+    if layout.tensor > 1:
+        leader = dist.get_global_rank(groups.tensor, 0)
+        spans = wanted[leader]
+        if groups.tensor.rank() > 0:
+            states = states.new_empty(sum(stop - start for _, start, stop in spans), hidden.size)
+        dist.broadcast(states, leader, group=groups.tensor)
+    return states.to("cpu", non_blocking=True)  # pinned on CUDA; stream order puts the copy back to the device after it

@@ -1,0 +1,94 @@
+"""One optimizer update, on alpha * L_GRPO + beta * L_KD or on -log pi(target), and the schedules that follow the updates.
+
+C tokens of a chunk of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from kdrl_mcore.config import Config, ObjectiveConfig
+from kdrl_mcore.config.derived import num_updates, uses_reference
+from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
+from kdrl_mcore.objective.schedules import Coefficient, learning_rate
+from kdrl_mcore.student.batch import BatchLoss, TrainingBatch, micro_batches
+from kdrl_mcore.student.student import Measures, Student, UpdateResult
+
+
+def update(student: Student, batch: TrainingBatch, config: Config, alpha: float, beta: float) -> UpdateResult:
+    """One optimizer step on alpha * L_GRPO + beta * L_KD; skipped if a log-prob of the batch is NaN or infinite. Collective
+    over the world.
+
+    When `logging.gradient_split_every` is due, the gradients of the two losses are measured first, each in a separate pass.
+    """
+    bad = batch.bad_log_probs()
+    if bad is not None:
+        return UpdateResult({}, {}, float("nan"), _learning_rate(student, config), bad)
+    split = _split_gradient(student, batch, config, alpha, beta)
+    result = _optimize(student, batch, _joint_loss(config.objective, alpha, beta), config)
+    return replace(result, gradient_split=gradient_split(*split, result.grad_norm)) if split else result
+
+
+def update_supervised(student: Student, batch: TrainingBatch, config: Config) -> UpdateResult:
+    """One optimizer step on -log pi(target). Collective over the world."""
+    return _optimize(student, batch, _supervised, config)
+
+
+def advance_schedules(update: UpdateResult, alpha: Coefficient, beta: Coefficient) -> None:
+    """Move alpha and beta by one optimizer step; a skipped update does not count. No communication."""
+    if update.skipped is None:
+        tokens = update.sums.get("distilled_tokens", 0.0)
+        kl = update.sums["kl_k1"] / tokens if tokens else None
+        alpha.advance(kl)
+        beta.advance(kl)
+
+
+def _optimize(student: Student, batch: TrainingBatch, loss: BatchLoss, config: Config) -> UpdateResult:
+    batches = micro_batches(batch, loss, student.groups, config.batch.micro_tokens)
+    return student.update(batches, _learning_rate(student, config))
+
+
+def _learning_rate(student: Student, config: Config) -> float:
+    """The learning rate of the next optimizer step."""
+    return learning_rate(student.version, num_updates(config), config.optimizer)
+
+
+def _split_gradient(
+    student: Student, batch: TrainingBatch, config: Config, alpha: float, beta: float
+) -> tuple[float, float] | None:
+    """The norms of the GRPO and distillation gradients, or None unless they are due and are the only two terms of the loss."""
+    every, has_reference = config.logging.gradient_split_every, uses_reference(config.objective)
+    if every == 0 or student.version % every or not (alpha > 0 and beta > 0) or has_reference:
+        return None
+    policy, distillation = (
+        student.gradient_norm(
+            micro_batches(batch, _joint_loss(config.objective, *coefficients), student.groups, config.batch.micro_tokens)
+        )
+        for coefficients in ((alpha, 0.0), (0.0, beta))
+    )
+    return policy, distillation
+
+
+def _joint_loss(objective: ObjectiveConfig, alpha: float, beta: float) -> BatchLoss:
+    return partial(_joint, objective=objective, alpha=alpha, beta=beta)
+
+
+def _joint(
+    log_probs_C: Tensor,
+    divergence_C: Tensor | None,
+    batch: TokenBatch,
+    *,
+    objective: ObjectiveConfig,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Measures]:
+    loss_C, sums, maxima = joint_loss(log_probs_C, batch, objective, alpha, beta, divergence_C)
+    return loss_C, (sums, maxima)
+
+
+def _supervised(log_probs_C: Tensor, _: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Measures]:
+    tokens = log_probs_C.new_full((), len(log_probs_C))
+    return sft_loss(log_probs_C, batch.policy_weights), ({"tokens": tokens}, {})

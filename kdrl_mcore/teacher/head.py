@@ -1,0 +1,51 @@
+"""The teacher's output head in the student's layout, for divergences that compare both models over the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor
+
+from kdrl_mcore.config import DistillationConfig
+from kdrl_mcore.convert.load import load_head
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.parallel.dtypes import DTYPES
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, TopKReverseKL, TopKUnbiased, VocabShard
+from kdrl_mcore.vocab_parallel.divergence import Divergence
+from kdrl_mcore.vocab_parallel.top_k import Support, Tail
+
+DIVERGENCES: dict[str, Callable[[DistillationConfig, Tensor | None], Divergence]] = {
+    "exact": lambda kd, sampler_log_probs_T: ExactReverseKL(),
+    "top_k": lambda kd, sampler_log_probs_T: TopKReverseKL(
+        kd.top_k, cast(Support, kd.top_k_support), cast(Tail, kd.top_k_tail)
+    ),
+    "top_k_unbiased": lambda kd, sampler_log_probs_T: TopKUnbiased(kd.top_k, sampler_log_probs_T),
+}
+"""The divergence of each `objective.kd.estimator` that compares over the vocabulary: (its settings, log mu of a micro-batch's
+loss rows) -> divergence."""
+
+
+class TeacherHead:
+    """This rank's columns of the teacher's head, in the student's vocab-parallel layout, which need not be the teacher's."""
+
+    def __init__(self, path: str, shard: VocabShard, dtype: str, kd: DistillationConfig) -> None:
+        """Read the columns from the teacher's directory.
+
+        Raises:
+            ConfigError: `objective.kd.top_k` exceeds the vocabulary.
+        """
+        if kd.estimator != "exact" and not 1 <= kd.top_k <= shard.size:
+            raise ConfigError(f"objective.kd.top_k={kd.top_k} must be between 1 and the {shard.size} tokens of the vocabulary")
+        self.weight_VG = load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device())
+        self._kd = kd
+
+    def inputs(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor | None) -> TeacherInputs:
+        """The teacher's side of `fused_head` for one micro-batch. No communication.
+
+        Args:
+            hidden_DG: the teacher's last hidden states of the first D of the T loss rows.
+            sampler_log_probs_T: log mu of the targets; None if the student's present weights sampled them.
+        """
+        return TeacherInputs(hidden_DG, self.weight_VG, DIVERGENCES[self._kd.estimator](self._kd, sampler_log_probs_T))

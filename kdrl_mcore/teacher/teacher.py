@@ -1,0 +1,122 @@
+"""The teacher: a Megatron model that only scores. It has its own layout, neither optimizer nor gradient buffers, and its
+weights can leave the GPU while it is idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.config import ModelConfig, TeacherConfig
+from kdrl_mcore.convert.load import load_weights
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.model.gpt import LanguageModel, build_model
+from kdrl_mcore.model.scoring import run_forward, score_rollouts, scoring_plan, span_rows
+from kdrl_mcore.parallel.layout import create_scoring_groups, teacher_layout
+from kdrl_mcore.parallel.packing import PackedBatch
+from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.teacher.hidden_states import HiddenStates
+from kdrl_mcore.types import Rollout, TokenFloats
+
+
+@dataclass
+class TeacherScores:
+    """The teacher's scores of a rollout batch so far, by each response's index in the batch.
+
+    Attributes:
+        tokens: the number of response tokens scored.
+        log_probs: log T [response tokens] of the sampled tokens.
+        hidden: the last hidden states instead, for a divergence over the vocabulary.
+    """
+
+    tokens: int = 0
+    log_probs: dict[int, TokenFloats] = field(default_factory=dict)
+    hidden: HiddenStates | None = None
+
+    def __contains__(self, place: int) -> bool:
+        return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)
+
+
+class Teacher:
+    """Scores given tokens; also serves as the frozen reference model."""
+
+    def __init__(
+        self,
+        path: str,
+        teacher: TeacherConfig,
+        model: ModelConfig,
+        world_size: int,
+        vocab_size: int,
+        on_parameter: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Build and load this rank's shard. Collective over the world.
+
+        Args:
+            path: an HF model directory.
+            vocab_size: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
+            on_parameter: called before each parameter is read.
+        """
+        layout = teacher_layout(world_size, teacher.parallel)
+        architecture = read_architecture(path)
+        if architecture.vocab_size < vocab_size:
+            raise ConfigError(
+                f"the teacher {path} has {architecture.vocab_size} vocabulary columns, fewer than the {vocab_size} tokens "
+                "it shares with the student"
+            )
+        self.parts = build_model(architecture, model, create_scoring_groups(layout), vocab_size=vocab_size, trainable=False)
+        load_weights(self.parts, path, on_parameter)
+        self._offload = teacher.offload and torch.cuda.is_available()
+        self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if self._offload:
+            self._host = {p: p.data.cpu().pin_memory() for p in self.parts.parameters()}
+            self._leave_device()
+
+    def hidden_states(self, rollouts: Mapping[int, Rollout], *, micro_tokens: int) -> HiddenStates:
+        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary. Collective over
+        the world."""
+        indices, wanted = list(rollouts), list(rollouts.values())
+        layout, leader = self.parts.groups.layout, self.parts.groups.is_replica_leader
+
+        def keep(_: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[int, Tensor]]:
+            if not leader:
+                return []
+            states = hidden_SH[batch.rows_T].cpu()
+            return [(indices[span.rollout], states[rows]) for span, rows in span_rows(batch.spans)]
+
+        with self._on_device():
+            local = dict(run_forward(self.parts, wanted, micro_tokens, keep) if wanted else ())
+        plan = scoring_plan(self.parts, wanted, micro_tokens)
+        owner = {
+            indices[item]: layout.rank(pipeline=layout.pipeline - 1, data=data)
+            for data, batches in enumerate(plan)
+            for items in batches
+            for item in items
+        }
+        return HiddenStates(self.parts.config.hidden_size, self.parts.config.params_dtype, owner, local)
+
+    def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
+        """log T(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""
+        if not rollouts:
+            return []
+        with self._on_device():
+            return [
+                log_probs
+                for log_probs, _ in score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)
+            ]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        for parameter, host in self._host.items():
+            parameter.data = host.to(device(), non_blocking=True)
+        try:
+            yield
+        finally:
+            self._leave_device()
+
+    def _leave_device(self) -> None:
+        for parameter, host in self._host.items():
+            parameter.data = host

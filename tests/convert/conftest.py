@@ -1,0 +1,25 @@
+"""The command that the tests of conversion call."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """The command kdrl-convert."""
+    from kdrl_mcore.cli import convert
+
+    return convert
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """The tool sets one; the tests leave none behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,95 @@
+"""What settings make of a whole run: what it evaluates, where its learning rate ends, what it shows and does not replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reference.tiny_models import read_jsonl, write_jsonl
+from tests.support.ranks import RankPool
+from tests.support.training import FAST, Outcome, metrics_of, train_on_rank
+from tests.support.zoo import Zoo
+
+
+def run(pool: RankPool, zoo: Zoo, folder: Path, *overrides: str) -> Outcome:
+    rows = [{"prompt": f"{index}+1=", "answer": str(index + 1), "response": str(index + 1)} for index in range(4)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"run.dir={folder}/run", f"student.path={zoo.model('untied')}", f"teacher.path={zoo.model('teacher')}"]
+    settings += [f"data.train={folder}/data.jsonl", "data.template=plain", "reward=exact_match", "reward.workers=1"]
+    settings += ["rollout.max_response_tokens=8", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2"]
+    return pool.run(train_on_rank, [*settings, *FAST, "checkpoint.export_hf=false", *overrides])[0]
+
+
+def test_no_steps_are_an_evaluation(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    held_out = ("trainer.steps=0", f"data.eval={tmp_path}/data.jsonl", "eval.greedy=false")
+    outcome = run(ranks1, zoo, tmp_path, *held_out)
+    assert outcome.code == 0, outcome.stderr
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["step"] == 0 and "eval/accuracy" in row and "loss" not in row
+
+
+@pytest.mark.parametrize("overrides", [["data.eval=null"], ["data.eval=x.jsonl", "eval.every=-1"]])
+def test_no_steps_and_nothing_to_evaluate_are_refused(overrides: list[str], zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    outcome = run(ranks1, zoo, tmp_path, "trainer.steps=0", *overrides)
+    assert outcome.code == 2 and outcome.stderr.startswith("error: trainer.steps=0 only evaluates, and there is nothing")
+
+
+@pytest.mark.parametrize(("objective", "updates"), [("sft", 1), ("sft", 4), ("kdrl", 4)])
+def test_the_learning_rate_arrives(objective: str, updates: int, zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    schedule = ("trainer.steps=4", "optimizer.schedule=linear", "optimizer.lr=1e-3", f"batch.updates_per_step={updates}")
+    outcome = run(ranks1, zoo, tmp_path, f"objective={objective}", *schedule)
+    assert outcome.code == 0, outcome.stderr
+    rates = [row["lr"] for row in metrics_of(tmp_path / "run")]
+    left = [4 * updates - (step * updates - 1) for step in range(1, 5)]  # of the schedule, before the step's last update
+    assert rates == pytest.approx([1e-3 * each / (4 * updates) for each in left])
+
+
+def test_a_warm_up_longer_than_the_run_is_told(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    outcome = run(ranks1, zoo, tmp_path, "objective=sft", "trainer.steps=1", "optimizer.warmup_steps=5")
+    assert outcome.code == 0 and any("more than the run's 1 updates" in line for line in outcome.log)
+
+
+def test_the_first_prompt_is_shown_as_the_model_reads_it(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    template = 'data.plain_template="{prompt}\\n"'  # a backslash and an n
+    outcome = run(ranks1, zoo, tmp_path, "objective=sft", "trainer.steps=1", template)
+    (line,) = [line for line in outcome.log if line.startswith("the first prompt, data-1, decoded from its ")]
+    assert line.endswith(r"tokens: '0+1=\\n'")
+
+
+def changed(**values: Any) -> Any:
+    return lambda row: {**row, **values}
+
+
+def with_log_prob(value: float) -> Any:
+    return lambda row: {**row, "sampler_log_probs": [value, *row["sampler_log_probs"][1:]]}
+
+
+def longer(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "response_token_ids": [1] * 600, "sampler_log_probs": [-1.0] * 600}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (with_log_prob(2.5), "line 2: the sampler's log-prob of response token 0 is 2.5"),
+        (with_log_prob(-30.0), "log-prob of response token 0 is -30, those of sampled tokens lie between -24 and 0"),
+        (with_log_prob(-1000.0), "log-prob of response token 0 is -1000"),
+        (longer, "positions of "),
+        (changed(prompt_token_ids=[10**6]), "token id 1000000 is not one of"),
+    ],
+)
+def test_what_cannot_be_replayed_is_named(change: Any, expected: str, zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    rows = read_jsonl(zoo.rollouts("uneven"))
+    rows[1] = change(rows[1])
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    outcome = run(ranks1, zoo, tmp_path, "rollout=replay", f"rollout.path={tmp_path}/rows.jsonl", "trainer.steps=1")
+    assert outcome.code == 1 and f"error: {tmp_path}/rows.jsonl line 2: " in outcome.stderr and expected in outcome.stderr
+
+
+def test_more_updates_than_groups_are_refused(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    replay = ("rollout=replay", f"rollout.path={zoo.rollouts('uneven')}", "batch.updates_per_step=50")
+    outcome = run(ranks1, zoo, tmp_path, *replay, "trainer.steps=1")
+    assert outcome.code == 2 and "groups to share among them: lower it" in outcome.stderr

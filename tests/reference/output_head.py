@@ -1,0 +1,126 @@
+"""Log-probs, entropies and divergences of the output head computed the plain way: dense float64 autograd on whole logits.
+
+S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+TAILS = ("truncate", "renormalize", "bucket")
+TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in TAILS)
+KINDS = ("logits", "head", "exact", *TOP_K, "top_k_unbiased")
+"""Everything that has a loss: "logits" forms them whole, the others are fused."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass over the head, whole; the same on every rank. Weights have the real rows only: padding is the layout's."""
+
+    hidden_SH: Tensor
+    weight_VH: Tensor
+    teacher_hidden_DG: Tensor
+    teacher_weight_VG: Tensor
+    rows_T: Tensor
+    targets_T: Tensor
+    sampler_log_probs_T: Tensor
+    factors_T4: Tensor
+    temperature: float
+    top_k: int
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The problem with every real number rounded to `dtype`."""
+        real = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(dtype) for name, value in real.items() if value.is_floating_point()})
+
+    def loss(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+        """Nonlinear in all three, different for each token."""
+        a_C, b_C, c_C, d_C = self.factors_T4[rows].to(log_probs_C.dtype).unbind(1)
+        return (
+            a_C * (0.3 * log_probs_C).exp() + b_C * entropy_C.square() + c_C * divergence_C * log_probs_C + d_C * divergence_C
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Loss, values [T] and gradients; of a rank, the gradient of its part of the hidden states and of its columns."""
+
+    loss: Tensor
+    log_probs_T: Tensor
+    entropy_T: Tensor
+    divergence_T: Tensor
+    teacher_log_prob_T: Tensor
+    d_hidden_SH: Tensor
+    d_weight_VH: Tensor
+
+
+def make_problem(num_tokens: int = 9, num_taught: int = 9, *, top_k: int = 5, scale: float = 1.0) -> Problem:
+    """S = 16, H = 6, G = 5, V = 23 in float64. Loss rows are out of order, one of them stands twice, and every other row of the
+    hidden states is NaN: a row without a loss must reach nothing."""
+    random = torch.Generator().manual_seed(7)
+    normal = partial(torch.randn, generator=random, dtype=torch.float64)
+    rows_T = torch.tensor([14, 3, 0, 9, 5, 3, 12, 8, 1])[:num_tokens]
+    hidden_SH = torch.full((16, 6), torch.nan, dtype=torch.float64)
+    hidden_SH[rows_T] = normal(16, 6)[rows_T]
+    return Problem(
+        hidden_SH,
+        scale * normal(23, 6),
+        normal(9, 5)[:num_taught],
+        scale * normal(23, 5),
+        rows_T,
+        torch.randint(0, 23, (9,), generator=random)[:num_tokens],
+        normal(9)[:num_tokens] * 0.3 - 2.0,
+        normal(9, 4)[:num_tokens],
+        temperature=1.3,
+        top_k=top_k,
+    )
+
+
+def dense(problem: Problem, kind: str) -> Answer:
+    """The whole answer in float64 from whole logits."""
+    p = problem.to(torch.float64)
+    hidden_SH, weight_VH = p.hidden_SH.clone().requires_grad_(), p.weight_VH.clone().requires_grad_()
+    log_p_TV = (hidden_SH[p.rows_T] @ weight_VH.T / p.temperature).log_softmax(1)
+    log_prob_T = log_p_TV.gather(1, p.targets_T[:, None]).squeeze(1)
+    entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
+    log_q_DV = (p.teacher_hidden_DG @ p.teacher_weight_VG.T / p.temperature).log_softmax(1)
+    num_taught = 0 if kind in ("logits", "head") else len(log_q_DV)
+    divergence_T = teacher_log_prob_T = torch.zeros_like(log_prob_T)
+    if num_taught:
+        taught_D = dense_divergence(p, kind, log_p_TV[:num_taught], log_q_DV, log_prob_T[:num_taught])
+        divergence_T = torch.cat((taught_D, divergence_T[num_taught:]))
+        told_D = log_q_DV.gather(1, p.targets_T[:num_taught, None]).squeeze(1)
+        teacher_log_prob_T = torch.cat((told_D, teacher_log_prob_T[num_taught:]))
+    loss = p.loss(log_prob_T, entropy_T, divergence_T, slice(None)).sum()
+    gradients = torch.autograd.grad(loss, (hidden_SH, weight_VH))
+    return Answer(
+        loss.detach(), log_prob_T.detach(), entropy_T.detach(), divergence_T.detach(), teacher_log_prob_T.detach(), *gradients
+    )
+
+
+def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, log_prob_D: Tensor) -> Tensor:
+    """The divergence [D] (of top_k_unbiased its surrogate) from all log-probs of student and teacher."""
+    if kind == "exact":
+        return (log_p_DV.exp() * (log_p_DV - log_q_DV)).sum(1)
+    ranked_DV = log_q_DV if "teacher" in kind else log_p_DV
+    set_DK = ranked_DV.sort(dim=1, descending=True, stable=True).indices[:, : p.top_k]
+    log_p_DK, log_q_DK = log_p_DV.gather(1, set_DK), log_q_DV.gather(1, set_DK)
+    if kind == "top_k_unbiased":
+        targets_D, mu_D = p.targets_T[: len(log_p_DV)], p.sampler_log_probs_T[: len(log_p_DV)]
+        inside_D = ((log_p_DK.exp() * (log_p_DK - log_q_DK)).detach() * log_p_DK).sum(1)
+        d_D = log_q_DV.gather(1, targets_D[:, None]).squeeze(1) - log_prob_D
+        outside_D = (set_DK != targets_D[:, None]).all(1).double()
+        return inside_D + outside_D * (log_prob_D - mu_D).exp().detach() * 0.5 * d_D.square()
+    if kind.endswith("renormalize"):
+        log_p_DK, log_q_DK = log_p_DK.log_softmax(1), log_q_DK.log_softmax(1)
+    inside_D = (log_p_DK.exp() * (log_p_DK - log_q_DK)).sum(1)
+    if not kind.endswith("bucket"):
+        return inside_D
+    outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
+    p_out_D, q_out_D = (log_p_DV.exp() * outside_DV).sum(1), (log_q_DV.exp() * outside_DV).sum(1)
+    tiny = torch.finfo(torch.float64).tiny
+    return inside_D + p_out_D * (p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log())

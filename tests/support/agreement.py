@@ -1,0 +1,216 @@
+"""The trainer held against the dense reference: a run in some layout, and the comparison of all that it computes.
+
+Loss, log-probs of every token under student and teacher, and the gradient of every parameter, in float32, to 1e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.reference import dense
+from tests.reference.dense import Result, Settings
+from tests.reference.tiny_models import read_hf_weights
+from tests.support.ranks import RankPool
+from tests.support.training import (
+    FAST,
+    PROBE,
+    PROBE_LR,
+    Outcome,
+    metrics_of,
+    objective_overrides,
+    score_and_train_on_rank,
+    train_on_rank,
+)
+from tests.support.zoo import TOKENS, Zoo
+
+TOLERANCE = 1e-4
+NOISE_FLOOR = 1e-3  # a parameter whose gradient is a smaller share of the whole is compared with this share of it
+JOINT = Settings(alpha=1.0, beta=0.3)
+SETTINGS = replace(JOINT, vocab_size=TOKENS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `overrides` give its layout, `settings` its objective."""
+
+    ranks: int
+    overrides: str = ""
+    settings: Settings = JOINT
+    student: str = "untied"
+    teacher: str | None = "teacher"
+    rollouts: str = "uneven"
+
+
+def check(
+    case: Case, zoo: Zoo, pool: RankPool, run: Path, on_rank: Callable[[Sequence[str]], Outcome] = score_and_train_on_rank
+) -> None:
+    """Run the case on the pool and compare everything with the dense reference."""
+    settings = replace(case.settings, vocab_size=zoo.vocab_size(case.student))
+    expected = zoo.reference(case.student, case.teacher, case.rollouts, settings)
+    overrides = [
+        f"run.dir={run}",
+        f"student.path={zoo.model(case.student)}",
+        *([] if case.teacher is None else [f"teacher.path={zoo.model(case.teacher)}"]),
+        "rollout=replay",
+        f"rollout.path={zoo.rollouts(case.rollouts)}",
+        *objective_overrides(settings),
+        *PROBE,
+        *FAST,
+        *case.overrides.split(),
+    ]
+    outcomes = pool.run(on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0] * case.ranks, outcomes[0].stderr
+    for outcome in outcomes:  # every rank holds all of the scores
+        assert_log_probs(outcome.found["student"], expected.log_probs)
+        assert_log_probs(outcome.found["entropy"], expected.entropies)
+        assert_log_probs(outcome.found["teacher"], expected.teacher_log_probs)
+    assert_metrics(metrics_of(run)[0], expected, settings)
+    before, after = read_hf_weights(zoo.model(case.student)), read_hf_weights(run / "hf")
+    assert before.keys() == after.keys()
+    found = {name: (before[name].double() - after[name].double()) / PROBE_LR for name in before}
+    assert_gradients(found, expected.gradients)
+
+
+def assert_log_probs(found: list, expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    for values, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(values).double(), truth, rtol=TOLERANCE, atol=1e-5)
+
+
+def about(value: float) -> Any:
+    """Equal to 1e-4; a loss is a sum of terms of order 1, so one that cancels to zero is so to 2e-6."""
+    return pytest.approx(value, rel=TOLERANCE, abs=2e-6)
+
+
+def assert_metrics(metrics: dict, expected: Result, settings: Settings) -> None:
+    assert metrics["loss"] == about(expected.loss)
+    assert metrics["grad_norm"] == about(expected.grad_norm)
+    assert metrics["entropy"] == about(float(torch.cat(expected.entropies).mean()))
+    assert metrics["policy_loss"] == about(expected.policy_loss)
+    if settings.placement == "loss":
+        assert metrics["kd_loss"] == about(expected.kd_loss)
+    kept, left = (
+        sum(
+            len(log_probs)
+            for log_probs, distilled in zip(expected.log_probs, expected.distilled, strict=True)
+            if distilled == on
+        )
+        for on in (True, False)
+    )
+    assert (metrics["teacher_tokens"], metrics["teacher_tokens_saved"]) == (kept, left)
+
+
+def assert_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Each parameter's gradient, its error measured against its own norm."""
+    floor = NOISE_FLOOR * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+    errors = {
+        name: float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-12)
+        for name, gradient in expected.items()
+    }
+    assert found.keys() == errors.keys()
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= TOLERANCE}
+    assert not wrong
+
+
+@dataclass(frozen=True)
+class StudentLayout:
+    """A layout of the student: sizes, and what goes with them."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    sequence_parallel: bool = False
+    virtual_pipeline: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def overrides(self) -> str:
+        return (
+            f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} parallel.context={self.context} "
+            f"parallel.sequence_parallel={str(self.sequence_parallel).lower()} "
+            f"parallel.virtual_pipeline={'null' if self.virtual_pipeline is None else self.virtual_pipeline}"
+        )
+
+    def __str__(self) -> str:
+        sizes = {"tp": self.tensor, "pp": self.pipeline, "cp": self.context, "dp": self.data}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["one rank"]
+        return " ".join([*words, *(["sp"] if self.sequence_parallel else []), *(["vpp2"] if self.virtual_pipeline else [])])
+
+
+def teacher_layout(student: StudentLayout) -> str:
+    """One that is not the student's, where there is one: its pipeline size for a tensor size, or the reverse."""
+    if student.ranks == 1:
+        return ""
+    tensor, pipeline = (1, 2) if student.tensor > 1 else (2, 1)
+    if student.ranks == 4 and student.context * student.data > 1:
+        tensor = pipeline = 2
+    return f"teacher.parallel.tensor={tensor} teacher.parallel.pipeline={pipeline}"
+
+
+def case(layout: StudentLayout, settings: Settings, rollouts: str = "uneven") -> Case:
+    """Three or more micro-batches on each data-parallel rank. Four stages of two chunks need eight layers."""
+    student = "deep" if layout.pipeline == 4 and layout.virtual_pipeline else "untied"
+    overrides = f"{layout.overrides} {teacher_layout(layout)} batch.micro_tokens={60 // layout.data}"
+    return Case(layout.ranks, overrides, settings, student=student, rollouts=rollouts)
+
+
+def overrides_of(zoo: Zoo, run: Path, student: str, rollouts: str = "uneven") -> list[str]:
+    """Of a run that replays rollouts and distils as `SETTINGS` say."""
+    return [
+        f"run.dir={run}",
+        f"student.path={zoo.model(student)}",
+        f"teacher.path={zoo.model('teacher')}",
+        "rollout=replay",
+        f"rollout.path={zoo.rollouts(rollouts)}",
+        f"objective.beta.init={SETTINGS.beta}",
+        *FAST,
+    ]
+
+
+def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool, run: Path, rollouts: str = "uneven") -> None:
+    """Weight decay is on matrices only, as in Megatron-Core. A large epsilon keeps Adam from blowing up the rounding of
+    gradients that are zero."""
+    lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-3, 1.5
+    student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
+    start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    groups = [
+        {"params": [p for p in student.parameters() if p.ndim == 2], "weight_decay": decay},
+        {"params": [p for p in student.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon)
+    losses = []
+    for _ in range(2):
+        result = dense.kdrl_of_models(student, teacher, zoo.rows(rollouts), SETTINGS)
+        losses.append(result.loss)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), clip)
+        adam.step()
+    moved = {name: start[name] - parameter.detach() for name, parameter in student.named_parameters()}
+
+    overrides = [
+        *overrides_of(zoo, run, "untied", rollouts),
+        "trainer.steps=2",
+        "optimizer.name=adam",
+        f"optimizer.lr={lr}",
+        f"optimizer.weight_decay={decay}",
+        f"optimizer.adam_beta1={betas[0]}",
+        f"optimizer.adam_beta2={betas[1]}",
+        f"optimizer.adam_eps={epsilon}",
+        f"optimizer.clip_grad={clip}",
+        f"parallel.distributed_optimizer={str(sharded).lower()}",
+        *layout.split(),
+    ]
+    outcomes = pool.run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+    assert [metrics["loss"] for metrics in metrics_of(run)] == [about(loss) for loss in losses]
+    after = read_hf_weights(run / "hf")
+    assert_gradients({name: start[name] - after[name].double() for name in start}, moved)

@@ -1,0 +1,104 @@
+"""Problems for the output head, one for each of its losses, to run with either implementation of a chunk.
+
+S rows, T loss rows, D of them with a teacher, H and G hidden of student and teacher, V columns of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel import (
+    ExactReverseKL,
+    TeacherInputs,
+    TopKReverseKL,
+    TopKUnbiased,
+    VocabShard,
+    fused_head,
+)
+
+HEADS: dict[str, Any] = {
+    "log_prob_entropy_k2": None,
+    "exact": lambda sampler_T: ExactReverseKL(),
+    "top_k_student_truncate": lambda sampler_T: TopKReverseKL(5, "student", "truncate"),
+    "top_k_teacher_renormalize": lambda sampler_T: TopKReverseKL(5, "teacher", "renormalize"),
+    "top_k_student_bucket": lambda sampler_T: TopKReverseKL(5, "student", "bucket"),
+    "top_k_unbiased": lambda sampler_T: TopKUnbiased(5, sampler_T),
+}
+"""log mu of the targets [T] -> divergence; None without a teacher."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`columns` of each rank, of which `size` in all are real tokens; logits have a standard deviation of `spread`."""
+
+    columns: int
+    size: int
+    tokens: int = 5
+    taught: int = 3
+    hidden: int = 9
+    spread: float = 2.0
+    chunk_tokens: int | None = None
+
+
+def run_head(
+    name: str, sizes: Sizes, dtype: torch.dtype, kernels: Any, group: Any = None, rank: int = 0, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weighs every output."""
+    shared, own = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4 + rank)
+
+    def normal(*shape: int, generator: torch.Generator = shared, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    tokens, scale = sizes.tokens, sizes.spread * sizes.hidden**-0.5
+    hidden_SH = normal(tokens + 2, sizes.hidden).requires_grad_()
+    weight_VH = normal(sizes.columns, sizes.hidden, generator=own, scale=scale).requires_grad_()
+    teacher_DG = normal(sizes.taught, sizes.hidden + 2)
+    teacher_VG = normal(sizes.columns, sizes.hidden + 2, generator=own, scale=scale)
+    rows_T = torch.randperm(tokens + 2, generator=shared)[:tokens].to(device)
+    targets_T = torch.randint(0, sizes.size, (tokens,), generator=shared).to(device)
+    advantages_T = torch.randn(tokens, generator=shared).to(device)
+    sampler_T = torch.randn(tokens, generator=shared).sub(4).to(device)
+    shard = VocabShard(group, rank * sizes.columns, (rank + 1) * sizes.columns, sizes.size)
+
+    def loss_C(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+        surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
+        k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()
+        return surrogate_C + 0.1 * k2_C - 0.05 * entropy_C + advantages_T[rows] * divergence_C
+
+    divergence = HEADS[name]
+    outputs = fused_head(
+        hidden_SH,
+        weight_VH,
+        rows_T,
+        targets_T,
+        loss_C,
+        shard,
+        temperature=0.7,
+        teacher=None if divergence is None else TeacherInputs(teacher_DG, teacher_VG, divergence(sampler_T)),
+        chunk_tokens=sizes.chunk_tokens,
+        kernels=kernels,
+    )
+    outputs.loss.backward()
+    names = ("loss", "log_probs", "entropy", "divergence")
+    results = {key: value.detach() for key, value in zip(names, outputs, strict=False)}
+    assert hidden_SH.grad is not None and weight_VH.grad is not None
+    return {**results, "d_hidden": hidden_SH.grad, "d_weight": weight_VH.grad}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rounding: float) -> None:
+    """Equal to a few roundings of the largest element: where a gradient nearly cancels, its terms' rounding remains.
+
+    Args:
+        rounding: of the matrix products' type, for the gradients; statistics are float32 in any case.
+    """
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        eps = rounding if name.startswith("d_") else 1e-6
+        bound = 4 * eps * max(1.0, float(value.abs().max()) if value.numel() else 0.0)
+        torch.testing.assert_close(
+            actual[name].float(), value.float(), rtol=0.0, atol=bound, msg=lambda text, n=name: f"{n}: {text}"
+        )

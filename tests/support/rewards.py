@@ -1,0 +1,26 @@
+"""Rewards that the tests name by their path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kdrl_mcore.reward.registry import AnswerReward
+from kdrl_mcore.types import Rollout
+
+
+class LengthModulo(AnswerReward):
+    """The answer of a random model's response: its length modulo 3."""
+
+    def __init__(self, config: Any) -> None:
+        pass
+
+    def answer(self, rollout: Rollout) -> str:
+        return str(len(rollout.response_token_ids) % 3)
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        return [left == right for left, right in pairs]
+
+
+def needs_column(rollout: Rollout, info_level: float) -> float:
+    return float(info_level or 0.0)

@@ -1,0 +1,78 @@
+"""Prompts for the embedded engine, and what it samples from them on the ranks of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
+LIMIT = 20  # tokens of a response
+COPIES = 3  # responses per prompt
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 1.0, "top_p": 1.0},
+    "cool": {"temperature": 0.6, "top_p": 1.0},
+    "nucleus": {"temperature": 0.8, "top_p": 0.7},
+    "greedy": {"temperature": 0.0, "top_p": 1.0},
+}
+
+
+def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For each sampling: the responses, and the log-probs that the trainer gives them."""
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.build import build_job
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.rollout.engine import Sampling
+    from kdrl_mcore.types import Prompt
+
+    job = build_job(load_config(overrides))
+    assert job.engine is not None
+    asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
+    result = {}
+    for name, how in samplings.items():
+        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=COPIES, key=(1, 0, 1), **how)
+        rollouts = job.engine.generate(asked, sampling)
+        scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
+        result[name] = [
+            {
+                "prompt_id": rollout.prompt_id,
+                "group_id": rollout.group_id,
+                "prompt_token_ids": rollout.prompt_token_ids.tolist(),
+                "response_token_ids": rollout.response_token_ids.tolist(),
+                "sampler_log_probs": rollout.sampler_log_probs,
+                "finish_reason": rollout.finish_reason,
+                "trainer_log_probs": log_probs,
+            }
+            for rollout, (log_probs, _) in zip(rollouts, scored, strict=True)
+        ]
+    return result
+
+
+def generate_with_transposed_products(
+    overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], int]:
+    """`generate_on_rank` as if every weight were a large one, and the number of layers' products that were taken transposed."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.model import linear
+
+    with (
+        mock.patch.object(linear, "_LEAST_ELEMENTS", 0),
+        mock.patch.object(linear, "_transposed_product", wraps=linear._transposed_product) as product,
+    ):
+        return generate_on_rank(overrides, prompts, samplings), product.call_count
+
+
+def tokens_of(result: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[int]]]:
+    return {name: [row["response_token_ids"] for row in rows] for name, rows in result.items()}
+
+
+def assert_close(found: Sequence[float], expected: Sequence[float] | torch.Tensor) -> None:
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-5)

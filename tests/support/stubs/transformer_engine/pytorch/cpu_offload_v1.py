@@ -1,0 +1,3 @@
+"""The first form of off-load; only its mark."""
+
+CPUOffloadEnabled = False

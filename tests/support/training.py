@@ -1,0 +1,155 @@
+"""Training runs as the tests make them: overrides for a small quiet run, and what a rank gives back of one.
+
+The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore is imported before they run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tests.reference.dense import Settings
+
+QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
+FAST = (*QUIET, "trainer.self_test=false")
+"""The log-probs are compared anyway."""
+PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b", "7*7*7=", "zz"]
+PROBE_LR = 2.0**14
+"""Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
+digits, and a power of two, so that dividing by it loses none."""
+OBJECTIVE_KEYS = {
+    "alpha": "objective.alpha.init",
+    "beta": "objective.beta.init",
+    "estimator": "objective.kd.estimator",
+    "placement": "objective.kd.placement",
+    "mask": "objective.kd.mask",
+    "denominator": "objective.kd.denominator",
+    "aggregation": "objective.aggregation",
+    "max_response_tokens": "rollout.max_response_tokens",
+    "normalize_by_std": "objective.normalize_by_std",
+    "clip_low": "objective.clip_low",
+    "clip_high": "objective.clip_high",
+    "correction": "objective.sampler_correction.kind",
+    "correction_bound": "objective.sampler_correction.bound",
+    "reference": "objective.reference_kl.coefficient",
+    "reference_estimator": "objective.reference_kl.estimator",
+    "temperature": "rollout.temperature",
+    "top_k": "objective.kd.top_k",
+    "top_k_support": "objective.kd.top_k_support",
+    "top_k_tail": "objective.kd.top_k_tail",
+}
+"""The configuration's key of each of the dense reference's settings."""
+PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of a run.
+
+    Attributes:
+        code: the exit code.
+        stdout, stderr: what the run printed.
+        log: the messages logged by kdrl_mcore.
+        found: whatever a hook collected.
+    """
+
+    code: int
+    stdout: str
+    stderr: str
+    log: list[str]
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def objective_overrides(settings: Settings) -> list[str]:
+    """The same objective as overrides."""
+    return [f"{key}={str(getattr(settings, name)).lower()}" for name, key in OBJECTIVE_KEYS.items()]
+
+
+def train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`kdrl_mcore.train.main`, as the command line calls it."""
+    from kdrl_mcore.cli.train import main
+
+    return listen(lambda: main(list(overrides)))
+
+
+def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`main`; before its first step, the job's student and teacher score the replayed rollouts in their own layouts.
+
+    `found` has "student" and "teacher": log-probs per rollout, [T] each, and "entropy" of the student.
+    """
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.trainer import Trainer
+
+    found: dict[str, Any] = {}
+    run = Trainer.run
+
+    def score_then_run(trainer: Any) -> None:
+        job, config = trainer.job, trainer.config
+        settings = {"temperature": config.rollout.temperature, "micro_tokens": config.batch.micro_tokens}
+        rollouts = job.source.rollouts(1)
+        scored = score_rollouts(job.student.parts, rollouts, **settings)
+        found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
+        found["teacher"] = job.teacher.score(rollouts, **settings) if job.teacher is not None else []
+        run(trainer)
+
+    with patch.object(Trainer, "run", score_then_run):
+        outcome = train_on_rank(overrides)
+    outcome.found = found
+    return outcome
+
+
+def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`score_and_train_on_rank`; the step's groups but the first come in parts, the last group first, as if others were still
+    being sampled."""
+    from kdrl_mcore.rollout.replay import ReplayedRollouts
+
+    replay = ReplayedRollouts.rollouts
+
+    def replay_in_parts(source: Any, step: int, on_part: Any = None) -> Any:
+        rollouts = replay(source, step)
+        if on_part is not None:
+            for group in sorted({rollout.group_id for rollout in rollouts})[:0:-1]:
+                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+        return rollouts
+
+    with patch.object(ReplayedRollouts, "rollouts", replay_in_parts):
+        return score_and_train_on_rank(overrides)
+
+
+def listen(job: Callable[[], int]) -> Outcome:
+    """Run the job and record what it returns, prints and logs."""
+
+    class Messages(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    handler = Messages()
+    logger = logging.getLogger("kdrl_mcore")
+    logger.addHandler(handler)
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            code = job()
+    finally:
+        logger.removeHandler(handler)
+    return Outcome(code, out.getvalue(), err.getvalue(), messages)
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl without their times."""
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in metrics_of(run)]

@@ -1,0 +1,120 @@
+"""The reference's problem of the output head (`tests.reference.output_head`), given to the vocab-parallel functions.
+
+S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens,
+P columns with padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.vocab_parallel import (
+    ExactReverseKL,
+    TeacherInputs,
+    TopKReverseKL,
+    TopKUnbiased,
+    VocabShard,
+    fused_head,
+    token_log_probs_and_entropy,
+)
+from tests.reference.output_head import Answer, Problem
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the problem is spread: `columns` of the padded vocabulary over `ranks`, and how the rows are cut."""
+
+    ranks: int = 1
+    columns: int = 23
+    sequence_parallel: bool = False
+    chunk_tokens: int | None = None
+
+
+def shard_of(layout: Layout, size: int) -> VocabShard:
+    """This rank's equal part of the padded vocabulary; the group is the whole world."""
+    rank, width = (dist.get_rank(), layout.columns // layout.ranks) if layout.ranks > 1 else (0, layout.columns)
+    return VocabShard(dist.group.WORLD if layout.ranks > 1 else None, rank * width, (rank + 1) * width, size)
+
+
+def own_part(problem: Problem, layout: Layout, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states, weight, teacher's weight) as this rank holds them. Padding is NaN, as it must touch nothing, and the
+    teacher's head is padded differently."""
+
+    def columns(weight_VH: Tensor, more: int) -> Tensor:
+        padded = torch.full((max(layout.columns, shard.stop) + more, weight_VH.size(1)), torch.nan, dtype=weight_VH.dtype)
+        padded[: len(weight_VH)] = weight_VH
+        return padded[shard.start : shard.stop + more]
+
+    hidden_SH = problem.hidden_SH
+    if layout.sequence_parallel:
+        hidden_SH = hidden_SH.chunk(layout.ranks)[dist.get_rank()]
+    return hidden_SH, columns(problem.weight_VH, 0), columns(problem.teacher_weight_VG, 3 + shard.start % 2)
+
+
+def call(
+    kind: str, problem: Problem, layout: Layout, shard: VocabShard, hidden_SH: Tensor, weight_PH: Tensor, teacher_PG: Tensor
+) -> tuple[Tensor, ...]:
+    """(loss, log-probs, entropy, divergence, the teacher's log-probs) of the function under test."""
+    p = problem
+    if kind == "logits":
+        # Here the product is the caller's, for whom a padding of NaN would be his own fault; the logits' padding may be NaN.
+        logits_TP = hidden_SH[p.rows_T] @ weight_PH.nan_to_num().T
+        logits_TP = logits_TP.masked_fill(torch.arange(logits_TP.size(1)) >= shard.real_columns, torch.nan)
+        log_probs_T, entropy_T = token_log_probs_and_entropy(logits_TP, p.targets_T, shard, p.temperature)
+        zero_T = torch.zeros_like(log_probs_T)
+        return p.loss(log_probs_T, entropy_T, zero_T, slice(None)).sum(), log_probs_T, entropy_T, zero_T, zero_T
+    return fused_head(
+        hidden_SH,
+        weight_PH,
+        p.rows_T,
+        p.targets_T,
+        p.loss,
+        shard,
+        temperature=p.temperature,
+        teacher=None if kind == "head" else TeacherInputs(p.teacher_hidden_DG, teacher_PG, divergence(kind, p)),
+        sequence_parallel=layout.sequence_parallel,
+        chunk_tokens=layout.chunk_tokens,
+    )
+
+
+def divergence(kind: str, problem: Problem) -> Any:
+    """The divergence under test. Of the top-k ones the kind names support and tail."""
+    if kind == "exact":
+        return ExactReverseKL()
+    if kind == "top_k_unbiased":
+        return TopKUnbiased(problem.top_k, problem.sampler_log_probs_T)
+    _, support, tail = kind.split()
+    return TopKReverseKL(problem.top_k, support, tail)  # type: ignore[arg-type]
+
+
+def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
+    """This rank's answer of the function under test. The loss is scaled before the backward pass, and the gradients back, so
+    that an ignored incoming gradient shows."""
+    shard = shard_of(layout, len(problem.weight_VH))
+    hidden_SH, weight_PH, teacher_PG = own_part(problem, layout, shard)
+    leaves = hidden_SH.clone().requires_grad_(), weight_PH.clone().requires_grad_()
+    loss, *values = call(kind, problem, layout, shard, *leaves, teacher_PG)
+    d_hidden_SH, d_weight_PH = torch.autograd.grad(4.0 * loss, leaves)
+    if kind == "logits" and layout.ranks > 1:
+        # The caller's own product: its gradient is this rank's part, as in any column-parallel linear layer.
+        dist.all_reduce(d_hidden_SH)
+    return Answer(loss.detach(), *(value.detach() for value in values), d_hidden_SH / 4.0, d_weight_PH / 4.0)
+
+
+def assert_same(answers: list[Answer], expected: Answer, layout: Layout, **tolerance: float) -> None:
+    """Every rank has the expected numbers, the gradients put together are the expected ones, and padding got none."""
+    for one in answers:
+        for name in ("loss", "log_probs_T", "entropy_T", "divergence_T"):
+            torch.testing.assert_close(getattr(one, name).double(), getattr(expected, name), **tolerance)
+    parts = [one.d_hidden_SH.double() for one in answers]
+    for d_hidden_SH in [torch.cat(parts)] if layout.sequence_parallel else parts:
+        torch.testing.assert_close(d_hidden_SH, expected.d_hidden_SH, **tolerance)
+    d_weight_PH = torch.cat([one.d_weight_VH.double() for one in answers])
+    size = len(expected.d_weight_VH)
+    torch.testing.assert_close(d_weight_PH[:size], expected.d_weight_VH, **tolerance)
+    assert not d_weight_PH[size:].any()

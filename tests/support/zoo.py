@@ -1,0 +1,86 @@
+"""Random models and rollouts that many tests train with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.reference import dense
+from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
+
+TOKENS = 61  # of the tokenizer; the models have more columns
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Random models by name in `folder`, and rollouts on them.
+
+    Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, `deep` (8 layers, not
+    4), and `no_tokenizer`, which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers:
+    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`.
+    """
+
+    folder: Path
+
+    def model(self, name: str) -> Path:
+        return self.folder / name
+
+    def rollouts(self, name: str) -> Path:
+        """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
+        others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
+        behind 40), `all_correct` (every reward and verdict the
+        same, so that GRPO and a response mask leave nothing)."""
+        return self.folder / f"{name}.jsonl"
+
+    def rows(self, name: str) -> list[dense.Row]:
+        return _rows(self.rollouts(name))
+
+    def vocab_size(self, student: str) -> int:
+        return 67 if student == "no_tokenizer" else TOKENS
+
+    def reference(self, student: str, teacher: str | None, rollouts: str, settings: dense.Settings) -> dense.Result:
+        """The dense reference's answer, computed once."""
+        teacher_path = None if teacher is None else self.model(teacher)
+        return _reference(self.model(student), teacher_path, self.rollouts(rollouts), settings)
+
+
+@cache
+def _rows(path: Path) -> list[dense.Row]:
+    return read_jsonl(path)
+
+
+@cache
+def _reference(student: Path, teacher: Path | None, rollouts: Path, settings: dense.Settings) -> dense.Result:
+    return dense.kdrl(student, teacher, _rows(rollouts), settings)
+
+
+def make_zoo(folder: Path) -> Zoo:
+    """Write all models and rollouts into `folder`."""
+    shapes = {
+        "untied": {"seed": 1},
+        "no_tokenizer": {"seed": 1},
+        "tied": {"seed": 3, "tied": True, "vocab_size": 66},
+        "one_kv_head": {"seed": 4, "num_kv_heads": 1},
+        "deep": {"seed": 6, "num_layers": 8},
+        "teacher": {"seed": 2, "vocab_size": 80, "hidden_size": 48, "num_layers": 2},
+        "teacher_no_tokenizer": {"seed": 2, "vocab_size": 80, "hidden_size": 48, "num_layers": 2},
+    }
+    for name, shape in shapes.items():
+        make_qwen2(folder / name, **shape)  # type: ignore[arg-type]
+        if "no_tokenizer" not in name:
+            assert make_tokenizer(folder / name) == TOKENS
+    batches: dict[str, dict[str, object]] = {
+        "uneven": {},
+        "exact_mu": {"noise": 0.0},
+        "two": {"num_groups": 1, "group_size": 2},
+        "one": {"num_groups": 1, "group_size": 1, "correct": [False], "max_response_tokens": 9},
+        "long_prompts": {"num_groups": 1, "group_size": 2, "max_response_tokens": 2, "prompt_tokens": 40},
+        "all_correct": {"num_groups": 2, "group_size": 3, "correct": [True] * 6},
+    }
+    for name, shape in batches.items():
+        # The noise makes them off-policy: importance weights are not 1.
+        shape = {"noise": 0.2, **shape}
+        rows = make_rollouts(folder / "untied", seed=5, vocab_size=TOKENS, **shape)  # type: ignore[arg-type]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return Zoo(folder)

@@ -1,0 +1,53 @@
+"""What a run takes of a machine without GPUs: threads, and memory for its engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdrl_mcore.parallel import platform
+from kdrl_mcore.rollout.vllm import host_memory
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (16, 1, 15), (16, 4, 3), (16, 16, 1), (4, 8, 1)]
+)
+def test_a_rank_leaves_a_core_to_the_processes_beside_it(
+    cores: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(platform, "_num_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    said = platform.choose_threads()
+    assert taken == [threads] and said is not None and f"{ranks} rank(s) on {cores} cores" in said
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    platform.choose_threads()
+    assert taken == [threads]  # the user's counts
+
+
+@pytest.mark.parametrize(("engines", "tensor", "fits"), [(1, 1, True), (2, 1, True), (3, 1, False), (1, 3, False)])
+def test_engines_that_do_not_fit_are_told(
+    engines: int, tensor: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 GiB in bfloat16 is 2 GiB in float32; a KV cache and a process are 1.5 + 1.5 GiB: 5 GiB, and 11 GiB of three workers."""
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(host_memory.GIB)
+    monkeypatch.setattr(host_memory, "_free_bytes", lambda: int(10.5 * host_memory.GIB))
+    said = host_memory.tight_memory(str(tmp_path), "float32", engines, tensor, 1.5)
+    assert (said is None) == fits
+    if said is not None:
+        assert f"{engines} engine(s)" in said and "10.5 GiB are free" in said and "rollout.vllm.replicas" in said
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    free = host_memory._free_bytes()
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("3000\n")
+    assert host_memory._free_bytes() == 2000 < free

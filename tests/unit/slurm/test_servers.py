@@ -1,0 +1,99 @@
+"""The servers of the server nodes: how many there are, on which GPUs, and what they do not get of training's environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kdrl_mcore.config import load_config
+from kdrl_mcore.errors import ConfigError
+from tests.support import ROOT
+from tests.support.slurm_script import submit
+
+SCONTROL = """#!/usr/bin/env bash
+case $2 in
+  hostnames) printf 'n1\\nn2\\nn3\\n' ;;
+  show) printf 'NodeName=n NodeAddr=10.0.0.3 \\n' ;;
+esac
+"""
+SERVERS = "server_nodes=1 servers_per_node=4 server_gpus=2 server_arguments=--x"
+
+
+@pytest.fixture(scope="module")
+def settings() -> ModuleType:
+    """slurm/settings.py, which is a program."""
+    spec = importlib.util.spec_from_file_location("slurm_settings", ROOT / "slurm" / "settings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("tensor", "gpus", "servers"), [(1, 8, 8), (4, 8, 2), (8, 8, 1), (3, 8, 2), (4, 0, 1)])
+def test_engines_fill_a_server_node(tensor: int, gpus: int, servers: int, settings: ModuleType) -> None:
+    config = load_config(["rollout=vllm", "objective=grpo", "cluster.server_nodes=2", f"rollout.vllm.tensor={tensor}"])
+    assert settings.servers_per_node(config, gpus) == servers
+    assert settings.server_overrides(config, servers)[1] == f"rollout.vllm.replicas={2 * servers}"
+
+
+def test_an_engine_larger_than_a_server_node_is_refused(settings: ModuleType) -> None:
+    config = load_config(["rollout=vllm", "objective=grpo", "cluster.server_nodes=2", "rollout.vllm.tensor=16"])
+    with pytest.raises(ConfigError, match=r"rollout.vllm.tensor=16 does not fit a server node of 8 GPUs"):
+        settings.servers_per_node(config, 8)
+
+
+def test_the_job_starts_one_for_each(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    calls = submit(tmp_path, SLURM_JOB_NUM_NODES="3", KDRL_PREFLIGHT="0", SERVERS=SERVERS)
+    (servers,) = [call for call in calls if "slurm/serve.sh" in call]
+    assert " --nodes=1 --ntasks=4 --ntasks-per-node=4 --nodelist=n3 " in servers
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"), [("2", None, "4,5"), ("2", "7,6,5,4,3,2,1,0", "3,2"), ("0", None, "all")]
+)
+def test_a_server_has_its_share_of_the_gpus_and_nothing_of_training(
+    gpus: str, visible: str | None, expected: str, tmp_path: Path
+) -> None:
+    """The third server of the second server node."""
+    command = tmp_path / "server"
+    command.write_text(
+        f"""#!/usr/bin/env bash
+cd {tmp_path}
+settings="${{CUDA_VISIBLE_DEVICES-all}}|${{PYTORCH_CUDA_ALLOC_CONF-}}|${{PYTORCH_ALLOC_CONF-}}|${{!TORCH_NCCL_@}}"
+echo "$settings|$2|${{*:3}}" >begun
+mv begun started
+exec sleep 60
+"""
+    )
+    command.chmod(0o755)
+    job = {"SLURM_PROCID": "6", "SLURM_NODEID": "1", "SLURM_LOCALID": "2", "KDRL_SERVER_HOSTS": "10.0.0.3 10.0.0.4"}
+    job |= {"KDRL_SERVER_GPUS": gpus, "KDRL_RUN_DIR": str(tmp_path), "KDRL_LOG_DIR": str(tmp_path)}
+    job |= {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512,expandable_segments:True"}
+    job |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "nccl_rank_"}
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | job
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    server = subprocess.Popen(["bash", "slurm/serve.sh", f"{command} --model 'a model'"], cwd=ROOT, env=environment)
+    try:
+        while not (tmp_path / "started").exists():
+            assert server.poll() is None
+        devices, allocator, other, nccl, model, arguments = (tmp_path / "started").read_text().strip().split("|")
+        assert (devices, allocator, other, nccl, model) == (expected, "max_split_size_mb:512", "", "", "a model")
+        assert arguments == f"--run-dir {tmp_path} --index 6 --host 10.0.0.4"
+    finally:
+        (tmp_path / "stop-servers").touch()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+
+
+def test_only_training_gets_segments_that_grow() -> None:
+    """slurm/network.sh is the whole job's; slurm/task.sh runs preflight and training."""
+    assert "expandable_segments" not in (ROOT / "slurm" / "network.sh").read_text()
+    assert "-expandable_segments:True}" in (ROOT / "slurm" / "task.sh").read_text()
