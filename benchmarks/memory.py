@@ -111,6 +111,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=Defaults,
     )
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS), help="layouts to measure in turn")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="HF folder of a real student, instead of a random one")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 128")
     parser.add_argument("--layers", type=int, default=8, help="number of layers, a multiple of 4")
     parser.add_argument("--vocab", type=int, default=16384, help="size of the vocabulary")
@@ -130,10 +131,16 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--hidden must be a multiple of 128, --layers of 4, and --micro-batches at least 1")
     if options.tokens <= PROMPT:
         raise ConfigError(f"--tokens={options.tokens} must be more than the prompt's {PROMPT}")
+    if options.model is not None and any(_mixture(name) for name in options.layouts):
+        raise ConfigError("--model takes --layouts without experts")
     console, rows = Console(width=None if sys.stdout.isatty() else 130), []
     with console.status("") as status, tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
         for mixture in {_mixture(name) for name in options.layouts}:
-            write_model(Path(folder) / f"model{mixture:d}", options.hidden, options.layers, options.vocab, mixture=mixture)
+            model = Path(folder) / f"model{mixture:d}"
+            if options.model is not None:
+                model.symlink_to(options.model.resolve(), target_is_directory=True)
+            else:
+                write_model(model, options.hidden, options.layers, options.vocab, mixture=mixture)
             write_model(Path(folder) / f"small{mixture:d}", 128, 4, 256, mixture=mixture)
         for layout in options.layouts:
             status.update(layout)
