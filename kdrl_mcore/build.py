@@ -29,7 +29,7 @@ from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.data.vocabulary import end_differently, shared_vocabulary
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.job import Job
@@ -85,6 +85,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         evaluation=evaluation,
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
+        mask_stop_token=masks_stop_token(config),
     )
 
 
@@ -185,6 +186,22 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if compares_over_vocabulary(config.objective):
         student.load_teacher_head(config.teacher.path, kd)
     return teacher
+
+
+def masks_stop_token(config: Config) -> bool:
+    """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
+    gives the student's next to no probability: its term would teach the student never to stop."""
+    rule, objective = config.objective.kd.stop_token, config.objective
+    if rule != "auto" or not uses_teacher(objective):
+        return rule == "mask"
+    assert config.student.path is not None and config.teacher.path is not None
+    differ = end_differently(config.student.path, config.teacher.path)
+    if differ and dist.get_rank() == 0:
+        logger.warning(
+            "student and teacher end their responses with different tokens: the token that ends a response is left out of "
+            "distillation (objective.kd.stop_token=keep would teach it as well)"
+        )
+    return differ
 
 
 def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     can_be_positive,
     engines_have_own_gpus,
@@ -303,6 +304,7 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.placement={objective.kd.placement} uses the log-ratio itself; "
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
+    check_axes(config)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -164,6 +164,52 @@ class ScheduleConfig:
 
 
 @dataclass
+class CombineConfig:
+    """How reward and teacher combine into a coefficient of the policy loss and a weight of distillation, for each token
+    (docs/method.md, "Combining the two signals")."""
+
+    kind: str = key(
+        "add",
+        "add, gate, sign, relu, modulate, ratio or reference",
+        choices=("add", "gate", "sign", "relu", "modulate", "ratio", "reference"),
+    )
+    signal: str = key(
+        "correct",
+        "sign and relu: what the teacher agrees or disagrees with, correct (the verdict) or advantage (its sign)",
+        choices=("correct", "advantage"),
+    )
+    agree: float = key(1.8, "sign: weight of distillation where the teacher agrees", range=NOT_NEGATIVE)
+    differ: float = key(1.0, "sign: and where it does not", range=NOT_NEGATIVE)
+    clip: float = key(0.2, "modulate: T / pi is clipped to [1 - clip, 1 + clip]", range=Range(0, 1))
+    bounds: str = key("both", "modulate: which bounds hold, both or upper", choices=("both", "upper"))
+    extrapolation: float = key(
+        1.25, "reference: l of l (log T - log ref) - KL(pi, ref); above 1 it goes beyond the teacher", range=NOT_NEGATIVE
+    )
+
+
+@dataclass
+class TokenWeightConfig:
+    """A weight of each token's distillation (docs/method.md, "Which tokens are taught")."""
+
+    kind: str = key(
+        "constant",
+        "constant, entropy, magnitude, prefix, rising, pass_rate or trusted_prefix",
+        choices=("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
+    )
+    share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
+    more: float = key(
+        0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
+    )
+    tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
+    rate: float = key(
+        1.0, "trusted_prefix: how fast trust falls with the discrepancy; rising: power of the position", range=POSITIVE
+    )
+    solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
+    unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
+    normalize: bool = key(False, "scale the weights so that their mean over the distilled tokens is 1")
+
+
+@dataclass
 class DistillationConfig:
     """The reverse KL to the teacher, on the student's own tokens."""
 
@@ -178,6 +224,20 @@ class DistillationConfig:
     )
     denominator: str = key("all", "tokens the KD loss is averaged over: all, or unmasked", choices=("all", "unmasked"))
     clamp: float | None = key(None, "clamp of |log T - log pi|; None leaves every gradient alive", range=POSITIVE)
+    importance: str = key(
+        "full",
+        "weight pi/mu of tokens that other weights sampled: full, truncate (at most importance_bound) or mask (0 outside "
+        "[1/bound, bound])",
+        choices=("full", "truncate", "mask"),
+    )
+    importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
+    token_weight: TokenWeightConfig = field(default_factory=TokenWeightConfig)
+    stop_token: str = key(
+        "auto",
+        "whether the token that ends a response is distilled: keep, mask, or auto (mask if student and teacher end "
+        "responses with different tokens)",
+        choices=("auto", "mask", "keep"),
+    )
     top_k: int = key(64, "support size of top_k and top_k_unbiased", range=COUNT)
     top_k_support: str = key("student", "whose top-k: student or teacher", choices=("student", "teacher"))
     top_k_tail: str = key(
@@ -195,6 +255,11 @@ class SamplerCorrectionConfig:
         choices=("none", "truncate", "mask"),
     )
     bound: float = key(2.0, "C of truncated importance sampling", range=Range(1, LARGE))
+    level: str = key(
+        "token",
+        "whose pi_old/mu: each token's, the product over the sequence, or its geometric mean (mask only)",
+        choices=("token", "sequence", "geometric"),
+    )
 
 
 @dataclass
@@ -218,7 +283,29 @@ class ObjectiveConfig:
         "token_mean, sequence_mean or sequence_sum_norm",
         choices=("token_mean", "sequence_mean", "sequence_sum_norm"),
     )
-    normalize_by_std: bool = key(True, "divide the group-centred reward by the group's standard deviation")
+    combine: CombineConfig = field(default_factory=CombineConfig)
+    baseline: str = key(
+        "group",
+        "what a reward is compared with: group (GRPO), leave_one_out (RLOO: the others of the group, not divided by a "
+        "deviation) or batch (REINFORCE++: the group's mean, divided by the deviation over the batch)",
+        choices=("group", "leave_one_out", "batch"),
+    )
+    normalize_by_std: bool = key(True, "group: divide the centred reward by the group's standard deviation")
+    policy_loss: str = key(
+        "clip",
+        "clip (PPO's surrogate) or cispo (the clipped ratio as a constant weight of log pi)",
+        choices=("clip", "cispo"),
+    )
+    ratio: str = key(
+        "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
+    )
+    dual_clip: float | None = key(
+        None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
+    )
+    entropy_bonus: float = key(0.0, "coefficient of the student's entropy, which is maximised", range=NOT_NEGATIVE)
+    truncated: str = key(
+        "keep", "responses that their limit cut off: keep, or drop from the policy loss (DAPO)", choices=("keep", "drop")
+    )
     clip_low: float = key(0.2, "the policy ratio is clipped to [1 - clip_low, 1 + clip_high]", range=Range(0, 1))
     clip_high: float = key(0.2, "see clip_low", range=NOT_NEGATIVE)
     sampler_correction: SamplerCorrectionConfig = field(default_factory=SamplerCorrectionConfig)

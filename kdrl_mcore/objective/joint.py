@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import ObjectiveConfig
+from kdrl_mcore.objective.combine import RULES, Signals, anchor, reference_coefficient
+from kdrl_mcore.objective.correction import bounded_importance, sampler_correction
 from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
-from kdrl_mcore.objective.policy import sampler_correction, surrogate
+from kdrl_mcore.objective.policy import POLICY_LOSSES, policy_ratio
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class TokenBatch:
         old_log_probs: log pi_old; None while strictly on-policy.
         teacher_log_probs: arbitrary where the response is masked; None where the loss does not use them.
         reference_log_probs: log-probs of the reference model; None without one.
+        correct: 1 where the response is correct, else 0; None if no rule asks.
+        token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
+        sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
+        sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
     """
 
     advantages: Tensor
@@ -38,6 +44,10 @@ class TokenBatch:
     old_log_probs: Tensor | None = None
     teacher_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    correct: Tensor | None = None
+    token_weights: Tensor | None = None
+    sequence_ratios: Tensor | None = None
+    sequence_log_ratios: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """The batch of a range of tokens."""
@@ -56,15 +66,18 @@ def joint_loss(
     alpha: float,
     beta: float,
     divergence_T: Tensor | None = None,
+    entropies_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The weighted loss of each token, and its measurements.
 
-    With `objective.kd.placement=loss` the KD term is added to the loss. With `advantage` the log-ratio is added to the
+    The rule of `objective.combine` gives the policy coefficient and the weight of distillation. With
+    `objective.kd.placement=loss` the KD term is added to the loss. With `advantage` the log-ratio is added to the
     advantage, scaled so that the on-policy gradient is the same as with `loss` and k2 (or k1). With `reward` the advantages
     already contain it.
 
     Args:
-        divergence_T: a differentiable per-token reverse KL that replaces the sampled estimator (exact and top-k forms).
+        divergence_T: a differentiable per-token divergence that replaces the sampled estimator (exact and top-k forms).
+        entropies_T: the student's, differentiable; only for `objective.entropy_bonus`.
 
     Returns:
         (loss [T], sums, maxima). Over micro-batches and ranks, `sums` are scalars to add and `maxima` scalars to take the
@@ -73,17 +86,30 @@ def joint_loss(
     """
     kd = objective.kd
     w_T = _weight(log_probs_T, batch, kd.estimator)
+    if not batch.on_policy:
+        w_T = bounded_importance(w_T, log_probs_T, kd)
     distilled_T = batch.distillation_weights != 0
     teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
     # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can reach a gradient.
-    d_T = log_ratio(torch.where(distilled_T, teacher_T, log_probs_T.detach()), log_probs_T, kd.clamp)
+    teacher_T = torch.where(distilled_T, teacher_T, log_probs_T.detach())
+    d_T = log_ratio(teacher_T, log_probs_T, kd.clamp)
 
-    advantages_T = alpha * batch.advantages * batch.policy_weights
+    correct_T = torch.zeros_like(distilled_T) if batch.correct is None else batch.correct != 0
+    signals = Signals(batch.advantages, correct_T, d_T.detach(), distilled_T)
+    coefficient_T, kd_weight_T = RULES[objective.combine.kind](signals, objective.combine, beta)
+    kd_weights_T = batch.distillation_weights
+    for factor_T in (kd_weight_T, batch.token_weights):
+        kd_weights_T = kd_weights_T if factor_T is None else kd_weights_T * factor_T
+
+    advantages_T = alpha * coefficient_T * batch.policy_weights
     if kd.placement == "advantage":
-        advantages_T = advantages_T + beta * d_T.detach() * batch.distillation_weights
-    policy_T, clipped_T = surrogate(log_probs_T, batch.old_log_probs, advantages_T, objective.clip_low, objective.clip_high)
-    old_T = log_probs_T if batch.old_log_probs is None else batch.old_log_probs
-    correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction)
+        advantages_T = advantages_T + beta * d_T.detach() * kd_weights_T
+    old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
+    anchor_T = anchor(objective.combine, beta, old_T, teacher_T, distilled_T)
+    rho_T = policy_ratio(log_probs_T, anchor_T, batch.sequence_ratios)
+    policy_loss = POLICY_LOSSES[objective.policy_loss]
+    policy_T, clipped_T = policy_loss(rho_T, log_probs_T, advantages_T, objective)
+    correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction, batch.sequence_log_ratios)
     loss_T = policy_T * correction_T
 
     if divergence_T is not None:
@@ -92,14 +118,12 @@ def joint_loss(
         estimate_T = ESTIMATORS[kd.estimator](d_T, w_T)
     else:  # no token of the whole batch is distilled, so the teacher scored none
         estimate_T = torch.zeros_like(log_probs_T)
-    kd_T = torch.where(distilled_T, estimate_T, 0.0) * batch.distillation_weights
+    kd_T = torch.where(distilled_T, estimate_T, 0.0) * kd_weights_T
     if kd.placement == "loss" and beta:
         loss_T = loss_T + beta * kd_T
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = {
-        "policy_loss": surrogate(log_probs_T, batch.old_log_probs, batch.advantages, objective.clip_low, objective.clip_high)[0]
-        * correction_T
-        * batch.policy_weights,
+        "policy_loss": policy_loss(rho_T, log_probs_T, coefficient_T, objective)[0] * correction_T * batch.policy_weights,
         "kd_loss": kd_T,
         "distilled_tokens": distilled_T,
         "clipped_tokens": clipped_T,
@@ -108,16 +132,44 @@ def joint_loss(
     }
     if divergence_T is None:
         sums |= sampled_divergences(d_T)
+    if objective.entropy_bonus and entropies_T is not None:
+        loss_T = loss_T - objective.entropy_bonus * entropies_T * batch.policy_weights
     if batch.reference_log_probs is not None:
         reference_d_T, form = batch.reference_log_probs - log_probs_T, objective.reference_kl.estimator
         reference_T = ESTIMATORS[form](reference_d_T, _weight(log_probs_T, batch, form)) * batch.policy_weights
-        loss_T = loss_T + objective.reference_kl.coefficient * reference_T
+        coefficient = reference_coefficient(objective.combine, objective.reference_kl.coefficient, beta)
+        loss_T = loss_T + coefficient * reference_T
         sums["reference_loss"] = reference_T
+    sums |= _measures_of_weights(objective, batch, coefficient_T, kd_weights_T, correction_T, w_T, distilled_T)
     return (
         loss_T,
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
     )
+
+
+def _measures_of_weights(
+    objective: ObjectiveConfig,
+    batch: TokenBatch,
+    coefficient_T: Tensor,
+    kd_weights_T: Tensor,
+    correction_T: Tensor,
+    w_T: Tensor,
+    distilled_T: Tensor,
+) -> dict[str, Tensor]:
+    """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
+    changed, and the weights of the corrections with their squares."""
+    sums: dict[str, Tensor] = {}
+    if objective.combine.kind != "add" or batch.token_weights is not None:
+        sums["taught_tokens"] = kd_weights_T != 0
+    if objective.combine.kind != "add":
+        sums["gated_tokens"] = coefficient_T != batch.advantages
+    if objective.sampler_correction.kind != "none":
+        sums |= {"correction": correction_T, "correction_squared": correction_T.square(), "corrected_tokens": correction_T != 1}
+    if not batch.on_policy and objective.kd.importance != "full":
+        weights_T = torch.where(distilled_T, w_T.detach(), 0.0)
+        sums |= {"kd_importance": weights_T, "kd_importance_squared": weights_T.square()}
+    return sums
 
 
 def sampled_divergences(d_T: Tensor) -> dict[str, Tensor]:
