@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.resident import peak_resident_bytes, resident_bytes, restart_peak
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import ExactReverseKL, HeadTokens, TeacherInputs, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
 
 WARM_UP_TOKENS = 16
@@ -79,14 +79,15 @@ class Inputs:
             self.shard,
         )
 
-    def loss_C(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+    def loss_C(self, tokens: HeadTokens, rows: slice) -> Tensor:
         """The loss of each token: clipped surrogate, entropy bonus, and k2 or the exact divergence."""
+        log_probs_C, divergence_C = tokens.log_probs, tokens.divergences
         ratio_C = (log_probs_C - log_probs_C.detach()).exp()
         advantages_C = self.advantages_T[rows]
         surrogate_C = torch.minimum(ratio_C * advantages_C, ratio_C.clamp(1 - CLIP, 1 + CLIP) * advantages_C)
         if self.teacher is None:
             divergence_C = 0.5 * (self.teacher_log_probs_T[rows] - log_probs_C).square()
-        return -surrogate_C + BETA * divergence_C - ENTROPY_WEIGHT * entropy_C
+        return -surrogate_C + BETA * divergence_C - ENTROPY_WEIGHT * tokens.entropies
 
 
 def make_inputs(problem: Problem, rank: int, group: dist.ProcessGroup | None) -> Inputs:
@@ -160,12 +161,12 @@ def _plain_loss(inputs: Inputs, hidden_CH: Tensor, weight_VH: Tensor, start: int
     own_C, column_C = shard.locate(inputs.targets_T[rows])
     log_probs_C = _SumOfRanks.apply(torch.where(own_C, log_p_CV.gather(1, column_C[:, None])[:, 0], 0.0), shard)
     entropy_C = -_SumOfRanks.apply((p_CV * log_p_CV).sum(dim=1), shard)
-    divergence_C = torch.zeros_like(log_probs_C)
+    divergence_C = teacher_log_probs_C = torch.zeros_like(log_probs_C)
     if inputs.teacher is not None:
         with torch.no_grad():
             log_q_CV = _log_softmax(inputs.teacher.hidden_DG[rows], inputs.teacher.weight_VG, shard)
         divergence_C = _SumOfRanks.apply((p_CV * (log_p_CV - log_q_CV)).sum(dim=1), shard)
-    return inputs.loss_C(log_probs_C, entropy_C, divergence_C, rows).sum()
+    return inputs.loss_C(HeadTokens(log_probs_C, entropy_C, divergence_C, teacher_log_probs_C), rows).sum()
 
 
 def materialised(inputs: Inputs) -> Tensor:

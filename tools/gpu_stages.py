@@ -124,7 +124,7 @@ def head(sizes: Sizes, folder: Path) -> Result:
             weight_VH,
             rows_T,
             targets_T,
-            lambda log_probs, entropy, divergence, rows: (divergence if exact else -log_probs) / tokens,
+            lambda head, rows: (head.divergences if exact else -head.log_probs) / tokens,
             VocabShard(None, 0, vocab, vocab),
             temperature=1.0,
             teacher=teacher if exact else None,

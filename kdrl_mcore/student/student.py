@@ -30,7 +30,7 @@ from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.student.optimizer import Optimizer
 from kdrl_mcore.teacher.head import TeacherHead
-from kdrl_mcore.vocab_parallel import fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, fused_head
 
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scalars measured on some tokens: those that are summed over tokens, and those of which the maximum is taken."""
@@ -238,8 +238,9 @@ class Student:
             assert self.teacher_head is not None
             teacher = self.teacher_head.inputs(to_device(micro.teacher_hidden_DG), micro.sampler_log_probs_T)
 
-        def token_loss(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-            loss_C, measures = micro.token_loss(log_probs_C, entropy_C, None if teacher is None else divergence_C, rows)
+        def token_loss(tokens: HeadTokens, rows: slice) -> Tensor:
+            divergences_C = None if teacher is None else tokens.divergences
+            loss_C, measures = micro.token_loss(tokens.log_probs, tokens.entropies, divergences_C, rows)
             measured.append(measures)
             return loss_C
 

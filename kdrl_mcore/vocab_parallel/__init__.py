@@ -1,5 +1,6 @@
 """Exact log-probs, entropies, divergences and losses over a vocabulary split across tensor-parallel ranks."""
 
+from kdrl_mcore.vocab_parallel.chunk import HeadTokens, TokenLoss
 from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
 from kdrl_mcore.vocab_parallel.engine import HeadOutputs
 from kdrl_mcore.vocab_parallel.exact import ExactReverseKL
@@ -11,7 +12,9 @@ from kdrl_mcore.vocab_parallel.top_k import TopKReverseKL, TopKUnbiased
 __all__ = [
     "ExactReverseKL",
     "HeadOutputs",
+    "HeadTokens",
     "TeacherInputs",
+    "TokenLoss",
     "TopKReverseKL",
     "TopKUnbiased",
     "VocabShard",

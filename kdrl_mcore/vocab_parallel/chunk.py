@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -21,9 +22,31 @@ from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
-"""(log-probs [C], entropies [C], divergences from the teacher [C], slice of the T rows) -> loss of each token [C],
-differentiable in all three. Rows without a teacher have divergence 0, without gradient."""
+
+@dataclass(frozen=True)
+class HeadTokens:
+    """What is known of each token of a chunk when its loss is computed: [C] each, in nats, the same on every rank.
+
+    Attributes:
+        log_probs: log p of the target under the student.
+        entropies: of p, over the whole vocabulary.
+        divergences: from the teacher; 0 without one.
+        teacher_log_probs: log q of the target under the teacher, without gradient; 0 without one.
+        teacher_entropies: of q, over the whole vocabulary, without gradient; 0 without a teacher. None unless asked for.
+
+    The loss is differentiated with respect to the first three; divergences have no gradient without a teacher.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor
+    divergences: Tensor
+    teacher_log_probs: Tensor
+    teacher_entropies: Tensor | None = None
+
+
+TokenLoss = Callable[[HeadTokens, slice], Tensor]
+"""(the chunk's tokens, their slice of the T rows) -> loss of each token [C], differentiable in the log-probs, entropies and
+divergences."""
 
 Kernels = Literal["auto", "torch", "triton"]
 """What computes a chunk: `auto` is Triton's kernels on CUDA if triton is installed and no type is float64, otherwise torch."""
@@ -137,7 +160,7 @@ class Chunk:
                 leaf, divergence_C = self._divergence.value(self._divergence_sums_KC, tokens, self._targets_C, rows)
                 leaves.append(leaf)
                 self.divergence_C = divergence_C.detach()
-            losses_C = token_loss(log_prob_C, entropy_C, divergence_C, rows)
+            losses_C = token_loss(HeadTokens(log_prob_C, entropy_C, divergence_C, self.teacher_log_prob_C), rows)
             value = losses_C.sum()
         if losses_C.shape != log_prob_C.shape:
             raise ValueError(

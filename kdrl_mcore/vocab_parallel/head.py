@@ -33,8 +33,8 @@ def fused_head(
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
     With p = softmax(h W^T / temperature) over the real columns, and q the teacher's distribution likewise, `token_loss` gets
-    log p[target], the entropy of p and the divergence of p from q (nats). So one pass computes the joint loss of KDRL
-    (arXiv 2506.02208): alpha * L_GRPO of the log-probs plus beta * L_KD of the divergence.
+    log p[target], the entropy of p, a divergence between p and q, and log q[target] (nats; see `HeadTokens`). So one pass
+    computes the joint loss of KDRL (arXiv 2506.02208): alpha * L_GRPO of the log-probs plus beta * L_KD of the divergence.
 
     `token_loss` is called once for each chunk, in order, and once with empty tensors if T is 0; it must return the same on
     every rank of the shard's group. Gradients are computed in the forward pass, so only one backward pass can follow it.

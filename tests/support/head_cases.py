@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
     ExactReverseKL,
+    HeadTokens,
     TeacherInputs,
     TopKReverseKL,
     TopKUnbiased,
@@ -64,10 +65,11 @@ def run_head(
     sampler_T = torch.randn(tokens, generator=shared).sub(4).to(device)
     shard = VocabShard(group, rank * sizes.columns, (rank + 1) * sizes.columns, sizes.size)
 
-    def loss_C(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+    def loss_C(one: HeadTokens, rows: slice) -> Tensor:
+        log_probs_C = one.log_probs
         surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
         k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()
-        return surrogate_C + 0.1 * k2_C - 0.05 * entropy_C + advantages_T[rows] * divergence_C
+        return surrogate_C + 0.1 * k2_C - 0.05 * one.entropies + advantages_T[rows] * one.divergences
 
     divergence = HEADS[name]
     outputs = fused_head(

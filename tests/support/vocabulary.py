@@ -73,7 +73,7 @@ def call(
         weight_PH,
         p.rows_T,
         p.targets_T,
-        p.loss,
+        lambda tokens, rows: p.loss(tokens.log_probs, tokens.entropies, tokens.divergences, rows),
         shard,
         temperature=p.temperature,
         teacher=None if kind == "head" else TeacherInputs(p.teacher_hidden_DG, teacher_PG, divergence(kind, p)),

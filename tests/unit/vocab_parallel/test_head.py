@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head, head_log_probs
+from kdrl_mcore.vocab_parallel import ExactReverseKL, HeadTokens, TeacherInputs, VocabShard, fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.chunk_logits import empty_rows
 from kdrl_mcore.vocab_parallel.logits import local_top_k
 from kdrl_mcore.vocab_parallel.top_k import SeparableDivergence
@@ -55,9 +55,9 @@ def test_no_tokens_give_no_loss_and_zero_gradients(kind: str) -> None:
 def test_the_loss_is_called_once_even_without_tokens() -> None:
     calls: list[int] = []
 
-    def token_loss(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-        calls.append(len(log_probs_C))
-        return log_probs_C
+    def token_loss(tokens: HeadTokens, rows: slice) -> Tensor:
+        calls.append(len(tokens.log_probs))
+        return tokens.log_probs
 
     empty = torch.empty(0, dtype=torch.long)
     fused_head(torch.randn(4, 3), torch.randn(7, 3), empty, empty, token_loss, VocabShard(None, 0, 7, 7), temperature=1.0)
@@ -108,7 +108,7 @@ def test_another_divergence_is_one_class_with_one_method(tail: Any) -> None:
         p.weight_VH,
         torch.arange(9),
         p.targets_T,
-        lambda log_probs_C, entropy_C, divergence_C, rows: divergence_C,
+        lambda tokens, rows: tokens.divergences,
         VocabShard(None, 0, 23, 23),
         temperature=p.temperature,
         teacher=TeacherInputs(p.teacher_hidden_DG, p.teacher_weight_VG, ForwardKL(23, "teacher", tail)),
@@ -377,7 +377,7 @@ def test_what_does_not_fit_is_an_error(change: dict[str, Any], message: str) -> 
             p.weight_VH,
             p.rows_T,
             p.targets_T,
-            p.loss,
+            lambda tokens, rows: tokens.log_probs,
             VocabShard(None, 0, 23, 23),
             temperature=p.temperature,
             teacher=TeacherInputs(p.teacher_hidden_DG, p.teacher_weight_VG, ExactReverseKL()),
@@ -401,7 +401,7 @@ def test_options_and_losses_that_make_no_sense_are_errors() -> None:
             problem.weight_VH,
             problem.rows_T,
             problem.targets_T,
-            lambda log_probs_C, *_: log_probs_C.sum(),
+            lambda tokens, rows: tokens.log_probs.sum(),
             VocabShard(None, 0, 23, 23),
             temperature=1.0,
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.vocab_parallel import VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
@@ -177,6 +177,9 @@ def test_kernels_for_float64_are_an_error() -> None:
 
 
 def test_unknown_kernels_are_an_error() -> None:
+    def no_loss(tokens: HeadTokens, rows: slice) -> torch.Tensor:
+        return tokens.log_probs
+
     hidden, weight, rows = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="kernels is 'cutlass'"):
-        fused_head(hidden, weight, rows, rows, lambda p, *_: p, VocabShard(None, 0, 3, 3), temperature=1.0, kernels="cutlass")
+        fused_head(hidden, weight, rows, rows, no_loss, VocabShard(None, 0, 3, 3), temperature=1.0, kernels="cutlass")
