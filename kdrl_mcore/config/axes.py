@@ -12,8 +12,8 @@ from kdrl_mcore.config.derived import (
 from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
 
-OF_LOG_RATIO = ("sign", "relu", "modulate", "ratio")
-"""The rules of `objective.combine` that use the teacher's log-prob of the sampled token."""
+OF_LOG_RATIO = ("relu", "modulate", "ratio")
+"""The rules of `objective.combine` that put the teacher's log-prob of the sampled token in place of a divergence."""
 
 
 def check_axes(config: Config) -> None:

@@ -23,9 +23,10 @@ from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
 from kdrl_mcore.types import Rollout, TokenFloats
+from kdrl_mcore.vocab_parallel import HeadTokens
 
-BatchLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, Measures]]
-"""(log-probs [C], divergences [C] or None, the batch of these tokens) -> (loss of each token [C], measures)."""
+BatchLoss = Callable[[HeadTokens, bool, TokenBatch], tuple[Tensor, Measures]]
+"""(tokens of a chunk, whether they have divergences from the teacher, their batch) -> (loss of each token [C], measures)."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,9 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
 
 
 def _loss_of_rows(
-    loss: BatchLoss, tokens: TokenBatch, log_probs_C: Tensor, _: Tensor, divergence_C: Tensor | None, rows: slice
+    loss: BatchLoss, batch: TokenBatch, tokens: HeadTokens, has_divergences: bool, rows: slice
 ) -> tuple[Tensor, Measures]:
-    return loss(log_probs_C, divergence_C, tokens[rows])
+    return loss(tokens, has_divergences, batch[rows])
 
 
 def _deliver(

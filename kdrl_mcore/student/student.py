@@ -35,9 +35,9 @@ from kdrl_mcore.vocab_parallel import HeadTokens, fused_head
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scalars measured on some tokens: those that are summed over tokens, and those of which the maximum is taken."""
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor | None, slice], tuple[Tensor, Measures]]
-"""(log-probs, entropies, divergences from the teacher or None, slice of the micro-batch's loss rows) -> (loss of each token,
-measures)."""
+TokenLoss = Callable[[HeadTokens, bool, slice], tuple[Tensor, Measures]]
+"""(tokens of a chunk, whether they have divergences from the teacher, their slice of the micro-batch's loss rows) -> (loss of
+each token, measures)."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,7 @@ class Student:
             teacher = self.teacher_head.inputs(to_device(micro.teacher_hidden_DG), micro.sampler_log_probs_T)
 
         def token_loss(tokens: HeadTokens, rows: slice) -> Tensor:
-            divergences_C = None if teacher is None else tokens.divergences
-            loss_C, measures = micro.token_loss(tokens.log_probs, tokens.entropies, divergences_C, rows)
+            loss_C, measures = micro.token_loss(tokens, teacher is not None, rows)
             measured.append(measures)
             return loss_C
 
