@@ -29,7 +29,7 @@ from kdrl_mcore.monitoring.loggers.processes import RunLoggers
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.profiler import StepProfiler
 from kdrl_mcore.monitoring.progress import Progress
-from kdrl_mcore.parallel.collect import any_rank, each_on_any_rank, gather_objects
+from kdrl_mcore.parallel.collect import any_rank, each_on_any_rank, from_first_rank, gather_objects
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.resilience.error_line import print_last
 from kdrl_mcore.resilience.faults import FaultInjector
@@ -211,6 +211,9 @@ class Trainer:
         with writing(self.run_dir):
             metrics = summarize(job.evaluation.run(engine, generations))
         engine.sleep()
+        accuracy = from_first_rank(metrics["eval/accuracy"])
+        for coefficient in (job.alpha, job.beta):
+            coefficient.observe(accuracy)
         return {**metrics, "time/evaluation": time.perf_counter() - start}
 
     def _enter(self, phase: str) -> None:

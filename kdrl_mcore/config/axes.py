@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kdrl_mcore.config.derived import (
     OVER_THE_VOCABULARY,
+    SWITCHES,
     WEIGHTS_OF_SCORES,
     is_on_policy,
     learns_from_reward,
@@ -115,8 +116,6 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
 
 def _largest(schedule: ScheduleConfig) -> float:
     """An upper bound of the coefficient."""
-    return {
-        "switch": max(schedule.init, schedule.after),
-        "adaptive": schedule.max,
-        "constant": schedule.init,
-    }.get(schedule.kind, max(schedule.init, schedule.min))
+    if schedule.kind in SWITCHES:
+        return max(schedule.init, schedule.after)
+    return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

@@ -12,6 +12,7 @@ from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     can_be_positive,
     engines_have_own_gpus,
+    evaluates,
     learns_from_reward,
     replays,
     uses_distributed_optimizer,
@@ -86,6 +87,7 @@ def check_config(config: Config) -> None:
     _check_loggers(config.logging.loggers)
     _check_schedule("objective.alpha", config.objective.alpha)
     _check_schedule("objective.beta", config.objective.beta)
+    _check_plateaus(config)
     _check_objective(config)
 
 
@@ -197,11 +199,21 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
         raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
     if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
         raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
+    if schedule.kind == "below" and not schedule.target > 0:
+        raise ConfigError(f"{name}.kind=below needs {name}.target > 0, the KL per token at which it switches")
     if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
         raise ConfigError(
             f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "
             "bounds of an adaptive schedule"
         )
+
+
+def _check_plateaus(config: Config) -> None:
+    for name in ("alpha", "beta"):
+        if getattr(config.objective, name).kind == "plateau" and not (evaluates(config) and config.eval.every > 0):
+            raise ConfigError(
+                f"objective.{name}.kind=plateau watches eval/accuracy: set eval.every, and data.eval or eval.benchmarks"
+            )
 
 
 def _check_rewards(reward: RewardConfig, data: DataConfig) -> None:

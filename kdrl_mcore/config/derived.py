@@ -11,6 +11,9 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+SWITCHES = ("switch", "below", "plateau")
+"""The schedules that go from `init` to `after` at once."""
+
 WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 """The rules of `objective.kd.token_weight` that compare both models' scores of whole responses."""
 
@@ -19,7 +22,7 @@ def can_be_positive(schedule: ScheduleConfig) -> bool:
     """Whether a coefficient schedule is above zero at some step."""
     values = {
         "constant": (schedule.init,),
-        "switch": (schedule.init, schedule.after),
+        **dict.fromkeys(SWITCHES, (schedule.init, schedule.after)),
         "linear": (schedule.init, schedule.min, -schedule.delta),  # with a negative delta it grows
     }
     return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0

@@ -150,16 +150,17 @@ class ScheduleConfig:
 
     kind: str = key(
         "constant",
-        "constant, linear, cosine, switch or adaptive",
-        choices=("constant", "linear", "cosine", "switch", "adaptive"),
+        "constant, linear, cosine, switch, below, plateau or adaptive",
+        choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
     min: float = key(0.0, "floor of linear, cosine and adaptive", range=NOT_NEGATIVE)
     max: float = key(1.0, "ceiling of adaptive", range=NOT_NEGATIVE)
     delta: float = key(0.0, "linear: subtracted per step", range=SIGNED)  # with a negative delta the coefficient grows
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
-    after: float = key(0.0, "switch: value from that step on", range=NOT_NEGATIVE)
-    target: float = key(0.0, "adaptive: the KL per token to hold", range=NOT_NEGATIVE)
+    after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
+    target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
+    patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
 
 
