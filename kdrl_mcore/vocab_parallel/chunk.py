@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
-from kdrl_mcore.vocab_parallel.divergence import TeacherInputs, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import Divergence, TeacherInputs, TokenSums
 from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
@@ -115,18 +115,21 @@ class Chunk:
             teacher: the teacher's inputs for these rows, with hidden states [C, G]; or None.
 
         Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
-        four (with a teacher six, and those of the divergence), and the divergence's own collectives.
+        four (with a teacher six, and those of the divergence), the divergence's own collectives, and for a divergence with
+        second sums a SUM all-reduce of those.
         """
         self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
         teacher_factors = None if teacher is None else (teacher.hidden_DG, teacher.weight_VG)
-        peaks_KC = logits.project(hidden_CH, weight_VH, teacher_factors, temperature)
+        comparison = Divergence.comparison if teacher is None else teacher.divergence.comparison
+        peaks_KC = logits.project(hidden_CH, weight_VH, teacher_factors, temperature, comparison=comparison)
         logits.centre(max_over_ranks(peaks_KC, shard))
         own_C, column_C = shard.locate(targets_C)
         targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
         held_C = own_C.to(peaks_KC.dtype)
         self._divergence = None if teacher is None else teacher.divergence.on_chunk(logits, shard)
-        more_KC = peaks_KC.new_empty(0, len(targets_C)) if self._divergence is None else self._divergence.sums_KC
-        parts = logits.totals(), torch.stack((*targets, held_C)), more_KC
+        parts = [logits.totals(), torch.stack((*targets, held_C))]
+        if self._divergence is not None and self._divergence.sums_KC is not None:
+            parts.append(self._divergence.sums_KC)
         sums_KC = sum_over_ranks(torch.cat(parts), shard)
         models = len(targets)
         self._total_C, product_C, *teacher_total = sums_KC[: models + 1]
@@ -139,6 +142,9 @@ class Chunk:
         if self._divergence is not None:
             self._teacher_log_total_C = teacher_total[0].log()
             self.teacher_log_prob_C = teacher_target[0] - self._teacher_log_total_C
+            second_KC = self._divergence.second_sums_KC(self._log_total_C, self._teacher_log_total_C)
+            if second_KC is not None:
+                self._divergence_sums_KC = torch.cat((self._divergence_sums_KC, sum_over_ranks(second_KC, shard)))
 
     def loss(self, token_loss: TokenLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """(sum of the tokens' losses, dL/dlogits [C, V] or None if it is zero). The logits are those before division by the

@@ -5,6 +5,7 @@ S rows of the sequence, T loss rows, the first D of them with a teacher, H hidde
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 TAILS = ("truncate", "renormalize", "bucket")
 TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in TAILS)
-KINDS = ("logits", "head", "exact", *TOP_K, "top_k_unbiased")
-"""Everything that has a loss: "logits" forms them whole, the others are fused."""
+MIXED = ("mixed 0.3", "mixed 0.9")
+KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, "top_k_unbiased")
+"""Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
+divergence."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
     """The divergence [D] (of top_k_unbiased its surrogate) from all log-probs of student and teacher."""
     if kind == "exact":
         return (log_p_DV.exp() * (log_p_DV - log_q_DV)).sum(1)
+    if kind == "forward":
+        return (log_q_DV.exp() * (log_q_DV - log_p_DV)).sum(1)
+    if kind in MIXED:
+        beta = float(kind.split()[1])
+        log_m_DV = torch.logaddexp(log_p_DV + math.log1p(-beta), log_q_DV + math.log(beta))
+        teacher_D = (log_q_DV.exp() * (log_q_DV - log_m_DV)).sum(1)
+        return beta * teacher_D + (1 - beta) * (log_p_DV.exp() * (log_p_DV - log_m_DV)).sum(1)
     ranked_DV = log_q_DV if "teacher" in kind else log_p_DV
     set_DK = ranked_DV.sort(dim=1, descending=True, stable=True).indices[:, : p.top_k]
     log_p_DK, log_q_DK = log_p_DV.gather(1, set_DK), log_q_DV.gather(1, set_DK)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
     ExactReverseKL,
     HeadTokens,
+    JensenShannon,
     TeacherInputs,
     TopKReverseKL,
     TopKUnbiased,
@@ -24,6 +26,8 @@ from kdrl_mcore.vocab_parallel import (
 HEADS: dict[str, Any] = {
     "log_prob_entropy_k2": None,
     "exact": lambda sampler_T: ExactReverseKL(),
+    "forward": lambda sampler_T: ExactForwardKL(),
+    "mixed_0.2": lambda sampler_T: JensenShannon(0.2),
     "top_k_student_truncate": lambda sampler_T: TopKReverseKL(5, "student", "truncate"),
     "top_k_teacher_renormalize": lambda sampler_T: TopKReverseKL(5, "teacher", "renormalize"),
     "top_k_student_bucket": lambda sampler_T: TopKReverseKL(5, "student", "bucket"),

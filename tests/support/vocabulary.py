@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
     ExactReverseKL,
+    JensenShannon,
     TeacherInputs,
     TopKReverseKL,
     TopKUnbiased,
@@ -86,6 +88,10 @@ def divergence(kind: str, problem: Problem) -> Any:
     """The divergence under test. Of the top-k ones the kind names support and tail."""
     if kind == "exact":
         return ExactReverseKL()
+    if kind == "forward":
+        return ExactForwardKL()
+    if kind.startswith("mixed"):
+        return JensenShannon(float(kind.split()[1]))
     if kind == "top_k_unbiased":
         return TopKUnbiased(problem.top_k, problem.sampler_log_probs_T)
     _, support, tail = kind.split()
