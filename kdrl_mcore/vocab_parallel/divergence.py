@@ -93,11 +93,14 @@ class TeacherInputs:
         weight_VG: the teacher's head in the student's vocab-parallel layout, in the type of the hidden states. The first rows
             are the shard's real columns; further rows (the teacher's own padding) are not used.
         divergence: the divergence to compute.
+        with_entropy: whether to compute the entropy of the teacher's distribution too, over the whole vocabulary. It costs one
+            more number per token in the chunk's SUM all-reduce.
     """
 
     hidden_DG: Tensor
     weight_VG: Tensor
     divergence: Divergence
+    with_entropy: bool = False
 
     def of_rows(self, rows: slice) -> TeacherInputs:
         """The inputs of some of the D rows."""

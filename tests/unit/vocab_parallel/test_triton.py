@@ -114,6 +114,10 @@ def compare_statistics(columns: int, offset: float) -> None:
         (difference_C, z.exp() * (y - z)),
     ):
         torch.testing.assert_close(actual.double(), expected_CV.sum(1), rtol=1e-5, atol=1e-5)
+    *same, forward_C, entropy_C = triton_kernels.statistics(z_CV, y_CV, forward=True, teacher_entropy=True)
+    assert all(torch.equal(a, b) for a, b in zip(same, (m_C, total_C, product_C, n_C, teacher_C), strict=True))
+    torch.testing.assert_close(forward_C.double(), (y.exp() * (y - z)).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_C.double(), (y.exp() * y).sum(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
