@@ -184,8 +184,6 @@ class _OnSupport(ChunkDivergence):
         self._ids_CK = self._candidates.ids.long()
         if divergence.needs_outside:
             self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
-        else:
-            self.sums_KC = self._candidates.student.new_empty(0, len(self._ids_CK))
 
     def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p_CK = (self._candidates.student - tokens.log_total[:, None]).requires_grad_()
