@@ -28,6 +28,7 @@ def check_axes(config: Config) -> None:
     _check_policy(objective)
     _check_correction(config)
     _check_token_weight(objective)
+    _check_divergence(objective)
 
 
 def _check_combine(config: Config) -> None:
@@ -110,8 +111,37 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"{name} compares sampled log-probs, objective.kd.estimator={kd.estimator} has none: set it to k1 or k2"
         )
+    if weight.kind == "teacher_entropy":
+        if kd.estimator not in OVER_THE_VOCABULARY:
+            raise ConfigError(
+                f"{name} uses the teacher's entropy, known over the vocabulary alone: set objective.kd.estimator=exact"
+            )
+        if weight.normalize:
+            raise ConfigError(f"{name} is known only token by token: leave objective.kd.token_weight.normalize at false")
     if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
         raise ConfigError("objective.kd.token_weight: tokens and share are both set: leave one out")
+
+
+def _check_divergence(objective: ObjectiveConfig) -> None:
+    kd = objective.kd
+    allowed = {"exact": ("reverse", "forward", "jsd"), "top_k": ("reverse", "forward")}.get(kd.estimator, ("reverse",))
+    if kd.divergence not in allowed:
+        fit = "exact" if kd.divergence == "jsd" else "exact or top_k"
+        raise ConfigError(
+            f"objective.kd.divergence={kd.divergence} is computed over the vocabulary: set objective.kd.estimator={fit}"
+        )
+    if kd.mix != "none" and kd.divergence != "forward":
+        raise ConfigError(
+            f"objective.kd.mix={kd.mix} joins the sampled reverse KL and a forward one: set objective.kd.divergence=forward"
+        )
+    if kd.estimator == "top_k" and kd.divergence == "forward":
+        if kd.top_k_tail == "corrected":
+            raise ConfigError("objective.kd.top_k_tail=corrected belongs to divergence=reverse: set it to bucket")
+        if kd.top_k_tail == "truncate" and kd.top_k_support == "student":
+            raise ConfigError(
+                "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
+                "objective.kd.top_k_support=teacher, or the tail to bucket"
+            )
 
 
 def _largest(schedule: ScheduleConfig) -> float:

@@ -194,8 +194,11 @@ class TokenWeightConfig:
 
     kind: str = key(
         "constant",
-        "constant, entropy, magnitude, prefix, rising, pass_rate or trusted_prefix",
-        choices=("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
+        "constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix or teacher_entropy",
+        choices=(
+            *("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
+            "teacher_entropy",  # known only where the two models are compared, so the head's pass applies it
+        ),
     )
     share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
     more: float = key(
@@ -203,7 +206,7 @@ class TokenWeightConfig:
     )
     tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
     rate: float = key(
-        1.0, "trusted_prefix: how fast trust falls with the discrepancy; rising: power of the position", range=POSITIVE
+        1.0, "trusted_prefix: how fast trust falls; teacher_entropy: the same; rising: power of the position", range=POSITIVE
     )
     solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
     unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
@@ -217,6 +220,19 @@ class DistillationConfig:
     estimator: str = key(
         "k2", "k1, k2, k3, exact, top_k or top_k_unbiased", choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased")
     )
+    divergence: str = key(
+        "reverse",
+        "exact: reverse (KL(pi, T)), forward (KL(T, pi)) or jsd; top_k: reverse or forward; the others: reverse",
+        choices=("reverse", "forward", "jsd"),
+    )
+    jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
+    mix: str = key(
+        "none",
+        "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
+        "entropy is above mix_above) or trust (k2 with the weight min(T / pi, 1), the divergence with the rest)",
+        choices=("none", "entropy", "trust"),
+    )
+    mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
@@ -242,7 +258,9 @@ class DistillationConfig:
     top_k: int = key(64, "support size of top_k and top_k_unbiased", range=COUNT)
     top_k_support: str = key("student", "whose top-k: student or teacher", choices=("student", "teacher"))
     top_k_tail: str = key(
-        "bucket", "outside the support: truncate, renormalize or bucket", choices=("truncate", "renormalize", "bucket")
+        "bucket",
+        "outside the support: truncate, renormalize, bucket, or (reverse) corrected: sum_S (p log(p/q) - p + q)",
+        choices=("truncate", "renormalize", "bucket", "corrected"),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_mcore.config import ObjectiveConfig
+from kdrl_mcore.config import DistillationConfig, ObjectiveConfig
 from kdrl_mcore.objective.combine import RULES, Signals, anchor, reference_coefficient
 from kdrl_mcore.objective.correction import bounded_importance, sampler_correction
 from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
@@ -31,6 +31,7 @@ class TokenBatch:
         teacher_log_probs: arbitrary where the response is masked; None where the loss does not use them.
         reference_log_probs: log-probs of the reference model; None without one.
         correct: 1 where the response is correct, else 0; None if no rule asks.
+        teacher_entropies: of the teacher's distribution, where the settings ask for it.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
         sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
@@ -45,6 +46,7 @@ class TokenBatch:
     teacher_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     correct: Tensor | None = None
+    teacher_entropies: Tensor | None = None
     token_weights: Tensor | None = None
     sequence_ratios: Tensor | None = None
     sequence_log_ratios: Tensor | None = None
@@ -98,7 +100,7 @@ def joint_loss(
     signals = Signals(batch.advantages, correct_T, d_T.detach(), distilled_T)
     coefficient_T, kd_weight_T = RULES[objective.combine.kind](signals, objective.combine, beta)
     kd_weights_T = batch.distillation_weights
-    for factor_T in (kd_weight_T, batch.token_weights):
+    for factor_T in (kd_weight_T, batch.token_weights, _weight_of_entropies(kd, batch)):
         kd_weights_T = kd_weights_T if factor_T is None else kd_weights_T * factor_T
 
     advantages_T = alpha * coefficient_T * batch.policy_weights
@@ -113,7 +115,7 @@ def joint_loss(
     loss_T = policy_T * correction_T
 
     if divergence_T is not None:
-        estimate_T = divergence_T
+        estimate_T = divergence_T if kd.mix == "none" else mixed(kd, d_T, w_T, divergence_T, batch.teacher_entropies)
     elif kd.estimator in ESTIMATORS:
         estimate_T = ESTIMATORS[kd.estimator](d_T, w_T)
     else:  # no token of the whole batch is distilled, so the teacher scored none
@@ -170,6 +172,29 @@ def _measures_of_weights(
         weights_T = torch.where(distilled_T, w_T.detach(), 0.0)
         sums |= {"kd_importance": weights_T, "kd_importance_squared": weights_T.square()}
     return sums
+
+
+def mixed(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Tensor, entropies_T: Tensor | None) -> Tensor:
+    """The sampled reverse KL, k2, joined with a divergence over the vocabulary [T].
+
+    `entropy`: k2 everywhere, and the divergence where the teacher's entropy is above `mix_above` (EOPD, arXiv 2603.07079, whose
+    k1 inside the surrogate has the same gradient on-policy). `trust`: t k2 + (1 - t) divergence with t = min(T / pi, 1) a
+    constant, the expectation of drawing one of the two with probability t (TrOPD, arXiv 2606.01249).
+    """
+    sampled_T = ESTIMATORS["k2"](d_T, w_T)
+    if kd.mix == "entropy":
+        # Tokens without a teacher have none, and are masked later.
+        unsure_T = torch.zeros_like(d_T).bool() if entropies_T is None else entropies_T > kd.mix_above
+        return sampled_T + torch.where(unsure_T, divergence_T, 0.0)
+    trust_T = d_T.detach().exp().clamp(max=1.0)
+    return trust_T * sampled_T + (1 - trust_T) * divergence_T
+
+
+def _weight_of_entropies(kd: DistillationConfig, batch: TokenBatch) -> Tensor | None:
+    """exp(-rate H_T): SRPO's weight (arXiv 2604.02288), not normalised; None if another rule weighs."""
+    if kd.token_weight.kind != "teacher_entropy" or batch.teacher_entropies is None:
+        return None
+    return (-kd.token_weight.rate * batch.teacher_entropies).exp()
 
 
 def sampled_divergences(d_T: Tensor) -> dict[str, Tensor]:

@@ -85,6 +85,7 @@ def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> Tok
 RULES: dict[str, Callable[[ResponseScores, TokenWeightConfig], TokenFloats]] = {
     rule.__name__: rule for rule in (constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix)
 }
+RULES["teacher_entropy"] = constant  # `joint.py` weighs, where the teacher's entropy is known
 """The rules by the names of `objective.kd.token_weight.kind`."""
 
 

@@ -44,7 +44,7 @@ def _token_weights(
     """The weight of each token's distillation; None where all are 1."""
     settings, distil = objective.kd.token_weight, batch.distil_N.tolist()
     ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in batch.rollouts]
-    if settings.kind == "constant" and not any(ends):
+    if settings.kind in ("constant", "teacher_entropy") and not any(ends):
         return None
     correct_N = _correct(batch.rollouts).double()
     group_ids_N = torch.tensor([rollout.group_id for rollout in batch.rollouts])

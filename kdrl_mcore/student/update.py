@@ -82,7 +82,8 @@ def _joint(
 ) -> tuple[Tensor, Measures]:
     divergence_C = None
     if has_divergences:
-        divergence_C, batch = tokens.divergences, replace(batch, teacher_log_probs=tokens.teacher_log_probs)
+        divergence_C = tokens.divergences
+        batch = replace(batch, teacher_log_probs=tokens.teacher_log_probs, teacher_entropies=tokens.teacher_entropies)
     loss_C, sums, maxima = joint_loss(tokens.log_probs, batch, objective, alpha, beta, divergence_C, tokens.entropies)
     return loss_C, (sums, maxima)
 

@@ -44,6 +44,7 @@ class Settings:
         top_k, top_k_support, top_k_tail: of the top-k estimators.
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
         token_weight, share, more, first_tokens, rate, solved, unsolved, normalize: a weight of each distilled token.
+        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy or trust, beside k2 of the sampled token.
         stop_token: mask leaves the token that ends a response out of distillation.
         importance, importance_bound: bounds of w = pi / mu: full, truncate or mask.
         correction_level: of `correction`: token, sequence or geometric.
@@ -89,6 +90,10 @@ class Settings:
     solved: float = 1.0
     unsolved: float = 1.0
     normalize: bool = False
+    divergence: str = "reverse"
+    jsd_beta: float = 0.5
+    mix: str = "none"
+    mix_above: float = 0.8
     stop_token: str = "keep"
     importance: str = "full"
     importance_bound: float = 2.0
@@ -243,7 +248,8 @@ def kdrl_of_models(
     if settings.entropy_bonus:
         loss = loss - settings.entropy_bonus * aggregate([entropy_of(each) for each in log_p], rewarded, rewarded, settings)
     kd_loss = torch.zeros_like(loss)
-    token_weights = forms.token_weights(d_now, [entropy_of(each.detach()) for each in log_p], distilled, rows, settings)
+    entropies = [entropy_of(each.detach()) for each in (log_q if settings.token_weight == "teacher_entropy" else log_p)]
+    token_weights = forms.token_weights(d_now, entropies, distilled, rows, settings)
     if settings.beta > 0 and settings.placement == "loss":
         kd_terms = [
             reverse_kl(log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
@@ -375,6 +381,9 @@ def reverse_kl(
     p = log_p.exp()
     if settings.estimator in ("k1", "k2", "k3"):
         return sampled_kl(d, w, settings.estimator)
+    if settings.divergence != "reverse":
+        other = forms.other_divergence(log_p, log_q, settings)
+        return forms.mixed(sampled_kl(d, w, "k2"), other, d.detach(), entropy_of(log_q), settings)
     if settings.estimator == "exact":
         return (p * (log_p - log_q)).sum(1)
     ranking = log_q if settings.estimator == "top_k" and settings.top_k_support == "teacher" else log_p.detach()
@@ -425,6 +434,8 @@ def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor
     if tail == "renormalize":
         log_p_S, log_q_S = log_p_S.log_softmax(1), log_q_S.log_softmax(1)
     inside = (log_p_S.exp() * (log_p_S - log_q_S)).sum(1)
+    if tail == "corrected":
+        return inside - log_p_S.exp().sum(1) + log_q_S.exp().sum(1)
     if tail in ("truncate", "renormalize") or support.shape[1] == log_p.shape[1]:
         return inside
     if tail == "bucket":

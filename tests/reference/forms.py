@@ -114,6 +114,8 @@ def token_weights(
             u = torch.stack(
                 [torch.exp(-settings.rate * size[:t].mean()) if t else torch.ones(()).to(size) for t in range(tokens)]
             )
+        elif settings.token_weight == "teacher_entropy":
+            u = torch.exp(-settings.rate * H)
         if settings.stop_token == "mask" and row.get("finish_reason") == "stop":
             u = torch.cat([u[:-1], torch.zeros_like(u[-1:])])
         weights.append(u if distilled[i] else torch.zeros_like(u))
@@ -122,3 +124,35 @@ def token_weights(
         tokens = sum(len(u) for i, u in enumerate(weights) if distilled[i])
         weights = [u * (tokens / total) for u in weights]
     return weights
+
+
+def other_divergence(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
+    """Forward KL or Jensen-Shannon divergence of each token [T], over the vocabulary or a top-k set; log_p, log_q [T, V]."""
+    p, q = log_p.exp(), log_q.exp()
+    if settings.divergence == "jsd":
+        b = settings.jsd_beta
+        log_m = (b * q + (1 - b) * p).log()
+        return b * (q * (log_q - log_m)).sum(1) + (1 - b) * (p * (log_p - log_m)).sum(1)
+    if settings.estimator == "exact":
+        return (q * (log_q - log_p)).sum(1)
+    ranking = log_q if settings.top_k_support == "teacher" else log_p.detach()
+    support = ranking.topk(min(settings.top_k, log_p.shape[1]), dim=1).indices
+    log_p_S, log_q_S = log_p.gather(1, support), log_q.gather(1, support)
+    if settings.top_k_tail == "renormalize":
+        log_p_S, log_q_S = log_p_S.log_softmax(1), log_q_S.log_softmax(1)
+    inside = (log_q_S.exp() * (log_q_S - log_p_S)).sum(1)
+    if settings.top_k_tail != "bucket" or support.shape[1] == log_p.shape[1]:
+        return inside
+    outside = torch.ones_like(log_p, dtype=torch.bool).scatter(1, support, False)
+    rest_p, rest_q = (p * outside).sum(1), (q * outside).sum(1)
+    return inside + rest_q * (rest_q.log() - rest_p.log())
+
+
+def mixed(sampled_T: Tensor, divergence_T: Tensor, d_T: Tensor, teacher_entropy_T: Tensor, settings: Any) -> Tensor:
+    """The sampled reverse KL and the divergence, as EOPD and TrOPD join them [T]."""
+    if settings.mix == "entropy":
+        return sampled_T + (teacher_entropy_T > settings.mix_above) * divergence_T
+    if settings.mix == "trust":
+        trust_T = torch.minimum(d_T.exp(), torch.ones_like(d_T))
+        return trust_T * sampled_T + (1 - trust_T) * divergence_T
+    return divergence_T
