@@ -7,7 +7,7 @@ from kdrl_mcore.vocab_parallel.exact import ExactForwardKL, ExactReverseKL, Jens
 from kdrl_mcore.vocab_parallel.head import fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.logits import token_log_probs_and_entropy
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-from kdrl_mcore.vocab_parallel.top_k import TopKReverseKL, TopKUnbiased
+from kdrl_mcore.vocab_parallel.top_k import TopKForwardKL, TopKReverseKL, TopKUnbiased
 
 __all__ = [
     "ExactForwardKL",
@@ -17,6 +17,7 @@ __all__ = [
     "JensenShannon",
     "TeacherInputs",
     "TokenLoss",
+    "TopKForwardKL",
     "TopKReverseKL",
     "TopKUnbiased",
     "VocabShard",

@@ -36,12 +36,15 @@ class LogitsTerms:
     Attributes:
         comparison_row_C: the factor of c_v, see `Comparison`.
         one_hot: (ids_CK, values_CK): global token ids, distinct within a row.
+        one_hot_row_C: what stands in place of row_C in the columns ids_CK; None if it is the same there. At most one of a
+            chunk's terms has it.
     """
 
     row_C: Tensor
     product_row_C: Tensor | None = None
     comparison_row_C: Tensor | None = None
     one_hot: tuple[Tensor, Tensor] | None = None
+    one_hot_row_C: Tensor | None = None
 
 
 class ChunkLogits(ABC):
@@ -136,6 +139,11 @@ class ChunkLogits(ABC):
             targets: (token ids [C], what to add to dL/dz there [C]).
             total_C: s, the sum of e_v over all ranks.
         """
+
+
+def one_hot_row(term: LogitsTerms) -> Tensor:
+    """What stands for `row_C` in the columns of any of the terms' `one_hot`."""
+    return term.row_C if term.one_hot_row_C is None else term.one_hot_row_C
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,7 +13,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, Comparison, LogitsTerms, Model, empty_rows, multiply
+from kdrl_mcore.vocab_parallel.chunk_logits import (
+    ChunkLogits,
+    Comparison,
+    LogitsTerms,
+    Model,
+    empty_rows,
+    multiply,
+    one_hot_row,
+)
 from kdrl_mcore.vocab_parallel.logits import local_peak, local_top_k
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -183,7 +191,15 @@ class TorchLogits(ChunkLogits):
         d_CV = self._exp_CV
         scale_C = 1.0 / (total_C * temperature)
         row_C = torch.stack([term.row_C for term in terms]).sum(dim=0)
+        replaced = next((term.one_hot for term in terms if term.one_hot_row_C is not None), None)
+        if replaced is not None and d_CV.size(1):
+            own_CK, column_CK = shard.locate(replaced[0])
+            exp_CK = torch.where(own_CK, d_CV.gather(1, column_CK), 0.0)
+            d_CV.scatter_add_(1, column_CK, -exp_CK)  # exactly 0 remains
         d_CV.mul_((row_C * scale_C)[:, None])
+        if replaced is not None and d_CV.size(1):
+            inside_C = torch.stack([one_hot_row(term) for term in terms]).sum(dim=0)
+            d_CV.scatter_add_(1, column_CK, exp_CK * (inside_C * scale_C)[:, None])
         one_hots = [] if targets is None else [(targets[0][:, None], targets[1][:, None])]
         for term in terms:
             if term.product_row_C is not None:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import triton_kernels
-from kdrl_mcore.vocab_parallel.chunk_logits import FILLED_COLUMNS, ChunkLogits, Comparison, LogitsTerms, Model, multiply
+from kdrl_mcore.vocab_parallel.chunk_logits import (
+    FILLED_COLUMNS,
+    ChunkLogits,
+    Comparison,
+    LogitsTerms,
+    Model,
+    multiply,
+    one_hot_row,
+)
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -153,6 +161,7 @@ class TritonLogits(ChunkLogits):
             sum((part for part in parts if part is not None), start=zero_C) * scale_C
             for parts in zip(*((term.row_C, term.product_row_C, term.comparison_row_C) for term in terms), strict=True)
         )
+        inside_C = sum((one_hot_row(term) for term in terms), start=zero_C) * scale_C
         compares = any(term.comparison_row_C is not None for term in terms)
         ids_C, g_C = (torch.full_like(scale_C, -1, dtype=torch.long), zero_C) if targets is None else targets
         own_C, column_C = shard.locate(ids_C)
@@ -162,7 +171,7 @@ class TritonLogits(ChunkLogits):
             own_CK, column_CK = shard.locate(ids_CK)
             assert not compares, "a divergence on a support compares nothing outside of it"
             z_CK, _ = self.at(column_CK)
-            factor_CK = row_C[:, None] + product_C[:, None] * z_CK
+            factor_CK = inside_C[:, None] + product_C[:, None] * z_CK
             at_target_CK = torch.where(ids_CK == ids_C[:, None], g_C[:, None], 0.0)
             spread.append((column_CK, own_CK, z_CK.exp() * factor_CK + values_CK / temperature + at_target_CK))
         numbers = [self._peaks_KC[0], row_C, product_C, g_C]

@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 TAILS = ("truncate", "renormalize", "bucket")
-TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in TAILS)
+TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in (*TAILS, "corrected"))
+FORWARD_TOP_K = tuple(
+    f"forward_top_k {case}" for case in ("teacher truncate", "student renormalize", "teacher bucket", "student bucket")
+)
+EXACT_FORM = {**dict.fromkeys(TOP_K, "exact"), **dict.fromkeys(FORWARD_TOP_K, "forward")}
+"""What each kind is if the set is the whole vocabulary."""
 MIXED = ("mixed 0.3", "mixed 0.9")
-WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K)
+WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K)
 """The kinds that ask for the teacher's entropy as well."""
-KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, "top_k_unbiased")
+KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, "top_k_unbiased")
 """Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
 divergence."""
 
@@ -132,10 +137,15 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
         return inside_D + outside_D * (log_prob_D - mu_D).exp().detach() * 0.5 * d_D.square()
     if kind.endswith("renormalize"):
         log_p_DK, log_q_DK = log_p_DK.log_softmax(1), log_q_DK.log_softmax(1)
-    inside_D = (log_p_DK.exp() * (log_p_DK - log_q_DK)).sum(1)
+    forward = kind in FORWARD_TOP_K
+    weight_DK = log_q_DK.exp() if forward else log_p_DK.exp()
+    inside_D = (weight_DK * ((log_q_DK - log_p_DK) if forward else (log_p_DK - log_q_DK))).sum(1)
+    if kind.endswith("corrected"):
+        inside_D = inside_D - log_p_DK.exp().sum(1) + log_q_DK.exp().sum(1)
     if not kind.endswith("bucket"):
         return inside_D
     outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
     p_out_D, q_out_D = (log_p_DV.exp() * outside_DV).sum(1), (log_q_DV.exp() * outside_DV).sum(1)
     tiny = torch.finfo(torch.float64).tiny
-    return inside_D + p_out_D * (p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log())
+    difference_D = p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log()
+    return inside_D - q_out_D * difference_D if forward else inside_D + p_out_D * difference_D

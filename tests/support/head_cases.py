@@ -17,6 +17,7 @@ from kdrl_mcore.vocab_parallel import (
     HeadTokens,
     JensenShannon,
     TeacherInputs,
+    TopKForwardKL,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -31,6 +32,9 @@ HEADS: dict[str, Any] = {
     "top_k_student_truncate": lambda sampler_T: TopKReverseKL(5, "student", "truncate"),
     "top_k_teacher_renormalize": lambda sampler_T: TopKReverseKL(5, "teacher", "renormalize"),
     "top_k_student_bucket": lambda sampler_T: TopKReverseKL(5, "student", "bucket"),
+    "top_k_teacher_corrected": lambda sampler_T: TopKReverseKL(5, "teacher", "corrected"),
+    "forward_top_k_teacher_truncate": lambda sampler_T: TopKForwardKL(5, "teacher", "truncate"),
+    "forward_top_k_student_bucket": lambda sampler_T: TopKForwardKL(5, "student", "bucket"),
     "top_k_unbiased": lambda sampler_T: TopKUnbiased(5, sampler_T),
 }
 """log mu of the targets [T] -> divergence; None without a teacher."""

@@ -18,6 +18,7 @@ from kdrl_mcore.vocab_parallel import (
     ExactReverseKL,
     JensenShannon,
     TeacherInputs,
+    TopKForwardKL,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -101,8 +102,9 @@ def divergence(kind: str, problem: Problem) -> Any:
         return JensenShannon(float(kind.split()[1]))
     if kind == "top_k_unbiased":
         return TopKUnbiased(problem.top_k, problem.sampler_log_probs_T)
-    _, support, tail = kind.split()
-    return TopKReverseKL(problem.top_k, support, tail)  # type: ignore[arg-type]
+    name, support, tail = kind.split()
+    form: Any = TopKForwardKL if name == "forward_top_k" else TopKReverseKL
+    return form(problem.top_k, support, tail)
 
 
 def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
