@@ -28,7 +28,7 @@ from kdrl_mcore.convert.hf_files import copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_objects
-from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals, start_resource_tracker
+from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals, let_threads_finish, start_resource_tracker
 from kdrl_mcore.student.student import Student
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class CheckpointWriter:
                 if request.async_fn is not None:
                     request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder))
                 request.add_finalize_fn(partial(self._publish, step))
+                let_threads_finish()
                 self._queue.schedule_async_request(request)  # copies tensors on the GPU before it returns
                 student.leave_state()
             except OSError as error:

@@ -27,6 +27,8 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 """The exit code of a run that a second Ctrl-C ended, by the shell's convention."""
 MOMENT_SECONDS = 1.0
 """The same Ctrl-C may arrive twice, from the terminal and through torchrun: signals within this time count as one."""
+REST_SECONDS = 0.05
+"""Thousands of times what a thread needs to let go of an object."""
 _PR_SET_PDEATHSIG = 1
 _NO_MORE = 0  # no signal has this number
 
@@ -113,6 +115,16 @@ class StopRequest:
         elif number in (signal.SIGINT, signal.SIGTERM) and now - self._interrupted > MOMENT_SECONDS:
             os.write(2, b"interrupted again: ended at once, without saving; earlier checkpoints are intact\n")
             os._exit(INTERRUPTED_EXIT_CODE)
+
+
+def let_threads_finish() -> None:
+    """Called before a fork: give threads of native code the moment in which they end their work and their use of Python.
+
+    Before 3.12, CPython's forked process waits forever if such a thread was just then registering with the interpreter, as
+    gloo's do after every collective to release what it sent: one fork in 4,000, directly after a broadcast of objects.
+    """
+    if sys.version_info < (3, 12):
+        time.sleep(REST_SECONDS)
 
 
 def end_with_parent(parent: int) -> None:

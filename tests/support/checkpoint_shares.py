@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-PATIENCE = 600.0
+PATIENCE = 240.0
 """Seconds; a save starts processes, which takes long on a busy machine."""
 SMALL_BUCKETS = "parallel.overlap_grad_reduce=true parallel.bucket_size=3000"
 
