@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config, ObjectiveConfig
+from kdrl_mcore.config.derived import TEACH_INCORRECT
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
-from kdrl_mcore.objective.combine import TEACH_INCORRECT
 from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch

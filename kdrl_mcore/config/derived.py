@@ -11,6 +11,8 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+TEACH_INCORRECT = ("gate",)
+"""The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 SWITCHES = ("switch", "below", "plateau")
 """The schedules that go from `init` to `after` at once."""
 

@@ -94,8 +94,6 @@ RULES: dict[str, Callable[[Signals, CombineConfig, float], Pair]] = {
     rule.__name__: rule for rule in (add, gate, sign, relu, modulate, ratio, reference)
 }
 """The rules by the names of `objective.combine.kind`."""
-TEACH_INCORRECT = ("gate",)
-"""The rules that distil only incorrect responses, so that the teacher scores no others."""
 
 
 def anchor(settings: CombineConfig, beta: float, old_T: Tensor, teacher_T: Tensor, distilled_T: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kdrl_mcore.config import ClusterConfig, Config
-from kdrl_mcore.config.derived import samples_with_vllm, servers_per_node, training_ranks, uses_reference, uses_teacher
+from kdrl_mcore.config.derived import (
+    TEACH_INCORRECT,
+    samples_with_vllm,
+    servers_per_node,
+    training_ranks,
+    uses_reference,
+    uses_teacher,
+)
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
@@ -99,7 +106,9 @@ class Setup:
     @property
     def distilled(self) -> float:
         """The share of the responses that the teacher scores; with the group mask an upper bound."""
-        return 1.0 if self.config.objective.kd.mask == "none" else 1 - self.workload.correct
+        objective = self.config.objective
+        masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
+        return 1 - self.workload.correct if masked else 1.0
 
     @cached_property
     def update_packing(self) -> Packing:
