@@ -26,7 +26,7 @@ Model = Literal["student", "teacher"]
 
 Comparison = Literal["reverse", "forward", "mixture"]
 """What c_v, the part of a divergence's derivative in which the models are compared column by column, is: `reverse`
-e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(p_v / m_v), with p, q the distributions and m = beta q + (1 - beta) p."""
+e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(m_v / p_v), with p, q the distributions and m = beta q + (1 - beta) p."""
 
 
 @dataclass(frozen=True)

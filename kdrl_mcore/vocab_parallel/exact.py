@@ -138,4 +138,4 @@ class _Mixture(_Exact):
 
     def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
         row_C = (1.0 - self._beta) * d_leaf
-        return LogitsTerms(-row_C * self._student_C, comparison_row_C=row_C)
+        return LogitsTerms(-row_C * self._student_C, comparison_row_C=-row_C)

@@ -163,11 +163,11 @@ class TorchLogits(ChunkLogits):
             z_BV, e_BV, u_BV = self._student_CV[rows], self._exp_CV[rows], self._teacher_CV[rows]
             q_BV = (u_BV - teacher_log_total_C[rows, None]).exp_()
             u_BV.sub_(z_BV).sub_((teacher_log_total_C - log_total_C)[rows, None])
-            share_BV = torch.full_like(u_BV, beta).masked_fill_(u_BV > 0, 1.0 - beta)
-            log_BV = share_BV.mul_(u_BV.abs().neg_().expm1_()).log1p_()
+            # 1 - beta where u > 0, otherwise beta; `where` with two numbers takes ten times as long on CPU.
+            share_BV = torch.gt(u_BV, 0.0, out=torch.empty_like(u_BV)).mul_(1.0 - 2.0 * beta).add_(beta)
+            log_BV = torch.copysign(u_BV, -1.0).expm1_().mul_(share_BV).log1p_()
             sums_KC[1, rows] = q_BV.mul_(u_BV.clamp(max=0.0).sub_(log_BV)).sum(dim=1)
-            u_BV.clamp_(min=0.0).add_(log_BV).mul_(e_BV).neg_()
-            sums_KC[0, rows] = u_BV.sum(dim=1)
+            sums_KC[0, rows] = -u_BV.clamp_(min=0.0).add_(log_BV).mul_(e_BV).sum(dim=1)
             z_BV.mul_(e_BV)
         sums_KC[0] /= log_total_C.exp()
         return sums_KC

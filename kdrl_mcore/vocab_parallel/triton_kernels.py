@@ -304,7 +304,7 @@ def _differentiate(
             d += comparison * tl.exp(y)
         else:
             u = (y - tl.load(numbers_ptr + 7 * rows + row)) - (z - tl.load(numbers_ptr + 6 * rows + row))
-            factor -= comparison * (_log_mixture(u, beta, rest) + tl.maximum(u, 0.0))
+            factor += comparison * (_log_mixture(u, beta, rest) + tl.maximum(u, 0.0))
     d += tl.exp(z) * factor
     d += tl.where(lanes == tl.load(column_ptr + row), tl.load(numbers_ptr + 3 * rows + row), 0.0)
     tl.store(at, d.to(z_ptr.dtype.element_ty), mask=inside)

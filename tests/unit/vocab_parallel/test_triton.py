@@ -158,7 +158,7 @@ def test_two_ranks_equal_torch_where_one_holds_only_padding(interpreted: RankPoo
     interpreted.run(compare_shared, name, TWO_RANKS["a_rank_of_padding"], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["exact", "forward", "mixed_0.2"])
+@pytest.mark.parametrize("name", ["exact", "forward", "mixed_0.2", "forward_top_k_student_bucket"])
 def test_a_peaked_distribution_equals_torch(interpreted: RankPool, name: str) -> None:
     interpreted.run(compare_alone, name, Sizes(columns=45, size=43, spread=60.0))
 
