@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # of this process: threads that wait for each other on busy cores cost several times what they save
 
 pytest.register_assert_rewrite("tests.support")
 

