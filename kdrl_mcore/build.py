@@ -33,6 +33,7 @@ from kdrl_mcore.data.vocabulary import end_differently, shared_vocabulary
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.job import Job
+from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.layout import teacher_layout
@@ -97,6 +98,7 @@ def check_outcome(config: Config) -> None:
         ConfigError: there is nothing to do, or the export would be refused after the last step.
     """
     models = used_models(config)
+    check_functions(config.objective)
     if config.trainer.steps == 0 and not evaluates(config):
         raise ConfigError(
             "trainer.steps=0 only evaluates, and there is nothing to evaluate on: set data.eval or eval.benchmarks, and leave "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from kdrl_mcore.config.derived import (
     OVER_THE_VOCABULARY,
     SWITCHES,
-    WEIGHTS_OF_SCORES,
     is_on_policy,
     learns_from_reward,
     uses_teacher,
+    weighs_by_scores,
 )
 from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
@@ -107,7 +107,7 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
         raise ConfigError(f"{name} weighs the tokens of a distillation loss, and there is none: set it to constant")
     if kd.placement == "reward":
         raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
-    if weight.kind in WEIGHTS_OF_SCORES and kd.estimator in OVER_THE_VOCABULARY:
+    if weighs_by_scores(objective) and kd.estimator in OVER_THE_VOCABULARY:
         raise ConfigError(
             f"{name} compares sampled log-probs, objective.kd.estimator={kd.estimator} has none: set it to k1 or k2"
         )

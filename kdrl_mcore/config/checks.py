@@ -18,7 +18,7 @@ from kdrl_mcore.config.derived import (
     uses_distributed_optimizer,
     uses_teacher,
 )
-from kdrl_mcore.config.keys import CHOICES, RANGES, key_types, nearest
+from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
@@ -65,8 +65,9 @@ def check_config(config: Config) -> None:
         if isinstance(value, str) and not value.strip() and key not in MAY_BE_EMPTY:
             raise ConfigError(f"{key} is empty: give it a value, or leave it out")
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}{nearest(str(flat[key]), allowed)}")
+        value, own = flat[key], ", or MODULE:NAME" if key in TAKE_FUNCTIONS else ""
+        if value not in allowed and not (own and ":" in str(value)):
+            raise ConfigError(f"{key}={value} is not one of: {', '.join(allowed)}{own}{nearest(str(value), allowed)}")
     if not config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
         raise ConfigError(
             f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "

@@ -46,6 +46,13 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
     return objective.kind != "sft" and (objective.reference_kl.coefficient > 0 or (extrapolates and uses_teacher(objective)))
 
 
+def weighs_by_scores(objective: ObjectiveConfig) -> bool:
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of one's
+    own may."""
+    kind = objective.kd.token_weight.kind
+    return kind in WEIGHTS_OF_SCORES or ":" in kind
+
+
 def needs_scores(config: Config) -> bool:
     """Whether a setting needs log pi (or the entropy) of whole responses at the weights that an update begins with, so that a
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
@@ -53,7 +60,7 @@ def needs_scores(config: Config) -> bool:
     return objective.kind != "sft" and (
         (objective.ratio == "sequence" and several)
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
-        or (uses_teacher(objective) and objective.kd.token_weight.kind in WEIGHTS_OF_SCORES)
+        or (uses_teacher(objective) and weighs_by_scores(objective))
     )
 
 

@@ -171,8 +171,9 @@ class CombineConfig:
 
     kind: str = key(
         "add",
-        "add, gate, sign, relu, modulate, ratio or reference",
+        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, a function of your own",
         choices=("add", "gate", "sign", "relu", "modulate", "ratio", "reference"),
+        takes_functions=True,
     )
     signal: str = key(
         "correct",
@@ -194,11 +195,12 @@ class TokenWeightConfig:
 
     kind: str = key(
         "constant",
-        "constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix or teacher_entropy",
+        "constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix or teacher_entropy; or MODULE:NAME",
         choices=(
             *("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
             "teacher_entropy",  # known only where the two models are compared, so the head's pass applies it
         ),
+        takes_functions=True,
     )
     share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
     more: float = key(
@@ -312,8 +314,9 @@ class ObjectiveConfig:
     normalize_by_std: bool = key(True, "group: divide the centred reward by the group's standard deviation")
     policy_loss: str = key(
         "clip",
-        "clip (PPO's surrogate) or cispo (the clipped ratio as a constant weight of log pi)",
+        "clip (PPO's surrogate) or cispo (the clipped ratio as a constant weight of log pi); or MODULE:NAME",
         choices=("clip", "cispo"),
+        takes_functions=True,
     )
     ratio: str = key(
         "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")

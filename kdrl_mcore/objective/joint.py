@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import DistillationConfig, ObjectiveConfig
+from kdrl_mcore.objective import token_weights
 from kdrl_mcore.objective.combine import RULES, Signals, anchor, reference_coefficient
 from kdrl_mcore.objective.correction import bounded_importance, sampler_correction
 from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
+from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.policy import POLICY_LOSSES, policy_ratio
 
 
@@ -97,8 +99,9 @@ def joint_loss(
     d_T = log_ratio(teacher_T, log_probs_T, kd.clamp)
 
     correct_T = torch.zeros_like(distilled_T) if batch.correct is None else batch.correct != 0
+    combine = find_function("objective.combine.kind", objective.combine.kind, RULES)
     signals = Signals(batch.advantages, correct_T, d_T.detach(), distilled_T)
-    coefficient_T, kd_weight_T = RULES[objective.combine.kind](signals, objective.combine, beta)
+    coefficient_T, kd_weight_T = combine(signals, objective.combine, beta)
     kd_weights_T = batch.distillation_weights
     for factor_T in (kd_weight_T, batch.token_weights, _weight_of_entropies(kd, batch)):
         kd_weights_T = kd_weights_T if factor_T is None else kd_weights_T * factor_T
@@ -109,7 +112,7 @@ def joint_loss(
     old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
     anchor_T = anchor(objective.combine, beta, old_T, teacher_T, distilled_T)
     rho_T = policy_ratio(log_probs_T, anchor_T, batch.sequence_ratios)
-    policy_loss = POLICY_LOSSES[objective.policy_loss]
+    policy_loss = find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
     policy_T, clipped_T = policy_loss(rho_T, log_probs_T, advantages_T, objective)
     correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction, batch.sequence_log_ratios)
     loss_T = policy_T * correction_T
@@ -172,6 +175,17 @@ def _measures_of_weights(
         weights_T = torch.where(distilled_T, w_T.detach(), 0.0)
         sums |= {"kd_importance": weights_T, "kd_importance_squared": weights_T.square()}
     return sums
+
+
+def check_functions(objective: ObjectiveConfig) -> None:
+    """Load the functions that the configuration names, so that a wrong name is told before anything is trained.
+
+    Raises:
+        ConfigError: one cannot be loaded.
+    """
+    find_function("objective.combine.kind", objective.combine.kind, RULES)
+    find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
+    find_function("objective.kd.token_weight.kind", objective.kd.token_weight.kind, token_weights.RULES)
 
 
 def mixed(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Tensor, entropies_T: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdrl_mcore.config import TokenWeightConfig
+from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.types import TokenFloats
 
 
@@ -98,7 +99,7 @@ def token_weights(
         responses: None where the response is not distilled.
         ends_masked: whether the weight of a response's last token, its stop token, is 0.
     """
-    rule = RULES[settings.kind]
+    rule = find_function("objective.kd.token_weight.kind", settings.kind, RULES)
     weights = [None if response is None else rule(response, settings) for response in responses]
     for weight, masked in zip(weights, ends_masked, strict=True):
         if weight is not None and masked and len(weight):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import ObjectiveConfig
-from kdrl_mcore.config.derived import WEIGHTS_OF_SCORES
+from kdrl_mcore.config.derived import weighs_by_scores
 from kdrl_mcore.objective.correction import sequence_log_ratios
 from kdrl_mcore.objective.token_weights import ResponseScores, token_weights
 from kdrl_mcore.student.batch import TrainingBatch
@@ -56,7 +56,7 @@ def _token_weights(
             continue
         passed = float(correct_N[group_ids_N == rollout.group_id].mean())
         log_ratio = entropy = None
-        if settings.kind in WEIGHTS_OF_SCORES:
+        if weighs_by_scores(objective):
             log_teacher = teacher[index]
             assert batch.scores is not None and log_teacher is not None
             log_probs, entropy = batch.scores[index]

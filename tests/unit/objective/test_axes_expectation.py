@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_mcore.config import load_config
-from kdrl_mcore.objective.joint import TokenBatch, joint_loss
+from kdrl_mcore.config import CombineConfig, load_config
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.objective.combine import Signals
+from kdrl_mcore.objective.joint import TokenBatch, check_functions, joint_loss
 
 N, V = 5, 9
 random = torch.Generator().manual_seed(11)
@@ -150,6 +152,25 @@ def test_the_signed_reference_rests_at_its_optimum(extrapolation: float) -> None
     assert gradient(settings, z=TEACHER, **reference).norm() > 0.1
     expected = reverse_kl_gradient(log_q_NV=optimum.log_softmax(1))
     torch.testing.assert_close(gradient(settings, **reference), expected)
+
+
+def twice_the_advantage(signals: Signals, settings: CombineConfig, beta: float) -> tuple[Tensor, Tensor]:
+    return 2 * signals.advantages, torch.full_like(signals.log_ratio, 3.0)
+
+
+def test_a_rule_of_ones_own_is_one_of_the_axis() -> None:
+    name = f"{__name__}:twice_the_advantage"
+    expected = of_coefficients(2 * ADVANTAGES[:, None] + 3 * D, PI)
+    torch.testing.assert_close(gradient(f"objective.combine.kind={name}"), expected)
+
+
+@pytest.mark.parametrize("key", ["combine.kind", "policy_loss", "kd.token_weight.kind"])
+def test_a_function_that_cannot_be_loaded_is_told(key: str) -> None:
+    objective = load_config(
+        ["objective=kdrl", "student.path=s", "teacher.path=t", f"objective.{key}=os.path:nowhere"]
+    ).objective
+    with pytest.raises(ConfigError, match=rf"objective\.{key}=os\.path:nowhere cannot be loaded"):
+        check_functions(objective)
 
 
 def test_cispo_keeps_the_gradient_of_a_clipped_token() -> None:
