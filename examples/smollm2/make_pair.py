@@ -4,7 +4,8 @@ trainer.
     python -m examples.smollm2.make_pair        # runs/smollm2/{start,data,student,teacher}; what exists is kept
 
 The student is the fetched model, warmed up until it answers in the form: it gets about a third of the sums right. The teacher
-is the student, trained further on other worked answers: much better, and not perfect. Both train on two data-parallel ranks.
+is the fetched model, trained on more worked answers and at a higher rate: much better, and not perfect. Both train on two
+data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -35,8 +36,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("student", MODEL, ("trainer.steps=9", "trainer.seed=1")),
-    Stage("teacher", "student", ("trainer.steps=18", "trainer.seed=2", "optimizer.schedule=cosine")),
+    Stage("student", MODEL, ("trainer.steps=12", "trainer.seed=1")),
+    Stage(
+        "teacher",
+        MODEL,
+        (
+            *("trainer.steps=30", "trainer.seed=2"),
+            # Adam's first steps are as large as later ones: a higher rate needs a longer warm-up and a longer memory.
+            *("optimizer.lr=3e-4", "optimizer.schedule=cosine", "optimizer.warmup_steps=5", "optimizer.adam_beta2=0.99"),
+        ),
+    ),
 )
 
 

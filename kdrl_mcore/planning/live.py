@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
-        self._resize = ExitStack()
+        self._resize: Any = None  # torch's own, while this counts
 
     def __enter__(self) -> LiveBytes:
         resize, live = torch.UntypedStorage.resize_, self
@@ -45,13 +43,13 @@ class LiveBytes(TorchDispatchMode):
             live._resized(storage)
             return result
 
-        self._resize.enter_context(patch.object(torch.UntypedStorage, "resize_", followed))
+        self._resize, torch.UntypedStorage.resize_ = resize, followed  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._resize.close()
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
