@@ -210,8 +210,18 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
 
 
 def _check_plateaus(config: Config) -> None:
+    """Check what follows the evaluations on the way."""
+    on_the_way = evaluates(config) and config.eval.every > 0
+    for key, is_set in (
+        ("trainer.stop_after", config.trainer.stop_after > 0),
+        ("checkpoint.best", config.checkpoint.best is not None),
+    ):
+        if is_set and not on_the_way:
+            raise ConfigError(f"{key} follows the evaluations: set eval.every, and data.eval or eval.benchmarks")
+    if config.checkpoint.best is not None and config.checkpoint.every < 0:
+        raise ConfigError("checkpoint.best keeps a checkpoint, but checkpoint.every=-1 writes none: leave one out")
     for name in ("alpha", "beta"):
-        if getattr(config.objective, name).kind == "plateau" and not (evaluates(config) and config.eval.every > 0):
+        if getattr(config.objective, name).kind == "plateau" and not on_the_way:
             raise ConfigError(
                 f"objective.{name}.kind=plateau watches eval/accuracy: set eval.every, and data.eval or eval.benchmarks"
             )

@@ -64,6 +64,9 @@ class TrainerConfig:
         "seconds without progress on any rank after which the job ends, naming who hangs; 0 is off",
         range=Range(0, YEAR - 60),
     )
+    stop_after: int = key(
+        0, "evaluations in a row without a higher eval/accuracy after which the run ends; 0 is off", range=COUNT_OR_OFF
+    )
     slow_ranks_every: int = key(
         10, "steps between comparisons of the ranks' own work, which name a slow one; 0 is off", range=COUNT_OR_OFF
     )
@@ -571,6 +574,10 @@ class CheckpointConfig:
     )
     resume: str = key("auto", "auto (the run's latest), never, or a checkpoint path")
     keep: int = key(2, "newest checkpoints kept; 0 keeps all", range=COUNT_OR_OFF)
+    best: str | None = key(
+        None,
+        "a metric of evaluations, such as eval/accuracy: the checkpoint with its highest value is kept as checkpoints/best",
+    )
     asynchronous: bool = key(True, "child processes write while training continues; false waits for each checkpoint")
     export_hf: bool = key(True, "write the final student as an HF checkpoint in RUN/hf")
 

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
+
+
+@dataclass
+class Record:
+    """The highest of the values seen, and how many since then were not higher."""
+
+    highest: float | None = None
+    waited: int = 0
+
+    def observe(self, value: float) -> bool:
+        """Take note of a value; returns whether it is higher than all before."""
+        is_higher = self.highest is None or value > self.highest
+        self.highest, self.waited = (value, 0) if is_higher else (self.highest, self.waited + 1)
+        return is_higher
 
 
 class Coefficient:
@@ -24,7 +39,7 @@ class Coefficient:
         self._step = 0
         self._adapted = schedule.init
         self._switched = False
-        self._best, self._waited = -math.inf, 0  # of the evaluations
+        self._accuracy = Record()
 
     @property
     def value(self) -> float:
@@ -53,11 +68,8 @@ class Coefficient:
 
     def observe(self, accuracy: float) -> None:
         """Take note of an evaluation."""
-        if accuracy > self._best:
-            self._best, self._waited = accuracy, 0
-            return
-        self._waited += 1
-        if self._schedule.kind == "plateau" and self._waited >= self._schedule.patience:
+        self._accuracy.observe(accuracy)
+        if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
             self._switched = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,8 +78,7 @@ class Coefficient:
             "step": self._step,
             "adapted": self._adapted,
             "switched": self._switched,
-            "best": self._best if math.isfinite(self._best) else None,
-            "waited": self._waited,
+            "accuracy": asdict(self._accuracy),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False) -> None:
@@ -77,9 +88,7 @@ class Coefficient:
         if restart:
             return
         self._adapted = float(state["adapted"])
-        self._switched, self._waited = bool(state.get("switched", False)), int(state.get("waited", 0))
-        best = state.get("best")
-        self._best = -math.inf if best is None else float(best)
+        self._switched, self._accuracy = bool(state.get("switched", False)), Record(**state.get("accuracy", {}))
 
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:

@@ -58,6 +58,9 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         (f"{KD}.divergence=forward {KD}.estimator=top_k {KD}.top_k_tail=truncate", "objective.kd.top_k_support=teacher"),
         (f"{KD}.token_weight.kind=teacher_entropy", "set objective.kd.estimator=exact"),
         (f"{KD}.token_weight.kind=teacher_entropy {KD}.estimator=exact {KD}.token_weight.normalize=true", "at false"),
+        ("trainer.stop_after=2", "trainer.stop_after follows the evaluations: set eval.every"),
+        ("checkpoint.best=eval/accuracy data.eval=e.jsonl", "checkpoint.best follows the evaluations: set eval.every"),
+        ("checkpoint.best=eval/accuracy data.eval=e.jsonl eval.every=2 checkpoint.every=-1", "leave one out"),
         ("objective.beta.kind=plateau", "objective.beta.kind=plateau watches eval/accuracy"),
     ],
 )
