@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
             live._resized(storage)
             return result
 
-        self._resize, torch.UntypedStorage.resize_ = resize, followed  # type: ignore[method-assign]
+        self._resize, torch.UntypedStorage.resize_ = resize, followed  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
