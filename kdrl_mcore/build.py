@@ -42,6 +42,7 @@ from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
@@ -295,6 +296,8 @@ def build_sampling_source(
         verify=True,
         part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
     )
+    settings = rollout.group_filter
+    wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     if rollout.steps_ahead:
         assert isinstance(engine, VllmEngine)
         return SampledAhead(
@@ -303,10 +306,11 @@ def build_sampling_source(
             prompts,
             verifier,
             sampling,
+            wanted,
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )
-    return SampledRollouts(engine, student, prompts, verifier, sampling)
+    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted)
 
 
 def _part_tokens(config: Config) -> int:

@@ -59,7 +59,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
     metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
-    return rollouts, {**metrics, "teacher_tokens_early": float(early_tokens)}
+    return rollouts, {**metrics, **job.source.counts, "teacher_tokens_early": float(early_tokens)}
 
 
 def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta: float) -> Tensor:

@@ -7,6 +7,7 @@ from kdrl_mcore.config.derived import (
     SWITCHES,
     is_on_policy,
     learns_from_reward,
+    samples,
     uses_teacher,
     weighs_by_scores,
 )
@@ -29,6 +30,7 @@ def check_axes(config: Config) -> None:
     _check_correction(config)
     _check_token_weight(objective)
     _check_divergence(objective)
+    _check_group_filter(config)
 
 
 def _check_combine(config: Config) -> None:
@@ -142,6 +144,25 @@ def _check_divergence(objective: ObjectiveConfig) -> None:
                 "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
                 "objective.kd.top_k_support=teacher, or the tail to bucket"
             )
+
+
+def _check_group_filter(config: Config) -> None:
+    settings, objective = config.rollout.group_filter, config.objective
+    if not settings.rounds:
+        if settings.others != "drop":
+            raise ConfigError("rollout.group_filter.others=teach needs rollout.group_filter.rounds above 0")
+        return
+    name = f"rollout.group_filter.rounds={settings.rounds}"
+    if not samples(config):
+        raise ConfigError(f"{name} samples further prompts, and this run samples none: set it to 0")
+    if not learns_from_reward(objective):
+        raise ConfigError(
+            f"{name} looks for groups that rewards can tell apart, but objective.alpha is never positive: set it to 0"
+        )
+    if config.teacher.score_while_sampling:
+        raise ConfigError(f"{name} decides after sampling which groups stay: set teacher.score_while_sampling=false")
+    if settings.others == "teach" and not uses_teacher(objective):
+        raise ConfigError("rollout.group_filter.others=teach needs a teacher: set objective.beta above 0, or others=drop")
 
 
 def _largest(schedule: ScheduleConfig) -> float:

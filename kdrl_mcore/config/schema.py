@@ -363,6 +363,22 @@ class VllmConfig:
 
 
 @dataclass
+class GroupFilterConfig:
+    """Groups without signal, whose responses are all correct or all incorrect."""
+
+    rounds: int = key(
+        0,
+        "further samplings of prompts_per_step prompts in a step, at most, until so many groups have signal; 0 is off",
+        range=Range(0, 1000),
+    )
+    others: str = key(
+        "drop",
+        "groups without signal: drop, or teach (they stay in the batch, for a teacher)",
+        choices=("drop", "teach"),
+    )
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -385,6 +401,7 @@ class RolloutConfig:
         "1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)",
         range=Range(0, 1),
     )
+    group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 

@@ -95,7 +95,12 @@ def make_plan(setup: Setup) -> Plan:
     phases = []
     sampled = generation(setup) if samples(setup.config) else None
     if sampled is not None:
-        phases += [Phase("rollout", sampled.seconds), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
+        times = setup.samplings
+        phases += [
+            Phase("rollout", sampled.seconds * times),
+            Phase("refit", _refit(setup)),
+            Phase("reward", _reward(setup) * times),
+        ]
     if setup.teacher is not None:
         phases.append(Phase("teacher", _teacher(setup)))
     if not sft and setup.updates > 1:

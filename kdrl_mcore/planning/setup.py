@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +103,15 @@ class Setup:
     def updates(self) -> int:
         """The number of optimizer updates per step."""
         return self.config.batch.updates_per_step
+
+    @property
+    def samplings(self) -> int:
+        """How often a step samples `prompts_per_step` prompts, where groups without signal are replaced: what it takes if every
+        response is correct with the workload's probability, on its own. Problems differ, so it is a lower bound."""
+        rollout, correct = self.config.rollout, self.workload.correct
+        without_signal = correct**rollout.responses_per_prompt + (1 - correct) ** rollout.responses_per_prompt
+        needed = math.ceil(1 / max(1 - without_signal, 1e-6) - 1e-9)
+        return min(needed, 1 + rollout.group_filter.rounds)
 
     @property
     def distilled(self) -> float:

@@ -77,6 +77,23 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
     )
 
 
+def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """On two data-parallel ranks, which share the verification: a step trains on as many groups as without the filter."""
+    settings = ["objective=grpo", "trainer.steps=3", "rollout.responses_per_prompt=3", "rollout.group_filter.rounds=2"]
+    outcome = run(ranks2, zoo, tmp_path, *settings, "reward.kind=tests.support.rewards:LengthModulo")
+    assert outcome.code == 0, outcome.stderr
+    rows = metrics_of(tmp_path / "run")
+    for row in rows:
+        step = read_jsonl(tmp_path / "run" / "rollouts" / f"step_{row['step']:06d}.jsonl")
+        verdicts = [[rollout["correct"] for rollout in step if rollout["group_id"] == group] for group in range(4)]
+        with_signal = sum(0 < sum(group) < 3 for group in verdicts)
+        assert len(step) == 12 and [len(group) for group in verdicts] == [3] * 4
+        assert row["groups_sampled"] == 4 * (1 + row["resampling_rounds"])
+        assert with_signal == min(4, round(row["signal_share"] * row["groups_sampled"]))
+        assert with_signal == 4 or row["resampling_rounds"] == 2
+    assert any(row["resampling_rounds"] for row in rows)
+
+
 def test_a_warm_up_longer_than_the_run_is_told(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
     outcome = run(ranks1, zoo, tmp_path, "objective=sft", "trainer.steps=1", "optimizer.warmup_steps=5")
     assert outcome.code == 0 and any("more than the run's 1 updates" in line for line in outcome.log)
