@@ -25,7 +25,7 @@ from benchmarks import memory as bench_memory
 from benchmarks import peers as bench_peers
 from benchmarks import refit as bench_refit
 from benchmarks import step as bench_step
-from benchmarks.head import VARIANTS, Problem, Ranks, Reference
+from benchmarks.head import DIVERGENCES, VARIANTS, Problem, Ranks, Reference
 from benchmarks.help import Defaults
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.resilience.files import write_file
@@ -34,7 +34,15 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """The largest allowed difference of losses and gradients, relative to the largest element."""
 WIDTH = 120
 """The width of a table if the output is not a terminal."""
-MATERIALISED_COPIES = {"k2": 5, "exact": 8}
+MATERIALISED_COPIES = {
+    "k2": 5,
+    "exact": 8,
+    "forward": 8,
+    "jensen_shannon": 15,
+    "top_k_bucket": 8,
+    "top_k_corrected": 7,
+    "eopd": 7,
+}
 """The number of float32 [T, V] tensors that the materialised variant holds; used to check the memory before it runs."""
 
 
@@ -78,7 +86,7 @@ def main(arguments: list[str]) -> int:
     head.add_argument("--vocab", type=int, nargs="+", default=[32768, 151936], help="columns of all ranks together")
     head.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="ranks that share the vocabulary, one process each")
     head.add_argument("--dtype", default="float32", choices=sorted(TOLERANCE), help="type of hidden states and weight")
-    head.add_argument("--estimator", default="k2", choices=("k2", "exact"), help="estimator of the reverse KL in the loss")
+    head.add_argument("--estimator", default="k2", choices=tuple(DIVERGENCES), help="divergence from the teacher in the loss")
     head.add_argument("--repeats", type=int, default=3, help="timed runs of each variant, taken in turn; the median counts")
     head.add_argument("--threads", type=int, help="CPU threads of all ranks together (default: one per core)")
     head.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")

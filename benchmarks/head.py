@@ -6,6 +6,7 @@ T tokens, C rows of a chunk, H hidden size (of student and teacher), V vocabular
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -23,12 +24,38 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.resident import peak_resident_bytes, resident_bytes, restart_peak
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
+    ExactReverseKL,
+    HeadTokens,
+    JensenShannon,
+    TeacherInputs,
+    TopKForwardKL,
+    TopKReverseKL,
+    VocabShard,
+    fused_head,
+)
+from kdrl_mcore.vocab_parallel.collectives import gather_columns
+from kdrl_mcore.vocab_parallel.divergence import Divergence
 from kdrl_mcore.vocab_parallel.engine import default_chunk_tokens
 
 WARM_UP_TOKENS = 16
 TIMEOUT = 1800.0  # seconds for one command
 CLIP, BETA, ENTROPY_WEIGHT = 0.2, 0.1, 0.01
+TOP_K = 50
+LEAST_TEACHER_ENTROPY = 0.8
+
+DIVERGENCES: dict[str, Divergence | None] = {
+    "k2": None,
+    "exact": ExactReverseKL(),
+    "forward": ExactForwardKL(),
+    "jensen_shannon": JensenShannon(0.5),
+    "top_k_bucket": TopKForwardKL(TOP_K, "teacher", "bucket"),
+    "top_k_corrected": TopKReverseKL(TOP_K, "teacher", "corrected"),
+    "eopd": TopKForwardKL(TOP_K, "teacher", "truncate"),
+}
+"""The divergence in the loss of each problem; None for k2, which takes the teacher's log-probs as given. `eopd` needs the
+teacher's entropy too (arXiv 2603.07079)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,7 @@ class Problem:
     """The problem: the loss of `tokens` tokens over `vocab` columns that `tp` ranks share, and its gradients.
 
     Attributes:
-        estimator: `k2` (log-prob, entropy, GRPO and k2) or `exact` (GRPO, entropy and the exact reverse KL).
+        estimator: one of `DIVERGENCES`, in a loss with GRPO and the entropy.
         threads: CPU threads of one rank.
     """
 
@@ -52,7 +79,7 @@ class Problem:
     @property
     def flop(self) -> int:
         """The FLOP of the bare matrix products on one rank."""
-        return (8 if self.estimator == "exact" else 6) * self.tokens * self.hidden * (self.vocab // self.tp)
+        return (6 if DIVERGENCES[self.estimator] is None else 8) * self.tokens * self.hidden * (self.vocab // self.tp)
 
 
 @dataclass
@@ -79,14 +106,17 @@ class Inputs:
             self.shard,
         )
 
-    def loss_C(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-        """The loss of each token: clipped surrogate, entropy bonus, and k2 or the exact divergence."""
+    def loss_C(self, tokens: HeadTokens, rows: slice) -> Tensor:
+        """The loss of each token: clipped surrogate, entropy bonus, and k2 or the divergence."""
+        log_probs_C, divergence_C = tokens.log_probs, tokens.divergences
         ratio_C = (log_probs_C - log_probs_C.detach()).exp()
         advantages_C = self.advantages_T[rows]
         surrogate_C = torch.minimum(ratio_C * advantages_C, ratio_C.clamp(1 - CLIP, 1 + CLIP) * advantages_C)
         if self.teacher is None:
             divergence_C = 0.5 * (self.teacher_log_probs_T[rows] - log_probs_C).square()
-        return -surrogate_C + BETA * divergence_C - ENTROPY_WEIGHT * entropy_C
+        elif tokens.teacher_entropies is not None:
+            divergence_C = divergence_C * (tokens.teacher_entropies > LEAST_TEACHER_ENTROPY)
+        return -surrogate_C + BETA * divergence_C - ENTROPY_WEIGHT * tokens.entropies
 
 
 def make_inputs(problem: Problem, rank: int, group: dist.ProcessGroup | None) -> Inputs:
@@ -97,15 +127,21 @@ def make_inputs(problem: Problem, rank: int, group: dist.ProcessGroup | None) ->
     def normal(rows: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         return torch.randn(rows, problem.hidden, generator=generator).mul_(scale).to(problem.device, dtype)
 
+    divergence = DIVERGENCES[problem.estimator]
     return Inputs(
         normal(problem.tokens, shared).requires_grad_(),
         normal(columns, own, problem.hidden**-0.5).requires_grad_(),
         torch.randint(0, problem.vocab, (problem.tokens,), generator=shared).to(problem.device),
         torch.randn(problem.tokens, generator=shared).to(problem.device),
         torch.randn(problem.tokens, generator=shared).sub_(12).to(problem.device),
-        TeacherInputs(normal(problem.tokens, shared), normal(columns, own, problem.hidden**-0.5), ExactReverseKL())
-        if problem.estimator == "exact"
-        else None,
+        None
+        if divergence is None
+        else TeacherInputs(
+            normal(problem.tokens, shared),
+            normal(columns, own, problem.hidden**-0.5),
+            divergence,
+            with_entropy=problem.estimator == "eopd",
+        ),
         VocabShard(group, rank * columns, (rank + 1) * columns, problem.vocab),
     )
 
@@ -160,12 +196,41 @@ def _plain_loss(inputs: Inputs, hidden_CH: Tensor, weight_VH: Tensor, start: int
     own_C, column_C = shard.locate(inputs.targets_T[rows])
     log_probs_C = _SumOfRanks.apply(torch.where(own_C, log_p_CV.gather(1, column_C[:, None])[:, 0], 0.0), shard)
     entropy_C = -_SumOfRanks.apply((p_CV * log_p_CV).sum(dim=1), shard)
-    divergence_C = torch.zeros_like(log_probs_C)
+    divergence_C = teacher_log_probs_C = torch.zeros_like(log_probs_C)
+    teacher_entropy_C = None
     if inputs.teacher is not None:
         with torch.no_grad():
             log_q_CV = _log_softmax(inputs.teacher.hidden_DG[rows], inputs.teacher.weight_VG, shard)
-        divergence_C = _SumOfRanks.apply((p_CV * (log_p_CV - log_q_CV)).sum(dim=1), shard)
-    return inputs.loss_C(log_probs_C, entropy_C, divergence_C, rows).sum()
+        if inputs.teacher.with_entropy:
+            teacher_entropy_C = -_SumOfRanks.apply((log_q_CV.exp() * log_q_CV).sum(dim=1), shard)
+        divergence_C = _plain_divergence(inputs.teacher.divergence, log_p_CV, p_CV, log_q_CV, shard)
+    tokens = HeadTokens(log_probs_C, entropy_C, divergence_C, teacher_log_probs_C, teacher_entropy_C)
+    return inputs.loss_C(tokens, rows).sum()
+
+
+def _plain_divergence(form: Divergence, log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, shard: VocabShard) -> Tensor:
+    """The divergence [C] from this rank's columns, as one would write it for autograd."""
+    if isinstance(form, ExactReverseKL):
+        return _SumOfRanks.apply((p_CV * (log_p_CV - log_q_CV)).sum(dim=1), shard)
+    if isinstance(form, ExactForwardKL):
+        return _SumOfRanks.apply((log_q_CV.exp() * (log_q_CV - log_p_CV)).sum(dim=1), shard)
+    if isinstance(form, JensenShannon):
+        log_m_CV = torch.logaddexp(log_q_CV + math.log(form.beta), log_p_CV + math.log1p(-form.beta))
+        terms_CV = form.beta * log_q_CV.exp() * (log_q_CV - log_m_CV) + (1 - form.beta) * p_CV * (log_p_CV - log_m_CV)
+        return _SumOfRanks.apply(terms_CV.sum(dim=1), shard)
+    assert isinstance(form, TopKForwardKL | TopKReverseKL) and form.support == "teacher"
+    largest_CK = gather_columns(log_q_CV.topk(form.k, dim=1).values, shard)
+    inside_CV = log_q_CV >= largest_CK.topk(form.k, dim=1).values[:, -1:]
+    row_N, column_N = inside_CV.nonzero(as_tuple=True)
+    log_p_N, log_q_N = log_p_CV[row_N, column_N], log_q_CV[row_N, column_N]
+    terms_N = form.terms(log_p_N.exp(), log_p_N, log_q_N)
+    inside_C = _SumOfRanks.apply(log_p_CV.new_zeros(len(log_p_CV)).index_add(0, row_N, terms_N), shard)
+    if form.tail != "bucket":
+        return inside_C
+    p_out_C, q_out_C = (
+        _SumOfRanks.apply(mass_CV.masked_fill(inside_CV, 0.0).sum(dim=1), shard) for mass_CV in (p_CV, log_q_CV.exp())
+    )
+    return inside_C + form.terms(p_out_C, p_out_C.log(), q_out_C.log())
 
 
 def materialised(inputs: Inputs) -> Tensor:

@@ -302,9 +302,10 @@ def measure_on_rank(overrides: Sequence[str], tokens: int, micro_batches: int, *
     prepare_platform()
     from kdrl_mcore.model.families import read_architecture
     from kdrl_mcore.student.student import MicroBatch, Student
+    from kdrl_mcore.vocab_parallel import HeadTokens
 
-    def token_loss(log_probs: Tensor, entropy: Tensor, divergence: Tensor | None, rows: slice) -> tuple[Tensor, Any]:
-        return -log_probs / tokens, ({}, {})
+    def token_loss(of_chunk: HeadTokens, has_divergences: bool, rows: slice) -> tuple[Tensor, Any]:
+        return -of_chunk.log_probs / tokens, ({}, {})
 
     config = load_config(overrides)
     assert config.student.path is not None

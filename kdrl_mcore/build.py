@@ -29,10 +29,11 @@ from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.data.vocabulary import end_differently, shared_vocabulary
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.job import Job
+from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.layout import teacher_layout
@@ -41,6 +42,7 @@ from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
@@ -85,6 +87,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         evaluation=evaluation,
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
+        mask_stop_token=masks_stop_token(config),
     )
 
 
@@ -96,6 +99,7 @@ def check_outcome(config: Config) -> None:
         ConfigError: there is nothing to do, or the export would be refused after the last step.
     """
     models = used_models(config)
+    check_functions(config.objective)
     if config.trainer.steps == 0 and not evaluates(config):
         raise ConfigError(
             "trainer.steps=0 only evaluates, and there is nothing to evaluate on: set data.eval or eval.benchmarks, and leave "
@@ -187,6 +191,22 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     return teacher
 
 
+def masks_stop_token(config: Config) -> bool:
+    """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
+    gives the student's next to no probability: its term would teach the student never to stop."""
+    rule, objective = config.objective.kd.stop_token, config.objective
+    if rule != "auto" or not uses_teacher(objective):
+        return rule == "mask"
+    assert config.student.path is not None and config.teacher.path is not None
+    differ = end_differently(config.student.path, config.teacher.path)
+    if differ and dist.get_rank() == 0:
+        logger.warning(
+            "student and teacher end their responses with different tokens: the token that ends a response is left out of "
+            "distillation (objective.kd.stop_token=keep would teach it as well)"
+        )
+    return differ
+
+
 def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
     """A frozen copy of the initial student, in the student's layout; None if the loss has no reference KL. Collective over the
     world."""
@@ -276,6 +296,8 @@ def build_sampling_source(
         verify=True,
         part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
     )
+    settings = rollout.group_filter
+    wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     if rollout.steps_ahead:
         assert isinstance(engine, VllmEngine)
         return SampledAhead(
@@ -284,10 +306,11 @@ def build_sampling_source(
             prompts,
             verifier,
             sampling,
+            wanted,
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )
-    return SampledRollouts(engine, student, prompts, verifier, sampling)
+    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted)
 
 
 def _part_tokens(config: Config) -> int:

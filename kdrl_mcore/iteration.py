@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config, ObjectiveConfig
+from kdrl_mcore.config.derived import TEACH_INCORRECT
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
@@ -22,6 +23,7 @@ from kdrl_mcore.objective.aggregation import distillation_weights, response_weig
 from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch
+from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.student.update import advance_schedules, update
 from kdrl_mcore.teacher.teacher import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
@@ -48,14 +50,16 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     updates = []
     with clock("train"):
         for batch in job.split(rollouts, teacher, distil_N):  # one batch per optimizer step
+            batch = job.score_before_update(batch)  # log pi, where a setting needs whole responses
             advantages_N = compute_advantages(objective, batch, alpha, beta)  # A_i: r_i relative to its group
-            weighted = weigh_responses(job.config, batch, advantages_N)  # each token's weight in L_GRPO and L_KD
+            weighted = weigh_responses(job.config, batch, advantages_N)  # each response's weight in L_GRPO and L_KD
+            weighted = weigh_tokens(objective, weighted, job.mask_stop_token)  # and that of its tokens, and sequence ratios
             updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD
     for result in updates:
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
     metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
-    return rollouts, {**metrics, "teacher_tokens_early": float(early_tokens)}
+    return rollouts, {**metrics, **job.source.counts, "teacher_tokens_early": float(early_tokens)}
 
 
 def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta: float) -> Tensor:
@@ -63,7 +67,8 @@ def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta
     correct_N, group_ids_N = _column(rollouts, "correct").bool(), _column(rollouts, "group_id").long()
     if beta == 0:
         return torch.zeros(len(rollouts), dtype=torch.bool)
-    return distillation_mask(correct_N, group_ids_N, objective.kd.mask)
+    distil_N = distillation_mask(correct_N, group_ids_N, objective.kd.mask)
+    return distil_N & ~correct_N if objective.combine.kind in TEACH_INCORRECT else distil_N
 
 
 def compute_advantages(objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float) -> Tensor:
@@ -74,16 +79,18 @@ def compute_advantages(objective: ObjectiveConfig, batch: TrainingBatch, alpha: 
         return torch.zeros_like(rewards_N)
     if objective.kd.placement == "reward" and beta > 0:
         rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch), beta)
-    return group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std)
+    return group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std, baseline=objective.baseline)
 
 
 def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) -> TrainingBatch:
     """The batch with its advantages, and with the weight of each response's tokens in the two losses, normalisers included."""
     objective, limit = config.objective, config.rollout.max_response_tokens
     lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in batch.rollouts])
+    truncated_N = torch.tensor([rollout.finish_reason == "length" for rollout in batch.rollouts])
+    dropped_N = truncated_N if objective.truncated == "drop" else None
     return batch.with_weights(
         advantages_N=advantages_N,
-        policy_weights_N=response_weights(lengths_N, objective.aggregation, limit),
+        policy_weights_N=response_weights(lengths_N, objective.aggregation, limit, dropped_N),
         distillation_weights_N=distillation_weights(
             lengths_N, batch.distil_N, objective.aggregation, limit, objective.kd.denominator
         ),

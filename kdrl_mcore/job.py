@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy
+from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy, needs_scores
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.schedules import Coefficient
@@ -33,6 +33,8 @@ class Job:
     evaluation: Evaluation | None
     alpha: Coefficient
     beta: Coefficient
+    mask_stop_token: bool = False
+    """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
         """Let the teacher score each response to distil once, and no others. Log-probs are also stored in the rollouts, for the
@@ -63,26 +65,26 @@ class Job:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
         log pi_old is computed here, once."""
         updates = self.config.batch.updates_per_step
-        old = None
-        if updates > 1:
-            scored = score_rollouts(
-                self.student.parts,
-                rollouts,
-                temperature=self.config.rollout.temperature,
-                micro_tokens=self.config.batch.micro_tokens,
-            )
-            old = [log_probs for log_probs, _ in scored]
+        old = [log_probs for log_probs, _ in self._present_scores(rollouts)] if updates > 1 else None
         reference = None if self.reference is None else self._score(self.reference, rollouts)
         teacher_log_probs = [teacher.log_probs.get(index) for index in range(len(rollouts))] if teacher.log_probs else None
         on_policy = is_on_policy(self.config)
         batch = TrainingBatch(rollouts, distil_N, on_policy, teacher_log_probs, teacher.hidden, old, reference)
         return batch.split_by_group(updates)
 
+    def score_before_update(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with log pi and entropies at the present weights, if a setting needs whole responses before the update."""
+        return replace(batch, scores=self._present_scores(batch.rollouts)) if needs_scores(self.config) else batch
+
     def close(self) -> None:
         """End every process that the job started. Not collective."""
         for part in (self.engine, self.source, self.evaluation):
             if part is not None:
                 part.close()
+
+    def _present_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[TokenFloats, TokenFloats]]:
+        rollout, batch = self.config.rollout, self.config.batch
+        return score_rollouts(self.student.parts, rollouts, temperature=rollout.temperature, micro_tokens=batch.micro_tokens)
 
     def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)

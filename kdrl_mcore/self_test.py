@@ -20,7 +20,7 @@ from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.types import Rollout
-from kdrl_mcore.vocab_parallel import ExactReverseKL, HeadOutputs, TeacherInputs, fused_head
+from kdrl_mcore.vocab_parallel import ExactReverseKL, HeadOutputs, HeadTokens, TeacherInputs, fused_head
 from kdrl_mcore.vocab_parallel.collectives import gather_columns, gather_sequence
 from kdrl_mcore.vocab_parallel.products import wide_product
 
@@ -162,5 +162,5 @@ def check_head(job: Job, rollouts: Sequence[Rollout]) -> None:
             )
 
 
-def _no_loss(log_probs_C: Tensor, *_: object) -> Tensor:
-    return torch.zeros_like(log_probs_C)
+def _no_loss(tokens: HeadTokens, rows: slice) -> Tensor:
+    return torch.zeros_like(tokens.log_probs)

@@ -13,6 +13,7 @@ from kdrl_mcore.evaluation.metrics import standard_error
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.monitoring.clock import Clock
+from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
 from kdrl_mcore.types import Rollout
 
@@ -80,8 +81,18 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     metrics: dict[str, float] = {
         name: sums[name] / len(updates) for name in ("loss", "policy_loss", "kd_loss", "reference_loss") if name in sums
     }
-    per_token = {"entropy": "entropy", "clipped_tokens": "clip_share", "drift": "drift_mean"}
+    per_token = {
+        "entropy": "entropy",
+        "clipped_tokens": "clip_share",
+        "drift": "drift_mean",
+        "taught_tokens": "taught_share",
+        "gated_tokens": "gated_share",
+        "corrected_tokens": "corrected_share",
+    }
     metrics.update({new: sums[name] / tokens for name, new in per_token.items() if name in sums and tokens})
+    for weights, counted in (("correction", tokens), ("kd_importance", distilled)):
+        if weights in sums:
+            metrics[f"{weights}_ess"] = effective_share(sums[weights], sums[f"{weights}_squared"], counted)
     if distilled:
         metrics.update(
             {

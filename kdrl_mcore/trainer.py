@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import EngineError, NumericalError, StorageError
+from kdrl_mcore.errors import ConfigError, EngineError, NumericalError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.iteration import run_iteration
@@ -29,7 +29,8 @@ from kdrl_mcore.monitoring.loggers.processes import RunLoggers
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.monitoring.profiler import StepProfiler
 from kdrl_mcore.monitoring.progress import Progress
-from kdrl_mcore.parallel.collect import any_rank, each_on_any_rank, gather_objects
+from kdrl_mcore.objective.schedules import Record
+from kdrl_mcore.parallel.collect import any_rank, each_on_any_rank, from_first_rank, gather_objects
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.resilience.error_line import print_last
 from kdrl_mcore.resilience.faults import FaultInjector
@@ -72,6 +73,8 @@ class Trainer:
         self._saved_at = 0.0  # when the last checkpoint was begun
         self._is_main = dist.get_rank() == 0
         self._bad_updates = 0  # skipped in a row
+        self._accuracy, self._best = Record(), Record()  # of the evaluations: eval/accuracy, and `checkpoint.best`
+        self._is_best = False  # whether the step in progress set a record of the latter
         self._log: MetricsLog | None = None
         self._loggers: RunLoggers | None = None
         self._progress: Progress | None = None
@@ -122,6 +125,8 @@ class Trainer:
             self._record(step, self._evaluate(step))
         self._watchdog.take_own_work()  # the set-up's: only steps are compared
         self._compared = self._saved_at = time.monotonic()
+        if self._ends_early(step):
+            return False
         while step < config.trainer.steps:
             stops, long_ago = each_on_any_rank([self._stop.received is not None, self._is_main and self._saved_long_ago()])
             if (stops or long_ago) and saved < step and config.checkpoint.every >= 0:
@@ -132,18 +137,35 @@ class Trainer:
                 return True
             step = self._step = step + 1
             before = self._state(step - 1)
+            self._is_best = False
             try:
                 self._train_step(step)
             except EngineError:
                 self._save_after_engine_error(step, before, saved)
                 raise
-            if _is_due(step, config.checkpoint.every, config.trainer.steps):
+            ends_early = self._ends_early(step)
+            if _is_due(step, config.checkpoint.every, step if ends_early else config.trainer.steps) or self._is_best:
                 self._save(step)
                 saved = step
+            if ends_early:
+                return False
             self._checkpoints.poll()
             if config.trainer.slow_ranks_every and step % config.trainer.slow_ranks_every == 0:
                 self._compare_ranks()
         return False
+
+    def _ends_early(self, step: int) -> bool:
+        """Whether accuracy has not risen for `trainer.stop_after` evaluations, which is then said."""
+        patience = self.config.trainer.stop_after
+        if not patience or self._accuracy.waited < patience:
+            return False
+        assert self._accuracy.highest is not None
+        if self._is_main:
+            logger.info(
+                "ended after step %d: %d evaluations brought no accuracy above %.1f %% (trainer.stop_after)",
+                *(step, self._accuracy.waited, 100 * self._accuracy.highest),
+            )
+        return True
 
     def _open_log(self, step: int) -> None:
         if not self._is_main:
@@ -211,6 +233,12 @@ class Trainer:
         with writing(self.run_dir):
             metrics = summarize(job.evaluation.run(engine, generations))
         engine.sleep()
+        metrics = from_first_rank(metrics)
+        for coefficient in (job.alpha, job.beta):
+            coefficient.observe(metrics["eval/accuracy"])
+        self._accuracy.observe(metrics["eval/accuracy"])
+        if self.config.checkpoint.best is not None:
+            self._is_best = self._best.observe(_metric(metrics, self.config.checkpoint.best))
         return {**metrics, "time/evaluation": time.perf_counter() - start}
 
     def _enter(self, phase: str) -> None:
@@ -274,6 +302,7 @@ class Trainer:
             "beta": job.beta.state_dict(),
             **job.source.state_dict(),
             "bad_updates": self._bad_updates,
+            "records": {"accuracy": asdict(self._accuracy), "best": asdict(self._best)},
             "alerts": self._alerts.state_dict(),
             "seed": self.config.trainer.seed,
             "config": asdict(self.config),
@@ -287,7 +316,7 @@ class Trainer:
             return
         self.job.source.finish()  # what it samples ahead is part of the checkpoint
         self._saved_at = time.monotonic()
-        self._checkpoints.save(step, self.job.student, self._state(step))
+        self._checkpoints.save(step, self.job.student, self._state(step), is_best=self._is_best)
 
     def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
         """Save what was learned. All ranks have the error, either before the step's update or in the evaluation after it."""
@@ -308,6 +337,8 @@ class Trainer:
         job.beta.load_state_dict(state["beta"], restart="beta" in start.restarted)
         job.source.load_state_dict(state, resamples=start.resamples)
         self._bad_updates = state["bad_updates"]
+        if "records" in state:  # not in checkpoints of 0.2
+            self._accuracy, self._best = (Record(**state["records"][name]) for name in ("accuracy", "best"))
         self._alerts.load_state_dict(state["alerts"])
         if self._is_main:
             logger.info("resumed from %s after step %d", start.checkpoint, start.step)
@@ -335,6 +366,18 @@ def export_student(student: Student, directory: RunDirectory, start: Start, step
         export_hf(student.parts, student.source, directory.path / "hf")
         if dist.get_rank() == 0:
             directory.exported(start, step)
+
+
+def _metric(metrics: Mapping[str, float], name: str) -> float:
+    """A metric of an evaluation.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in metrics:
+        known = ", ".join(sorted(each for each in metrics if each.startswith("eval/")))
+        raise ConfigError(f"checkpoint.best={name} is no metric of the evaluations; there are: {known}")
+    return metrics[name]
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

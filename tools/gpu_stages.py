@@ -101,8 +101,17 @@ def matrices(sizes: Sizes, folder: Path) -> Result:
 
 
 def head(sizes: Sizes, folder: Path) -> Result:
-    """Loss and gradients of the fused head, with log-probs and with the exact reverse KL, as shares of the measured peak."""
-    from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
+    """Loss and gradients of the fused head, with log-probs and with each divergence, as shares of the measured peak."""
+    from kdrl_mcore.vocab_parallel import (
+        ExactForwardKL,
+        ExactReverseKL,
+        JensenShannon,
+        TeacherInputs,
+        TopKForwardKL,
+        VocabShard,
+        fused_head,
+    )
+    from kdrl_mcore.vocab_parallel.divergence import Divergence
 
     tokens, hidden, vocab = sizes.head_tokens, sizes.head_hidden, sizes.vocab
     dtype = getattr(torch, sizes.dtype)
@@ -115,27 +124,34 @@ def head(sizes: Sizes, folder: Path) -> Result:
     teacher_TH, teacher_VH = normal(tokens), normal(vocab, hidden**-0.5)
     rows_T = torch.arange(tokens, device="cuda")
     targets_T = torch.randint(0, vocab, (tokens,), device="cuda")
-    teacher = TeacherInputs(teacher_TH, teacher_VH, ExactReverseKL())
+    divergences: dict[str, Divergence | None] = {
+        "log_probs": None,
+        "exact": ExactReverseKL(),
+        "forward": ExactForwardKL(),
+        "jensen_shannon": JensenShannon(0.5),
+        "top_k_bucket": TopKForwardKL(50, "teacher", "bucket"),
+    }
 
-    def step(exact: bool) -> None:
+    def step(divergence: Divergence | None) -> None:
         hidden_TH.grad = weight_VH.grad = None
         fused_head(
             hidden_TH,
             weight_VH,
             rows_T,
             targets_T,
-            lambda log_probs, entropy, divergence, rows: (divergence if exact else -log_probs) / tokens,
+            lambda head, rows: (-head.log_probs if divergence is None else head.divergences) / tokens,
             VocabShard(None, 0, vocab, vocab),
             temperature=1.0,
-            teacher=teacher if exact else None,
+            teacher=None if divergence is None else TeacherInputs(teacher_TH, teacher_VH, divergence),
         ).loss.backward()
 
     peak = _matrix_tflops(sizes)
     result: Result = {}
-    for name, exact, products in (("log_probs", False, 6), ("exact", True, 8)):
+    for name, divergence in divergences.items():
+        products = 6 if divergence is None else 8
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = _seconds(partial(step, exact))
+        seconds = _seconds(partial(step, divergence))
         tflops = products * tokens * hidden * vocab / seconds / 1e12
         result |= {f"{name}_tflops": tflops, f"{name}_of_peak": tflops / peak}
         result[f"{name}_extra_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30

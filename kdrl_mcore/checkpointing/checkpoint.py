@@ -31,6 +31,8 @@ from kdrl_mcore.student.student import Student
 WEIGHTS_DIR = "weights"
 MODEL_DIR = "model"  # the HF config and tokenizer, so that a checkpoint can be exported without the model it came from
 LATEST = "latest"
+BEST = "best"
+"""Link to the checkpoint of the best evaluation (`checkpoint.best`), which is never deleted while it is that."""
 
 logger = logging.getLogger(__name__)
 

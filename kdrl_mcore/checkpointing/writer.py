@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kdrl_mcore.checkpointing.checkpoint import LATEST, MODEL_DIR, WEIGHTS_DIR, checkpoint_dirs, in_lineage, step_of
+from kdrl_mcore.checkpointing.checkpoint import BEST, LATEST, MODEL_DIR, WEIGHTS_DIR, checkpoint_dirs, in_lineage, step_of
 from kdrl_mcore.checkpointing.lineage import STATE_FILE, lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
 from kdrl_mcore.convert.hf_files import copy_side_files
@@ -53,11 +53,12 @@ class CheckpointWriter:
             for left_over in directory.glob(".step_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
 
-    def save(self, step: int, student: Student, state: dict[str, Any]) -> None:
+    def save(self, step: int, student: Student, state: dict[str, Any], *, is_best: bool = False) -> None:
         """Begin the checkpoint of `step`, after completing the previous one.
 
         Args:
             state: everything other than weights and optimizer, as JSON values.
+            is_best: whether the link `best` moves to it.
 
         Raises:
             CheckpointError: this checkpoint or the previous one could not be written; earlier ones are unchanged.
@@ -83,7 +84,7 @@ class CheckpointWriter:
                 assert request is not None
                 if request.async_fn is not None:
                     request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder))
-                request.add_finalize_fn(partial(self._publish, step))
+                request.add_finalize_fn(partial(self._publish, step, is_best))
                 let_threads_finish()
                 self._queue.schedule_async_request(request)  # copies tensors on the GPU before it returns
                 student.leave_state()
@@ -117,7 +118,7 @@ class CheckpointWriter:
         except (CheckpointException, OSError) as error:
             raise self._failure(_causes(error)) from error
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, is_best: bool) -> None:
         """Publish a checkpoint whose files are written. Collective over the world."""
         self._on_rank_0(partial(_raise_first, self._errors))
         temporary, target = self._temporary(step), self._directory / f"step_{step:06d}"
@@ -134,10 +135,11 @@ class CheckpointWriter:
             if target.exists():
                 os.replace(target, replaced)
             os.replace(temporary, target)
-            link = self._directory / f".{LATEST}.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
-            os.replace(link, self._directory / LATEST)
+            for name in (LATEST, *([BEST] if is_best else [])):
+                link = self._directory / f".{name}.new"
+                link.unlink(missing_ok=True)
+                link.symlink_to(target.name)
+                os.replace(link, self._directory / name)
             sync_directory(self._directory)
             shutil.rmtree(replaced, ignore_errors=True)
             self._delete_old(target)
@@ -146,11 +148,15 @@ class CheckpointWriter:
 
     def _delete_old(self, newest: Path) -> None:
         """Keep the newest `keep` intact checkpoints of this lineage up to `newest`, any damaged ones in between, and always
-        `newest`. Delete the rest up to `newest`, including those of branches that were left."""
+        `newest` and the best. Delete the rest up to `newest`, including those of branches that were left."""
         if self._keep <= 0:
             return
         lineage, whole = lineage_of(newest), 0
+        link = self._directory / BEST
+        best = self._directory / link.readlink() if link.is_symlink() else None
         for path in reversed([path for path in checkpoint_dirs(self._directory) if step_of(path) <= step_of(newest)]):
+            if path == best:
+                continue
             if path != newest and (whole >= self._keep or not in_lineage(path, lineage)):
                 shutil.rmtree(path, ignore_errors=True)
             elif first_missing(path) is None:

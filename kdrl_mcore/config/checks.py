@@ -8,15 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     can_be_positive,
     engines_have_own_gpus,
+    evaluates,
     learns_from_reward,
     replays,
     uses_distributed_optimizer,
     uses_teacher,
 )
-from kdrl_mcore.config.keys import CHOICES, RANGES, key_types, nearest
+from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
@@ -63,8 +65,9 @@ def check_config(config: Config) -> None:
         if isinstance(value, str) and not value.strip() and key not in MAY_BE_EMPTY:
             raise ConfigError(f"{key} is empty: give it a value, or leave it out")
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key}={flat[key]} is not one of: {', '.join(allowed)}{nearest(str(flat[key]), allowed)}")
+        value, own = flat[key], ", or MODULE:NAME" if key in TAKE_FUNCTIONS else ""
+        if value not in allowed and not (own and ":" in str(value)):
+            raise ConfigError(f"{key}={value} is not one of: {', '.join(allowed)}{own}{nearest(str(value), allowed)}")
     if not config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
         raise ConfigError(
             f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "
@@ -85,6 +88,7 @@ def check_config(config: Config) -> None:
     _check_loggers(config.logging.loggers)
     _check_schedule("objective.alpha", config.objective.alpha)
     _check_schedule("objective.beta", config.objective.beta)
+    _check_plateaus(config)
     _check_objective(config)
 
 
@@ -196,11 +200,31 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
         raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
     if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
         raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
+    if schedule.kind == "below" and not schedule.target > 0:
+        raise ConfigError(f"{name}.kind=below needs {name}.target > 0, the KL per token at which it switches")
     if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
         raise ConfigError(
             f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "
             "bounds of an adaptive schedule"
         )
+
+
+def _check_plateaus(config: Config) -> None:
+    """Check what follows the evaluations on the way."""
+    on_the_way = evaluates(config) and config.eval.every > 0
+    for key, is_set in (
+        ("trainer.stop_after", config.trainer.stop_after > 0),
+        ("checkpoint.best", config.checkpoint.best is not None),
+    ):
+        if is_set and not on_the_way:
+            raise ConfigError(f"{key} follows the evaluations: set eval.every, and data.eval or eval.benchmarks")
+    if config.checkpoint.best is not None and config.checkpoint.every < 0:
+        raise ConfigError("checkpoint.best keeps a checkpoint, but checkpoint.every=-1 writes none: leave one out")
+    for name in ("alpha", "beta"):
+        if getattr(config.objective, name).kind == "plateau" and not on_the_way:
+            raise ConfigError(
+                f"objective.{name}.kind=plateau watches eval/accuracy: set eval.every, and data.eval or eval.benchmarks"
+            )
 
 
 def _check_rewards(reward: RewardConfig, data: DataConfig) -> None:
@@ -303,6 +327,7 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.placement={objective.kd.placement} uses the log-ratio itself; "
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
+    check_axes(config)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -11,12 +11,20 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+TEACH_INCORRECT = ("gate",)
+"""The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
+SWITCHES = ("switch", "below", "plateau")
+"""The schedules that go from `init` to `after` at once."""
+
+WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
+"""The rules of `objective.kd.token_weight` that compare both models' scores of whole responses."""
+
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
     """Whether a coefficient schedule is above zero at some step."""
     values = {
         "constant": (schedule.init,),
-        "switch": (schedule.init, schedule.after),
+        **dict.fromkeys(SWITCHES, (schedule.init, schedule.after)),
         "linear": (schedule.init, schedule.min, -schedule.delta),  # with a negative delta it grows
     }
     return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
@@ -34,7 +42,26 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
 
 def uses_reference(objective: ObjectiveConfig) -> bool:
     """Whether the loss has a KL to the initial student, which is then loaded as the reference."""
-    return objective.kind != "sft" and objective.reference_kl.coefficient > 0
+    extrapolates = objective.combine.kind == "reference" and objective.combine.extrapolation != 1
+    return objective.kind != "sft" and (objective.reference_kl.coefficient > 0 or (extrapolates and uses_teacher(objective)))
+
+
+def weighs_by_scores(objective: ObjectiveConfig) -> bool:
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of one's
+    own may."""
+    kind = objective.kd.token_weight.kind
+    return kind in WEIGHTS_OF_SCORES or ":" in kind
+
+
+def needs_scores(config: Config) -> bool:
+    """Whether a setting needs log pi (or the entropy) of whole responses at the weights that an update begins with, so that a
+    pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
+    objective, several = config.objective, config.batch.updates_per_step > 1
+    return objective.kind != "sft" and (
+        (objective.ratio == "sequence" and several)
+        or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
+        or (uses_teacher(objective) and weighs_by_scores(objective))
+    )
 
 
 def compares_over_vocabulary(objective: ObjectiveConfig) -> bool:

@@ -14,16 +14,20 @@ _META = "key"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """A key's meaning; its allowed values if it is a choice; its range if it is a number (for a list, that of each item)."""
+    """A key's meaning; its allowed values if it is a choice, and whether MODULE:NAME, a function of one's own, is one too; its
+    range if it is a number (for a list, that of each item)."""
 
     meaning: str
     choices: tuple[str, ...]
     range: Range | None
+    takes_functions: bool = False
 
 
-def key(default: T, meaning: str, *, choices: Sequence[str] = (), range: Range | None = None) -> T:
+def key(
+    default: T, meaning: str, *, choices: Sequence[str] = (), range: Range | None = None, takes_functions: bool = False
+) -> T:
     """A dataclass field with this default and a `Meta`. Like `dataclasses.field`, it is typed as its default."""
-    metadata = {_META: Meta(meaning, tuple(choices), range)}
+    metadata = {_META: Meta(meaning, tuple(choices), range, takes_functions)}
     made: Any
     if isinstance(default, list):
         made = dataclasses.field(default_factory=default.copy, metadata=metadata)

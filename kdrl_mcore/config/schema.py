@@ -64,6 +64,9 @@ class TrainerConfig:
         "seconds without progress on any rank after which the job ends, naming who hangs; 0 is off",
         range=Range(0, YEAR - 60),
     )
+    stop_after: int = key(
+        0, "evaluations in a row without a higher eval/accuracy after which the run ends; 0 is off", range=COUNT_OR_OFF
+    )
     slow_ranks_every: int = key(
         10, "steps between comparisons of the ranks' own work, which name a slow one; 0 is off", range=COUNT_OR_OFF
     )
@@ -150,17 +153,69 @@ class ScheduleConfig:
 
     kind: str = key(
         "constant",
-        "constant, linear, cosine, switch or adaptive",
-        choices=("constant", "linear", "cosine", "switch", "adaptive"),
+        "constant, linear, cosine, switch, below, plateau or adaptive",
+        choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
     min: float = key(0.0, "floor of linear, cosine and adaptive", range=NOT_NEGATIVE)
     max: float = key(1.0, "ceiling of adaptive", range=NOT_NEGATIVE)
     delta: float = key(0.0, "linear: subtracted per step", range=SIGNED)  # with a negative delta the coefficient grows
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
-    after: float = key(0.0, "switch: value from that step on", range=NOT_NEGATIVE)
-    target: float = key(0.0, "adaptive: the KL per token to hold", range=NOT_NEGATIVE)
+    after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
+    target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
+    patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
+
+
+@dataclass
+class CombineConfig:
+    """How reward and teacher combine into a coefficient of the policy loss and a weight of distillation, for each token
+    (docs/method.md, "Combining the two signals")."""
+
+    kind: str = key(
+        "add",
+        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, a function of your own",
+        choices=("add", "gate", "sign", "relu", "modulate", "ratio", "reference"),
+        takes_functions=True,
+    )
+    signal: str = key(
+        "correct",
+        "sign and relu: what the teacher agrees or disagrees with, correct (the verdict) or advantage (its sign)",
+        choices=("correct", "advantage"),
+    )
+    agree: float = key(1.8, "sign: weight of distillation where the teacher agrees", range=NOT_NEGATIVE)
+    differ: float = key(1.0, "sign: and where it does not", range=NOT_NEGATIVE)
+    clip: float = key(0.2, "modulate: T / pi is clipped to [1 - clip, 1 + clip]", range=Range(0, 1))
+    bounds: str = key("both", "modulate: which bounds hold, both or upper", choices=("both", "upper"))
+    extrapolation: float = key(
+        1.25, "reference: l of l (log T - log ref) - KL(pi, ref); above 1 it goes beyond the teacher", range=NOT_NEGATIVE
+    )
+
+
+@dataclass
+class TokenWeightConfig:
+    """A weight of each token's distillation (docs/method.md, "Which tokens are taught")."""
+
+    kind: str = key(
+        "constant",
+        "constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix or teacher_entropy; or MODULE:NAME",
+        choices=(
+            *("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
+            "teacher_entropy",  # known only where the two models are compared, so the head's pass applies it
+        ),
+        takes_functions=True,
+    )
+    share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
+    more: float = key(
+        0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
+    )
+    tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
+    rate: float = key(
+        1.0, "trusted_prefix: how fast trust falls; teacher_entropy: the same; rising: power of the position", range=POSITIVE
+    )
+    solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
+    unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
+    normalize: bool = key(False, "scale the weights so that their mean over the distilled tokens is 1")
 
 
 @dataclass
@@ -170,6 +225,19 @@ class DistillationConfig:
     estimator: str = key(
         "k2", "k1, k2, k3, exact, top_k or top_k_unbiased", choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased")
     )
+    divergence: str = key(
+        "reverse",
+        "exact: reverse (KL(pi, T)), forward (KL(T, pi)) or jsd; top_k: reverse or forward; the others: reverse",
+        choices=("reverse", "forward", "jsd"),
+    )
+    jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
+    mix: str = key(
+        "none",
+        "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
+        "entropy is above mix_above) or trust (k2 with the weight min(T / pi, 1), the divergence with the rest)",
+        choices=("none", "entropy", "trust"),
+    )
+    mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
@@ -178,10 +246,26 @@ class DistillationConfig:
     )
     denominator: str = key("all", "tokens the KD loss is averaged over: all, or unmasked", choices=("all", "unmasked"))
     clamp: float | None = key(None, "clamp of |log T - log pi|; None leaves every gradient alive", range=POSITIVE)
+    importance: str = key(
+        "full",
+        "weight pi/mu of tokens that other weights sampled: full, truncate (at most importance_bound) or mask (0 outside "
+        "[1/bound, bound])",
+        choices=("full", "truncate", "mask"),
+    )
+    importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
+    token_weight: TokenWeightConfig = field(default_factory=TokenWeightConfig)
+    stop_token: str = key(
+        "auto",
+        "whether the token that ends a response is distilled: keep, mask, or auto (mask if student and teacher end "
+        "responses with different tokens)",
+        choices=("auto", "mask", "keep"),
+    )
     top_k: int = key(64, "support size of top_k and top_k_unbiased", range=COUNT)
     top_k_support: str = key("student", "whose top-k: student or teacher", choices=("student", "teacher"))
     top_k_tail: str = key(
-        "bucket", "outside the support: truncate, renormalize or bucket", choices=("truncate", "renormalize", "bucket")
+        "bucket",
+        "outside the support: truncate, renormalize, bucket, or (reverse) corrected: sum_S (p log(p/q) - p + q)",
+        choices=("truncate", "renormalize", "bucket", "corrected"),
     )
 
 
@@ -195,6 +279,11 @@ class SamplerCorrectionConfig:
         choices=("none", "truncate", "mask"),
     )
     bound: float = key(2.0, "C of truncated importance sampling", range=Range(1, LARGE))
+    level: str = key(
+        "token",
+        "whose pi_old/mu: each token's, the product over the sequence, or its geometric mean (mask only)",
+        choices=("token", "sequence", "geometric"),
+    )
 
 
 @dataclass
@@ -218,7 +307,30 @@ class ObjectiveConfig:
         "token_mean, sequence_mean or sequence_sum_norm",
         choices=("token_mean", "sequence_mean", "sequence_sum_norm"),
     )
-    normalize_by_std: bool = key(True, "divide the group-centred reward by the group's standard deviation")
+    combine: CombineConfig = field(default_factory=CombineConfig)
+    baseline: str = key(
+        "group",
+        "what a reward is compared with: group (GRPO), leave_one_out (RLOO: the others of the group, not divided by a "
+        "deviation) or batch (REINFORCE++: the group's mean, divided by the deviation over the batch)",
+        choices=("group", "leave_one_out", "batch"),
+    )
+    normalize_by_std: bool = key(True, "group: divide the centred reward by the group's standard deviation")
+    policy_loss: str = key(
+        "clip",
+        "clip (PPO's surrogate) or cispo (the clipped ratio as a constant weight of log pi); or MODULE:NAME",
+        choices=("clip", "cispo"),
+        takes_functions=True,
+    )
+    ratio: str = key(
+        "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
+    )
+    dual_clip: float | None = key(
+        None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
+    )
+    entropy_bonus: float = key(0.0, "coefficient of the student's entropy, which is maximised", range=NOT_NEGATIVE)
+    truncated: str = key(
+        "keep", "responses that their limit cut off: keep, or drop from the policy loss (DAPO)", choices=("keep", "drop")
+    )
     clip_low: float = key(0.2, "the policy ratio is clipped to [1 - clip_low, 1 + clip_high]", range=Range(0, 1))
     clip_high: float = key(0.2, "see clip_low", range=NOT_NEGATIVE)
     sampler_correction: SamplerCorrectionConfig = field(default_factory=SamplerCorrectionConfig)
@@ -251,6 +363,22 @@ class VllmConfig:
 
 
 @dataclass
+class GroupFilterConfig:
+    """Groups without signal, whose responses are all correct or all incorrect."""
+
+    rounds: int = key(
+        0,
+        "further samplings of prompts_per_step prompts in a step, at most, until so many groups have signal; 0 is off",
+        range=Range(0, 1000),
+    )
+    others: str = key(
+        "drop",
+        "groups without signal: drop, or teach (they stay in the batch, for a teacher)",
+        choices=("drop", "teach"),
+    )
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -273,6 +401,7 @@ class RolloutConfig:
         "1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)",
         range=Range(0, 1),
     )
+    group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -462,6 +591,10 @@ class CheckpointConfig:
     )
     resume: str = key("auto", "auto (the run's latest), never, or a checkpoint path")
     keep: int = key(2, "newest checkpoints kept; 0 keeps all", range=COUNT_OR_OFF)
+    best: str | None = key(
+        None,
+        "a metric of evaluations, such as eval/accuracy: the checkpoint with its highest value is kept as checkpoints/best",
+    )
     asynchronous: bool = key(True, "child processes write while training continues; false waits for each checkpoint")
     export_hf: bool = key(True, "write the final student as an HF checkpoint in RUN/hf")
 

@@ -38,5 +38,17 @@ def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) ->
     return tokenizer, min(sizes)
 
 
+def end_differently(student: str | Path, teacher: str | Path) -> bool:
+    """Whether the two models end their responses with different tokens, as a base model and one for chats do. False where one
+    has no tokenizer, so that nothing is known.
+
+    Raises:
+        DataError: a tokenizer cannot be read.
+    """
+    if not (_has_tokenizer(student) and _has_tokenizer(teacher)):
+        return False
+    return load_tokenizer(config_folder(student)).eos_ids != load_tokenizer(config_folder(teacher)).eos_ids
+
+
 def _has_tokenizer(path: str | Path) -> bool:
     return (config_folder(path) / "tokenizer.json").is_file()

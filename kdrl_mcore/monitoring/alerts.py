@@ -39,6 +39,8 @@ class AlertThresholds:
     kl_floor: float = 0.1  # ... and above this, nats per token
     drift_mean: float = 0.05  # sampler and trainer differ by more than this on average, nats per token
     drift_max: float = 1.0  # ... or by more than this on one token, nats; infinite if one token proves nothing
+    effective: float = 0.3  # corrections leave this effective share of the tokens
+    taught: float = 0.01  # the teacher's weights leave this share of the tokens
     sampled: bool = True  # the run samples its responses; otherwise their rewards and lengths do not depend on it
     has_sampler: bool = True  # responses have a sampler's log-probs, as replayed ones do too
     rewarded: bool = True  # the run learns from rewards
@@ -47,7 +49,10 @@ class AlertThresholds:
 
 DEFAULT_THRESHOLDS = AlertThresholds()
 
-WATCHED = ("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max")
+WATCHED = (
+    *("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max"),
+    *("correction_ess", "kd_importance_ess", "taught_share"),
+)
 """The metrics that the signatures use."""
 
 
@@ -131,12 +136,39 @@ def sampler_drift(history: History, thresholds: AlertThresholds = DEFAULT_THRESH
     )
 
 
+def few_effective_tokens(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The weights that correct for another sampler rest on few tokens: it is too far from the student."""
+    names = {"correction_ess": "objective.sampler_correction", "kd_importance_ess": "objective.kd.importance"}
+    lowest = {key: means[-1] for name, key in names.items() if (means := _window_means(history, name, thresholds.window))}
+    key = min(lowest, key=lambda each: lowest[each], default=None)
+    if not thresholds.has_sampler or key is None or lowest[key] >= thresholds.effective:
+        return None
+    return Alert(
+        "few_effective_tokens",
+        f"the weights of {key} rest on {lowest[key]:.0%} of the tokens: sample more often (batch.updates_per_step, "
+        "rollout.steps_ahead), lower optimizer.lr or the bound, or correct tokens instead of sequences",
+    )
+
+
+def nothing_taught(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The rules that weigh tokens leave the teacher next to nothing."""
+    means = _window_means(history, "taught_share", thresholds.window)
+    if not thresholds.distilled or not means or means[-1] >= thresholds.taught:
+        return None
+    return Alert(
+        "nothing_taught",
+        f"{means[-1]:.1%} of the tokens are distilled: look at objective.combine, objective.kd.token_weight and the mask",
+    )
+
+
 SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
     reward_collapse,
     length_explosion,
     entropy_collapse,
     kl_blow_up,
     sampler_drift,
+    few_effective_tokens,
+    nothing_taught,
 )
 
 

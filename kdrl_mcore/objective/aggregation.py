@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 
-def response_weights(lengths_N: Tensor, aggregation: str, max_response_tokens: int) -> Tensor:
+def response_weights(lengths_N: Tensor, aggregation: str, max_response_tokens: int, dropped_N: Tensor | None = None) -> Tensor:
     """The weight of each token of response i [N], float64.
 
     `token_mean`: 1 / (number of all tokens). `sequence_mean`: 1 / (N length_i). `sequence_sum_norm`:
     1 / (N max_response_tokens).
+
+    Args:
+        dropped_N: responses (bool) that are left out, of the sums and of the normaliser.
     """
-    return _weights(lengths_N, torch.ones_like(lengths_N, dtype=torch.bool), aggregation, max_response_tokens)
+    if dropped_N is None or not dropped_N.any():
+        return _weights(lengths_N, torch.ones_like(lengths_N, dtype=torch.bool), aggregation, max_response_tokens)
+    return torch.where(dropped_N, 0.0, _weights(lengths_N, ~dropped_N, aggregation, max_response_tokens))
 
 
 def distillation_weights(

@@ -1,35 +1,55 @@
-"""The clipped policy-gradient surrogate, and the correction for a sampler that differs from the trainer."""
+"""The policy loss: the ratio pi / pi_old, and what is made of it and the advantage.
+
+T response tokens of a micro-batch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kdrl_mcore.config import SamplerCorrectionConfig
+from kdrl_mcore.config import ObjectiveConfig
 
 
-def surrogate(
-    log_probs_T: Tensor, old_log_probs_T: Tensor | None, advantages_T: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) with rho = pi / pi_old, and whether the clip was active; both [T].
+def policy_ratio(log_probs_T: Tensor, old_log_probs_T: Tensor | None, sequence_ratios_T: Tensor | None = None) -> Tensor:
+    """rho [T], with the gradient of log pi.
 
-    Without `old_log_probs_T` the batch is strictly on-policy: rho is 1 in value and carries the gradient.
+    Args:
+        old_log_probs_T: log pi_old; without it the batch is strictly on-policy, and rho is 1 in value.
+        sequence_ratios_T: the geometric mean S of rho over each token's response, which replaces the value: sg(S) pi / sg(pi),
+            since S itself has no gradient here (GSPO, arXiv 2507.18071).
     """
+    if sequence_ratios_T is not None:
+        return sequence_ratios_T * (log_probs_T - log_probs_T.detach()).exp()
     old_T = log_probs_T.detach() if old_log_probs_T is None else old_log_probs_T
-    rho_T = (log_probs_T - old_T).exp()
-    plain_T, clipped_T = rho_T * advantages_T, rho_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
-    return -torch.minimum(plain_T, clipped_T), clipped_T < plain_T
+    return (log_probs_T - old_T).exp()
 
 
-def sampler_correction(old_log_probs_T: Tensor, sampler_log_probs_T: Tensor, settings: SamplerCorrectionConfig) -> Tensor:
-    """The detached weight [T] of the policy loss of tokens that mu sampled instead of pi_old.
+def clip(rho_T: Tensor, log_probs_T: Tensor, advantages_T: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), and where the clip was active; both [T].
 
-    `truncate`: min(pi_old / mu, bound), truncated importance sampling. `mask`: 1 where pi_old / mu lies in [1/bound, bound],
-    else 0. `none`: 1.
+    With `dual_clip` = c, the loss of a negative advantage is at most -c A (arXiv 1912.09729).
     """
-    ratio_T = (old_log_probs_T - sampler_log_probs_T).detach().exp()
-    if settings.kind == "truncate":
-        return ratio_T.clamp(max=settings.bound)
-    if settings.kind == "mask":
-        return ((ratio_T >= 1 / settings.bound) & (ratio_T <= settings.bound)).to(ratio_T.dtype)
-    return torch.ones_like(ratio_T)
+    plain_T, clipped_T = rho_T * advantages_T, rho_T.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantages_T
+    smaller_T, active_T = torch.minimum(plain_T, clipped_T), clipped_T < plain_T
+    if objective.dual_clip is not None:
+        bound_T = objective.dual_clip * advantages_T
+        bounded_T = (advantages_T < 0) & (smaller_T < bound_T)
+        smaller_T, active_T = torch.where(bounded_T, bound_T, smaller_T), active_T | bounded_T
+    return -smaller_T, active_T
+
+
+def cispo(rho_T: Tensor, log_probs_T: Tensor, advantages_T: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """-sg(min(rho, 1 + clip_high)) A log pi, and where the bound was active; both [T]. Every token keeps a gradient (CISPO,
+    arXiv 2506.13585)."""
+    bound = 1 + objective.clip_high
+    return -rho_T.detach().clamp(max=bound) * advantages_T * log_probs_T, rho_T.detach() > bound
+
+
+POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]] = {
+    "clip": clip,
+    "cispo": cispo,
+}
+"""The policy losses by the names of `objective.policy_loss`: (rho, log pi, A, settings) -> (loss, where it was clipped)."""

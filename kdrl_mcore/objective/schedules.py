@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
+
+
+@dataclass
+class Record:
+    """The highest of the values seen, and how many since then were not higher."""
+
+    highest: float | None = None
+    waited: int = 0
+
+    def observe(self, value: float) -> bool:
+        """Take note of a value; returns whether it is higher than all before."""
+        is_higher = self.highest is None or value > self.highest
+        self.highest, self.waited = (value, 0) if is_higher else (self.highest, self.waited + 1)
+        return is_higher
 
 
 class Coefficient:
@@ -13,6 +28,8 @@ class Coefficient:
 
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
+    below: init until the measured KL per token is at most `target`, then `after`. plateau: init until `patience` evaluations
+        in a row have brought no higher accuracy, then `after`. Neither switches back.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
 
@@ -21,6 +38,8 @@ class Coefficient:
         self._schedule = schedule
         self._step = 0
         self._adapted = schedule.init
+        self._switched = False
+        self._accuracy = Record()
 
     @property
     def value(self) -> float:
@@ -32,26 +51,44 @@ class Coefficient:
             return s.min + (s.init - s.min) * 0.5 * (1 + math.cos(math.pi * min(t / s.steps, 1.0)))
         if s.kind == "switch":
             return s.init if t < s.steps else s.after
+        if s.kind in ("below", "plateau"):
+            return s.after if self._switched else s.init
         return self._adapted if s.kind == "adaptive" else s.init
 
     def advance(self, kl_per_token: float | None) -> None:
         """Advance by one optimizer step. `kl_per_token` is the KL to the teacher that the step measured, if any."""
         self._step += 1
         s = self._schedule
+        if s.kind == "below" and kl_per_token is not None and kl_per_token <= s.target:
+            self._switched = True
         if s.kind == "adaptive" and kl_per_token is not None:
             # The exponent is bounded so that one wild measurement cannot overflow.
             exponent = min(max(s.eta * (kl_per_token / s.target - 1), -1.0), 1.0)
             self._adapted = min(max(self._adapted * math.exp(exponent), s.min), s.max)
 
+    def observe(self, accuracy: float) -> None:
+        """Take note of an evaluation."""
+        self._accuracy.observe(accuracy)
+        if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
+            self._switched = True
+
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"step": self._step, "adapted": self._adapted}
+        return {
+            "step": self._step,
+            "adapted": self._adapted,
+            "switched": self._switched,
+            "accuracy": asdict(self._accuracy),
+        }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False) -> None:
-        """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, the adapted
-        coefficient starts again at `init`."""
+        """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
+        that follows measurements starts again at `init`. A checkpoint may be from before a schedule had `switched`."""
         self._step = int(state["step"])
-        self._adapted = self._schedule.init if restart else float(state["adapted"])
+        if restart:
+            return
+        self._adapted = float(state["adapted"])
+        self._switched, self._accuracy = bool(state.get("switched", False)), Record(**state.get("accuracy", {}))
 
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:

@@ -96,7 +96,7 @@ def _packing(plan: Plan) -> Saving:
     """Compared with padding every sequence to the longest and giving each rank the same number of them."""
     workload = plan.setup.workload
     other = make_plan(replace(plan.setup, workload=replace(workload, response_tokens=workload.longest)))
-    phases = ("teacher", "old policy", "reference", "training")
+    phases = ("teacher", "old policy", "scores", "reference", "training")
     seconds = sum(other.phase(name).total - plan.phase(name).total for name in phases)
     return Saving("token-balanced packing", "", True, seconds, 0.0)
 

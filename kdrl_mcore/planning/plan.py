@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrl_mcore.config.derived import samples, uses_distributed_optimizer
+from kdrl_mcore.config.derived import needs_scores, samples, uses_distributed_optimizer
 from kdrl_mcore.planning.memory import RankMemory, checkpoint_bytes, offloaded_bytes, plan_memory, plan_server_memory
 from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, layer_forward, pipeline_pass
@@ -95,11 +95,18 @@ def make_plan(setup: Setup) -> Plan:
     phases = []
     sampled = generation(setup) if samples(setup.config) else None
     if sampled is not None:
-        phases += [Phase("rollout", sampled.seconds), Phase("refit", _refit(setup)), Phase("reward", _reward(setup))]
+        times = setup.samplings
+        phases += [
+            Phase("rollout", sampled.seconds * times),
+            Phase("refit", _refit(setup)),
+            Phase("reward", _reward(setup) * times),
+        ]
     if setup.teacher is not None:
         phases.append(Phase("teacher", _teacher(setup)))
     if not sft and setup.updates > 1:
         phases.append(Phase("old policy", _score_with_student(setup)))
+    if needs_scores(setup.config):  # each update scores its own share of the responses
+        phases.append(Phase("scores", _score_with_student(setup)))
     if setup.reference:
         phases.append(Phase("reference", _score_with_student(setup) + _move_reference(setup)))
     phases.append(Phase("training", _training(setup)))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from kdrl_mcore.config import ClusterConfig, Config
-from kdrl_mcore.config.derived import samples_with_vllm, servers_per_node, training_ranks, uses_reference, uses_teacher
+from kdrl_mcore.config.derived import (
+    TEACH_INCORRECT,
+    samples_with_vllm,
+    servers_per_node,
+    training_ranks,
+    uses_reference,
+    uses_teacher,
+)
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
@@ -97,9 +105,20 @@ class Setup:
         return self.config.batch.updates_per_step
 
     @property
+    def samplings(self) -> int:
+        """How often a step samples `prompts_per_step` prompts, where groups without signal are replaced: what it takes if every
+        response is correct with the workload's probability, on its own. Problems differ, so it is a lower bound."""
+        rollout, correct = self.config.rollout, self.workload.correct
+        without_signal = correct**rollout.responses_per_prompt + (1 - correct) ** rollout.responses_per_prompt
+        needed = math.ceil(1 / max(1 - without_signal, 1e-6) - 1e-9)
+        return min(needed, 1 + rollout.group_filter.rounds)
+
+    @property
     def distilled(self) -> float:
         """The share of the responses that the teacher scores; with the group mask an upper bound."""
-        return 1.0 if self.config.objective.kd.mask == "none" else 1 - self.workload.correct
+        objective = self.config.objective
+        masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
+        return 1 - self.workload.correct if masked else 1.0
 
     @cached_property
     def update_packing(self) -> Packing:

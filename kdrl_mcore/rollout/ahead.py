@@ -10,6 +10,7 @@ from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.files import from_row, to_row
+from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.source import SampledRollouts
 from kdrl_mcore.types import Prompt, Rollout
 
@@ -38,6 +39,7 @@ class SampledAhead(SampledRollouts):
         prompts: PromptStream,
         verifier: Verifier | None,
         sampling: Sampling,
+        group_filter: GroupFilter | None = None,
         *,
         last_step: int,
         updates_per_step: int,
@@ -46,7 +48,7 @@ class SampledAhead(SampledRollouts):
         last_step: the run's last step, during which nothing more is begun.
         updates_per_step: optimizer updates by which the student is ahead of the sampling weights when it trains.
         """
-        super().__init__(engine, student, prompts, verifier, sampling)
+        super().__init__(engine, student, prompts, verifier, sampling, group_filter)
         self._background, self._last_step, self._staleness = engine, last_step, updates_per_step
         self._rollouts: list[Rollout] | None = None
         self._is_running = False
@@ -88,7 +90,9 @@ class SampledAhead(SampledRollouts):
         rollouts, self._rollouts = self._rollouts, None
         if rollouts is None:
             rollouts = super()._sample(step, on_part)
+        return rollouts
+
+    def _begin_next(self, step: int) -> None:
         if step < self._last_step:
             self._background.begin(self.prompts.next_batch(), self._sampling_of(step + 1))
             self._is_running = True
-        return rollouts

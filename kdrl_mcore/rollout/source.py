@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
+from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.types import Prompt, Rollout
 
 
@@ -51,6 +53,11 @@ class RolloutSource(ABC):
                 sampled again.
         """
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """Metrics of how the last step's rollouts were chosen; empty unless groups are filtered."""
+        return {}
+
     def refit(self) -> None:  # noqa: B027
         """Give the engine the student's present weights, so that the next step is sampled with them."""
 
@@ -70,14 +77,22 @@ class SampledRollouts(RolloutSource):
     samples = True
 
     def __init__(
-        self, engine: RolloutEngine, student: Weights, prompts: PromptStream, verifier: Verifier | None, sampling: Sampling
+        self,
+        engine: RolloutEngine,
+        student: Weights,
+        prompts: PromptStream,
+        verifier: Verifier | None,
+        sampling: Sampling,
+        group_filter: GroupFilter | None = None,
     ) -> None:
         """Args:
         verifier: the verifier on the ranks that verify, None on the others.
-        sampling: the settings of every step; the step's number is appended to their key.
+        sampling: the settings of every step; the step's number is appended to their key, and that of a further round.
+        group_filter: None takes the groups as they are sampled.
         """
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
         self._student, self._sampling = student, sampling
+        self._filter, self._counts = group_filter, dict[str, float]()
         self._staleness = 0  # optimizer updates by which the student may be ahead of the sampling weights
 
     def refit(self) -> None:
@@ -91,6 +106,10 @@ class SampledRollouts(RolloutSource):
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
         rollouts = self._sample(step, on_part)
+        if self._filter is not None:
+            self._verify(rollouts)
+            rollouts, self._counts = self._filter.fill(rollouts, partial(self._sample_more, step))
+        self._begin_next(step)
         self.engine.sleep()
         refuse_stale(rollouts, self._student.version, self._staleness)
         return rollouts
@@ -102,10 +121,15 @@ class SampledRollouts(RolloutSource):
         self.engine.sleep()
         return rollouts
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """See `RolloutSource`."""
+        return self._counts
+
     def verify(self, rollouts: Sequence[Rollout]) -> None:
-        """See `RolloutSource`. The replicas' leaders share the groups, unless the engine has verified them already."""
-        if not self.engine.verifies:
-            verify_together(self._student.parts.groups, self.verifier, rollouts)
+        """See `RolloutSource`. Done already where groups are filtered."""
+        if self._filter is None:
+            self._verify(rollouts)
 
     def state_dict(self) -> dict[str, Any]:
         """See `RolloutSource`."""
@@ -123,8 +147,22 @@ class SampledRollouts(RolloutSource):
     def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
         return self.engine.generate(self.prompts.next_batch(), self._sampling_of(step), on_part)
 
-    def _sampling_of(self, step: int) -> Sampling:
-        return replace(self._sampling, key=(*self._sampling.key, step))
+    def _sample_more(self, step: int, number: int) -> list[Rollout]:
+        """Verified responses to further prompts of a step."""
+        rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling_of(step, number))
+        self._verify(rollouts)
+        return rollouts
+
+    def _verify(self, rollouts: Sequence[Rollout]) -> None:
+        """The replicas' leaders share the groups, unless the engine has verified them already."""
+        if not self.engine.verifies:
+            verify_together(self._student.parts.groups, self.verifier, rollouts)
+
+    def _begin_next(self, step: int) -> None:
+        """Called when all of a step's responses are there."""
+
+    def _sampling_of(self, *key: int) -> Sampling:
+        return replace(self._sampling, key=(*self._sampling.key, *key))
 
 
 class GivenResponses(RolloutSource):

@@ -23,9 +23,10 @@ from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
 from kdrl_mcore.types import Rollout, TokenFloats
+from kdrl_mcore.vocab_parallel import HeadTokens
 
-BatchLoss = Callable[[Tensor, Tensor | None, TokenBatch], tuple[Tensor, Measures]]
-"""(log-probs [C], divergences [C] or None, the batch of these tokens) -> (loss of each token [C], measures)."""
+BatchLoss = Callable[[HeadTokens, bool, TokenBatch], tuple[Tensor, Measures]]
+"""(tokens of a chunk, whether they have divergences from the teacher, their batch) -> (loss of each token [C], measures)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,15 @@ class TrainingBatch:
         teacher_hidden: the teacher's hidden states instead, for a divergence over the vocabulary.
         old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
+        scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
+            responses before the update (`config.derived.needs_scores`).
         advantages_N: group-relative advantages.
         policy_weights_N, distillation_weights_N: the weight of each token of a response in the two global losses; the
             normaliser is included.
+        correct_N: whether the response is correct; None if the loss does not ask.
+        token_weights: a weight of each token's distillation [response tokens] for each response; None where all are 1.
+        sequence_ratios_N: pi / pi_old over the response, for `objective.ratio=sequence`; otherwise None.
+        sequence_log_ratios_N: log pi_old / mu over the response, for a correction of whole sequences; otherwise None.
     """
 
     rollouts: Sequence[Rollout]
@@ -51,9 +58,14 @@ class TrainingBatch:
     teacher_hidden: HiddenStates | None = None
     old_log_probs: Sequence[TokenFloats] | None = None
     reference_log_probs: Sequence[TokenFloats] | None = None
+    scores: Sequence[tuple[TokenFloats, TokenFloats]] | None = None
     advantages_N: Tensor = field(default_factory=lambda: torch.empty(0))
     policy_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
     distillation_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    correct_N: Tensor | None = None
+    token_weights: Sequence[TokenFloats | None] | None = None
+    sequence_ratios_N: Tensor | None = None
+    sequence_log_ratios_N: Tensor | None = None
 
     def with_weights(self, *, advantages_N: Tensor, policy_weights_N: Tensor, distillation_weights_N: Tensor) -> TrainingBatch:
         """The same batch with these advantages and weights."""
@@ -86,6 +98,7 @@ class TrainingBatch:
             None if self.teacher_hidden is None else self.teacher_hidden.select(index),
             pick(self.old_log_probs),
             pick(self.reference_log_probs),
+            pick(self.scores),
         )
 
     def bad_log_probs(self) -> str | None:
@@ -111,6 +124,9 @@ class TrainingBatch:
         def spread(values_N: Tensor) -> Tensor:
             return values_N[indices].float().repeat_interleave(counts)
 
+        def spread_if_given(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else spread(values_N)
+
         def join(values: Sequence[TokenFloats | None] | None) -> Tensor | None:
             if values is None:
                 return None
@@ -131,6 +147,10 @@ class TrainingBatch:
             old_log_probs=join(self.old_log_probs),
             teacher_log_probs=join(self.teacher_log_probs),
             reference_log_probs=join(self.reference_log_probs),
+            correct=spread_if_given(self.correct_N),
+            token_weights=join(self.token_weights),
+            sequence_ratios=spread_if_given(self.sequence_ratios_N),
+            sequence_log_ratios=spread_if_given(self.sequence_log_ratios_N),
         )
 
 
@@ -167,9 +187,9 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
 
 
 def _loss_of_rows(
-    loss: BatchLoss, tokens: TokenBatch, log_probs_C: Tensor, _: Tensor, divergence_C: Tensor | None, rows: slice
+    loss: BatchLoss, batch: TokenBatch, tokens: HeadTokens, has_divergences: bool, rows: slice
 ) -> tuple[Tensor, Measures]:
-    return loss(log_probs_C, divergence_C, tokens[rows])
+    return loss(tokens, has_divergences, batch[rows])
 
 
 def _deliver(

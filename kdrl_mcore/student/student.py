@@ -30,14 +30,14 @@ from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.student.optimizer import Optimizer
 from kdrl_mcore.teacher.head import TeacherHead
-from kdrl_mcore.vocab_parallel import fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, fused_head
 
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scalars measured on some tokens: those that are summed over tokens, and those of which the maximum is taken."""
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor | None, slice], tuple[Tensor, Measures]]
-"""(log-probs, entropies, divergences from the teacher or None, slice of the micro-batch's loss rows) -> (loss of each token,
-measures)."""
+TokenLoss = Callable[[HeadTokens, bool, slice], tuple[Tensor, Measures]]
+"""(tokens of a chunk, whether they have divergences from the teacher, their slice of the micro-batch's loss rows) -> (loss of
+each token, measures)."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,8 @@ class Student:
             assert self.teacher_head is not None
             teacher = self.teacher_head.inputs(to_device(micro.teacher_hidden_DG), micro.sampler_log_probs_T)
 
-        def token_loss(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-            loss_C, measures = micro.token_loss(log_probs_C, entropy_C, None if teacher is None else divergence_C, rows)
+        def token_loss(tokens: HeadTokens, rows: slice) -> Tensor:
+            loss_C, measures = micro.token_loss(tokens, teacher is not None, rows)
             measured.append(measures)
             return loss_C
 

@@ -16,6 +16,7 @@ from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, s
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.student.batch import BatchLoss, TrainingBatch, micro_batches
 from kdrl_mcore.student.student import Measures, Student, UpdateResult
+from kdrl_mcore.vocab_parallel import HeadTokens
 
 
 def update(student: Student, batch: TrainingBatch, config: Config, alpha: float, beta: float) -> UpdateResult:
@@ -77,18 +78,16 @@ def _joint_loss(objective: ObjectiveConfig, alpha: float, beta: float) -> BatchL
 
 
 def _joint(
-    log_probs_C: Tensor,
-    divergence_C: Tensor | None,
-    batch: TokenBatch,
-    *,
-    objective: ObjectiveConfig,
-    alpha: float,
-    beta: float,
+    tokens: HeadTokens, has_divergences: bool, batch: TokenBatch, *, objective: ObjectiveConfig, alpha: float, beta: float
 ) -> tuple[Tensor, Measures]:
-    loss_C, sums, maxima = joint_loss(log_probs_C, batch, objective, alpha, beta, divergence_C)
+    divergence_C = None
+    if has_divergences:
+        divergence_C = tokens.divergences
+        batch = replace(batch, teacher_log_probs=tokens.teacher_log_probs, teacher_entropies=tokens.teacher_entropies)
+    loss_C, sums, maxima = joint_loss(tokens.log_probs, batch, objective, alpha, beta, divergence_C, tokens.entropies)
     return loss_C, (sums, maxima)
 
 
-def _supervised(log_probs_C: Tensor, _: Tensor | None, batch: TokenBatch) -> tuple[Tensor, Measures]:
-    tokens = log_probs_C.new_full((), len(log_probs_C))
-    return sft_loss(log_probs_C, batch.policy_weights), ({"tokens": tokens}, {})
+def _supervised(tokens: HeadTokens, _: bool, batch: TokenBatch) -> tuple[Tensor, Measures]:
+    counted = tokens.log_probs.new_full((), len(tokens.log_probs))
+    return sft_loss(tokens.log_probs, batch.policy_weights), ({"tokens": counted}, {})

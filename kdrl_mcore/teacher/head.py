@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor
@@ -12,19 +11,35 @@ from kdrl_mcore.convert.load import load_head
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import device
-from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, TopKReverseKL, TopKUnbiased, VocabShard
+from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
+    ExactReverseKL,
+    JensenShannon,
+    TeacherInputs,
+    TopKForwardKL,
+    TopKReverseKL,
+    TopKUnbiased,
+    VocabShard,
+)
 from kdrl_mcore.vocab_parallel.divergence import Divergence
 from kdrl_mcore.vocab_parallel.top_k import Support, Tail
 
-DIVERGENCES: dict[str, Callable[[DistillationConfig, Tensor | None], Divergence]] = {
-    "exact": lambda kd, sampler_log_probs_T: ExactReverseKL(),
-    "top_k": lambda kd, sampler_log_probs_T: TopKReverseKL(
-        kd.top_k, cast(Support, kd.top_k_support), cast(Tail, kd.top_k_tail)
-    ),
-    "top_k_unbiased": lambda kd, sampler_log_probs_T: TopKUnbiased(kd.top_k, sampler_log_probs_T),
-}
-"""The divergence of each `objective.kd.estimator` that compares over the vocabulary: (its settings, log mu of a micro-batch's
-loss rows) -> divergence."""
+
+def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) -> Divergence:
+    """The divergence of an estimator that compares over the vocabulary.
+
+    Args:
+        sampler_log_probs_T: log mu of a micro-batch's loss rows; None if the student's present weights sampled them.
+    """
+    support, tail = cast(Support, kd.top_k_support), cast(Tail, kd.top_k_tail)
+    if kd.estimator == "top_k_unbiased":
+        return TopKUnbiased(kd.top_k, sampler_log_probs_T)
+    if kd.estimator == "top_k":
+        form = TopKForwardKL if kd.divergence == "forward" else TopKReverseKL
+        return form(kd.top_k, support, tail)
+    if kd.divergence == "jsd":
+        return JensenShannon(kd.jsd_beta)
+    return ExactForwardKL() if kd.divergence == "forward" else ExactReverseKL()
 
 
 class TeacherHead:
@@ -48,4 +63,5 @@ class TeacherHead:
             hidden_DG: the teacher's last hidden states of the first D of the T loss rows.
             sampler_log_probs_T: log mu of the targets; None if the student's present weights sampled them.
         """
-        return TeacherInputs(hidden_DG, self.weight_VG, DIVERGENCES[self._kd.estimator](self._kd, sampler_log_probs_T))
+        with_entropy = self._kd.mix == "entropy" or self._kd.token_weight.kind == "teacher_entropy"
+        return TeacherInputs(hidden_DG, self.weight_VG, divergence_of(self._kd, sampler_log_probs_T), with_entropy)

@@ -1,17 +1,23 @@
 """Exact log-probs, entropies, divergences and losses over a vocabulary split across tensor-parallel ranks."""
 
+from kdrl_mcore.vocab_parallel.chunk import HeadTokens, TokenLoss
 from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
 from kdrl_mcore.vocab_parallel.engine import HeadOutputs
-from kdrl_mcore.vocab_parallel.exact import ExactReverseKL
+from kdrl_mcore.vocab_parallel.exact import ExactForwardKL, ExactReverseKL, JensenShannon
 from kdrl_mcore.vocab_parallel.head import fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.logits import token_log_probs_and_entropy
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-from kdrl_mcore.vocab_parallel.top_k import TopKReverseKL, TopKUnbiased
+from kdrl_mcore.vocab_parallel.top_k import TopKForwardKL, TopKReverseKL, TopKUnbiased
 
 __all__ = [
+    "ExactForwardKL",
     "ExactReverseKL",
     "HeadOutputs",
+    "HeadTokens",
+    "JensenShannon",
     "TeacherInputs",
+    "TokenLoss",
+    "TopKForwardKL",
     "TopKReverseKL",
     "TopKUnbiased",
     "VocabShard",

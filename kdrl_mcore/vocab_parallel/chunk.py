@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -16,14 +17,36 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
-from kdrl_mcore.vocab_parallel.divergence import TeacherInputs, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import Divergence, TeacherInputs, TokenSums
 from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
-"""(log-probs [C], entropies [C], divergences from the teacher [C], slice of the T rows) -> loss of each token [C],
-differentiable in all three. Rows without a teacher have divergence 0, without gradient."""
+
+@dataclass(frozen=True)
+class HeadTokens:
+    """What is known of each token of a chunk when its loss is computed: [C] each, in nats, the same on every rank.
+
+    Attributes:
+        log_probs: log p of the target under the student.
+        entropies: of p, over the whole vocabulary.
+        divergences: from the teacher; 0 without one.
+        teacher_log_probs: log q of the target under the teacher, without gradient; 0 without one.
+        teacher_entropies: of q, over the whole vocabulary, without gradient; 0 without a teacher. None unless asked for.
+
+    The loss is differentiated with respect to the first three; divergences have no gradient without a teacher.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor
+    divergences: Tensor
+    teacher_log_probs: Tensor
+    teacher_entropies: Tensor | None = None
+
+
+TokenLoss = Callable[[HeadTokens, slice], Tensor]
+"""(the chunk's tokens, their slice of the T rows) -> loss of each token [C], differentiable in the log-probs, entropies and
+divergences."""
 
 Kernels = Literal["auto", "torch", "triton"]
 """What computes a chunk: `auto` is Triton's kernels on CUDA if triton is installed and no type is float64, otherwise torch."""
@@ -72,6 +95,7 @@ class Chunk:
     Attributes:
         log_prob_C, entropy_C: the student's log-prob of the target and its entropy, the same on every rank.
         teacher_log_prob_C: the teacher's log-prob of the target; 0 without a teacher.
+        teacher_entropy_C: the teacher's entropy; 0 without a teacher, None unless asked for.
         divergence_C: set by `loss`; 0 without a teacher.
     """
 
@@ -84,38 +108,52 @@ class Chunk:
         temperature: float,
         logits: ChunkLogits,
         teacher: TeacherInputs | None,
+        *,
+        teacher_entropy: bool = False,
     ) -> None:
         """Compute logits and statistics.
 
         Args:
             weight_VH: the real columns only.
             teacher: the teacher's inputs for these rows, with hidden states [C, G]; or None.
+            teacher_entropy: whether the pass asks for the teacher's entropy.
 
         Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
-        four (with a teacher six, and those of the divergence), and the divergence's own collectives.
+        four (with a teacher six, for its entropy seven, and those of the divergence), the divergence's own collectives, and for
+        a divergence with second sums a SUM all-reduce of those.
         """
         self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
         teacher_factors = None if teacher is None else (teacher.hidden_DG, teacher.weight_VG)
-        peaks_KC = logits.project(hidden_CH, weight_VH, teacher_factors, temperature)
+        comparison = Divergence.comparison if teacher is None else teacher.divergence.comparison
+        peaks_KC = logits.project(
+            hidden_CH, weight_VH, teacher_factors, temperature, comparison=comparison, teacher_entropy=teacher_entropy
+        )
         logits.centre(max_over_ranks(peaks_KC, shard))
         own_C, column_C = shard.locate(targets_C)
         targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
         held_C = own_C.to(peaks_KC.dtype)
         self._divergence = None if teacher is None else teacher.divergence.on_chunk(logits, shard)
-        more_KC = peaks_KC.new_empty(0, len(targets_C)) if self._divergence is None else self._divergence.sums_KC
-        parts = logits.totals(), torch.stack((*targets, held_C)), more_KC
+        parts = [logits.totals(), torch.stack((*targets, held_C))]
+        if self._divergence is not None and self._divergence.sums_KC is not None:
+            parts.append(self._divergence.sums_KC)
         sums_KC = sum_over_ranks(torch.cat(parts), shard)
-        models = len(targets)
-        self._total_C, product_C, *teacher_total = sums_KC[: models + 1]
-        target_C, *teacher_target = sums_KC[models + 1 : 2 * models + 1]
-        holders_C, self._divergence_sums_KC = sums_KC[2 * models + 1], sums_KC[2 * models + 2 :]
+        totals_KC, targets_KC, self._divergence_sums_KC = sums_KC.tensor_split((len(parts[0]), len(parts[0]) + len(parts[1])))
+        self._total_C, product_C, *teacher_totals = totals_KC
+        target_C, *teacher_target, holders_C = targets_KC
         self._log_total_C = self._total_C.log()
         self.log_prob_C = known_or_nan(target_C - self._log_total_C, holders_C)
         self.entropy_C = self._log_total_C - product_C / self._total_C
         self.divergence_C = self.teacher_log_prob_C = torch.zeros_like(self.log_prob_C)
+        self.teacher_entropy_C = torch.zeros_like(self.log_prob_C) if teacher_entropy else None
         if self._divergence is not None:
-            self._teacher_log_total_C = teacher_total[0].log()
+            teacher_total_C, *teacher_products = teacher_totals
+            self._teacher_log_total_C = teacher_total_C.log()
+            if teacher_products:
+                self.teacher_entropy_C = self._teacher_log_total_C - teacher_products[0] / teacher_total_C
             self.teacher_log_prob_C = teacher_target[0] - self._teacher_log_total_C
+            second_KC = self._divergence.second_sums_KC(self._log_total_C, self._teacher_log_total_C)
+            if second_KC is not None:
+                self._divergence_sums_KC = torch.cat((self._divergence_sums_KC, sum_over_ranks(second_KC, shard)))
 
     def loss(self, token_loss: TokenLoss, rows: slice, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """(sum of the tokens' losses, dL/dlogits [C, V] or None if it is zero). The logits are those before division by the
@@ -137,7 +175,8 @@ class Chunk:
                 leaf, divergence_C = self._divergence.value(self._divergence_sums_KC, tokens, self._targets_C, rows)
                 leaves.append(leaf)
                 self.divergence_C = divergence_C.detach()
-            losses_C = token_loss(log_prob_C, entropy_C, divergence_C, rows)
+            known = HeadTokens(log_prob_C, entropy_C, divergence_C, self.teacher_log_prob_C, self.teacher_entropy_C)
+            losses_C = token_loss(known, rows)
             value = losses_C.sum()
         if losses_C.shape != log_prob_C.shape:
             raise ValueError(

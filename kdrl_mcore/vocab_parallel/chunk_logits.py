@@ -24,26 +24,34 @@ FILLED_COLUMNS = 32
 
 Model = Literal["student", "teacher"]
 
+Comparison = Literal["reverse", "forward", "mixture"]
+"""What c_v, the part of a divergence's derivative in which the models are compared column by column, is: `reverse`
+e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(m_v / p_v), with p, q the distributions and m = beta q + (1 - beta) p."""
+
 
 @dataclass(frozen=True)
 class LogitsTerms:
-    """Part of dL/dz_v: e_v / s * (row_C + z_v product_row_C + (y_v - z_v) difference_row_C) + sum_k values_CK 1[v = ids_CK].
+    """Part of dL/dz_v: (e_v (row_C + z_v product_row_C) + c_v comparison_row_C) / s + sum_k values_CK 1[v = ids_CK].
 
     Attributes:
+        comparison_row_C: the factor of c_v, see `Comparison`.
         one_hot: (ids_CK, values_CK): global token ids, distinct within a row.
+        one_hot_row_C: what stands in place of row_C in the columns ids_CK; None if it is the same there. At most one of a
+            chunk's terms has it.
     """
 
     row_C: Tensor
     product_row_C: Tensor | None = None
-    difference_row_C: Tensor | None = None
+    comparison_row_C: Tensor | None = None
     one_hot: tuple[Tensor, Tensor] | None = None
+    one_hot_row_C: Tensor | None = None
 
 
 class ChunkLogits(ABC):
     """The logits of one chunk, in memory that all chunks reuse. No method communicates.
 
-    The order of calls is `project`, `centre`, any of `at`, `largest`, `difference_C` (once) and `outside` (after `at`),
-    `totals`, and `gradient`, which overwrites the logits.
+    The order of calls is `project`, `centre`, any of `at`, `largest`, `difference_C` (once, after `at`) and `outside` (after
+    `at`), `totals`, `mixture` (once), and `gradient`, which overwrites the logits.
     """
 
     @classmethod
@@ -59,12 +67,23 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def project(
-        self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
+        self,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        teacher: tuple[Tensor, Tensor] | None,
+        temperature: float,
+        *,
+        comparison: Comparison = "reverse",
+        teacher_entropy: bool = False,
     ) -> Tensor:
         """Compute the logits hidden @ weight^T / temperature in the arguments' precision; `teacher` is (hidden [C, G], weight
         [at least V, G]). Returns the largest logit of each row on this rank, [1, C], or [2, C] with a teacher.
 
         Rows of a weight beyond V are padding. They must be finite, as they may be multiplied, and do not affect any result.
+
+        Args:
+            comparison: how this chunk's models will be compared over the vocabulary.
+            teacher_entropy: whether `totals` is to give what the teacher's entropy needs.
         """
 
     @abstractmethod
@@ -83,7 +102,7 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def difference_C(self) -> Tensor:
-        """sum_v e_v (y_v - z_v), [C]."""
+        """sum_v e_v (y_v - z_v), or with the comparison `forward` sum_v exp(y_v) (y_v - z_v): [C]. Not for `mixture`."""
 
     @abstractmethod
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
@@ -91,7 +110,18 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def totals(self) -> Tensor:
-        """(sum_v e_v, sum_v e_v z_v) and, with a teacher, sum_v exp(y_v): [2, C] or [3, C]."""
+        """(sum_v e_v, sum_v e_v z_v), with a teacher also sum_v exp(y_v), and if its entropy is wanted also
+        sum_v exp(y_v) y_v: [2, C], [3, C] or [4, C]."""
+
+    @abstractmethod
+    def mixture(self, beta: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """(sum_v p_v log(p_v / m_v), sum_v q_v log(q_v / m_v)), [2, C], with m = beta q + (1 - beta) p. Needs the comparison
+        `mixture`.
+
+        Args:
+            log_total_C, teacher_log_total_C: log sum_v e_v and log sum_v exp(y_v) over all ranks, which make distributions of
+                the logits.
+        """
 
     @abstractmethod
     def gradient(
@@ -109,6 +139,11 @@ class ChunkLogits(ABC):
             targets: (token ids [C], what to add to dL/dz there [C]).
             total_C: s, the sum of e_v over all ranks.
         """
+
+
+def one_hot_row(term: LogitsTerms) -> Tensor:
+    """What stands for `row_C` in the columns of any of the terms' `one_hot`."""
+    return term.row_C if term.one_hot_row_C is None else term.one_hot_row_C
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
+from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, Comparison, LogitsTerms
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 
@@ -37,8 +38,17 @@ class TokenSums:
 class ChunkDivergence(ABC):
     """The divergence on one chunk: from the local columns to one number per token."""
 
-    sums_KC: Tensor
-    """This rank's numbers that are to be summed over the ranks; K may be 0."""
+    sums_KC: Tensor | None = None
+    """This rank's numbers that are to be summed over the ranks, if any."""
+
+    def second_sums_KC(self, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor | None:
+        """This rank's further numbers to be summed over the ranks, where they need the distributions themselves, or None. No
+        communication.
+
+        Args:
+            log_total_C, teacher_log_total_C: as in `TokenSums`.
+        """
+        return None
 
     @abstractmethod
     def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -46,7 +56,7 @@ class ChunkDivergence(ABC):
         communication.
 
         Args:
-            sums_KC: `self.sums_KC` summed over the ranks.
+            sums_KC: `self.sums_KC` summed over the ranks, followed by the second sums; K may be 0.
             rows: the position of these rows among the pass's T rows.
         """
 
@@ -56,7 +66,13 @@ class ChunkDivergence(ABC):
 
 
 class Divergence(ABC):
-    """A comparison of the student's distribution p of a token with the teacher's, q."""
+    """A comparison of the student's distribution p of a token with the teacher's, q.
+
+    Attributes:
+        comparison: what the chunk's logits are to provide of each column, if anything.
+    """
+
+    comparison: ClassVar[Comparison] = "reverse"
 
     @abstractmethod
     def check(self, shard: VocabShard) -> None:
@@ -77,11 +93,14 @@ class TeacherInputs:
         weight_VG: the teacher's head in the student's vocab-parallel layout, in the type of the hidden states. The first rows
             are the shard's real columns; further rows (the teacher's own padding) are not used.
         divergence: the divergence to compute.
+        with_entropy: whether to compute the entropy of the teacher's distribution too, over the whole vocabulary. It costs one
+            more number per token in the chunk's SUM all-reduce.
     """
 
     hidden_DG: Tensor
     weight_VG: Tensor
     divergence: Divergence
+    with_entropy: bool = False
 
     def of_rows(self, rows: slice) -> TeacherInputs:
         """The inputs of some of the D rows."""

@@ -53,6 +53,7 @@ class HeadOutputs(NamedTuple):
 
     Attributes:
         log_probs, entropies, divergences, teacher_log_probs: [T]; the last two are 0 for rows without a teacher.
+        teacher_entropies: [T], 0 for rows without a teacher; None unless asked for.
     """
 
     loss: Tensor
@@ -60,6 +61,7 @@ class HeadOutputs(NamedTuple):
     entropies: Tensor
     divergences: Tensor
     teacher_log_probs: Tensor
+    teacher_entropies: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,12 @@ class _FusedHead(torch.autograd.Function):
     """Computes dX and dW in the forward pass; backward multiplies them by the incoming gradient and sums dX over the group."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, head: HeadPass) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, head: HeadPass) -> tuple[Tensor | None, ...]:
         outputs, gradients = _run(head, hidden_SH, weight_VH, ctx.needs_input_grad[:2])
         # Saving the whole pass would keep the teacher's hidden states alive.
         ctx.spread = partial(_spread_rows, head.rows_T, head.shard, head.sequence_parallel, len(hidden_SH))
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
         return tuple(outputs)
 
     @staticmethod
@@ -198,6 +200,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
     memory = logits_memory(
         head.kernels, size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
     )
+    teacher_entropy = head.teacher is not None and head.teacher.with_entropy
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     gradients = _Gradients(
         hidden_SH.new_zeros(num_tokens, hidden_SH.size(1)) if wanted[0] else None,
@@ -215,13 +218,15 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
             head.temperature,
             memory.first(len(hidden_CH)),
             teacher.of_rows(rows) if teacher is not None and rows.stop <= num_taught else None,
+            teacher_entropy=teacher_entropy,
         )
         if head.token_loss is not None:
             value, d_logits_CV = chunk.loss(head.token_loss, rows, differentiate=any(wanted))
             loss += value
             if d_logits_CV is not None:
                 _accumulate(gradients, d_logits_CV, hidden_CH, weight_VH[: d_logits_CV.size(1)], rows)
-        measured.append((chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C, chunk.teacher_log_prob_C))
+        values = chunk.log_prob_C, chunk.entropy_C, chunk.divergence_C, chunk.teacher_log_prob_C, chunk.teacher_entropy_C
+        measured.append(tuple(value_C for value_C in values if value_C is not None))
     gradients.finish(real, weight_VH.dtype)
     return HeadOutputs(loss, *(torch.cat(parts) for parts in zip(*measured, strict=True))), gradients
 

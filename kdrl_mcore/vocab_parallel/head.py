@@ -33,8 +33,8 @@ def fused_head(
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
     With p = softmax(h W^T / temperature) over the real columns, and q the teacher's distribution likewise, `token_loss` gets
-    log p[target], the entropy of p and the divergence of p from q (nats). So one pass computes the joint loss of KDRL
-    (arXiv 2506.02208): alpha * L_GRPO of the log-probs plus beta * L_KD of the divergence.
+    log p[target], the entropy of p, a divergence between p and q, and log q[target] (nats; see `HeadTokens`). So one pass
+    computes the joint loss of KDRL (arXiv 2506.02208): alpha * L_GRPO of the log-probs plus beta * L_KD of the divergence.
 
     `token_loss` is called once for each chunk, in order, and once with empty tensors if T is 0; it must return the same on
     every rank of the shard's group. Gradients are computed in the forward pass, so only one backward pass can follow it.
@@ -48,13 +48,14 @@ def fused_head(
             statistics, loss and dW are accumulated in float32.
         rows_T: the rows that predict the targets, as indices into the whole sequence; no other row reaches the head.
         targets_T: token ids in [0, shard.size).
-        teacher: the teacher of the first D rows and the divergence: `ExactReverseKL`, `TopKReverseKL` or `TopKUnbiased`.
+        teacher: the teacher of the first D rows, the divergence (one of this package's), and whether its entropy is wanted.
         chunk_tokens: rows per chunk, the same on every rank; None means `engine.default_chunk_tokens`.
         kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` uses Triton where possible.
 
     Returns:
-        Loss, log-probs, entropies, divergences and the teacher's log-probs of the targets, in float32 (float64 for float64
-        inputs), the same on every rank of the group. Only the loss has a gradient. Without tokens, loss and gradient are zero.
+        Loss, log-probs, entropies, divergences, the teacher's log-probs of the targets and, if asked for, its entropies, in
+        float32 (float64 for float64 inputs), the same on every rank of the group. Only the loss has a gradient. Without tokens,
+        loss and gradient are zero.
 
     Raises:
         ValueError: a target is not a token (on CUDA its log-prob is NaN instead, as a check would wait for the device), shapes
@@ -62,9 +63,9 @@ def fused_head(
             vocabulary.
 
     Collectives over the shard's group: for each chunk a MAX all-reduce of [C] and a SUM all-reduce of [4, C], or with a teacher
-    of [2, C] and [6, C] plus what its divergence adds; under sequence parallelism an all-gather of the hidden states; in the
-    backward pass a SUM all-reduce of [T, H], under sequence parallelism a reduce-scatter of [S, H]. D and T must be the same on
-    every rank.
+    of [2, C] and [6, C] (with its entropy [7, C]) plus what its divergence adds; under sequence parallelism an all-gather of
+    the hidden states; in the backward pass a SUM all-reduce of [T, H], under sequence parallelism a reduce-scatter of [S, H]. D
+    and T must be the same on every rank.
     """
     head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels)
     return head.run(hidden_SH, weight_VH)

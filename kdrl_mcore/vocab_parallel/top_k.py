@@ -1,8 +1,8 @@
 """Divergences restricted to a support of k tokens, computed in the same pass over the head as log-probs and entropy.
 
 The support S of a token is the k most likely tokens of the student or of the teacher. The choice of S is not differentiated.
-Given S, every divergence is a function of the k log-probs log p_v, v in S, whose derivatives the pass spreads over the columns
-as it does the target's.
+Given S, every divergence is a function of the k log-probs log p_v, v in S, and perhaps of the log of the mass outside S, whose
+derivatives the pass spreads over the columns as it does the target's.
 
 T loss rows of the pass, C rows of a chunk, K = k tokens of a support, M candidates, R ranks.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +25,20 @@ from kdrl_mcore.vocab_parallel.shard import VocabShard
 Support = Literal["student", "teacher"]
 """The model whose most likely tokens form the support."""
 
-Tail = Literal["truncate", "renormalize", "bucket"]
+Tail = Literal["truncate", "renormalize", "bucket", "corrected"]
 """How the tokens outside S are treated.
 
-`truncate`: they are left out, so the divergence may be negative;
+`truncate`: they are left out. A reverse KL may then be negative, and its gradient does not vanish where p = q;
+`corrected`: they are left out, and each token's term p log(p/q) of the reverse KL gets q - p, which makes it a divergence
+between measures: not negative, with a gradient that vanishes where p = q on S;
 `renormalize`: p and q are scaled to sum to 1 on S;
 `bucket`: together they count as one more token, with p_out = sum_{v not in S} p_v and q_out likewise; a mass below the smallest
 normal number of the statistics' type is replaced by that number.
 """
+
+LEAST_DIVISOR = 2**20
+"""A mass outside S below so many of the smallest normal numbers is not divided by: the quotient could overflow, and its tokens'
+probabilities are as good as 0."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,10 @@ class SupportLogProbs:
 
     Attributes:
         ids_CK: the supports, most likely first; among equal logits the lower token id comes first, in every layout.
-        log_p_CK: the student's log-probs, a leaf with respect to which the loss is differentiated.
+        log_p_CK: the student's log-probs, with respect to which the loss is differentiated.
         log_q_CK: the teacher's.
-        outside_KC: (sum over v not in S of exp(z_v), and of exp(y_v)) of the centred logits, [2, C]; [0, C] if the divergence
-            does not need them.
+        log_p_out_C, log_q_out_C: the logs of the masses outside S; the loss is differentiated with respect to the student's.
+            None if the divergence does not need them.
         tokens: the tokens' quantities over the whole vocabulary.
         targets_C: the sampled tokens.
         rows: the position of these rows among the pass's T rows.
@@ -53,7 +59,8 @@ class SupportLogProbs:
     ids_CK: Tensor
     log_p_CK: Tensor
     log_q_CK: Tensor
-    outside_KC: Tensor
+    log_p_out_C: Tensor | None
+    log_q_out_C: Tensor | None
     tokens: TokenSums
     targets_C: Tensor
     rows: slice
@@ -87,7 +94,8 @@ class TopKDivergence(Divergence):
 
     @abstractmethod
     def value(self, chunk: SupportLogProbs) -> Tensor:
-        """The divergence [C], differentiable in `chunk.log_p_CK` and `chunk.tokens.log_prob`. No communication."""
+        """The divergence [C], differentiable in `chunk.log_p_CK`, `chunk.log_p_out_C` and `chunk.tokens.log_prob`. No
+        communication."""
 
     def check(self, shard: VocabShard) -> None:
         if not 1 <= self.k <= shard.size:
@@ -102,18 +110,20 @@ class SeparableDivergence(TopKDivergence):
     """A sum over tokens of a function of p_v and q_v, `terms`, on the support and its tail.
 
     Attributes:
-        tail: how the tokens outside the support are treated.
+        tail: how the tokens outside the support are treated, one of `tails`.
 
     Raises:
-        ValueError: as for `TopKDivergence`, or `tail` is unknown.
+        ValueError: as for `TopKDivergence`, or `tail` is none of `tails`.
     """
 
     tail: Tail
 
+    tails: ClassVar[tuple[Tail, ...]] = ("truncate", "renormalize", "bucket")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tail not in ("truncate", "renormalize", "bucket"):
-            raise ValueError(f"tail is '{self.tail}': it must be truncate, renormalize or bucket")
+        if self.tail not in self.tails:
+            raise ValueError(f"tail is '{self.tail}': it must be {', '.join(self.tails[:-1])} or {self.tails[-1]}")
 
     @property
     def needs_outside(self) -> bool:
@@ -130,23 +140,45 @@ class SeparableDivergence(TopKDivergence):
             log_p_CK = log_p_CK - log_p_CK.logsumexp(dim=1, keepdim=True)
             log_q_CK = log_q_CK - log_q_CK.logsumexp(dim=1, keepdim=True)
         inside_C = self.terms(log_p_CK.exp(), log_p_CK, log_q_CK).sum(dim=1)
-        if self.tail != "bucket":
+        if chunk.log_p_out_C is None or chunk.log_q_out_C is None:
             return inside_C
-        tiny = torch.finfo(log_p_CK.dtype).tiny
-        p_inside_C = log_p_CK.exp().sum(dim=1)
-        student_C, teacher_C = chunk.outside_KC
-        # The value comes from the sum outside S, the derivative from p_out = 1 - sum_S p, for which it is exact.
-        p_out_C = (student_C / chunk.tokens.log_total.exp()).clamp_min(tiny) - (p_inside_C - p_inside_C.detach())
-        q_out_C = (teacher_C / chunk.tokens.teacher_log_total.exp()).clamp_min(tiny)
-        return inside_C + self.terms(p_out_C, p_out_C.log(), q_out_C.log())
+        return inside_C + self.terms(chunk.log_p_out_C.exp(), chunk.log_p_out_C, chunk.log_q_out_C)
 
 
 @dataclass(frozen=True)
 class TopKReverseKL(SeparableDivergence):
-    """sum_v p_v (log p_v - log q_v), in nats, over a support instead of the vocabulary."""
+    """sum_v p_v (log p_v - log q_v), in nats, over a support instead of the vocabulary; with the tail `corrected`
+    sum_v (p_v (log p_v - log q_v) - p_v + q_v)."""
+
+    tails: ClassVar[tuple[Tail, ...]] = ("truncate", "renormalize", "bucket", "corrected")
 
     def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return p * (log_p - log_q)
+        terms = p * (log_p - log_q)
+        return terms - p + log_q.exp() if self.tail == "corrected" else terms
+
+
+@dataclass(frozen=True)
+class TopKForwardKL(SeparableDivergence):
+    """sum_v q_v (log q_v - log p_v), in nats, over a support instead of the vocabulary.
+
+    With the tail `truncate` on the teacher's support, its optimum is the teacher renormalised on S: the second term of EOPD
+    (arXiv 2603.07079). With `bucket` on that support it is the teacher's top-k and a class for the rest (TA-OPD,
+    arXiv 2608.14728).
+
+    Raises:
+        ValueError: as for `SeparableDivergence`, or `tail` is `truncate` on the student's support.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.support == "student" and self.tail == "truncate":
+            raise ValueError(
+                "a forward KL truncated to the student's support is no divergence, as the student can lower it by choosing the "
+                "support: use the tail bucket or renormalize, or the teacher's support"
+            )
+
+    def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_q.exp() * (log_q - log_p)
 
 
 @dataclass(frozen=True)
@@ -176,7 +208,10 @@ class TopKUnbiased(TopKDivergence):
 
 
 class _OnSupport(ChunkDivergence):
-    """The leaf is log p of the supports, [C, K]."""
+    """The leaf is log p of the supports, [C, K], and where it is needed that of the mass outside, [C, K + 1].
+
+    d log p_out / dz_v = 1[v not in S] p_v / p_out - p_v.
+    """
 
     def __init__(self, divergence: TopKDivergence, logits: ChunkLogits, shard: VocabShard) -> None:
         self._divergence = divergence
@@ -184,17 +219,31 @@ class _OnSupport(ChunkDivergence):
         self._ids_CK = self._candidates.ids.long()
         if divergence.needs_outside:
             self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
-        else:
-            self.sums_KC = self._candidates.student.new_empty(0, len(self._ids_CK))
 
     def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_p_CK = (self._candidates.student - tokens.log_total[:, None]).requires_grad_()
+        leaf = self._candidates.student - tokens.log_total[:, None]
         log_q_CK = self._candidates.teacher - tokens.teacher_log_total[:, None]
-        chunk = SupportLogProbs(self._ids_CK, log_p_CK, log_q_CK, sums_KC, tokens, targets_C, rows)
-        return log_p_CK, self._divergence.value(chunk)
+        log_p_out_C = log_q_out_C = None
+        if self._divergence.needs_outside:
+            tiny = torch.finfo(leaf.dtype).tiny
+            p_out_C = (sums_KC[0] / tokens.log_total.exp()).clamp_min(tiny)
+            log_q_out_C = (sums_KC[1] / tokens.teacher_log_total.exp()).clamp_min(tiny).log()
+            self._divisor_C = p_out_C.clamp_min(LEAST_DIVISOR * tiny)
+            leaf = torch.cat((leaf, p_out_C.log()[:, None]), dim=1)
+        leaf.requires_grad_()
+        if self._divergence.needs_outside:
+            log_p_out_C = leaf[:, -1]
+        log_p_CK = leaf[:, : self._divergence.k]
+        chunk = SupportLogProbs(self._ids_CK, log_p_CK, log_q_CK, log_p_out_C, log_q_out_C, tokens, targets_C, rows)
+        return leaf, self._divergence.value(chunk)
 
     def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
-        return LogitsTerms(-d_leaf.sum(dim=1), one_hot=(self._ids_CK, d_leaf))
+        inside_C = -d_leaf.sum(dim=1)
+        one_hot = self._ids_CK, d_leaf[:, : self._divergence.k]
+        if not self._divergence.needs_outside:
+            return LogitsTerms(inside_C, one_hot=one_hot)
+        # Where p_out is small the quotient is large: it must not be added in S only to be subtracted again.
+        return LogitsTerms(inside_C + d_leaf[:, -1] / self._divisor_C, one_hot=one_hot, one_hot_row_C=inside_C)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdrl_mcore.vocab_parallel.chunk_logits import Comparison
 from kdrl_mcore.vocab_parallel.logits import MASKED
 
 STATISTICS_BLOCK = 4096
 TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
+MIXTURE_BLOCK = 2048
 LARGEST_BLOCK = 2048
 """Columns that one program handles at a time, chosen so that its sums stay in registers with three programs on a
 multiprocessor."""
@@ -28,12 +30,13 @@ REGISTERS = 80
 registers to fit a fourth."""
 
 
-def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
+def statistics(z_CV: Tensor, y_CV: Tensor | None, *, forward: bool = False, teacher_entropy: bool = False) -> Tensor:
     """Statistics of each row in float32, with m its largest z and n its largest y: (m, sum e^(z-m), sum e^(z-m) (z-m)), [3, C];
-    with a teacher also (n, sum e^(y-n), sum e^(z-m) ((y-n) - (z-m))), [6, C]. One read of the logits. A row without columns
-    gives `MASKED` and zeros."""
+    with a teacher also (n, sum e^(y-n), sum e^(z-m) ((y-n) - (z-m))), [6, C], where the weight of the last is e^(y-n) if
+    `forward`; and with `teacher_entropy` also sum e^(y-n) (y-n), [7, C]. One read of the logits. A row without columns gives
+    `MASKED` and zeros."""
     rows, columns = z_CV.shape
-    out_KC = torch.empty(3 if y_CV is None else 6, rows, dtype=torch.float32, device=z_CV.device)
+    out_KC = torch.empty(3 if y_CV is None else 6 + teacher_entropy, rows, dtype=torch.float32, device=z_CV.device)
     if rows:
         block = min(STATISTICS_BLOCK if y_CV is None else TEACHER_STATISTICS_BLOCK, triton.next_power_of_2(max(columns, 1)))
         with torch.cuda.device_of(z_CV):
@@ -47,6 +50,8 @@ def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
                 columns,
                 LOWEST=MASKED,
                 TEACHER=y_CV is not None,
+                FORWARD=forward,
+                ENTROPY=teacher_entropy,
                 BLOCK=block,
                 num_warps=WARPS,
                 maxnreg=REGISTERS,
@@ -54,12 +59,50 @@ def statistics(z_CV: Tensor, y_CV: Tensor | None) -> Tensor:
     return out_KC
 
 
-def differentiate(z_CV: Tensor, y_CV: Tensor | None, column_C: Tensor, numbers_KC: Tensor) -> None:
-    """Overwrite z by dL/dz_v = e_v (a + b z'_v + c (y'_v - z'_v)) + g 1[v = column], with z', y' the centred logits.
+def mixture(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, beta: float) -> Tensor:
+    """(sum_v p_v log(p_v / m_v), sum_v q_v log(q_v / m_v)) of each row with m = beta q + (1 - beta) p, [2, C] in float32. One
+    read of the logits.
+
+    Args:
+        numbers_KC: float32 rows (largest z, log sum of exponentials of the centred z, and both of y).
+    """
+    rows, columns = z_CV.shape
+    out_KC = torch.empty(2, rows, dtype=torch.float32, device=z_CV.device)
+    if rows:
+        with torch.cuda.device_of(z_CV):
+            _mixture[(rows,)](
+                z_CV,
+                z_CV.stride(0),
+                y_CV,
+                y_CV.stride(0),
+                numbers_KC,
+                out_KC,
+                rows,
+                columns,
+                beta,
+                1.0 - beta,
+                BLOCK=min(MIXTURE_BLOCK, triton.next_power_of_2(max(columns, 1))),
+                num_warps=WARPS,
+            )
+    return out_KC
+
+
+def differentiate(
+    z_CV: Tensor,
+    y_CV: Tensor | None,
+    column_C: Tensor,
+    numbers_KC: Tensor,
+    comparison: Comparison = "reverse",
+    beta: float = 0.5,
+) -> None:
+    """Overwrite z by dL/dz_v = e_v (a + b z'_v) + c c_v + g 1[v = column], with z', y' the centred logits and c_v as in
+    `chunk_logits.Comparison`; without a teacher c is 0.
 
     Args:
         column_C: the target's local column, -1 if another rank holds it.
-        numbers_KC: float32 rows (largest z, a, b, g), with a teacher also (largest y, c).
+        numbers_KC: float32 rows (largest z, a, b, g), with a teacher also (largest y, c), for `mixture` also the logs of the
+            sums of exponentials of z' and y'.
+        beta: of `mixture`.
     """
     rows, columns = z_CV.shape
     if rows and columns:
@@ -74,7 +117,9 @@ def differentiate(z_CV: Tensor, y_CV: Tensor | None, column_C: Tensor, numbers_K
                 numbers_KC,
                 rows,
                 columns,
-                TEACHER=y_CV is not None,
+                beta,
+                1.0 - beta,
+                COMPARISON="none" if y_CV is None else comparison,
                 BLOCK=block,
                 num_warps=WARPS,
             )
@@ -124,7 +169,18 @@ def overwrite(d_CV: Tensor, column_CK: Tensor, own_CK: Tensor, values_CK: Tensor
 
 @triton.jit(do_not_specialize=["rows"])
 def _statistics(
-    z_ptr, z_stride, y_ptr, y_stride, out_ptr, rows, columns, LOWEST: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr,
+    z_stride,
+    y_ptr,
+    y_stride,
+    out_ptr,
+    rows,
+    columns,
+    LOWEST: tl.constexpr,
+    TEACHER: tl.constexpr,
+    FORWARD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per row. The sums stay spread over the block's lanes until the end. Only the largest logit is needed by all
     lanes, so a step costs one reduction per model."""
@@ -138,6 +194,7 @@ def _statistics(
     teacher_peak = tl.full((), LOWEST, tl.float32)
     teacher_total = tl.zeros((BLOCK,), tl.float32)
     difference = tl.zeros((BLOCK,), tl.float32)
+    teacher_product = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         inside = start + lanes < columns
         z = tl.where(inside, tl.load(z_row + start + lanes, mask=inside, other=0.0).to(tl.float32), LOWEST)
@@ -151,8 +208,15 @@ def _statistics(
             teacher_larger = tl.maximum(teacher_peak, tl.max(y, axis=0))
             teacher_shift = teacher_peak - teacher_larger
             y = y - teacher_larger
-            teacher_total = tl.exp(teacher_shift) * teacher_total + tl.exp(y)
-            difference = scale * (difference + (teacher_shift - shift) * total) + e * (y - z)
+            f = tl.exp(y)
+            teacher_scale = tl.exp(teacher_shift)
+            if FORWARD:
+                difference = teacher_scale * (difference + (teacher_shift - shift) * teacher_total) + f * (y - z)
+            else:
+                difference = scale * (difference + (teacher_shift - shift) * total) + e * (y - z)
+            if ENTROPY:
+                teacher_product = teacher_scale * (teacher_product + teacher_shift * teacher_total) + f * y
+            teacher_total = teacher_scale * teacher_total + f
             teacher_peak = teacher_larger
         product = scale * (product + shift * total) + e * z
         total = scale * total + e
@@ -164,11 +228,62 @@ def _statistics(
         tl.store(out_ptr + 3 * rows + row, teacher_peak)
         tl.store(out_ptr + 4 * rows + row, tl.sum(teacher_total, axis=0))
         tl.store(out_ptr + 5 * rows + row, tl.sum(difference, axis=0))
+        if ENTROPY:
+            tl.store(out_ptr + 6 * rows + row, tl.sum(teacher_product, axis=0))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _log_mixture(u, beta, rest):
+    """log(m / p) where u = log(q / p) <= 0, and log(m / q) where u > 0; the other of the two differs from it by u. Nothing
+    overflows, also where p or q is 0 in float32."""
+    power = tl.exp(-tl.abs(u))
+    share = tl.where(u > 0, rest, beta)
+    inside = tl.where(u > 0, beta, rest) + share * power
+    change = share * (power - 1.0)
+    rounded = inside - 1.0
+    # log(1 + x) = x log(w) / (w - 1) with w = 1 + x as it is rounded: also a small beta keeps its digits.
+    return tl.where(rounded == 0.0, change, tl.log(inside) * (change / rounded))
+
+
+@triton.jit(do_not_specialize=["rows", "beta", "rest"])
+def _mixture(z_ptr, z_stride, y_ptr, y_stride, numbers_ptr, out_ptr, rows, columns, beta, rest, BLOCK: tl.constexpr):
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    z_row = z_ptr + row * z_stride
+    y_row = y_ptr + row * y_stride
+    peak = tl.load(numbers_ptr + row)
+    log_total = tl.load(numbers_ptr + rows + row)
+    teacher_peak = tl.load(numbers_ptr + 2 * rows + row)
+    teacher_log_total = tl.load(numbers_ptr + 3 * rows + row)
+    student = tl.zeros((BLOCK,), tl.float32)
+    teacher = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        log_p = tl.load(z_row + start + lanes, mask=inside, other=0.0).to(tl.float32) - peak - log_total
+        log_q = tl.load(y_row + start + lanes, mask=inside, other=0.0).to(tl.float32) - teacher_peak - teacher_log_total
+        u = log_q - log_p
+        log_m = _log_mixture(u, beta, rest)
+        student -= tl.where(inside, tl.exp(log_p) * (log_m + tl.maximum(u, 0.0)), 0.0)
+        teacher -= tl.where(inside, tl.exp(log_q) * (log_m - tl.minimum(u, 0.0)), 0.0)
+    tl.store(out_ptr + row, tl.sum(student, axis=0))
+    tl.store(out_ptr + rows + row, tl.sum(teacher, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "beta", "rest"])
 def _differentiate(
-    z_ptr, z_stride, y_ptr, y_stride, column_ptr, numbers_ptr, rows, columns, TEACHER: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr,
+    z_stride,
+    y_ptr,
+    y_stride,
+    column_ptr,
+    numbers_ptr,
+    rows,
+    columns,
+    beta,
+    rest,
+    COMPARISON: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -177,12 +292,20 @@ def _differentiate(
     at = z_ptr + row * z_stride + lanes
     z = tl.load(at, mask=inside, other=0.0).to(tl.float32) - tl.load(numbers_ptr + row)
     factor = tl.load(numbers_ptr + rows + row) + tl.load(numbers_ptr + 2 * rows + row) * z
-    if TEACHER:
+    d = tl.zeros((BLOCK,), tl.float32)
+    if COMPARISON != "none":
         y = tl.load(y_ptr + row * y_stride + lanes, mask=inside, other=0.0).to(tl.float32) - tl.load(
             numbers_ptr + 4 * rows + row
         )
-        factor += tl.load(numbers_ptr + 5 * rows + row) * (y - z)
-    d = tl.exp(z) * factor
+        comparison = tl.load(numbers_ptr + 5 * rows + row)
+        if COMPARISON == "reverse":
+            factor += comparison * (y - z)
+        elif COMPARISON == "forward":
+            d += comparison * tl.exp(y)
+        else:
+            u = (y - tl.load(numbers_ptr + 7 * rows + row)) - (z - tl.load(numbers_ptr + 6 * rows + row))
+            factor += comparison * (_log_mixture(u, beta, rest) + tl.maximum(u, 0.0))
+    d += tl.exp(z) * factor
     d += tl.where(lanes == tl.load(column_ptr + row), tl.load(numbers_ptr + 3 * rows + row), 0.0)
     tl.store(at, d.to(z_ptr.dtype.element_ty), mask=inside)
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import triton_kernels
-from kdrl_mcore.vocab_parallel.chunk_logits import FILLED_COLUMNS, ChunkLogits, LogitsTerms, Model, multiply
+from kdrl_mcore.vocab_parallel.chunk_logits import (
+    FILLED_COLUMNS,
+    ChunkLogits,
+    Comparison,
+    LogitsTerms,
+    Model,
+    multiply,
+    one_hot_row,
+)
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -48,15 +56,28 @@ class TritonLogits(ChunkLogits):
         return type(self)(self._columns, self._student_CW[:rows], None if teacher_CW is None else teacher_CW[:rows])
 
     def project(
-        self, hidden_CH: Tensor, weight_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, temperature: float
+        self,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        teacher: tuple[Tensor, Tensor] | None,
+        temperature: float,
+        *,
+        comparison: Comparison = "reverse",
+        teacher_entropy: bool = False,
     ) -> Tensor:
+        self._comparison, self._beta = comparison, 0.5
         self._multiplied = self._multiply(hidden_CH, weight_VH, temperature, self._student_CW)
         if teacher is not None:
             assert self._teacher_buffer_CW is not None
             self._teacher_CW = self._teacher_buffer_CW
             self._multiply(*teacher, temperature, self._teacher_CW)
-        self._local_KC = triton_kernels.statistics(self._student_CW, self._teacher_CW)
-        return self._local_KC[::3].clone()  # the maximum over ranks will overwrite it
+        self._local_KC = triton_kernels.statistics(
+            self._student_CW,
+            self._teacher_CW,
+            forward=comparison == "forward",
+            teacher_entropy=teacher_entropy and teacher is not None,
+        )
+        return self._local_KC[:4:3].clone()  # the maximum over ranks will overwrite it
 
     def _multiply(self, hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CW: Tensor) -> int:
         """Compute the logits, `MASKED` after the real columns. Returns the number of columns for which the weight has rows."""
@@ -72,9 +93,13 @@ class TritonLogits(ChunkLogits):
         scale_C = shift_C.exp()
         self._totals_KC = torch.stack((total_C, product_C + shift_C * total_C)) * scale_C
         if teacher:
-            teacher_peak_C, teacher_total_C, difference_C = teacher
+            teacher_peak_C, teacher_total_C, difference_C, *teacher_product = teacher
             teacher_shift_C = teacher_peak_C - peaks_KC[1]
-            self._totals_KC = torch.cat((self._totals_KC, (teacher_total_C * teacher_shift_C.exp())[None]))
+            teacher_scale_C = teacher_shift_C.exp()
+            totals = [teacher_total_C, *(part_C + teacher_shift_C * teacher_total_C for part_C in teacher_product)]
+            self._totals_KC = torch.cat((self._totals_KC, torch.stack(totals) * teacher_scale_C))
+            if self._comparison == "forward":
+                scale_C, total_C = teacher_scale_C, teacher_total_C
             self._difference_C = scale_C * (difference_C + (teacher_shift_C - shift_C) * total_C)
 
     def at(self, column_CK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +138,13 @@ class TritonLogits(ChunkLogits):
     def totals(self) -> Tensor:
         return self._totals_KC
 
+    def mixture(self, beta: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """See `ChunkLogits`. Reads the logits once more, and `gradient` computes the same logarithms again."""
+        assert self._comparison == "mixture" and self._teacher_CW is not None
+        self._beta, self._log_totals = beta, [log_total_C, teacher_log_total_C]
+        numbers_KC = torch.stack((self._peaks_KC[0], log_total_C, self._peaks_KC[1], teacher_log_total_C))
+        return triton_kernels.mixture(self._student_CW, self._teacher_CW, numbers_KC, beta)
+
     def gradient(
         self,
         terms: Sequence[LogitsTerms],
@@ -125,28 +157,31 @@ class TritonLogits(ChunkLogits):
         cancels, so there it is computed in float32 and rounded once."""
         scale_C = 1.0 / (total_C * temperature)
         zero_C = torch.zeros_like(scale_C)
-        row_C, product_C, difference_C = (
+        row_C, product_C, comparison_C = (
             sum((part for part in parts if part is not None), start=zero_C) * scale_C
-            for parts in zip(*((term.row_C, term.product_row_C, term.difference_row_C) for term in terms), strict=True)
+            for parts in zip(*((term.row_C, term.product_row_C, term.comparison_row_C) for term in terms), strict=True)
         )
+        inside_C = sum((one_hot_row(term) for term in terms), start=zero_C) * scale_C
+        compares = any(term.comparison_row_C is not None for term in terms)
         ids_C, g_C = (torch.full_like(scale_C, -1, dtype=torch.long), zero_C) if targets is None else targets
         own_C, column_C = shard.locate(ids_C)
         g_C = g_C / temperature
         spread = []
         for ids_CK, values_CK in (term.one_hot for term in terms if term.one_hot is not None):
             own_CK, column_CK = shard.locate(ids_CK)
-            z_CK, y_CK = self.at(column_CK)
-            factor_CK = row_C[:, None] + product_C[:, None] * z_CK
-            if y_CK is not None:
-                factor_CK += difference_C[:, None] * (y_CK - z_CK)
+            assert not compares, "a divergence on a support compares nothing outside of it"
+            z_CK, _ = self.at(column_CK)
+            factor_CK = inside_C[:, None] + product_C[:, None] * z_CK
             at_target_CK = torch.where(ids_CK == ids_C[:, None], g_C[:, None], 0.0)
             spread.append((column_CK, own_CK, z_CK.exp() * factor_CK + values_CK / temperature + at_target_CK))
         numbers = [self._peaks_KC[0], row_C, product_C, g_C]
-        teacher_CW = self._teacher_CW if any(term.difference_row_C is not None for term in terms) else None
+        teacher_CW = self._teacher_CW if compares else None
         if teacher_CW is not None:
-            numbers += [self._peaks_KC[1], difference_C]
+            numbers += [self._peaks_KC[1], comparison_C]
+            if self._comparison == "mixture":
+                numbers += self._log_totals
         target_C = torch.where(own_C, column_C, -1)
-        triton_kernels.differentiate(self._student_CW, teacher_CW, target_C, torch.stack(numbers))
+        triton_kernels.differentiate(self._student_CW, teacher_CW, target_C, torch.stack(numbers), self._comparison, self._beta)
         for arguments in spread:
             triton_kernels.overwrite(self._student_CW, *arguments)
         return self._student_CW[:, : self._multiplied]

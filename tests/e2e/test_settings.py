@@ -47,6 +47,53 @@ def test_the_learning_rate_arrives(objective: str, updates: int, zoo: Zoo, ranks
     assert rates == pytest.approx([1e-3 * each / (4 * updates) for each in left])
 
 
+def test_a_run_ends_where_its_accuracy_rises_no_more(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    """A random model is right about nothing: the first evaluation is the best. Started again, it ends again."""
+    settings = ("objective=grpo", "trainer.steps=9", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "trainer.stop_after=2")
+    for _ in range(2):
+        outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0")
+        assert outcome.code == 0, outcome.stderr
+        assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
+        assert any(line.startswith("ended after step 3: 2 evaluations brought no accuracy above 0.0 %") for line in outcome.log)
+    assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_000003")
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    """The longest responses stand for the best: a student that learns to end them has its best evaluation early."""
+    settings = ["objective=sft", "trainer.steps=4", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "eval.greedy=false"]
+    settings += ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.best=eval/response_length", "optimizer.lr=1e-2"]
+    outcome = run(ranks1, zoo, tmp_path, *settings)
+    assert outcome.code == 0, outcome.stderr
+    lengths = {row["step"]: row["eval/response_length"] for row in metrics_of(tmp_path / "run")}
+    longest = next(step for step, length in lengths.items() if length == max(lengths.values()))
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best").readlink() == Path(f"step_{longest:06d}")
+    assert {path.name for path in folder.glob("step_*")} == {f"step_{longest:06d}", "step_000004"}
+    assert longest < 4  # responses get shorter, so that the best is not the last
+
+    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", "trainer.steps=5")
+    assert (
+        outcome.code == 2 and "checkpoint.best=eval/nothing is no metric of the evaluations; there are: eval/" in outcome.stderr
+    )
+
+
+def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """On two data-parallel ranks, which share the verification: a step trains on as many groups as without the filter."""
+    settings = ["objective=grpo", "trainer.steps=3", "rollout.responses_per_prompt=3", "rollout.group_filter.rounds=2"]
+    outcome = run(ranks2, zoo, tmp_path, *settings, "reward.kind=tests.support.rewards:LengthModulo")
+    assert outcome.code == 0, outcome.stderr
+    rows = metrics_of(tmp_path / "run")
+    for row in rows:
+        step = read_jsonl(tmp_path / "run" / "rollouts" / f"step_{row['step']:06d}.jsonl")
+        verdicts = [[rollout["correct"] for rollout in step if rollout["group_id"] == group] for group in range(4)]
+        with_signal = sum(0 < sum(group) < 3 for group in verdicts)
+        assert len(step) == 12 and [len(group) for group in verdicts] == [3] * 4
+        assert row["groups_sampled"] == 4 * (1 + row["resampling_rounds"])
+        assert with_signal == min(4, round(row["signal_share"] * row["groups_sampled"]))
+        assert with_signal == 4 or row["resampling_rounds"] == 2
+    assert any(row["resampling_rounds"] for row in rows)
+
+
 def test_a_warm_up_longer_than_the_run_is_told(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
     outcome = run(ranks1, zoo, tmp_path, "objective=sft", "trainer.steps=1", "optimizer.warmup_steps=5")
     assert outcome.code == 0 and any("more than the run's 1 updates" in line for line in outcome.log)

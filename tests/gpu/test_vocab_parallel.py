@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_mcore.vocab_parallel import ExactReverseKL, TeacherInputs, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import ExactReverseKL, HeadTokens, TeacherInputs, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from tests.support.head_cases import HEADS, Sizes, assert_same, run_head
 
@@ -76,8 +76,9 @@ def test_speed(exact: bool, capsys: pytest.CaptureFixture[str]) -> None:
 
     teacher = TeacherInputs(teacher_TH, teacher_VH, ExactReverseKL()) if exact else None
 
-    def token_loss(p: torch.Tensor, h: torch.Tensor, d: torch.Tensor, _: slice) -> torch.Tensor:
-        return (d - p if exact else 0.5 * (p + 12).square()) - 0.01 * h
+    def token_loss(tokens: HeadTokens, _: slice) -> torch.Tensor:
+        p = tokens.log_probs
+        return (tokens.divergences - p if exact else 0.5 * (p + 12).square()) - 0.01 * tokens.entropies
 
     def run(kernels: Any) -> torch.Tensor:
         hidden_TH.grad = weight_VH.grad = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.reference.output_head import KINDS, TOP_K, Problem, dense, make_problem
+from tests.reference.output_head import EXACT_FORM, KINDS, Problem, dense, make_problem
 from tests.support import vocabulary
 from tests.support.ranks import RankPool
 from tests.support.vocabulary import Layout, answer, assert_same
@@ -72,9 +72,9 @@ def test_without_tokens(pool: RankPool, layout: Layout) -> None:
 def test_sets_larger_than_a_rank_holds(pool: RankPool, layout: Layout) -> None:
     """Ten tokens of four ranks with six each, and all 23."""
     check(pool, [make_problem(top_k=10)], TAUGHT, layout, **EXACT)
-    by_rank = pool.run(answers, [make_problem(top_k=23)], list(TOP_K), layout)
-    for i in range(len(TOP_K)):
-        assert_same([rank[i][0] for rank in by_rank], dense(make_problem(), "exact"), layout, **EXACT)
+    by_rank = pool.run(answers, [make_problem(top_k=23)], list(EXACT_FORM), layout)
+    for i, exact in enumerate(EXACT_FORM.values()):
+        assert_same([rank[i][0] for rank in by_rank], dense(make_problem(), exact), layout, **EXACT)
 
 
 def test_ties_give_one_set_on_every_layout(pool: RankPool, layout: Layout) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.reference import forms
+
 Row = dict[str, Any]
 """One line of a rollout file."""
 
@@ -40,6 +42,16 @@ class Settings:
         temperature: the logits of all models are divided by it.
         vocab_size: tokens that exist for both softmaxes; None takes the smaller model's columns.
         top_k, top_k_support, top_k_tail: of the top-k estimators.
+        combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
+        token_weight, share, more, first_tokens, rate, solved, unsolved, normalize: a weight of each distilled token.
+        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy or trust, beside k2 of the sampled token.
+        stop_token: mask leaves the token that ends a response out of distillation.
+        importance, importance_bound: bounds of w = pi / mu: full, truncate or mask.
+        correction_level: of `correction`: token, sequence or geometric.
+        baseline: what a reward is compared with: group, leave_one_out or batch.
+        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence.
+        entropy_bonus: coefficient of the entropy.
+        truncated: drop leaves responses that hit the limit out of the policy loss.
     """
 
     alpha: float = 1.0
@@ -63,6 +75,35 @@ class Settings:
     top_k: int = 64
     top_k_support: str = "student"
     top_k_tail: str = "bucket"
+    combine: str = "add"
+    signal: str = "correct"
+    agree: float = 1.8
+    differ: float = 1.0
+    modulate_clip: float = 0.2
+    bounds: str = "both"
+    extrapolation: float = 1.25
+    token_weight: str = "constant"
+    share: float = 0.5
+    more: float = 0.1
+    first_tokens: int = 0
+    rate: float = 1.0
+    solved: float = 1.0
+    unsolved: float = 1.0
+    normalize: bool = False
+    divergence: str = "reverse"
+    jsd_beta: float = 0.5
+    mix: str = "none"
+    mix_above: float = 0.8
+    stop_token: str = "keep"
+    importance: str = "full"
+    importance_bound: float = 2.0
+    correction_level: str = "token"
+    baseline: str = "group"
+    policy_loss: str = "clip"
+    ratio: str = "token"
+    dual_clip: float | None = None
+    entropy_bonus: float = 0.0
+    truncated: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -180,24 +221,47 @@ def kdrl_of_models(
     advantages = torch.zeros_like(rewards)
     if settings.alpha > 0:
         advantages = group_advantages(rewards, [row["group_id"] for row in rows], settings.normalize_by_std)
+        if settings.baseline != "group":
+            advantages = forms.other_advantages(rewards, [row["group_id"] for row in rows], settings)
 
     everything = torch.ones(len(rows), dtype=torch.bool)
+    if settings.combine == "gate":
+        distilled = distilled & torch.tensor([not row["correct"] for row in rows])
     counted = everything if settings.denominator == "all" else distilled
+    rewarded = everything
+    if settings.truncated == "drop":
+        rewarded = torch.tensor([row.get("finish_reason") != "length" for row in rows])
     before = [each.detach() for each in log_pi] if log_old is None else log_old
     correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
-    policy_terms = [surrogate(log_pi[i], before[i], advantages[i], settings) * correction[i] for i in range(len(rows))]
-    policy_loss = aggregate(policy_terms, everything, everything, settings)
+    d_now = [
+        (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()
+        for i in range(len(rows))
+    ]
+    pairs = [forms.combine(advantages[i], d_now[i], bool(distilled[i]), rows[i], settings) for i in range(len(rows))]
+    compared = [
+        forms.compared_with(before[i], log_teacher[i] if log_teacher else None, bool(distilled[i]), settings)
+        for i in range(len(rows))
+    ]
+    policy_terms = [forms.policy_term(log_pi[i], compared[i], pairs[i][0], settings) * correction[i] for i in range(len(rows))]
+    policy_loss = aggregate(policy_terms, rewarded, rewarded, settings)
     loss = settings.alpha * policy_loss
+    if settings.entropy_bonus:
+        loss = loss - settings.entropy_bonus * aggregate([entropy_of(each) for each in log_p], rewarded, rewarded, settings)
     kd_loss = torch.zeros_like(loss)
+    entropies = [entropy_of(each.detach()) for each in (log_q if settings.token_weight == "teacher_entropy" else log_p)]
+    token_weights = forms.token_weights(d_now, entropies, distilled, rows, settings)
     if settings.beta > 0 and settings.placement == "loss":
         kd_terms = [
-            reverse_kl(log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings) for i in range(len(rows))
+            reverse_kl(log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
+            * pairs[i][1]
+            * token_weights[i]
+            for i in range(len(rows))
         ]
         kd_loss = aggregate(kd_terms, distilled, counted, settings)
         loss = loss + settings.beta * kd_loss
     if settings.beta > 0 and settings.placement == "advantage":  # alpha A + beta sg(d): linear in A, so a second surrogate
         kd_terms = [
-            surrogate(log_pi[i], before[i], (log_teacher[i] - log_pi[i]).detach(), settings) * correction[i]
+            surrogate(log_pi[i], before[i], (log_teacher[i] - log_pi[i]).detach() * token_weights[i], settings) * correction[i]
             for i in range(len(rows))
         ]
         loss = loss + settings.beta * aggregate(kd_terms, distilled, counted, settings)
@@ -210,7 +274,10 @@ def kdrl_of_models(
             w = importance_weight(log_pi[i], log_mu[i], settings.reference_estimator, settings)
             reference_terms.append(sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator))
         reference_loss = aggregate(reference_terms, everything, everything, settings)
-        loss = loss + settings.reference * reference_loss
+        of_reference = settings.reference
+        if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref))
+            of_reference = settings.beta * (1 - settings.extrapolation)
+        loss = loss + of_reference * reference_loss
 
     return Result(
         loss=float(loss.detach()),
@@ -291,7 +358,11 @@ def surrogate(log_pi_T: Tensor, log_old_T: Tensor, advantage: Tensor, settings: 
 
 def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
     """sg(min(pi_old / mu, C)); or 0 for tokens outside [1/C, C] and 1 inside; or 1 [T]."""
-    ratio_T, bound = (log_old_T - log_mu_T).detach().exp(), settings.correction_bound
+    log_ratio_T, bound = (log_old_T - log_mu_T).detach(), settings.correction_bound
+    if settings.correction_level != "token":  # one number for the response
+        whole = log_ratio_T.sum() if settings.correction_level == "sequence" else log_ratio_T.mean()
+        log_ratio_T = whole.expand(len(log_ratio_T))
+    ratio_T = log_ratio_T.exp()
     if settings.correction == "truncate":
         return torch.minimum(ratio_T, torch.full_like(ratio_T, bound))
     if settings.correction == "mask":
@@ -310,6 +381,9 @@ def reverse_kl(
     p = log_p.exp()
     if settings.estimator in ("k1", "k2", "k3"):
         return sampled_kl(d, w, settings.estimator)
+    if settings.divergence != "reverse":
+        other = forms.other_divergence(log_p, log_q, settings)
+        return forms.mixed(sampled_kl(d, w, "k2"), other, d.detach(), entropy_of(log_q), settings)
     if settings.estimator == "exact":
         return (p * (log_p - log_q)).sum(1)
     ranking = log_q if settings.estimator == "top_k" and settings.top_k_support == "teacher" else log_p.detach()
@@ -326,7 +400,16 @@ def reverse_kl(
 def importance_weight(log_pi_T: Tensor, log_mu_T: Tensor, estimator: str, settings: Settings) -> Tensor:
     """w = pi / mu [T], differentiable; on-policy 1, with the gradient of log pi for k1 alone."""
     if not settings.on_policy:
-        return (log_pi_T - log_mu_T).exp()
+        w_T = (log_pi_T - log_mu_T).exp()
+        if settings.importance == "full":
+            return w_T
+        number_T = w_T.detach()
+        if settings.importance == "truncate":
+            number_T = torch.minimum(number_T, torch.full_like(number_T, settings.importance_bound))
+        else:
+            outside_T = (number_T < 1 / settings.importance_bound) | (number_T > settings.importance_bound)
+            number_T = number_T.masked_fill(outside_T, 0.0)
+        return number_T * (log_pi_T - log_pi_T.detach()).exp()
     return (log_pi_T - log_pi_T.detach()).exp() if estimator == "k1" else torch.ones_like(log_pi_T)
 
 
@@ -351,6 +434,8 @@ def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor
     if tail == "renormalize":
         log_p_S, log_q_S = log_p_S.log_softmax(1), log_q_S.log_softmax(1)
     inside = (log_p_S.exp() * (log_p_S - log_q_S)).sum(1)
+    if tail == "corrected":
+        return inside - log_p_S.exp().sum(1) + log_q_S.exp().sum(1)
     if tail in ("truncate", "renormalize") or support.shape[1] == log_p.shape[1]:
         return inside
     if tail == "bucket":

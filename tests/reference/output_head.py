@@ -5,6 +5,7 @@ S rows of the sequence, T loss rows, the first D of them with a teacher, H hidde
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -12,9 +13,18 @@ import torch
 from torch import Tensor
 
 TAILS = ("truncate", "renormalize", "bucket")
-TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in TAILS)
-KINDS = ("logits", "head", "exact", *TOP_K, "top_k_unbiased")
-"""Everything that has a loss: "logits" forms them whole, the others are fused."""
+TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") for tail in (*TAILS, "corrected"))
+FORWARD_TOP_K = tuple(
+    f"forward_top_k {case}" for case in ("teacher truncate", "student renormalize", "teacher bucket", "student bucket")
+)
+EXACT_FORM = {**dict.fromkeys(TOP_K, "exact"), **dict.fromkeys(FORWARD_TOP_K, "forward")}
+"""What each kind is if the set is the whole vocabulary."""
+MIXED = ("mixed 0.3", "mixed 0.9")
+WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K)
+"""The kinds that ask for the teacher's entropy as well."""
+KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, "top_k_unbiased")
+"""Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
+divergence."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Answer:
     entropy_T: Tensor
     divergence_T: Tensor
     teacher_log_prob_T: Tensor
+    teacher_entropy_T: Tensor
     d_hidden_SH: Tensor
     d_weight_VH: Tensor
 
@@ -89,23 +100,32 @@ def dense(problem: Problem, kind: str) -> Answer:
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
     log_q_DV = (p.teacher_hidden_DG @ p.teacher_weight_VG.T / p.temperature).log_softmax(1)
     num_taught = 0 if kind in ("logits", "head") else len(log_q_DV)
-    divergence_T = teacher_log_prob_T = torch.zeros_like(log_prob_T)
+    divergence_T = teacher_log_prob_T = teacher_entropy_T = torch.zeros_like(log_prob_T)
     if num_taught:
         taught_D = dense_divergence(p, kind, log_p_TV[:num_taught], log_q_DV, log_prob_T[:num_taught])
         divergence_T = torch.cat((taught_D, divergence_T[num_taught:]))
         told_D = log_q_DV.gather(1, p.targets_T[:num_taught, None]).squeeze(1)
         teacher_log_prob_T = torch.cat((told_D, teacher_log_prob_T[num_taught:]))
+        if kind in WITH_ENTROPY:
+            entropy_D = -(log_q_DV.exp() * log_q_DV).sum(1)
+            teacher_entropy_T = torch.cat((entropy_D, teacher_entropy_T[num_taught:]))
     loss = p.loss(log_prob_T, entropy_T, divergence_T, slice(None)).sum()
     gradients = torch.autograd.grad(loss, (hidden_SH, weight_VH))
-    return Answer(
-        loss.detach(), log_prob_T.detach(), entropy_T.detach(), divergence_T.detach(), teacher_log_prob_T.detach(), *gradients
-    )
+    values = log_prob_T, entropy_T, divergence_T, teacher_log_prob_T, teacher_entropy_T
+    return Answer(loss.detach(), *(value_T.detach() for value_T in values), *gradients)
 
 
 def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, log_prob_D: Tensor) -> Tensor:
     """The divergence [D] (of top_k_unbiased its surrogate) from all log-probs of student and teacher."""
     if kind == "exact":
         return (log_p_DV.exp() * (log_p_DV - log_q_DV)).sum(1)
+    if kind == "forward":
+        return (log_q_DV.exp() * (log_q_DV - log_p_DV)).sum(1)
+    if kind in MIXED:
+        beta = float(kind.split()[1])
+        log_m_DV = torch.logaddexp(log_p_DV + math.log1p(-beta), log_q_DV + math.log(beta))
+        teacher_D = (log_q_DV.exp() * (log_q_DV - log_m_DV)).sum(1)
+        return beta * teacher_D + (1 - beta) * (log_p_DV.exp() * (log_p_DV - log_m_DV)).sum(1)
     ranked_DV = log_q_DV if "teacher" in kind else log_p_DV
     set_DK = ranked_DV.sort(dim=1, descending=True, stable=True).indices[:, : p.top_k]
     log_p_DK, log_q_DK = log_p_DV.gather(1, set_DK), log_q_DV.gather(1, set_DK)
@@ -117,10 +137,15 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
         return inside_D + outside_D * (log_prob_D - mu_D).exp().detach() * 0.5 * d_D.square()
     if kind.endswith("renormalize"):
         log_p_DK, log_q_DK = log_p_DK.log_softmax(1), log_q_DK.log_softmax(1)
-    inside_D = (log_p_DK.exp() * (log_p_DK - log_q_DK)).sum(1)
+    forward = kind in FORWARD_TOP_K
+    weight_DK = log_q_DK.exp() if forward else log_p_DK.exp()
+    inside_D = (weight_DK * ((log_q_DK - log_p_DK) if forward else (log_p_DK - log_q_DK))).sum(1)
+    if kind.endswith("corrected"):
+        inside_D = inside_D - log_p_DK.exp().sum(1) + log_q_DK.exp().sum(1)
     if not kind.endswith("bucket"):
         return inside_D
     outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
     p_out_D, q_out_D = (log_p_DV.exp() * outside_DV).sum(1), (log_q_DV.exp() * outside_DV).sum(1)
     tiny = torch.finfo(torch.float64).tiny
-    return inside_D + p_out_D * (p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log())
+    difference_D = p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log()
+    return inside_D - q_out_D * difference_D if forward else inside_D + p_out_D * difference_D

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
     ExactReverseKL,
+    HeadTokens,
+    JensenShannon,
     TeacherInputs,
+    TopKForwardKL,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -23,9 +27,14 @@ from kdrl_mcore.vocab_parallel import (
 HEADS: dict[str, Any] = {
     "log_prob_entropy_k2": None,
     "exact": lambda sampler_T: ExactReverseKL(),
+    "forward": lambda sampler_T: ExactForwardKL(),
+    "mixed_0.2": lambda sampler_T: JensenShannon(0.2),
     "top_k_student_truncate": lambda sampler_T: TopKReverseKL(5, "student", "truncate"),
     "top_k_teacher_renormalize": lambda sampler_T: TopKReverseKL(5, "teacher", "renormalize"),
     "top_k_student_bucket": lambda sampler_T: TopKReverseKL(5, "student", "bucket"),
+    "top_k_teacher_corrected": lambda sampler_T: TopKReverseKL(5, "teacher", "corrected"),
+    "forward_top_k_teacher_truncate": lambda sampler_T: TopKForwardKL(5, "teacher", "truncate"),
+    "forward_top_k_student_bucket": lambda sampler_T: TopKForwardKL(5, "student", "bucket"),
     "top_k_unbiased": lambda sampler_T: TopKUnbiased(5, sampler_T),
 }
 """log mu of the targets [T] -> divergence; None without a teacher."""
@@ -64,12 +73,16 @@ def run_head(
     sampler_T = torch.randn(tokens, generator=shared).sub(4).to(device)
     shard = VocabShard(group, rank * sizes.columns, (rank + 1) * sizes.columns, sizes.size)
 
-    def loss_C(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+    def loss_C(one: HeadTokens, rows: slice) -> Tensor:
+        log_probs_C = one.log_probs
         surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
         k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()
-        return surrogate_C + 0.1 * k2_C - 0.05 * entropy_C + advantages_T[rows] * divergence_C
+        if one.teacher_entropies is not None:
+            k2_C = k2_C * (1 + one.teacher_entropies)
+        return surrogate_C + 0.1 * k2_C - 0.05 * one.entropies + advantages_T[rows] * one.divergences
 
     divergence = HEADS[name]
+    with_entropy = name != "top_k_unbiased"
     outputs = fused_head(
         hidden_SH,
         weight_VH,
@@ -78,13 +91,12 @@ def run_head(
         loss_C,
         shard,
         temperature=0.7,
-        teacher=None if divergence is None else TeacherInputs(teacher_DG, teacher_VG, divergence(sampler_T)),
+        teacher=None if divergence is None else TeacherInputs(teacher_DG, teacher_VG, divergence(sampler_T), with_entropy),
         chunk_tokens=sizes.chunk_tokens,
         kernels=kernels,
     )
     outputs.loss.backward()
-    names = ("loss", "log_probs", "entropy", "divergence")
-    results = {key: value.detach() for key, value in zip(names, outputs, strict=False)}
+    results = {key: value.detach() for key, value in outputs._asdict().items() if value is not None}
     assert hidden_SH.grad is not None and weight_VH.grad is not None
     return {**results, "d_hidden": hidden_SH.grad, "d_weight": weight_VH.grad}
 

@@ -44,6 +44,35 @@ OBJECTIVE_KEYS = {
     "top_k": "objective.kd.top_k",
     "top_k_support": "objective.kd.top_k_support",
     "top_k_tail": "objective.kd.top_k_tail",
+    "combine": "objective.combine.kind",
+    "signal": "objective.combine.signal",
+    "agree": "objective.combine.agree",
+    "differ": "objective.combine.differ",
+    "modulate_clip": "objective.combine.clip",
+    "bounds": "objective.combine.bounds",
+    "extrapolation": "objective.combine.extrapolation",
+    "token_weight": "objective.kd.token_weight.kind",
+    "share": "objective.kd.token_weight.share",
+    "more": "objective.kd.token_weight.more",
+    "first_tokens": "objective.kd.token_weight.tokens",
+    "rate": "objective.kd.token_weight.rate",
+    "solved": "objective.kd.token_weight.solved",
+    "unsolved": "objective.kd.token_weight.unsolved",
+    "normalize": "objective.kd.token_weight.normalize",
+    "divergence": "objective.kd.divergence",
+    "jsd_beta": "objective.kd.jsd_beta",
+    "mix": "objective.kd.mix",
+    "mix_above": "objective.kd.mix_above",
+    "stop_token": "objective.kd.stop_token",
+    "importance": "objective.kd.importance",
+    "importance_bound": "objective.kd.importance_bound",
+    "correction_level": "objective.sampler_correction.level",
+    "baseline": "objective.baseline",
+    "policy_loss": "objective.policy_loss",
+    "ratio": "objective.ratio",
+    "dual_clip": "objective.dual_clip",
+    "entropy_bonus": "objective.entropy_bonus",
+    "truncated": "objective.truncated",
 }
 """The configuration's key of each of the dense reference's settings."""
 PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
@@ -69,7 +98,8 @@ class Outcome:
 
 def objective_overrides(settings: Settings) -> list[str]:
     """The same objective as overrides."""
-    return [f"{key}={str(getattr(settings, name)).lower()}" for name, key in OBJECTIVE_KEYS.items()]
+    values = {key: getattr(settings, name) for name, key in OBJECTIVE_KEYS.items()}
+    return [f"{key}={'null' if value is None else str(value).lower()}" for key, value in values.items()]
 
 
 def train_on_rank(overrides: Sequence[str]) -> Outcome:

@@ -14,15 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ExactForwardKL,
     ExactReverseKL,
+    JensenShannon,
     TeacherInputs,
+    TopKForwardKL,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
     fused_head,
     token_log_probs_and_entropy,
 )
-from tests.reference.output_head import Answer, Problem
+from tests.reference.output_head import WITH_ENTROPY, Answer, Problem
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def own_part(problem: Problem, layout: Layout, shard: VocabShard) -> tuple[Tenso
 def call(
     kind: str, problem: Problem, layout: Layout, shard: VocabShard, hidden_SH: Tensor, weight_PH: Tensor, teacher_PG: Tensor
 ) -> tuple[Tensor, ...]:
-    """(loss, log-probs, entropy, divergence, the teacher's log-probs) of the function under test."""
+    """(loss, log-probs, entropy, divergence, the teacher's log-probs and entropies) of the function under test. Entropies that
+    were not asked for are 0."""
     p = problem
     if kind == "logits":
         # Here the product is the caller's, for whom a padding of NaN would be his own fault; the logits' padding may be NaN.
@@ -67,29 +71,40 @@ def call(
         logits_TP = logits_TP.masked_fill(torch.arange(logits_TP.size(1)) >= shard.real_columns, torch.nan)
         log_probs_T, entropy_T = token_log_probs_and_entropy(logits_TP, p.targets_T, shard, p.temperature)
         zero_T = torch.zeros_like(log_probs_T)
-        return p.loss(log_probs_T, entropy_T, zero_T, slice(None)).sum(), log_probs_T, entropy_T, zero_T, zero_T
-    return fused_head(
+        return p.loss(log_probs_T, entropy_T, zero_T, slice(None)).sum(), log_probs_T, entropy_T, zero_T, zero_T, zero_T
+    teacher = None
+    if kind != "head":
+        teacher = TeacherInputs(p.teacher_hidden_DG, teacher_PG, divergence(kind, p), with_entropy=kind in WITH_ENTROPY)
+    outputs = fused_head(
         hidden_SH,
         weight_PH,
         p.rows_T,
         p.targets_T,
-        p.loss,
+        lambda tokens, rows: p.loss(tokens.log_probs, tokens.entropies, tokens.divergences, rows),
         shard,
         temperature=p.temperature,
-        teacher=None if kind == "head" else TeacherInputs(p.teacher_hidden_DG, teacher_PG, divergence(kind, p)),
+        teacher=teacher,
         sequence_parallel=layout.sequence_parallel,
         chunk_tokens=layout.chunk_tokens,
     )
+    assert (outputs.teacher_entropies is None) == (kind not in WITH_ENTROPY)
+    *values, entropies_T = outputs
+    return *values, torch.zeros_like(outputs.log_probs) if entropies_T is None else entropies_T
 
 
 def divergence(kind: str, problem: Problem) -> Any:
     """The divergence under test. Of the top-k ones the kind names support and tail."""
     if kind == "exact":
         return ExactReverseKL()
+    if kind == "forward":
+        return ExactForwardKL()
+    if kind.startswith("mixed"):
+        return JensenShannon(float(kind.split()[1]))
     if kind == "top_k_unbiased":
         return TopKUnbiased(problem.top_k, problem.sampler_log_probs_T)
-    _, support, tail = kind.split()
-    return TopKReverseKL(problem.top_k, support, tail)  # type: ignore[arg-type]
+    name, support, tail = kind.split()
+    form: Any = TopKForwardKL if name == "forward_top_k" else TopKReverseKL
+    return form(problem.top_k, support, tail)
 
 
 def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
@@ -109,7 +124,7 @@ def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
 def assert_same(answers: list[Answer], expected: Answer, layout: Layout, **tolerance: float) -> None:
     """Every rank has the expected numbers, the gradients put together are the expected ones, and padding got none."""
     for one in answers:
-        for name in ("loss", "log_probs_T", "entropy_T", "divergence_T"):
+        for name in ("loss", "log_probs_T", "entropy_T", "divergence_T", "teacher_log_prob_T", "teacher_entropy_T"):
             torch.testing.assert_close(getattr(one, name).double(), getattr(expected, name), **tolerance)
     parts = [one.d_hidden_SH.double() for one in answers]
     for d_hidden_SH in [torch.cat(parts)] if layout.sequence_parallel else parts:

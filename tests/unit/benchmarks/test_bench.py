@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bench
-from benchmarks.head import VARIANTS, Inputs, Problem, Reference, _extra_memory, make_inputs
+from benchmarks.head import DIVERGENCES, VARIANTS, Inputs, Problem, Reference, _extra_memory, make_inputs
 from kdrl_mcore.errors import KdrlError
 from tests.support.ranks import RankPool
 
@@ -35,7 +35,7 @@ def compare_variants(estimator: str) -> None:
         torch.testing.assert_close(gradients(variant, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "exact"])
+@pytest.mark.parametrize("estimator", DIVERGENCES)
 def test_variants_agree_on_two_ranks(ranks2: RankPool, estimator: str) -> None:
     ranks2.run(compare_variants, estimator)
 

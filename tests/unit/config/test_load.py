@@ -69,10 +69,10 @@ def test_override_gives_a_key_any_text(text: str) -> None:
         ("objective.kd={masks: group}", "unknown configuration key 'objective.kd.masks'; did you mean 'objective.kd.mask'?"),
         ("reward.terms=[{kind: format, wieght: 1}]", "'wieght'"),
         ("pairs=small", "a group of your own comes with --config-dir"),
-        ("objective=null", "objective=null: objective needs a choice; there are: distill_then_grpo, grpo"),
+        ("objective=null", "objective=null: objective needs a choice; there are: cispo, dapo"),
         ("rollout=null", "there are: megatron, replay, vllm"),
         ("reward=", "reward needs a choice"),
-        ("objective=grop", "no such objective; there are: distill_then_grpo, grpo,"),
+        ("objective=grop", "no such objective; there are: cispo, dapo,"),
         ("~objective", "nothing can be left out"),
         ("~optimizer.lr", "nothing can be left out"),
         ("+objective@optimizer=grpo", "unknown configuration key"),
@@ -145,10 +145,14 @@ def test_a_runs_configuration_gives_the_same_one(overrides: list[str], tmp_path:
 
 def test_a_choice_over_a_file_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
     file = str(tmp_path / "config.yaml")
-    config = load_config(["experiment=tiny_cpu", "objective=kdrl_annealing", "rollout=vllm", "objective.clip_high=0.3"])
+    config = load_config(
+        ["experiment=tiny_cpu", "objective=kdrl_annealing", "rollout=vllm", "objective.kd.denominator=unmasked"]
+    )
     save_config(config, tmp_path / "config.yaml")
     other = load_config(["--config", file, "objective=kdrl_response_mask"])
-    expected = load_config(["experiment=tiny_cpu", "objective=kdrl_response_mask", "rollout=vllm", "objective.clip_high=0.3"])
+    expected = load_config(
+        ["experiment=tiny_cpu", "objective=kdrl_response_mask", "rollout=vllm", "objective.kd.denominator=unmasked"]
+    )
     assert other == expected
     assert load_config(["--config", file, "rollout=megatron"]).objective.sampler_correction.kind == "none"
     assert "stands for an experiment" in refused("--config", file, "experiment=tiny_cpu")

@@ -193,6 +193,9 @@ def history(late: dict[str, float] | None = None, steps: int = 20) -> list[dict[
         "kl": 0.05,
         "drift_mean": 1e-6,
         "drift_max": 1e-5,
+        "correction_ess": 0.9,
+        "kd_importance_ess": 0.9,
+        "taught_share": 0.5,
     }
     return [healthy | ((late or {}) if step >= steps // 2 else {}) for step in range(steps)]
 
@@ -203,6 +206,8 @@ SIGNATURES: dict[str, dict[str, float]] = {
     "entropy_collapse": {"entropy": 0.01},
     "kl_blow_up": {"kl": 0.3},
     "sampler_drift": {"drift_mean": 0.2},
+    "few_effective_tokens": {"kd_importance_ess": 0.1},
+    "nothing_taught": {"taught_share": 0.001},
 }
 
 
@@ -233,9 +238,15 @@ def test_one_token_far_off_is_sampler_drift() -> None:
 
 KINDS: dict[str, tuple[list[str], set[str]]] = {
     "kdrl": (["teacher.path=t"], set(SIGNATURES)),
-    "grpo": (["objective=grpo"], set(SIGNATURES) - {"kl_blow_up"}),
-    "distillation alone": (["objective=kd_rkl", "teacher.path=t"], {"length_explosion", "kl_blow_up", "sampler_drift"}),
-    "replayed": (["rollout=replay", "rollout.path=r", "teacher.path=t"], {"kl_blow_up", "sampler_drift"}),
+    "grpo": (["objective=grpo"], set(SIGNATURES) - {"kl_blow_up", "nothing_taught"}),
+    "distillation alone": (
+        ["objective=kd_rkl", "teacher.path=t"],
+        set(SIGNATURES) - {"reward_collapse", "entropy_collapse"},
+    ),
+    "replayed": (
+        ["rollout=replay", "rollout.path=r", "teacher.path=t"],
+        {"kl_blow_up", "sampler_drift", "few_effective_tokens", "nothing_taught"},
+    ),
     "supervised": (["objective=sft"], set()),
 }
 
@@ -289,7 +300,7 @@ def test_a_growing_history_shows_what_the_whole_one_does() -> None:
     generator = random.Random(0)
     rows = [{name: generator.choice([math.nan, 0.01, 0.5, 2.0, 70.0]) for name in WATCHED} for _ in range(60)]
     rows = [{name: value for name, value in row.items() if generator.random() < 0.9} for row in rows]
-    rows = [{**row, "entropy": 0.9**step} for step, row in enumerate(rows)]
+    rows = [{**row, "entropy": 0.9**step, "taught_share": 0.9**step} for step, row in enumerate(rows)]
     grown = GrowingHistory(DEFAULT_THRESHOLDS.window)
     seen = set[str]()
     for end, row in enumerate(rows, start=1):

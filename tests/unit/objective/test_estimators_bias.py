@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.objective.divergences import importance_weight, k1, k2, k3
-from kdrl_mcore.vocab_parallel import TeacherInputs, TopKUnbiased, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, TeacherInputs, TopKUnbiased, VocabShard, fused_head
 
 N, V, H, TOP_K = 3, 21, 6, 5
 RANKS = [1, 2]
@@ -81,11 +81,11 @@ def gradients(estimator: Estimator | str, weight: Callable[[Tensor], Tensor], on
         teacher = TeacherInputs(hidden_TH.detach(), teacher_padded_VH, divergence)
     teacher_T = log_softmax_of(hidden_NH, teacher_VH).flatten()
 
-    def token_loss(log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
+    def token_loss(tokens: HeadTokens, rows: slice) -> Tensor:
         if isinstance(estimator, str):
-            return divergence_C
-        w_C = weight(importance_weight(log_probs_C, mu_T[rows]))
-        return estimator(teacher_T[rows] - log_probs_C, w_C)
+            return tokens.divergences
+        w_C = weight(importance_weight(tokens.log_probs, mu_T[rows]))
+        return estimator(teacher_T[rows] - tokens.log_probs, w_C)
 
     loss = fused_head(hidden_TH, padded_VH, rows_T, targets_T, token_loss, shard, temperature=1.0, teacher=teacher).loss
     return torch.autograd.grad(loss, hidden_TH)[0].view(N, V, H)

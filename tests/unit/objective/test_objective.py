@@ -3,6 +3,7 @@ in tests/parallel against the dense reference.)"""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
 from kdrl_mcore.objective.joint import TokenBatch, joint_loss
 from kdrl_mcore.objective.masks import distillation_mask
-from kdrl_mcore.objective.policy import surrogate
+from kdrl_mcore.objective.policy import clip
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 
 GROUPS = torch.tensor([7, 7, 3, 3, 3])
@@ -69,7 +70,7 @@ def test_the_sum_is_divided_by_a_constant_length() -> None:
 def test_the_surrogate_clips_only_where_that_makes_it_worse() -> None:
     ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]).log()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    loss, clipped = surrogate(ratios, torch.zeros(5), advantages, 0.2, 0.3)
+    loss, clipped = clip(ratios.exp(), ratios, advantages, ObjectiveConfig(clip_low=0.2, clip_high=0.3))
     assert loss.tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8, -1.1])
     assert clipped.tolist() == [True, False, False, True, False]
 
@@ -122,7 +123,34 @@ def test_the_adaptive_coefficient_follows_the_measured_kl() -> None:
     assert values(schedule, [1000.0] * 5)[-1] == 0.2 and values(schedule, [0.0] * 5)[-1] == 0.05
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "switch", "adaptive"])
+def test_a_coefficient_switches_once_where_the_kl_is_low() -> None:
+    schedule = ScheduleConfig(kind="below", init=1.0, after=0.1, target=0.5)
+    assert values(schedule, [0.9, None, 0.5, 0.9]) == [1.0, 1.0, 1.0, 0.1, 0.1]
+
+
+def test_a_coefficient_switches_once_where_accuracy_rises_no_more() -> None:
+    coefficient = Coefficient(ScheduleConfig(kind="plateau", init=1.0, after=0.0, patience=2))
+    seen = []
+    for accuracy in (0.2, 0.3, 0.3, 0.25, 0.9):
+        coefficient.observe(accuracy)
+        seen.append(coefficient.value)
+    assert seen == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_plateau_is_remembered_in_a_checkpoint() -> None:
+    schedule = ScheduleConfig(kind="plateau", init=1.0, after=0.0, patience=2)
+    first, second = Coefficient(schedule), Coefficient(schedule)
+    for accuracy in (0.5, 0.4):
+        first.observe(accuracy)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.observe(0.4)
+    assert second.value == 0.0
+    second = Coefficient(schedule)
+    second.load_state_dict({"step": 4, "adapted": 1.0})  # of an older version
+    assert second.value == 1.0
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "switch", "below", "adaptive"])
 def test_a_restored_schedule_goes_on_where_it_was(kind: str) -> None:
     schedule = ScheduleConfig(kind=kind, init=0.5, min=0.1, delta=0.03, steps=5, after=0.2, target=1.0)
     whole, first, second = Coefficient(schedule), Coefficient(schedule), Coefficient(schedule)
@@ -136,7 +164,7 @@ def test_a_restored_schedule_goes_on_where_it_was(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", ["kind=cosine", "kind=switch", "kind=adaptive init=1.0", "kind=adaptive init=2 target=1 max=1"]
+    "keys", ["kind=cosine", "kind=switch", "kind=below", "kind=adaptive init=1.0", "kind=adaptive init=2 target=1 max=1"]
 )
 def test_schedules_that_cannot_be_are_refused(keys: str) -> None:
     with pytest.raises(ConfigError, match=r"objective\.beta\.\w+.*(needs|must lie between)"):

@@ -92,6 +92,11 @@ def test_each_measure_moves_what_it_should() -> None:
     assert away.memory[0].at("rollout") < plan.memory[0].at("rollout")
     assert away.memory[0].at("update") == plan.memory[0].at("update")
     assert planned("batch.updates_per_step=2").phase("old policy").total > 0
+    scores = planned("objective.kd.token_weight.kind=entropy").phase("scores").total
+    assert 0.2 < scores / planned().phase("training").total < 0.5
+    more = planned("rollout.group_filter.rounds=3", "rollout.responses_per_prompt=2").phase("rollout").total
+    assert more == pytest.approx(planned("rollout.responses_per_prompt=2").phase("rollout").total * 2)  # half of them have both
+    assert planned("objective.combine.kind=gate").phase("teacher").total < planned().phase("teacher").total
 
 
 def test_a_plan_that_does_not_fit_names_a_change_that_helps() -> None:

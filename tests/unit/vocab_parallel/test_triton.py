@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.vocab_parallel import VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
@@ -53,7 +53,7 @@ def compare_columns(remainder: int) -> None:
     """Real columns that exceed a multiple of 32 by `remainder`, in a weight that has rows for all of the filler, for a part of
     it or for none: rank 0 in float32 and rank 1 in bfloat16."""
     for padding in (0, 5, 64):
-        for name in ("log_prob_entropy_k2", "exact", "top_k_teacher_renormalize"):
+        for name in ("log_prob_entropy_k2", "exact", "forward", "mixed_0.2", "top_k_teacher_renormalize"):
             compare_alone(name, Sizes(columns=32 + remainder + padding, size=32 + remainder, chunk_tokens=2))
 
 
@@ -69,7 +69,7 @@ def check_filler() -> None:
     totals_KC, difference_C = logits.totals(), logits.difference_C()
     assert torch.isfinite(totals_KC).all() and torch.isfinite(difference_C).all()
     number_C = torch.full((3,), -3.0)
-    terms = [LogitsTerms(number_C, product_row_C=number_C, difference_row_C=number_C)]
+    terms = [LogitsTerms(number_C, product_row_C=number_C, comparison_row_C=number_C)]
     d_CV = logits.gradient(terms, None, totals_KC[0], 1.0, shard)
     assert d_CV.shape == (3, 48) and d_CV[:, :columns].all() and not d_CV[:, columns:].any()
 
@@ -114,6 +114,10 @@ def compare_statistics(columns: int, offset: float) -> None:
         (difference_C, z.exp() * (y - z)),
     ):
         torch.testing.assert_close(actual.double(), expected_CV.sum(1), rtol=1e-5, atol=1e-5)
+    *same, forward_C, entropy_C = triton_kernels.statistics(z_CV, y_CV, forward=True, teacher_entropy=True)
+    assert all(torch.equal(a, b) for a, b in zip(same, (m_C, total_C, product_C, n_C, teacher_C), strict=True))
+    torch.testing.assert_close(forward_C.double(), (y.exp() * (y - z)).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_C.double(), (y.exp() * y).sum(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -121,7 +125,7 @@ def test_one_rank_equals_torch_in_float32_and_bfloat16(interpreted: RankPool, na
     interpreted.run(compare_alone, name, Sizes(columns=45, size=43, chunk_tokens=2))
 
 
-@pytest.mark.parametrize("name", ["log_prob_entropy_k2", "exact", "top_k_student_bucket"])
+@pytest.mark.parametrize("name", ["log_prob_entropy_k2", "exact", "forward", "mixed_0.2", "top_k_student_bucket"])
 def test_rows_of_several_blocks_equal_torch(interpreted: RankPool, name: str) -> None:
     interpreted.run(compare_alone, name, Sizes(columns=4999, size=4997, tokens=2, taught=1))
 
@@ -154,8 +158,9 @@ def test_two_ranks_equal_torch_where_one_holds_only_padding(interpreted: RankPoo
     interpreted.run(compare_shared, name, TWO_RANKS["a_rank_of_padding"], torch.float32)
 
 
-def test_a_peaked_distribution_equals_torch(interpreted: RankPool) -> None:
-    interpreted.run(compare_alone, "exact", Sizes(columns=45, size=43, spread=60.0))
+@pytest.mark.parametrize("name", ["exact", "forward", "mixed_0.2", "forward_top_k_student_bucket"])
+def test_a_peaked_distribution_equals_torch(interpreted: RankPool, name: str) -> None:
+    interpreted.run(compare_alone, name, Sizes(columns=45, size=43, spread=60.0))
 
 
 def test_without_tokens_the_loss_and_gradients_are_zero(interpreted: RankPool) -> None:
@@ -177,6 +182,9 @@ def test_kernels_for_float64_are_an_error() -> None:
 
 
 def test_unknown_kernels_are_an_error() -> None:
+    def no_loss(tokens: HeadTokens, rows: slice) -> torch.Tensor:
+        return tokens.log_probs
+
     hidden, weight, rows = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="kernels is 'cutlass'"):
-        fused_head(hidden, weight, rows, rows, lambda p, *_: p, VocabShard(None, 0, 3, 3), temperature=1.0, kernels="cutlass")
+        fused_head(hidden, weight, rows, rows, no_loss, VocabShard(None, 0, 3, 3), temperature=1.0, kernels="cutlass")

@@ -100,19 +100,43 @@ def test_statistics(compile_kernels: Compile, teacher: bool, dtype: torch.dtype,
     check_registers(kernel, tmp_path, programs=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("teacher", [False, True], ids=["student", "teacher"])
-def test_derivative(compile_kernels: Compile, teacher: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forward", [False, True], ids=["reverse", "forward"])
+def test_statistics_with_the_teachers_entropy(compile_kernels: Compile, forward: bool, tmp_path: Path) -> None:
     from kdrl_mcore.vocab_parallel import triton_kernels as kernels
 
+    logits = memory(torch.bfloat16, True)
+    buffers = logits._student_CW, logits._teacher_buffer_CW
+    kernel = compile_kernels(lambda: kernels.statistics(*buffers, forward=forward, teacher_entropy=True))["_statistics"]
+    reads = 2 * accesses_of_a_row(kernels.TEACHER_STATISTICS_BLOCK, torch.bfloat16, kernels.WARPS)
+    assert accesses(kernel) == {"ld.global.v4.b32": reads, "st.global.b32": 7}
+    check_registers(kernel, tmp_path, programs=3)
+
+
+def test_mixture(compile_kernels: Compile, tmp_path: Path) -> None:
+    from kdrl_mcore.vocab_parallel import triton_kernels as kernels
+
+    logits = memory(torch.bfloat16, True)
+    arguments = logits._student_CW, logits._teacher_buffer_CW, torch.zeros(4, 3), 0.3
+    kernel = compile_kernels(kernels.mixture, *arguments)["_mixture"]
+    reads = 2 * accesses_of_a_row(kernels.MIXTURE_BLOCK, torch.bfloat16, kernels.WARPS)
+    assert accesses(kernel) == {"ld.global.v4.b32": reads, "ld.global.b32": 4, "st.global.b32": 2}
+    check_registers(kernel, tmp_path, programs=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("comparison", "numbers"), [("none", 4), ("reverse", 6), ("forward", 6), ("mixture", 8)])
+def test_derivative(compile_kernels: Compile, comparison: Any, numbers: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    from kdrl_mcore.vocab_parallel import triton_kernels as kernels
+
+    teacher = comparison != "none"
     logits, models = memory(dtype, teacher), 1 + teacher
-    numbers = 6 if teacher else 4
     kernel = compile_kernels(
         kernels.differentiate,
         logits._student_CW,
         logits._teacher_buffer_CW,
         torch.zeros(3, dtype=torch.long),
         torch.zeros(numbers, 3),
+        comparison,
     )["_differentiate"]
     once = accesses_of_a_row(kernels.GRADIENT_BLOCK, dtype, kernels.WARPS)
     expected = {"ld.global.v4.b32": models * once, "st.global.v4.b32": once, "ld.global.b32": numbers, "ld.global.b64": 1}

@@ -1,0 +1,172 @@
+"""Which values of the objective's axes go together (docs/method.md, "What combines"): each refusal in one line."""
+
+from __future__ import annotations
+
+from kdrl_mcore.config.derived import (
+    OVER_THE_VOCABULARY,
+    SWITCHES,
+    is_on_policy,
+    learns_from_reward,
+    samples,
+    uses_teacher,
+    weighs_by_scores,
+)
+from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
+from kdrl_mcore.errors import ConfigError
+
+OF_LOG_RATIO = ("relu", "modulate", "ratio")
+"""The rules of `objective.combine` that put the teacher's log-prob of the sampled token in place of a divergence."""
+
+
+def check_axes(config: Config) -> None:
+    """Refuse values of the objective that contradict each other, or one that has no effect beside another.
+
+    Raises:
+        ConfigError: the message names both keys.
+    """
+    objective = config.objective
+    _check_combine(config)
+    _check_policy(objective)
+    _check_correction(config)
+    _check_token_weight(objective)
+    _check_divergence(objective)
+    _check_group_filter(config)
+
+
+def _check_combine(config: Config) -> None:
+    objective, kind = config.objective, config.objective.combine.kind
+    if kind == "add":
+        return
+    name = f"objective.combine.kind={kind}"
+    if not uses_teacher(objective):
+        raise ConfigError(f"{name} combines reward and teacher, but objective.beta is never positive: use combine.kind=add")
+    if objective.kd.placement != "loss":
+        raise ConfigError(f"{name} says itself where distillation enters: leave objective.kd.placement at loss")
+    if kind in OF_LOG_RATIO and objective.kd.estimator in OVER_THE_VOCABULARY:
+        raise ConfigError(
+            f"{name} uses the teacher's log-prob of the sampled token, objective.kd.estimator={objective.kd.estimator} has "
+            "none: set it to k1 or k2"
+        )
+    if kind in ("modulate", "ratio"):
+        if _largest(objective.beta) > 1:
+            raise ConfigError(f"{name} needs objective.beta between 0 and 1: it is the teacher's share of the coefficient")
+        if not learns_from_reward(objective):
+            raise ConfigError(f"{name} has the policy loss alone, but objective.alpha is never positive")
+        if config.logging.gradient_split_every:
+            raise ConfigError(f"{name} has a single loss: logging.gradient_split_every has nothing to split, set it to 0")
+    if kind == "relu":
+        if objective.kd.estimator == "k3":
+            raise ConfigError(f"{name} weighs the log-ratio of the sampled token: set objective.kd.estimator to k1 or k2")
+        if objective.combine.signal == "advantage" and not learns_from_reward(objective):
+            raise ConfigError(f"{name} with combine.signal=advantage needs advantages: set objective.alpha.init above 0")
+        if objective.combine.signal == "correct" and learns_from_reward(objective):
+            raise ConfigError(f"{name} has no policy loss: set objective.alpha.init=0, or combine.signal=advantage")
+    if kind == "sign" and objective.combine.signal == "advantage" and not learns_from_reward(objective):
+        raise ConfigError(f"{name} with combine.signal=advantage needs advantages: set objective.alpha.init above 0")
+    if kind == "reference":
+        if objective.reference_kl.coefficient:
+            raise ConfigError(
+                f"{name} sets the coefficient of the KL to the reference itself: leave reference_kl.coefficient at 0"
+            )
+        if objective.combine.extrapolation != 1 and objective.reference_kl.estimator == "k3":
+            raise ConfigError(
+                f"{name} needs objective.reference_kl.estimator=k2: on-policy the gradient of k3 is that of the forward KL"
+            )
+
+
+def _check_policy(objective: ObjectiveConfig) -> None:
+    if objective.policy_loss == "cispo" and objective.dual_clip is not None:
+        raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
+    if objective.ratio == "sequence" and objective.combine.kind == "ratio":
+        raise ConfigError("objective.combine.kind=ratio has a ratio of its own for each token: leave objective.ratio at token")
+
+
+def _check_correction(config: Config) -> None:
+    correction, kd = config.objective.sampler_correction, config.objective.kd
+    if correction.level != "token" and correction.kind == "none":
+        raise ConfigError(
+            f"objective.sampler_correction.level={correction.level} needs sampler_correction.kind=truncate or mask"
+        )
+    if correction.level == "geometric" and correction.kind == "truncate":
+        raise ConfigError(
+            "objective.sampler_correction: a geometric mean is no weight of a sequence: set kind=mask, or level=sequence"
+        )
+    if kd.importance != "full" and is_on_policy(config):
+        raise ConfigError(
+            f"objective.kd.importance={kd.importance} bounds pi/mu, which is 1 where every update trains on its own samples: "
+            "leave it at full"
+        )
+
+
+def _check_token_weight(objective: ObjectiveConfig) -> None:
+    weight, kd = objective.kd.token_weight, objective.kd
+    if weight.kind == "constant":
+        if weight.normalize:
+            raise ConfigError("objective.kd.token_weight.normalize=true has nothing to scale with kind=constant")
+        return
+    name = f"objective.kd.token_weight.kind={weight.kind}"
+    if not uses_teacher(objective) or objective.combine.kind in ("modulate", "ratio"):
+        raise ConfigError(f"{name} weighs the tokens of a distillation loss, and there is none: set it to constant")
+    if kd.placement == "reward":
+        raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
+    if weighs_by_scores(objective) and kd.estimator in OVER_THE_VOCABULARY:
+        raise ConfigError(
+            f"{name} compares sampled log-probs, objective.kd.estimator={kd.estimator} has none: set it to k1 or k2"
+        )
+    if weight.kind == "teacher_entropy":
+        if kd.estimator not in OVER_THE_VOCABULARY:
+            raise ConfigError(
+                f"{name} uses the teacher's entropy, known over the vocabulary alone: set objective.kd.estimator=exact"
+            )
+        if weight.normalize:
+            raise ConfigError(f"{name} is known only token by token: leave objective.kd.token_weight.normalize at false")
+    if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
+        raise ConfigError("objective.kd.token_weight: tokens and share are both set: leave one out")
+
+
+def _check_divergence(objective: ObjectiveConfig) -> None:
+    kd = objective.kd
+    allowed = {"exact": ("reverse", "forward", "jsd"), "top_k": ("reverse", "forward")}.get(kd.estimator, ("reverse",))
+    if kd.divergence not in allowed:
+        fit = "exact" if kd.divergence == "jsd" else "exact or top_k"
+        raise ConfigError(
+            f"objective.kd.divergence={kd.divergence} is computed over the vocabulary: set objective.kd.estimator={fit}"
+        )
+    if kd.mix != "none" and kd.divergence != "forward":
+        raise ConfigError(
+            f"objective.kd.mix={kd.mix} joins the sampled reverse KL and a forward one: set objective.kd.divergence=forward"
+        )
+    if kd.estimator == "top_k" and kd.divergence == "forward":
+        if kd.top_k_tail == "corrected":
+            raise ConfigError("objective.kd.top_k_tail=corrected belongs to divergence=reverse: set it to bucket")
+        if kd.top_k_tail == "truncate" and kd.top_k_support == "student":
+            raise ConfigError(
+                "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
+                "objective.kd.top_k_support=teacher, or the tail to bucket"
+            )
+
+
+def _check_group_filter(config: Config) -> None:
+    settings, objective = config.rollout.group_filter, config.objective
+    if not settings.rounds:
+        if settings.others != "drop":
+            raise ConfigError("rollout.group_filter.others=teach needs rollout.group_filter.rounds above 0")
+        return
+    name = f"rollout.group_filter.rounds={settings.rounds}"
+    if not samples(config):
+        raise ConfigError(f"{name} samples further prompts, and this run samples none: set it to 0")
+    if not learns_from_reward(objective):
+        raise ConfigError(
+            f"{name} looks for groups that rewards can tell apart, but objective.alpha is never positive: set it to 0"
+        )
+    if config.teacher.score_while_sampling:
+        raise ConfigError(f"{name} decides after sampling which groups stay: set teacher.score_while_sampling=false")
+    if settings.others == "teach" and not uses_teacher(objective):
+        raise ConfigError("rollout.group_filter.others=teach needs a teacher: set objective.beta above 0, or others=drop")
+
+
+def _largest(schedule: ScheduleConfig) -> float:
+    """An upper bound of the coefficient."""
+    if schedule.kind in SWITCHES:
+        return max(schedule.init, schedule.after)
+    return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

@@ -1,0 +1,124 @@
+"""Which tokens of a response are taught, and how much: a weight of each token's distillation.
+
+A share is one of a response's tokens, so that a weight depends on its response alone (and `pass_rate` on its group): every
+layout gives the same. T tokens of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdrl_mcore.config import TokenWeightConfig
+from kdrl_mcore.objective.functions import find_function
+from kdrl_mcore.types import TokenFloats
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """What a rule knows of a response.
+
+    Attributes:
+        tokens: T.
+        pass_rate: the share of correct responses in its group.
+        log_ratio, entropy: d = log T - log pi and the student's entropy [T]; None unless the rule is one of
+            `config.derived.WEIGHTS_OF_SCORES`.
+    """
+
+    tokens: int
+    pass_rate: float
+    log_ratio: TokenFloats | None = None
+    entropy: TokenFloats | None = None
+
+
+def constant(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """1."""
+    return np.ones(response.tokens, np.float32)
+
+
+def entropy(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """1 for the `share` of tokens with the highest entropies of the student and, of the others, the share `more` with the
+    largest |d|: where it is unsure, and where it is surely wrong. TIP, arXiv 2604.14084."""
+    assert response.entropy is not None and response.log_ratio is not None
+    chosen = _largest(response.entropy, settings.share)
+    left = np.flatnonzero(~chosen)
+    chosen[left[_largest(np.abs(response.log_ratio)[left], settings.more)]] = True
+    return chosen.astype(np.float32)
+
+
+def magnitude(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """tanh(d) / d for the `share` of tokens with the largest |d|, else 0: with k1 or k2 log pi has the coefficient tanh(d).
+    SAF-OPD, arXiv 2607.29209, whose c is the coefficient beta."""
+    assert response.log_ratio is not None
+    d = response.log_ratio.astype(np.float64)
+    flat = np.divide(np.tanh(d), d, out=np.ones_like(d), where=d != 0)
+    return np.where(_largest(np.abs(d), settings.share), flat, 0.0).astype(np.float32)
+
+
+def prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """1 for the first `tokens` or, if that is 0, the first `share` of the response, else 0. Prefix OPD, arXiv 2602.15260."""
+    taught = settings.tokens or _count(settings.share, response.tokens)
+    return (np.arange(response.tokens) < taught).astype(np.float32)
+
+
+def rising(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """((t + 1) / T)^rate: later tokens count more, as their states are the student's own. After arXiv 2605.21605."""
+    return (((np.arange(response.tokens) + 1) / max(response.tokens, 1)) ** settings.rate).astype(np.float32)
+
+
+def pass_rate(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """p^solved (1 - p)^unsolved, p the group's share of correct responses: most where it succeeds now and then. PACED,
+    arXiv 2603.11178."""
+    p = response.pass_rate
+    return np.full(response.tokens, p**settings.solved * (1 - p) ** settings.unsolved, np.float32)
+
+
+def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """exp(-rate * mean |d| of the tokens before): the teacher is trusted while the prefix is one of its own. Our reconstruction
+    of IW-OPD, arXiv 2606.22600, which accumulates the discrepancy of the prefix."""
+    assert response.log_ratio is not None
+    before = np.concatenate([[0.0], np.cumsum(np.abs(response.log_ratio.astype(np.float64)))[:-1]])[: response.tokens]
+    return np.exp(-settings.rate * before / np.maximum(np.arange(response.tokens), 1)).astype(np.float32)
+
+
+RULES: dict[str, Callable[[ResponseScores, TokenWeightConfig], TokenFloats]] = {
+    rule.__name__: rule for rule in (constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix)
+}
+RULES["teacher_entropy"] = constant  # `joint.py` weighs, where the teacher's entropy is known
+"""The rules by the names of `objective.kd.token_weight.kind`."""
+
+
+def token_weights(
+    responses: Sequence[ResponseScores | None], settings: TokenWeightConfig, ends_masked: Sequence[bool]
+) -> list[TokenFloats | None]:
+    """The weight of each token of each response [T]; None for responses that are not distilled.
+
+    Args:
+        responses: None where the response is not distilled.
+        ends_masked: whether the weight of a response's last token, its stop token, is 0.
+    """
+    rule = find_function("objective.kd.token_weight.kind", settings.kind, RULES)
+    weights = [None if response is None else rule(response, settings) for response in responses]
+    for weight, masked in zip(weights, ends_masked, strict=True):
+        if weight is not None and masked and len(weight):
+            weight[-1] = 0.0
+    if settings.normalize:
+        given = [weight for weight in weights if weight is not None]
+        total, tokens = sum(float(weight.sum(dtype=np.float64)) for weight in given), sum(map(len, given))
+        scale = np.float32(tokens / total if total else 0.0)
+        weights = [None if weight is None else weight * scale for weight in weights]
+    return weights
+
+
+def _count(share: float, tokens: int) -> int:
+    """`share` of the tokens, rounded up."""
+    return int(np.ceil(share * tokens - 1e-9))
+
+
+def _largest(values: TokenFloats, share: float) -> np.ndarray:
+    """True for the `share` of the values that are largest, rounded up; among equal ones the earlier."""
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[np.argsort(-values.astype(np.float64), kind="stable")[: _count(share, len(values))]] = True
+    return chosen

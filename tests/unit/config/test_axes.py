@@ -1,0 +1,98 @@
+"""The objective's axes: presets, and values that contradict each other or do nothing, refused in one line that names them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdrl_mcore.config import conf_dir, load_config
+from kdrl_mcore.config.derived import needs_scores, uses_reference, uses_teacher
+from kdrl_mcore.errors import ConfigError
+
+PRESETS = sorted(path.stem for path in (conf_dir() / "objective").glob("*.yaml"))
+COMBINE, KD = "objective.combine", "objective.kd"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_trained_with(preset: str) -> None:
+    config = load_config([f"objective={preset}", "student.path=s", "teacher.path=t"])
+    text = (conf_dir() / "objective" / f"{preset}.yaml").read_text()
+    assert preset == "sft" or text.startswith("# ")  # says what it is, and what of the paper it is not
+    assert uses_teacher(config.objective) or config.objective.beta.init == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (f"objective=grpo {COMBINE}.kind=gate", "objective.beta is never positive"),
+        (f"{COMBINE}.kind=gate {KD}.placement=advantage", "leave objective.kd.placement at loss"),
+        (f"{COMBINE}.kind=modulate {KD}.estimator=exact", "set it to k1 or k2"),
+        (f"{COMBINE}.kind=ratio {KD}.estimator=top_k", "set it to k1 or k2"),
+        (f"{COMBINE}.kind=modulate objective.beta.init=1.5", "between 0 and 1"),
+        (f"{COMBINE}.kind=ratio objective.beta.kind=switch objective.beta.steps=3 objective.beta.after=2", "between 0 and 1"),
+        (f"{COMBINE}.kind=modulate objective.alpha.init=0", "objective.alpha is never positive"),
+        (f"{COMBINE}.kind=modulate logging.gradient_split_every=1", "set it to 0"),
+        (f"{COMBINE}.kind=relu objective.alpha.init=0 {KD}.estimator=k3", "to k1 or k2"),
+        (f"{COMBINE}.kind=relu", "set objective.alpha.init=0, or combine.signal=advantage"),
+        (f"{COMBINE}.kind=relu {COMBINE}.signal=advantage objective.alpha.init=0", "set objective.alpha.init above 0"),
+        (f"{COMBINE}.kind=sign {COMBINE}.signal=advantage objective.alpha.init=0", "set objective.alpha.init above 0"),
+        (f"{COMBINE}.kind=reference objective.reference_kl.coefficient=0.1", "leave reference_kl.coefficient at 0"),
+        (f"{COMBINE}.kind=reference", "objective.reference_kl.estimator=k2"),
+        ("objective.reference_kl.coefficient=-0.1", "objective.reference_kl.coefficient=-0.1 must be at least 0"),
+        ("objective.policy_loss=cispo objective.dual_clip=3", "leave one out"),
+        ("objective.dual_clip=1", "greater than 1"),
+        (f"objective.ratio=sequence {COMBINE}.kind=ratio", "leave objective.ratio at token"),
+        ("objective.sampler_correction.level=sequence", "needs sampler_correction.kind"),
+        ("objective.sampler_correction.level=geometric objective.sampler_correction.kind=truncate", "set kind=mask"),
+        (f"{KD}.importance=truncate", "leave it at full"),
+        (f"{KD}.token_weight.normalize=true", "nothing to scale"),
+        (f"objective=grpo {KD}.token_weight.kind=prefix", "set it to constant"),
+        (f"{COMBINE}.kind=ratio {KD}.token_weight.kind=prefix", "set it to constant"),
+        (f"{KD}.token_weight.kind=prefix {KD}.placement=reward", "does not reach objective.kd.placement=reward"),
+        (f"{KD}.token_weight.kind=entropy {KD}.estimator=exact", "set it to k1 or k2"),
+        (f"{KD}.token_weight.kind=prefix {KD}.token_weight.tokens=4 {KD}.token_weight.share=0.2", "leave one out"),
+        (f"{KD}.divergence=forward", "set objective.kd.estimator=exact or top_k"),
+        (f"{KD}.divergence=jsd {KD}.estimator=top_k", "set objective.kd.estimator=exact"),
+        (f"{KD}.jsd_beta=1", "at least 1e-06 and at most"),
+        (f"{KD}.mix=trust {KD}.estimator=exact", "set objective.kd.divergence=forward"),
+        (f"{KD}.divergence=forward {KD}.estimator=top_k {KD}.top_k_tail=corrected", "set it to bucket"),
+        (f"{KD}.divergence=forward {KD}.estimator=top_k {KD}.top_k_tail=truncate", "objective.kd.top_k_support=teacher"),
+        (f"{KD}.token_weight.kind=teacher_entropy", "set objective.kd.estimator=exact"),
+        (f"{KD}.token_weight.kind=teacher_entropy {KD}.estimator=exact {KD}.token_weight.normalize=true", "at false"),
+        ("rollout.group_filter.others=teach", "needs rollout.group_filter.rounds above 0"),
+        ("rollout.group_filter.rounds=2 rollout=replay rollout.path=r", "this run samples none"),
+        ("rollout.group_filter.rounds=2 objective.alpha.init=0", "objective.alpha is never positive"),
+        ("objective=grpo rollout.group_filter.rounds=2 rollout.group_filter.others=teach", "needs a teacher"),
+        (
+            "rollout.group_filter.rounds=2 rollout=vllm rollout.vllm.placement=server teacher.score_while_sampling=true",
+            "set teacher.score_while_sampling=false",
+        ),
+        ("trainer.stop_after=2", "trainer.stop_after follows the evaluations: set eval.every"),
+        ("checkpoint.best=eval/accuracy data.eval=e.jsonl", "checkpoint.best follows the evaluations: set eval.every"),
+        ("checkpoint.best=eval/accuracy data.eval=e.jsonl eval.every=2 checkpoint.every=-1", "leave one out"),
+        ("objective.beta.kind=plateau", "objective.beta.kind=plateau watches eval/accuracy"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: str, told: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(["objective=kdrl", "student.path=s", "teacher.path=t", *settings.split()])
+    assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scores", "reference"),
+    [
+        ("", False, False),
+        ("objective=gspo", False, False),  # strictly on-policy the ratio is 1
+        ("objective=gspo batch.updates_per_step=2", True, False),
+        ("objective=tip", True, False),
+        ("objective=prefix_opd", False, False),
+        ("objective.sampler_correction.kind=mask objective.sampler_correction.level=geometric", True, False),
+        ("objective=gopd", False, True),
+        ("objective=gopd objective.combine.extrapolation=1", False, False),
+    ],
+)
+def test_what_a_setting_needs_follows_from_it(settings: str, scores: bool, reference: bool) -> None:
+    words = settings.split()
+    base = [] if any(word.startswith("objective=") for word in words) else ["objective=kdrl"]
+    config = load_config([*base, "student.path=s", "teacher.path=t", *words])
+    assert (needs_scores(config), uses_reference(config.objective)) == (scores, reference)

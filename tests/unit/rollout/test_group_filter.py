@@ -1,0 +1,98 @@
+"""Which groups a step trains on, where those without signal are replaced, with every source and through a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdrl_mcore.rollout.ahead import SampledAhead
+from kdrl_mcore.rollout.group_filter import GroupFilter, has_signal
+from kdrl_mcore.rollout.source import SampledRollouts
+from kdrl_mcore.types import Rollout
+from tests.unit.rollout.test_source import make, run, through_json
+
+BOTH, RIGHT, WRONG = [True, False], [True, True], [False, False]
+
+
+def responses(*groups: Sequence[bool], prompt: str = "p") -> list[Rollout]:
+    """A group of responses for each list of verdicts."""
+    return [
+        Rollout(f"{prompt}{number}", number, np.array([1]), np.array([2]), np.zeros(1, np.float32), "stop", 0, correct=correct)
+        for number, verdicts in enumerate(groups)
+        for correct in verdicts
+    ]
+
+
+def fill(
+    first: list[Rollout], *rounds: list[Rollout], wanted: int = 2, allowed: int = 5, teaches: bool = False
+) -> tuple[list[tuple[str, int]], dict[str, float]]:
+    chosen, counts = GroupFilter(wanted, allowed, teaches).fill(first, lambda number: rounds[number - 1])
+    return [(rollout.prompt_id, rollout.group_id) for rollout in chosen[::2]], counts
+
+
+def test_correctness_makes_a_signal_not_the_reward() -> None:
+    group = responses(RIGHT)
+    group[0].reward = 0.3
+    assert not has_signal(group) and has_signal(responses(BOTH))
+
+
+def test_enough_groups_with_signal_need_no_further_round() -> None:
+    chosen, counts = fill(responses(BOTH, BOTH))
+    assert chosen == [("p0", 0), ("p1", 1)]
+    assert counts == {"resampling_rounds": 0, "signal_share": 1.0, "groups_sampled": 2}
+
+
+def test_further_rounds_bring_what_is_missing_and_no_more() -> None:
+    chosen, counts = fill(responses(RIGHT, BOTH), responses(WRONG, WRONG, prompt="q"), responses(BOTH, BOTH, prompt="r"))
+    assert chosen == [("p1", 0), ("r0", 1)]
+    assert counts == {"resampling_rounds": 2, "signal_share": 0.5, "groups_sampled": 6}
+
+
+def test_after_the_last_round_the_batch_is_filled_up() -> None:
+    chosen, counts = fill(responses(RIGHT, WRONG), responses(WRONG, BOTH, prompt="q"), allowed=1, wanted=3)
+    assert chosen == [("q1", 0), ("p0", 1), ("p1", 2)]
+    assert counts["resampling_rounds"] == 1
+
+
+def test_groups_without_signal_may_stay_for_a_teacher() -> None:
+    chosen, _ = fill(responses(RIGHT, BOTH), responses(WRONG, BOTH, prompt="q"), teaches=True)
+    assert chosen == [("p1", 0), ("q1", 1), ("p0", 2), ("q0", 3)]
+
+
+def filtered(kind: Any) -> Any:
+    """A source whose prompts with an odd number have no signal: two groups of two, with two further rounds."""
+    source = make(kind)
+    source._filter = GroupFilter(2, 2, False)
+    answer = source.engine._answer
+
+    def answers(prompts: Any, sampling: Any, version: int) -> list[Rollout]:
+        rollouts = answer([prompt for prompt in prompts for _ in range(2)], sampling, version)
+        for index, rollout in enumerate(rollouts):
+            rollout.group_id = index // 2
+            rollout.correct = index % 2 == 0 and int(rollout.prompt_id[1:]) % 2 == 0
+        return rollouts
+
+    source.engine._answer = answers
+    return source
+
+
+@pytest.mark.parametrize("kind", [SampledRollouts, SampledAhead])
+def test_a_source_skips_them_and_continues_from_its_checkpoint(kind: Any) -> None:
+    whole, stopped, resumed = filtered(kind), filtered(kind), filtered(kind)
+    expected = run(whole, [1, 2, 3])
+    prompts = [[name for name, *_ in step] for step in expected]
+    assert prompts == [["p0", "p0", "p2", "p2"], ["p4", "p4", "p6", "p6"], ["p8", "p8", "p10", "p10"]]
+    assert whole.counts == {"resampling_rounds": 1, "signal_share": 0.5, "groups_sampled": 4}
+    run(stopped, [1, 2])
+    stopped.finish()
+    resumed._student.version = 2
+    resumed.load_state_dict(through_json(stopped.state_dict()))
+    assert run(resumed, [3]) == expected[2:]
+
+
+def test_each_round_draws_anew() -> None:
+    (step,) = run(filtered(SampledRollouts), [1])
+    assert [tokens for _, tokens, _ in step] == [[7, 0, 1]] * 2 + [[7, 0, 1, 1]] * 2
