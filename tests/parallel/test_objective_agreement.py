@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.reference import dense
 from tests.reference.dense import Settings
 from tests.reference.tiny_models import CHARACTERS, read_hf_weights
-from tests.support.agreement import JOINT, Case, about, assert_gradients, check
+from tests.support.agreement import JOINT, Case, about, assert_gradients, check, check_two_updates
 from tests.support.ranks import RankPool
-from tests.support.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, train_on_rank
+from tests.support.training import FAST, PROBE, PROBE_LR, metrics_of, train_on_rank
 from tests.support.zoo import TOKENS, Zoo
 
 TP2 = "parallel.tensor=2 "
@@ -114,9 +113,6 @@ def test_every_objective_is_that_of_the_dense_reference(
     check(case, zoo, pools[case.ranks], tmp_path)
 
 
-LR = 0.25  # large enough for the second update to clip
-
-
 @pytest.mark.parametrize(
     ("layout", "estimator", "of_reference"),
     [
@@ -140,40 +136,9 @@ def test_two_updates_on_one_batch_clip_against_its_first_policy(
         clip_low=0.05,
         clip_high=0.1,
     )
-    rows = zoo.rows("uneven")
-    student, teacher, reference = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher", "untied"))
-    old = dense.kdrl_of_models(student, None, rows, replace(settings, beta=0.0)).log_probs
-    first = sum(row["group_id"] == 0 for row in rows)  # of three groups, one and two
-    results, total = [], {name: torch.zeros_like(value) for name, value in student.named_parameters()}
-    for part in (slice(0, first), slice(first, None)):
-        results.append(dense.kdrl_of_models(student, teacher, rows[part], settings, log_old=old[part], reference=reference))
-        with torch.no_grad():
-            for name, parameter in student.named_parameters():
-                parameter -= LR * results[-1].gradients[name]
-                total[name] += results[-1].gradients[name]
-
-    overrides = [
-        f"run.dir={tmp_path}",
-        f"student.path={zoo.model('untied')}",
-        f"teacher.path={zoo.model('teacher')}",
-        "rollout=replay",
-        f"rollout.path={zoo.rollouts('uneven')}",
-        *objective_overrides(settings),
-        "batch.updates_per_step=2",
-        *PROBE,
-        f"optimizer.lr={LR}",
-        *FAST,
-        *layout.split(),
-    ]
-    outcomes = ranks2.run(train_on_rank, overrides)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
-    metrics = metrics_of(tmp_path)[0]
+    metrics, results = check_two_updates(settings, layout, zoo, ranks2, tmp_path, "untied")
     assert metrics["clip_share"] > 0.02
     assert results[1].reference_loss > 1e-3
-    for name in ("loss", "policy_loss", "kd_loss", "reference_loss", "grad_norm"):
-        assert metrics[name] == about(sum(getattr(result, name) for result in results) / 2), name
-    before, after = read_hf_weights(zoo.model("untied")), read_hf_weights(tmp_path / "hf")
-    assert_gradients({name: (before[name].double() - after[name].double()) / LR for name in before}, total)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.reference import dense
-from tests.reference.tiny_models import read_hf_weights
-from tests.support.agreement import JOINT, Case, about, assert_gradients, check
+from tests.support.agreement import JOINT, Case, check, check_two_updates
 from tests.support.ranks import RankPool
-from tests.support.training import FAST, PROBE, metrics_of, objective_overrides, train_on_rank
 from tests.support.zoo import TOKENS, Zoo
 
 LAYOUTS = {
@@ -130,8 +126,6 @@ def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[i
     check(Case(2, LAYOUTS["dp2"], replace(JOINT, **changes), rollouts="all_correct"), zoo, pools[2], tmp_path)
 
 
-LR = 0.25  # large enough for the second update to clip
-
 LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence ratio": ("tp2", {"ratio": "sequence", "aggregation": "sequence_mean", "clip_low": 0.003, "clip_high": 0.003}),
     "sequence ratio, cp2": ("cp2", {"ratio": "sequence", "token_weight": "entropy"}),
@@ -157,37 +151,7 @@ LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_second_update_is_off_policy(form: tuple[str, dict[str, Any]], zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
     layout, changes = form
     settings = replace(JOINT, vocab_size=TOKENS, **changes)
-    rows = zoo.rows("uneven")
-    student, teacher, initial = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher", "untied"))
-    reference = initial if settings.combine == "reference" else None
-    old = dense.kdrl_of_models(student, None, rows, dense.Settings(vocab_size=TOKENS)).log_probs
-    first = sum(row["group_id"] == 0 for row in rows)  # of three groups, one and two
-    results, total = [], {name: torch.zeros_like(value) for name, value in student.named_parameters()}
-    for part in (slice(0, first), slice(first, None)):
-        results.append(dense.kdrl_of_models(student, teacher, rows[part], settings, log_old=old[part], reference=reference))
-        with torch.no_grad():
-            for name, parameter in student.named_parameters():
-                parameter -= LR * results[-1].gradients[name]
-                total[name] += results[-1].gradients[name]
-    overrides = [
-        f"run.dir={tmp_path}",
-        f"student.path={zoo.model('untied')}",
-        f"teacher.path={zoo.model('teacher')}",
-        "rollout=replay",
-        f"rollout.path={zoo.rollouts('uneven')}",
-        *objective_overrides(settings),
-        "batch.updates_per_step=2",
-        *PROBE,
-        f"optimizer.lr={LR}",
-        *FAST,
-        *LAYOUTS[layout].split(),
-    ]
-    outcomes = ranks2.run(train_on_rank, overrides)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
-    metrics = metrics_of(tmp_path)[0]
+    reference = "untied" if settings.combine == "reference" else None
+    metrics, _ = check_two_updates(settings, LAYOUTS[layout], zoo, ranks2, tmp_path, reference)
     if "clip_high" in changes:
         assert metrics["clip_share"] > 0.01
-    for name in ("loss", "policy_loss", "kd_loss", "grad_norm"):
-        assert metrics[name] == about(sum(getattr(result, name) for result in results) / 2), name
-    before, after = read_hf_weights(zoo.model("untied")), read_hf_weights(tmp_path / "hf")
-    assert_gradients({name: (before[name].double() - after[name].double()) / LR for name in before}, total)

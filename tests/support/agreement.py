@@ -77,6 +77,58 @@ def check(
     assert_gradients(found, expected.gradients)
 
 
+LR = 0.25
+"""Of `check_two_updates`: large enough for the second one to clip."""
+
+
+def check_two_updates(
+    settings: Settings, layout: str, zoo: Zoo, pool: RankPool, run: Path, reference: str | None
+) -> tuple[dict[str, float], list[Result]]:
+    """Two updates on one batch, the second of which is off-policy: compare losses and the sum of the gradients with the dense
+    reference.
+
+    Args:
+        layout: the layout's overrides.
+        reference: the model of the KL to the initial student, if any.
+
+    Returns:
+        The step's metrics, and the dense reference's results of both updates.
+    """
+    rows = zoo.rows("uneven")
+    student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
+    initial = None if reference is None else dense.load_model(zoo.model(reference))
+    old = dense.kdrl_of_models(student, None, rows, replace(SETTINGS, alpha=1.0, beta=0.0)).log_probs
+    first = sum(row["group_id"] == 0 for row in rows)  # of three groups, one and two
+    results, total = [], {name: torch.zeros_like(value) for name, value in student.named_parameters()}
+    for part in (slice(0, first), slice(first, None)):
+        results.append(dense.kdrl_of_models(student, teacher, rows[part], settings, log_old=old[part], reference=initial))
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                parameter -= LR * results[-1].gradients[name]
+                total[name] += results[-1].gradients[name]
+    overrides = [
+        f"run.dir={run}",
+        f"student.path={zoo.model('untied')}",
+        f"teacher.path={zoo.model('teacher')}",
+        "rollout=replay",
+        f"rollout.path={zoo.rollouts('uneven')}",
+        *objective_overrides(settings),
+        "batch.updates_per_step=2",
+        *PROBE,
+        f"optimizer.lr={LR}",
+        *FAST,
+        *layout.split(),
+    ]
+    outcomes = pool.run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0] * pool.world_size, outcomes[0].stderr
+    metrics = metrics_of(run)[0]
+    for name in ("loss", "policy_loss", "kd_loss", "grad_norm", *(["reference_loss"] if reference else [])):
+        assert metrics[name] == about(sum(getattr(result, name) for result in results) / 2), name
+    before, after = read_hf_weights(zoo.model("untied")), read_hf_weights(run / "hf")
+    assert_gradients({name: (before[name].double() - after[name].double()) / LR for name in before}, total)
+    return metrics, results
+
+
 def assert_log_probs(found: list, expected: list[torch.Tensor]) -> None:
     assert len(found) == len(expected)
     for values, truth in zip(found, expected, strict=True):
