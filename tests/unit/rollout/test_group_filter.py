@@ -12,7 +12,7 @@ from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.group_filter import GroupFilter, has_signal
 from kdrl_mcore.rollout.source import SampledRollouts
 from kdrl_mcore.types import Rollout
-from tests.unit.rollout.test_source import make, run, through_json
+from tests.support.sources import make, run, through_json
 
 BOTH, RIGHT, WRONG = [True, False], [True, True], [False, False]
 

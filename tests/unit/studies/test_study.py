@@ -18,7 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kdrl_mcore.cli import study as experiments
-from kdrl_mcore.config import CHOICES, Config, load_config, save_config
+from kdrl_mcore.config import CHOICES, Config, conf_dir, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.parallel.layout import Layout, student_layout
@@ -352,6 +352,9 @@ def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.Monk
     settings = {name: {" ".join(run.setting): run for run in runs} for name, runs in studies.items()}
     methods = {"start", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealing", "kdrl_response_mask", "kdrl_group_mask"}
     assert settings.pop("main").keys() == methods | {"reward_shaping", "distill_then_grpo"}
+    presets = {path.stem for path in (conf_dir() / "objective").glob("*.yaml")}
+    in_main = {name.replace("start", "grpo") for name in methods} | {"reward_shaping", "distill_then_grpo"}
+    assert settings.pop("methods").keys() == presets - in_main | {"start", "grpo", "kd_rkl", "kdrl"}
     assert {name: len(runs) for name, runs in settings.items()} == sizes
     assert settings["estimator"].keys() < set(CHOICES["objective.kd.estimator"])
     assert settings["mask"].keys() == set(CHOICES["objective.kd.mask"])
