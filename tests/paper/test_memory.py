@@ -88,8 +88,8 @@ def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Pat
 
 
 def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
-    """Most of what attention keeps of four layers is on the host when the backward pass begins, and comes back in time."""
-    model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=512)
+    """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
+    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
         settings = [

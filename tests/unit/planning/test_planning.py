@@ -94,8 +94,10 @@ def test_each_measure_moves_what_it_should() -> None:
     assert planned("batch.updates_per_step=2").phase("old policy").total > 0
     scores = planned("objective.kd.token_weight.kind=entropy").phase("scores").total
     assert 0.2 < scores / planned().phase("training").total < 0.5
-    more = planned("rollout.group_filter.rounds=3", "rollout.responses_per_prompt=2").phase("rollout").total
-    assert more == pytest.approx(planned("rollout.responses_per_prompt=2").phase("rollout").total * 2)  # half of them have both
+    pairs = planned("rollout.responses_per_prompt=2")  # less than half of them have a correct and an incorrect response
+    for rounds, times in ((0, 1), (1, 2), (3, 3)):
+        more = planned(f"rollout.group_filter.rounds={rounds}", "rollout.responses_per_prompt=2")
+        assert more.phase("rollout").total == pytest.approx(times * pairs.phase("rollout").total)
     assert planned("objective.combine.kind=gate").phase("teacher").total < planned().phase("teacher").total
 
 
