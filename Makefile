@@ -61,7 +61,7 @@ setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLE
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
 
-demo-real: $(INSTALLED) $(SMOLLM2_INSTALLED) ## train SmolLM2-135M, a real language model, on CPU with KDRL (10 GB of memory)
+demo-real: $(INSTALLED) $(SMOLLM2_INSTALLED) ## train SmolLM2-135M, a real language model, on CPU with KDRL (10 minutes in bfloat16, 10 GB of memory)
 	@$(BIN)/python -m examples.smollm2.demo
 
 docs: $(DOCS_INSTALLED) ## build the documentation in build/site; a broken link is an error
