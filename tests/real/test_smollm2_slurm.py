@@ -31,9 +31,16 @@ def test_a_job_of_one_node_distils_it_from_itself(cluster: Cluster, tmp_path: Pa
     model, data, run = model_folder(), tmp_path / "sums.jsonl", tmp_path / "run"
     write_jsonl(data, [{"prompt": f"Ann has {n} coins and gets 2. How many has she?", "answer": str(n + 2)} for n in range(4)])
     overrides = [
-        *("objective=kdrl", "objective.kd.estimator=exact", f"student.path={model}", f"teacher.path={model}", "prompt=smollm2"),
+        *(
+            "experiment=smollm2",
+            "objective=kdrl",
+            "objective.kd.estimator=exact",
+            f"student.path={model}",
+            f"teacher.path={model}",
+        ),
         *(f"data.train={data}", "reward=exact_match", "reward.workers=1", "rollout.prompts_per_step=2", "optimizer.lr=0"),
         *("rollout.responses_per_prompt=2", "rollout.max_response_tokens=8", "eval.every=-1", "trainer.steps=2"),
+        *("data.eval=null", "eval.benchmarks=[]", "eval.at_start=false", "checkpoint.every=0"),
         *("parallel.tensor=3", "cluster.nodes=1", "cluster.gpus_per_node=3", f"run.dir={run}", "logging.progress=false"),
     ]
     variables = {"KDRL_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -45,4 +52,4 @@ def test_a_job_of_one_node_distils_it_from_itself(cluster: Cluster, tmp_path: Pa
     assert [row["step"] for row in rows] == [1, 2]
     assert all(abs(row["kl_full"]) < 1e-4 and math.isfinite(row["loss"]) for row in rows)
     assert (run / "hf" / "model.safetensors").is_file() and (run / "checkpoints" / "latest").is_symlink()
-    assert "ok   memory" in (run / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
+    assert "ok    memory" in (run / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
