@@ -114,7 +114,7 @@ class Trainer:
                 self._loggers.close(failed=stopped is None, on_wait=self._watchdog.mark)
         if self.config.checkpoint.export_hf and not stopped:
             self._enter("export")
-            export_student(self.job.student, self._directory, self._start, self.config.trainer.steps)
+            export_student(self.job.student, self._directory, self._start, self._step)
 
     def _train_from(self, step: int) -> bool:
         """The loop; returns whether it ended before the last step because it was asked to stop."""
@@ -278,10 +278,14 @@ class Trainer:
         if skipped and self._is_main:
             logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
         if self._bad_updates >= self.config.trainer.max_bad_updates:
+            bad, self._bad_updates = self._bad_updates, 0  # a run that resumes has as many tries again
+            if self.config.checkpoint.every >= 0:
+                self._save(step)
             self._checkpoints.finish()
             raise NumericalError(
-                f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}): lower optimizer.lr or "
-                f"objective.beta, or look at {self.run_dir}/rollouts"
+                f"{bad} updates in a row were NaN or infinite (last at step {step}); what was learned before them is in "
+                f"{self._checkpoints.latest or 'no checkpoint'}: lower optimizer.lr or objective.beta, or look at "
+                f"{self.run_dir}/rollouts"
             )
 
     def _refuse_weights(self, step: int) -> NoReturn:
@@ -333,12 +337,13 @@ class Trainer:
             return 0
         state = load_checkpoint(start.checkpoint, job.student)
         job.student.version = state["weight_version"]
-        job.alpha.load_state_dict(state["alpha"], restart="alpha" in start.restarted)
-        job.beta.load_state_dict(state["beta"], restart="beta" in start.restarted)
+        measures_anew = "accuracy" in start.restarted
+        for name, coefficient in (("alpha", job.alpha), ("beta", job.beta)):
+            coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
         self._bad_updates = state["bad_updates"]
-        if "records" in state:  # not in checkpoints of 0.2
-            self._accuracy, self._best = (Record(**state["records"][name]) for name in ("accuracy", "best"))
+        records = {name: Record(**of) for name, of in state.get("records", {}).items() if name not in start.restarted}
+        self._accuracy, self._best = (records.get(name, Record()) for name in ("accuracy", "best"))  # none in those of 0.2
         self._alerts.load_state_dict(state["alerts"])
         if self._is_main:
             logger.info("resumed from %s after step %d", start.checkpoint, start.step)

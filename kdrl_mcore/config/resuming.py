@@ -72,6 +72,9 @@ RULES: dict[str, Rule] = {
 }
 """The rule of each key or section; the longest match counts."""
 
+EVALUATED = frozenset({"data.eval", *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "max_prompts"))})
+"""The keys that decide what an evaluation's numbers are about: numbers from before and after a change are not compared."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -136,13 +139,13 @@ def refused(
     return found
 
 
-def restarted_schedules(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """The schedules, `alpha` or `beta`, that have a key that differs."""
-    return {
-        change.key.split(".")[1]
-        for change in changes(old, new)
-        if change.key.startswith(("objective.alpha.", "objective.beta."))
-    }
+def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """What begins anew because a key of its own differs: the schedules `alpha` and `beta`, `accuracy` (the record of
+    eval/accuracy, where what is evaluated differs) and `best` (that of `checkpoint.best`, likewise)."""
+    differ = [change.key for change in changes(old, new)]
+    schedules = {key.split(".")[1] for key in differ if key.startswith(("objective.alpha.", "objective.beta."))}
+    records = {"accuracy", "best"} if EVALUATED.intersection(differ) else {"best"} if "checkpoint.best" in differ else set()
+    return schedules | records
 
 
 def markdown() -> str:

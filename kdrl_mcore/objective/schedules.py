@@ -81,14 +81,16 @@ class Coefficient:
             "accuracy": asdict(self._accuracy),
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, restart: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, restart: bool = False, measures_anew: bool = False) -> None:
         """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
-        that follows measurements starts again at `init`. A checkpoint may be from before a schedule had `switched`."""
+        that follows measurements starts again at `init`. With `measures_anew`, for when evaluations have, the accuracies so far
+        are forgotten. A checkpoint may be from before a schedule had `switched`."""
         self._step = int(state["step"])
         if restart:
             return
-        self._adapted = float(state["adapted"])
-        self._switched, self._accuracy = bool(state.get("switched", False)), Record(**state.get("accuracy", {}))
+        self._adapted, self._switched = float(state["adapted"]), bool(state.get("switched", False))
+        if not measures_anew:
+            self._accuracy = Record(**state.get("accuracy", {}))
 
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from kdrl_mcore.checkpointing.checkpoint import LATEST, candidates_in
+from kdrl_mcore.checkpointing.checkpoint import BEST, LATEST, candidates_in, in_lineage
 from kdrl_mcore.checkpointing.lineage import Lineage, lineage_of
 from kdrl_mcore.config import Config, save_config
 from kdrl_mcore.parallel.collect import on_first_rank
@@ -100,8 +100,11 @@ class RunDirectory:
         return (lineage_of(newest[0]) if newest else None) or Lineage()
 
     def _point_at(self, start: Start) -> None:
-        """Make `latest` name the checkpoint that the run resumes from, until the new branch has its own."""
-        latest = self.path / "checkpoints" / LATEST
+        """Make `latest` name the checkpoint that the run resumes from, until the new branch has its own; `best` names none of a
+        branch that was left."""
+        latest, best = (self.path / "checkpoints" / name for name in (LATEST, BEST))
+        if best.is_symlink() and not in_lineage(best.parent / best.readlink(), start.lineage):
+            best.unlink()
         if start.source is not None and start.checkpoint is not None:
             link = latest.with_name(f".{LATEST}.new")
             link.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from kdrl_mcore.checkpointing.checkpoint import candidates_in, find_checkpoint
 from kdrl_mcore.checkpointing.lineage import STATE_FILE, Lineage, from_json, new_lineage
 from kdrl_mcore.config import Config, flatten
-from kdrl_mcore.config.resuming import changes, refused, restarted_schedules, rule_of
+from kdrl_mcore.config.resuming import changes, refused, restarted, rule_of
 from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.monitoring.metrics import METRICS_FILE
 from kdrl_mcore.parallel.collect import on_first_rank
@@ -38,7 +38,7 @@ class Start:
         lineage: the run's lineage from here on.
         source: the checkpoint's lineage; None if the checkpoint is in another run directory.
         changes: a line for each key that differs from the checkpoint's, old -> new.
-        restarted: which of the schedules `alpha` and `beta` have changed settings.
+        restarted: what begins anew because its settings have changed (`config.resuming.restarted`).
         resamples: whether responses that were sampled ahead must be sampled again.
         fingerprints: fingerprints of the student, the teacher and the data.
         is_complete: whether no step is left.
@@ -121,7 +121,7 @@ def _resume(path: Path, config: Config, record: Record) -> Start:
         lineage=lineage,
         source=source if own else None,
         changes=[str(each) for each in changed],
-        restarted=frozenset(restarted_schedules(old, new)),
+        restarted=frozenset(restarted(old, new)),
         resamples=bool(sampling),
         fingerprints=prints,
         is_complete=step == steps,

@@ -51,11 +51,15 @@ def test_a_run_ends_where_its_accuracy_rises_no_more(zoo: Zoo, ranks1: RankPool,
     """A random model is right about nothing: the first evaluation is the best. Started again, it ends again."""
     settings = ("objective=grpo", "trainer.steps=9", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "trainer.stop_after=2")
     for _ in range(2):
-        outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0")
+        outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0", "checkpoint.export_hf=true")
         assert outcome.code == 0, outcome.stderr
         assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
         assert any(line.startswith("ended after step 3: 2 evaluations brought no accuracy above 0.0 %") for line in outcome.log)
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["exported"][1] == 3  # what it has, not trainer.steps
     assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_000003")
+    # Of other problems nothing is known yet.
+    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0", "eval.max_prompts=2")
+    assert outcome.code == 0 and [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
@@ -71,10 +75,15 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
     assert {path.name for path in folder.glob("step_*")} == {f"step_{longest:06d}", "step_000004"}
     assert longest < 4  # responses get shorter, so that the best is not the last
 
-    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", "trainer.steps=5")
+    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/truncated", "trainer.steps=5")
+    assert outcome.code == 0, outcome.stderr
+    assert (folder / "best").readlink() == Path("step_000005")  # the first of another measure, whatever the record was
+    back = (f"checkpoint.resume={folder}/step_000004", "trainer.steps=6", "eval.every=2", "checkpoint.every=3")
+    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", *back)
     assert (
         outcome.code == 2 and "checkpoint.best=eval/nothing is no metric of the evaluations; there are: eval/" in outcome.stderr
     )
+    assert not (folder / "best").is_symlink()  # it was of the branch that is left
 
 
 def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from kdrl_mcore.checkpointing.lineage import Lineage, from_json, new_lineage
 from kdrl_mcore.config import Config, flatten
-from kdrl_mcore.config.resuming import RULES, changes, markdown, refused, restarted_schedules, rule_of
+from kdrl_mcore.config.resuming import RULES, changes, markdown, refused, restarted, rule_of
 from kdrl_mcore.config.schema import ScheduleConfig
 from kdrl_mcore.objective.schedules import Coefficient
 from tests.support import ROOT
@@ -99,10 +99,39 @@ def test_an_adaptive_schedule_restarts_when_its_own_keys_change_and_else_goes_on
     for changed, restarts in (({}, False), ({"eta": 0.2}, True), ({"init": 0.3}, True)):
         now = Coefficient(ScheduleConfig(**(settings | changed)))
         keys = {f"objective.beta.{key}": value for key, value in (settings | changed).items()}
-        found = restarted_schedules(DEFAULTS | {f"objective.beta.{key}": v for key, v in settings.items()}, DEFAULTS | keys)
+        found = restarted(DEFAULTS | {f"objective.beta.{key}": v for key, v in settings.items()}, DEFAULTS | keys)
         assert found == ({"beta"} if restarts else set())
         now.load_state_dict(ran.state_dict(), restart="beta" in found)
         assert now.value == (changed.get("init", 0.5) if restarts else ran.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "anew"),
+    [
+        ("data.eval", {"accuracy", "best"}),
+        ("eval.benchmarks", {"accuracy", "best"}),
+        ("eval.max_prompts", {"accuracy", "best"}),
+        ("checkpoint.best", {"best"}),
+        ("eval.every", set()),
+        ("checkpoint.every", set()),
+    ],
+)
+def test_records_of_evaluations_begin_anew_when_what_is_measured_differs(key: str, anew: set[str]) -> None:
+    assert restarted(DEFAULTS, DEFAULTS | {key: "other"}) == anew
+
+
+def test_a_plateau_forgets_the_accuracies_of_other_problems_and_not_that_it_has_switched() -> None:
+    ran = Coefficient(ScheduleConfig(kind="plateau", init=1.0, after=0.5, patience=2))
+    for accuracy in (0.9, 0.8):
+        ran.observe(accuracy)
+    now, same = Coefficient(ran._schedule), Coefficient(ran._schedule)
+    now.load_state_dict(ran.state_dict(), measures_anew=True)
+    same.load_state_dict(ran.state_dict())
+    for each in (now, same):
+        each.observe(0.3)
+    assert (now.value, same.value) == (1.0, 0.5)
+    now.load_state_dict(same.state_dict(), measures_anew=True)
+    assert now.value == 0.5
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "switch"])
