@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import ConfigError, EngineError, NumericalError, StorageError
+from kdrl_mcore.errors import ConfigError, EngineError, NumericalError, RewardError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.iteration import run_iteration
@@ -140,8 +140,8 @@ class Trainer:
             self._is_best = False
             try:
                 self._train_step(step)
-            except EngineError:
-                self._save_after_engine_error(step, before, saved)
+            except (EngineError, RewardError):
+                self._save_after_error(step, before, saved)
                 raise
             ends_early = self._ends_early(step)
             if _is_due(step, config.checkpoint.every, step if ends_early else config.trainer.steps) or self._is_best:
@@ -278,14 +278,13 @@ class Trainer:
         if skipped and self._is_main:
             logger.warning("step %d: update skipped on all ranks: a loss, gradient or log-prob was NaN or infinite", step)
         if self._bad_updates >= self.config.trainer.max_bad_updates:
-            bad, self._bad_updates = self._bad_updates, 0  # a run that resumes has as many tries again
             if self.config.checkpoint.every >= 0:
                 self._save(step)
             self._checkpoints.finish()
             raise NumericalError(
-                f"{bad} updates in a row were NaN or infinite (last at step {step}); what was learned before them is in "
-                f"{self._checkpoints.latest or 'no checkpoint'}: lower optimizer.lr or objective.beta, or look at "
-                f"{self.run_dir}/rollouts"
+                f"{self._bad_updates} updates in a row were NaN or infinite (last at step {step}); the weights before them are "
+                f"in {self._checkpoints.latest or 'no checkpoint'}: lower optimizer.lr or objective.beta, look at "
+                f"{self.run_dir}/rollouts, or go back to an earlier checkpoint (checkpoint.resume)"
             )
 
     def _refuse_weights(self, step: int) -> NoReturn:
@@ -320,9 +319,11 @@ class Trainer:
             return
         self.job.source.finish()  # what it samples ahead is part of the checkpoint
         self._saved_at = time.monotonic()
-        self._checkpoints.save(step, self.job.student, self._state(step), is_best=self._is_best)
+        # Weights from which only NaN has followed so far must not displace those from which updates did.
+        prunes = self._bad_updates == 0
+        self._checkpoints.save(step, self.job.student, self._state(step), is_best=self._is_best, prunes=prunes)
 
-    def _save_after_engine_error(self, step: int, before: dict[str, Any], saved: int) -> None:
+    def _save_after_error(self, step: int, before: dict[str, Any], saved: int) -> None:
         """Save what was learned. All ranks have the error, either before the step's update or in the evaluation after it."""
         updated = self.job.student.version != before["weight_version"]
         done, state = (step, self._state(step)) if updated else (step - 1, before)
@@ -341,7 +342,8 @@ class Trainer:
         for name, coefficient in (("alpha", job.alpha), ("beta", job.beta)):
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
-        self._bad_updates = state["bad_updates"]
+        bad = state["bad_updates"]
+        self._bad_updates = bad if bad < self.config.trainer.max_bad_updates else 0  # those ended the run; it has new tries
         records = {name: Record(**of) for name, of in state.get("records", {}).items() if name not in start.restarted}
         self._accuracy, self._best = (records.get(name, Record()) for name in ("accuracy", "best"))  # none in those of 0.2
         self._alerts.load_state_dict(state["alerts"])

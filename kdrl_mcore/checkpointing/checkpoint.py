@@ -54,6 +54,7 @@ def find_checkpoint(directory: Path, resume: str, lineage: Lineage | None = None
     if resume == "never":
         return None
     if resume != "auto":
+        _check_is_one(Path(resume))
         damage = find_damage(Path(resume))
         if damage:
             raise CheckpointError(f"{damage}; name another checkpoint with checkpoint.resume")
@@ -77,6 +78,15 @@ def find_checkpoint(directory: Path, resume: str, lineage: Lineage | None = None
             "checkpoint.resume=never"
         )
     return None
+
+
+def _check_is_one(path: Path) -> None:
+    """Raise CheckpointError if the path that a user named is not there, or is a folder of checkpoints."""
+    if not path.exists():
+        raise CheckpointError(f"checkpoint.resume={path} does not exist: it is auto, never or the path of a checkpoint")
+    for folder in (path, path / "checkpoints"):
+        if candidates := candidates_in(folder):
+            raise CheckpointError(f"checkpoint.resume={path} holds checkpoints: name one of them, such as {candidates[0]}")
 
 
 def load_checkpoint(path: Path, student: Student) -> dict[str, Any]:

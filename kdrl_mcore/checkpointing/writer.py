@@ -53,12 +53,13 @@ class CheckpointWriter:
             for left_over in directory.glob(".step_*"):
                 shutil.rmtree(left_over, ignore_errors=True)
 
-    def save(self, step: int, student: Student, state: dict[str, Any], *, is_best: bool = False) -> None:
+    def save(self, step: int, student: Student, state: dict[str, Any], *, is_best: bool = False, prunes: bool = True) -> None:
         """Begin the checkpoint of `step`, after completing the previous one.
 
         Args:
             state: everything other than weights and optimizer, as JSON values.
             is_best: whether the link `best` moves to it.
+            prunes: whether old checkpoints are deleted when it is complete.
 
         Raises:
             CheckpointError: this checkpoint or the previous one could not be written; earlier ones are unchanged.
@@ -84,7 +85,7 @@ class CheckpointWriter:
                 assert request is not None
                 if request.async_fn is not None:
                     request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder))
-                request.add_finalize_fn(partial(self._publish, step, is_best))
+                request.add_finalize_fn(partial(self._publish, step, is_best, prunes))
                 let_threads_finish()
                 self._queue.schedule_async_request(request)  # copies tensors on the GPU before it returns
                 student.leave_state()
@@ -118,7 +119,7 @@ class CheckpointWriter:
         except (CheckpointException, OSError) as error:
             raise self._failure(_causes(error)) from error
 
-    def _publish(self, step: int, is_best: bool) -> None:
+    def _publish(self, step: int, is_best: bool, prunes: bool) -> None:
         """Publish a checkpoint whose files are written. Collective over the world."""
         self._on_rank_0(partial(_raise_first, self._errors))
         temporary, target = self._temporary(step), self._directory / f"step_{step:06d}"
@@ -142,7 +143,8 @@ class CheckpointWriter:
                 os.replace(link, self._directory / name)
             sync_directory(self._directory)
             shutil.rmtree(replaced, ignore_errors=True)
-            self._delete_old(target)
+            if prunes:
+                self._delete_old(target)
 
         self._on_rank_0(complete)
 

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 from kdrl_mcore.config import RewardConfig
-from kdrl_mcore.errors import ConfigError, RewardError
+from kdrl_mcore.errors import ConfigError, KdrlError, RewardError
 from kdrl_mcore.reward.answers import reference_answer
 from kdrl_mcore.reward.verdicts import Unjudged
 from kdrl_mcore.types import Rollout
@@ -142,9 +144,23 @@ def build_reward(kind: str, config: RewardConfig) -> Reward:
 
     Raises:
         ConfigError: there is no such reward.
+        RewardError: a reward of the user's own cannot be built.
     """
     found = _registered.get(kind) or _import(kind)
-    return found(config) if isinstance(found, type) else _OfEachResponse(found)
+    with failures_of(kind):
+        return found(config) if isinstance(found, type) else _OfEachResponse(found)
+
+
+@contextmanager
+def failures_of(kind: str) -> Iterator[None]:
+    """Turn whatever the code of a user's own reward (MODULE:NAME) raises into a RewardError that names the line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, KdrlError) or ":" not in kind:
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(f"reward {kind} failed at {at.filename}:{at.lineno}: {type(error).__name__}: {error}") from error
 
 
 def reward_class(kind: str) -> type[Reward] | None:

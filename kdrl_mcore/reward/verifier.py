@@ -12,7 +12,7 @@ from kdrl_mcore.errors import RewardError
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.reward import models, python_code, rules  # noqa: F401 (they register the built-in rewards)
-from kdrl_mcore.reward.registry import AnswerReward, build_reward, reference_of
+from kdrl_mcore.reward.registry import AnswerReward, build_reward, failures_of, reference_of
 from kdrl_mcore.reward.verdicts import Unjudged
 from kdrl_mcore.types import Rollout
 
@@ -88,7 +88,9 @@ class Verifier:
             rollout.correct = accepted and score >= config.threshold
             rollout.reward = config.correct * score + config.incorrect * (1 - score)
         for term, reward in self._terms:
-            for rollout, score in zip(rollouts, reward.score(rollouts), strict=True):
+            with failures_of(term.kind):
+                found = reward.score(rollouts)
+            for rollout, score in zip(rollouts, found, strict=True):
                 rollout.reward += term.weight * score
                 rollout.extra[f"reward_{term.kind}"] = score
 
@@ -100,7 +102,9 @@ class Verifier:
                 indices.setdefault(self._kinds.get(rollout.domain, self._config.kind), []).append(index)
         scores = [0.0] * len(rollouts)
         for kind, chosen in indices.items():
-            for index, score in zip(chosen, self._judges[kind].score([rollouts[index] for index in chosen]), strict=True):
+            with failures_of(kind):
+                found = self._judges[kind].score([rollouts[index] for index in chosen])
+            for index, score in zip(chosen, found, strict=True):
                 scores[index] = score
         return scores
 
@@ -115,9 +119,11 @@ class Verifier:
         spelling, and one whose comparisons with two others failed is compared no further: each costs a few time-outs rather
         than one for every other answer.
         """
-        judge = self._judge
-        if not isinstance(judge, AnswerReward):
-            return
+        if isinstance(self._judge, AnswerReward):
+            with failures_of(self._config.kind):
+                self._classify(self._judge, rollouts)
+
+    def _classify(self, judge: AnswerReward, rollouts: Sequence[Rollout]) -> None:
         groups: dict[int, _Wrong] = {}
         for rollout in rollouts:
             answer = judge.answer(rollout)

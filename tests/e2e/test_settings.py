@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
         outcome.code == 2 and "checkpoint.best=eval/nothing is no metric of the evaluations; there are: eval/" in outcome.stderr
     )
     assert not (folder / "best").is_symlink()  # it was of the branch that is left
+
+
+def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    """On two ranks it fails where it verifies; both save the steps before, and end. The line names the user's code."""
+    settings = (
+        "objective=kd_rkl",
+        "trainer.steps=3",
+        "checkpoint.every=0",
+        "reward.kind=tests.support.rewards:fails_in_step_2",
+    )
+    outcome = run(ranks2, zoo, tmp_path, *settings)
+    assert outcome.code == 1 and (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_000001")
+    outcome = run(ranks1, zoo, tmp_path, *settings)
+    assert outcome.code == 1 and outcome.stderr.startswith("error: reward tests.support.rewards:fails_in_step_2 failed at ")
+    assert re.fullmatch(r"error: .* failed at \S+/rewards\.py:\d+: KeyError: 'no such key'\n", outcome.stderr), outcome.stderr
+    outcome = run(ranks1, zoo, tmp_path, *settings, "reward.terms=[{kind: 'tests.support.rewards:WithoutAScore'}]")
+    assert outcome.code == 1 and "WithoutAScore failed at" in outcome.stderr and outcome.stderr.count("\n") == 1
 
 
 def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:

@@ -187,6 +187,12 @@ def an_end_without_a_row(zoo: Zoo, folder: Path) -> dict[str, str]:
     return {**sampling(zoo, folder), "student.path": str(added_token(zoo, folder, ends=True)), "objective": "grpo"}
 
 
+def a_run_for_a_checkpoint(zoo: Zoo, folder: Path) -> dict[str, str]:
+    for step in (2, 3):
+        (folder / "before" / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    return {"checkpoint.resume": str(folder / "before")}
+
+
 def fixed(**overrides: str) -> Change:
     return lambda zoo, folder: {key.replace("__", "."): value for key, value in overrides.items()}
 
@@ -254,7 +260,13 @@ SPOILED: dict[str, tuple[Change, int, list[str]]] = {
     "safetensors cut short": (cut_short, 1, ["model.safetensors", "cut short"]),
     "not safetensors": (not_safetensors, 1, ["model.safetensors", "damaged"]),
     "a NaN in the student": (with_a_nan, 1, ["self-test", "not finite"]),
-    "no checkpoint there": (fixed(checkpoint__resume="/no/such/step_000001"), 1, ["/no/such/step_000001", "checkpoint"]),
+    "no checkpoint there": (fixed(checkpoint__resume="/no/such/step_000001"), 1, ["/no/such/step_000001", "does not exist"]),
+    "a run for a checkpoint": (a_run_for_a_checkpoint, 1, ["holds checkpoints", "such as", "/before/checkpoints/step_000003"]),
+    "checkpoints for one": (
+        lambda z, f: {"checkpoint.resume": f"{a_run_for_a_checkpoint(z, f)['checkpoint.resume']}/checkpoints"},
+        1,
+        ["/before/checkpoints holds checkpoints", "/before/checkpoints/step_000003"],
+    ),
 }
 
 

@@ -118,7 +118,7 @@ def test_nan_logits_of_the_sampler_the_teacher_or_the_student_leave_the_weights_
 
 def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
     """Steps 1 and 3 to 5 are bad: the good second step starts the count anew, and what it learned is saved."""
-    job = [*overrides_of(zoo, tmp_path, 9, "parallel.tensor=2"), "checkpoint.every=0"]
+    job = [*overrides_of(zoo, tmp_path, 9, "parallel.tensor=2"), "checkpoint.every=1", "checkpoint.keep=1"]
     outcomes = ranks2.run(poison_on_rank, job, "gradient", 1, [1, 3, 4, 5])
     assert [outcome.code for outcome in outcomes] == [1, 1]
     printed = "".join(outcome.stderr for outcome in outcomes)
@@ -126,9 +126,15 @@ def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tm
     assert "3 updates in a row" in printed and "step 5" in printed and str(tmp_path) in printed
     assert [row["skipped_updates"] for row in metrics_of(tmp_path)] == [1, 0, 1, 1, 1]
     assert f"{tmp_path}/checkpoints/step_000005" in printed
+
+    def saved() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+
+    assert saved() == [f"step_{step:06d}" for step in (2, 3, 4, 5)]  # none makes way for weights that may be the cause
     outcomes = ranks2.run(poison_on_rank, [*job, "trainer.steps=8"], "gradient", 1, [1, 2])  # two more are no end
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
     assert [row["skipped_updates"] for row in metrics_of(tmp_path)] == [1, 0, 1, 1, 1, 1, 1, 0]
+    assert saved() == ["step_000008"]
 
 
 def only_error(outcomes: list[Outcome]) -> str:

@@ -24,3 +24,11 @@ class LengthModulo(AnswerReward):
 
 def needs_column(rollout: Rollout, info_level: float) -> float:
     return float(info_level or 0.0)
+
+
+def fails_in_step_2(rollout: Rollout) -> float:
+    return 1.0 if rollout.weight_version == 0 else {}["no such key"]
+
+
+class WithoutAScore(AnswerReward):
+    """It cannot be built."""
