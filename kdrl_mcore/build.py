@@ -23,7 +23,6 @@ from kdrl_mcore.config.derived import (
     uses_reference,
     uses_teacher,
 )
-from kdrl_mcore.convert.targets import check_target
 from kdrl_mcore.data.limits import Limits, check_prompts
 from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
@@ -48,6 +47,7 @@ from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
+from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.teacher.teacher import Teacher
 
@@ -111,7 +111,7 @@ def check_outcome(config: Config) -> None:
             *(config.optimizer.warmup_steps, num_updates(config), config.optimizer.lr),
         )
     if config.checkpoint.export_hf:
-        check_target(Path(config.run.dir) / "hf", list(models.values()), overwrite=True)
+        check_export(Path(config.run.dir), list(models.values()))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ def check_target(target: str | Path, sources: Sequence[str | Path] = (), *, over
         raise ModelError(f"{target} was written before: add --overwrite to replace it, or name another folder")
 
 
+def is_own(folder: Path) -> bool:
+    """Whether every file in the folder, if there is any, is as this program wrote it."""
+    return not any(folder.iterdir()) or _foreign_file(folder) is None
+
+
 @contextmanager
 def written_aside(
     target: str | Path, num_bytes: int, sources: Sequence[str | Path] = (), *, overwrite: bool = False

@@ -15,7 +15,6 @@ from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import replays, samples_with_vllm, used_models
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
-from kdrl_mcore.convert.targets import check_target
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.files import is_file
 from kdrl_mcore.data.hub import resolve_models
@@ -36,6 +35,7 @@ from kdrl_mcore.planning.memory import GIB, plan_run_memory
 from kdrl_mcore.preflight.findings import CheckFailed
 from kdrl_mcore.rollout.files import read_rollouts
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
+from kdrl_mcore.run_directory.export import check_export
 
 
 def check_hub(config: Config) -> str:
@@ -48,7 +48,7 @@ def check_models(config: Config) -> str:
     """Models and tokenizers are complete on every node, and student and teacher share their tokens."""
     models, described = used_models(config), []
     if config.checkpoint.export_hf:
-        check_target(Path(config.run.dir) / "hf", list(models.values()), overwrite=True)
+        check_export(Path(config.run.dir), list(models.values()))
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:

@@ -16,6 +16,7 @@ from kdrl_mcore.checkpointing.lineage import Lineage, lineage_of
 from kdrl_mcore.config import Config, save_config
 from kdrl_mcore.parallel.collect import on_first_rank
 from kdrl_mcore.run_directory.branches import LEFT, begin_branch, drop_after
+from kdrl_mcore.run_directory.export import set_aside
 from kdrl_mcore.run_directory.lock import RunLock
 from kdrl_mcore.run_directory.record import Record, describe_start, read_record
 from kdrl_mcore.run_directory.start import CONFIG_FILE, Start
@@ -65,6 +66,8 @@ class RunDirectory:
         self._record = record = read_record(self.path)
         current = record.lineage or self._latest_lineage()
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._config.checkpoint.export_hf and (kept := set_aside(self.path)) is not None:
+            logger.info("%s/hf was copied, changed, or written by an earlier version, so it is kept as %s", self.path, kept)
         if start.lineage.branch != current.branch:
             source, shared = start.source, None
             if source is not None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kdrl_mcore.checkpointing.manifest import write_manifest
+from kdrl_mcore.convert.targets import MARK
 from kdrl_mcore.run_directory.lock import RunLock
 from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_hf_weights
 from tests.support import ROOT, resuming
@@ -224,8 +225,10 @@ def test_every_optimizer_goes_on_as_if_it_had_not_stopped(
 
 
 def as_written_before(run_dir: Path) -> None:
-    """Make of a run directory what versions without a record of it left: checkpoints without configuration, no `run.json`."""
+    """Make of a run directory what versions without a record of it left: checkpoints without configuration, no `run.json`, an
+    export without a list of its files."""
     (run_dir / "run.json").unlink()
+    (run_dir / "hf" / MARK).unlink()
     for checkpoint in (run_dir / "checkpoints").glob("step_*"):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         for name in ("config", "fingerprints", "lineage"):
@@ -241,8 +244,26 @@ def test_a_run_directory_of_an_earlier_version_goes_on(job: list[str], used: Pat
     assert "nothing is left" in refusal(ranks1, job, used, "trainer.steps=2", "objective.beta.init=0.5")
     outcome = finished(ranks1, job, used, "trainer.steps=3", "objective.beta.init=0.5")
     assert "objective.beta.init: 0.002 -> 0.5" in outcome.log and column(used, "beta") == [0.002, 0.002, 0.5]
+    assert (used / "left" / "hf_1" / "model.safetensors").is_file() and (used / "hf" / MARK).is_file()
     killed(ranks1, job, used, 1, "trainer.steps=4", f"checkpoint.resume={used}/checkpoints/step_000001", "checkpoint.every=-1")
     assert any("after step 1" in line for line in finished(ranks1, job, used, "trainer.steps=4").log)
+
+
+def test_an_export_that_was_copied_or_added_to_is_kept(job: list[str], trained: Path, ranks1: RankPool, tmp_path: Path) -> None:
+    """As `cp -r` leaves it, with other times; then with a file of the user's. In another run's directory it is in the way."""
+    run_dir = tmp_path / "copied"
+    shutil.copytree(trained, run_dir, symlinks=True, copy_function=shutil.copy)
+    outcome = finished(ranks1, job, run_dir, "trainer.steps=3")
+    assert any(line.endswith(f"is kept as {run_dir}/left/hf_1") for line in outcome.log)
+    (run_dir / "hf" / "README.md").write_text("about it")
+    finished(ranks1, job, run_dir, "trainer.steps=4", "checkpoint.export_hf=false")
+    assert (run_dir / "hf" / "README.md").is_file()
+    finished(ranks1, job, run_dir, "trainer.steps=5")
+    assert (run_dir / "left" / "hf_2" / "README.md").read_text() == "about it" and column(run_dir, "step") == [1, 2, 3, 4, 5]
+    exports = [(folder / "model.safetensors").read_bytes() for folder in (trained / "hf", run_dir / "left" / "hf_1")]
+    assert exports[0] == exports[1]
+    shutil.copytree(run_dir / "hf", tmp_path / "other" / "hf", copy_function=shutil.copy)
+    assert "was not written by kdrl_mcore" in refusal(ranks1, job, tmp_path / "other", "trainer.steps=1")
 
 
 def test_without_its_record_a_run_goes_on_all_the_same(job: list[str], used: Path, ranks1: RankPool) -> None:
