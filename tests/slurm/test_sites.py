@@ -160,10 +160,14 @@ def test_jobs_of_users_with_ways_of_their_own(cluster: Cluster, pair: Path, scri
     cluster.wait(lambda: len([rank for number in tasks for rank in found(number)]) == 4, "both tasks of the array", 60)
     for number, task in tasks.items():
         assert {f"run.dir={tmp_path}/runs/{task}", f"trainer.seed={task}"} <= set(found(number)[0]["words"])
-    # The array's last task has the array's number, by which SLURM would requeue the other one as well.
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_{tasks[array]}")
-    cluster.wait(lambda: start_of(f"{array}_{tasks[array]}") == "1", "the task to go back to the queue", 60)
-    other = f"{array}_{1 - tasks[array]}"
+    # The array's last task has the array's number, by which SLURM would requeue the other one as well. Held, it runs on, and
+    # stays in the queue when it is there.
+    last, other = (f"{array}_{task}" for task in (tasks[array], 1 - tasks[array]))
+    cluster.run("scontrol", "hold", last)
+    assert cluster.state(last) == "RUNNING"
+    cluster.run("scancel", "--batch", "--signal=USR1", last)
+    cluster.wait(lambda: start_of(last) == "1" and cluster.state(last) == "PENDING", "the task to go back to the queue", 60)
+    assert cluster.job(last)["Priority"] == "0"
     assert (start_of(other), cluster.state(other)) == ("0", "RUNNING")
     cluster.run("scancel", array)
     cluster.wait(lambda: not cluster.run("squeue", "--noheader"), "the array to end", 60)
