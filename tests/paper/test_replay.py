@@ -1,6 +1,5 @@
 """Runs on paper CUDA on the same tokens as the CPU: to the digit with the output head in torch, and where Triton takes over in
-bfloat16 but for its rounding. Nothing is sampled here: the embedded engine alone does on a GPU what it does not on the CPU, it
-decodes over padded keys (`test_runs.py`)."""
+bfloat16 but for its rounding. Nothing is sampled here (`test_runs.py`)."""
 
 from __future__ import annotations
 
