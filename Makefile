@@ -46,6 +46,8 @@ MAKEFLAGS += --jobs=3
 # The GPU check runs in the environment of `make setup` if it exists, otherwise in a Python that has torch and Triton.
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 GPU_CHECK ?=
+# The Python of the bare machine for which `make gpu-wheels` packs.
+FOR ?= 3.12
 
 # `make test` runs two rows of groups in parallel. Those of the second mostly wait for the package index or for SLURM.
 GROUPS := test-main test-vllm
@@ -109,8 +111,8 @@ gpu-check: ## on a machine with a GPU: everything that only a GPU can show, in a
 	@$(GPU_PYTHON) -m tools.gpu_wheels unpack
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/build/gpu-site" $(GPU_PYTHON) -m tools.gpu_check $(GPU_CHECK)
 
-gpu-wheels: $(INSTALLED) ## before gpu-check on a bare machine without a network: what it lacks, in build/gpu-wheels
-	@$(BIN)/python -m tools.gpu_wheels pack
+gpu-wheels: $(INSTALLED) ## before gpu-check on a bare machine without a network: what its Python (FOR=3.12) lacks, in build/gpu-wheels
+	@$(BIN)/python -m tools.gpu_wheels pack --python $(FOR)
 
 contracts: $(INSTALLED) ## read the signatures that we depend on from the CUDA wheels (700 MB), and hold our code against them
 	@$(PIP_INSTALL) griffe

@@ -3,7 +3,7 @@
     python -m tools.gpu_check [--json FILE] [--seconds N] [--only STAGE ...] [--sizes full|small] [--under MODULE]
 
 Each stage is a separate process with a share of the time, and a failed stage does not keep the others from running. The check
-needs one GPU, torch, Triton and the packages that training imports, but no network, vLLM or data sets.
+needs one GPU, torch, Triton and the packages that training imports (`tools/gpu_wheels.py`), but no network, vLLM or data sets.
 `--under tests.paper_cuda --sizes small` rehearses it without a GPU.
 """
 
@@ -17,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from tools import gpu_stages
 from tools.gpu_stages import SIZES, Result, Sizes
@@ -38,7 +40,7 @@ MARK = "RESULT "
 
 
 def main(arguments: list[str]) -> int:
-    """Run every stage; returns 1 if one failed."""
+    """Run every stage; returns 1 if one failed, or if there is no GPU."""
     parser = argparse.ArgumentParser(description="Run the checks and measurements that need a GPU on this machine.")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="file for the results")
     parser.add_argument("--seconds", type=float, default=450.0, help="time for all stages; those left without time are named")
@@ -51,6 +53,9 @@ def main(arguments: list[str]) -> int:
     if options.stage is not None:
         print(MARK + json.dumps(STAGES[options.stage](SIZES[options.sizes], options.folder)), flush=True)
         return 0
+    if options.under is None and not torch.cuda.is_available():
+        print(f"error: torch {torch.__version__} of {sys.executable} sees no GPU", file=sys.stderr)
+        return 1
     deadline = time.monotonic() + options.seconds
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:

@@ -9,10 +9,12 @@ Needs griffe and the package index. The wheels are 700 MB; with --wheels they st
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ class _Source:
         current: Any = self._module(parts[:module])
         for part in parts[module:]:
             if current.is_class:
-                current = next((base.members[part] for base in self.bases(current) if part in base.members), None)
+                current = next(filter(None, (_member(base, part) for base in self.bases(current))), None)
             else:
                 current = current.members.get(part)
             if current is None:
@@ -106,6 +108,19 @@ class _Source:
             code = file.read_text() if file.is_file() else ""  # megatron is a package without a file
             self._modules[key] = griffe.visit(parts[-1], filepath=file, code=code, parent=parent)
         return self._modules[key]
+
+
+def _member(cls: Any, name: str) -> Any:
+    """What the class itself defines or assigns under this name; griffe does not see `self.a, self.b = ...`."""
+    if name in cls.members:
+        return cls.members[name]
+    code = "\n".join(cls.filepath.read_text().splitlines()[cls.lineno - 1 : cls.endlineno])
+    nodes = ast.walk(ast.parse(textwrap.dedent(code)))
+    targets = [
+        target for node in nodes if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Tuple)
+    ]
+    assigned = {ast.unparse(each) for target in targets for each in target.elts}
+    return griffe.Attribute(name) if f"self.{name}" in assigned else None
 
 
 def _signature(source: _Source, name: str) -> Any:

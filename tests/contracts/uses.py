@@ -2,7 +2,8 @@
 attribute it takes of one, every argument it passes.
 
 An object's class is known where the object is an imported name, an instance of a class with an imported base (`self`), or one
-of `RECEIVERS`.
+of `RECEIVERS`. Attributes that are written count like those that are read. A dataclass of ours with an imported base is built
+like its base, but for the fields that it adds.
 """
 
 from __future__ import annotations
@@ -22,10 +23,28 @@ _GROUPS = "megatron.core.process_groups_config.ProcessGroupCollection"
 _CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 _ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 _TE = "transformer_engine.pytorch"
+_OPTIMIZERS = "megatron.core.optimizer"
+_DISTRIBUTED_OPTIMIZER = f"{_OPTIMIZERS}.distrib_optimizer.DistributedOptimizer"
+_EVERY_OPTIMIZER = (
+    _DISTRIBUTED_OPTIMIZER,
+    *(f"{_OPTIMIZERS}.optimizer.{name}" for name in ("ChainedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")),
+)
+_DDP = "megatron.core.distributed.DistributedDataParallel"
+_SCHEDULES = tuple(
+    f"megatron.core.pipeline_parallel.schedules.forward_backward_{kind}"
+    for kind in ("no_pipelining", "pipelining_without_interleaving", "pipelining_with_interleaving")
+)
+_SHARDED = "megatron.core.dist_checkpointing.ShardedTensor"
+_QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue"
 
 RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "kdrl_mcore/model/gpt.py": {"self.config": (_CONFIG,)},
-    "kdrl_mcore/model/attention.py": {"self.config": (_CONFIG,), "self.pg_collection": (_GROUPS,)},
+    "kdrl_mcore/checkpointing/writer.py": {"self._queue": (_QUEUE,)},
+    "kdrl_mcore/model/attention.py": {
+        "self.config": (_CONFIG,),
+        "self.pg_collection": (_GROUPS,),
+        "packed": ("megatron.core.packed_seq_params.PackedSeqParams",),
+    },
     "kdrl_mcore/parallel/layout.py": {"self.groups": (_GROUPS,), "groups": (_GROUPS,)},
     "kdrl_mcore/rollout/vllm/adapter.py": {
         "self._llm": (_ENGINE,),
@@ -33,14 +52,35 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm_config": ("vllm.config.VllmConfig",),
         "part": ("vllm.outputs.CompletionOutput",),
     },
-    "kdrl_mcore/rollout/vllm/reload.py": {"worker": (_WORKER,), "worker.model_runner": _RUNNERS},
+    "kdrl_mcore/rollout/vllm/reload.py": {
+        "worker": (_WORKER,),
+        "worker.model_runner": _RUNNERS,
+        # The worker passes its arguments on, whatever they are.
+        "worker.reload_weights": tuple(f"{owner}.reload_weights" for owner in (_WORKER, *_RUNNERS)),
+    },
     "kdrl_mcore/rollout/vllm/worker.py": {"self.parallel_config": ("vllm.config.ParallelConfig",)},
-    "kdrl_mcore/student/student.py": {"self.parts.config": (_CONFIG,)},
+    "kdrl_mcore/parallel/optimizer_state.py": {
+        "part": (_DISTRIBUTED_OPTIMIZER,),
+        "piece": (_SHARDED,),
+        "sharded": (_SHARDED,),
+    },
+    "kdrl_mcore/student/optimizer.py": {
+        "self._config": (_CONFIG,),
+        "self.megatron": _EVERY_OPTIMIZER,
+        "chunk": (_DDP,),
+    },
+    "kdrl_mcore/student/student.py": {
+        "self.parts.config": (_CONFIG,),
+        "mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)": _SCHEDULES,
+    },
 }
 """The classes of expressions of a file which its syntax does not show."""
-UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")
+UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")
 """Attributes whose own attributes are not followed."""
-OPTIONAL = ("megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",)
+OPTIONAL = (
+    "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",
+    "transformer_engine.pytorch.cpu_offload.NVTE_CPU_OFFLOAD_V1",
+)
 """Names that are used only where a release has them."""
 
 INDIRECT: dict[str, tuple[str, ...]] = {
@@ -113,12 +153,16 @@ class Use:
     methods: set[str] = field(default_factory=set)
 
 
-class _Reader(ast.NodeVisitor):
+class Reader(ast.NodeVisitor):
+    """Collects the uses in one file's syntax tree."""
+
     def __init__(self, file: str, uses: dict[str, Use]) -> None:
         self._file, self._uses = file, uses
         self._names: dict[str, tuple[str, ...]] = dict(RECEIVERS.get(file, {}))
         self._dictionaries: dict[str, set[str]] = {}  # keys of the enclosing function's dictionaries, by variable
         self._own: list[tuple[str, set[str]]] = []  # of the enclosing class: its foreign base, and what it defines itself
+        self._derived: dict[str, str] = {}  # the foreign base of each of the file's dataclasses that has one
+        self._added: dict[str, set[str]] = defaultdict(set)  # by such a base, the fields that are ours
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if node.module and node.module.split(".")[0] in PACKAGES and not node.level:
@@ -142,6 +186,9 @@ class _Reader(ast.NodeVisitor):
         for base in bases:
             use = self._use(base)
             use.derived, use.methods = True, use.methods | defined
+        if bases and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+            self._derived[node.name] = bases[0]
+            self._added[bases[0]] |= fields
         self._own.append((bases[0] if bases else "", defined | fields | assigned))
         self.generic_visit(node)
         self._own.pop()
@@ -152,18 +199,19 @@ class _Reader(ast.NodeVisitor):
         self._dictionaries = outer
 
     def visit_Call(self, node: ast.Call) -> None:
-        for path in self._paths(node.func):
+        derived = self._derived.get(ast.unparse(node.func))
+        for path in (derived,) if derived else self._paths(node.func):
             unpacked = [word.value for word in node.keywords if word.arg is None]
             keys = {key for value in unpacked for key in self._dictionaries.get(ast.unparse(value), ())}
             keywords = frozenset(word.arg for word in node.keywords if word.arg is not None) | keys
             by_position = sum(not isinstance(arg, ast.Starred) for arg in node.args)
-            self._use(path).calls.add((by_position, keywords, bool(unpacked) or by_position < len(node.args)))
+            incomplete = bool(unpacked) or by_position < len(node.args)
+            self._use(path).calls.add((by_position, keywords - self._added[path], incomplete))
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.ctx, ast.Load):
-            for path in self._paths(node):
-                self._use(path)
+        for path in self._paths(node):
+            self._use(path)
         self.generic_visit(node)
 
     def _paths(self, node: ast.expr) -> tuple[str, ...]:
@@ -177,7 +225,11 @@ class _Reader(ast.NodeVisitor):
             base, defined = self._own[-1]
             return (f"{base}.{node.attr}",) if base and node.attr not in defined else ()
         owners = self._paths(node.value)
-        return tuple(f"{owner}.{node.attr}" for owner in owners if owner.rsplit(".", 1)[1] not in UNKNOWN_TYPES)
+        return tuple(
+            f"{owner}.{node.attr}"
+            for owner in owners
+            if owner.rsplit(".", 1)[1] not in UNKNOWN_TYPES and node.attr not in self._added[owner]
+        )
 
     def _use(self, path: str) -> Use:
         use = self._uses[path]
@@ -203,7 +255,7 @@ def uses() -> dict[str, Use]:
     """Every foreign name that the package and its tools use, with how."""
     found: dict[str, Use] = defaultdict(Use)
     for file in sorted([*ROOT.glob("kdrl_mcore/**/*.py"), *ROOT.glob("tools/*.py")]):
-        _Reader(str(file.relative_to(ROOT)), found).visit(ast.parse(file.read_text()))
+        Reader(str(file.relative_to(ROOT)), found).visit(ast.parse(file.read_text()))
     for name, arguments in INDIRECT.items():
         found[name].files.add("tests/contracts/uses.py")
         found[name].calls.add((0, frozenset(arguments), True))

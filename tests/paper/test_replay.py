@@ -1,10 +1,10 @@
 """Runs on paper CUDA on the same tokens as the CPU: to the digit with the output head in torch, and where Triton takes over in
-bfloat16 but for its rounding. Nothing is sampled here: the embedded engine alone does on a GPU what it does not on the CPU, it
-decodes over padded keys (`test_runs.py`)."""
+bfloat16 but for its rounding. Nothing is sampled here (`test_runs.py`)."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.reference.tiny_models import read_hf_weights
+from tests.support.agreement import JOINT, Case, check
 from tests.support.paper_runs import train_on_paper
 from tests.support.ranks import RankPool
 from tests.support.training import QUIET, Outcome, metrics_of, train_on_rank
@@ -121,3 +122,33 @@ def test_bfloat16_and_triton_give_the_numbers_of_the_cpu(zoo: Zoo, ranks2: RankP
     weights, wanted = (read_hf_weights(tmp_path / name / "hf") for name in ("gpu", "cpu"))
     for name, weight in wanted.items():
         assert (weights[name] - weight).norm() <= BFLOAT16 * weight.norm(), name
+
+
+AXES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gate, entropy, sequence correction": (
+        "parallel.tensor=2 parallel.sequence_parallel=true",
+        {
+            **{"combine": "gate", "token_weight": "entropy", "entropy_bonus": 0.05},
+            **{"correction": "mask", "correction_level": "sequence", "correction_bound": 1.3},
+        },
+    ),
+    "forward, mixed by trust, cispo": (
+        "parallel.context=2",
+        {"estimator": "exact", "divergence": "forward", "mix": "trust", "combine": "gate", "policy_loss": "cispo"},
+    ),
+    "top-k, mixed by entropy, prefix": (
+        "parallel.pipeline=2",
+        {
+            **{"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher", "top_k_tail": "truncate"},
+            **{"mix": "entropy", "mix_above": 3.9, "token_weight": "prefix", "stop_token": "mask"},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=list(AXES))
+def test_other_forms_of_the_objective_are_those_of_the_dense_reference(
+    axes: tuple[str, dict[str, Any]], zoo: Zoo, paper2: RankPool, tmp_path: Path
+) -> None:
+    layout, changes = axes
+    check(Case(2, f"{layout} batch.micro_tokens=60", replace(JOINT, **changes)), zoo, paper2, tmp_path)

@@ -67,6 +67,21 @@ def train_on_paper(overrides: Sequence[str], triton: bool = False) -> Outcome:
     return outcome
 
 
+def train_in_shapes_of_a_gpu(overrides: Sequence[str]) -> Outcome:
+    """`train_on_rank` on the CPU, decoding over padded keys and with a look in 16 tokens as on a GPU: sums of equal order."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.rollout import megatron
+
+    def cache(*args: Any, few_shapes: bool) -> Any:
+        return KVCache(*args, few_shapes=True)
+
+    KVCache, looks = megatron.KVCache, megatron._STEPS_BETWEEN_LOOKS
+    with patch.object(megatron, "KVCache", cache), patch.dict(looks, {"cpu": looks["cuda"]}):
+        return train_on_rank(overrides)
+
+
 def train_beside_an_engine(overrides: Sequence[str], port: int) -> Outcome:
     """`train_on_paper` with vLLM's engine colocated: the product's side is whole, refit by CUDA IPC included; the engine is the
     weight receiver at `port`, and answers every request with the same two tokens.

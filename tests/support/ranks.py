@@ -194,6 +194,7 @@ def _serve(
     connection: Connection, rank: int, world_size: int, port: int, prepare: Callable[[], object] | None, backend: str
 ) -> None:
     """The life of a rank: join the world, then run what arrives until killed."""
+    faulthandler.enable()  # a rank that dies of a signal leaves its threads' stacks
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
         RANK=str(rank),

@@ -3,13 +3,15 @@ arguments: against a table of signatures that `make contracts` reads from the pu
 
 from __future__ import annotations
 
+import ast
 import json
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
 from tests.contracts.check import SIGNATURES, mismatches
-from tests.contracts.uses import RECEIVERS, ROOT, Use, uses
+from tests.contracts.uses import RECEIVERS, ROOT, Reader, Use, uses
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,24 @@ def test_declared_receivers_still_stand_in_their_files() -> None:
     for file, receivers in RECEIVERS.items():
         text = (ROOT / file).read_text()
         assert [receiver for receiver in receivers if receiver not in text] == []
+
+
+DERIVED = """
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe import moe_utils
+@dataclass
+class Packed(PackedSeqParams):
+    ours: int = 0
+packed = Packed(qkv_format="thd", ours=1)
+moe_utils.permute = None
+"""
+
+
+def test_a_dataclass_of_ours_is_built_like_its_base_and_what_is_written_counts() -> None:
+    found: dict[str, Use] = defaultdict(Use)
+    Reader("a.py", found).visit(ast.parse(DERIVED))
+    assert found["megatron.core.packed_seq_params.PackedSeqParams"].calls == {(0, frozenset({"qkv_format"}), False)}
+    assert "megatron.core.transformer.moe.moe_utils.permute" in found
 
 
 @pytest.mark.parametrize(
