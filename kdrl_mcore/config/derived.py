@@ -47,8 +47,8 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
 
 
 def weighs_by_scores(objective: ObjectiveConfig) -> bool:
-    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of one's
-    own may."""
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of
+    your own may."""
     kind = objective.kd.token_weight.kind
     return kind in WEIGHTS_OF_SCORES or ":" in kind
 

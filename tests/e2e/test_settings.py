@@ -73,7 +73,8 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
 
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", "trainer.steps=5")
     assert (
-        outcome.code == 2 and "checkpoint.best=eval/nothing is no metric of the evaluations; there are: eval/" in outcome.stderr
+        outcome.code == 2
+        and "checkpoint.best=eval/nothing is not a metric of the evaluations; these are: eval/" in outcome.stderr
     )
 
 
