@@ -383,7 +383,7 @@ def _metric(metrics: Mapping[str, float], name: str) -> float:
     """
     if name not in metrics:
         known = ", ".join(sorted(each for each in metrics if each.startswith("eval/")))
-        raise ConfigError(f"checkpoint.best={name} is no metric of the evaluations; there are: {known}")
+        raise ConfigError(f"checkpoint.best={name} is not a metric of the evaluations; these are: {known}")
     return metrics[name]
 
 

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 
 RANKS = "--ranks"
 
@@ -56,11 +55,8 @@ def study() -> int:
 
 
 def serve() -> int:
-    """Serve a vLLM engine (`kdrl_mcore/rollout/vllm/server.py`)."""
-    if find_spec("vllm") is None:
-        print("error: vLLM is not installed: pip install 'kdrl-mcore[vllm]'", file=sys.stderr)
-        return 2
-    return _run("kdrl_mcore.rollout.vllm.server")
+    """Serve a vLLM engine (`kdrl_mcore/cli/serve.py`)."""
+    return _run("kdrl_mcore.cli.serve")
 
 
 def slurm() -> int:

@@ -54,6 +54,7 @@ class Program:
             self.created = False
         else:
             destroy_groups(self._kept)
+        self._kept = set()
 
     def __enter__(self) -> Program:
         return self

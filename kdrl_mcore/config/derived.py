@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from kdrl_mcore.config.schema import ClusterConfig, Config, ObjectiveConfig, RolloutConfig, ScheduleConfig
+from kdrl_mcore.config.schema import ClusterConfig, Config, ModelConfig, ObjectiveConfig, RolloutConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
 
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
@@ -47,8 +47,8 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
 
 
 def weighs_by_scores(objective: ObjectiveConfig) -> bool:
-    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of one's
-    own may."""
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of
+    your own may."""
     kind = objective.kd.token_weight.kind
     return kind in WEIGHTS_OF_SCORES or ":" in kind
 
@@ -120,6 +120,17 @@ def num_updates(config: Config) -> int:
 def uses_distributed_optimizer(config: Config) -> bool:
     """Whether data-parallel ranks share the optimizer's state."""
     return config.parallel.distributed_optimizer and config.optimizer.name == "adam"
+
+
+def asks_for_transformer_engine(model: ModelConfig) -> bool | None:
+    """Whether the layers are to be made of Transformer Engine's modules; None leaves it to whether it can be used.
+
+    `model.spec=auto` never uses them in float32, which Transformer Engine multiplies in TF32 with rounding errors a thousand
+    times as large.
+    """
+    if model.spec == "auto":
+        return None if model.dtype != "float32" else False
+    return model.spec == "transformer_engine"
 
 
 def used_models(config: Config) -> dict[str, str]:

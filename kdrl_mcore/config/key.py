@@ -14,7 +14,7 @@ _META = "key"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """A key's meaning; its allowed values if it is a choice, and whether MODULE:NAME, a function of one's own, is one too; its
+    """A key's meaning; its allowed values if it is a choice, and whether MODULE:NAME, a function of your own, is one too; its
     range if it is a number (for a list, that of each item)."""
 
     meaning: str

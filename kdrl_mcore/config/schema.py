@@ -515,7 +515,7 @@ class DataConfig:
     plain_template: str = key("{prompt}", "plain: where the problem stands in the text; @FILE takes the text of a file")
     message_template: str = key("{prompt}", "chat: where the problem stands in the user's message; or @FILE")
     system_prompt: str | None = key(None, "chat template only; or @FILE")
-    chat_date: str = key("2024-07-26", "what chat templates that ask for today's date are told, so that prompts stay the same")
+    chat_date: str = key("2024-07-26", "the date that chat templates get that ask for today's, so that prompts stay the same")
     shuffle: bool = key(True, "a new order in each epoch, a function of the seed")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdrl_mcore.config import ModelConfig
+from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
@@ -181,22 +182,18 @@ def build_model(
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether the layers are made of Transformer Engine's modules.
-
-    `model.spec=auto` does not use them in float32, which Transformer Engine multiplies in TF32 with rounding errors a thousand
-    times as large.
+    """Whether the layers are made of Transformer Engine's modules here.
 
     Raises:
         ConfigError: the configuration asks for Transformer Engine, which cannot be used here.
     """
-    if model.spec == "local":
+    asked = asks_for_transformer_engine(model)
+    if asked is False:
         return False
     reason = mcore.why_no_transformer_engine()
-    if model.spec == "auto":
-        return reason is None and model.dtype != "float32"
-    if reason is not None:
+    if asked and reason is not None:
         raise ConfigError(f"model.spec=transformer_engine, but {reason}: fix that, or use model.spec=auto")
-    return True
+    return reason is None
 
 
 def vocab_shard(architecture: Architecture, groups: ModelGroups, vocab_size: int) -> VocabShard:

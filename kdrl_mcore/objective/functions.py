@@ -32,5 +32,5 @@ def _load(key: str, name: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}={name} cannot be loaded ({error}): name one of the project's, or MODULE:NAME") from error
     if not callable(found):
-        raise ConfigError(f"{key}={name} is no function")
+        raise ConfigError(f"{key}={name} is not a function")
     return found

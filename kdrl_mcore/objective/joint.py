@@ -178,7 +178,7 @@ def _measures_of_weights(
 
 
 def check_functions(objective: ObjectiveConfig) -> None:
-    """Load the functions that the configuration names, so that a wrong name is told before anything is trained.
+    """Load the functions that the configuration names, so that a wrong name is reported before anything is trained.
 
     Raises:
         ConfigError: one cannot be loaded.

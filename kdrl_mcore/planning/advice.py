@@ -6,18 +6,21 @@ import copy
 from collections.abc import Callable
 
 from kdrl_mcore.config import Config
+from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.planning.measures import with_config
 from kdrl_mcore.planning.memory import ATTENTION, GIB, engine_share, fitting_share, leaves_attention
 from kdrl_mcore.planning.plan import Plan
-from kdrl_mcore.planning.setup import shard_requests
+from kdrl_mcore.planning.setup import Setup, shard_requests
 from kdrl_mcore.planning.shards import ShardRequest, try_shards
 
 
 def advise(plan: Plan) -> list[str]:
-    """Lines of advice: what limits the longest phase, what does not fit, and which single changes would make it fit."""
+    """Lines of advice: what limits the longest phase, whether Transformer Engine decides if the run is refused, what does not
+    fit, and which single changes would make it fit."""
     longest = max(plan.phases, key=lambda phase: phase.seconds.total)
-    lines = [f"The longest phase is {longest.name}, bound by {longest.seconds.bound}."]
+    lines = [f"The longest phase is {longest.name}, bound by {longest.seconds.bound}.", *_refused_by_layers(plan.setup)]
     if plan.fits:
         return lines
     worst = max(plan.memory, key=lambda rank: rank.peak - (rank.capacity or 0))
@@ -33,6 +36,19 @@ def advise(plan: Plan) -> list[str]:
     lines += [f"It would fit with {name}: {other.peak / GIB:.1f} GiB, {other.seconds:.1f} s." for name, other in fits]
     if not fits:
         lines.append("No single change makes it fit: kdrl-plan --search tries combinations.")
+    return lines
+
+
+def _refused_by_layers(setup: Setup) -> list[str]:
+    """Why the run would be refused with Transformer Engine, or without it, if the plan cannot know whether it can be used."""
+    lines = []
+    if asks_for_transformer_engine(setup.config.model) is None:
+        for installed in (True, False):
+            try:
+                Activations.of(setup.config.parallel).check(setup.student.architecture, transformer_engine=installed)
+            except ConfigError as error:
+                where = "can be used" if installed else "cannot be used"
+                lines.append(f"Where Transformer Engine {where}, the run is refused: {error}.")
     return lines
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from kdrl_mcore.config import ClusterConfig, Config
 from kdrl_mcore.config.derived import (
     TEACH_INCORRECT,
+    asks_for_transformer_engine,
     samples_with_vllm,
     servers_per_node,
     training_ranks,
@@ -17,6 +18,7 @@ from kdrl_mcore.config.derived import (
     uses_teacher,
 )
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
@@ -170,8 +172,13 @@ def find_engines(config: Config, world_size: int) -> Engines | None:
 
 def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
     """The shards that a plan for `world_size` training ranks needs, by role: "student", and if there are any "teacher" and
-    "engine"."""
+    "engine".
+
+    Raises:
+        ConfigError: a model is not found, or what is to be recomputed or off-loaded does not exist in the student.
+    """
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
+    Activations.of(parallel).check(read_architecture(student), transformer_engine=asks_for_transformer_engine(config.model))
     requests = {
         "student": ShardRequest(
             student,

@@ -80,7 +80,6 @@ def build_shard(request: ShardRequest) -> Shard:
     architecture = read_architecture(request.path)
     layout = _smallest_layout(request)
     gpt.check_layout(architecture, layout, trainable=request.trainable)
-    Activations("selective", request.recomputed, request.offloaded).check(architecture, transformer_engine=None)
     # All stages between the first and the last are alike, and context parallelism and what is kept change no weight.
     plain = replace(request, context=1, recomputed=(), offloaded=())
     built = {stage: _build_stage(plain, stage) for stage in {0, min(1, request.pipeline - 1), request.pipeline - 1}}

@@ -25,6 +25,7 @@ from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.data.vocabulary import shared_vocabulary
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
+from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
@@ -62,9 +63,10 @@ def check_models(config: Config) -> str:
 
 
 def check_layout(config: Config) -> str:
-    """Both layouts fit the number of ranks and the models."""
+    """Both layouts fit the number of ranks and the models, and the student has what is to be recomputed or off-loaded."""
     # Megatron-Core reads torch.cuda when it is imported, so it is imported only here, after the platform is set up.
     from kdrl_mcore.model.gpt import check_layout as check_fit
+    from kdrl_mcore.model.gpt import uses_transformer_engine
 
     world_size = dist.get_world_size()
     layouts, models = {"student": student_layout(world_size, config.parallel)}, used_models(config)
@@ -72,6 +74,8 @@ def check_layout(config: Config) -> str:
         layouts["teacher"] = teacher_layout(world_size, config.teacher.parallel)
     for name, layout in layouts.items():
         check_fit(read_architecture(models[name]), layout, trainable=name == "student")
+    student = read_architecture(models["student"])
+    Activations.of(config.parallel).check(student, transformer_engine=uses_transformer_engine(config.model))
     return "; ".join(
         f"{name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
         for name, layout in layouts.items()

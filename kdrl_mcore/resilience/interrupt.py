@@ -27,6 +27,8 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 """The exit code of a run that a second Ctrl-C ended, by the shell's convention."""
 MOMENT_SECONDS = 1.0
 """The same Ctrl-C may arrive twice, from the terminal and through torchrun: signals within this time count as one."""
+LISTENER_SECONDS = 5.0
+"""How long to wait for the thread that listens; it may be writing to a terminal that does not answer."""
 REST_SECONDS = 0.05
 """Thousands of times what a thread needs to let go of an object."""
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +51,7 @@ class StopRequest:
         self._interrupted: float | None = None  # the time of the first Ctrl-C
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         self._pipe: int | None = None  # to the thread that listens
+        self._thread: threading.Thread | None = None
         self._previous_pipe = -1
 
     @property
@@ -62,7 +65,8 @@ class StopRequest:
         heard, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True)
+        self._thread.start()
         for number in STOP_SIGNALS:
             previous = signal.getsignal(number)
             if previous is None or (number == signal.SIGHUP and previous == signal.SIG_IGN):
@@ -80,6 +84,11 @@ class StopRequest:
             os.write(self._pipe, bytes([_NO_MORE]))
             os.close(self._pipe)
             self._pipe = None
+        if self._thread is not None:
+            # A thread that is still letting go of its objects when Python ends can abort the process: through `announce` it may
+            # hold the last process group, whose destructor waits for the interpreter.
+            self._thread.join(LISTENER_SECONDS)
+            self._thread = None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

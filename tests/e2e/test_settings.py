@@ -82,7 +82,8 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
     back = (f"checkpoint.resume={folder}/step_000004", "trainer.steps=6", "eval.every=2", "checkpoint.every=3")
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", *back)
     assert (
-        outcome.code == 2 and "checkpoint.best=eval/nothing is no metric of the evaluations; there are: eval/" in outcome.stderr
+        outcome.code == 2
+        and "checkpoint.best=eval/nothing is not a metric of the evaluations; these are: eval/" in outcome.stderr
     )
     assert not (folder / "best").is_symlink()  # it was of the branch that is left
 

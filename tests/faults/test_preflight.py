@@ -105,6 +105,11 @@ SPOILED: dict[str, tuple[Callable[[Zoo, Path], list[str]], str, list[str]]] = {
     "no tokenizer": (without_a_tokenizer, "models", ["has no tokenizer.json"]),
     "layout": (lambda zoo, folder: ["parallel.tensor=3"], "layout", ["2 ranks", "tensor 3"]),
     "teacher's layout": (lambda zoo, folder: ["teacher.parallel.pipeline=4"], "layout", ["2 ranks", "pipeline 4"]),
+    "nothing to recompute": (
+        lambda zoo, folder: ["parallel.recompute=selective", "parallel.recompute_modules=[moe_act]"],
+        "layout",
+        ["moe_act does nothing here", "name mlp"],
+    ),
     "no data": (lambda zoo, folder: ["data.train=/no/such.jsonl"], "data", ["/no/such.jsonl is not on"]),
     "prompts beyond the positions": (long_prompts, "lengths", ["train.jsonl row 1", "rollout.max_response_tokens=510", "512"]),
     "evaluated beyond the positions": (long_evaluation, "lengths", ["held_out row 1", "502 tokens", "512"]),

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from kdrl_mcore.config import RewardConfig, load_config
+from kdrl_mcore.config import CombineConfig, RewardConfig, load_config
 from kdrl_mcore.monitoring.metrics import MetricsLog
+from kdrl_mcore.objective.combine import RULES, Signals
+from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.reward.registry import build_reward, needed_columns
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.types import Rollout
@@ -94,6 +97,15 @@ def test_mixed_groups_are_counted(folder: Path, capsys: pytest.CaptureFixture[st
     (code,) = blocks("reading_a_run", "python")
     run(code, folder / "groups.py", "run")
     assert capsys.readouterr().out == "step 1: accuracy 0.75, 1 of 2 groups are mixed\n"
+
+
+def test_the_rule_on_the_page_about_the_method_can_be_named(folder: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (TUTORIALS.parent / "method.md").read_text(), flags=re.DOTALL)
+    (folder / "my_rules.py").write_text(code)
+    rule = find_function("objective.combine.kind", "my_rules:below_the_mean", RULES)
+    advantages, correct = torch.tensor([1.0, -1.0]), torch.tensor([True, False])
+    coefficients, weights = rule(Signals(advantages, correct, torch.ones(2), correct), CombineConfig(), 1.0)
+    assert coefficients.tolist() == [1.0, -1.0] and weights.tolist() == [0.0, 1.0]
 
 
 PUBLIC = re.findall(r"^\| `(kdrl_mcore\.[\w.]+)` \| (.*?) \|", (TUTORIALS.parent / "api.md").read_text(), flags=re.MULTILINE)

@@ -32,7 +32,7 @@ from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.resilience.interrupt import block_ignored_stop_signals
 from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, end_group_with
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, write_address
-from kdrl_mcore.rollout.vllm.gpu_memory import ENGINE_SHARE
+from kdrl_mcore.rollout.vllm.options import FLAGS, parser
 
 _SIGN_SECONDS = 1.0  # between two signs of progress in a stream
 
@@ -183,8 +183,16 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until asked to stop, or until the parent process ends."""
-    options = _parser().parse_args(arguments)
+    """`serve` with the options of a command line."""
+    return serve(parser().parse_args(arguments))
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until asked to stop, or until the parent process ends.
+
+    Args:
+        options: those of `options.parser`.
+    """
     block_ignored_stop_signals()  # vLLM's processes set their own handlers
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
@@ -247,39 +255,9 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         model=options.model,
         vocab_size=options.vocab_size or tokenizer.vocabulary_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
-        **{name: getattr(options, name) for name in _FLAGS}
+        **{name: getattr(options, name) for name in FLAGS}
         | {"max_model_len": min(options.max_model_len, read_architecture(options.model).max_positions)},
     )
-
-
-_FLAGS: dict[str, tuple[Any, str]] = {
-    "dtype": ("float32", "dtype of the weights: float32 or bfloat16"),
-    "max_model_len": (2048, "prompt and response tokens together; never more than the model supports"),
-    "max_sequences": (256, "responses decoded at once"),
-    "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
-    "seed": (1, "the engine's seed; each request has its own"),
-    "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
-    "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
-    "load_format": ("auto", "auto, or dummy if a refit brings the weights"),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdrl-serve", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
-    parser.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
-    parser.add_argument("--model", required=True, help="HF model directory")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
-    parser.add_argument(
-        "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
-    )
-    for name, (default, text) in _FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")
-    return parser
 
 
 if __name__ == "__main__":

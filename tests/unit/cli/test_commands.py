@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_mcore.cli import commands, ranks
+from kdrl_mcore.cli import commands, ranks, serve
 from kdrl_mcore.cli.__main__ import NAMES
 from kdrl_mcore.cli.completion import completion
 
@@ -99,8 +99,9 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "leave it out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "serve"])  # which needs vLLM
+@pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it takes many seconds, and help needs none of it
     monkeypatch.setattr(sys, "argv", ["x", "--help"])
     try:
         code = getattr(commands, name)()
@@ -119,8 +120,8 @@ def test_ranks_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_server_without_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    assert commands.serve() == 2
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert serve.main(["--run-dir", "run", "--index", "0", "--model", "model"]) == 2
     assert capsys.readouterr().err == "error: vLLM is not installed: pip install 'kdrl-mcore[vllm]'\n"
 
 

@@ -35,6 +35,9 @@ VLLM = ["rollout=vllm", "rollout.vllm.tensor=4"]
 SERVERS = [*VLLM, "rollout.vllm.placement=server", "cluster.server_nodes=4"]
 LLAMA_70B = "models/DeepSeek-R1-Distill-Llama-70B"
 EXPERTS = ["student.path=Qwen3-30B-A3B", "teacher.path=Qwen3-32B", "parallel.pipeline=1", "parallel.expert=8", *VLLM]
+MOE_ACT = "parallel.recompute_modules=[moe_act]"
+NORMS = "parallel.recompute_modules=[layernorm]"
+SELECTIVE_NORMS = ["parallel.recompute=selective", NORMS]
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -49,7 +52,7 @@ def built() -> None:
     """One fake world for all plans of this file."""
     configs = [load_config(run.overrides.split()) for run in published.RUNS]
     # The run itself, and what is tried where it does not fit.
-    changes = [[], EMBEDDED, VLLM, ["rollout.vllm.tensor=1"], EXPERTS]
+    changes = [[], EMBEDDED, VLLM, ["rollout.vllm.tensor=1"], EXPERTS, SELECTIVE_NORMS]
     changes += [["experiment=paper_1p5b"], ["experiment=paper_zero_3b", "teacher.path=models/Qwen2.5-7B"]]
     changes.append(["experiment=kdrl_70b", f"teacher.path={LLAMA_70B}"])
     changes += [[f"parallel.{key}"] for key in ("tensor=16", "pipeline=4", "context=2")]
@@ -108,6 +111,26 @@ def test_a_plan_that_does_not_fit_names_a_change_that_helps() -> None:
     assert "DOES NOT FIT" in lines[1] and "KV cache" in lines[1]
     assert any("rollout.max_sequences=128" in line for line in lines)
     assert with_config(plan, lambda config: setattr(config.rollout, "max_sequences", 128)).fits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([*EXPERTS, MOE_ACT, "model.spec=local"], "needs Transformer Engine"),
+        ([*EXPERTS, MOE_ACT, "model.dtype=float32"], "needs Transformer Engine"),
+        ([MOE_ACT], "no experts: name mlp"),
+        ([NORMS, "model.spec=transformer_engine"], "contain the norms"),
+    ],
+)
+def test_what_the_run_would_refuse_to_recompute_is_not_planned(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        planned("parallel.recompute=selective", *overrides)
+
+
+def test_advice_says_where_the_layers_decide_whether_a_run_is_refused() -> None:
+    lines = [line for line in advise(planned(*SELECTIVE_NORMS)) if "refused" in line]
+    assert len(lines) == 1 and lines[0].startswith("Where Transformer Engine can be used, the run is refused: ")
+    assert not any("refused" in line for line in advise(planned(*SELECTIVE_NORMS, "model.spec=local")))
 
 
 def test_generation_beside_training_takes_the_longer_of_both() -> None:

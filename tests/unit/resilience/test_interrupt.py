@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +45,19 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
     with handler(signal.SIGHUP, signal.SIG_IGN), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_nothing_of_it_is_left_when_it_ends() -> None:
+    """A thread that drops the last reference to a process group while Python ends aborts the process."""
+    announced: list[str] = []
+
+    def announce(name: str) -> None:
+        time.sleep(0.3)
+        announced.append(name)
+
+    with StopRequest(announce):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert announced == ["SIGUSR1"] and not [thread for thread in threading.enumerate() if thread.name == "signals"]
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:

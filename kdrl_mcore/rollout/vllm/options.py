@@ -1,0 +1,43 @@
+"""The options of an engine server. They are apart from the server because importing vLLM takes many seconds, and
+`kdrl-serve --help` does not need it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kdrl_mcore.rollout.vllm.gpu_memory import ENGINE_SHARE
+
+FLAGS: dict[str, tuple[Any, str]] = {
+    "dtype": ("float32", "dtype of the weights: float32 or bfloat16"),
+    "max_model_len": (2048, "prompt and response tokens together; never more than the model supports"),
+    "max_sequences": (256, "responses decoded at once"),
+    "tensor": (1, "GPUs (or processes on CPU) that split each layer"),
+    "seed": (1, "the engine's seed; each request has its own"),
+    "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
+    "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
+    "load_format": ("auto", "auto, or dummy if a refit brings the weights"),
+}
+"""The options that are fields of `adapter.EngineSettings`: default and help."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `kdrl-serve` and of `python -m kdrl_mcore.rollout.vllm.server`."""
+    result = argparse.ArgumentParser(
+        prog="kdrl-serve",
+        description="Serve one vLLM engine over HTTP. Trainers start their own servers; on other nodes you start them.",
+    )
+    result.add_argument("--run-dir", required=True, help="the run directory; the address goes to RUN/servers/INDEX.json")
+    result.add_argument("--index", type=int, required=True, help="the engine's number in the run, from 0")
+    result.add_argument("--model", required=True, help="HF model directory")
+    result.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
+    )
+    result.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    result.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
+    result.add_argument(
+        "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
+    )
+    for name, (default, text) in FLAGS.items():
+        result.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")
+    return result
