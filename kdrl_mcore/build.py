@@ -40,12 +40,11 @@ from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayedRollouts
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
+from kdrl_mcore.rollout.source import Ahead, GivenResponses, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.student.student import Student
@@ -298,19 +297,11 @@ def build_sampling_source(
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
+    ahead = None
     if rollout.steps_ahead:
         assert isinstance(engine, VllmEngine)
-        return SampledAhead(
-            engine,
-            student,
-            prompts,
-            verifier,
-            sampling,
-            wanted,
-            last_step=config.trainer.steps,
-            updates_per_step=config.batch.updates_per_step,
-        )
-    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted)
+        ahead = Ahead(engine, config.trainer.steps, config.batch.updates_per_step)
+    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted, ahead)
 
 
 def _part_tokens(config: Config) -> int:

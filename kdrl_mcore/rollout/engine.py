@@ -70,3 +70,16 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """End all that the engine started. Not collective, so that it can be called after an error."""
         ...
+
+
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that samples in the background."""
+
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Start sampling. No communication among ranks."""
+        ...
+
+    def finish(self) -> list[Rollout]:
+        """Wait for the responses of the last `begin` and return them as `RolloutEngine.generate` does. Collective over the
+        world."""
+        ...

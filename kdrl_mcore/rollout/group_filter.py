@@ -4,9 +4,22 @@ then samples further prompts until it has enough groups with both (the dynamic s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from kdrl_mcore.rollout.ledger import Entry
 from kdrl_mcore.types import Rollout
+
+NO_SIGNAL, SURPLUS = "no signal", "surplus"
+"""Why the filter drops a prompt: its group has no signal, or the step has enough groups that do."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step trains on, in order; what it drops, by reason; and what it took."""
+
+    chosen: list[Entry]
+    dropped: dict[str, list[Entry]]
+    counts: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -23,30 +36,29 @@ class GroupFilter:
     rounds: int
     teaches_others: bool
 
-    def fill(self, first: list[Rollout], sample: Callable[[int], list[Rollout]]) -> tuple[list[Rollout], dict[str, float]]:
-        """The rollouts of a step, its groups numbered anew, and what it took.
+    def fill(self, first: Sequence[Entry], sample: Callable[[int], Sequence[Entry]]) -> Choice:
+        """The groups of a step.
 
         If `rounds` do not bring enough groups with signal, the batch is filled up with others, so that its size, and the
         normaliser, stay the same.
 
         Args:
-            first: the verified responses that were sampled.
-            sample: verified responses to the next prompts; takes the number of the round, from 1.
+            first: prompts with verified responses.
+            sample: further ones; takes the number of the round, from 1.
         """
-        groups, rounds = _groups(first), 0
-        while sum(map(has_signal, groups)) < self.wanted and rounds < self.rounds:
+        entries, rounds = list(first), 0
+        while sum(map(_has_signal, entries)) < self.wanted and rounds < self.rounds:
             rounds += 1
-            groups += _groups(sample(rounds))
-        good = [group for group in groups if has_signal(group)]
-        others = [group for group in groups if not has_signal(group)]
-        chosen = good[: self.wanted]
-        chosen += others if self.teaches_others else others[: max(0, self.wanted - len(chosen))]
+            entries += sample(rounds)
+        good = [entry for entry in entries if _has_signal(entry)]
+        others = [entry for entry in entries if not _has_signal(entry)]
+        kept = len(others) if self.teaches_others else max(0, self.wanted - len(good))
         counts = {
             "resampling_rounds": float(rounds),
-            "signal_share": len(good) / len(groups),
-            "groups_sampled": float(len(groups)),
+            "signal_share": len(good) / len(entries),
+            "groups_sampled": float(len(entries)),
         }
-        return [replace(rollout, group_id=index) for index, group in enumerate(chosen) for rollout in group], counts
+        return Choice(good[: self.wanted] + others[:kept], {NO_SIGNAL: others[kept:], SURPLUS: good[self.wanted :]}, counts)
 
 
 def has_signal(group: Sequence[Rollout]) -> bool:
@@ -54,8 +66,6 @@ def has_signal(group: Sequence[Rollout]) -> bool:
     return 0 < sum(rollout.correct for rollout in group) < len(group)
 
 
-def _groups(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group_id, []).append(rollout)
-    return list(groups.values())
+def _has_signal(entry: Entry) -> bool:
+    assert entry.rollouts is not None
+    return has_signal(entry.rollouts)

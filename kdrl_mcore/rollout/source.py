@@ -1,11 +1,11 @@
-"""The sources of a step's rollouts: sampled with the student's present weights, sampled one step ahead (`ahead.py`), replayed
-from a file (`replay.py`), or given with the prompts."""
+"""The sources of a step's rollouts: sampled with the student's weights, replayed from a file (`replay.py`), or given with the
+prompts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
-from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
+from kdrl_mcore.rollout.engine import BackgroundEngine, OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.group_filter import GroupFilter
+from kdrl_mcore.rollout.ledger import Entry, Ledger
 from kdrl_mcore.types import Prompt, Rollout
 
 
@@ -42,7 +43,7 @@ class RolloutSource(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The source's state for a checkpoint: the cursor of the prompts, and the responses sampled ahead. Not collective."""
+        """The source's state for a checkpoint: the cursor of the prompts, and the ledger where there is one. Not collective."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
@@ -55,7 +56,7 @@ class RolloutSource(ABC):
 
     @property
     def counts(self) -> dict[str, float]:
-        """Metrics of how the last step's rollouts were chosen; empty unless groups are filtered."""
+        """Metrics of how the last step's rollouts were chosen, and of the ledger; empty for sources that sample nothing."""
         return {}
 
     def refit(self) -> None:  # noqa: B027
@@ -71,8 +72,24 @@ class RolloutSource(ABC):
         """End the verifier's processes. Not collective."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What sampling one step ahead needs.
+
+    Attributes:
+        engine: the engine, which samples in the background.
+        last_step: the run's last step, during which nothing more is begun.
+        updates_per_step: optimizer updates by which the student is ahead of the sampling weights when it trains.
+    """
+
+    engine: BackgroundEngine
+    last_step: int
+    updates_per_step: int
+
+
 class SampledRollouts(RolloutSource):
-    """Samples each step's responses to the next prompts with the student's present weights."""
+    """Samples each step's responses with the student's weights: its present ones, or one step ahead with those that it had when
+    the step before began to train. The ledger knows which prompts are drawn, and which of them wait for their end."""
 
     samples = True
 
@@ -84,19 +101,23 @@ class SampledRollouts(RolloutSource):
         verifier: Verifier | None,
         sampling: Sampling,
         group_filter: GroupFilter | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Args:
         verifier: the verifier on the ranks that verify, None on the others.
         sampling: the settings of every step; the step's number is appended to their key, and that of a further round.
         group_filter: None takes the groups as they are sampled.
+        ahead: None samples a step's responses when it begins.
         """
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
-        self._student, self._sampling = student, sampling
+        self.ledger = Ledger(prompts)
+        self._student, self._sampling, self._ahead = student, sampling, ahead
         self._filter, self._counts = group_filter, dict[str, float]()
-        self._staleness = 0  # optimizer updates by which the student may be ahead of the sampling weights
+        self._begun: list[Entry] = []  # that the engine samples ahead
 
     def refit(self) -> None:
-        """See `RolloutSource`."""
+        """See `RolloutSource`. First waits for the responses that are being sampled with the older weights."""
+        self.finish()
         self.engine.refit(self._student)
 
     def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
@@ -105,13 +126,19 @@ class SampledRollouts(RolloutSource):
         Raises:
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
-        rollouts = self._sample(step, on_part)
+        self.finish()
+        chosen = self._groups_of(step, on_part)
         if self._filter is not None:
-            self._verify(rollouts)
-            rollouts, self._counts = self._filter.fill(rollouts, partial(self._sample_more, step))
-        self._begin_next(step)
+            self._verify([rollout for entry in chosen for rollout in entry.rollouts or ()])
+            choice = self._filter.fill(chosen, partial(self._further_groups, step))
+            chosen, self._counts = choice.chosen, choice.counts
+            for reason, entries in choice.dropped.items():
+                self.ledger.drop(entries, reason)
+        rollouts = self.ledger.train(chosen)
+        self._begin(step + 1)
+        self.ledger.check()
         self.engine.sleep()
-        refuse_stale(rollouts, self._student.version, self._staleness)
+        refuse_stale(rollouts, self._student.version, 0 if self._ahead is None else self._ahead.updates_per_step)
         return rollouts
 
     def first(self, count: int, sampling: Sampling) -> list[Rollout]:
@@ -124,42 +151,62 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return self._counts
+        return self._counts | self.ledger.counts()
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """See `RolloutSource`. Done already where groups are filtered."""
         if self._filter is None:
             self._verify(rollouts)
 
-    def state_dict(self) -> dict[str, Any]:
+    def finish(self) -> None:
         """See `RolloutSource`."""
-        return {"prompts": self.prompts.state_dict(), "pending": None}
+        if self._begun:
+            assert self._ahead is not None
+            self.ledger.sampled(self._begun, self._ahead.engine.finish())
+            self._begun = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RolloutSource`: the ledger. Responses that are still being sampled count as not begun."""
+        return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`. Prompts for which the checkpoint holds responses sampled ahead are sampled again."""
-        _load_cursor(self.prompts, state)
+        """See `RolloutSource`."""
+        self.ledger.load_state_dict(state)
+        if resamples or self._ahead is None:
+            self.ledger.forget_responses()
 
     def close(self) -> None:
         """See `RolloutSource`."""
         if self.verifier is not None:
             self.verifier.close()
 
-    def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
-        return self.engine.generate(self.prompts.next_batch(), self._sampling_of(step), on_part)
+    def _groups_of(self, step: int, on_part: OnPart | None) -> list[Entry]:
+        """The step's first prompts with their responses, sampled now unless they were sampled ahead."""
+        entries = self.ledger.drawn_for(step) or self.ledger.draw(step)
+        if all(entry.rollouts is not None for entry in entries):
+            return entries
+        return self._sample(entries, self._sampling_of(step), on_part)
 
-    def _sample_more(self, step: int, number: int) -> list[Rollout]:
-        """Verified responses to further prompts of a step."""
-        rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling_of(step, number))
-        self._verify(rollouts)
-        return rollouts
+    def _further_groups(self, step: int, number: int) -> list[Entry]:
+        """Further prompts of a step with their verified responses."""
+        entries = self._sample(self.ledger.draw(step, number), self._sampling_of(step, number))
+        self._verify([rollout for entry in entries for rollout in entry.rollouts or ()])
+        return entries
+
+    def _sample(self, entries: list[Entry], sampling: Sampling, on_part: OnPart | None = None) -> list[Entry]:
+        return self.ledger.sampled(entries, self.engine.generate([entry.prompt for entry in entries], sampling, on_part))
+
+    def _begin(self, step: int) -> None:
+        """Begin to sample for the next step, if there is one, unless its responses are there."""
+        if self._ahead is None or step > self._ahead.last_step or self.ledger.drawn_for(step):
+            return
+        self._begun = self.ledger.draw(step)
+        self._ahead.engine.begin([entry.prompt for entry in self._begun], self._sampling_of(step))
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
         """The replicas' leaders share the groups, unless the engine has verified them already."""
         if not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)
-
-    def _begin_next(self, step: int) -> None:
-        """Called when all of a step's responses are there."""
 
     def _sampling_of(self, *key: int) -> Sampling:
         return replace(self._sampling, key=(*self._sampling.key, *key))
@@ -181,11 +228,11 @@ class GivenResponses(RolloutSource):
 
     def state_dict(self) -> dict[str, Any]:
         """See `RolloutSource`."""
-        return {"prompts": self._prompts.state_dict(), "pending": None}
+        return {"prompts": self._prompts.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
         """See `RolloutSource`."""
-        _load_cursor(self._prompts, state)
+        self._prompts.load_state_dict(state["prompts"])
 
     def _as_rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         rollouts = []
@@ -211,14 +258,3 @@ def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> Non
             f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
             f"has version {version}: rollout.steps_ahead allows {allowed} updates between them; the engine was not refitted"
         )
-
-
-def _load_cursor(prompts: PromptStream, state: dict[str, Any]) -> None:
-    """Set the stream's cursor as if nothing had been sampled ahead. A checkpoint of replayed rollouts has no cursor."""
-    cursor, pending = state["prompts"], state.get("pending")
-    if pending:
-        drawn = len({row["group_id"] for row in pending})
-        before = {**cursor, "given": cursor["given"] - drawn}  # for checkpoints without prompts_before_pending
-        cursor = state.get("prompts_before_pending") or before
-    if cursor is not None:
-        prompts.load_state_dict(cursor)

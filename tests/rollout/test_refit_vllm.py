@@ -114,7 +114,7 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
     resumable = (*ahead, "checkpoint.every=2", "checkpoint.asynchronous=false")
     train(ranks2, models, tmp_path / "parts", server, *resumable, "trainer.steps=3")
     checkpoint = tmp_path / "parts" / "checkpoints" / "step_000002"
-    pending = json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
+    waiting = json.loads((checkpoint / "trainer_state.json").read_text())["ledger"]["waiting"]
     train(ranks2, models, tmp_path / "parts", server, *resumable, f"checkpoint.resume={checkpoint}")
     parts = rollouts_of(tmp_path / "parts")
 
@@ -122,7 +122,9 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
         return [(line["prompt_id"], line["group_id"], line["weight_version"]) for line in step]
 
     assert list(map(places, parts)) == list(map(places, whole))
-    assert [line["response_token_ids"] for line in parts[2]] == [line["response_token_ids"] for line in pending]
+    assert [line["response_token_ids"] for line in parts[2]] == [
+        line["response_token_ids"] for entry in waiting for line in entry["responses"]
+    ]
 
 
 def test_the_tool_evaluates_with_vllm_as_with_the_embedded_engine(

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
-from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
+from kdrl_mcore.rollout.source import Ahead, GivenResponses, SampledRollouts
 from kdrl_mcore.types import Prompt, Rollout
 
 PROMPTS = [Prompt(f"p{i}", "q", np.array([i]), "a", target=np.array([i, i])) for i in range(20)]
@@ -59,16 +58,15 @@ class Engine:
         ]
 
 
-def make(kind: type[RolloutSource] = SampledAhead) -> Any:
-    """A source that begins at the first step; two prompts a step."""
+def make(steps_ahead: int | None = 1) -> Any:
+    """A source that begins at the first step; two prompts a step. None: the data set's own responses."""
     student: Any = SimpleNamespace(version=0)
     stream = PromptStream(PROMPTS, 2, 0, shuffle=False)
-    if kind is GivenResponses:
+    if steps_ahead is None:
         return GivenResponses(stream, student)
-    settings = (Engine(student), student, stream, None, Sampling(1.0, 1.0, 4, 1, (7, 0)))
-    if kind is SampledAhead:
-        return SampledAhead(*settings, last_step=LAST_STEP, updates_per_step=1)
-    return SampledRollouts(*settings)
+    engine = Engine(student)
+    ahead = Ahead(engine, LAST_STEP, 1) if steps_ahead else None
+    return SampledRollouts(engine, student, stream, None, Sampling(1.0, 1.0, 4, 1, (7, 0)), ahead=ahead)
 
 
 def run(source: Any, steps: Sequence[int]) -> list[Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kdrl_mcore.errors import EngineError
-from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts, refuse_stale
+from kdrl_mcore.rollout.source import refuse_stale
 from kdrl_mcore.types import Rollout
 from tests.support.sources import make, run, through_json
 
 
 def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> None:
-    now, ahead = make(SampledRollouts), make()
+    now, ahead = make(0), make(1)
     assert run(now, [1, 2, 3, 4]) == run(ahead, [1, 2, 3, 4])
     assert ahead.engine.begun is None, "nothing is sampled for the step after the last"
 
@@ -26,50 +27,73 @@ def test_a_stale_response_is_refused() -> None:
         refuse_stale(rollouts, version=4, allowed=0)
 
 
-@pytest.mark.parametrize("kind", [SampledRollouts, SampledAhead, GivenResponses])
-def test_a_source_continues_from_its_checkpoint(kind: type[RolloutSource]) -> None:
-    whole, stopped, resumed = make(kind), make(kind), make(kind)
+@pytest.mark.parametrize("ahead", [0, 1, None])
+def test_a_source_continues_from_its_checkpoint(ahead: int | None) -> None:
+    whole, stopped, resumed = make(ahead), make(ahead), make(ahead)
     expected = run(whole, [1, 2, 3, 4])
     run(stopped, [1, 2])
     stopped.finish()
     resumed._student.version = 2
     resumed.load_state_dict(through_json(stopped.state_dict()))
-    if kind is SampledAhead:  # its responses to step 3 are in the checkpoint, and the engine has the weights of the resumed run
+    if ahead:  # its responses to step 3 are in the checkpoint, and the engine has the weights of the resumed run
         resumed.engine.generate = None
     assert run(resumed, [3, 4]) == expected[2:]
 
 
-def test_what_is_still_being_sampled_is_as_if_it_had_not_been_begun() -> None:
-    stopped = make()
+def test_what_is_still_being_sampled_is_sampled_from_the_checkpoint_on() -> None:
+    stopped, resumed = make(), make()
+    expected = run(make(), [1, 2, 3])
     run(stopped, [1, 2])
     state = through_json(stopped.state_dict())
-    assert state == {"prompts": {"given": 4, "num_prompts": 20}, "pending": None}
+    assert [row["responses"] for row in state["ledger"]["waiting"]] == [None, None]
+    resumed.load_state_dict(state)
+    assert run(resumed, [3]) == expected[2:]
 
 
-@pytest.mark.parametrize("kind", [SampledRollouts, SampledAhead])
-@pytest.mark.parametrize("has_cursor", [True, False], ids=["", "of a checkpoint without the earlier cursor"])
-def test_what_was_sampled_ahead_can_be_sampled_anew(kind: type[RolloutSource], has_cursor: bool) -> None:
-    stopped, resumed = make(), make(kind)
+def as_of_0_2(state: dict[str, Any], *, has_cursor: bool) -> dict[str, Any]:
+    """A checkpoint with the responses to the next step's prompts as version 0.2 wrote it."""
+    rows = [row for entry in state["ledger"]["waiting"] for row in entry["responses"]]
+    cursor = state["prompts"]
+    before = {"prompts_before_pending": {**cursor, "given": cursor["given"] - 2}} if has_cursor else {}
+    return {"step": 2, "prompts": cursor, "pending": rows, **before}
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("version", ["now", "0.2", "0.2 without the earlier cursor"])
+def test_what_was_sampled_ahead_can_be_sampled_anew(ahead: int, version: str) -> None:
+    stopped, resumed = make(), make(ahead)
     expected = run(make(), [1, 2, 3])
     run(stopped, [1, 2])
     stopped.finish()
     state = through_json(stopped.state_dict())
-    assert len(state["pending"]) == 2 and state["prompts"]["given"] == 6 and state["prompts_before_pending"]["given"] == 4
-    if not has_cursor:
-        del state["prompts_before_pending"]
-    resumed.load_state_dict(state, resamples=kind is SampledAhead)
-    assert resumed.state_dict()["pending"] is None
+    assert [len(row["responses"]) for row in state["ledger"]["waiting"]] == [1, 1] and state["prompts"]["given"] == 6
+    if version != "now":
+        state = as_of_0_2(state, has_cursor=version == "0.2")
+    resumed.load_state_dict(state, resamples=bool(ahead))
+    assert all(entry.rollouts is None for entry in resumed.ledger.waiting)
     assert run(resumed, [3]) == expected[2:]
 
 
+def test_a_checkpoint_of_0_2_goes_on_with_the_responses_that_it_holds() -> None:
+    stopped, resumed = make(), make()
+    expected = run(make(), [1, 2, 3, 4])
+    run(stopped, [1, 2])
+    stopped.finish()
+    resumed._student.version = 2
+    resumed.load_state_dict(as_of_0_2(through_json(stopped.state_dict()), has_cursor=True))
+    resumed.engine.generate = None
+    assert run(resumed, [3, 4]) == expected[2:]
+    assert resumed.counts == {"prompts_drawn": 8, "prompts_trained": 8, "prompts_dropped": 0, "prompts_waiting": 0}
+
+
 def test_a_checkpoint_of_replayed_rollouts_leaves_the_prompts_at_their_beginning() -> None:
-    source = make(SampledRollouts)
+    source = make(0)
     source.load_state_dict({"prompts": None, "pending": None})
-    assert run(source, [1]) == run(make(SampledRollouts), [1])
+    assert run(source, [1]) == run(make(0), [1])
 
 
 def test_first_rollouts_leave_the_source_where_it_stands() -> None:
-    source = make(SampledRollouts)
+    source = make(0)
     looked_at = source.first(3, Sampling(1.0, 1.0, 4, 1, (7, 2)))
     assert [each.prompt_id for each in looked_at] == ["p0", "p1", "p2"]
-    assert run(source, [1]) == run(make(SampledRollouts), [1])
+    assert run(source, [1]) == run(make(0), [1])
