@@ -54,10 +54,10 @@ class PromptStream:
         self._credits = [0.0] * len(domains)
         self._before = self.state_dict()
 
-    def next_batch(self) -> list[Prompt]:
-        """The next `batch_size` prompts."""
+    def next_batch(self, count: int | None = None) -> list[Prompt]:
+        """The next `batch_size` prompts, or the next `count`."""
         self._before = self.state_dict()
-        return [self._next_domain().next_prompt() for _ in range(self._batch_size)]
+        return [self._next_domain().next_prompt() for _ in range(self._batch_size if count is None else count)]
 
     def _next_domain(self) -> _DomainOrder:
         if len(self._domains) == 1:

@@ -1,22 +1,20 @@
 """The sources of a step's rollouts: sampled with the student's present weights, sampled one step ahead (`ahead.py`), replayed
-from a file (`replay.py`), or given with the prompts."""
+from a file (`replay.py`), or given (`given.py`)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
-from kdrl_mcore.rollout.group_filter import GroupFilter
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.rollout.group_filter import Filled, GroupFilter
+from kdrl_mcore.types import Rollout
 
 
 class RolloutSource(ABC):
@@ -58,6 +56,12 @@ class RolloutSource(ABC):
         """Metrics of how the last step's rollouts were chosen; empty unless groups are filtered."""
         return {}
 
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """The place of each of the last step's rollouts among all that were sampled for it, by which `on_part` was given them;
+        None where all were taken, in order."""
+        return None
+
     def refit(self) -> None:  # noqa: B027
         """Give the engine the student's present weights, so that the next step is sampled with them."""
 
@@ -92,7 +96,8 @@ class SampledRollouts(RolloutSource):
         """
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
         self._student, self._sampling = student, sampling
-        self._filter, self._counts = group_filter, dict[str, float]()
+        self._filter = group_filter
+        self._filled: Filled | None = None  # the last step's
         self._staleness = 0  # optimizer updates by which the student may be ahead of the sampling weights
 
     def refit(self) -> None:
@@ -105,10 +110,13 @@ class SampledRollouts(RolloutSource):
         Raises:
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
-        rollouts = self._sample(step, on_part)
-        if self._filter is not None:
-            self._verify(rollouts)
-            rollouts, self._counts = self._filter.fill(rollouts, partial(self._sample_more, step))
+        if self._filter is None:
+            rollouts = self._sample(step, on_part)
+        else:
+            first = self._sample(step, self._scoring(on_part, 0))
+            self._verify(first)
+            self._filled = self._filter.fill(first, partial(self._sample_more, step, on_part))
+            rollouts = self._filled.rollouts
         self._begin_next(step)
         self.engine.sleep()
         refuse_stale(rollouts, self._student.version, self._staleness)
@@ -124,7 +132,12 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return self._counts
+        return {} if self._filled is None else self._filled.counts
+
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """See `RolloutSource`."""
+        return None if self._filled is None else self._filled.places
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """See `RolloutSource`. Done already where groups are filtered."""
@@ -147,11 +160,26 @@ class SampledRollouts(RolloutSource):
     def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
         return self.engine.generate(self.prompts.next_batch(), self._sampling_of(step), on_part)
 
-    def _sample_more(self, step: int, number: int) -> list[Rollout]:
-        """Verified responses to further prompts of a step."""
-        rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling_of(step, number))
+    def _sample_more(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Rollout]:
+        """Verified responses to further prompts of a step, for which `before` responses were sampled already."""
+        scoring = self._scoring(on_part, before)
+        rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling_of(step, number), scoring)
         self._verify(rollouts)
         return rollouts
+
+    def _scoring(self, on_part: OnPart | None, before: int) -> OnPart | None:
+        """`on_part` of those groups of a round that the filter may keep, by their places among all that are sampled for the
+        step."""
+        group_filter = self._filter
+        if on_part is None or group_filter is None:
+            return None
+
+        def score(part: Mapping[int, Rollout]) -> None:
+            worth = group_filter.worth_scoring(part)
+            if worth:
+                on_part({before + place: rollout for place, rollout in worth.items()})
+
+        return score
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
         """The replicas' leaders share the groups, unless the engine has verified them already."""
@@ -163,40 +191,6 @@ class SampledRollouts(RolloutSource):
 
     def _sampling_of(self, *key: int) -> Sampling:
         return replace(self._sampling, key=(*self._sampling.key, *key))
-
-
-class GivenResponses(RolloutSource):
-    """The data set's own responses, for supervised fine-tuning: they were not sampled and have no reward."""
-
-    def __init__(self, prompts: PromptStream, student: Weights) -> None:
-        self._prompts, self._student = prompts, student
-
-    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutSource`; the sampler's log-probs are zero."""
-        return self._as_rollouts(self._prompts.next_batch())
-
-    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
-        """See `RolloutSource`."""
-        return self._as_rollouts(self._prompts.first(count))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `RolloutSource`."""
-        return {"prompts": self._prompts.state_dict(), "pending": None}
-
-    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`."""
-        _load_cursor(self._prompts, state)
-
-    def _as_rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        rollouts = []
-        for group, prompt in enumerate(prompts):
-            assert prompt.target is not None
-            nothing = np.zeros(len(prompt.target), dtype=np.float32)
-            version, domain = self._student.version, prompt.domain
-            rollouts.append(
-                Rollout(prompt.prompt_id, group, prompt.token_ids, prompt.target, nothing, "stop", version, domain=domain)
-            )
-        return rollouts
 
 
 def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:

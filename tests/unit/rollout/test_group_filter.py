@@ -29,8 +29,10 @@ def responses(*groups: Sequence[bool], prompt: str = "p") -> list[Rollout]:
 def fill(
     first: list[Rollout], *rounds: list[Rollout], wanted: int = 2, allowed: int = 5, teaches: bool = False
 ) -> tuple[list[tuple[str, int]], dict[str, float]]:
-    chosen, counts = GroupFilter(wanted, allowed, teaches).fill(first, lambda number: rounds[number - 1])
-    return [(rollout.prompt_id, rollout.group_id) for rollout in chosen[::2]], counts
+    filled = GroupFilter(wanted, allowed, teaches).fill(first, lambda number, before: rounds[number - 1])
+    sampled = [*first, *(rollout for more in rounds for rollout in more)]
+    assert [sampled[place].prompt_id for place in filled.places] == [rollout.prompt_id for rollout in filled.rollouts]
+    return [(rollout.prompt_id, rollout.group_id) for rollout in filled.rollouts[::2]], filled.counts
 
 
 def test_correctness_makes_a_signal_not_the_reward() -> None:
@@ -96,3 +98,30 @@ def test_a_source_skips_them_and_continues_from_its_checkpoint(kind: Any) -> Non
 def test_each_round_draws_anew() -> None:
     (step,) = run(filtered(SampledRollouts), [1])
     assert [tokens for _, tokens, _ in step] == [[7, 0, 1]] * 2 + [[7, 0, 1, 1]] * 2
+
+
+def test_only_groups_that_may_stay_are_scored_early_and_by_their_places_in_the_step() -> None:
+    """Two rounds of four responses; each round gives its groups in parts, the last one first."""
+    source = filtered(SampledRollouts)
+    scored: list[dict[int, tuple[str, bool]]] = []
+    generate = source.engine.generate
+
+    def in_parts(prompts: Any, sampling: Any, on_part: Any) -> list[Rollout]:
+        rollouts = generate(prompts, sampling)
+        for group in (1, 0):
+            on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+        return rollouts
+
+    source.engine.generate = in_parts
+    source.refit()
+    chosen = source.rollouts(1, lambda part: scored.append({place: (r.prompt_id, r.correct) for place, r in part.items()}))
+    assert scored == [{0: ("p0", True), 1: ("p0", False)}, {4: ("p2", True), 5: ("p2", False)}]
+    assert source.chosen == [0, 1, 4, 5]
+    early = scored[0] | scored[1]
+    assert [early[place] for place in source.chosen] == [(rollout.prompt_id, rollout.correct) for rollout in chosen]
+
+
+def test_all_groups_are_scored_early_where_all_stay() -> None:
+    part = dict(enumerate(responses(RIGHT, BOTH)))
+    assert GroupFilter(2, 2, True).worth_scoring(part) == part
+    assert list(GroupFilter(2, 2, False).worth_scoring(part)) == [2, 3]

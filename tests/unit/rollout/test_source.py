@@ -8,7 +8,8 @@ import pytest
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts, refuse_stale
+from kdrl_mcore.rollout.given import GivenResponses
+from kdrl_mcore.rollout.source import RolloutSource, SampledRollouts, refuse_stale
 from kdrl_mcore.types import Rollout
 from tests.support.sources import make, run, through_json
 
