@@ -19,7 +19,7 @@ class Prompt:
     """One problem, ready for sampling.
 
     `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
-    `target` holds the token ids of the given response for supervised fine-tuning (end-of-sequence included), else None.
+    `target` holds the token ids of the given response (end-of-sequence included) where the run uses them, else None.
     `domain` is the name of the prompt's source where training has several, else empty; `columns` are the row's values of
     `data.columns`, which rewards may use.
     """
@@ -41,7 +41,8 @@ class Rollout:
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
     teacher did not score the response. `weight_version` counts the optimizer updates that the sampling weights had received.
     The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
-    files keep the domain but not the columns.
+    files keep the domain but not the columns. `given` marks a response that was not sampled but stands beside sampled ones
+    (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
     """
 
     prompt_id: str
@@ -60,6 +61,7 @@ class Rollout:
     extra: dict[str, float] = field(default_factory=dict)
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    given: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -314,6 +314,8 @@ def _check_objective(config: Config) -> None:
             "update needs a prompt of its own"
         )
     if objective.kind == "sft":
+        if config.rollout.given.share or config.rollout.given.path:
+            raise ConfigError("rollout.given stands beside sampled responses, objective=sft has given ones alone: leave it out")
         return
     if learns_from_reward(objective) and not replays(config) and config.rollout.responses_per_prompt == 1:
         raise ConfigError(

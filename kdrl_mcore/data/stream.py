@@ -67,9 +67,9 @@ class PromptStream:
         """The number of prompts drawn."""
         return sum(order.given for order in self._domains)
 
-    def next_batch(self) -> list[Prompt]:
-        """The next `batch_size` prompts."""
-        return [prompt for _, prompt in self.draw(self._batch_size)]
+    def next_batch(self, count: int | None = None) -> list[Prompt]:
+        """The next `batch_size` prompts, or the next `count`."""
+        return [prompt for _, prompt in self.draw(self._batch_size if count is None else count)]
 
     def draw(self, count: int) -> list[tuple[Place, Prompt]]:
         """The next `count` prompts, each with its place."""

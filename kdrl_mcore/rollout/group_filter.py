@@ -3,7 +3,7 @@ then samples further prompts until it has enough groups with both (the dynamic s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdrl_mcore.rollout.ledger import Entry
@@ -15,9 +15,17 @@ NO_SIGNAL, SURPLUS = "no signal", "surplus"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step trains on, in order; what it drops, by reason; and what it took."""
+    """What a step trains on.
+
+    Attributes:
+        chosen: the prompts, in order.
+        places: of each of their responses, its place among all that were sampled for the step, in the order of sampling.
+        dropped: the other prompts, by reason.
+        counts: what it took, as metrics.
+    """
 
     chosen: list[Entry]
+    places: list[int]
     dropped: dict[str, list[Entry]]
     counts: dict[str, float]
 
@@ -36,29 +44,49 @@ class GroupFilter:
     rounds: int
     teaches_others: bool
 
-    def fill(self, first: Sequence[Entry], sample: Callable[[int], Sequence[Entry]]) -> Choice:
-        """The groups of a step.
+    def fill(self, first: Sequence[Entry], sample: Callable[[int, int], Sequence[Entry]]) -> Choice:
+        """Choose the groups of a step.
 
         If `rounds` do not bring enough groups with signal, the batch is filled up with others, so that its size, and the
         normaliser, stay the same.
 
         Args:
             first: prompts with verified responses.
-            sample: further ones; takes the number of the round, from 1.
+            sample: further ones; takes the number of the round, from 1, and how many responses were sampled before.
         """
         entries, rounds = list(first), 0
         while sum(map(_has_signal, entries)) < self.wanted and rounds < self.rounds:
             rounds += 1
-            entries += sample(rounds)
+            entries += sample(rounds, sum(len(_responses(entry)) for entry in entries))
         good = [entry for entry in entries if _has_signal(entry)]
         others = [entry for entry in entries if not _has_signal(entry)]
         kept = len(others) if self.teaches_others else max(0, self.wanted - len(good))
-        counts = {
-            "resampling_rounds": float(rounds),
-            "signal_share": len(good) / len(entries),
-            "groups_sampled": float(len(entries)),
-        }
-        return Choice(good[: self.wanted] + others[:kept], {NO_SIGNAL: others[kept:], SURPLUS: good[self.wanted :]}, counts)
+        chosen = good[: self.wanted] + others[:kept]
+        places: dict[Entry, range] = {}
+        for entry in entries:
+            first_place = sum(map(len, places.values()))
+            places[entry] = range(first_place, first_place + len(_responses(entry)))
+        return Choice(
+            chosen,
+            [place for entry in chosen for place in places[entry]],
+            {NO_SIGNAL: others[kept:], SURPLUS: good[self.wanted :]},
+            {
+                "resampling_rounds": float(rounds),
+                "signal_share": len(good) / len(entries),
+                "groups_sampled": float(len(entries)),
+            },
+        )
+
+    def worth_scoring(self, part: Mapping[int, Rollout]) -> dict[int, Rollout]:
+        """Those of some whole groups that a teacher may score before all are sampled: groups that are sure to be dropped, or
+        will stay only where too few others are found, wait."""
+        if self.teaches_others:
+            return dict(part)
+        by_group: dict[int, list[int]] = {}
+        for place, rollout in part.items():
+            by_group.setdefault(rollout.group_id, []).append(place)
+        kept = [places for places in by_group.values() if has_signal([part[place] for place in places])]
+        return {place: part[place] for places in kept for place in places}
 
 
 def has_signal(group: Sequence[Rollout]) -> bool:
@@ -67,5 +95,9 @@ def has_signal(group: Sequence[Rollout]) -> bool:
 
 
 def _has_signal(entry: Entry) -> bool:
+    return has_signal(_responses(entry))
+
+
+def _responses(entry: Entry) -> list[Rollout]:
     assert entry.rollouts is not None
-    return has_signal(entry.rollouts)
+    return entry.rollouts

@@ -1,23 +1,21 @@
-"""The sources of a step's rollouts: sampled with the student's weights, replayed from a file (`replay.py`), or given with the
-prompts."""
+"""The sources of a step's rollouts: sampled with the student's weights, replayed from a file (`replay.py`), or given
+(`given.py`)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import BackgroundEngine, OnPart, RolloutEngine, Sampling, Weights
-from kdrl_mcore.rollout.group_filter import GroupFilter
+from kdrl_mcore.rollout.group_filter import Choice, GroupFilter
 from kdrl_mcore.rollout.ledger import Entry, Ledger
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.types import Rollout
 
 
 class RolloutSource(ABC):
@@ -58,6 +56,12 @@ class RolloutSource(ABC):
     def counts(self) -> dict[str, float]:
         """Metrics of how the last step's rollouts were chosen, and of the ledger; empty for sources that sample nothing."""
         return {}
+
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """The place of each of the last step's rollouts among all that were sampled for it, by which `on_part` was given them;
+        None where all were taken, in order."""
+        return None
 
     def refit(self) -> None:  # noqa: B027
         """Give the engine the student's present weights, so that the next step is sampled with them."""
@@ -112,7 +116,8 @@ class SampledRollouts(RolloutSource):
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
         self.ledger = Ledger(prompts)
         self._student, self._sampling, self._ahead = student, sampling, ahead
-        self._filter, self._counts = group_filter, dict[str, float]()
+        self._filter = group_filter
+        self._choice: Choice | None = None  # the filter's, of the last step
         self._begun: list[Entry] = []  # that the engine samples ahead
 
     def refit(self) -> None:
@@ -127,12 +132,14 @@ class SampledRollouts(RolloutSource):
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
         self.finish()
-        chosen = self._groups_of(step, on_part)
-        if self._filter is not None:
-            self._verify([rollout for entry in chosen for rollout in entry.rollouts or ()])
-            choice = self._filter.fill(chosen, partial(self._further_groups, step))
-            chosen, self._counts = choice.chosen, choice.counts
-            for reason, entries in choice.dropped.items():
+        if self._filter is None:
+            chosen = self._groups_of(step, on_part)
+        else:
+            first = self._groups_of(step, self._scoring(on_part, 0))
+            self._verify([rollout for entry in first for rollout in entry.rollouts or ()])
+            self._choice = self._filter.fill(first, partial(self._further_groups, step, on_part))
+            chosen = self._choice.chosen
+            for reason, entries in self._choice.dropped.items():
                 self.ledger.drop(entries, reason)
         rollouts = self.ledger.train(chosen)
         self._begin(step + 1)
@@ -151,7 +158,12 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return self._counts | self.ledger.counts()
+        return ({} if self._choice is None else self._choice.counts) | self.ledger.counts()
+
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """See `RolloutSource`."""
+        return None if self._choice is None else self._choice.places
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """See `RolloutSource`. Done already where groups are filtered."""
@@ -187,9 +199,10 @@ class SampledRollouts(RolloutSource):
             return entries
         return self._sample(entries, self._sampling_of(step), on_part)
 
-    def _further_groups(self, step: int, number: int) -> list[Entry]:
-        """Further prompts of a step with their verified responses."""
-        entries = self._sample(self.ledger.draw(step, number), self._sampling_of(step, number))
+    def _further_groups(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Entry]:
+        """Further prompts of a step with their verified responses; `before` responses were sampled for it already."""
+        sampling, scoring = self._sampling_of(step, number), self._scoring(on_part, before)
+        entries = self._sample(self.ledger.draw(step, number), sampling, scoring)
         self._verify([rollout for entry in entries for rollout in entry.rollouts or ()])
         return entries
 
@@ -203,6 +216,20 @@ class SampledRollouts(RolloutSource):
         self._begun = self.ledger.draw(step)
         self._ahead.engine.begin([entry.prompt for entry in self._begun], self._sampling_of(step))
 
+    def _scoring(self, on_part: OnPart | None, before: int) -> OnPart | None:
+        """`on_part` of those groups of a round that the filter may keep, by their places among all that are sampled for the
+        step."""
+        group_filter = self._filter
+        if on_part is None or group_filter is None:
+            return None
+
+        def score(part: Mapping[int, Rollout]) -> None:
+            worth = group_filter.worth_scoring(part)
+            if worth:
+                on_part({before + place: rollout for place, rollout in worth.items()})
+
+        return score
+
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
         """The replicas' leaders share the groups, unless the engine has verified them already."""
         if not self.engine.verifies:
@@ -210,40 +237,6 @@ class SampledRollouts(RolloutSource):
 
     def _sampling_of(self, *key: int) -> Sampling:
         return replace(self._sampling, key=(*self._sampling.key, *key))
-
-
-class GivenResponses(RolloutSource):
-    """The data set's own responses, for supervised fine-tuning: they were not sampled and have no reward."""
-
-    def __init__(self, prompts: PromptStream, student: Weights) -> None:
-        self._prompts, self._student = prompts, student
-
-    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutSource`; the sampler's log-probs are zero."""
-        return self._as_rollouts(self._prompts.next_batch())
-
-    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
-        """See `RolloutSource`."""
-        return self._as_rollouts(self._prompts.first(count))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `RolloutSource`."""
-        return {"prompts": self._prompts.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`."""
-        self._prompts.load_state_dict(state["prompts"])
-
-    def _as_rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        rollouts = []
-        for group, prompt in enumerate(prompts):
-            assert prompt.target is not None
-            nothing = np.zeros(len(prompt.target), dtype=np.float32)
-            version, domain = self._student.version, prompt.domain
-            rollouts.append(
-                Rollout(prompt.prompt_id, group, prompt.token_ids, prompt.target, nothing, "stop", version, domain=domain)
-            )
-        return rollouts
 
 
 def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:

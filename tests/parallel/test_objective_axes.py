@@ -113,6 +113,42 @@ def test_every_form_is_that_of_the_dense_reference(
     check(Case(2, LAYOUTS[layout], replace(JOINT, **changes)), zoo, pools[2], tmp_path)
 
 
+GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "jsd": ("dp2", {"estimator": "exact", "divergence": "jsd", "alpha": 0.0}),
+    "forward, with a policy loss": ("tp2", {"estimator": "exact", "divergence": "forward", "correction": "truncate"}),
+    "reverse, gate, masked": ("cp2", {"estimator": "exact", "combine": "gate", "mask": "group", "denominator": "unmasked"}),
+    "top-k, masked, batch baseline": ("pp2", {"estimator": "top_k", "top_k": 7, "mask": "response", "baseline": "batch"}),
+    "forward top-k, prefix, stop token, entropy bonus": (
+        "sp",
+        {
+            **{"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher", "entropy_bonus": 0.05},
+            **{"token_weight": "prefix", "normalize": True, "stop_token": "mask", "aggregation": "sequence_mean"},
+        },
+    ),
+}
+"""With responses that were given beside the sampled ones."""
+
+
+@pytest.mark.parametrize("form", GIVEN.values(), ids=list(GIVEN))
+def test_given_responses_are_distilled_and_nothing_else(
+    form: tuple[str, dict[str, Any]], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    layout, changes = form
+    check(Case(2, LAYOUTS[layout], replace(JOINT, **changes), given="given"), zoo, pools[2], tmp_path)
+
+
+def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """With a sampler correction of whole sequences and a sequence ratio, which are none of theirs, as no drift is."""
+    changes: dict[str, Any] = {"estimator": "exact", "divergence": "jsd", "ratio": "sequence", "clip_low": 0.003}
+    changes |= {"correction": "truncate", "correction_level": "sequence", "correction_bound": 1.2}
+    settings = replace(JOINT, vocab_size=TOKENS, **changes)
+    metrics, _ = check_two_updates(settings, LAYOUTS["dp2"], zoo, ranks2, tmp_path / "given", None, given="given")
+    without, _ = check_two_updates(settings, LAYOUTS["dp2"], zoo, ranks2, tmp_path / "without", None)
+    assert metrics["given_responses"] == 6 and 0 < metrics["drift_max"] < 3
+    # The first update corrects the same tokens of the same weights.
+    assert metrics["corrected_share"] == pytest.approx(without["corrected_share"], abs=0.1)
+
+
 @pytest.mark.parametrize("changes", FOUR_RANKS.values(), ids=list(FOUR_RANKS))
 def test_tensor_and_pipeline_at_once(changes: dict[str, Any], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
     layout = "parallel.tensor=2 parallel.pipeline=2 batch.micro_tokens=40"

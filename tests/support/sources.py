@@ -11,7 +11,8 @@ import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import Ahead, GivenResponses, SampledRollouts
+from kdrl_mcore.rollout.given import GivenResponses
+from kdrl_mcore.rollout.source import Ahead, SampledRollouts
 from kdrl_mcore.types import Prompt, Rollout
 
 PROMPTS = [Prompt(f"p{i}", "q", np.array([i]), "a", target=np.array([i, i])) for i in range(20)]

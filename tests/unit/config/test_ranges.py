@@ -29,6 +29,7 @@ FITTING = {
     "objective.beta.init": ["teacher.path=t"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],
+    "rollout.given.share": ["objective.beta.init=1", "teacher.path=t", "objective.kd.estimator=exact"],
     "trainer.stop_after": ["data.eval=e.jsonl", "eval.every=1"],
 }
 """What else a key's bounds need, so that nothing but its range could refuse them."""

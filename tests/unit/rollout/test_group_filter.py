@@ -33,7 +33,10 @@ def fill(
     first: list[Rollout], *rounds: list[Rollout], wanted: int = 2, allowed: int = 5, teaches: bool = False
 ) -> tuple[list[str], dict[str, list[str]], dict[str, float]]:
     """The prompts of the groups that are chosen, those that are dropped by reason, and the counts."""
-    choice = GroupFilter(wanted, allowed, teaches).fill(entries_of(first), lambda number: entries_of(rounds[number - 1]))
+    later = [entries_of(rollouts) for rollouts in rounds]
+    choice = GroupFilter(wanted, allowed, teaches).fill(entries_of(first), lambda number, before: later[number - 1])
+    sampled = [*first, *(rollout for more in rounds for rollout in more)]
+    assert [sampled[place] for place in choice.places] == [r for entry in choice.chosen for r in entry.rollouts or ()]
     dropped = {reason: [entry.prompt.prompt_id for entry in entries] for reason, entries in choice.dropped.items()}
     return [entry.prompt.prompt_id for entry in choice.chosen], dropped, choice.counts
 
@@ -104,3 +107,30 @@ def test_a_source_skips_them_and_continues_from_its_checkpoint(ahead: int) -> No
 def test_each_round_draws_anew() -> None:
     (step,) = run(filtered(0), [1])
     assert [tokens for _, tokens, _ in step] == [[7, 0, 1]] * 2 + [[7, 0, 1, 1]] * 2
+
+
+def test_only_groups_that_may_stay_are_scored_early_and_by_their_places_in_the_step() -> None:
+    """Two rounds of four responses; each round gives its groups in parts, the last one first."""
+    source = filtered(0)
+    scored: list[dict[int, tuple[str, bool]]] = []
+    generate = source.engine.generate
+
+    def in_parts(prompts: Any, sampling: Any, on_part: Any) -> list[Rollout]:
+        rollouts = generate(prompts, sampling)
+        for group in (1, 0):
+            on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+        return rollouts
+
+    source.engine.generate = in_parts
+    source.refit()
+    chosen = source.rollouts(1, lambda part: scored.append({place: (r.prompt_id, r.correct) for place, r in part.items()}))
+    assert scored == [{0: ("p0", True), 1: ("p0", False)}, {4: ("p2", True), 5: ("p2", False)}]
+    assert source.chosen == [0, 1, 4, 5]
+    early = scored[0] | scored[1]
+    assert [early[place] for place in source.chosen] == [(rollout.prompt_id, rollout.correct) for rollout in chosen]
+
+
+def test_all_groups_are_scored_early_where_all_stay() -> None:
+    part = dict(enumerate(responses(RIGHT, BOTH)))
+    assert GroupFilter(2, 2, True).worth_scoring(part) == part
+    assert list(GroupFilter(2, 2, False).worth_scoring(part)) == [2, 3]
