@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kdrl_mcore.rollout.ahead import SampledAhead
 
 from kdrl_mcore.config import load_config
 from kdrl_mcore.config.derived import num_given
@@ -18,7 +17,6 @@ from kdrl_mcore.errors import DataError
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.rollout.given import BesideGiven, read_given
 from kdrl_mcore.rollout.replay import ReplayedRollouts
-from kdrl_mcore.rollout.source import SampledRollouts
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.types import FinishReason, Prompt, Rollout
 from tests.support.sources import make, run, through_json
@@ -41,9 +39,9 @@ def test_the_share_is_that_of_the_whole_batch() -> None:
     assert num_given(load_config(["objective=grpo", "student.path=s"]), 12) == 0
 
 
-@pytest.mark.parametrize("kind", [SampledRollouts, SampledAhead])
-def test_each_step_draws_the_next_ones_and_a_checkpoint_knows_where_they_are(kind: Any) -> None:
-    alone, whole, stopped, resumed = make(kind), beside(make(kind)), beside(make(kind)), beside(make(kind))
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_each_step_draws_the_next_ones_and_a_checkpoint_knows_where_they_are(ahead: int) -> None:
+    alone, whole, stopped, resumed = make(ahead), beside(make(ahead)), beside(make(ahead)), beside(make(ahead))
     expected = run(whole, [1, 2, 3, 4])
     assert [step[:2] for step in expected] == run(alone, [1, 2, 3, 4])  # the others are what they were
     given = [name for step in expected for name, *_ in step[2:]]
@@ -56,11 +54,11 @@ def test_each_step_draws_the_next_ones_and_a_checkpoint_knows_where_they_are(kin
 
 
 def test_a_run_that_had_none_begins_with_the_first_ones() -> None:
-    stopped, resumed = make(SampledRollouts), beside(make(SampledRollouts))
+    stopped, resumed = make(0), beside(make(0))
     run(stopped, [1])
     resumed.load_state_dict(through_json(stopped.state_dict()))
     resumed._student.version = 1
-    assert run(resumed, [2])[0][2:] == run(beside(make(SampledRollouts)), [1])[0][2:]
+    assert run(resumed, [2])[0][2:] == run(beside(make(0)), [1])[0][2:]
     stopped.load_state_dict(through_json(resumed.state_dict()))  # and one that has none any more goes on
 
 
@@ -82,7 +80,7 @@ def test_they_stand_after_replayed_ones_without_a_verdict(tmp_path: Path) -> Non
 
 
 def test_given_responses_are_neither_verified_nor_filtered() -> None:
-    source = make(SampledRollouts)
+    source = make(0)
     asked: list[list[str]] = []
     source.verify = lambda rollouts: asked.append([rollout.prompt_id for rollout in rollouts])
     joined = beside(source)
@@ -92,7 +90,7 @@ def test_given_responses_are_neither_verified_nor_filtered() -> None:
 
 
 def test_every_update_gets_its_share_of_them() -> None:
-    found = beside(make(SampledRollouts)).rollouts(1)
+    found = beside(make(0)).rollouts(1)
     parts = TrainingBatch(found, torch.ones(4).bool()).split_by_group(2)
     assert [[rollout.given for rollout in part.rollouts] for part in parts] == [[False, True]] * 2
 
