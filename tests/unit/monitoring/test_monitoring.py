@@ -302,7 +302,9 @@ def test_a_growing_history_shows_what_the_whole_one_does() -> None:
     generator = random.Random(0)
     rows = [{name: generator.choice([math.nan, 0.01, 0.5, 2.0, 70.0]) for name in WATCHED} for _ in range(60)]
     rows = [{name: value for name, value in row.items() if generator.random() < 0.9} for row in rows]
-    rows = [{**row, "entropy": 0.9**step, "taught_share": 0.9**step} for step, row in enumerate(rows)]
+    rows = [
+        {**row, "entropy": 0.9**step, "taught_share": 0.9**step, "signal_share": 0.9**step} for step, row in enumerate(rows)
+    ]
     grown = GrowingHistory(DEFAULT_THRESHOLDS.window)
     seen = set[str]()
     for end, row in enumerate(rows, start=1):
