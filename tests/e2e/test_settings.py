@@ -122,9 +122,9 @@ def test_scores_of_groups_that_are_dropped_go_with_them(zoo: Zoo, ranks2: RankPo
     settings += [f"student.path={zoo.model('untied')}", f"teacher.path={zoo.model('teacher')}", "reward.workers=1", *FAST]
     rows = [{"prompt": f"{index}+1=", "answer": str(index % 3)} for index in range(7)]
     write_jsonl(tmp_path / "data.jsonl", rows)
-    settings += [f"data.train={tmp_path}/data.jsonl", "data.template=plain", "rollout.max_response_tokens=8"]
+    settings += [f"data.train={tmp_path}/data.jsonl", "data.template=plain", "rollout.max_response_tokens=40"]
     settings += ["reward.kind=tests.support.rewards:LengthModulo", "checkpoint.export_hf=false"]
-    dropped = 0.0
+    scored = dropped = 0.0
     for estimator in ("k2", "exact"):
         steps = []
         for on_rank in (train_on_rank, train_scoring_early_on_rank):
@@ -134,10 +134,10 @@ def test_scores_of_groups_that_are_dropped_go_with_them(zoo: Zoo, ranks2: RankPo
             steps.append(steps_of(folder))
         for late, early in zip(*steps, strict=True):
             assert late.pop("teacher_tokens_early") == late.pop("teacher_tokens_dropped") == 0
-            assert early.pop("teacher_tokens_early") <= early["teacher_tokens"]
+            scored += early.pop("teacher_tokens_early")
             dropped += early.pop("teacher_tokens_dropped")
             assert early == pytest.approx(late, rel=1e-4, abs=1e-6)
-    assert dropped > 0
+    assert scored > 0 and dropped > 0
 
 
 def test_a_warm_up_longer_than_the_run_is_told(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
