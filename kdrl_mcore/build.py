@@ -322,7 +322,7 @@ def build_source(
 def build_sampling_source(
     config: Config, student: Student, engine: RolloutEngine, prompts: PromptStream, verifier: Verifier | None
 ) -> SampledRollouts:
-    """Responses to the prompts, sampled with the student's present weights or one step ahead."""
+    """Responses to the prompts, sampled with the student's present weights or steps ahead."""
     rollout = config.rollout
     sampling = Sampling(
         rollout.temperature,
@@ -338,7 +338,14 @@ def build_sampling_source(
     ahead = None
     if rollout.steps_ahead:
         assert isinstance(engine, VllmEngine)
-        ahead = Ahead(engine, config.trainer.steps, config.batch.updates_per_step)
+        ahead = Ahead(
+            engine,
+            steps=rollout.steps_ahead,
+            max_age=rollout.max_age or rollout.steps_ahead,
+            waits=rollout.unfinished == "wait",
+            last_step=config.trainer.steps,
+            updates_per_step=config.batch.updates_per_step,
+        )
     return SampledRollouts(engine, student, prompts, verifier, sampling, wanted, ahead)
 
 

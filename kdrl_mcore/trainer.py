@@ -227,7 +227,7 @@ class Trainer:
         assert engine is not None and job.evaluation is not None
         self._enter("evaluation")
         start = time.perf_counter()
-        job.source.finish()  # the engine samples ahead no more
+        job.source.prepare_refit()
         engine.refit(job.student)
         keeps = self._is_main and self.config.logging.rollouts
         generations = Generations(self.run_dir / "evaluation" / f"step_{step:06d}") if keeps else None

@@ -410,8 +410,20 @@ class RolloutConfig:
     )
     steps_ahead: int = key(
         0,
-        "1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)",
-        range=Range(0, 1),
+        "how many steps ahead responses are sampled while others are trained on (rollout.vllm.placement=server); 0 is off",
+        range=Range(0, 1000),
+    )
+    max_age: int | None = key(
+        None,
+        "most steps between the weights of a token and its training; None: steps_ahead, prompts keep their order; more lets "
+        "complete groups overtake others",
+        range=COUNT,
+    )
+    unfinished: str = key(
+        "wait",
+        "responses that are not finished at a refit: wait for them, or let them go on under the new weights and keep, or "
+        "recompute, their KV cache",
+        choices=("wait", "keep", "recompute"),
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     given: GivenConfig = field(default_factory=GivenConfig)

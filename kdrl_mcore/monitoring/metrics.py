@@ -60,6 +60,8 @@ METRICS: dict[str, str] = {
     "groups_sampled": "groups sampled for this step (rollout.group_filter)",
     "signal_share": "share of these with correct and incorrect responses",
     "resampling_rounds": "how often further prompts were sampled for it",
+    "token_age": "mean age of the tokens trained on: updates between the weights that sampled them and the student",
+    "token_age_max": "the age of the oldest (rollout.steps_ahead)",
     "prompts_drawn": "prompts drawn since the run began; each is trained, dropped or waits",
     "prompts_trained": "of these, trained on",
     "prompts_dropped": "of these, dropped by a rule (rollout.group_filter)",

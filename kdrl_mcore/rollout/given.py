@@ -43,7 +43,7 @@ class GivenResponses(RolloutSource):
 
 class BesideGiven(RolloutSource):
     """The rollouts of another source, and after them, so that they keep their places, given responses, each a group of its own.
-    The next of these are drawn at every step, also where the others were sampled one step ahead or are replayed."""
+    The next of these are drawn at every step, also where the others were sampled steps ahead or are replayed."""
 
     def __init__(self, source: RolloutSource, given: PromptStream, student: Weights, num_given: Callable[[int], int]) -> None:
         """Args:
@@ -91,6 +91,10 @@ class BesideGiven(RolloutSource):
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """See `RolloutSource`. Given responses are not verified."""
         self._source.verify([rollout for rollout in rollouts if not rollout.given])
+
+    def prepare_refit(self) -> None:
+        """See `RolloutSource`."""
+        self._source.prepare_refit()
 
     def finish(self) -> None:
         """See `RolloutSource`."""

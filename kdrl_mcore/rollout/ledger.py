@@ -54,6 +54,8 @@ class Ledger:
         self.prompts = prompts
         self.waiting: list[Entry] = []
         """The prompts that were neither trained nor dropped, in the order in which they were drawn."""
+        self.until = 0
+        """The last step for which prompts were drawn."""
         self.trained = 0
         self.dropped: Counter[str] = Counter()
         """How many were dropped, by reason."""
@@ -71,11 +73,17 @@ class Ledger:
         entries += fresh
         for index, entry in enumerate(entries):
             entry.draw = Draw(step, round, index)
+        self.until = step
         return entries
 
-    def drawn_for(self, step: int) -> list[Entry]:
-        """The prompts that wait for this step, in the order of their indices."""
-        return [entry for entry in self.waiting if entry.draw is not None and entry.draw.step == step]
+    def draw_until(self, step: int, first: int) -> None:
+        """Draw prompts for each step up to this one, from `first` on, unless they were drawn before."""
+        for each in range(max(self.until + 1, first), step + 1):
+            self.draw(each)
+
+    def due(self, step: int) -> list[Entry]:
+        """The prompts that wait and were drawn for this step or for one before."""
+        return [entry for entry in self.waiting if entry.draw is not None and entry.draw.step <= step]
 
     def sampled(self, entries: Sequence[Entry], rollouts: Iterable[Rollout]) -> list[Entry]:
         """Enter the responses to prompts that were sampled together, in whose order they are numbered. Returns the entries."""
@@ -99,7 +107,8 @@ class Ledger:
         self.dropped[reason] += len(entries)
 
     def forget_responses(self) -> None:
-        """Have every prompt that waits sampled anew."""
+        """Have every prompt that waits sampled anew, for the steps to come."""
+        self.until = 0
         for entry in self.waiting:
             entry.draw = entry.rollouts = None
 
@@ -125,7 +134,7 @@ class Ledger:
             }
             for entry in self.waiting
         ]
-        counts = {"trained": self.trained, "dropped": dict(self.dropped)}
+        counts = {"until": self.until, "trained": self.trained, "dropped": dict(self.dropped)}
         return {"prompts": self.prompts.state_dict(), "ledger": {**counts, "waiting": waiting}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -135,7 +144,7 @@ class Ledger:
             return
         self.prompts.load_state_dict(state["prompts"])
         ledger = state["ledger"]
-        self.trained, self.dropped = ledger["trained"], Counter(ledger["dropped"])
+        self.until, self.trained, self.dropped = ledger["until"], ledger["trained"], Counter(ledger["dropped"])
         self.waiting = []
         for row in ledger["waiting"]:
             name, number = row["place"]
@@ -152,10 +161,11 @@ class Ledger:
             return
         if pending:
             groups = groups_of(map(from_row, pending))
+            self.until = state["step"] + 1
             before = {**cursor, "given": cursor["given"] - len(groups)}
             self.prompts.load_state_dict(state.get("prompts_before_pending") or before)
             for index, (place, prompt) in enumerate(self.prompts.draw(len(groups))):
-                self.waiting.append(Entry(place, prompt, Draw(state["step"] + 1, 0, index), groups[index]))
+                self.waiting.append(Entry(place, prompt, Draw(self.until, 0, index), groups[index]))
         self.prompts.load_state_dict(cursor)
         self.trained = self.drawn - len(self.waiting)
 

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
-from kdrl_mcore.rollout.engine import BackgroundEngine, OnPart, RolloutEngine, Sampling, Weights
+from kdrl_mcore.rollout.engine import Choose, FlowingEngine, OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.group_filter import Choice, GroupFilter
 from kdrl_mcore.rollout.ledger import Entry, Ledger
 from kdrl_mcore.types import Rollout
@@ -69,8 +70,11 @@ class RolloutSource(ABC):
     def verify(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027
         """Set the reward and the correctness of each rollout, unless they were given with it."""
 
+    def prepare_refit(self) -> None:  # noqa: B027
+        """Wait for the responses that must not go on under other weights, before the engine gets them."""
+
     def finish(self) -> None:  # noqa: B027
-        """Wait for the responses being sampled ahead, so that a checkpoint can hold them and the engine is free."""
+        """Wait for the responses being sampled ahead, so that a checkpoint can hold them."""
 
     def close(self) -> None:  # noqa: B027
         """End the verifier's processes. Not collective."""
@@ -78,22 +82,30 @@ class RolloutSource(ABC):
 
 @dataclass(frozen=True)
 class Ahead:
-    """What sampling one step ahead needs.
+    """How responses are sampled ahead of the steps that train on them.
 
     Attributes:
-        engine: the engine, which samples in the background.
-        last_step: the run's last step, during which nothing more is begun.
-        updates_per_step: optimizer updates by which the student is ahead of the sampling weights when it trains.
+        engine: the engine, which samples while the student trains.
+        steps: how many steps ahead: the prompts that wait when a step trains were drawn for so many steps.
+        max_age: the most steps between the weights that sampled a token and the step that trains on it. With as many as
+            `steps`, groups are trained on in the order in which their prompts were drawn; with more, complete groups overtake
+            others until those are due.
+        waits: whether a refit waits for unfinished responses; else they go on under the new weights.
+        last_step: the run's last step, after which nothing is drawn.
+        updates_per_step: optimizer updates of a step.
     """
 
-    engine: BackgroundEngine
+    engine: FlowingEngine
+    steps: int
+    max_age: int
+    waits: bool
     last_step: int
     updates_per_step: int
 
 
 class SampledRollouts(RolloutSource):
-    """Samples each step's responses with the student's weights: its present ones, or one step ahead with those that it had when
-    the step before began to train. The ledger knows which prompts are drawn, and which of them wait for their end."""
+    """Samples each step's responses with the student's weights: its present ones, or steps ahead. The ledger knows which
+    prompts are drawn, and which of them wait for their end."""
 
     samples = True
 
@@ -118,12 +130,18 @@ class SampledRollouts(RolloutSource):
         self._student, self._sampling, self._ahead = student, sampling, ahead
         self._filter = group_filter
         self._choice: Choice | None = None  # the filter's, of the last step
-        self._begun: list[Entry] = []  # that the engine samples ahead
+        self._ages: dict[str, float] = {}  # of the last step's tokens, where they have any
+        self._submitted: dict[int, Entry] = {}  # what the engine samples ahead, by its ticket
 
     def refit(self) -> None:
-        """See `RolloutSource`. First waits for the responses that are being sampled with the older weights."""
-        self.finish()
+        """See `RolloutSource`."""
+        self.prepare_refit()
         self.engine.refit(self._student)
+
+    def prepare_refit(self) -> None:
+        """See `RolloutSource`."""
+        if self._ahead is not None and self._ahead.waits:
+            self.finish()
 
     def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutSource`.
@@ -131,7 +149,7 @@ class SampledRollouts(RolloutSource):
         Raises:
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
-        self.finish()
+        ahead = self._ahead
         if self._filter is None:
             chosen = self._groups_of(step, on_part)
         else:
@@ -142,10 +160,13 @@ class SampledRollouts(RolloutSource):
             for reason, entries in self._choice.dropped.items():
                 self.ledger.drop(entries, reason)
         rollouts = self.ledger.train(chosen)
-        self._begin(step + 1)
+        if ahead is not None:
+            self.ledger.draw_until(min(step + ahead.steps, ahead.last_step), step + 1)
+            self._submit()
+            self._ages = ages(rollouts, self._student.version)
         self.ledger.check()
         self.engine.sleep()
-        refuse_stale(rollouts, self._student.version, 0 if self._ahead is None else self._ahead.updates_per_step)
+        refuse_stale(rollouts, self._student.version, 0 if ahead is None else ahead.max_age * ahead.updates_per_step)
         return rollouts
 
     def first(self, count: int, sampling: Sampling) -> list[Rollout]:
@@ -158,7 +179,7 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return ({} if self._choice is None else self._choice.counts) | self.ledger.counts()
+        return ({} if self._choice is None else self._choice.counts) | self._ages | self.ledger.counts()
 
     @property
     def chosen(self) -> Sequence[int] | None:
@@ -172,10 +193,8 @@ class SampledRollouts(RolloutSource):
 
     def finish(self) -> None:
         """See `RolloutSource`."""
-        if self._begun:
-            assert self._ahead is not None
-            self.ledger.sampled(self._begun, self._ahead.engine.finish())
-            self._begun = []
+        if self._submitted:
+            self._take_out(lambda complete: list(self._submitted) if self._submitted.keys() <= set(complete) else None)
 
     def state_dict(self) -> dict[str, Any]:
         """See `RolloutSource`: the ledger. Responses that are still being sampled count as not begun."""
@@ -184,6 +203,7 @@ class SampledRollouts(RolloutSource):
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
         """See `RolloutSource`."""
         self.ledger.load_state_dict(state)
+        self._submitted = {}
         if resamples or self._ahead is None:
             self.ledger.forget_responses()
 
@@ -193,28 +213,70 @@ class SampledRollouts(RolloutSource):
             self.verifier.close()
 
     def _groups_of(self, step: int, on_part: OnPart | None) -> list[Entry]:
-        """The step's first prompts with their responses, sampled now unless they were sampled ahead."""
-        entries = self.ledger.drawn_for(step) or self.ledger.draw(step)
-        if all(entry.rollouts is not None for entry in entries):
-            return entries
-        return self._sample(entries, self._sampling_of(step), on_part)
+        """The step's first prompts with their responses."""
+        self.ledger.draw_until(step, step)
+        if self._ahead is None:
+            return self._sample_now(self.ledger.due(step), on_part)
+        overdue = self.ledger.due(step - (self._ahead.max_age - self._ahead.steps))
+        return self._first_complete(self.prompts.batch_size, overdue)
 
     def _further_groups(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Entry]:
         """Further prompts of a step with their verified responses; `before` responses were sampled for it already."""
-        sampling, scoring = self._sampling_of(step, number), self._scoring(on_part, before)
-        entries = self._sample(self.ledger.draw(step, number), sampling, scoring)
+        entries = self.ledger.draw(step, number)
+        if self._ahead is None:
+            self._sample_now(entries, self._scoring(on_part, before))
+        else:
+            self._first_complete(len(entries), entries)
         self._verify([rollout for entry in entries for rollout in entry.rollouts or ()])
         return entries
 
-    def _sample(self, entries: list[Entry], sampling: Sampling, on_part: OnPart | None = None) -> list[Entry]:
-        return self.ledger.sampled(entries, self.engine.generate([entry.prompt for entry in entries], sampling, on_part))
+    def _sample_now(self, entries: list[Entry], on_part: OnPart | None) -> list[Entry]:
+        """Have the engine sample the responses to prompts that were drawn together."""
+        prompts, sampling = [entry.prompt for entry in entries], self._sampling_of(entries[0])
+        return self.ledger.sampled(entries, self.engine.generate(prompts, sampling, on_part))
 
-    def _begin(self, step: int) -> None:
-        """Begin to sample for the next step, if there is one, unless its responses are there."""
-        if self._ahead is None or step > self._ahead.last_step or self.ledger.drawn_for(step):
-            return
-        self._begun = self.ledger.draw(step)
-        self._ahead.engine.begin([entry.prompt for entry in self._begun], self._sampling_of(step))
+    def _first_complete(self, count: int, due: Sequence[Entry]) -> list[Entry]:
+        """Wait for `count` groups: those that are due, then those that are complete first."""
+        self._submit()
+        before = [entry for entry in self.ledger.waiting if entry.rollouts is not None]
+
+        def picked(complete: Sequence[Entry]) -> list[Entry] | None:
+            others = [entry for entry in complete if entry not in due]
+            if len(complete) - len(others) < len(due) or len(complete) < count:
+                return None
+            return [*due, *others][:count]
+
+        def choose(tickets: Sequence[int]) -> list[int] | None:
+            chosen = picked([*before, *(self._submitted[ticket] for ticket in tickets if ticket in self._submitted)])
+            return None if chosen is None else [ticket for ticket in tickets if self._submitted.get(ticket) in chosen]
+
+        chosen = picked(before)
+        if chosen is None:
+            chosen = picked(before + self._take_out(choose))
+        assert chosen is not None
+        return chosen
+
+    def _submit(self) -> None:
+        """Have the engine sample what waits without responses, in the order in which it was drawn."""
+        assert self._ahead is not None
+        begun = set(self._submitted.values())
+        missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]
+        for _, together in groupby(missing, key=_key_of):
+            entries = list(together)
+            indices = [entry.draw.index for entry in entries if entry.draw is not None]
+            prompts = [entry.prompt for entry in entries]
+            tickets = self._ahead.engine.submit(prompts, self._sampling_of(entries[0]), indices)
+            self._submitted.update(zip(tickets, entries, strict=True))
+
+    def _take_out(self, choose: Choose) -> list[Entry]:
+        """Take complete groups from the engine. Returns their prompts."""
+        assert self._ahead is not None
+        taken = []
+        for ticket, rollouts in self._ahead.engine.collect(choose).items():
+            entry = self._submitted.pop(ticket)
+            entry.rollouts = rollouts
+            taken.append(entry)
+        return taken
 
     def _scoring(self, on_part: OnPart | None, before: int) -> OnPart | None:
         """`on_part` of those groups of a round that the filter may keep, by their places among all that are sampled for the
@@ -235,8 +297,21 @@ class SampledRollouts(RolloutSource):
         if not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)
 
-    def _sampling_of(self, *key: int) -> Sampling:
-        return replace(self._sampling, key=(*self._sampling.key, *key))
+    def _sampling_of(self, entry: Entry) -> Sampling:
+        return replace(self._sampling, key=(*self._sampling.key, *_key_of(entry)))
+
+
+def _key_of(entry: Entry) -> tuple[int, ...]:
+    assert entry.draw is not None
+    return entry.draw.key
+
+
+def ages(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """The mean and the largest age of the tokens of a batch, as metrics: by how many updates the weights that sampled them are
+    older than `version`."""
+    counted = [(version - each, tokens) for rollout in rollouts for each, tokens in rollout.versions]
+    mean = sum(age * tokens for age, tokens in counted) / sum(tokens for _, tokens in counted)
+    return {"token_age": mean, "token_age_max": float(max(age for age, _ in counted))}
 
 
 def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:
@@ -249,5 +324,6 @@ def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> Non
     if oldest is not None and version - oldest.weight_version > allowed:
         raise EngineError(
             f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
-            f"has version {version}: rollout.steps_ahead allows {allowed} updates between them; the engine was not refitted"
+            f"has version {version}: rollout.steps_ahead and rollout.max_age allow {allowed} updates between them; the engine "
+            "was not refitted"
         )

@@ -94,8 +94,9 @@ def test_a_source_skips_them_and_continues_from_its_checkpoint(ahead: int) -> No
     expected = run(whole, [1, 2, 3])
     prompts = [[name for name, *_ in step] for step in expected]
     assert prompts == [["p0", "p0", "p2", "p2"], ["p4", "p4", "p6", "p6"], ["p8", "p8", "p10", "p10"]]
+    ages = {"token_age": 6 / 14, "token_age_max": 1} if ahead else {}
     counts = {"prompts_drawn": 12 + 2 * ahead, "prompts_trained": 6, "prompts_dropped": 6, "prompts_waiting": 2 * ahead}
-    assert whole.counts == {"resampling_rounds": 1, "signal_share": 0.5, "groups_sampled": 4, **counts}
+    assert whole.counts == {"resampling_rounds": 1, "signal_share": 0.5, "groups_sampled": 4, **counts, **ages}
     assert whole.ledger.dropped == {NO_SIGNAL: 6, SURPLUS: 0}
     run(stopped, [1, 2])
     stopped.finish()

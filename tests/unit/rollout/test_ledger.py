@@ -88,10 +88,17 @@ def test_what_waits_goes_through_a_checkpoint() -> None:
     assert [(e.place, e.prompt.prompt_id, e.draw) for e in after.waiting] == [
         (e.place, e.prompt.prompt_id, e.draw) for e in before.waiting
     ]
-    assert names(after.drawn_for(2)) == names(complete) and names(after.drawn_for(3)) == names(begun)
-    for ours, theirs in zip(after.train(after.drawn_for(2)), before.train(complete), strict=True):
+    assert names(after.due(2)) == names(complete) and names(after.due(3)) == names(complete + begun)
+    for ours, theirs in zip(after.train(after.due(2)), before.train(complete), strict=True):
         assert ours.sampler_log_probs.tolist() == theirs.sampler_log_probs.tolist() and ours.columns == theirs.columns
     assert names(after.draw(5)) == names(before.draw(5))
+
+
+def test_prompts_are_drawn_once_for_a_step() -> None:
+    ledger = ledger_of()
+    ledger.draw_until(6, first=5)
+    ledger.draw_until(7, first=5)
+    assert [entry.draw.step for entry in ledger.waiting if entry.draw] == [5] * 3 + [6] * 3 + [7] * 3
 
 
 def test_prompts_whose_responses_are_forgotten_come_first() -> None:
@@ -100,5 +107,6 @@ def test_prompts_whose_responses_are_forgotten_come_first() -> None:
     ledger.train(waiting[:1])
     ledger.forget_responses()
     assert ledger.draw(7) == waiting[1:4]
-    assert ledger.draw(8)[:2] == waiting[4:] and [entry.draw.index for entry in ledger.drawn_for(8) if entry.draw] == [0, 1, 2]
+    later = ledger.draw(8)
+    assert later[:2] == waiting[4:] and [entry.draw for entry in later] == [Draw(8, 0, index) for index in range(3)]
     ledger.check()

@@ -17,7 +17,7 @@ from tests.support.sources import make, run, through_json
 def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> None:
     now, ahead = make(0), make(1)
     assert run(now, [1, 2, 3, 4]) == run(ahead, [1, 2, 3, 4])
-    assert ahead.engine.begun is None, "nothing is sampled for the step after the last"
+    assert ahead.engine.tickets == 8, "nothing is sampled for the step after the last"
 
 
 def test_a_stale_response_is_refused() -> None:
@@ -25,6 +25,46 @@ def test_a_stale_response_is_refused() -> None:
     refuse_stale(rollouts, version=4, allowed=1)
     with pytest.raises(EngineError, match=r"prompt p7 was sampled with weights of version 3, the student has version 4"):
         refuse_stale(rollouts, version=4, allowed=0)
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2, 3, 5])
+@pytest.mark.parametrize("waits", [True, False])
+def test_so_many_steps_ahead_prompts_keep_their_order_and_tokens_their_bound(steps_ahead: int, waits: bool) -> None:
+    now, ahead = make(0, last_step=8), make(steps_ahead, waits=waits, last_step=8)
+    ahead.engine.order = lambda tickets: tickets[::-1]
+    expected, ages = run(now, range(1, 9)), []
+    for step in range(1, 9):
+        assert run(ahead, [step]) == [expected[step - 1]]
+        ages.append(ahead.counts["token_age_max"])
+        assert ahead.counts["prompts_waiting"] == 2 * min(steps_ahead, 8 - step)
+    assert ages == [min(step, steps_ahead) for step in range(8)]
+    assert ahead.counts["prompts_trained"] == 16 and ahead.engine.complete == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("steps_ahead", "max_age"), [(2, 3), (2, 5), (3, 9)])
+def test_complete_groups_overtake_until_others_are_due(steps_ahead: int, max_age: int, seed: int) -> None:
+    """The order in which groups are completed is another one at every look; two of three runs stop on the way and resume."""
+    source, random = make(steps_ahead, max_age, waits=False, last_step=10), np.random.default_rng(seed)
+
+    def mixed(tickets: list[int]) -> list[int]:
+        return random.permutation(tickets).tolist()
+
+    source.engine.order = mixed
+    trained: list[list[int]] = []
+    for step in range(1, 11):
+        if random.random() < 0.2:
+            stopped, source = source, make(steps_ahead, max_age, waits=False, last_step=10)
+            stopped.finish()
+            source._student.version, source.engine.order = stopped._student.version, mixed
+            source.load_state_dict(through_json(stopped.state_dict()))
+        (batch,) = run(source, [step])
+        trained.append([int(name[1:]) for name, *_ in batch])
+        assert source.counts["token_age_max"] <= max_age
+    assert sorted(prompt for step in trained for prompt in step) == list(range(20))
+    lateness = [step - prompt // 2 for step, prompts in enumerate(trained) for prompt in prompts]
+    assert max(lateness) <= max_age - steps_ahead
+    assert max(lateness) > 0, "some were overtaken"
 
 
 @pytest.mark.parametrize("ahead", [0, 1, None])
@@ -36,8 +76,10 @@ def test_a_source_continues_from_its_checkpoint(ahead: int | None) -> None:
     resumed._student.version = 2
     resumed.load_state_dict(through_json(stopped.state_dict()))
     if ahead:  # its responses to step 3 are in the checkpoint, and the engine has the weights of the resumed run
-        resumed.engine.generate = None
+        assert [entry.rollouts is not None for entry in resumed.ledger.waiting] == [True, True]
     assert run(resumed, [3, 4]) == expected[2:]
+    if ahead:
+        assert resumed.engine.tickets == 2
 
 
 def test_what_is_still_being_sampled_is_sampled_from_the_checkpoint_on() -> None:
@@ -81,9 +123,9 @@ def test_a_checkpoint_of_0_2_goes_on_with_the_responses_that_it_holds() -> None:
     stopped.finish()
     resumed._student.version = 2
     resumed.load_state_dict(as_of_0_2(through_json(stopped.state_dict()), has_cursor=True))
-    resumed.engine.generate = None
+    assert not resumed.ledger.due(2) and len(resumed.ledger.due(3)) == 2
     assert run(resumed, [3, 4]) == expected[2:]
-    assert resumed.counts == {"prompts_drawn": 8, "prompts_trained": 8, "prompts_dropped": 0, "prompts_waiting": 0}
+    assert resumed.ledger.counts() == {"prompts_drawn": 8, "prompts_trained": 8, "prompts_dropped": 0, "prompts_waiting": 0}
 
 
 def test_a_checkpoint_of_replayed_rollouts_leaves_the_prompts_at_their_beginning() -> None:
