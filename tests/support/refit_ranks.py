@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -102,6 +102,7 @@ def _lose_a_tensor() -> Iterator[None]:
 
 @contextmanager
 def _stop_or_kill(rank: int, with_signal: int) -> Iterator[None]:
+    """The signal goes to the thread that sends: sent to the process, another thread may take it, and this one would go on."""
     from kdrl_mcore.rollout.refit import refit as module
 
     original = module.hf_tensors
@@ -109,7 +110,7 @@ def _stop_or_kill(rank: int, with_signal: int) -> Iterator[None]:
     def stop(parts: Any, **settings: Any) -> Iterator[Any]:
         for name, tensor in original(parts, **settings):
             if name == VICTIM and dist.get_rank() == rank:
-                os.kill(os.getpid(), with_signal)
+                signal.pthread_kill(threading.get_ident(), with_signal)
             yield name, tensor
 
     with patch.object(module, "hf_tensors", stop):
