@@ -126,7 +126,7 @@ def _iteration(job: Job) -> dict[str, float]:
 
     first = STEP - job.config.rollout.steps_ahead
     cursor = job.source.state_dict()["prompts"] | {"given": (first - 1) * job.config.rollout.prompts_per_step}
-    job.source.load_state_dict({"prompts": cursor, "pending": None})
+    job.source.load_state_dict({"prompts": cursor})
     metrics: dict[str, float] = {}
     for step in range(first, STEP + 1):
         _, metrics = run_iteration(job, step, Clock())

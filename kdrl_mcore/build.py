@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,13 @@ from kdrl_mcore.config.derived import (
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
+    longest_response,
+    num_given,
     num_updates,
     replays,
     samples,
     used_models,
+    uses_given,
     uses_reference,
     uses_teacher,
 )
@@ -28,9 +31,9 @@ from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.data.vocabulary import end_differently, shared_vocabulary
+from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.evaluation.evaluate import Evaluation
+from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
@@ -39,12 +42,12 @@ from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.ahead import SampledAhead
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.replay import ReplayedRollouts
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
+from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
@@ -93,10 +96,10 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
 
 def check_outcome(config: Config) -> None:
     """Check the end of the run before it begins: that there is something to do, that the learning rate reaches its peak (if
-    not, a warning is logged), and that the student can be exported.
+    not, a warning is logged), that evaluations have the metric of the best checkpoint, and that the student can be exported.
 
     Raises:
-        ConfigError: there is nothing to do, or the export would be refused after the last step.
+        ConfigError: there is nothing to do, no such metric, or the export would be refused after the last step.
     """
     models = used_models(config)
     check_functions(config.objective)
@@ -110,6 +113,9 @@ def check_outcome(config: Config) -> None:
             "optimizer.warmup_steps=%d is more than the run's %d updates: the learning rate never reaches optimizer.lr=%g",
             *(config.optimizer.warmup_steps, num_updates(config), config.optimizer.lr),
         )
+    best = config.checkpoint.best
+    if best is not None and best not in (names := metric_names(config)):
+        raise ConfigError(f"checkpoint.best={best} is no metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()))
 
@@ -151,7 +157,7 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
         on_phase("load prompts")
         domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
         for (source, _), domain in zip(sources, domains, strict=True):
-            check_prompts(domain.prompts, str(source.path), limits, config.rollout.max_response_tokens)
+            check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
     return TrainingData(tokenizer, vocab_size, limits, domains)
 
 
@@ -198,13 +204,31 @@ def masks_stop_token(config: Config) -> bool:
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
     assert config.student.path is not None and config.teacher.path is not None
-    differ = end_differently(config.student.path, config.teacher.path)
-    if differ and dist.get_rank() == 0:
+    student, teacher = (stop_tokens(path) for path in (config.student.path, config.teacher.path))
+    differ = student is not None and teacher is not None and student.keys() != teacher.keys()
+    if dist.get_rank() != 0:
+        return differ
+    name = "objective.kd.stop_token=auto"
+    if student is None or teacher is None:
+        unknown = config.student.path if student is None else config.teacher.path
         logger.warning(
-            "student and teacher end their responses with different tokens: the token that ends a response is left out of "
-            "distillation (objective.kd.stop_token=keep would teach it as well)"
+            "%s: the token that ends a response is distilled; %s has no tokenizer, so whether both models end alike is not "
+            "known: set it to mask if they do not, else to keep",
+            *(name, unknown),
         )
+    elif differ:
+        logger.warning(
+            "%s: the token that ends a response is left out of distillation; the student ends with %s, the teacher with %s "
+            "(keep would teach it as well)",
+            *(name, _listed(student), _listed(teacher)),
+        )
+    else:
+        logger.info("%s: the token that ends a response is distilled; both models end with %s", name, _listed(student))
     return differ
+
+
+def _listed(tokens: Mapping[int, str]) -> str:
+    return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
 
 
 def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
@@ -272,20 +296,33 @@ def build_source(
     config: Config, data: TrainingData, student: Student, engine: RolloutEngine | None, verifier: Verifier | None
 ) -> RolloutSource:
     """Where the rollouts of each step come from."""
+    rollout, seed, shuffle = config.rollout, config.trainer.seed, config.data.shuffle
+    if config.objective.kind == "sft":
+        return GivenResponses(PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle), student)
+    source: RolloutSource
     if replays(config):
-        assert config.rollout.path is not None
-        return ReplayedRollouts(config.rollout.path, data.limits, config.batch.updates_per_step)
-    prompts = PromptStream.of(data.domains, config.rollout.prompts_per_step, config.trainer.seed, config.data.shuffle)
-    if not samples(config):
-        return GivenResponses(prompts, student)
-    assert engine is not None
-    return build_sampling_source(config, student, engine, prompts, verifier)
+        assert rollout.path is not None
+        source = ReplayedRollouts(rollout.path, data.limits, config.batch.updates_per_step)
+    else:
+        assert engine is not None
+        prompts = PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle)
+        source = build_sampling_source(config, student, engine, prompts, verifier)
+    if not uses_given(config):
+        return source
+    domains = data.domains
+    if rollout.given.path is not None:
+        responses, cut_off = read_given(rollout.given.path, data.limits, rollout.max_response_tokens)
+        domains = [Domain("", responses)]
+        if cut_off and dist.get_rank() == 0:
+            logger.warning("%s: %d responses were cut off and are not given", rollout.given.path, cut_off)
+    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # another order than that of the prompts to sample
+    return BesideGiven(source, given, student, partial(num_given, config))
 
 
 def build_sampling_source(
     config: Config, student: Student, engine: RolloutEngine, prompts: PromptStream, verifier: Verifier | None
 ) -> SampledRollouts:
-    """Responses to the prompts, sampled with the student's present weights or one step ahead."""
+    """Responses to the prompts, sampled with the student's present weights or steps ahead."""
     rollout = config.rollout
     sampling = Sampling(
         rollout.temperature,
@@ -298,19 +335,18 @@ def build_sampling_source(
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
+    ahead = None
     if rollout.steps_ahead:
         assert isinstance(engine, VllmEngine)
-        return SampledAhead(
+        ahead = Ahead(
             engine,
-            student,
-            prompts,
-            verifier,
-            sampling,
-            wanted,
+            steps=rollout.steps_ahead,
+            max_age=rollout.max_age or rollout.steps_ahead,
+            waits=rollout.unfinished == "wait",
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )
-    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted)
+    return SampledRollouts(engine, student, prompts, verifier, sampling, wanted, ahead)
 
 
 def _part_tokens(config: Config) -> int:

@@ -41,6 +41,8 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
         job.source.refit()  # mu <- pi
     with clock("rollout"):
         rollouts = job.source.rollouts(step, score_part)  # o ~ mu( . | x), G responses per prompt
+        if job.source.chosen is not None:
+            teacher.keep(job.source.chosen, rollouts)  # scores of groups that were dropped are dropped with them
         early_tokens = teacher.tokens
     with clock("reward"):
         job.source.verify(rollouts)  # r_i, and whether the response is correct
@@ -59,35 +61,47 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
     metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
+    if job.source.chosen is not None:
+        metrics["teacher_tokens_dropped"] = float(teacher.dropped_tokens)
     return rollouts, {**metrics, **job.source.counts, "teacher_tokens_early": float(early_tokens)}
 
 
 def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta: float) -> Tensor:
-    """Which responses are distilled [N]: those that the reward-guided mask keeps, and none while beta is zero."""
+    """Which responses are distilled [N]: those that the reward-guided mask keeps and those that were given, and none while beta
+    is zero."""
     correct_N, group_ids_N = _column(rollouts, "correct").bool(), _column(rollouts, "group_id").long()
     if beta == 0:
         return torch.zeros(len(rollouts), dtype=torch.bool)
     distil_N = distillation_mask(correct_N, group_ids_N, objective.kd.mask)
-    return distil_N & ~correct_N if objective.combine.kind in TEACH_INCORRECT else distil_N
+    distil_N = distil_N & ~correct_N if objective.combine.kind in TEACH_INCORRECT else distil_N
+    return distil_N | _column(rollouts, "given").bool()
 
 
 def compute_advantages(objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float) -> Tensor:
-    """The group-relative advantage A_i of each response [N]; zero while alpha is zero. With `objective.kd.placement=reward` the
-    reward is r_i + beta * sum_t (log T - log pi)."""
+    """The group-relative advantage A_i of each response [N]; zero while alpha is zero, and for responses that were given. With
+    `objective.kd.placement=reward` the reward is r_i + beta * sum_t (log T - log pi)."""
     rewards_N, group_ids_N = _column(batch.rollouts, "reward").double(), _column(batch.rollouts, "group_id").long()
     if alpha == 0:
         return torch.zeros_like(rewards_N)
     if objective.kd.placement == "reward" and beta > 0:
         rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch), beta)
-    return group_advantages(rewards_N, group_ids_N, normalize_by_std=objective.normalize_by_std, baseline=objective.baseline)
+    advantages_N, sampled_N = torch.zeros_like(rewards_N), ~batch.given_N
+    advantages_N[sampled_N] = group_advantages(
+        rewards_N[sampled_N],
+        group_ids_N[sampled_N],
+        normalize_by_std=objective.normalize_by_std,
+        baseline=objective.baseline,
+    )
+    return advantages_N
 
 
 def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) -> TrainingBatch:
-    """The batch with its advantages, and with the weight of each response's tokens in the two losses, normalisers included."""
+    """The batch with its advantages, and with the weight of each response's tokens in the two losses, normalisers included. A
+    given response has no weight in the policy loss, nor in its normaliser, the entropy bonus and the KL to the reference."""
     objective, limit = config.objective, config.rollout.max_response_tokens
     lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in batch.rollouts])
     truncated_N = torch.tensor([rollout.finish_reason == "length" for rollout in batch.rollouts])
-    dropped_N = truncated_N if objective.truncated == "drop" else None
+    dropped_N = batch.given_N | (truncated_N if objective.truncated == "drop" else torch.zeros_like(truncated_N))
     return batch.with_weights(
         advantages_N=advantages_N,
         policy_weights_N=response_weights(lengths_N, objective.aggregation, limit, dropped_N),

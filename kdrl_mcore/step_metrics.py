@@ -23,7 +23,7 @@ MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
     "response_length": lambda rollouts: float(np.mean([float(len(rollout.response_token_ids)) for rollout in rollouts])),
     "truncated": lambda rollouts: float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
 }
-"""Measures over all responses of a step, and over those of each domain."""
+"""Measures over all sampled responses of a step, and over those of each domain."""
 
 
 def step_metrics(
@@ -31,20 +31,23 @@ def step_metrics(
 ) -> dict[str, float]:
     """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens."""
     lengths = np.array([len(rollout.response_token_ids) for rollout in rollouts], dtype=float)
-    distilled = distil_N.numpy()
+    distilled, given = distil_N.numpy(), np.array([rollout.given for rollout in rollouts])
+    sampled = [rollout for rollout in rollouts if not rollout.given]
     metrics = {
-        **{name: measure(rollouts) for name, measure in MEASURES.items()},
-        **_over_prompts("reward", [rollout.reward for rollout in rollouts], rollouts),
-        **_over_prompts("accuracy", [rollout.correct for rollout in rollouts], rollouts),
-        "truncated_correct": float(np.mean([rollout.correct and rollout.finish_reason == "length" for rollout in rollouts])),
-        "verifier_timeouts": float(sum(rollout.extra.get("verifier_timeout", 0.0) for rollout in rollouts)),
-        "verifier_crashes": float(sum(rollout.extra.get("verifier_crash", 0.0) for rollout in rollouts)),
+        **{name: measure(sampled) for name, measure in MEASURES.items()},
+        **_over_prompts("reward", [rollout.reward for rollout in sampled], sampled),
+        **_over_prompts("accuracy", [rollout.correct for rollout in sampled], sampled),
+        "truncated_correct": float(np.mean([rollout.correct and rollout.finish_reason == "length" for rollout in sampled])),
+        "verifier_timeouts": float(sum(rollout.extra.get("verifier_timeout", 0.0) for rollout in sampled)),
+        "verifier_crashes": float(sum(rollout.extra.get("verifier_crash", 0.0) for rollout in sampled)),
         "alpha": alpha,
         "beta": beta,
         "teacher_tokens": float(lengths[distilled].sum()),
         "teacher_tokens_saved": float(lengths[~distilled].sum()),
     }
-    return {**metrics, **domain_metrics(rollouts, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
+    if given.any():
+        metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
+    return {**metrics, **domain_metrics(sampled, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
 
 
 def domain_metrics(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:
@@ -77,30 +80,29 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     for update in updates:
         for name, value in update.sums.items():
             sums[name] = sums.get(name, 0.0) + value
-    tokens, distilled = sums.get("tokens", 0.0), sums.get("distilled_tokens", 0.0)
+    tokens, distilled, given = (sums.get(name, 0.0) for name in ("tokens", "distilled_tokens", "given_tokens"))
+    # Given responses have no sampler, and are not the student's own: neither drift nor clipping, entropy and KL are theirs.
+    own, own_distilled = tokens - given, max(0.0, distilled - given)
     metrics: dict[str, float] = {
         name: sums[name] / len(updates) for name in ("loss", "policy_loss", "kd_loss", "reference_loss") if name in sums
     }
-    per_token = {
-        "entropy": "entropy",
-        "clipped_tokens": "clip_share",
-        "drift": "drift_mean",
-        "taught_tokens": "taught_share",
-        "gated_tokens": "gated_share",
-        "corrected_tokens": "corrected_share",
+    means = {
+        "entropy": ("entropy", own),
+        "clipped_tokens": ("clip_share", own),
+        "drift": ("drift_mean", own),
+        "taught_tokens": ("taught_share", tokens),
+        "gated_tokens": ("gated_share", own),
+        "corrected_tokens": ("corrected_share", own),
+        "kl_k1": ("kl", own_distilled),
+        "kl_k2": ("kl_k2", own_distilled),
+        "kl_k3": ("kl_k3", own_distilled),
+        "kl_full": ("kl_full", distilled),
     }
-    metrics.update({new: sums[name] / tokens for name, new in per_token.items() if name in sums and tokens})
-    for weights, counted in (("correction", tokens), ("kd_importance", distilled)):
+    metrics.update({new: sums[name] / counted for name, (new, counted) in means.items() if name in sums and counted})
+    for weights, counted, others in (("correction", own, given), ("kd_importance", distilled, 0.0)):  # others weigh 1
         if weights in sums:
-            metrics[f"{weights}_ess"] = effective_share(sums[weights], sums[f"{weights}_squared"], counted)
-    if distilled:
-        metrics.update(
-            {
-                new: sums[name] / distilled
-                for name, new in (("kl_k1", "kl"), ("kl_k2", "kl_k2"), ("kl_k3", "kl_k3"), ("kl_full", "kl_full"))
-                if name in sums
-            }
-        )
+            total, squares = sums[weights] - others, sums[f"{weights}_squared"] - others
+            metrics[f"{weights}_ess"] = effective_share(total, squares, counted)
     for name in {name for update in updates for name in update.maxima}:
         metrics[name] = max(update.maxima.get(name, 0.0) for update in updates)
     metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.convert.export import export_hf
-from kdrl_mcore.errors import ConfigError, EngineError, NumericalError, RewardError, StorageError
+from kdrl_mcore.errors import EngineError, NumericalError, RewardError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.iteration import run_iteration
@@ -209,7 +209,8 @@ class Trainer:
             self._enter("logging")
             if self._is_main and config.logging.rollouts:
                 with writing(self.run_dir):
-                    write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", rollouts)
+                    sampled = [rollout for rollout in rollouts if not rollout.given]
+                    write_rollouts(self.run_dir / "rollouts" / f"step_{step:06d}.jsonl", sampled)
         finite = not any_rank(not self.job.student.weights_are_finite())
         if finite and _is_due(step, config.eval.every, config.trainer.steps):
             metrics.update(self._evaluate(step))
@@ -226,7 +227,7 @@ class Trainer:
         assert engine is not None and job.evaluation is not None
         self._enter("evaluation")
         start = time.perf_counter()
-        job.source.finish()  # the engine samples ahead no more
+        job.source.prepare_refit()
         engine.refit(job.student)
         keeps = self._is_main and self.config.logging.rollouts
         generations = Generations(self.run_dir / "evaluation" / f"step_{step:06d}") if keeps else None
@@ -238,7 +239,7 @@ class Trainer:
             coefficient.observe(metrics["eval/accuracy"])
         self._accuracy.observe(metrics["eval/accuracy"])
         if self.config.checkpoint.best is not None:
-            self._is_best = self._best.observe(_metric(metrics, self.config.checkpoint.best))
+            self._is_best = self._best.observe(metrics[self.config.checkpoint.best])
         return {**metrics, "time/evaluation": time.perf_counter() - start}
 
     def _enter(self, phase: str) -> None:
@@ -373,18 +374,6 @@ def export_student(student: Student, directory: RunDirectory, start: Start, step
         export_hf(student.parts, student.source, directory.path / "hf")
         if dist.get_rank() == 0:
             directory.exported(start, step)
-
-
-def _metric(metrics: Mapping[str, float], name: str) -> float:
-    """A metric of an evaluation.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in metrics:
-        known = ", ".join(sorted(each for each in metrics if each.startswith("eval/")))
-        raise ConfigError(f"checkpoint.best={name} is not a metric of the evaluations; these are: {known}")
-    return metrics[name]
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -19,7 +19,7 @@ class Prompt:
     """One problem, ready for sampling.
 
     `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
-    `target` holds the token ids of the given response for supervised fine-tuning (end-of-sequence included), else None.
+    `target` holds the token ids of the given response (end-of-sequence included) where the run uses them, else None.
     `domain` is the name of the prompt's source where training has several, else empty; `columns` are the row's values of
     `data.columns`, which rewards may use.
     """
@@ -39,9 +39,11 @@ class Rollout:
 
     The responses to one prompt share a `group_id`. `sampler_log_probs` [response tokens] is log mu(o_t|s_t) at the
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
-    teacher did not score the response. `weight_version` counts the optimizer updates that the sampling weights had received.
+    teacher did not score the response. `weight_version` counts the optimizer updates that the weights had received which
+    sampled the first token; where they changed on the way, `later_versions` has (version, tokens) of each of the later ones.
     The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
-    files keep the domain but not the columns.
+    files keep the domain but not the columns. `given` marks a response that was not sampled but stands beside sampled ones
+    (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
     """
 
     prompt_id: str
@@ -60,6 +62,14 @@ class Rollout:
     extra: dict[str, float] = field(default_factory=dict)
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    given: bool = False
+    later_versions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """(version of the weights, response tokens that they sampled), in order."""
+        later = sum(count for _, count in self.later_versions)
+        return ((self.weight_version, len(self.response_token_ids) - later), *self.later_versions)
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ from kdrl_mcore.config.derived import (
     SWITCHES,
     is_on_policy,
     learns_from_reward,
+    replays,
     samples,
     uses_teacher,
     weighs_by_scores,
@@ -31,6 +32,7 @@ def check_axes(config: Config) -> None:
     _check_token_weight(objective)
     _check_divergence(objective)
     _check_group_filter(config)
+    _check_given(config)
 
 
 def _check_combine(config: Config) -> None:
@@ -159,10 +161,36 @@ def _check_group_filter(config: Config) -> None:
         raise ConfigError(
             f"{name} looks for groups that rewards can tell apart, but objective.alpha is never positive: set it to 0"
         )
-    if config.teacher.score_while_sampling:
-        raise ConfigError(f"{name} decides after sampling which groups stay: set teacher.score_while_sampling=false")
     if settings.others == "teach" and not uses_teacher(objective):
         raise ConfigError("rollout.group_filter.others=teach needs a teacher: set objective.beta above 0, or others=drop")
+
+
+def _check_given(config: Config) -> None:
+    given, objective = config.rollout.given, config.objective
+    if not given.share:
+        if given.path is not None:
+            raise ConfigError(f"rollout.given.path={given.path} needs rollout.given.share above 0")
+        return
+    name, kd = f"rollout.given.share={given.share:g}", objective.kd
+    if not uses_teacher(objective):
+        raise ConfigError(f"{name} distils given responses, but objective.beta is never positive: set it to 0")
+    if replays(config) and given.path is None:
+        raise ConfigError(f"{name} takes responses from the training data, and rollout=replay has none: set rollout.given.path")
+    if kd.estimator not in ("exact", "top_k") or kd.mix != "none":
+        now = f"estimator={kd.estimator}" if kd.mix == "none" else f"mix={kd.mix}"
+        raise ConfigError(
+            f"{name} needs a divergence that no sampling enters, objective.kd.{now} weighs the sampled token: set "
+            "objective.kd.estimator=exact or top_k, and kd.mix=none"
+        )
+    if objective.combine.kind not in ("add", "gate"):
+        raise ConfigError(
+            f"{name} has responses without a verdict or an advantage, which objective.combine.kind={objective.combine.kind} "
+            "asks for: set it to add or gate"
+        )
+    if kd.token_weight.kind == "pass_rate":
+        raise ConfigError(f"{name} has responses without a verdict: objective.kd.token_weight.kind=pass_rate weighs by it")
+    if kd.importance != "full":
+        raise ConfigError(f"{name} has responses without a sampler: leave objective.kd.importance at full")
 
 
 def _largest(schedule: ScheduleConfig) -> float:

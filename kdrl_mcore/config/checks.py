@@ -278,15 +278,26 @@ def _check_overlap(config: Config) -> None:
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
     if not rollout.steps_ahead:
+        for name, is_set in (("max_age", rollout.max_age is not None), ("unfinished", rollout.unfinished != "wait")):
+            if is_set:
+                raise ConfigError(
+                    f"rollout.{name} is for responses that are sampled ahead: set rollout.steps_ahead, or leave it out"
+                )
         return
+    if rollout.max_age is not None and rollout.max_age < rollout.steps_ahead:
+        raise ConfigError(
+            f"rollout.max_age={rollout.max_age} is less than rollout.steps_ahead={rollout.steps_ahead}, the age of responses "
+            "that are trained on in order: raise it, or lower steps_ahead"
+        )
     if not engines_have_own_gpus(rollout):
         raise ConfigError(
-            "rollout.steps_ahead=1 needs an engine that does not share the training's devices: set rollout=vllm and "
-            "rollout.vllm.placement=server"
+            f"rollout.steps_ahead={rollout.steps_ahead} needs an engine that does not share the training's devices: set "
+            "rollout=vllm and rollout.vllm.placement=server"
         )
     if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
         raise ConfigError(
-            "rollout.steps_ahead=1 trains on responses of older weights: set objective.sampler_correction.kind=truncate or mask"
+            f"rollout.steps_ahead={rollout.steps_ahead} trains on responses of older weights: set "
+            "objective.sampler_correction.kind=truncate or mask"
         )
 
 
@@ -314,6 +325,8 @@ def _check_objective(config: Config) -> None:
             "update needs a prompt of its own"
         )
     if objective.kind == "sft":
+        if config.rollout.given.share or config.rollout.given.path:
+            raise ConfigError("rollout.given stands beside sampled responses, objective=sft has given ones alone: leave it out")
         return
     if learns_from_reward(objective) and not replays(config) and config.rollout.responses_per_prompt == 1:
         raise ConfigError(

@@ -79,6 +79,27 @@ def samples(config: Config) -> bool:
     return config.objective.kind != "sft" and config.rollout.engine != "replay"
 
 
+def longest_response(config: Config) -> int | None:
+    """The tokens that a response may have beside a prompt that is sampled; None where none is sampled."""
+    return config.rollout.max_response_tokens if samples(config) else None
+
+
+def uses_given(config: Config) -> bool:
+    """Whether a step distils given responses beside the others."""
+    return config.objective.kind != "sft" and config.rollout.given.share > 0
+
+
+def reads_responses(config: Config) -> bool:
+    """Whether the training data must hold a response to each prompt."""
+    return config.objective.kind == "sft" or (uses_given(config) and config.rollout.given.path is None)
+
+
+def num_given(config: Config, others: int) -> int:
+    """How many given responses stand beside `others`, so that they are `rollout.given.share` of all."""
+    share = config.rollout.given.share
+    return round(others * share / (1 - share)) if uses_given(config) else 0
+
+
 def samples_with_vllm(config: Config) -> bool:
     """Whether vLLM's engines sample the responses that a step trains on."""
     return samples(config) and config.rollout.engine == "vllm"

@@ -42,6 +42,7 @@ PATHS = (
     "student.path",
     "teacher.path",
     "rollout.path",
+    "rollout.given.path",
     "reward.local.path",
     "data.train",
     "data.eval",

@@ -52,6 +52,8 @@ RULES: dict[str, Rule] = {
     "rollout.max_sequences": Rule("wins", "how many are decoded at once", False),
     "rollout.vllm": Rule("wins", "vLLM's engines", False),
     "rollout.path": Rule("content", "the rollouts that are replayed are the data"),
+    "rollout.given.share": Rule("wins", "how many given responses stand beside the sampled ones"),
+    "rollout.given.path": Rule("content", "the given responses are data"),
     "reward": Rule("wins", "rewards, bonuses and limits"),
     "reward.kind": Rule("fixed", "it says what is correct"),
     "data": Rule("fixed", "columns and templates make the prompts"),
@@ -171,6 +173,8 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
         return uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"
+    if key == "rollout.given.path":
+        return flat.get("rollout.given.share", 0) > 0
     return True
 
 

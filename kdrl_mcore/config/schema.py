@@ -379,6 +379,18 @@ class GroupFilterConfig:
 
 
 @dataclass
+class GivenConfig:
+    """Given responses beside the sampled ones of a step, for distillation over the vocabulary (GKD)."""
+
+    share: float = key(
+        0.0,
+        "their share of a step's responses, beside those to prompts_per_step prompts; 0 is off",
+        range=Range(0, 1, high_is_open=True),
+    )
+    path: str | None = key(None, "a rollout file (JSONL) to take them from; null: data.response_key of the training data")
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled."""
 
@@ -398,10 +410,23 @@ class RolloutConfig:
     )
     steps_ahead: int = key(
         0,
-        "1 samples the next step's responses while this one's are trained on (rollout.vllm.placement=server)",
-        range=Range(0, 1),
+        "how many steps ahead responses are sampled while others are trained on (rollout.vllm.placement=server); 0 is off",
+        range=Range(0, 1000),
+    )
+    max_age: int | None = key(
+        None,
+        "most steps between the weights of a token and its training; None: steps_ahead, prompts keep their order; more lets "
+        "complete groups overtake others",
+        range=COUNT,
+    )
+    unfinished: str = key(
+        "wait",
+        "responses that are not finished at a refit: wait for them, or let them go on under the new weights and keep, or "
+        "recompute, their KV cache",
+        choices=("wait", "keep", "recompute"),
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
+    given: GivenConfig = field(default_factory=GivenConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -501,7 +526,7 @@ class DataConfig:
     choices_key: str | None = key(
         None, "column of a list of choices, shown as A, B, ...; the answer is one's number from 0 or text"
     )
-    response_key: str = key("response", "sft: the given response")
+    response_key: str = key("response", "sft and rollout.given: the given response")
     columns: list[str] = key([], "further columns, which rewards get (docs/rewards.md)")
     prompt_pattern: str | None = key(
         None, "regular expression with one group, the problem, where the column has more around it"

@@ -21,8 +21,8 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Fields:
-    """The contents of a row: the conversation up to the response, the reference answer, the given response (for supervised
-    fine-tuning), and the columns of `data.columns` by their keys."""
+    """The contents of a row: the conversation up to the response, the reference answer, the given response (where it is
+    read), and the columns of `data.columns` by their keys."""
 
     messages: Messages
     answer: str
@@ -41,15 +41,17 @@ class _Choice(NamedTuple):
 class FieldReader:
     """Reads the `Fields` of a data set's rows by the column names of its configuration."""
 
-    def __init__(self, source: str, data: DataConfig, with_targets: bool) -> None:
+    def __init__(self, source: str, data: DataConfig, with_targets: bool, needs_answers: bool = True) -> None:
         """Args:
             source: the data set's name, for error messages.
-            with_targets: for supervised fine-tuning: the response is read too, and the answer may be missing.
+            with_targets: the given response is read too.
+            needs_answers: every row must have an answer.
 
         Raises:
             ConfigError: `data.prompt_pattern` is not a regular expression with exactly one group.
         """
-        self._source, self._data, self._with_targets = source, data, with_targets
+        self._source, self._data = source, data
+        self._with_targets, self._needs_answers = with_targets, needs_answers
         self._unseen = dict.fromkeys(data.columns, "data.columns")
         if data.context_key is not None:
             self._unseen[data.context_key] = "data.context_key"
@@ -167,8 +169,8 @@ class FieldReader:
 
     def _answer(self, row: Row, choices: Sequence[_Choice] | None) -> str:
         key = self._data.answer_key
-        value = row.get(key) if self._with_targets else self._column(row, key, "data.answer_key")
-        if self._with_targets and (value is MISSING or value is None):
+        value = self._column(row, key, "data.answer_key") if self._needs_answers else row.get(key)
+        if not self._needs_answers and (value is MISSING or value is None):
             return ""
         if isinstance(value, bytes):
             value = self._text(row, key, "data.answer_key")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.types import Prompt, Rollout, TokenIds
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class Limits:
         return Limits(tokens, positions[shortest], shortest)
 
 
-def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_response_tokens: int) -> None:
-    """Check that prompts, with the longest response to each (or with their targets), are within the limits.
+def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_response_tokens: int | None) -> None:
+    """Check that prompts, with the longest response to each and with their targets, are within the limits.
+
+    Args:
+        max_response_tokens: of responses that are sampled, and then of targets too; None where none are sampled.
 
     Raises:
         DataError: one is not; the message names its row (from 1) and what to change.
@@ -57,14 +60,30 @@ def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_re
                 f"{source} row {row}: prompt and response have {len(prompt.token_ids)} and {len(prompt.target)} tokens, more "
                 f"than the {limits.positions} positions of {limits.model} (max_position_embeddings): remove the row"
             )
-        if prompt.target is None and len(prompt.token_ids) > longest:
-            longest, longest_row = len(prompt.token_ids), row
-    if longest_row and longest + max_response_tokens > limits.positions:
+        if max_response_tokens is not None:
+            if prompt.target is not None:
+                check_given_length(f"{source} row {row}", prompt.target, max_response_tokens)
+            if len(prompt.token_ids) > longest:
+                longest, longest_row = len(prompt.token_ids), row
+    if max_response_tokens is not None and longest + max_response_tokens > limits.positions:
         remaining = limits.positions - longest
         lower = f"set rollout.max_response_tokens to at most {remaining}, or " if remaining > 0 else ""
         raise DataError(
             f"{source} row {longest_row}: a prompt of {longest} tokens and rollout.max_response_tokens={max_response_tokens} "
             f"exceed the {limits.positions} positions of {limits.model} (max_position_embeddings): {lower}remove longer prompts"
+        )
+
+
+def check_given_length(where: str, response: TokenIds, max_response_tokens: int) -> None:
+    """Check that a response given beside sampled ones is no longer than these may be.
+
+    Raises:
+        DataError: it is; the message begins with `where`.
+    """
+    if len(response) > max_response_tokens:
+        raise DataError(
+            f"{where}: the given response has {len(response)} tokens, more than "
+            f"rollout.max_response_tokens={max_response_tokens}: raise it, or remove the response"
         )
 
 

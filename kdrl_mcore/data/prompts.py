@@ -35,6 +35,7 @@ def load_prompts(
     max_prompt_tokens: int,
     with_targets: bool = False,
     *,
+    needs_answers: bool = True,
     domain: str = "",
     long_prompts: str | None = None,
     on_chunk: Callable[[], None] = lambda: None,
@@ -48,8 +49,9 @@ def load_prompts(
         tokenizer: turns the templated prompt into ids. With the plain template it adds its special tokens; a chat
             template already contains them.
         max_prompt_tokens: a longer prompt is an error, or is dropped and counted if `long_prompts` is "drop".
-        with_targets: for supervised fine-tuning: also make the response's token ids, which end with the end of sequence, or
-            with the token that ends a turn in the chat template. The answer's column may then be missing.
+        with_targets: also make the given response's token ids, which end with the end of sequence, or with the token that ends
+            a turn in the chat template.
+        needs_answers: every row must have an answer; supervised fine-tuning needs none.
         domain: see `Prompt`.
         long_prompts: see `data.long_prompts`; None if dropping prompts is not an option.
         on_chunk: called after each chunk of rows.
@@ -61,7 +63,7 @@ def load_prompts(
     """
     import pyarrow as pa
 
-    reader = FieldReader(source, data, with_targets)
+    reader = FieldReader(source, data, with_targets, needs_answers)
     rows = read_rows(source, reader.wanted, data.split, data.subset)
     template = _Template(source, data, tokenizer)
     plain, dropped = data.template == "plain", 0

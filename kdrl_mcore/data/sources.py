@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from kdrl_mcore.config import Config, DataConfig, SourceConfig, domain_name
+from kdrl_mcore.config.derived import reads_responses
 from kdrl_mcore.data.prompts import load_prompts
 from kdrl_mcore.data.sharing import once_per_node
 from kdrl_mcore.data.stream import Domain
@@ -24,7 +25,7 @@ _KEYS = ("split", "subset", "prompt_key", "answer_key", "context_key", "choices_
 def load_domains(
     config: Config, tokenizer: Tokenizer, on_chunk: Callable[[], None] = lambda: None, *, all_golds: bool = False
 ) -> list[Domain]:
-    """Load every training set, with the given responses for supervised fine-tuning, and check that its verifier accepts its
+    """Load every training set, with its responses where the run uses them, and check that its verifier accepts its
     reference answers. One rank on each machine reads the data and shares it. Collective over the world.
 
     Args:
@@ -59,7 +60,8 @@ def read_domains(
             data,
             tokenizer,
             config.rollout.max_prompt_tokens,
-            with_targets=sft,
+            with_targets=reads_responses(config),
+            needs_answers=not sft,
             domain=domain,
             long_prompts=data.long_prompts,
             on_chunk=on_chunk,

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.types import Prompt
 
+Place = tuple[str, int]
+"""Where a prompt stands: the name of its domain, and its number among the prompts that the domain gives, from 0 on and epoch
+after epoch."""
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -52,12 +56,41 @@ class PromptStream:
         total = sum(domain.weight for domain in domains)
         self._shares = [domain.weight / total for domain in domains]
         self._credits = [0.0] * len(domains)
-        self._before = self.state_dict()
 
-    def next_batch(self) -> list[Prompt]:
-        """The next `batch_size` prompts."""
-        self._before = self.state_dict()
-        return [self._next_domain().next_prompt() for _ in range(self._batch_size)]
+    @property
+    def batch_size(self) -> int:
+        """The prompts of a batch."""
+        return self._batch_size
+
+    @property
+    def given(self) -> int:
+        """The number of prompts drawn."""
+        return sum(order.given for order in self._domains)
+
+    def next_batch(self, count: int | None = None) -> list[Prompt]:
+        """The next `batch_size` prompts, or the next `count`."""
+        return [prompt for _, prompt in self.draw(self._batch_size if count is None else count)]
+
+    def draw(self, count: int) -> list[tuple[Place, Prompt]]:
+        """The next `count` prompts, each with its place."""
+        drawn = []
+        for _ in range(count):
+            order = self._next_domain()
+            drawn.append(((order.domain.name, order.given), order.prompt(order.given)))
+            order.given += 1
+        return drawn
+
+    def at(self, place: Place) -> Prompt:
+        """The prompt that stands there; the stream does not advance.
+
+        Raises:
+            DataError: there is no such domain.
+        """
+        name, number = place
+        for order in self._domains:
+            if order.domain.name == name:
+                return order.prompt(number)
+        raise DataError(f"the run trains on {_listed([order.domain.name for order in self._domains])}, and not on {name}")
 
     def _next_domain(self) -> _DomainOrder:
         if len(self._domains) == 1:
@@ -71,13 +104,11 @@ class PromptStream:
         """The first prompts of the first data set, at most `count`; the stream does not advance."""
         return list(self._domains[0].domain.prompts[:count])
 
-    def state_dict(self, *, before_last_batch: bool = False) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The cursor: the number of prompts drawn and the size of the data; with several domains also both for each domain, and
-        its credit. With `before_last_batch`, the cursor as it was before the last batch was drawn."""
-        if before_last_batch:
-            return self._before
+        its credit."""
         state: dict[str, Any] = {
-            "given": sum(order.given for order in self._domains),
+            "given": self.given,
             "num_prompts": sum(len(order.domain.prompts) for order in self._domains),
         }
         if len(self._domains) > 1:
@@ -109,11 +140,10 @@ class PromptStream:
                 raise DataError(f"data.train has {size} prompts, the checkpoint was made with {made}: {advice}")
             order.given = own["given"]
             self._credits[index] = own.get("credit", 0.0)
-        self._before = self.state_dict()
 
 
 class _DomainOrder:
-    """One domain, the number of prompts drawn from it, and the order of its current epoch."""
+    """One domain, the number of prompts drawn from it, and the order of the epoch that was last asked for."""
 
     def __init__(self, domain: Domain, alone: bool, seed: int, shuffle: bool) -> None:
         self.domain, self.given = domain, 0
@@ -122,11 +152,10 @@ class _DomainOrder:
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def next_prompt(self) -> Prompt:
-        epoch, index = divmod(self.given, len(self.domain.prompts))
+    def prompt(self, number: int) -> Prompt:
+        epoch, index = divmod(number, len(self.domain.prompts))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._epoch_order(epoch)
-        self.given += 1
         return self.domain.prompts[int(self._order[index])]
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

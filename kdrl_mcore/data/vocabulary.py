@@ -38,16 +38,16 @@ def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) ->
     return tokenizer, min(sizes)
 
 
-def end_differently(student: str | Path, teacher: str | Path) -> bool:
-    """Whether the two models end their responses with different tokens, as a base model and one for chats do. False where one
-    has no tokenizer, so that nothing is known.
+def stop_tokens(path: str | Path) -> dict[int, str] | None:
+    """The tokens that end a model's responses, by their ids; None if the model has no tokenizer, so that nothing is known.
 
     Raises:
-        DataError: a tokenizer cannot be read.
+        DataError: the tokenizer cannot be read.
     """
-    if not (_has_tokenizer(student) and _has_tokenizer(teacher)):
-        return False
-    return load_tokenizer(config_folder(student)).eos_ids != load_tokenizer(config_folder(teacher)).eos_ids
+    if not _has_tokenizer(path):
+        return None
+    tokenizer = load_tokenizer(config_folder(path))
+    return {index: tokenizer.tokens.get(index, "?") for index in tokenizer.eos_ids}
 
 
 def _has_tokenizer(path: str | Path) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig
+from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig, load_benchmark
+from kdrl_mcore.data.files import name_of
 from kdrl_mcore.data.limits import Limits, check_prompts
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.evaluation import metrics
@@ -15,7 +16,7 @@ from kdrl_mcore.evaluation.benchmarks import Benchmark, check_benchmark, load_be
 from kdrl_mcore.evaluation.generations import Generations
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.reward.registry import needed_columns
+from kdrl_mcore.reward.registry import AnswerReward, needed_columns, reward_class
 from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
 from kdrl_mcore.types import Rollout
@@ -155,6 +156,21 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
         if all(measure in scores for scores in by_name.values()):
             summary |= _uncertainty(f"eval/{name}", [scores[measure] for scores in by_name.values()])
     return summary
+
+
+def metric_names(config: Config) -> list[str]:
+    """The names that `summarize` will give the metrics of the run's evaluations, before there are any responses."""
+    kinds = {name_of(config.data.eval): config.reward.kind} if config.data.eval else {}
+    kinds |= {name: load_benchmark(name).reward or config.reward.kind for name in config.eval.benchmarks}
+    results = []
+    for name, kind in kinds.items():
+        verifier = reward_class(kind)
+        compares = verifier is not None and issubclass(verifier, AnswerReward)
+        token = np.zeros(1, dtype=np.int64)
+        response = Rollout("", 0, token, token, np.zeros(1, dtype=np.float32), "stop", 0)
+        response.extra = {"answer_class": 0.0} if compares else {}
+        results.append(Result(name, 1, [response] * config.eval.samples, [response] * config.eval.greedy))
+    return sorted(summarize(results))
 
 
 def _scores(result: Result) -> dict[str, metrics.Scores]:

@@ -41,6 +41,7 @@ class AlertThresholds:
     drift_max: float = 1.0  # ... or by more than this on one token, nats; infinite if one token proves nothing
     effective: float = 0.3  # corrections leave this effective share of the tokens
     taught: float = 0.01  # the teacher's weights leave this share of the tokens
+    signal: float = 0.1  # this share of the sampled groups has correct and incorrect responses
     sampled: bool = True  # the run samples its responses; otherwise their rewards and lengths do not depend on it
     has_sampler: bool = True  # responses have a sampler's log-probs, as replayed ones do too
     rewarded: bool = True  # the run learns from rewards
@@ -51,7 +52,7 @@ DEFAULT_THRESHOLDS = AlertThresholds()
 
 WATCHED = (
     *("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max"),
-    *("correction_ess", "kd_importance_ess", "taught_share"),
+    *("correction_ess", "kd_importance_ess", "taught_share", "signal_share"),
 )
 """The metrics that the signatures use."""
 
@@ -161,6 +162,18 @@ def nothing_taught(history: History, thresholds: AlertThresholds = DEFAULT_THRES
     )
 
 
+def few_signals(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """Most prompts are too easy or too hard, so that the group filter samples much for little."""
+    means = _window_means(history, "signal_share", thresholds.window)
+    if not (thresholds.sampled and thresholds.rewarded) or not means or means[-1] >= thresholds.signal:
+        return None
+    return Alert(
+        "few_signals",
+        f"{means[-1]:.1%} of the sampled groups have correct and incorrect responses: choose prompts that fit the student, or "
+        "raise rollout.responses_per_prompt",
+    )
+
+
 SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
     reward_collapse,
     length_explosion,
@@ -169,6 +182,7 @@ SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
     sampler_drift,
     few_effective_tokens,
     nothing_taught,
+    few_signals,
 )
 
 

@@ -37,6 +37,7 @@ class TokenBatch:
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
         sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
+        given: 1 where the response was given, else 0; None without any (`without_sampler`).
     """
 
     advantages: Tensor
@@ -52,10 +53,29 @@ class TokenBatch:
     token_weights: Tensor | None = None
     sequence_ratios: Tensor | None = None
     sequence_log_ratios: Tensor | None = None
+    given: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """The batch of a range of tokens."""
         return self.map(lambda value: value[rows])
+
+    def without_sampler(self, log_probs: Tensor) -> TokenBatch:
+        """The batch in which present log-probs stand for those of mu and pi_old where a response was given: nothing is clipped,
+        corrected or counted as drift there."""
+        if self.given is None:
+            return self
+        given, now = self.given != 0, log_probs.detach()
+
+        def neutral(values: Tensor | None, value: Tensor | float) -> Tensor | None:
+            return None if values is None else torch.where(given, value, values)
+
+        return replace(
+            self,
+            sampler_log_probs=torch.where(given, now, self.sampler_log_probs),
+            old_log_probs=neutral(self.old_log_probs, now),
+            sequence_ratios=neutral(self.sequence_ratios, 1.0),
+            sequence_log_ratios=neutral(self.sequence_log_ratios, 0.0),
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         """The same batch with `change` applied to every tensor."""

@@ -30,21 +30,23 @@ def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> flo
     assert setup.teacher is not None
     layout = setup.teacher.layout
     part = setup.config.batch.micro_tokens * layout.pipeline * layout.data
-    parts = int(setup.workload.tokens * setup.distilled // part)
+    sampled_tokens = setup.workload.tokens * setup.distilled
+    given_tokens = setup.trained.tokens - setup.workload.tokens  # scored at the end
+    parts = int(sampled_tokens // part)
     if not parts:
         return 0.0
     sampled = generation.seconds.total
     complete = _complete_groups(setup, generation)
-    share = part / (setup.workload.tokens * setup.distilled)
+    share = part / sampled_tokens
     loading = teacher[HOST] if setup.config.teacher.offload else 0.0
-    scoring = teacher.total - loading
+    scoring = (teacher.total - loading) * sampled_tokens / (sampled_tokens + given_tokens)
     now, done = 0.0, 0
     while done < parts:
         begins = max(now, float(np.quantile(complete, min(1.0, (done + 1) * share))))
         if begins >= sampled:
             break
         now, done = begins + loading + scoring * share, done + 1
-    left = teacher.total - scoring * done * share if done * share < 1 else 0.0
+    left = teacher.total - scoring * done * share if done * share < 1 or given_tokens else 0.0
     return sampled + teacher.total - (max(now, sampled) + left)
 
 

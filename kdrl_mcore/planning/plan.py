@@ -68,7 +68,7 @@ class Plan:
     @property
     def tokens_per_gpu_second(self) -> float:
         """The prompt and response tokens of one iteration, per GPU and second."""
-        return self.setup.workload.tokens / self.seconds / self.setup.gpus
+        return self.setup.trained.tokens / self.seconds / self.setup.gpus
 
     @property
     def gpu_hours(self) -> float:
@@ -122,7 +122,7 @@ def make_plan(setup: Setup) -> Plan:
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
     """The number of response tokens among the tokens of the most loaded rank."""
-    return packed_tokens * float(setup.workload.lengths_N.sum()) / setup.workload.tokens
+    return packed_tokens * float(setup.trained.lengths_N.sum()) / setup.trained.tokens
 
 
 def _training(setup: Setup) -> Seconds:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kdrl_mcore.config import ClusterConfig, Config
 from kdrl_mcore.config.derived import (
     TEACH_INCORRECT,
     asks_for_transformer_engine,
+    num_given,
     samples_with_vllm,
     servers_per_node,
     training_ranks,
@@ -117,27 +118,33 @@ class Setup:
 
     @property
     def distilled(self) -> float:
-        """The share of the responses that the teacher scores; with the group mask an upper bound."""
+        """The share of the sampled responses that the teacher scores; with the group mask an upper bound."""
         objective = self.config.objective
         masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
         return 1 - self.workload.correct if masked else 1.0
 
     @cached_property
+    def trained(self) -> Workload:
+        """The sampled responses of a step and those given beside them, which are taken to be as long."""
+        sampled = self.workload.responses
+        return replace(self.workload, responses=sampled + num_given(self.config, sampled))
+
+    @cached_property
     def update_packing(self) -> Packing:
         """The packing of one optimizer update."""
-        return self._packing(self.student, self.workload.sequences[:: self.updates])
+        return self._packing(self.student, self.trained.sequences[:: self.updates])
 
     @cached_property
     def scoring_packing(self) -> Packing:
         """The packing of a forward pass of the student over the whole batch."""
-        return self._packing(self.student, self.workload.sequences)
+        return self._packing(self.student, self.trained.sequences)
 
     @cached_property
     def teacher_packing(self) -> Packing:
-        """The packing of the teacher's pass over the responses that the mask keeps."""
+        """The packing of the teacher's pass over the responses that the mask keeps, and the given ones."""
         assert self.teacher is not None
-        kept = max(1, round(self.workload.responses * self.distilled))
-        every = self.workload.sequences
+        every, sampled = self.trained.sequences, self.workload.responses
+        kept = max(1, round(sampled * self.distilled)) + len(every) - sampled
         return self._packing(self.teacher, tuple(every[index * len(every) // kept] for index in range(kept)))
 
     def _packing(self, model: Placed, sequences: tuple[int, ...]) -> Packing:

@@ -28,7 +28,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "data": student.layout.data,
         },
         "gpu_memory_utilization": engine_share(setup) if setup.engine is not None else None,
-        "responses": workload.responses,
+        "responses": setup.trained.responses,
         "prompt_tokens": workload.prompt_tokens,
         "response_tokens": workload.response_tokens,
         "longest_response": workload.longest,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_benchmark
-from kdrl_mcore.config.derived import replays, samples_with_vllm, used_models
+from kdrl_mcore.config.derived import longest_response, replays, samples_with_vllm, used_models, uses_given
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
@@ -35,6 +35,7 @@ from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_run_memory
 from kdrl_mcore.preflight.findings import CheckFailed
 from kdrl_mcore.rollout.files import read_rollouts
+from kdrl_mcore.rollout.given import read_given
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
 
@@ -103,7 +104,7 @@ def check_data(config: Config) -> str:
     """Files of prompts and rollouts exist on every node (any other name is taken for a hub id). All prompts to train or
     evaluate on are read as in training, once on each node, and their verifiers accept each of the reference answers."""
     sources = [str(source.path) for source, _ in training_sources(config)] if config.data.train or config.data.sources else []
-    named = [path for path in (*sources, config.data.eval, config.rollout.path) if path]
+    named = [path for path in (*sources, config.data.eval, config.rollout.path, config.rollout.given.path) if path]
     for path in named:
         if is_file(path) and not Path(path).is_file():
             raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
@@ -141,8 +142,11 @@ def check_lengths(config: Config) -> str:
         checked.append(config.rollout.path)
     elif tokenizer is not None and (config.data.train or config.data.sources):
         for table in read_domains(config, tokenizer):
-            check_prompts(table, table.source, limits, most)
+            check_prompts(table, table.source, limits, longest_response(config))
             checked.append(table.source)
+    if uses_given(config) and config.rollout.given.path is not None:
+        read_given(config.rollout.given.path, limits, most)
+        checked.append(config.rollout.given.path)
     if tokenizer is not None and config.eval.every >= 0:
         own = Limits.of(read_architecture(models[0]).vocab_size, models[:1])
         for benchmark in load_benchmarks(_only_files(config), tokenizer):

@@ -1,9 +1,9 @@
-"""Distribute a batch of prompts over several engine servers by the expected length of their responses, and keep every response
-exactly once whatever fails.
+"""Distribute prompts over several engine servers by the expected length of their responses, and keep every response exactly
+once whatever fails.
 
-The work is cut into assignments: one prompt with some or all of its responses, which share the prompt's KV cache. The longest
-go out first, each to the server with the fewest expected tokens left. A server takes no more responses than it decodes at once;
-the remaining assignments wait for a free server.
+The work is cut into assignments: one prompt with some or all of its responses, which share the prompt's KV cache. Of prompts
+that were submitted together the longest go out first, each to the server with the fewest expected tokens left. A server takes
+no more responses than it decodes at once; the remaining assignments wait for a free server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from kdrl_mcore.types import FinishReason, Prompt, Rollout, TokenFloats, TokenId
 logger = logging.getLogger(__name__)
 
 ResponseIndex = tuple[int, int]
-"""Identifies a response: (index of the prompt in the batch, number among the prompt's responses)."""
+"""Identifies a response: (ticket of the prompt, number among the prompt's responses)."""
+Versions = tuple[tuple[int, int], ...]
+"""The versions of the weights that sampled a response, in order: (version, tokens)."""
 _ASSIGNMENTS_PER_SERVER = 4  # at least, unless prompts have too few responses to split
 
 
@@ -55,20 +57,44 @@ class Response:
     token_ids: TokenIds
     log_probs: TokenFloats
     finish_reason: FinishReason
-    version: int | None
+    versions: Versions
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A prompt whose responses are to be sampled.
+
+    Attributes:
+        ticket: identifies it; never used twice.
+        index: its number among the prompts of its draw, from which, with the sampling's key, its responses' seeds follow.
+    """
+
+    ticket: int
+    prompt: Prompt
+    index: int
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A server failed, and gets no more work until `Dispatch.bring_back`."""
+    """A server failed, and gets no more work until `Dispatch.bring_back`. `life` counts how often it had been brought back."""
 
     index: int
     reason: str
+    life: int = 0
 
 
-Event = Failure | BaseException | Mapping[int, Rollout] | Literal["done", "waiting"]
-"""What can happen while a batch is generated: a server failed; an exception ended the generation; a part of the batch, by
-index, is complete; all responses are there; nothing happened for a while."""
+@dataclass(frozen=True)
+class Complete:
+    """All responses to a prompt are there, in order."""
+
+    ticket: int
+    rollouts: list[Rollout]
+
+
+Event = Failure | BaseException | Complete | Literal["waiting"]
+"""What can happen while responses are sampled: a server failed; an exception ended the sampling; a group is complete; nothing
+happened for a while."""
 
 
 class ExpectedLengths:
@@ -95,7 +121,7 @@ class ExpectedLengths:
 class _Assignment:
     """One prompt and those of its responses that are still missing."""
 
-    prompt: int
+    prompt: Submitted
     indices: set[int]
     expected: float  # tokens per response
 
@@ -110,8 +136,9 @@ class _Lane:
 
     index: int
     server: Server
-    version: int | None
+    version: int
     up: bool = True
+    life: int = 0
     work: dict[_Assignment, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
@@ -124,28 +151,28 @@ class _Lane:
 
 
 class Dispatch:
-    """The generation of one batch, in its own thread; `next_event` returns what happens."""
+    """The sampling of responses, in its own thread. Prompts are submitted at any time; `next_event` returns what happens."""
 
     def __init__(
         self,
         servers: Sequence[Server],
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        version: int | None,
+        version: int,
         max_sequences: int,
         lengths: ExpectedLengths,
         on_finished: Callable[[Response], None],
     ) -> None:
         """Args:
-        version: the version of the servers' weights, from which every response must come.
+        version: the version of the servers' weights. Every token must come from this one, or from one that was announced by
+            `expect` after its response was begun.
         max_sequences: responses that one server decodes at once.
         on_finished: called in the dispatch thread, once for each response.
         """
-        self._prompts, self._sampling = prompts, sampling
         self._max_sequences, self._lengths, self._on_finished = max_sequences, lengths, on_finished
         self._lanes = [_Lane(index, server, version) for index, server in enumerate(servers)]
-        self._waiting = sorted(self._cut(), key=lambda each: (-each.load, each.prompt, min(each.indices)))
-        self._missing = {(index, number) for index in range(len(prompts)) for number in range(sampling.responses_per_prompt)}
+        self._newest = version
+        self._waiting: list[_Assignment] = []
+        self._missing: set[ResponseIndex] = set()
+        self._lives = [0] * len(servers)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -157,30 +184,65 @@ class Dispatch:
         """Start the thread."""
         self._thread.start()
 
+    def submit(self, prompts: Sequence[Submitted]) -> None:
+        """Sample the responses to these prompts, after those that were submitted before."""
+        assignments = sorted(self._cut(prompts), key=lambda each: (-each.load, each.prompt.ticket, min(each.indices)))
+
+        def add() -> None:
+            self._missing |= {(each.prompt.ticket, number) for each in assignments for number in each.indices}
+            self._waiting += assignments
+            self._changed.set()
+
+        self._soon(add)
+
     def announce(self, event: Event) -> None:
-        """Make `next_event` return this event, unless the generation ends first."""
+        """Make `next_event` return this event."""
         self._events.put(event)
 
     @waits_for_others
     def next_event(self, seconds: float) -> Event:
         """The next event: a server's failure (the others continue), an announced event, the exception that ended the
-        generation, "done" after the last response, or "waiting" if nothing happened within `seconds`."""
-        try:
-            return self._events.get(timeout=seconds)
-        except queue.Empty:
-            return "waiting"
+        sampling, or "waiting" if nothing happened within `seconds`."""
+        while True:
+            try:
+                event = self._events.get(timeout=seconds)
+            except queue.Empty:
+                return "waiting"
+            if not isinstance(event, Failure) or event.life == self._lives[event.index]:  # else it has been brought back since
+                return event
 
-    def bring_back(self, index: int, version: int | None) -> None:
+    def expect(self, version: int) -> None:
+        """Servers will get weights of this version; responses may go on under them."""
+        self._newest = max(self._newest, version)
+
+    def renew(self, version: int) -> None:
+        """All servers that work have weights of this version now."""
+
+        def set_version() -> None:
+            for lane in self._lanes:
+                if lane.up:
+                    lane.version = version
+
+        self.expect(version)
+        self._soon(set_version)
+
+    def bring_back(self, index: int, version: int) -> None:
         """Give work again to a server that failed and now has weights of this version. The others may have finished by then."""
+        self._lives[index] += 1
+        life = self._lives[index]
 
         def give() -> None:
-            self._lanes[index].version, self._lanes[index].up = version, True
+            lane = self._lanes[index]
+            for task in lane.work.values():  # of the process that was
+                task.cancel()
+            lane.version, lane.up, lane.life = version, True, life
             self._changed.set()
 
+        self.expect(version)
         self._soon(give)
 
     def stop(self) -> None:
-        """End the generation, finished or not, and its thread."""
+        """End the sampling, finished or not, and its thread."""
 
         def cancel() -> None:
             if self._main is not None:
@@ -191,39 +253,34 @@ class Dispatch:
             self._thread.join()
 
     def _soon(self, action: Callable[[], None]) -> None:
-        """Run an action in the dispatch thread, unless the generation has ended."""
+        """Run an action in the dispatch thread, unless the sampling has ended."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(action)
 
-    def _cut(self) -> list[_Assignment]:
-        responses = self._sampling.responses_per_prompt
-        fair = len(self._prompts) * responses // (_ASSIGNMENTS_PER_SERVER * len(self._lanes))
-        size = max(1, min(responses, fair, self._max_sequences))
-        return [
-            _Assignment(
-                index,
-                set(range(begin, min(begin + size, responses))),
-                self._lengths.of(prompt.prompt_id, self._sampling.max_response_tokens),
-            )
-            for index, prompt in enumerate(self._prompts)
-            for begin in range(0, responses, size)
-        ]
+    def _cut(self, prompts: Sequence[Submitted]) -> list[_Assignment]:
+        fair = sum(each.sampling.responses_per_prompt for each in prompts) // (_ASSIGNMENTS_PER_SERVER * len(self._lanes))
+        assignments = []
+        for each in prompts:
+            responses, limit = each.sampling.responses_per_prompt, each.sampling.max_response_tokens
+            size, expected = max(1, min(responses, fair, self._max_sequences)), self._lengths.of(each.prompt.prompt_id, limit)
+            for begin in range(0, responses, size):
+                assignments.append(_Assignment(each, set(range(begin, min(begin + size, responses))), expected))
+        return assignments
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             try:
-                runner.run(self._generate())
-                self._events.put("done")
+                runner.run(self._sample())
             except asyncio.CancelledError:
                 return
             except BaseException as error:  # `next_event` returns it to the other thread
                 self._events.put(error)
 
-    async def _generate(self) -> None:
+    async def _sample(self) -> None:
         self._main = asyncio.current_task()
         async with connections() as http:
             try:
-                while self._missing:
+                while True:
                     self._hand_out(http)
                     await self._changed.wait()
                     self._changed.clear()
@@ -243,29 +300,29 @@ class Dispatch:
                 return
             lane = min(free, key=lambda each: each.load)
             del self._waiting[0]
-            task = lane.work[assignment] = asyncio.create_task(self._work(http, lane, assignment))
+            task = lane.work[assignment] = asyncio.create_task(self._work(http, lane, assignment, lane.version))
             # A callback runs even if the task is cancelled before it begins.
             task.add_done_callback(partial(self._put_back, lane, assignment))
 
     def _has_capacity(self, lane: _Lane, assignment: _Assignment) -> bool:
         return not lane.work or lane.responses + len(assignment.indices) <= self._max_sequences
 
-    async def _work(self, http: httpx.AsyncClient, lane: _Lane, assignment: _Assignment) -> None:
+    async def _work(self, http: httpx.AsyncClient, lane: _Lane, assignment: _Assignment, version: int) -> None:
         requests = [self._request(assignment.prompt, number) for number in sorted(assignment.indices)]
-        sampling = self._sampling
+        sampling = assignment.prompt.sampling
         settings = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_response_tokens,
         }
         try:
-            async for line in lane.server.generate(http, lane.version, requests, settings):
-                self._take(lane, assignment, line)
+            async for line in lane.server.generate(http, version, requests, settings):
+                self._take(assignment, line, version)
         except ServerFailed as error:
             self._fail(lane, str(error))
         except asyncio.CancelledError:
             pass
-        except Exception as error:  # `_generate` raises it and ends
+        except Exception as error:  # `_sample` raises it and ends
             self._error = error
 
     def _put_back(self, lane: _Lane, assignment: _Assignment, _: asyncio.Task[None]) -> None:
@@ -274,30 +331,37 @@ class Dispatch:
             self._waiting.insert(0, assignment)
         self._changed.set()
 
-    def _request(self, index: int, number: int) -> dict[str, Any]:
+    def _request(self, submitted: Submitted, number: int) -> dict[str, Any]:
         return {
-            "id": f"{index}.{number}",
-            "prompt_token_ids": self._prompts[index].token_ids.tolist(),
-            "seed": request_seed(self._sampling.key, index, number),
+            "id": f"{submitted.ticket}.{number}",
+            "prompt_token_ids": submitted.prompt.token_ids.tolist(),
+            "seed": request_seed(submitted.sampling.key, submitted.index, number),
         }
 
-    def _take(self, lane: _Lane, assignment: _Assignment, line: Mapping[str, Any]) -> None:
-        """Keep a response unless it has arrived before."""
-        index, number = map(int, line["id"].split("."))
-        if line["version"] != lane.version:
-            raise ServerFailed(f"response {line['id']} comes from weight version {line['version']}, not {lane.version}")
+    def _take(self, assignment: _Assignment, line: Mapping[str, Any], asked: int) -> None:
+        """Keep a response unless it has arrived before.
+
+        Args:
+            asked: the version of the weights that the request named.
+        """
+        ticket, number = map(int, line["id"].split("."))
+        versions: Versions = tuple((version, count) for version, count in line["versions"])
         if line["finish_reason"] not in ("stop", "length") or not line["token_ids"]:
             raise ServerFailed(
                 f"response {line['id']} ended with {line['finish_reason']!r} and {len(line['token_ids'])} tokens"
             )
+        if not _is_order_of(versions, asked, self._newest) or sum(count for _, count in versions) != len(line["token_ids"]):
+            raise ServerFailed(
+                f"response {line['id']} comes from weight versions {_listed(versions)}, asked for {asked} to {self._newest}"
+            )
         assignment.indices.discard(number)
-        if (index, number) not in self._missing:
+        if (ticket, number) not in self._missing:
             return
-        self._missing.remove((index, number))
-        self._lengths.add(self._prompts[index].prompt_id, len(line["token_ids"]))
+        self._missing.remove((ticket, number))
+        self._lengths.add(assignment.prompt.prompt.prompt_id, len(line["token_ids"]))
         token_ids = np.array(line["token_ids"], dtype=np.int64)
         log_probs = np.array(line["log_probs"], dtype=np.float32)
-        self._on_finished(Response((index, number), token_ids, log_probs, line["finish_reason"], line["version"]))
+        self._on_finished(Response((ticket, number), token_ids, log_probs, line["finish_reason"], versions))
 
     def _fail(self, lane: _Lane, reason: str) -> None:
         """Take a server out of use; its work waits for another one."""
@@ -308,7 +372,17 @@ class Dispatch:
         for task in lane.work.values():
             if task is not this:
                 task.cancel()
-        self._events.put(Failure(lane.index, reason))
+        self._events.put(Failure(lane.index, reason, lane.life))
+
+
+def _is_order_of(versions: Versions, oldest: int, newest: int) -> bool:
+    """Whether the versions grow, from `oldest` or later to `newest` or earlier."""
+    named = [version for version, _ in versions]
+    return None not in named and named == sorted(set(named)) and bool(named) and oldest <= named[0] and named[-1] <= newest
+
+
+def _listed(versions: Versions) -> str:
+    return ", ".join(f"{version} ({count} tokens)" for version, count in versions) or "none"
 
 
 def request_seed(key: tuple[int, ...], index: int, number: int) -> int:

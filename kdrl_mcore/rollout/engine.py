@@ -70,3 +70,28 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """End all that the engine started. Not collective, so that it can be called after an error."""
         ...
+
+
+Choose = Callable[[Sequence[int]], Sequence[int] | None]
+"""Takes the tickets whose responses are all there, in the order in which they were completed, and returns those to take out
+now, or None to wait for more. It is asked on rank 0, again after each further one."""
+
+
+class FlowingEngine(RolloutEngine, Protocol):
+    """An engine that samples while the ranks do other work. A refit may come at any time: the engine's setting says how
+    unfinished responses go on."""
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, indices: Sequence[int] | None = None) -> list[int]:
+        """Begin to sample, after what was submitted before. Returns a ticket for each prompt, the same on every rank. No
+        communication among ranks; every rank passes the same.
+
+        Args:
+            indices: each prompt's number among those that share the sampling's key, from which its draws follow; by default
+                its place in `prompts`.
+        """
+        ...
+
+    def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
+        """Take out groups that are complete, and verified, as `choose` says; in its order, on every rank. Collective over the
+        world."""
+        ...

@@ -37,8 +37,9 @@ def write_rollouts(
     """Write a rollout file atomically: to a temporary file, then renamed.
 
     Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` where the teacher gave
-    them, `domain` where training has several, and the keys of `extra`. A float32 log-prob is written with enough digits to read
-    the same float32 back. Log-probs that are not finite are written as such (`NaN`), as evidence; `read_rollouts` refuses them.
+    them, `domain` where training has several, `later_versions` where the weights changed on the way, and the keys of `extra`.
+    A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written as
+    such (`NaN`), as evidence; `read_rollouts` refuses them.
 
     Args:
         scores: further lists with one number per response token, by key, which make it a scored file.
@@ -133,6 +134,8 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
         row["teacher_log_probs"] = rollout.teacher_log_probs.tolist()
     if rollout.domain:
         row["domain"] = rollout.domain
+    if rollout.later_versions:
+        row["later_versions"] = [list(each) for each in rollout.later_versions]
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
@@ -168,6 +171,7 @@ def from_row(row: Any) -> Rollout:
         reward=float(row["reward"]),
         correct=row["correct"],
         **{key: row.get(key, "") for key in _TEXTS},
+        later_versions=_later_versions(row, len(response)),
         extra={key: float(value) for key, value in row.items() if key not in _TYPES and _is_number(value)},
     )
 
@@ -182,6 +186,20 @@ def _scores(row: dict[str, Any], num_tokens: int) -> dict[str, TokenFloats]:
         and len(value) == num_tokens
         and all(map(_is_number, value))
     }
+
+
+def _later_versions(row: dict[str, Any], num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(version, tokens) of the weights that sampled the response's later tokens, if they changed on the way."""
+    value = row.get("later_versions", [])
+    are_pairs = isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair) and pair[1] > 0 for pair in value
+    )
+    if not are_pairs or sum(count for _, count in value) >= num_tokens:
+        raise _BadRow(
+            f"'later_versions' is {_shorten(value)}, it must be a list of [version, tokens] of fewer tokens than the "
+            f"response's {num_tokens}"
+        )
+    return tuple((version, count) for version, count in value)
 
 
 def _token_ids(row: dict[str, Any], key: str) -> NDArray[np.int64]:

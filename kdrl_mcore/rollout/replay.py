@@ -57,7 +57,7 @@ class ReplayedRollouts(RolloutSource):
 
     def state_dict(self) -> dict[str, Any]:
         """See `RolloutSource`. There is no state, as there are no prompts."""
-        return {"prompts": None, "pending": None}
+        return {"prompts": None}
 
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
         """See `RolloutSource`. There is nothing to restore, as every step is the same."""

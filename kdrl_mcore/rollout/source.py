@@ -1,22 +1,22 @@
-"""The sources of a step's rollouts: sampled with the student's present weights, sampled one step ahead (`ahead.py`), replayed
-from a file (`replay.py`), or given with the prompts."""
+"""The sources of a step's rollouts: sampled with the student's weights, replayed from a file (`replay.py`), or given
+(`given.py`)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
-
-import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.reward.verifier import Verifier, verify_together
-from kdrl_mcore.rollout.engine import OnPart, RolloutEngine, Sampling, Weights
-from kdrl_mcore.rollout.group_filter import GroupFilter
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.rollout.engine import Choose, FlowingEngine, OnPart, RolloutEngine, Sampling, Weights
+from kdrl_mcore.rollout.group_filter import Choice, GroupFilter
+from kdrl_mcore.rollout.ledger import Entry, Ledger
+from kdrl_mcore.types import Rollout
 
 
 class RolloutSource(ABC):
@@ -42,7 +42,7 @@ class RolloutSource(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The source's state for a checkpoint: the cursor of the prompts, and the responses sampled ahead. Not collective."""
+        """The source's state for a checkpoint: the cursor of the prompts, and the ledger where there is one. Not collective."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
@@ -55,8 +55,14 @@ class RolloutSource(ABC):
 
     @property
     def counts(self) -> dict[str, float]:
-        """Metrics of how the last step's rollouts were chosen; empty unless groups are filtered."""
+        """Metrics of how the last step's rollouts were chosen, and of the ledger; empty for sources that sample nothing."""
         return {}
+
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """The place of each of the last step's rollouts among all that were sampled for it, by which `on_part` was given them;
+        None where all were taken, in order."""
+        return None
 
     def refit(self) -> None:  # noqa: B027
         """Give the engine the student's present weights, so that the next step is sampled with them."""
@@ -64,15 +70,42 @@ class RolloutSource(ABC):
     def verify(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027
         """Set the reward and the correctness of each rollout, unless they were given with it."""
 
+    def prepare_refit(self) -> None:  # noqa: B027
+        """Wait for the responses that must not go on under other weights, before the engine gets them."""
+
     def finish(self) -> None:  # noqa: B027
-        """Wait for the responses being sampled ahead, so that a checkpoint can hold them and the engine is free."""
+        """Wait for the responses being sampled ahead, so that a checkpoint can hold them."""
 
     def close(self) -> None:  # noqa: B027
         """End the verifier's processes. Not collective."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """How responses are sampled ahead of the steps that train on them.
+
+    Attributes:
+        engine: the engine, which samples while the student trains.
+        steps: how many steps ahead: the prompts that wait when a step trains were drawn for so many steps.
+        max_age: the most steps between the weights that sampled a token and the step that trains on it. With as many as
+            `steps`, groups are trained on in the order in which their prompts were drawn; with more, complete groups overtake
+            others until those are due.
+        waits: whether a refit waits for unfinished responses; else they go on under the new weights.
+        last_step: the run's last step, after which nothing is drawn.
+        updates_per_step: optimizer updates of a step.
+    """
+
+    engine: FlowingEngine
+    steps: int
+    max_age: int
+    waits: bool
+    last_step: int
+    updates_per_step: int
+
+
 class SampledRollouts(RolloutSource):
-    """Samples each step's responses to the next prompts with the student's present weights."""
+    """Samples each step's responses with the student's weights: its present ones, or steps ahead. The ledger knows which
+    prompts are drawn, and which of them wait for their end."""
 
     samples = True
 
@@ -84,20 +117,31 @@ class SampledRollouts(RolloutSource):
         verifier: Verifier | None,
         sampling: Sampling,
         group_filter: GroupFilter | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Args:
         verifier: the verifier on the ranks that verify, None on the others.
         sampling: the settings of every step; the step's number is appended to their key, and that of a further round.
         group_filter: None takes the groups as they are sampled.
+        ahead: None samples a step's responses when it begins.
         """
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
-        self._student, self._sampling = student, sampling
-        self._filter, self._counts = group_filter, dict[str, float]()
-        self._staleness = 0  # optimizer updates by which the student may be ahead of the sampling weights
+        self.ledger = Ledger(prompts)
+        self._student, self._sampling, self._ahead = student, sampling, ahead
+        self._filter = group_filter
+        self._choice: Choice | None = None  # the filter's, of the last step
+        self._ages: dict[str, float] = {}  # of the last step's tokens, where they have any
+        self._submitted: dict[int, Entry] = {}  # what the engine samples ahead, by its ticket
 
     def refit(self) -> None:
         """See `RolloutSource`."""
+        self.prepare_refit()
         self.engine.refit(self._student)
+
+    def prepare_refit(self) -> None:
+        """See `RolloutSource`."""
+        if self._ahead is not None and self._ahead.waits:
+            self.finish()
 
     def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutSource`.
@@ -105,13 +149,24 @@ class SampledRollouts(RolloutSource):
         Raises:
             EngineError: on all ranks: the engine failed, or sampled with stale weights.
         """
-        rollouts = self._sample(step, on_part)
-        if self._filter is not None:
-            self._verify(rollouts)
-            rollouts, self._counts = self._filter.fill(rollouts, partial(self._sample_more, step))
-        self._begin_next(step)
+        ahead = self._ahead
+        if self._filter is None:
+            chosen = self._groups_of(step, on_part)
+        else:
+            first = self._groups_of(step, self._scoring(on_part, 0))
+            self._verify([rollout for entry in first for rollout in entry.rollouts or ()])
+            self._choice = self._filter.fill(first, partial(self._further_groups, step, on_part))
+            chosen = self._choice.chosen
+            for reason, entries in self._choice.dropped.items():
+                self.ledger.drop(entries, reason)
+        rollouts = self.ledger.train(chosen)
+        if ahead is not None:
+            self.ledger.draw_until(min(step + ahead.steps, ahead.last_step), step + 1)
+            self._submit()
+            self._ages = ages(rollouts, self._student.version)
+        self.ledger.check()
         self.engine.sleep()
-        refuse_stale(rollouts, self._student.version, self._staleness)
+        refuse_stale(rollouts, self._student.version, 0 if ahead is None else ahead.max_age * ahead.updates_per_step)
         return rollouts
 
     def first(self, count: int, sampling: Sampling) -> list[Rollout]:
@@ -124,79 +179,139 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return self._counts
+        return ({} if self._choice is None else self._choice.counts) | self._ages | self.ledger.counts()
+
+    @property
+    def chosen(self) -> Sequence[int] | None:
+        """See `RolloutSource`."""
+        return None if self._choice is None else self._choice.places
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
         """See `RolloutSource`. Done already where groups are filtered."""
         if self._filter is None:
             self._verify(rollouts)
 
-    def state_dict(self) -> dict[str, Any]:
+    def finish(self) -> None:
         """See `RolloutSource`."""
-        return {"prompts": self.prompts.state_dict(), "pending": None}
+        if self._submitted:
+            self._take_out(lambda complete: list(self._submitted) if self._submitted.keys() <= set(complete) else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RolloutSource`: the ledger. Responses that are still being sampled count as not begun."""
+        return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`. Prompts for which the checkpoint holds responses sampled ahead are sampled again."""
-        _load_cursor(self.prompts, state)
+        """See `RolloutSource`."""
+        self.ledger.load_state_dict(state)
+        self._submitted = {}
+        if resamples or self._ahead is None:
+            self.ledger.forget_responses()
 
     def close(self) -> None:
         """See `RolloutSource`."""
         if self.verifier is not None:
             self.verifier.close()
 
-    def _sample(self, step: int, on_part: OnPart | None) -> list[Rollout]:
-        return self.engine.generate(self.prompts.next_batch(), self._sampling_of(step), on_part)
+    def _groups_of(self, step: int, on_part: OnPart | None) -> list[Entry]:
+        """The step's first prompts with their responses."""
+        self.ledger.draw_until(step, step)
+        if self._ahead is None:
+            return self._sample_now(self.ledger.due(step), on_part)
+        overdue = self.ledger.due(step - (self._ahead.max_age - self._ahead.steps))
+        return self._first_complete(self.prompts.batch_size, overdue)
 
-    def _sample_more(self, step: int, number: int) -> list[Rollout]:
-        """Verified responses to further prompts of a step."""
-        rollouts = self.engine.generate(self.prompts.next_batch(), self._sampling_of(step, number))
-        self._verify(rollouts)
-        return rollouts
+    def _further_groups(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Entry]:
+        """Further prompts of a step with their verified responses; `before` responses were sampled for it already."""
+        entries = self.ledger.draw(step, number)
+        if self._ahead is None:
+            self._sample_now(entries, self._scoring(on_part, before))
+        else:
+            self._first_complete(len(entries), entries)
+        self._verify([rollout for entry in entries for rollout in entry.rollouts or ()])
+        return entries
+
+    def _sample_now(self, entries: list[Entry], on_part: OnPart | None) -> list[Entry]:
+        """Have the engine sample the responses to prompts that were drawn together."""
+        prompts, sampling = [entry.prompt for entry in entries], self._sampling_of(entries[0])
+        return self.ledger.sampled(entries, self.engine.generate(prompts, sampling, on_part))
+
+    def _first_complete(self, count: int, due: Sequence[Entry]) -> list[Entry]:
+        """Wait for `count` groups: those that are due, then those that are complete first."""
+        self._submit()
+        before = [entry for entry in self.ledger.waiting if entry.rollouts is not None]
+
+        def picked(complete: Sequence[Entry]) -> list[Entry] | None:
+            others = [entry for entry in complete if entry not in due]
+            if len(complete) - len(others) < len(due) or len(complete) < count:
+                return None
+            return [*due, *others][:count]
+
+        def choose(tickets: Sequence[int]) -> list[int] | None:
+            chosen = picked([*before, *(self._submitted[ticket] for ticket in tickets if ticket in self._submitted)])
+            return None if chosen is None else [ticket for ticket in tickets if self._submitted.get(ticket) in chosen]
+
+        chosen = picked(before)
+        if chosen is None:
+            chosen = picked(before + self._take_out(choose))
+        assert chosen is not None
+        return chosen
+
+    def _submit(self) -> None:
+        """Have the engine sample what waits without responses, in the order in which it was drawn."""
+        assert self._ahead is not None
+        begun = set(self._submitted.values())
+        missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]
+        for _, together in groupby(missing, key=_key_of):
+            entries = list(together)
+            indices = [entry.draw.index for entry in entries if entry.draw is not None]
+            prompts = [entry.prompt for entry in entries]
+            tickets = self._ahead.engine.submit(prompts, self._sampling_of(entries[0]), indices)
+            self._submitted.update(zip(tickets, entries, strict=True))
+
+    def _take_out(self, choose: Choose) -> list[Entry]:
+        """Take complete groups from the engine. Returns their prompts."""
+        assert self._ahead is not None
+        taken = []
+        for ticket, rollouts in self._ahead.engine.collect(choose).items():
+            entry = self._submitted.pop(ticket)
+            entry.rollouts = rollouts
+            taken.append(entry)
+        return taken
+
+    def _scoring(self, on_part: OnPart | None, before: int) -> OnPart | None:
+        """`on_part` of those groups of a round that the filter may keep, by their places among all that are sampled for the
+        step."""
+        group_filter = self._filter
+        if on_part is None or group_filter is None:
+            return None
+
+        def score(part: Mapping[int, Rollout]) -> None:
+            worth = group_filter.worth_scoring(part)
+            if worth:
+                on_part({before + place: rollout for place, rollout in worth.items()})
+
+        return score
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
         """The replicas' leaders share the groups, unless the engine has verified them already."""
         if not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)
 
-    def _begin_next(self, step: int) -> None:
-        """Called when all of a step's responses are there."""
-
-    def _sampling_of(self, *key: int) -> Sampling:
-        return replace(self._sampling, key=(*self._sampling.key, *key))
+    def _sampling_of(self, entry: Entry) -> Sampling:
+        return replace(self._sampling, key=(*self._sampling.key, *_key_of(entry)))
 
 
-class GivenResponses(RolloutSource):
-    """The data set's own responses, for supervised fine-tuning: they were not sampled and have no reward."""
+def _key_of(entry: Entry) -> tuple[int, ...]:
+    assert entry.draw is not None
+    return entry.draw.key
 
-    def __init__(self, prompts: PromptStream, student: Weights) -> None:
-        self._prompts, self._student = prompts, student
 
-    def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutSource`; the sampler's log-probs are zero."""
-        return self._as_rollouts(self._prompts.next_batch())
-
-    def first(self, count: int, sampling: Sampling) -> list[Rollout]:
-        """See `RolloutSource`."""
-        return self._as_rollouts(self._prompts.first(count))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `RolloutSource`."""
-        return {"prompts": self._prompts.state_dict(), "pending": None}
-
-    def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`."""
-        _load_cursor(self._prompts, state)
-
-    def _as_rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        rollouts = []
-        for group, prompt in enumerate(prompts):
-            assert prompt.target is not None
-            nothing = np.zeros(len(prompt.target), dtype=np.float32)
-            version, domain = self._student.version, prompt.domain
-            rollouts.append(
-                Rollout(prompt.prompt_id, group, prompt.token_ids, prompt.target, nothing, "stop", version, domain=domain)
-            )
-        return rollouts
+def ages(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """The mean and the largest age of the tokens of a batch, as metrics: by how many updates the weights that sampled them are
+    older than `version`."""
+    counted = [(version - each, tokens) for rollout in rollouts for each, tokens in rollout.versions]
+    mean = sum(age * tokens for age, tokens in counted) / sum(tokens for _, tokens in counted)
+    return {"token_age": mean, "token_age_max": float(max(age for age, _ in counted))}
 
 
 def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> None:
@@ -209,16 +324,6 @@ def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> Non
     if oldest is not None and version - oldest.weight_version > allowed:
         raise EngineError(
             f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
-            f"has version {version}: rollout.steps_ahead allows {allowed} updates between them; the engine was not refitted"
+            f"has version {version}: rollout.steps_ahead and rollout.max_age allow {allowed} updates between them; the engine "
+            "was not refitted"
         )
-
-
-def _load_cursor(prompts: PromptStream, state: dict[str, Any]) -> None:
-    """Set the stream's cursor as if nothing had been sampled ahead. A checkpoint of replayed rollouts has no cursor."""
-    cursor, pending = state["prompts"], state.get("pending")
-    if pending:
-        drawn = len({row["group_id"] for row in pending})
-        before = {**cursor, "given": cursor["given"] - drawn}  # for checkpoints without prompts_before_pending
-        cursor = state.get("prompts_before_pending") or before
-    if cursor is not None:
-        prompts.load_state_dict(cursor)

@@ -67,6 +67,11 @@ class TrainingBatch:
     sequence_ratios_N: Tensor | None = None
     sequence_log_ratios_N: Tensor | None = None
 
+    @property
+    def given_N(self) -> Tensor:
+        """Which responses were given, not sampled (bool)."""
+        return torch.tensor([rollout.given for rollout in self.rollouts], dtype=torch.bool)
+
     def with_weights(self, *, advantages_N: Tensor, policy_weights_N: Tensor, distillation_weights_N: Tensor) -> TrainingBatch:
         """The same batch with these advantages and weights."""
         return replace(
@@ -74,11 +79,14 @@ class TrainingBatch:
         )
 
     def split_by_group(self, parts: int) -> list[TrainingBatch]:
-        """Split into `parts` batches of whole groups, in order; empty batches are left out."""
-        groups = list(dict.fromkeys(rollout.group_id for rollout in self.rollouts))
+        """Split into `parts` batches of whole groups, in order; each gets its share of the given responses, too. Empty batches
+        are left out."""
+        sampled, given = ([each for each in self.rollouts if each.given == kind] for kind in (False, True))
+        kinds = [list(dict.fromkeys(rollout.group_id for rollout in rollouts)) for rollouts in (sampled, given)]
         result = []
         for part in range(parts):
-            wanted = set(groups[part * len(groups) // parts : (part + 1) * len(groups) // parts])
+            cuts = [groups[part * len(groups) // parts : (part + 1) * len(groups) // parts] for groups in kinds]
+            wanted = {group for groups in cuts for group in groups}
             index = [i for i, rollout in enumerate(self.rollouts) if rollout.group_id in wanted]
             if index:
                 result.append(self._take(index))
@@ -124,7 +132,7 @@ class TrainingBatch:
         def spread(values_N: Tensor) -> Tensor:
             return values_N[indices].float().repeat_interleave(counts)
 
-        def spread_if_given(values_N: Tensor | None) -> Tensor | None:
+        def spread_if_known(values_N: Tensor | None) -> Tensor | None:
             return None if values_N is None else spread(values_N)
 
         def join(values: Sequence[TokenFloats | None] | None) -> Tensor | None:
@@ -136,6 +144,7 @@ class TrainingBatch:
             ]
             return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0)
 
+        given_N = self.given_N
         sampler = join([rollout.sampler_log_probs for rollout in self.rollouts])
         assert sampler is not None
         return TokenBatch(
@@ -147,10 +156,11 @@ class TrainingBatch:
             old_log_probs=join(self.old_log_probs),
             teacher_log_probs=join(self.teacher_log_probs),
             reference_log_probs=join(self.reference_log_probs),
-            correct=spread_if_given(self.correct_N),
+            correct=spread_if_known(self.correct_N),
             token_weights=join(self.token_weights),
-            sequence_ratios=spread_if_given(self.sequence_ratios_N),
-            sequence_log_ratios=spread_if_given(self.sequence_log_ratios_N),
+            sequence_ratios=spread_if_known(self.sequence_ratios_N),
+            sequence_log_ratios=spread_if_known(self.sequence_log_ratios_N),
+            given=spread(given_N) if given_N.any() else None,
         )
 
 
@@ -182,7 +192,8 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
             hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
         tokens = batch.token_batch(packed.spans).map(to_device)
         mu_T = None if batch.on_policy else tokens.sampler_log_probs
-        result.append(MicroBatch(packed, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG))
+        given_T = None if tokens.given is None else tokens.given != 0
+        result.append(MicroBatch(packed, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG, given_T))
     return result
 
 

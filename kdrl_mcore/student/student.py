@@ -48,12 +48,15 @@ class MicroBatch:
         sampler_log_probs_T: log mu of the loss rows; None if the student's present weights sampled them.
         teacher_hidden_DG: the teacher's hidden states of the first D loss rows, in host memory; None unless the loss compares
             student and teacher over the vocabulary.
+        given_T: which loss rows are of given responses (bool); None without any. They are left out of what is measured of the
+            student's own.
     """
 
     packed: PackedBatch
     token_loss: TokenLoss
     sampler_log_probs_T: Tensor | None = None
     teacher_hidden_DG: Tensor | None = None
+    given_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -259,8 +262,10 @@ class Student:
         if teacher is not None:
             distilled = slice(0, micro.packed.num_distilled)
             d_D = outputs.teacher_log_probs[distilled] - outputs.log_probs[distilled]
+            d_D = d_D if micro.given_T is None else torch.where(micro.given_T[distilled], 0.0, d_D)
             measured.append((measured_divergences(d_D, outputs.divergences[distilled]), {}))
-        measured.append(({"loss": outputs.loss.detach(), "entropy": outputs.entropies.sum()}, {}))
+        entropies_T = outputs.entropies if micro.given_T is None else torch.where(micro.given_T, 0.0, outputs.entropies)
+        measured.append(({"loss": outputs.loss.detach(), "entropy": entropies_T.sum()}, {}))
         sums, maxima = _merge(measured)
         return outputs.loss, torch.zeros((), dtype=torch.int), (sums, maxima)
 

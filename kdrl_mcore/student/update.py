@@ -41,7 +41,7 @@ def update_supervised(student: Student, batch: TrainingBatch, config: Config) ->
 def advance_schedules(update: UpdateResult, alpha: Coefficient, beta: Coefficient) -> None:
     """Move alpha and beta by one optimizer step; a skipped update does not count. No communication."""
     if update.skipped is None:
-        tokens = update.sums.get("distilled_tokens", 0.0)
+        tokens = max(0.0, update.sums.get("distilled_tokens", 0.0) - update.sums.get("given_tokens", 0.0))
         kl = update.sums["kl_k1"] / tokens if tokens else None
         alpha.advance(kl)
         beta.advance(kl)
@@ -80,11 +80,13 @@ def _joint_loss(objective: ObjectiveConfig, alpha: float, beta: float) -> BatchL
 def _joint(
     tokens: HeadTokens, has_divergences: bool, batch: TokenBatch, *, objective: ObjectiveConfig, alpha: float, beta: float
 ) -> tuple[Tensor, Measures]:
-    divergence_C = None
+    divergence_C, batch = None, batch.without_sampler(tokens.log_probs)
     if has_divergences:
         divergence_C = tokens.divergences
         batch = replace(batch, teacher_log_probs=tokens.teacher_log_probs, teacher_entropies=tokens.teacher_entropies)
     loss_C, sums, maxima = joint_loss(tokens.log_probs, batch, objective, alpha, beta, divergence_C, tokens.entropies)
+    if batch.given is not None:
+        sums["given_tokens"] = batch.given.sum()
     return loss_C, (sums, maxima)
 
 

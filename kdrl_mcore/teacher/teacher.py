@@ -29,13 +29,23 @@ class TeacherScores:
 
     Attributes:
         tokens: the number of response tokens scored.
+        dropped_tokens: further ones, whose responses the batch lost afterwards.
         log_probs: log T [response tokens] of the sampled tokens.
         hidden: the last hidden states instead, for a divergence over the vocabulary.
     """
 
     tokens: int = 0
+    dropped_tokens: int = 0
     log_probs: dict[int, TokenFloats] = field(default_factory=dict)
     hidden: HiddenStates | None = None
+
+    def keep(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> None:
+        """Drop the scores of all responses but these; those at `places[i]` become those of `rollouts[i]`."""
+        log_probs, hidden = self.log_probs, self.hidden
+        self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
+        self.hidden = None if hidden is None else hidden.select(places)
+        kept = sum(len(rollout.response_token_ids) for index, rollout in enumerate(rollouts) if index in self)
+        self.tokens, self.dropped_tokens = kept, self.tokens - kept
 
     def __contains__(self, place: int) -> bool:
         return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.reference.tiny_models import read_jsonl, write_jsonl
 from tests.support.ranks import RankPool
-from tests.support.training import FAST, Outcome, metrics_of, train_on_rank
+from tests.support.training import FAST, Outcome, metrics_of, steps_of, train_on_rank, train_scoring_early_on_rank
 from tests.support.zoo import Zoo
 
 
@@ -79,13 +79,6 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/truncated", "trainer.steps=5")
     assert outcome.code == 0, outcome.stderr
     assert (folder / "best").readlink() == Path("step_000005")  # the first of another measure, whatever the record was
-    back = (f"checkpoint.resume={folder}/step_000004", "trainer.steps=6", "eval.every=2", "checkpoint.every=3")
-    outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/nothing", *back)
-    assert (
-        outcome.code == 2
-        and "checkpoint.best=eval/nothing is not a metric of the evaluations; these are: eval/" in outcome.stderr
-    )
-    assert not (folder / "best").is_symlink()  # it was of the branch that is left
 
 
 def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
@@ -104,6 +97,31 @@ def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPoo
     outcome = run(ranks1, zoo, tmp_path, *settings, "reward.terms=[{kind: 'tests.support.rewards:WithoutAScore'}]")
     assert outcome.code == 1 and "WithoutAScore failed at" in outcome.stderr and outcome.stderr.count("\n") == 1
 
+@pytest.mark.parametrize("name", ["eval/nothing", "eval/maj@1", "eval/greedy_accuracy"])
+def test_a_best_checkpoint_by_no_metric_is_refused_before_anything_is_loaded(
+    name: str, zoo: Zoo, ranks1: RankPool, tmp_path: Path
+) -> None:
+    settings = ("objective=sft", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "eval.greedy=false", "checkpoint.every=1")
+    outcome = run(ranks1, zoo, tmp_path, *settings, f"checkpoint.best={name}", "student.path=nowhere/at/all")
+    assert outcome.code == 2 and outcome.stderr.count("\n") == 1
+    assert f"checkpoint.best={name} is no metric of the evaluations; there are: eval/accuracy, " in outcome.stderr
+
+
+def test_half_of_the_responses_are_given(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """From the column of the data set; a run that was stopped goes on with the same. Rollout files have only sampled ones."""
+    settings = ("objective=gkd", "optimizer.lr=1e-2", "reward.kind=tests.support.rewards:LengthModulo", "data.shuffle=true")
+    for name, parts in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in parts:
+            more = (f"run.dir={tmp_path}/{name}", f"trainer.steps={steps}", "checkpoint.every=2")
+            outcome = run(ranks2, zoo, tmp_path, *settings, *more)
+            assert outcome.code == 0, outcome.stderr
+    whole, parts = (steps_of(tmp_path / name) for name in ("whole", "parts"))
+    assert whole == parts
+    assert [(row["given_responses"], row["samples"]) for row in whole] == [(8, 16)] * 4
+    assert all(row["given_tokens"] == 16 and row["drift_max"] < 1e-3 and row["kl_full"] > 0 for row in whole)
+    lines = read_jsonl(tmp_path / "whole" / "rollouts" / "step_000001.jsonl")
+    assert len(lines) == 8 and whole[0]["response_length"] == sum(len(line["response_token_ids"]) for line in lines) / 8
+
 
 def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
     """On two data-parallel ranks, which share the verification: a step trains on as many groups as without the filter."""
@@ -120,6 +138,31 @@ def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path
         assert with_signal == min(4, round(row["signal_share"] * row["groups_sampled"]))
         assert with_signal == 4 or row["resampling_rounds"] == 2
     assert any(row["resampling_rounds"] for row in rows)
+
+
+def test_scores_of_groups_that_are_dropped_go_with_them(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """Scored while others are sampled, the run is what it is without, for log-probs and for hidden states."""
+    settings = ["objective=kdrl", "objective.beta.init=0.5", "trainer.steps=3", "rollout.responses_per_prompt=3"]
+    settings += ["rollout.group_filter.rounds=3", "rollout.prompts_per_step=3", "objective.kd.mask=response"]
+    settings += [f"student.path={zoo.model('untied')}", f"teacher.path={zoo.model('teacher')}", "reward.workers=1", *FAST]
+    rows = [{"prompt": f"{index}+1=", "answer": str(index % 3)} for index in range(7)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    settings += [f"data.train={tmp_path}/data.jsonl", "data.template=plain", "rollout.max_response_tokens=40"]
+    settings += ["reward.kind=tests.support.rewards:LengthModulo", "checkpoint.export_hf=false"]
+    scored = dropped = 0.0
+    for estimator in ("k2", "exact"):
+        steps = []
+        for on_rank in (train_on_rank, train_scoring_early_on_rank):
+            folder = tmp_path / f"{estimator}_{on_rank.__name__}"
+            outcomes = ranks2.run(on_rank, [*settings, f"run.dir={folder}", f"objective.kd.estimator={estimator}"])
+            assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+            steps.append(steps_of(folder))
+        for late, early in zip(*steps, strict=True):
+            assert late.pop("teacher_tokens_early") == late.pop("teacher_tokens_dropped") == 0
+            scored += early.pop("teacher_tokens_early")
+            dropped += early.pop("teacher_tokens_dropped")
+            assert early == pytest.approx(late, rel=1e-4, abs=1e-6)
+    assert scored > 0 and dropped > 0
 
 
 def test_a_warm_up_longer_than_the_run_is_told(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:

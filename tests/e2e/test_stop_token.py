@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -49,6 +50,29 @@ def run(zoo: Zoo, ranks1: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
         "optimizer.lr=1e-2",
     )
     return lambda name, *overrides: train(name, *pair, "rollout.responses_per_prompt=4", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "decided"),
+    [
+        ("untied", "teacher", "the token that ends a response is distilled; both models end with 0 ('<|end|>')"),
+        ("untied", "other_end", "is left out of distillation; the student ends with 0 ('<|end|>'), the teacher with 0"),
+        ("no_tokenizer", "teacher_no_tokenizer", "has no tokenizer, so whether both models end alike is not known"),
+    ],
+)
+def test_one_line_says_what_is_done_with_it_and_why(
+    student: str, teacher: str, decided: str, zoo: Zoo, ranks1: RankPool, tmp_path: Path
+) -> None:
+    path = zoo.model(teacher)
+    if teacher == "other_end":
+        path = shutil.copytree(zoo.model("teacher"), tmp_path / "other_end")
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, OTHER_END]}))
+    settings = [f"run.dir={tmp_path}/run", f"student.path={zoo.model(student)}", f"teacher.path={path}", "trainer.steps=1"]
+    settings += ["rollout=replay", f"rollout.path={zoo.rollouts('two')}", "objective=kd_rkl", "checkpoint.export_hf=false"]
+    (outcome,) = ranks1.run(train_on_rank, [*settings, *FAST])
+    assert outcome.code == 0, outcome.stderr
+    (line,) = [line for line in outcome.log if line.startswith("objective.kd.stop_token=auto: ")]
+    assert decided in line
 
 
 def test_with_it_responses_never_end_and_without_it_they_do(run: Run) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.agreement import JOINT, Case, check, check_two_updates
 from tests.support.ranks import RankPool
@@ -111,6 +112,45 @@ def test_every_form_is_that_of_the_dense_reference(
 ) -> None:
     layout, changes = form
     check(Case(2, LAYOUTS[layout], replace(JOINT, **changes)), zoo, pools[2], tmp_path)
+
+
+GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "jsd": ("dp2", {"estimator": "exact", "divergence": "jsd", "alpha": 0.0}),
+    "forward, with a policy loss": ("tp2", {"estimator": "exact", "divergence": "forward", "correction": "truncate"}),
+    "reverse, gate, masked": ("cp2", {"estimator": "exact", "combine": "gate", "mask": "group", "denominator": "unmasked"}),
+    "top-k, masked, batch baseline": ("pp2", {"estimator": "top_k", "top_k": 7, "mask": "response", "baseline": "batch"}),
+    "forward top-k, prefix, stop token, entropy bonus": (
+        "sp",
+        {
+            **{"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher", "entropy_bonus": 0.05},
+            **{"token_weight": "prefix", "normalize": True, "stop_token": "mask", "aggregation": "sequence_mean"},
+        },
+    ),
+}
+"""With responses that were given beside the sampled ones."""
+
+
+@pytest.mark.parametrize("form", GIVEN.values(), ids=list(GIVEN))
+def test_given_responses_are_distilled_and_nothing_else(
+    form: tuple[str, dict[str, Any]], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    layout, changes = form
+    check(Case(2, LAYOUTS[layout], replace(JOINT, **changes), given="given"), zoo, pools[2], tmp_path)
+
+
+def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    """With a sampler correction of whole sequences and a sequence ratio, which are none of theirs, as no drift is."""
+    changes: dict[str, Any] = {"estimator": "exact", "divergence": "jsd", "ratio": "sequence", "clip_low": 0.003}
+    changes |= {"correction": "truncate", "correction_level": "sequence", "correction_bound": 1.2}
+    settings = replace(JOINT, vocab_size=TOKENS, **changes)
+    metrics, results = check_two_updates(settings, LAYOUTS["dp2"], zoo, ranks2, tmp_path, None, given="given")
+    sampled = zoo.rows("uneven")
+    updates = zip([sampled[:4], sampled[4:]], results, strict=True)
+    pairs = [pair for rows, result in updates for pair in zip(rows, result.log_probs, strict=False)]  # the sampled ones first
+    drift = torch.cat([(log_probs - torch.tensor(row["sampler_log_probs"])).abs() for row, log_probs in pairs])
+    assert metrics["drift_mean"] == pytest.approx(float(drift.mean()), rel=1e-4)
+    assert metrics["drift_max"] == pytest.approx(float(drift.max()), rel=1e-4)
+    assert metrics["corrected_share"] == 1 and metrics["given_responses"] == 6
 
 
 @pytest.mark.parametrize("changes", FOUR_RANKS.values(), ids=list(FOUR_RANKS))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.reference import forms
 
 Row = dict[str, Any]
-"""One line of a rollout file."""
+"""One line of a rollout file; with `given`, a response that was not sampled."""
 
 
 @dataclass(frozen=True)
@@ -213,24 +213,26 @@ def kdrl_of_models(
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 
-    distilled = distillation_mask(rows, settings.mask) & (settings.beta > 0)
+    given = torch.tensor([bool(row.get("given")) for row in rows])  # not sampled: distilled always, and nothing else
+    distilled = (distillation_mask(rows, settings.mask) | given) & (settings.beta > 0)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=student.dtype)
     if settings.placement == "reward" and settings.beta > 0:  # r_i + beta sum_t d, before group normalisation
         d_sum = torch.stack([(log_teacher[i] - log_pi[i]).detach().sum() for i in range(len(rows))])
         rewards = rewards + settings.beta * torch.where(distilled, d_sum, 0.0)
     advantages = torch.zeros_like(rewards)
     if settings.alpha > 0:
-        advantages = group_advantages(rewards, [row["group_id"] for row in rows], settings.normalize_by_std)
+        groups = [row["group_id"] for row in rows if not row.get("given")]
+        advantages[~given] = group_advantages(rewards[~given], groups, settings.normalize_by_std)
         if settings.baseline != "group":
-            advantages = forms.other_advantages(rewards, [row["group_id"] for row in rows], settings)
+            advantages[~given] = forms.other_advantages(rewards[~given], groups, settings)
 
     everything = torch.ones(len(rows), dtype=torch.bool)
     if settings.combine == "gate":
-        distilled = distilled & torch.tensor([not row["correct"] for row in rows])
+        distilled = distilled & torch.tensor([not row["correct"] for row in rows]) | distilled & given
     counted = everything if settings.denominator == "all" else distilled
-    rewarded = everything
+    rewarded = ~given
     if settings.truncated == "drop":
-        rewarded = torch.tensor([row.get("finish_reason") != "length" for row in rows])
+        rewarded = rewarded & torch.tensor([row.get("finish_reason") != "length" for row in rows])
     before = [each.detach() for each in log_pi] if log_old is None else log_old
     correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
     d_now = [
@@ -273,7 +275,7 @@ def kdrl_of_models(
                 log_ref = log_prob_of(response_logits(reference, row, vocab_size, settings.temperature).log_softmax(-1), row)
             w = importance_weight(log_pi[i], log_mu[i], settings.reference_estimator, settings)
             reference_terms.append(sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator))
-        reference_loss = aggregate(reference_terms, everything, everything, settings)
+        reference_loss = aggregate(reference_terms, ~given, ~given, settings)
         of_reference = settings.reference
         if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref))
             of_reference = settings.beta * (1 - settings.extrapolation)

@@ -20,7 +20,7 @@ def combine(advantage: Tensor, d_T: Tensor, distilled: bool, row: dict[str, Any]
         s = (1.0 if row["correct"] else -1.0) if settings.signal == "correct" else float(torch.sign(advantage))
         A, g = float(advantage), 1.0
         if settings.combine == "gate":
-            z = 1.0 if distilled and not row["correct"] else 0.0
+            z = 1.0 if distilled and (not row["correct"] or row.get("given")) else 0.0
             A, g = (1 - z) * A, z
         elif settings.combine == "sign":
             g = settings.agree if math.copysign(1, d) * (d != 0) == s else settings.differ

@@ -16,7 +16,7 @@ import pytest
 
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.resilience.watchdog import _waits
-from kdrl_mcore.rollout.dispatch import Dispatch, ExpectedLengths, Failure, Response, request_seed
+from kdrl_mcore.rollout.dispatch import Complete, Dispatch, ExpectedLengths, Failure, Response, Submitted, request_seed
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.vllm.client import ServerFailed
 from kdrl_mcore.types import Prompt
@@ -62,7 +62,7 @@ class FakeServer:
                 left -= 1
                 self.at_once -= 1
                 line = {"id": each["id"], "token_ids": ids, "log_probs": [-1.0] * length, "finish_reason": "stop"}
-                yield self.change({**line, "version": version})
+                yield self.change({**line, "versions": [[version, length]]})
         finally:
             self.at_once -= left
 
@@ -77,6 +77,11 @@ def sampling_of(responses_per_prompt: int) -> Sampling:
     )
 
 
+def submitted(prompts: Sequence[Prompt], responses_per_prompt: int, first: int = 0) -> list[Submitted]:
+    sampling = sampling_of(responses_per_prompt)
+    return [Submitted(first + index, prompt, index, sampling) for index, prompt in enumerate(prompts)]
+
+
 def run(
     servers: Sequence[FakeServer],
     prompts: Sequence[Prompt],
@@ -88,14 +93,19 @@ def run(
     """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
     got: list[Response] = []
     failures: list[Failure] = []
-    dispatch = Dispatch(
-        servers, prompts, sampling_of(responses_per_prompt), 3, max_sequences, lengths or ExpectedLengths(), got.append
-    )
+
+    def keep(response: Response) -> None:
+        got.append(response)
+        if len(got) == len(prompts) * responses_per_prompt:
+            dispatch.announce(Complete(0, []))
+
+    dispatch = Dispatch(servers, 3, max_sequences, lengths or ExpectedLengths(), keep)
     dispatch.start()
+    dispatch.submit(submitted(prompts, responses_per_prompt))
     try:
         while True:
             event = dispatch.next_event(20.0)
-            if event == "done":
+            if isinstance(event, Complete):
                 break
             if isinstance(event, Failure):
                 failures.append(event)
@@ -155,7 +165,7 @@ def test_work_that_had_not_begun_when_its_server_failed_is_done_too() -> None:
 
 
 def test_waiting_for_engines_is_not_taken_for_own_work() -> None:
-    never = Dispatch([FakeServer()], prompts_of(1), sampling_of(1), 3, 8, ExpectedLengths(), lambda response: None)
+    never = Dispatch([FakeServer()], 3, 8, ExpectedLengths(), lambda response: None)
     thread = threading.Thread(target=never.next_event, args=(2.0,))
     thread.start()
     assert thread.ident is not None
@@ -189,16 +199,86 @@ def test_a_refused_request_ends_the_generation() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": 2}, {"token_ids": [], "log_probs": []}, {"finish_reason": "abort"}], ids=["stale", "empty", "abort"]
+    "damage",
+    [
+        lambda line: {"versions": [[2, len(line["token_ids"])]]},
+        lambda line: {"versions": [[4, len(line["token_ids"])]]},
+        lambda line: {"versions": [[3, len(line["token_ids"]) - 1]]},
+        lambda line: {"token_ids": [], "log_probs": [], "versions": []},
+        lambda line: {"finish_reason": "abort"},
+    ],
+    ids=["stale", "never sent", "no version", "empty", "abort"],
 )
-def test_what_is_no_answer_is_asked_for_again(damage: dict[str, Any]) -> None:
+def test_what_is_no_answer_is_asked_for_again(damage: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     def spoil(line: dict[str, Any]) -> dict[str, Any]:
-        return {**line, **damage} if len(server.finished) == 3 else line
+        return {**line, **damage(line)} if len(server.finished) == 3 else line
 
     server = FakeServer(change=spoil)
     got, failures = run([server], prompts_of(4))
     assert set(got) == everything(4, 4) and len(failures) == 1
-    assert all(response.version == 3 and len(response.token_ids) for response in got.values())
+    assert all(response.versions == ((3, len(response.token_ids)),) for response in got.values())
+
+
+def collect(dispatch: Dispatch, got: list[Response], count: int) -> list[Failure]:
+    """Wait for so many responses. Returns the failures meanwhile."""
+    failures = []
+    deadline = time.monotonic() + 20
+    while len(got) < count:
+        event = dispatch.next_event(0.05)
+        if isinstance(event, Failure):
+            failures.append(event)
+        else:
+            assert event == "waiting" and time.monotonic() < deadline, event
+    return failures
+
+
+def test_prompts_may_come_at_any_time_and_older_ones_go_first() -> None:
+    server, got = FakeServer(length=lambda prompt, seed: 40), list[Response]()
+    dispatch = Dispatch([server], 3, 2, ExpectedLengths(), got.append)
+    dispatch.start()
+    dispatch.submit(submitted(prompts_of(3), 2))
+    dispatch.submit(submitted(prompts_of(2), 2, first=3))
+    collect(dispatch, got, 10)
+    dispatch.submit(submitted(prompts_of(1), 2, first=5))
+    collect(dispatch, got, 12)
+    dispatch.stop()
+    assert [response.index[0] for response in got[::2]] == list(range(6))
+    assert server.most_at_once == 2
+    seeds = {response.index: response.token_ids[0] for response in got}
+    assert seeds[3, 1] == seeds[0, 1], "draws follow from the key and the index, not from the ticket"
+
+
+def test_a_response_may_go_on_under_weights_that_were_announced() -> None:
+    def two_versions(line: dict[str, Any]) -> dict[str, Any]:
+        return {**line, "versions": [[3, 1], [4, len(line["token_ids"]) - 1]]}
+
+    server, got = FakeServer(length=lambda prompt, seed: 40, change=two_versions), list[Response]()
+    dispatch = Dispatch([server], 3, 8, ExpectedLengths(), got.append)
+    dispatch.start()
+    dispatch.submit(submitted(prompts_of(1), 2))
+    dispatch.expect(4)
+    assert collect(dispatch, got, 2) == []
+    assert {response.versions for response in got} == {((3, 1), (4, 39))}
+    server.change = lambda line: line
+    dispatch.renew(4)
+    dispatch.submit(submitted(prompts_of(1), 2, first=1))
+    collect(dispatch, got, 4)
+    dispatch.stop()
+    assert {response.versions for response in got[2:]} == {((4, 40),)}
+
+
+def test_a_failure_from_before_a_server_was_brought_back_is_no_news() -> None:
+    server, got = FakeServer(fails_after=0), list[Response]()
+    dispatch = Dispatch([server], 3, 8, ExpectedLengths(), got.append)
+    dispatch.start()
+    dispatch.submit(submitted(prompts_of(1), 2))
+    while not dispatch._events.qsize():
+        time.sleep(0.01)
+    server.fails_after = None
+    dispatch.bring_back(0, 4)  # by a refit that found it dead
+    assert collect(dispatch, got, 2) == []
+    dispatch.stop()
+    assert {response.versions[0][0] for response in got} == {4}
 
 
 def test_prompts_are_shared_by_the_length_of_their_answers() -> None:

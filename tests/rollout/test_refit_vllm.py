@@ -1,8 +1,12 @@
-"""Real vLLM samples with the student's weights: after every refit, and one step ahead of training."""
+"""Real vLLM samples with the student's weights: after every refit, while they change, and steps ahead of training."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +15,18 @@ import psutil
 import pytest
 import torch
 
-from tests.reference.tiny_models import read_jsonl
+from tests.reference import dense
+from tests.reference.tiny_models import make_qwen2, make_tokenizer, read_jsonl
 from tests.support import vllm_runs
 from tests.support.late_weights import OVERLAPPED
 from tests.support.ranks import RankPool
 from tests.support.refit_ranks import VICTIM
 from tests.support.training import metrics_of
+from tests.support.zoo import TOKENS
 
 pytest.importorskip("vllm")
 
-from kdrl_mcore.rollout.vllm.client import EngineServer, Launch
+from kdrl_mcore.rollout.vllm.client import EngineServer, Launch, connections
 
 TOKEN = "of-the-tests"
 
@@ -114,7 +120,7 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
     resumable = (*ahead, "checkpoint.every=2", "checkpoint.asynchronous=false")
     train(ranks2, models, tmp_path / "parts", server, *resumable, "trainer.steps=3")
     checkpoint = tmp_path / "parts" / "checkpoints" / "step_000002"
-    pending = json.loads((checkpoint / "trainer_state.json").read_text())["pending"]
+    waiting = json.loads((checkpoint / "trainer_state.json").read_text())["ledger"]["waiting"]
     train(ranks2, models, tmp_path / "parts", server, *resumable, f"checkpoint.resume={checkpoint}")
     parts = rollouts_of(tmp_path / "parts")
 
@@ -122,7 +128,92 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
         return [(line["prompt_id"], line["group_id"], line["weight_version"]) for line in step]
 
     assert list(map(places, parts)) == list(map(places, whole))
-    assert [line["response_token_ids"] for line in parts[2]] == [line["response_token_ids"] for line in pending]
+    assert [line["response_token_ids"] for line in parts[2]] == [
+        line["response_token_ids"] for entry in waiting for line in entry["responses"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_models(models: Path) -> tuple[Path, Path]:
+    """Of the server's shape, with other weights."""
+    for name, seed in (("seven", 7), ("eight", 8)):
+        make_qwen2(models / name, seed=seed, hidden_size=128, **vllm_runs.SHAPE)
+        make_tokenizer(models / name)
+    return models / "seven", models / "eight"
+
+
+@pytest.mark.parametrize("unfinished", ["keep", "recompute"])
+def test_weights_change_while_responses_are_unfinished(
+    unfinished: str, server: EngineServer, two_models: tuple[Path, Path], ranks2: RankPool
+) -> None:
+    """Every token is of the version that it names: its log-prob is that of these weights and not of the others. A response that
+    was begun under the new ones has met no cache of the old ones, which had computed the same prompts."""
+    before, after = two_models
+
+    def refit(model: Path, version: int) -> None:
+        ranks2.run(vllm_runs.refit, TOKEN, str(model), str(server.run_dir), server.address, version, unfinished, timeout=120)
+
+    refit(before, 7)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, number % 4 + 30] for number in range(800)]
+    requests = [{"id": f"{n}.0", "prompt_token_ids": prompt, "seed": n} for n, prompt in enumerate(prompts)]
+    lines: list[dict[str, Any]] = []
+
+    async def generate() -> None:
+        settings = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 40}
+        async with connections() as http:
+            async for line in server.generate(http, 7, requests, settings):
+                lines.append(line)
+
+    thread = threading.Thread(target=asyncio.run, args=(generate(),))
+    thread.start()
+    while len(lines) < 10 and thread.is_alive():
+        time.sleep(0.01)
+    refit(after, 8)
+    thread.join(200)
+    assert len(lines) == len(requests) and server.health() == {"version": 8, "usable": True}
+    kinds = Counter(tuple(version for version, _ in line["versions"]) for line in lines)
+    assert set(kinds) == {(7,), (7, 8), (8,)}, kinds
+    assert {line["id"] for line in lines} == {each["id"] for each in requests}
+
+    weights = {version: dense.load_model(model) for version, model in ((7, before), (8, after))}
+    chosen = [line for kind in kinds for line in [each for each in lines if {v for v, _ in each["versions"]} == {*kind}][:12]]
+    for line in chosen:
+        assert sum(count for _, count in line["versions"]) == len(line["token_ids"]) == len(line["log_probs"])
+        row = {"prompt_token_ids": prompts[int(line["id"].split(".")[0])], "response_token_ids": line["token_ids"]}
+        with torch.no_grad():
+            log_p = {
+                v: dense.log_prob_of(dense.response_logits(w, row, TOKENS, 1.0).log_softmax(-1), row)
+                for v, w in weights.items()
+            }
+        start = 0
+        for number, (version, count) in enumerate(line["versions"]):
+            span = slice(start, start + count)
+            start += count
+            off = {v: (torch.tensor(line["log_probs"])[span] - log_p[v][span]).abs().max() for v in weights}
+            if number == 0 or unfinished == "recompute":
+                assert off[version] < 1e-3, (line["versions"], off)
+            if count > 5:
+                assert off[15 - version] > 1e-2, (line["versions"], off)
+
+
+@pytest.mark.parametrize("unfinished", ["keep", "recompute"])
+def test_steps_ahead_with_weights_in_flight_lose_and_double_nothing(
+    unfinished: str, server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    ahead = ("rollout.steps_ahead=2", "rollout.max_age=4", f"rollout.unfinished={unfinished}", "trainer.self_test=false")
+    sizes = ("rollout.max_response_tokens=44", "rollout.max_sequences=8", "trainer.steps=6", "data.shuffle=false")
+    train(ranks2, models, tmp_path, server, *ahead, *sizes, f"data.eval={models / 'prompts.jsonl'}", "eval.every=3")
+    steps, rows = rollouts_of(tmp_path), metrics_of(tmp_path)
+    assert Counter(line["prompt_id"] for step in steps for line in step) == {f"prompts-{i + 1}": 4 for i in range(24)}
+    changed = [line for step in steps for line in step if "later_versions" in line]
+    assert changed, "some responses went on under new weights"
+    for number, (step, row) in enumerate(zip(steps, rows, strict=True)):
+        for line in step:
+            versions = [line["weight_version"], *(version for version, _ in line.get("later_versions", []))]
+            assert versions == sorted(set(versions)) and number - 4 <= versions[0] and versions[-1] <= number
+        assert row["token_age_max"] == number - min(line["weight_version"] for line in step)
+    assert rows[-1]["prompts_trained"] == 24 and rows[-1]["prompts_waiting"] == rows[-1]["prompts_dropped"] == 0
+    assert all("eval/accuracy" in row for row in (rows[2], rows[5]))
 
 
 def test_the_tool_evaluates_with_vllm_as_with_the_embedded_engine(

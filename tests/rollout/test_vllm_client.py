@@ -18,7 +18,7 @@ import pytest
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm.client import EngineServer, Launch, ServerFailed, address_path, connections, write_address
 
-LINE = {"id": "0.0", "version": 1, "token_ids": [5], "log_probs": [-1.0], "finish_reason": "stop"}
+LINE = {"id": "0.0", "versions": [[1, 1]], "token_ids": [5], "log_probs": [-1.0], "finish_reason": "stop"}
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 

@@ -35,7 +35,7 @@ class GatedServer:
             if each["id"] == "0.1" and not await asyncio.to_thread(self.gate.wait, 30):
                 raise TimeoutError("no part was handed out")
             line = {"id": each["id"], "token_ids": [3, 4], "log_probs": [-1.0] * 2, "finish_reason": "stop"}
-            yield {**line, "version": version}
+            yield {**line, "versions": [[version, 2]]}
 
 
 @dataclass

@@ -37,7 +37,8 @@ SETTINGS = replace(JOINT, vocab_size=TOKENS)
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `overrides` give its layout, `settings` its objective."""
+    """One run: `overrides` give its layout, `settings` its objective. `given` names the rollouts that stand beside the replayed
+    ones as given responses, a third of all."""
 
     ranks: int
     overrides: str = ""
@@ -45,6 +46,7 @@ class Case:
     student: str = "untied"
     teacher: str | None = "teacher"
     rollouts: str = "uneven"
+    given: str | None = None
 
 
 def check(
@@ -52,13 +54,14 @@ def check(
 ) -> None:
     """Run the case on the pool and compare everything with the dense reference."""
     settings = replace(case.settings, vocab_size=zoo.vocab_size(case.student))
-    expected = zoo.reference(case.student, case.teacher, case.rollouts, settings)
+    expected = zoo.reference(case.student, case.teacher, case.rollouts, settings, case.given)
     overrides = [
         f"run.dir={run}",
         f"student.path={zoo.model(case.student)}",
         *([] if case.teacher is None else [f"teacher.path={zoo.model(case.teacher)}"]),
         "rollout=replay",
         f"rollout.path={zoo.rollouts(case.rollouts)}",
+        *([] if case.given is None else beside_given(zoo, case.given)),
         *objective_overrides(settings),
         *PROBE,
         *FAST,
@@ -70,7 +73,8 @@ def check(
         assert_log_probs(outcome.found["student"], expected.log_probs)
         assert_log_probs(outcome.found["entropy"], expected.entropies)
         assert_log_probs(outcome.found["teacher"], expected.teacher_log_probs)
-    assert_metrics(metrics_of(run)[0], expected, settings)
+    num_given = 0 if case.given is None else len(zoo.rows(case.given))
+    assert_metrics(metrics_of(run)[0], expected, settings, num_given)
     before, after = read_hf_weights(zoo.model(case.student)), read_hf_weights(run / "hf")
     assert before.keys() == after.keys()
     found = {name: (before[name].double() - after[name].double()) / PROBE_LR for name in before}
@@ -82,7 +86,7 @@ LR = 0.25
 
 
 def check_two_updates(
-    settings: Settings, layout: str, zoo: Zoo, pool: RankPool, run: Path, reference: str | None
+    settings: Settings, layout: str, zoo: Zoo, pool: RankPool, run: Path, reference: str | None, given: str | None = None
 ) -> tuple[dict[str, float], list[Result]]:
     """Two updates on one batch, the second of which is off-policy: compare losses and the sum of the gradients with the dense
     reference.
@@ -90,18 +94,24 @@ def check_two_updates(
     Args:
         layout: the layout's overrides.
         reference: the model of the KL to the initial student, if any.
+        given: see `Case`; each update has half of them.
 
     Returns:
         The step's metrics, and the dense reference's results of both updates.
     """
     rows = zoo.rows("uneven")
     student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
+    beside = [] if given is None else [{**row, "given": True} for row in zoo.rows(given)]
     initial = None if reference is None else dense.load_model(zoo.model(reference))
     old = dense.kdrl_of_models(student, None, rows, replace(SETTINGS, alpha=1.0, beta=0.0)).log_probs
     first = sum(row["group_id"] == 0 for row in rows)  # of three groups, one and two
     results, total = [], {name: torch.zeros_like(value) for name, value in student.named_parameters()}
-    for part in (slice(0, first), slice(first, None)):
-        results.append(dense.kdrl_of_models(student, teacher, rows[part], settings, log_old=old[part], reference=initial))
+    half = len(beside) // 2
+    for part, share in ((slice(0, first), slice(0, half)), (slice(first, None), slice(half, None))):
+        these = [*rows[part], *beside[share]]
+        # A given response has no pi_old; none of what it is used for asks.
+        log_old = [*old[part], *(torch.zeros(len(row["response_token_ids"]), dtype=torch.float64) for row in beside[share])]
+        results.append(dense.kdrl_of_models(student, teacher, these, settings, log_old=log_old, reference=initial))
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 parameter -= LR * results[-1].gradients[name]
@@ -112,6 +122,7 @@ def check_two_updates(
         f"teacher.path={zoo.model('teacher')}",
         "rollout=replay",
         f"rollout.path={zoo.rollouts('uneven')}",
+        *([] if given is None else beside_given(zoo, given)),
         *objective_overrides(settings),
         "batch.updates_per_step=2",
         *PROBE,
@@ -140,10 +151,17 @@ def about(value: float) -> Any:
     return pytest.approx(value, rel=TOLERANCE, abs=2e-6)
 
 
-def assert_metrics(metrics: dict, expected: Result, settings: Settings) -> None:
+def beside_given(zoo: Zoo, name: str) -> list[str]:
+    """Overrides of a third of given responses, in the order of the file."""
+    return ["rollout.given.share=0.3333", f"rollout.given.path={zoo.rollouts(name)}", "data.shuffle=false"]
+
+
+def assert_metrics(metrics: dict, expected: Result, settings: Settings, num_given: int = 0) -> None:
     assert metrics["loss"] == about(expected.loss)
     assert metrics["grad_norm"] == about(expected.grad_norm)
-    assert metrics["entropy"] == about(float(torch.cat(expected.entropies).mean()))
+    own = len(expected.entropies) - num_given
+    assert metrics["entropy"] == about(float(torch.cat(expected.entropies[:own]).mean()))
+    assert metrics.get("given_responses", 0) == num_given
     assert metrics["policy_loss"] == about(expected.policy_loss)
     if settings.placement == "loss":
         assert metrics["kd_loss"] == about(expected.kd_loss)

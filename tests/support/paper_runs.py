@@ -128,7 +128,7 @@ def train_beside_an_engine(overrides: Sequence[str], port: int) -> Outcome:
             for request in requests:
                 yield {
                     "id": request["id"],
-                    "version": version,
+                    "versions": [[version, 2]],
                     "finish_reason": "length",
                     "token_ids": [5, 6],
                     "log_probs": [-4.6, -4.6],

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
-from kdrl_mcore.rollout.ahead import SampledAhead
-from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import GivenResponses, RolloutSource, SampledRollouts
+from kdrl_mcore.rollout.engine import Choose, Sampling
+from kdrl_mcore.rollout.given import GivenResponses
+from kdrl_mcore.rollout.ledger import groups_of
+from kdrl_mcore.rollout.source import Ahead, SampledRollouts
 from kdrl_mcore.types import Prompt, Rollout
 
 PROMPTS = [Prompt(f"p{i}", "q", np.array([i]), "a", target=np.array([i, i])) for i in range(20)]
@@ -20,28 +21,35 @@ LAST_STEP = 4
 
 
 class Engine:
-    """Answers with what tells the prompt, the draws and the weights."""
+    """Answers with what tells the prompt, the draws and the weights. What is submitted is complete at once, in the order that
+    `order` gives, and counts as sampled with the weights of that time."""
 
     verifies = True
 
     def __init__(self, student: Any) -> None:
-        self.student, self.version, self.begun = student, 0, None
+        self.student, self.version = student, 0
+        self.tickets = 0
+        self.complete: dict[int, list[Rollout]] = {}
+        self.order: Callable[[list[int]], list[int]] = lambda tickets: tickets
 
     def refit(self, student: Any) -> None:
-        assert self.begun is None
         self.version = student.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: Any = None) -> list[Rollout]:
-        assert self.begun is None
         return self._answer(prompts, sampling, self.version)
 
-    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        assert self.begun is None
-        self.begun: Any = (prompts, sampling, self.version)
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, indices: Sequence[int] | None = None) -> list[int]:
+        tickets = list(range(self.tickets, self.tickets + len(prompts)))
+        self.tickets += len(prompts)
+        groups = groups_of(self._answer(prompts, sampling, self.version))
+        self.complete.update(zip(tickets, groups, strict=True))
+        return tickets
 
-    def finish(self) -> list[Rollout]:
-        begun, self.begun = self.begun, None
-        return self._answer(*begun)
+    def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
+        complete = self.order(list(self.complete))
+        chosen = next((each for end in range(len(complete) + 1) if (each := choose(complete[:end])) is not None), None)
+        assert chosen is not None, "waits for ever"
+        return {ticket: self.complete.pop(ticket) for ticket in chosen}
 
     def sleep(self) -> None:
         pass
@@ -59,16 +67,15 @@ class Engine:
         ]
 
 
-def make(kind: type[RolloutSource] = SampledAhead) -> Any:
-    """A source that begins at the first step; two prompts a step."""
+def make(steps_ahead: int | None = 1, max_age: int | None = None, *, waits: bool = True, last_step: int = LAST_STEP) -> Any:
+    """A source that begins at the first step; two prompts a step. None: the data set's own responses."""
     student: Any = SimpleNamespace(version=0)
     stream = PromptStream(PROMPTS, 2, 0, shuffle=False)
-    if kind is GivenResponses:
+    if steps_ahead is None:
         return GivenResponses(stream, student)
-    settings = (Engine(student), student, stream, None, Sampling(1.0, 1.0, 4, 1, (7, 0)))
-    if kind is SampledAhead:
-        return SampledAhead(*settings, last_step=LAST_STEP, updates_per_step=1)
-    return SampledRollouts(*settings)
+    engine = Engine(student)
+    ahead = Ahead(engine, steps_ahead, max_age or steps_ahead, waits, last_step, 1) if steps_ahead else None
+    return SampledRollouts(engine, student, stream, None, Sampling(1.0, 1.0, 4, 1, (7, 0)), ahead=ahead)
 
 
 def run(source: Any, steps: Sequence[int]) -> list[Any]:

@@ -156,6 +156,34 @@ def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         return score_and_train_on_rank(overrides)
 
 
+def train_scoring_early_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`main`; the engine gives each round's verified groups one by one, the last one first, as servers do while they sample."""
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.rollout.megatron import MegatronEngine
+    from kdrl_mcore.rollout.source import SampledRollouts
+
+    generate = MegatronEngine.generate
+    sources: list[Any] = []
+    build = SampledRollouts.__init__
+
+    def keep(source: Any, *arguments: Any, **more: Any) -> None:
+        build(source, *arguments, **more)
+        sources[:] = [source]
+
+    def generate_in_parts(engine: Any, prompts: Any, sampling: Any, on_part: Any = None) -> Any:
+        rollouts = generate(engine, prompts, sampling)
+        if on_part is not None:
+            sources[0]._verify(rollouts)
+            for group in sorted({rollout.group_id for rollout in rollouts})[::-1]:
+                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+        return rollouts
+
+    with patch.object(MegatronEngine, "generate", generate_in_parts), patch.object(SampledRollouts, "__init__", keep):
+        return train_on_rank(overrides)
+
+
 def listen(job: Callable[[], int]) -> Outcome:
     """Run the job and record what it returns, prints and logs."""
 

@@ -86,3 +86,16 @@ def broken_refit(token: str, model: str, folder: str, address: str) -> str:
     except RefitError as error:
         return str(error)
     return ""
+
+
+def refit(token: str, model: str, folder: str, address: str, version: int, unfinished: str) -> None:
+    """Give a server the weights of a model, as this version; `unfinished` says how responses go on meanwhile."""
+    from kdrl_mcore.rollout.refit.refit import send_weights
+    from kdrl_mcore.rollout.vllm.client import EngineServer
+    from tests.support.refit_ranks import build
+
+    parts = build(model, {"tensor": 2}, student=True)
+    servers = []
+    if parts.groups.tensor.rank() == 0:
+        servers = [EngineServer(0, Path(folder), address=address, token=token, unfinished=unfinished)]
+    send_weights(parts, servers, version, 100.0, 2**18, colocated=True, workers=2)

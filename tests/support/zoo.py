@@ -30,7 +30,7 @@ class Zoo:
         """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
         others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
         behind 40), `all_correct` (every reward and verdict the
-        same, so that GRPO and a response mask leave nothing)."""
+        same, so that GRPO and a response mask leave nothing), `given` (6 that ended by themselves, some of them correct)."""
         return self.folder / f"{name}.jsonl"
 
     def rows(self, name: str) -> list[dense.Row]:
@@ -39,10 +39,13 @@ class Zoo:
     def vocab_size(self, student: str) -> int:
         return 67 if student == "no_tokenizer" else TOKENS
 
-    def reference(self, student: str, teacher: str | None, rollouts: str, settings: dense.Settings) -> dense.Result:
-        """The dense reference's answer, computed once."""
+    def reference(
+        self, student: str, teacher: str | None, rollouts: str, settings: dense.Settings, given: str | None = None
+    ) -> dense.Result:
+        """The dense reference's answer, computed once; with `given`, the responses of another file stand beside the sampled."""
         teacher_path = None if teacher is None else self.model(teacher)
-        return _reference(self.model(student), teacher_path, self.rollouts(rollouts), settings)
+        given_path = None if given is None else self.rollouts(given)
+        return _reference(self.model(student), teacher_path, self.rollouts(rollouts), settings, given_path)
 
 
 @cache
@@ -51,8 +54,11 @@ def _rows(path: Path) -> list[dense.Row]:
 
 
 @cache
-def _reference(student: Path, teacher: Path | None, rollouts: Path, settings: dense.Settings) -> dense.Result:
-    return dense.kdrl(student, teacher, _rows(rollouts), settings)
+def _reference(
+    student: Path, teacher: Path | None, rollouts: Path, settings: dense.Settings, given: Path | None
+) -> dense.Result:
+    beside = [] if given is None else [{**row, "given": True} for row in _rows(given)]
+    return dense.kdrl(student, teacher, [*_rows(rollouts), *beside], settings)
 
 
 def make_zoo(folder: Path) -> Zoo:
@@ -77,10 +83,13 @@ def make_zoo(folder: Path) -> Zoo:
         "one": {"num_groups": 1, "group_size": 1, "correct": [False], "max_response_tokens": 9},
         "long_prompts": {"num_groups": 1, "group_size": 2, "max_response_tokens": 2, "prompt_tokens": 40},
         "all_correct": {"num_groups": 2, "group_size": 3, "correct": [True] * 6},
+        "given": {"num_groups": 3, "group_size": 2},
     }
     for name, shape in batches.items():
         # The noise makes them off-policy: importance weights are not 1.
         shape = {"noise": 0.2, **shape}
         rows = make_rollouts(folder / "untied", seed=5, vocab_size=TOKENS, **shape)  # type: ignore[arg-type]
+        if name == "given":
+            rows = [{**row, "finish_reason": "stop"} for row in rows]
         write_jsonl(folder / f"{name}.jsonl", rows)
     return Zoo(folder)

@@ -5,6 +5,7 @@ Imported by engine servers and by vLLM's own worker processes, never by a traini
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 import threading
@@ -73,6 +74,8 @@ class Finished:
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
+    versions: list[tuple[int | None, int]]
+    """(version of the weights, tokens that they sampled), in order; None is the model directory's."""
 
 
 class Engine:
@@ -94,6 +97,8 @@ class Engine:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
             torch.compiler.set_stance("force_eager")  # compiling the sampler takes longer than it saves; forks inherit this
         self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+        self._updates = 0  # of the weights, so far
+        self._without_tokens: set[asyncio.Future[Any]] = set()  # the first outputs of requests that wait for them
 
     @property
     def dead(self) -> bool:
@@ -120,25 +125,64 @@ class Engine:
         )
         token_ids: list[int] = []
         log_probs: list[float] = []
-        async for output in self._llm.generate({"prompt_token_ids": list(prompt_token_ids)}, params, request_id):
+        async for output in self._outputs(request_id, prompt_token_ids, params):
             part = output.outputs[0]
             token_ids += part.token_ids
             columns: Any = part.logprobs or ()  # for each token, log-probs by token id
             log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
-            yield None if part.finish_reason is None else Finished(token_ids, log_probs, part.finish_reason)
+            if part.finish_reason is None:
+                yield None
+            else:
+                yield Finished(token_ids, log_probs, part.finish_reason, _versions(part.weight_versions))
 
-    async def receive_weights(self, spec: Mapping[str, Any]) -> list[Any]:
-        """Have every worker receive the weights of a refit (`worker.RefitWorker`), and clear the prefix cache, which was
-        computed with the old ones. Returns each worker's report.
+    async def _outputs(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Any]:
+        """vLLM's outputs for a request. It is begun anew if the weights change before its first token."""
+        while True:
+            updates = self._updates
+            # Only requests that were begun under the same weights share blocks of the cache.
+            prompt: Any = {"prompt_token_ids": list(prompt_token_ids), "cache_salt": str(updates)}
+            stream = self._llm.generate(prompt, params, f"{request_id}.{updates}")
+            first = asyncio.ensure_future(anext(stream))
+            self._without_tokens.add(first)
+            try:
+                output = await first
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if updates == self._updates or (task is not None and task.cancelling()):
+                    raise
+                continue
+            finally:
+                self._without_tokens.discard(first)
+            yield output
+            async for output in stream:
+                yield output
+            return
+
+    async def receive_weights(self, spec: Mapping[str, Any], version: int, unfinished: str) -> list[Any]:
+        """Have every worker receive the weights of a refit (`worker.RefitWorker`). Returns each worker's report.
+
+        Args:
+            unfinished: how unfinished responses go on: `wait`, there are none; `keep`, with the cache that older weights
+                computed; `recompute`, with a new one. In any case no other response meets that cache.
 
         Raises:
-            RefitError: a worker did not receive them.
+            RefitError: a worker did not receive them. The engine must not be used any more.
         """
+        if unfinished != "wait":
+            await self._llm.pause_generation(mode="keep", clear_cache=unfinished == "recompute")
         answers = await self._llm.collective_rpc("try_to_receive_weights", args=(dict(spec),))
         errors = {answer["error"] for answer in answers if "error" in answer}
         if errors:
             raise RefitError("; ".join(sorted(errors)))
-        await self._llm.reset_prefix_cache()
+        self._updates += 1
+        await self._llm.update_weight_version(str(version))
+        if unfinished == "wait":
+            await self._llm.reset_prefix_cache()
+            return answers
+        if unfinished == "keep":  # what has no token yet begins anew: it may have found blocks of older weights
+            for first in self._without_tokens:
+                first.cancel()
+        await self._llm.resume_generation()
         return answers
 
     async def sleep(self) -> bool:
@@ -155,6 +199,10 @@ class Engine:
     def shutdown(self) -> None:
         """End vLLM's processes at once; they have nothing to save."""
         self._llm.shutdown(timeout=0)
+
+
+def _versions(spans: Any) -> list[tuple[int | None, int]]:
+    return [(int(span.version) if span.version.isdecimal() else None, span.end - span.start) for span in spans or ()]
 
 
 def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:

@@ -71,11 +71,13 @@ class EngineServer:
         startup_timeout: float = 600.0,
         generation_timeout: float = 300.0,
         refit_timeout: float = 300.0,
+        unfinished: str = "wait",
     ) -> None:
         """Args:
         address, token: if None, they are read from `RUN/servers/INDEX.json` once the server is ready.
         generation_timeout: seconds without a sign of progress after which a server is taken to hang.
         refit_timeout: seconds for all weights.
+        unfinished: how unfinished responses go on under new weights (`rollout.unfinished`).
         """
         self.index = index
         self.address = address
@@ -84,7 +86,7 @@ class EngineServer:
         self.run_dir = run_dir
         self._launch = launch
         self._startup_timeout, self._generation_timeout = startup_timeout, generation_timeout
-        self._refit_timeout = refit_timeout
+        self._refit_timeout, self._unfinished = refit_timeout, unfinished
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -178,7 +180,8 @@ class EngineServer:
 
     def receive_weights(self, version: int, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Have the workers receive weights as described by `spec`, then set their version. Returns each worker's report."""
-        return self._post("weights", {"version": version, "spec": spec}, timeout=self._refit_timeout)["workers"]
+        body = {"version": version, "spec": spec, "unfinished": self._unfinished}
+        return self._post("weights", body, timeout=self._refit_timeout)["workers"]
 
     def sleep(self) -> bool:
         """Free GPU memory. Returns whether the weights are gone."""
@@ -195,9 +198,11 @@ class EngineServer:
         requests: Sequence[Mapping[str, Any]],
         sampling: Mapping[str, Any],
     ) -> AsyncIterator[dict[str, Any]]:
-        """Responses in the order in which they finish: `id`, `token_ids`, `log_probs`, `finish_reason`, `version`.
+        """Responses in the order in which they finish: `id`, `token_ids`, `log_probs`, `finish_reason`, and `versions`, a list
+        of [version of the weights, tokens that they sampled].
 
         Args:
+            version: of the weights that the server has, or had before a refit during which the request was on its way.
             requests: `id`, `prompt_token_ids` and `seed` of each response.
             sampling: `temperature`, `top_p`, `max_tokens`.
 

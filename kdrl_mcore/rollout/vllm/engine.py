@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -19,8 +20,8 @@ from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.dispatch import Dispatch, Event, ExpectedLengths, Failure, Response
-from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
+from kdrl_mcore.rollout.dispatch import Complete, Dispatch, ExpectedLengths, Failure, Response, Submitted
+from kdrl_mcore.rollout.engine import Choose, OnPart, Sampling, Weights
 from kdrl_mcore.rollout.refit.refit import send_weights
 from kdrl_mcore.rollout.vllm.client import ServerFailed
 from kdrl_mcore.rollout.vllm.placement import Replicas
@@ -59,8 +60,9 @@ class VllmEngine:
         self._lengths = ExpectedLengths()
         self._student: Weights | None = None
         self._version: int | None = None  # of the weights that all servers hold
-        self._is_sampling = False  # between `begin` and `finish`
-        self._work: _Work | None = None  # rank 0's part of it
+        self._tickets = 0  # given out so far
+        self._unfinished: set[int] = set()  # tickets that were not taken out yet
+        self._work: _Work | None = None  # rank 0's part, while there are any
         self._restarts = [0] * len(replicas)  # since the replica last took part in a whole batch
         self._on_progress = on_progress
 
@@ -72,62 +74,81 @@ class VllmEngine:
         """
         self._student = student
         if self._version != student.version:
+            if self._work is not None:
+                self._work.dispatch.expect(student.version)
             self._bring_up(range(len(self._replicas)))
             self._version = student.version
+            if self._work is not None:
+                self._work.dispatch.renew(student.version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutEngine`.
+        """See `RolloutEngine`. What was submitted before goes on meanwhile.
 
         Raises:
             EngineError: on all ranks, if a server cannot be brought back, refuses a request or has stale weights.
         """
-        self.begin(prompts, sampling)
-        return self.finish(on_part)
+        tickets = self.submit(prompts, sampling)
+        parts = None
+        if on_part is not None and sampling.part_tokens:
+            parts = _Parts(tickets, sampling.part_tokens, sampling.responses_per_prompt, on_part)
+        wanted = set(tickets)
+        groups = self._collect(lambda complete: tickets if wanted <= set(complete) else None, parts)
+        return [rollout for ticket in tickets for rollout in groups[ticket]]
 
-    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Start to sample, in threads of rank 0, without communication between ranks.
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, indices: Sequence[int] | None = None) -> list[int]:
+        """See `FlowingEngine`; threads of rank 0 sample.
 
         Raises:
             EngineError: on all ranks, if the servers have stale weights.
         """
-        assert self._student is not None and not self._is_sampling
+        assert self._student is not None
         if self._version != self._student.version:
             raise EngineError(
                 f"the engines have weight version {self._version}, the student {self._student.version}: refit first"
             )
-        self._is_sampling = bool(prompts)
+        tickets = list(range(self._tickets, self._tickets + len(prompts)))
+        self._tickets += len(prompts)
+        self._unfinished.update(tickets)
         if prompts and dist.get_rank() == 0:
-            self._work = _Work(self, prompts, sampling)
+            if self._work is None:
+                self._work = _Work(self, self._version)
+            numbers = range(len(prompts)) if indices is None else indices
+            self._work.submit([Submitted(*each, sampling) for each in zip(tickets, prompts, numbers, strict=True)])
+        return tickets
 
-    def finish(self, on_part: OnPart | None = None) -> list[Rollout]:
-        """The responses to the prompts of `begin`, on every rank. A server that failed meanwhile gets the student's current
-        weights.
+    def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
+        """See `FlowingEngine`. A server that failed meanwhile gets the student's current weights.
 
         Raises:
             EngineError: see `generate`.
         """
+        return self._collect(choose, None)
+
+    def _collect(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]]:
         assert self._student is not None
-        if not self._is_sampling:
-            return []
-        work = self._work
+        if not self._unfinished:
+            return {}
         try:
             while True:
-                event = from_first_rank(None if work is None else work.next_event())
+                event = from_first_rank(None if self._work is None else self._work.next_event(choose, parts))
                 self._on_progress()
                 if isinstance(event, Failure):
                     self._bring_up([event.index], event.reason)
-                    if work is not None:
-                        work.dispatch.bring_back(event.index, self._student.version)
-                elif isinstance(event, dict):
-                    if on_part is not None:
-                        on_part(event)
+                elif isinstance(event, _Part):
+                    if parts is not None:
+                        parts.on_part(event.rollouts)
                 elif isinstance(event, BaseException):
                     raise event
-                elif isinstance(event, list):
-                    self._restarts = [0] * len(self._replicas)
-                    return event
-        finally:
+                elif isinstance(event, dict):
+                    break
+        except BaseException:
             self._stop_sampling()
+            raise
+        self._restarts = [0] * len(self._replicas)
+        self._unfinished -= event.keys()
+        if not self._unfinished:  # no thread of rank 0 is left while the ranks do other work
+            self._stop_sampling()
+        return event
 
     def sleep(self) -> None:
         """See `RolloutEngine`. Only engines that share GPUs with training sleep; they need a refit to get their weights
@@ -141,7 +162,7 @@ class VllmEngine:
         self._replicas.stop()
 
     def _stop_sampling(self) -> None:
-        self._is_sampling = False
+        self._unfinished.clear()
         if self._work is not None:
             self._work.stop()
             self._work = None
@@ -154,6 +175,7 @@ class VllmEngine:
         """
         assert self._student is not None
         failures = {} if failure is None else {indices[0]: failure}
+        restarted: set[int] = set()
         while True:
             for index, reason in failures.items():
                 self._restarts[index] += 1
@@ -164,9 +186,13 @@ class VllmEngine:
                     )
                 if dist.get_rank() == 0:
                     logger.warning("vLLM engine %d is started again: %s", index, reason)
+            restarted.update(failures)
             failures = self._replicas.restart(list(failures)) or self._refit(indices, self._student)
             if not failures:
-                return
+                break
+        if self._work is not None:
+            for index in sorted(restarted):
+                self._work.dispatch.bring_back(index, self._student.version)
 
     def _refit(self, indices: Sequence[int], student: Weights) -> dict[int, str]:
         """Send the student's weights. Returns the replicas that did not get them, each with the reason. Collective over the
@@ -210,38 +236,72 @@ class VllmEngine:
         return self._replicas.failures(check, indices)
 
 
-class _Work:
-    """Rank 0's part of one generation: the dispatch, and the verification of responses that have arrived."""
+@dataclass(frozen=True)
+class _Parts:
+    """What `generate` hands out while others are sampled: groups of these tickets, at least so many tokens at a time."""
 
-    def __init__(self, engine: VllmEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        self._engine, self._prompts, self._sampling = engine, prompts, sampling
-        self._rollouts: dict[tuple[int, int], Rollout] = {}
-        self._verified: dict[int, dict[int, Rollout]] = {}  # by group and index in the batch, until announced
-        self._arrived: queue.SimpleQueue[tuple[int, Rollout] | None] = queue.SimpleQueue()
+    tickets: Sequence[int]
+    tokens: int
+    responses_per_prompt: int
+    on_part: OnPart
+    announced: set[int] = field(default_factory=set)
+
+    def next(self, complete: Mapping[int, list[Rollout]]) -> _Part | None:
+        """The next part, if there are enough tokens for one."""
+        part: dict[int, Rollout] = {}
+        groups = [place for place, ticket in enumerate(self.tickets) if ticket in complete and ticket not in self.announced]
+        for place in groups:
+            first = place * self.responses_per_prompt
+            part |= {first + number: rollout for number, rollout in enumerate(complete[self.tickets[place]])}
+        if not part or sum(rollout.num_tokens for rollout in part.values()) < self.tokens:
+            return None
+        self.announced.update(self.tickets[place] for place in groups)
+        return _Part(part)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Whole verified groups, by the responses' indices in the batch."""
+
+    rollouts: dict[int, Rollout]
+
+
+class _Work:
+    """Rank 0's part of the sampling: the dispatch, and the verification of responses that have arrived."""
+
+    def __init__(self, engine: VllmEngine, version: int) -> None:
+        self._engine = engine
+        self._submitted: dict[int, Submitted] = {}  # by ticket, until complete
+        self._rollouts: dict[int, dict[int, Rollout]] = {}  # verified, by ticket and number, until the group is complete
+        self._complete: dict[int, list[Rollout]] = {}  # by ticket, in the order of completion, until taken out
+        self._arrived: queue.SimpleQueue[tuple[int, int, Rollout] | None] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
-        self._verification = self._thread.submit(self._verify)
-        self.dispatch = Dispatch(
-            engine._replicas.servers,
-            prompts,
-            sampling,
-            engine._version,
-            engine._config.max_sequences,
-            engine._lengths,
-            self._keep,
-        )
+        self.dispatch = Dispatch(engine._replicas.servers, version, engine._config.max_sequences, engine._lengths, self._keep)
+        self._thread.submit(self._verify)
         self.dispatch.start()
 
-    def next_event(self) -> Event | list[Rollout]:
-        """The result of `Dispatch.next_event`, with all rollouts in the batch's order in place of "done"."""
-        event: Event | list[Rollout] = self.dispatch.next_event(_BEAT_SECONDS)
-        if event == "done":
-            self._arrived.put(None)
-            event = self._verification.exception() or [self._rollouts[index] for index in sorted(self._rollouts)]
-        if isinstance(event, BaseException) and not isinstance(event, KdrlError):
-            # A bug of this program; not every exception can be pickled for the other ranks.
-            logger.error("rank 0 failed while the engines sampled", exc_info=event)
-            event = RuntimeError(f"rank 0: {type(event).__name__}: {event}")
-        return event
+    def submit(self, prompts: Sequence[Submitted]) -> None:
+        """Begin to sample."""
+        self._submitted.update((each.ticket, each) for each in prompts)
+        self.dispatch.submit(prompts)
+
+    def next_event(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]] | _Part | Any:
+        """The groups to take out, as soon as there are enough; else a part, or what `Dispatch.next_event` returns."""
+        while True:
+            chosen = choose(list(self._complete))
+            if chosen is not None:
+                return {ticket: self._complete.pop(ticket) for ticket in chosen}
+            if parts is not None and (part := parts.next(self._complete)) is not None:
+                return part
+            event = self.dispatch.next_event(_BEAT_SECONDS)
+            if isinstance(event, Complete):
+                self._complete[event.ticket] = event.rollouts
+                continue
+            if isinstance(event, BaseException) and not isinstance(event, KdrlError):
+                # A bug of this program; not every exception can be pickled for the other ranks.
+                logger.error("rank 0 failed while the engines sampled", exc_info=event)
+                return RuntimeError(f"rank 0: {type(event).__name__}: {event}")
+            return event
 
     def stop(self) -> None:
         """End both threads."""
@@ -250,9 +310,9 @@ class _Work:
         self._thread.shutdown()
 
     def _keep(self, response: Response) -> None:
-        index, number = response.index
-        prompt = self._prompts[index]
-        assert response.version is not None
+        ticket, number = response.index
+        submitted = self._submitted[ticket]
+        prompt = submitted.prompt
         if (largest := int(response.token_ids.max())) >= self._engine._vocab_size:
             raise EngineError(
                 f"a vLLM engine sampled token id {largest}, but the models share {self._engine._vocab_size} tokens: start its "
@@ -260,46 +320,42 @@ class _Work:
             )
         rollout = Rollout(
             prompt_id=prompt.prompt_id,
-            group_id=index,
+            group_id=submitted.index,
             prompt_token_ids=prompt.token_ids,
             response_token_ids=response.token_ids,
             sampler_log_probs=response.log_probs,
             finish_reason=response.finish_reason,
-            weight_version=response.version,
+            weight_version=response.versions[0][0],
+            later_versions=response.versions[1:],
             prompt=prompt.text,
             response=self._engine._tokenizer.decode_response(response.token_ids),
             answer=prompt.answer,
             domain=prompt.domain,
             columns=prompt.columns,
         )
-        self._rollouts[response.index] = rollout
-        self._arrived.put((index * self._sampling.responses_per_prompt + number, rollout))
+        self._arrived.put((ticket, number, rollout))
 
     def _verify(self) -> None:
-        """Verify responses as they arrive, and announce them in parts of whole groups, until None arrives."""
-        verifier = self._engine._verifier if self._sampling.verify else None
-        while True:
-            arrived = [self._arrived.get()]
-            while not self._arrived.empty():
-                arrived.append(self._arrived.get())
-            rollouts = dict(each for each in arrived if each is not None)
-            if verifier is not None and rollouts:
-                verifier.score(list(rollouts.values()))
-                if self._sampling.part_tokens:
-                    self._announce(rollouts)
-            if len(rollouts) < len(arrived):
-                return
+        """Verify responses as they arrive, and announce complete groups, until None arrives."""
+        try:
+            while True:
+                arrived = [self._arrived.get()]
+                while not self._arrived.empty():
+                    arrived.append(self._arrived.get())
+                responses = [each for each in arrived if each is not None]
+                unverified = [rollout for ticket, _, rollout in responses if self._submitted[ticket].sampling.verify]
+                if self._engine._verifier is not None and unverified:
+                    self._engine._verifier.score(unverified)
+                for ticket, number, rollout in responses:
+                    self._add(ticket, number, rollout)
+                if len(responses) < len(arrived):
+                    return
+        except BaseException as error:  # `next_event` returns it to the other thread
+            self.dispatch.announce(error)
 
-    def _announce(self, verified: dict[int, Rollout]) -> None:
-        for index, rollout in verified.items():
-            self._verified.setdefault(rollout.group_id, {})[index] = rollout
-        whole = {
-            group: responses
-            for group, responses in self._verified.items()
-            if len(responses) == self._sampling.responses_per_prompt
-        }
-        part = {index: rollout for responses in whole.values() for index, rollout in responses.items()}
-        if sum(rollout.num_tokens for rollout in part.values()) >= self._sampling.part_tokens:
-            self.dispatch.announce(part)
-            for group in whole:
-                del self._verified[group]
+    def _add(self, ticket: int, number: int, rollout: Rollout) -> None:
+        group = self._rollouts.setdefault(ticket, {})
+        group[number] = rollout
+        if len(group) == self._submitted[ticket].sampling.responses_per_prompt:
+            del self._rollouts[ticket], self._submitted[ticket]
+            self.dispatch.announce(Complete(ticket, [group[each] for each in sorted(group)]))

@@ -134,6 +134,7 @@ def start_replicas(
         startup_timeout=settings.startup_timeout,
         generation_timeout=settings.generation_timeout,
         refit_timeout=settings.refit_timeout,
+        unfinished=config.rollout.unfinished,
     )
     if settings.servers:
         token = os.environ.get(TOKEN_VARIABLE)

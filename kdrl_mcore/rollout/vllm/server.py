@@ -54,10 +54,12 @@ class GenerateBody(TypedDict):
 
 
 class WeightsBody(TypedDict):
-    """The body of /weights; `spec` describes where the engine's workers find the refit's writers."""
+    """The body of /weights; `spec` describes where the engine's workers find the refit's writers, `unfinished` how responses
+    go on that are not finished (`Engine.receive_weights`)."""
 
     version: int
     spec: dict[str, Any]
+    unfinished: str
 
 
 @dataclass
@@ -67,12 +69,20 @@ class _Served:
     Attributes:
         usable: whether the weights can be used: not while asleep, during a refit, or after one that failed.
         version: the version of the engine's weights; None for those of the model directory, or for unusable ones.
+        replaced: the version before, if responses go on when weights change: a request that names it was on its way then.
+        changing: whether new weights are on their way, and responses wait for them.
         parts: how many parts of responses the engine has made since it started.
     """
 
     usable: bool
     version: int | None = None
+    replaced: int | None = None
+    changing: bool = False
     parts: int = 0
+
+    def has(self, version: int | None) -> bool:
+        """Whether a request for weights of this version is answered."""
+        return self.usable and (version == self.version or (version is not None and version == self.replaced))
 
 
 def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callable[[], None]) -> FastAPI:
@@ -101,7 +111,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     @app.post("/generate")
     async def generate(request: Request) -> StreamingResponse:
         body: GenerateBody = await request.json()
-        if not held.usable or body["version"] != held.version:
+        if not held.has(body["version"]):
             have = held.version if held.usable else "no usable weights"
             raise HTTPException(409, f"asked for weight version {body['version']}, the engine has {have}")
         limit = settings.max_model_len - body["sampling"]["max_tokens"]
@@ -111,10 +121,11 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
                 raise HTTPException(
                     400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
                 )
-        return StreamingResponse(stream(body, held.version), media_type="application/x-ndjson")
+        return StreamingResponse(stream(body), media_type="application/x-ndjson")
 
-    async def stream(body: GenerateBody, version: int | None) -> AsyncIterator[str]:
-        """A line for each finished response, and an empty object for each second in which the engine sampled."""
+    async def stream(body: GenerateBody) -> AsyncIterator[str]:
+        """A line for each finished response, and an empty object for each second in which the engine sampled or waited for new
+        weights."""
         results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         seen = held.parts
 
@@ -123,9 +134,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
             async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
                 held.parts += 1
                 if isinstance(out, Finished):
-                    if not held.usable or held.version != version:
-                        raise RuntimeError(f"the weights changed from version {version} while {each['id']} was sampled")
-                    results.put_nowait({"id": each["id"], "version": version, **vars(out)})
+                    results.put_nowait({"id": each["id"], **vars(out)})
 
         tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
         for task in tasks:
@@ -136,7 +145,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
                 try:
                     line = await asyncio.wait_for(results.get(), _SIGN_SECONDS)
                 except TimeoutError:
-                    if held.parts > seen:
+                    if held.parts > seen or held.changing:
                         seen = held.parts
                         yield "{}\n"
                     continue
@@ -156,11 +165,16 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
     @app.post("/weights")
     async def weights(request: Request) -> dict[str, Any]:
         body: WeightsBody = await request.json()
-        held.usable = False
+        goes_on = body["unfinished"] != "wait"
+        held.usable, held.changing = held.usable and goes_on, goes_on
         try:
-            workers = await engine.receive_weights(body["spec"])
+            workers = await engine.receive_weights(body["spec"], body["version"], body["unfinished"])
         except Exception as error:  # vLLM wraps its worker's error in many types; the trainer decides what to do
+            held.usable = False
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        finally:
+            held.changing = False
+        held.replaced = held.version if goes_on and held.version != body["version"] else None
         held.version, held.usable = body["version"], True
         return {"version": body["version"], "workers": workers}
 

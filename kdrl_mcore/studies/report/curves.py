@@ -86,6 +86,7 @@ CURVES: tuple[Curve, ...] = (
     Curve("accuracy", "Accuracy", "%", ANSWERS),
     Curve("response_length", "Response length", "tokens", ANSWERS),
     Curve("truncated", "Responses cut off", "%", ANSWERS),
+    Curve("signal_share", "Groups with correct and incorrect responses", "%", ANSWERS),
     Curve("entropy", "Entropy of the student", "nats/token", ANSWERS),
     Curve("drift_mean", "Sampler drift, mean", "nats/token", ANSWERS),
     Curve("drift_max", "Sampler drift, largest", "nats", ANSWERS, is_largest=True),

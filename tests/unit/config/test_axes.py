@@ -9,7 +9,7 @@ from kdrl_mcore.config.derived import needs_scores, uses_reference, uses_teacher
 from kdrl_mcore.errors import ConfigError
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "objective").glob("*.yaml"))
-COMBINE, KD = "objective.combine", "objective.kd"
+COMBINE, KD, GIVEN = "objective.combine", "objective.kd", "rollout.given"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -62,10 +62,17 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         ("rollout.group_filter.rounds=2 rollout=replay rollout.path=r", "this run samples none"),
         ("rollout.group_filter.rounds=2 objective.alpha.init=0", "objective.alpha is never positive"),
         ("objective=grpo rollout.group_filter.rounds=2 rollout.group_filter.others=teach", "needs a teacher"),
-        (
-            "rollout.group_filter.rounds=2 rollout=vllm rollout.vllm.placement=server teacher.score_while_sampling=true",
-            "set teacher.score_while_sampling=false",
-        ),
+        (f"{GIVEN}.share=0.5", "objective.kd.estimator=k2 weighs the sampled token"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=top_k_unbiased", "set objective.kd.estimator=exact or top_k"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.divergence=forward {KD}.mix=trust", "objective.kd.mix=trust weighs"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact {COMBINE}.kind=sign", "set it to add or gate"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.token_weight.kind=pass_rate", "weighs by it"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout.top_p=0.9 {KD}.importance=mask", "kd.importance at full"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout=replay rollout.path=r", "set rollout.given.path"),
+        (f"{GIVEN}.share=1", "less than 1"),
+        (f"{GIVEN}.path=r", "needs rollout.given.share above 0"),
+        (f"objective=grpo {GIVEN}.share=0.5", "objective.beta is never positive"),
+        (f"objective=sft {GIVEN}.share=0.5", "objective=sft has given ones alone"),
         ("trainer.stop_after=2", "trainer.stop_after follows the evaluations: set eval.every"),
         ("checkpoint.best=eval/accuracy data.eval=e.jsonl", "checkpoint.best follows the evaluations: set eval.every"),
         ("checkpoint.best=eval/accuracy data.eval=e.jsonl eval.every=2 checkpoint.every=-1", "leave one out"),

@@ -26,9 +26,11 @@ FITTING = {
     "trainer.distributed_timeout_minutes": ["trainer.hang_timeout=0"],
     "rollout.responses_per_prompt": ["objective.alpha.init=0"],
     "rollout.steps_ahead": ["rollout=vllm", "rollout.vllm.placement=server"],
+    "rollout.max_age": ["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=1"],
     "objective.beta.init": ["teacher.path=t"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],
+    "rollout.given.share": ["objective.beta.init=1", "teacher.path=t", "objective.kd.estimator=exact"],
     "trainer.stop_after": ["data.eval=e.jsonl", "eval.every=1"],
 }
 """What else a key's bounds need, so that nothing but its range could refuse them."""

@@ -87,9 +87,8 @@ def test_a_resumed_mix_goes_on_identically(steps: int, ahead: bool) -> None:
     for _ in range(steps):
         whole.next_batch()
     state = json.loads(json.dumps(whole.state_dict()))
-    if ahead:  # a batch is drawn that the checkpoint must not have
+    if ahead:  # a batch is drawn that the checkpoint does not have
         lost = names(whole.next_batch())
-        assert json.loads(json.dumps(whole.state_dict(before_last_batch=True))) == state
     resumed = stream(SETS[::-1])  # in whatever order they are listed
     resumed.load_state_dict(state)
     batches = [names(resumed.next_batch()) for _ in range(5)]

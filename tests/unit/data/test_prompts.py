@@ -94,16 +94,16 @@ def test_column_names_come_from_the_configuration(tmp_path: Path, tokenizer: Tok
 def test_targets_end_as_the_chat_template_ends_a_turn(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(chat_model(tmp_path))
     path = write(tmp_path / "a.jsonl", [{"prompt": "1+1=", "response": "2"}])
-    (prompt,) = load_prompts(path, DataConfig(), tokenizer, 64, with_targets=True)
+    (prompt,) = load_prompts(path, DataConfig(), tokenizer, 64, with_targets=True, needs_answers=False)
     assert prompt.target is not None and tokenizer.show(prompt.target) == "'2<|turn|>'"
     assert describe_prompt(prompt, tokenizer).endswith(r"tokens: '<s><|user|>1+1=<|turn|>\n<|assistant|>'")
-    (prompt,) = load_prompts(path, PLAIN, tokenizer, 64, with_targets=True)
+    (prompt,) = load_prompts(path, PLAIN, tokenizer, 64, with_targets=True, needs_answers=False)
     assert prompt.target is not None and tokenizer.show(prompt.target) == f"'2{END}'"
 
 
 def test_targets_end_with_the_end_of_sequence(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "1+1=", "response": "it is\n2"}])
-    (prompt,) = load_prompts(path, PLAIN, tokenizer, 64, with_targets=True)
+    (prompt,) = load_prompts(path, PLAIN, tokenizer, 64, with_targets=True, needs_answers=False)
     assert prompt.target is not None and prompt.target[-1] == tokenizer.eos_id
     assert text_of(tokenizer, prompt.target[:-1]) == "it is\n2"
     assert (str(prompt.target.dtype), prompt.answer) == ("int64", "")
@@ -162,6 +162,11 @@ def test_the_users_message_has_a_template_of_its_own(tmp_path: Path, tokenizer: 
     path = write(tmp_path / "a.jsonl", ROWS[:1])
     (prompt,) = load_prompts(path, DataConfig(message_template="{prompt}\nBox it."), tokenizer, 64)
     assert prompt.text == "<user>1+1=\nBox it.\n<assistant>"
+
+
+def test_a_response_beside_a_prompt_to_sample_leaves_the_answer_required(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="has no column 'answer'"):
+        load_prompts(write(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}]), PLAIN, tokenizer, 64, with_targets=True)
 
 
 def test_a_missing_response_column_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -196,6 +196,7 @@ def history(late: dict[str, float] | None = None, steps: int = 20) -> list[dict[
         "correction_ess": 0.9,
         "kd_importance_ess": 0.9,
         "taught_share": 0.5,
+        "signal_share": 0.5,
     }
     return [healthy | ((late or {}) if step >= steps // 2 else {}) for step in range(steps)]
 
@@ -208,6 +209,7 @@ SIGNATURES: dict[str, dict[str, float]] = {
     "sampler_drift": {"drift_mean": 0.2},
     "few_effective_tokens": {"kd_importance_ess": 0.1},
     "nothing_taught": {"taught_share": 0.001},
+    "few_signals": {"signal_share": 0.05},
 }
 
 
@@ -241,7 +243,7 @@ KINDS: dict[str, tuple[list[str], set[str]]] = {
     "grpo": (["objective=grpo"], set(SIGNATURES) - {"kl_blow_up", "nothing_taught"}),
     "distillation alone": (
         ["objective=kd_rkl", "teacher.path=t"],
-        set(SIGNATURES) - {"reward_collapse", "entropy_collapse"},
+        set(SIGNATURES) - {"reward_collapse", "entropy_collapse", "few_signals"},
     ),
     "replayed": (
         ["rollout=replay", "rollout.path=r", "teacher.path=t"],
@@ -300,7 +302,9 @@ def test_a_growing_history_shows_what_the_whole_one_does() -> None:
     generator = random.Random(0)
     rows = [{name: generator.choice([math.nan, 0.01, 0.5, 2.0, 70.0]) for name in WATCHED} for _ in range(60)]
     rows = [{name: value for name, value in row.items() if generator.random() < 0.9} for row in rows]
-    rows = [{**row, "entropy": 0.9**step, "taught_share": 0.9**step} for step, row in enumerate(rows)]
+    rows = [
+        {**row, "entropy": 0.9**step, "taught_share": 0.9**step, "signal_share": 0.9**step} for step, row in enumerate(rows)
+    ]
     grown = GrowingHistory(DEFAULT_THRESHOLDS.window)
     seen = set[str]()
     for end, row in enumerate(rows, start=1):

@@ -24,6 +24,7 @@ from kdrl_mcore.planning.rates import NETWORK, Rates
 from kdrl_mcore.planning.search import search
 from kdrl_mcore.planning.setup import Engines, find_engines, make_setup, shard_requests
 from kdrl_mcore.planning.shards import find_shape, try_shards
+from kdrl_mcore.planning.summary import summarise
 from kdrl_mcore.planning.workload import Workload, packing, workload_of
 from kdrl_mcore.preflight import configuration
 from kdrl_mcore.preflight.findings import CheckFailed
@@ -102,6 +103,12 @@ def test_each_measure_moves_what_it_should() -> None:
         more = planned(f"rollout.group_filter.rounds={rounds}", "rollout.responses_per_prompt=2")
         assert more.phase("rollout").total == pytest.approx(times * pairs.phase("rollout").total)
     assert planned("objective.combine.kind=gate").phase("teacher").total < planned().phase("teacher").total
+    exact = planned("objective.kd.estimator=exact")
+    given = planned("objective.kd.estimator=exact", "rollout.given.share=0.5")
+    assert given.phase("rollout").total == exact.phase("rollout").total
+    for phase in ("teacher", "training"):
+        assert 1.8 < given.phase(phase).total / exact.phase(phase).total < 2.1
+    assert summarise(given)["responses"] == 2 * summarise(exact)["responses"]
 
 
 def test_a_plan_that_does_not_fit_names_a_change_that_helps() -> None:

@@ -85,6 +85,16 @@ def test_the_teachers_log_probs_stand_where_it_gave_them(tmp_path: Path) -> None
     assert with_teacher["teacher_log_probs"].tobytes() == log_probs.tobytes() and "teacher_log_probs" not in without
 
 
+def test_the_versions_of_all_tokens_stand_where_the_weights_changed_on_the_way(tmp_path: Path) -> None:
+    changed = rollout(later_versions=((13, 1),))
+    assert changed.versions == ((12, 1), (13, 1)) and rollout().versions == ((12, 2),)
+    write_rollouts(tmp_path / "r.jsonl", [changed, rollout()])
+    first, second = read_rollouts(tmp_path / "r.jsonl")
+    assert_equal(first, changed)
+    assert_equal(second, rollout())
+    assert ["later_versions" in line for line in (tmp_path / "r.jsonl").read_text().split("\n")[:2]] == [True, False]
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
@@ -154,6 +164,11 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"correct": 1}, "'correct' is 1, it must be true or false"),
         ({"group_id": True}, "'group_id' is True, it must be an integer"),
         ({"group_id": 1.0}, "'group_id' is 1.0, it must be an integer"),
+        (
+            {"later_versions": [[4]]},
+            r"'later_versions' is \[\[4\]\], it must be a list of .* of fewer tokens than the",
+        ),
+        ({"later_versions": [[4, 99]]}, r"'later_versions' is \[\[4, 99\]\], it must be a list"),
         ({"weight_version": "3"}, "'weight_version' is '3', it must be an integer"),
         ({"prompt_id": None}, "'prompt_id' is None, it must be text or an integer"),
         ({"reward": float("nan")}, "'reward' is nan, it must be finite"),

@@ -48,7 +48,12 @@ def test_the_digest_is_that_of_the_tensors_not_of_their_order() -> None:
     [
         (["rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
         (["rollout=vllm", "rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
-        (["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=2"], "must be at least 0 and at most 1"),
+        (["rollout.max_age=2"], "rollout.max_age is for responses that are sampled ahead: set rollout.steps_ahead"),
+        (["rollout.unfinished=keep"], "rollout.unfinished is for responses that are sampled ahead"),
+        (
+            ["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=3", "rollout.max_age=2"],
+            "rollout.max_age=2 is less than rollout.steps_ahead=3",
+        ),
         (["rollout=vllm", "teacher.score_while_sampling=true"], "rollout.vllm.placement=server"),
         (
             [

@@ -1,0 +1,182 @@
+"""The ledger of prompts. A prompt is drawn, sampled, verified, and then trained or dropped for a stated reason: one of these
+two, once. Whatever order prompts are sampled in, this is the only place that knows which of them have come to their end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdrl_mcore.data.stream import Place, PromptStream
+from kdrl_mcore.rollout.files import from_row, to_row
+from kdrl_mcore.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the draws of a prompt's responses follow from: the step that it was drawn for, the number of the further round of
+    that step (0 for its first prompts), and its index among the prompts of that round."""
+
+    step: int
+    round: int
+    index: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What the random numbers of this round's prompts have in common."""
+        return (self.step, self.round) if self.round else (self.step,)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A prompt from its draw to its end.
+
+    Attributes:
+        place: where it stands in the data.
+        draw: None while it must be sampled anew, for the step that takes it next.
+        rollouts: its responses once all are there, else None.
+    """
+
+    place: Place
+    prompt: Prompt
+    draw: Draw | None = None
+    rollouts: list[Rollout] | None = None
+
+
+class Ledger:
+    """Every prompt that a run has drawn: those that wait for their end, and counts of the others.
+
+    Every rank keeps the same ledger; nothing is communicated.
+    """
+
+    def __init__(self, prompts: PromptStream) -> None:
+        self.prompts = prompts
+        self.waiting: list[Entry] = []
+        """The prompts that were neither trained nor dropped, in the order in which they were drawn."""
+        self.until = 0
+        """The last step for which prompts were drawn."""
+        self.trained = 0
+        self.dropped: Counter[str] = Counter()
+        """How many were dropped, by reason."""
+
+    @property
+    def drawn(self) -> int:
+        """The number of prompts drawn."""
+        return self.prompts.given
+
+    def draw(self, step: int, round: int = 0) -> list[Entry]:
+        """Prompts for a step: those that must be sampled anew come first, the stream gives the others."""
+        entries = [entry for entry in self.waiting if entry.draw is None][: self.prompts.batch_size]
+        fresh = [Entry(*drawn) for drawn in self.prompts.draw(self.prompts.batch_size - len(entries))]
+        self.waiting += fresh
+        entries += fresh
+        for index, entry in enumerate(entries):
+            entry.draw = Draw(step, round, index)
+        self.until = step
+        return entries
+
+    def draw_until(self, step: int, first: int) -> None:
+        """Draw prompts for each step up to this one, from `first` on, unless they were drawn before."""
+        for each in range(max(self.until + 1, first), step + 1):
+            self.draw(each)
+
+    def due(self, step: int) -> list[Entry]:
+        """The prompts that wait and were drawn for this step or for one before."""
+        return [entry for entry in self.waiting if entry.draw is not None and entry.draw.step <= step]
+
+    def sampled(self, entries: Sequence[Entry], rollouts: Iterable[Rollout]) -> list[Entry]:
+        """Enter the responses to prompts that were sampled together, in whose order they are numbered. Returns the entries."""
+        for entry, group in zip(entries, groups_of(rollouts), strict=True):
+            entry.rollouts = group
+        return list(entries)
+
+    def train(self, entries: Sequence[Entry]) -> list[Rollout]:
+        """End prompts by training on their responses, which are returned, the groups numbered in this order."""
+        self._end(entries)
+        self.trained += len(entries)
+        return [
+            rollout if rollout.group_id == group else replace(rollout, group_id=group)
+            for group, entry in enumerate(entries)
+            for rollout in entry.rollouts or ()
+        ]
+
+    def drop(self, entries: Sequence[Entry], reason: str) -> None:
+        """End prompts without training on them."""
+        self._end(entries)
+        self.dropped[reason] += len(entries)
+
+    def forget_responses(self) -> None:
+        """Have every prompt that waits sampled anew, for the steps to come."""
+        self.until = 0
+        for entry in self.waiting:
+            entry.draw = entry.rollouts = None
+
+    def check(self) -> None:
+        """Assert that the ledger balances."""
+        ended = self.trained + self.dropped.total()
+        assert self.drawn == ended + len(self.waiting), f"{self.drawn} prompts drawn, {ended} ended, {len(self.waiting)} wait"
+
+    def counts(self) -> dict[str, float]:
+        """The counts so far, as metrics."""
+        dropped, waiting = self.dropped.total(), len(self.waiting)
+        counts = {"drawn": self.drawn, "trained": self.trained, "dropped": dropped, "waiting": waiting}
+        return {f"prompts_{name}": float(count) for name, count in counts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON: the cursor of the prompts, the counts, and the prompts that wait with their responses as
+        lines of a rollout file."""
+        waiting = [
+            {
+                "place": list(entry.place),
+                "draw": None if entry.draw is None else [entry.draw.step, entry.draw.round, entry.draw.index],
+                "responses": None if entry.rollouts is None else [to_row(rollout) for rollout in entry.rollouts],
+            }
+            for entry in self.waiting
+        ]
+        counts = {"until": self.until, "trained": self.trained, "dropped": dict(self.dropped)}
+        return {"prompts": self.prompts.state_dict(), "ledger": {**counts, "waiting": waiting}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; also from one of version 0.2, which knew of no counts."""
+        if "ledger" not in state:
+            self._load_0_2(state)
+            return
+        self.prompts.load_state_dict(state["prompts"])
+        ledger = state["ledger"]
+        self.until, self.trained, self.dropped = ledger["until"], ledger["trained"], Counter(ledger["dropped"])
+        self.waiting = []
+        for row in ledger["waiting"]:
+            name, number = row["place"]
+            entry = Entry((name, number), self.prompts.at((name, number)), None if row["draw"] is None else Draw(*row["draw"]))
+            if row["responses"] is not None:
+                entry.rollouts = [replace(from_row(each), columns=entry.prompt.columns) for each in row["responses"]]
+            self.waiting.append(entry)
+
+    def _load_0_2(self, state: dict[str, Any]) -> None:
+        """The cursor, and with it the complete responses to the next step's prompts or none. A checkpoint of replayed rollouts
+        has no cursor."""
+        cursor, pending, self.waiting = state["prompts"], state.get("pending"), []
+        if cursor is None:
+            return
+        if pending:
+            groups = groups_of(map(from_row, pending))
+            self.until = state["step"] + 1
+            before = {**cursor, "given": cursor["given"] - len(groups)}
+            self.prompts.load_state_dict(state.get("prompts_before_pending") or before)
+            for index, (place, prompt) in enumerate(self.prompts.draw(len(groups))):
+                self.waiting.append(Entry(place, prompt, Draw(self.until, 0, index), groups[index]))
+        self.prompts.load_state_dict(cursor)
+        self.trained = self.drawn - len(self.waiting)
+
+    def _end(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self.waiting.remove(entry)  # raises if it has come to its end before
+
+
+def groups_of(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
+    """The responses of each group, in the order in which the groups come."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group_id, []).append(rollout)
+    return list(groups.values())
