@@ -27,11 +27,14 @@ MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
 
 
 def step_metrics(
-    rollouts: Sequence[Rollout], distil_N: Tensor, updates: Sequence[UpdateResult], alpha: float, beta: float, clock: Clock
+    rollouts: Sequence[Rollout], scored_N: Tensor, updates: Sequence[UpdateResult], alpha: float, beta: float, clock: Clock
 ) -> dict[str, float]:
-    """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens."""
-    lengths = np.array([len(rollout.response_token_ids) for rollout in rollouts], dtype=float)
-    distilled = distil_N.numpy()
+    """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens.
+
+    Args:
+        scored_N: how many tokens of each response the teacher scored.
+    """
+    tokens, scored = sum(len(rollout.response_token_ids) for rollout in rollouts), int(scored_N.sum())
     metrics = {
         **{name: measure(rollouts) for name, measure in MEASURES.items()},
         **_over_prompts("reward", [rollout.reward for rollout in rollouts], rollouts),
@@ -41,8 +44,8 @@ def step_metrics(
         "verifier_crashes": float(sum(rollout.extra.get("verifier_crash", 0.0) for rollout in rollouts)),
         "alpha": alpha,
         "beta": beta,
-        "teacher_tokens": float(lengths[distilled].sum()),
-        "teacher_tokens_saved": float(lengths[~distilled].sum()),
+        "teacher_tokens": float(scored),
+        "teacher_tokens_saved": float(tokens - scored),
     }
     return {**metrics, **domain_metrics(rollouts, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
 

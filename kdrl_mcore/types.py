@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +60,14 @@ class Rollout:
     extra: dict[str, float] = field(default_factory=dict)
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_response(self, tokens: int) -> Rollout:
+        """The same rollout with only the first tokens of its response, to be scored; itself if these are all."""
+        if tokens == len(self.response_token_ids):
+            return self
+        return replace(
+            self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
+        )
 
     @property
     def num_tokens(self) -> int:

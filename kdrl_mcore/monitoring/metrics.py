@@ -51,7 +51,7 @@ METRICS: dict[str, str] = {
     "drift_max": "largest |sampler - trainer| log-prob, nats",
     "teacher_tokens": "response tokens the teacher scored in this step",
     "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
-    "teacher_tokens_saved": "response tokens the mask kept from the teacher in this step",
+    "teacher_tokens_saved": "response tokens that mask, combination and token weight kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses trained on in this step",
     "groups_sampled": "groups sampled for this step (rollout.group_filter)",

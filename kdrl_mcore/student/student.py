@@ -257,9 +257,9 @@ class Student:
                 sequence_parallel=self.parts.config.sequence_parallel,
             )
         if teacher is not None:
-            distilled = slice(0, micro.packed.num_distilled)
-            d_D = outputs.teacher_log_probs[distilled] - outputs.log_probs[distilled]
-            measured.append((measured_divergences(d_D, outputs.divergences[distilled]), {}))
+            scored = slice(0, micro.packed.num_scored)
+            d_D = outputs.teacher_log_probs[scored] - outputs.log_probs[scored]
+            measured.append((measured_divergences(d_D, outputs.divergences[scored]), {}))
         measured.append(({"loss": outputs.loss.detach(), "entropy": outputs.entropies.sum()}, {}))
         sums, maxima = _merge(measured)
         return outputs.loss, torch.zeros((), dtype=torch.int), (sums, maxima)

@@ -36,6 +36,8 @@ between measures: not negative, with a gradient that vanishes where p = q on S;
 `renormalize`: p and q are scaled to sum to 1 on S;
 `bucket`: together they count as one more token, with p_out = sum_{v not in S} p_v and q_out likewise; a mass below the smallest
 normal number of the statistics' type is replaced by that number.
+
+All are biased, but for `TopKUnbiased`: docs/method.md has a table of how far each gradient is from that over the vocabulary.
 """
 
 LEAST_DIVISOR = 2**20
