@@ -28,7 +28,7 @@ EXACT_FORM = {
 }
 """What each kind is if the set is the whole vocabulary."""
 MIXED = ("mixed 0.3", "mixed 0.9")
-WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K)
+WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K)
 """The kinds that ask for the teacher's entropy as well."""
 KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K, "top_k_unbiased")
 """Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
