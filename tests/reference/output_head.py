@@ -165,10 +165,11 @@ def top_k_jsd(
     log_p_DV: Tensor, log_q_DV: Tensor, log_p_DK: Tensor, log_q_DK: Tensor, set_DK: Tensor, *, with_rest: bool
 ) -> Tensor:
     """0.3 q log(q / m) + 0.7 p log(p / m), m = 0.3 q + 0.7 p, summed over the set and, if asked, one class of the rest [D]."""
-    p_DK, q_DK = log_p_DK.exp(), log_q_DK.exp()
     if with_rest:
         outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
-        rest = ((log_DV.exp() * outside_DV).sum(1, keepdim=True) for log_DV in (log_p_DV, log_q_DV))
-        p_DK, q_DK = (torch.cat(parts, dim=1) for parts in zip((p_DK, q_DK), rest, strict=True))
-    m_DK = 0.3 * q_DK + 0.7 * p_DK
-    return (0.3 * q_DK * (q_DK / m_DK).log() + 0.7 * p_DK * (p_DK / m_DK).log()).sum(1)
+        tiny = torch.finfo(torch.float64).tiny
+        rest = ((each.exp() * outside_DV).sum(1, keepdim=True).clamp_min(tiny).log() for each in (log_p_DV, log_q_DV))
+        log_p_DK, log_q_DK = (torch.cat(parts, dim=1) for parts in zip((log_p_DK, log_q_DK), rest, strict=True))
+    log_m_DK = torch.logaddexp(log_q_DK + math.log(0.3), log_p_DK + math.log(0.7))
+    terms_DK = 0.3 * log_q_DK.exp() * (log_q_DK - log_m_DK) + 0.7 * log_p_DK.exp() * (log_p_DK - log_m_DK)
+    return terms_DK.sum(1)
