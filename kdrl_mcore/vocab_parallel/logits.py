@@ -99,10 +99,13 @@ def _top_k_on_host(logits_CV: Tensor, top_k: int) -> Tensor:
     values_CM, column_CM = largest_logits(logits_CV, min(top_k + 1, logits_CV.size(1)))
     column_CK = column_CM[:, :top_k].clone()
     threshold_C1 = values_CM[:, top_k - 1 : top_k]
-    tied_N = (values_CM[:, top_k:] == threshold_C1).any(dim=1).nonzero().squeeze(1)
+    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
+    tied_N = (values_CM[:, top_k:] < threshold_C1).logical_not().any(dim=1).nonzero().squeeze(1)
     above_C = (values_CM > threshold_C1).sum(dim=1)
     for tied_B in tied_N.split(max(1, COUNTS_BYTES // (32 * logits_CV.size(1)))):
-        row_E, equal_E = (logits_CV[tied_B] == threshold_C1[tied_B]).nonzero(as_tuple=True)
+        logits_BV, threshold_B1 = logits_CV[tied_B], threshold_C1[tied_B]
+        unequal_BV = (logits_BV < threshold_B1).logical_or_(logits_BV > threshold_B1)
+        row_E, equal_E = unequal_BV.logical_not_().nonzero(as_tuple=True)
         counts_B = row_E.bincount(minlength=len(tied_B))
         place_E = torch.arange(len(row_E)) - (counts_B.cumsum(0) - counts_B)[row_E] + above_C[tied_B][row_E]
         kept_E = place_E < top_k
@@ -118,7 +121,6 @@ def _top_k_of_rows(logits_CV: Tensor, top_k: int) -> Tensor:
     values_CK, _ = largest_logits(logits_CV, top_k)
     threshold_C1 = values_CK.amin(dim=1, keepdim=True)
     above_CV = logits_CV > threshold_C1
-    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
     equal_CV = (logits_CV < threshold_C1).logical_or_(above_CV).logical_not_()
     missing_C1 = top_k - above_CV.sum(dim=1, keepdim=True)
     chosen_CV = above_CV.logical_or_(equal_CV.logical_and_(equal_CV.cumsum(dim=1, dtype=torch.int32) <= missing_C1))
