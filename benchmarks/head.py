@@ -31,6 +31,7 @@ from kdrl_mcore.vocab_parallel import (
     JensenShannon,
     TeacherInputs,
     TopKForwardKL,
+    TopKJensenShannon,
     TopKReverseKL,
     VocabShard,
     fused_head,
@@ -52,6 +53,7 @@ DIVERGENCES: dict[str, Divergence | None] = {
     "jensen_shannon": JensenShannon(0.5),
     "top_k_bucket": TopKForwardKL(TOP_K, "teacher", "bucket"),
     "top_k_corrected": TopKReverseKL(TOP_K, "teacher", "corrected"),
+    "top_k_jsd": TopKJensenShannon(TOP_K, "teacher", "bucket", 0.5),
     "eopd": TopKForwardKL(TOP_K, "teacher", "truncate"),
 }
 """The divergence in the loss of each problem; None for k2, which takes the teacher's log-probs as given. `eopd` needs the
@@ -218,7 +220,7 @@ def _plain_divergence(form: Divergence, log_p_CV: Tensor, p_CV: Tensor, log_q_CV
         log_m_CV = torch.logaddexp(log_q_CV + math.log(form.beta), log_p_CV + math.log1p(-form.beta))
         terms_CV = form.beta * log_q_CV.exp() * (log_q_CV - log_m_CV) + (1 - form.beta) * p_CV * (log_p_CV - log_m_CV)
         return _SumOfRanks.apply(terms_CV.sum(dim=1), shard)
-    assert isinstance(form, TopKForwardKL | TopKReverseKL) and form.support == "teacher"
+    assert isinstance(form, TopKForwardKL | TopKJensenShannon | TopKReverseKL) and form.support == "teacher"
     largest_CK = gather_columns(log_q_CV.topk(form.k, dim=1).values, shard)
     inside_CV = log_q_CV >= largest_CK.topk(form.k, dim=1).values[:, -1:]
     row_N, column_N = inside_CV.nonzero(as_tuple=True)

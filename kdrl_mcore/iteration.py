@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config, ObjectiveConfig
-from kdrl_mcore.config.derived import TEACH_INCORRECT
+from kdrl_mcore.config.derived import TEACH_INCORRECT, teaches_by_advantage
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.clock import Clock
-from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
+from kdrl_mcore.objective.advantages import group_advantages, have_equal_rewards, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
 from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch
-from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.student.update import advance_schedules, update
 from kdrl_mcore.teacher.teacher import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
@@ -53,13 +52,15 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     with clock("train"):
         for batch in job.split(rollouts, teacher, distil_N):  # one batch per optimizer step
             batch = job.score_before_update(batch)  # log pi, where a setting needs whole responses
-            advantages_N = compute_advantages(objective, batch, alpha, beta)  # A_i: r_i relative to its group
+            advantages_N = compute_advantages(
+                objective, batch, alpha, beta, job.mask_stop_token
+            )  # A_i: r_i relative to its group
             weighted = weigh_responses(job.config, batch, advantages_N)  # each response's weight in L_GRPO and L_KD
-            weighted = weigh_tokens(objective, weighted, job.mask_stop_token)  # and that of its tokens, and sequence ratios
+            weighted = job.weigh_tokens(weighted)  # and that of its tokens, and sequence ratios
             updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD
     for result in updates:
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
-    metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
+    metrics = step_metrics(rollouts, job.scored_tokens(rollouts, distil_N), updates, alpha, beta, clock)
     metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
     if job.source.chosen is not None:
         metrics["teacher_tokens_dropped"] = float(teacher.dropped_tokens)
@@ -73,18 +74,23 @@ def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta
     if beta == 0:
         return torch.zeros(len(rollouts), dtype=torch.bool)
     distil_N = distillation_mask(correct_N, group_ids_N, objective.kd.mask)
+    if teaches_by_advantage(objective):
+        distil_N = distil_N & ~have_equal_rewards(_column(rollouts, "reward").double(), group_ids_N)
     distil_N = distil_N & ~correct_N if objective.combine.kind in TEACH_INCORRECT else distil_N
     return distil_N | _column(rollouts, "given").bool()
 
 
-def compute_advantages(objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float) -> Tensor:
+def compute_advantages(
+    objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float, mask_stop_token: bool = False
+) -> Tensor:
     """The group-relative advantage A_i of each response [N]; zero while alpha is zero, and for responses that were given. With
-    `objective.kd.placement=reward` the reward is r_i + beta * sum_t (log T - log pi)."""
+    `objective.kd.placement=reward` the reward is r_i + beta * sum_t (log T - log pi), without the token that ends the response
+    if that is masked."""
     rewards_N, group_ids_N = _column(batch.rollouts, "reward").double(), _column(batch.rollouts, "group_id").long()
     if alpha == 0:
         return torch.zeros_like(rewards_N)
     if objective.kd.placement == "reward" and beta > 0:
-        rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch), beta)
+        rewards_N = shaped_rewards(rewards_N, _log_ratio_sums(batch, mask_stop_token), beta)
     advantages_N, sampled_N = torch.zeros_like(rewards_N), ~batch.given_N
     advantages_N[sampled_N] = group_advantages(
         rewards_N[sampled_N],
@@ -111,16 +117,15 @@ def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) 
     )
 
 
-def _log_ratio_sums(batch: TrainingBatch) -> Tensor:
+def _log_ratio_sums(batch: TrainingBatch, mask_stop_token: bool) -> Tensor:
     """sum_t (log T - log pi) of each response [N], pi as the sampler reported it; 0 where the teacher did not score it."""
     teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or [None] * len(batch.rollouts)
-    return torch.tensor(
-        [
-            0.0 if scores is None else float((scores.astype("float64") - rollout.sampler_log_probs).sum())
-            for rollout, scores in zip(batch.rollouts, teacher, strict=True)
-        ],
-        dtype=torch.float64,
-    )
+    sums = []
+    for rollout, scores in zip(batch.rollouts, teacher, strict=True):
+        tokens = len(rollout.response_token_ids) - (mask_stop_token and rollout.finish_reason == "stop")
+        difference = None if scores is None else scores.astype("float64") - rollout.sampler_log_probs
+        sums.append(0.0 if difference is None else float(difference[:tokens].sum()))
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def _column(rollouts: Sequence[Rollout], name: str) -> Tensor:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy, needs_scores
+from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy, needs_scores, needs_teacher_scores
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.schedules import Coefficient
+from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.rollout.engine import RolloutEngine
 from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.teacher.teacher import Teacher, TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
 
@@ -37,29 +41,42 @@ class Job:
     """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
-        """Let the teacher score each response to distil once, and no others. Log-probs are also stored in the rollouts, for the
-        step's rollout file.
+        """Let the teacher score each response to distil once, as far as its token weights reach, and no others. The log-probs
+        of whole responses are also stored in the rollouts, for the step's rollout file.
 
         Args:
             scores: the teacher's scores of this batch; new ones are added.
             rollouts: some or all of the batch, by their index in it.
             distil_N: which of these are distilled.
         """
+        objective = self.config.objective
+        lengths = self.scored_tokens(list(rollouts.values()), distil_N).tolist()
         wanted = {
-            index: rollout
-            for (index, rollout), distil in zip(rollouts.items(), distil_N.tolist(), strict=True)
+            index: rollout.with_response(tokens)
+            for (index, rollout), tokens, distil in zip(rollouts.items(), lengths, distil_N.tolist(), strict=True)
             if distil and index not in scores
         }
         if wanted:
             assert self.teacher is not None
-            if compares_over_vocabulary(self.config.objective):
-                hidden = self.teacher.hidden_states(wanted, micro_tokens=self.config.batch.micro_tokens)
+            temperature, micro_tokens = self.config.rollout.temperature, self.config.batch.micro_tokens
+            if compares_over_vocabulary(objective):
+                hidden, scored = self.teacher.hidden_states(
+                    wanted, temperature=temperature, micro_tokens=micro_tokens, with_scores=needs_teacher_scores(objective)
+                )
                 scores.hidden = hidden.joined(scores.hidden)
             else:
-                scores.log_probs.update(zip(wanted, self._score(self.teacher, list(wanted.values())), strict=True))
+                scored = self.teacher.scores(list(wanted.values()), temperature=temperature, micro_tokens=micro_tokens)
+            for index, (log_probs, entropies) in zip(wanted, scored, strict=False):
+                missing = (0, len(rollouts[index].response_token_ids) - len(log_probs))
+                scores.log_probs[index], scores.entropies[index] = np.pad(log_probs, missing), np.pad(entropies, missing)
             scores.tokens += sum(len(rollout.response_token_ids) for rollout in wanted.values())
-        for index, rollout in rollouts.items():
-            rollout.teacher_log_probs = scores.log_probs.get(index)
+        for (index, rollout), tokens in zip(rollouts.items(), lengths, strict=True):
+            rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
+
+    def scored_tokens(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> Tensor:
+        """How many tokens of each response, the first ones, the teacher scores [N]. Not collective."""
+        lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.long)
+        return scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[TrainingBatch]:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
@@ -67,14 +84,31 @@ class Job:
         updates = self.config.batch.updates_per_step
         old = [log_probs for log_probs, _ in self._present_scores(rollouts)] if updates > 1 else None
         reference = None if self.reference is None else self._score(self.reference, rollouts)
-        teacher_log_probs = [teacher.log_probs.get(index) for index in range(len(rollouts))] if teacher.log_probs else None
-        on_policy = is_on_policy(self.config)
-        batch = TrainingBatch(rollouts, distil_N, on_policy, teacher_log_probs, teacher.hidden, old, reference)
+
+        def of_all(scores: Mapping[int, TokenFloats]) -> list[TokenFloats | None] | None:
+            return [scores.get(index) for index in range(len(rollouts))] if scores else None
+
+        batch = TrainingBatch(
+            rollouts,
+            distil_N,
+            is_on_policy(self.config),
+            of_all(teacher.log_probs),
+            teacher.hidden,
+            old,
+            reference,
+            teacher_entropies=of_all(teacher.entropies),
+            scored_N=self.scored_tokens(rollouts, distil_N),
+        )
         return batch.split_by_group(updates)
 
     def score_before_update(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch with log pi and entropies at the present weights, if a setting needs whole responses before the update."""
         return replace(batch, scores=self._present_scores(batch.rollouts)) if needs_scores(self.config) else batch
+
+    def weigh_tokens(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with the weights of its tokens in distillation, and what belongs to whole responses. Not collective."""
+        seeds = (self.config.trainer.seed, self.student.version)
+        return weigh_tokens(self.config.objective, batch, self.mask_stop_token, seeds)
 
     def close(self) -> None:
         """End every process that the job started. Not collective."""

@@ -27,11 +27,16 @@ MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
 
 
 def step_metrics(
-    rollouts: Sequence[Rollout], distil_N: Tensor, updates: Sequence[UpdateResult], alpha: float, beta: float, clock: Clock
+    rollouts: Sequence[Rollout], scored_N: Tensor, updates: Sequence[UpdateResult], alpha: float, beta: float, clock: Clock
 ) -> dict[str, float]:
-    """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens."""
+    """The metrics of one KDRL step. Loss terms are averaged over its updates, token measures over its tokens.
+
+    Args:
+        scored_N: how many tokens of each response the teacher scored.
+    """
     lengths = np.array([len(rollout.response_token_ids) for rollout in rollouts], dtype=float)
-    distilled, given = distil_N.numpy(), np.array([rollout.given for rollout in rollouts])
+    tokens, scored = int(lengths.sum()), int(scored_N.sum())
+    given = np.array([rollout.given for rollout in rollouts])
     sampled = [rollout for rollout in rollouts if not rollout.given]
     metrics = {
         **{name: measure(sampled) for name, measure in MEASURES.items()},
@@ -42,8 +47,8 @@ def step_metrics(
         "verifier_crashes": float(sum(rollout.extra.get("verifier_crash", 0.0) for rollout in sampled)),
         "alpha": alpha,
         "beta": beta,
-        "teacher_tokens": float(lengths[distilled].sum()),
-        "teacher_tokens_saved": float(lengths[~distilled].sum()),
+        "teacher_tokens": float(scored),
+        "teacher_tokens_saved": float(tokens - scored),
     }
     if given.any():
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}

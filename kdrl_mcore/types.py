@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +70,14 @@ class Rollout:
         """(version of the weights, response tokens that they sampled), in order."""
         later = sum(count for _, count in self.later_versions)
         return ((self.weight_version, len(self.response_token_ids) - later), *self.later_versions)
+
+    def with_response(self, tokens: int) -> Rollout:
+        """The same rollout with only the first tokens of its response, to be scored; itself if these are all."""
+        if tokens == len(self.response_token_ids):
+            return self
+        return replace(
+            self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
+        )
 
     @property
     def num_tokens(self) -> int:

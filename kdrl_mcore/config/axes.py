@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from kdrl_mcore.config.derived import (
     OVER_THE_VOCABULARY,
     SWITCHES,
+    bounds_importance,
     is_on_policy,
     learns_from_reward,
     replays,
     samples,
     uses_teacher,
-    weighs_by_scores,
 )
 from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
@@ -31,6 +33,7 @@ def check_axes(config: Config) -> None:
     _check_correction(config)
     _check_token_weight(objective)
     _check_divergence(objective)
+    _check_control_variate(objective)
     _check_group_filter(config)
     _check_given(config)
 
@@ -77,6 +80,10 @@ def _check_combine(config: Config) -> None:
 
 
 def _check_policy(objective: ObjectiveConfig) -> None:
+    if not objective.normalize_by_std and objective.baseline != "group":
+        raise ConfigError(
+            f"objective.normalize_by_std=false belongs to baseline=group; baseline={objective.baseline} has no use for it"
+        )
     if objective.policy_loss == "cispo" and objective.dual_clip is not None:
         raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
     if objective.ratio == "sequence" and objective.combine.kind == "ratio":
@@ -93,10 +100,20 @@ def _check_correction(config: Config) -> None:
         raise ConfigError(
             "objective.sampler_correction: a geometric mean is no weight of a sequence: set kind=mask, or level=sequence"
         )
-    if kd.importance != "full" and is_on_policy(config):
+    if not bounds_importance(kd):
+        return
+    key, default = ("importance", "full") if kd.importance != "full" else ("importance_level", "token")
+    name, leave = f"objective.kd.{key}={getattr(kd, key)}", f"leave it at {default}"
+    if is_on_policy(config):
+        raise ConfigError(f"{name} changes pi/mu, which is 1 where every update trains on its own samples: {leave}")
+    if kd.estimator in OVER_THE_VOCABULARY and kd.mix == "none":
+        raise ConfigError(f"{name} weighs sampled tokens, objective.kd.estimator={kd.estimator} has none to weigh: {leave}")
+    if kd.placement != "loss" or config.objective.combine.kind in ("modulate", "ratio"):
+        raise ConfigError(f"{name} weighs a distillation loss, and there is none (see kd.placement, combine.kind): {leave}")
+    if kd.importance_level == "geometric" and kd.importance != "mask":
         raise ConfigError(
-            f"objective.kd.importance={kd.importance} bounds pi/mu, which is 1 where every update trains on its own samples: "
-            "leave it at full"
+            "objective.kd.importance_level=geometric: a geometric mean is no weight of a sequence: set importance=mask, or "
+            "importance_level=sequence"
         )
 
 
@@ -111,41 +128,57 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
         raise ConfigError(f"{name} weighs the tokens of a distillation loss, and there is none: set it to constant")
     if kd.placement == "reward":
         raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
-    if weighs_by_scores(objective) and kd.estimator in OVER_THE_VOCABULARY:
-        raise ConfigError(
-            f"{name} compares sampled log-probs, objective.kd.estimator={kd.estimator} has none: set it to k1 or k2"
-        )
-    if weight.kind == "teacher_entropy":
-        if kd.estimator not in OVER_THE_VOCABULARY:
-            raise ConfigError(
-                f"{name} uses the teacher's entropy, known over the vocabulary alone: set objective.kd.estimator=exact"
-            )
-        if weight.normalize:
-            raise ConfigError(f"{name} is known only token by token: leave objective.kd.token_weight.normalize at false")
     if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
         raise ConfigError("objective.kd.token_weight: tokens and share are both set: leave one out")
 
 
 def _check_divergence(objective: ObjectiveConfig) -> None:
     kd = objective.kd
-    allowed = {"exact": ("reverse", "forward", "jsd"), "top_k": ("reverse", "forward")}.get(kd.estimator, ("reverse",))
-    if kd.divergence not in allowed:
-        fit = "exact" if kd.divergence == "jsd" else "exact or top_k"
+    if kd.divergence != "reverse" and kd.estimator not in ("exact", "top_k"):
         raise ConfigError(
-            f"objective.kd.divergence={kd.divergence} is computed over the vocabulary: set objective.kd.estimator={fit}"
+            f"objective.kd.divergence={kd.divergence} is computed over the vocabulary: set objective.kd.estimator=exact or "
+            "top_k"
         )
+    if kd.clamp is not None and kd.estimator in OVER_THE_VOCABULARY and kd.mix == "none":
+        raise ConfigError(
+            f"objective.kd.clamp={kd.clamp:g} clamps the log-ratio of the sampled token, which objective.kd.estimator="
+            f"{kd.estimator} does not use: set it to null"
+        )
+    if kd.estimator == "top_k" and kd.divergence != "reverse" and kd.top_k_tail == "corrected":
+        raise ConfigError("objective.kd.top_k_tail=corrected belongs to divergence=reverse: set it to bucket")
     if kd.mix != "none" and kd.divergence != "forward":
         raise ConfigError(
             f"objective.kd.mix={kd.mix} joins the sampled reverse KL and a forward one: set objective.kd.divergence=forward"
         )
-    if kd.estimator == "top_k" and kd.divergence == "forward":
-        if kd.top_k_tail == "corrected":
-            raise ConfigError("objective.kd.top_k_tail=corrected belongs to divergence=reverse: set it to bucket")
-        if kd.top_k_tail == "truncate" and kd.top_k_support == "student":
-            raise ConfigError(
-                "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
-                "objective.kd.top_k_support=teacher, or the tail to bucket"
-            )
+    if kd.estimator == "top_k" and kd.divergence == "forward" and (kd.top_k_support, kd.top_k_tail) == ("student", "truncate"):
+        raise ConfigError(
+            "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
+            "objective.kd.top_k_support=teacher, or the tail to bucket"
+        )
+
+
+def _check_control_variate(objective: ObjectiveConfig) -> None:
+    """A baseline leaves the expected gradient alone only where nothing that multiplies it has seen the sampled token."""
+    kd = objective.kd
+    if not kd.control_variate:
+        return
+    name, leave = "objective.kd.control_variate=true", "set it to false"
+    if not uses_teacher(objective):
+        raise ConfigError(f"{name} belongs to a distillation loss, and there is none: {leave}")
+    if kd.estimator not in ("k1", "k2"):
+        raise ConfigError(f"{name} is for objective.kd.estimator=k1 or k2, not {kd.estimator}: {leave}")
+    if kd.placement == "reward":
+        raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response: {leave}")
+    for key, value, harmless in (
+        ("importance", kd.importance, ("full",)),
+        ("importance_level", kd.importance_level, ("token",)),
+        ("mask", kd.mask, ("none",)),
+        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "trusted_prefix", "teacher_entropy")),
+        ("combine.kind", objective.combine.kind, ("add", "reference")),
+    ):
+        if value not in harmless:
+            key = key if key.startswith("combine") else f"kd.{key}"
+            raise ConfigError(f"{name} would bias the gradient: objective.{key}={value} depends on the sampled token: {leave}")
 
 
 def _check_group_filter(config: Config) -> None:
@@ -195,6 +228,8 @@ def _check_given(config: Config) -> None:
 
 def _largest(schedule: ScheduleConfig) -> float:
     """An upper bound of the coefficient."""
+    if schedule.delta < 0 and schedule.kind in ("linear", *SWITCHES):
+        return math.inf
     if schedule.kind in SWITCHES:
-        return max(schedule.init, schedule.after)
+        return max(schedule.init, schedule.after, schedule.min)
     return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

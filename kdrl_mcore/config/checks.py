@@ -335,7 +335,8 @@ def _check_objective(config: Config) -> None:
         )
     if uses_teacher(objective) and not config.teacher.path:
         raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
-    if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2"):
+    in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
+    if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
             f"objective.kd.placement={objective.kd.placement} uses the log-ratio itself; "
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from kdrl_mcore.config.schema import ClusterConfig, Config, ModelConfig, ObjectiveConfig, RolloutConfig, ScheduleConfig
+from kdrl_mcore.config.schema import (
+    ClusterConfig,
+    Config,
+    DistillationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    ScheduleConfig,
+)
 from kdrl_mcore.errors import ConfigError
 
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
@@ -13,6 +21,7 @@ OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
+
 SWITCHES = ("switch", "below", "plateau")
 """The schedules that go from `init` to `after` at once."""
 
@@ -24,7 +33,7 @@ def can_be_positive(schedule: ScheduleConfig) -> bool:
     """Whether a coefficient schedule is above zero at some step."""
     values = {
         "constant": (schedule.init,),
-        **dict.fromkeys(SWITCHES, (schedule.init, schedule.after)),
+        **dict.fromkeys(SWITCHES, (schedule.init, schedule.after, schedule.delta and schedule.min, -schedule.delta)),
         "linear": (schedule.init, schedule.min, -schedule.delta),  # with a negative delta it grows
     }
     return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
@@ -46,11 +55,30 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
     return objective.kind != "sft" and (objective.reference_kl.coefficient > 0 or (extrapolates and uses_teacher(objective)))
 
 
+def teaches_by_advantage(objective: ObjectiveConfig) -> bool:
+    """Whether the rule of `objective.combine` makes nothing of the teacher where the advantage is 0, so that it need not score
+    groups of equal rewards."""
+    combine = objective.combine
+    return combine.kind in ("modulate", "ratio") or (combine.kind == "relu" and combine.signal == "advantage")
+
+
 def weighs_by_scores(objective: ObjectiveConfig) -> bool:
     """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of
     your own may."""
     kind = objective.kd.token_weight.kind
     return kind in WEIGHTS_OF_SCORES or ":" in kind
+
+
+def bounds_importance(kd: DistillationConfig) -> bool:
+    """Whether the weights of distillation differ from each token's own pi / mu."""
+    return kd.importance != "full" or kd.importance_level != "token"
+
+
+def needs_teacher_scores(objective: ObjectiveConfig) -> bool:
+    """Whether a divergence over the vocabulary goes with token weights that need the teacher's log-probs or entropies of whole
+    responses, so that the teacher's pass also runs its own head: 2 G V FLOP per token, G its hidden size."""
+    weighs = weighs_by_scores(objective) or objective.kd.token_weight.kind == "teacher_entropy"
+    return compares_over_vocabulary(objective) and weighs
 
 
 def needs_scores(config: Config) -> bool:
@@ -60,13 +88,13 @@ def needs_scores(config: Config) -> bool:
     return objective.kind != "sft" and (
         (objective.ratio == "sequence" and several)
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
-        or (uses_teacher(objective) and weighs_by_scores(objective))
+        or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
     )
 
 
 def compares_over_vocabulary(objective: ObjectiveConfig) -> bool:
     """Whether the loss compares student and teacher over the vocabulary, so that the student also loads the teacher's head."""
-    return uses_teacher(objective) and objective.kd.estimator in OVER_THE_VOCABULARY
+    return uses_teacher(objective) and (objective.kd.estimator in OVER_THE_VOCABULARY or objective.kd.control_variate)
 
 
 def replays(config: Config) -> bool:

@@ -157,9 +157,10 @@ class ScheduleConfig:
         choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
-    min: float = key(0.0, "floor of linear, cosine and adaptive", range=NOT_NEGATIVE)
+    min: float = key(0.0, "floor of linear, cosine, adaptive and delta", range=NOT_NEGATIVE)
     max: float = key(1.0, "ceiling of adaptive", range=NOT_NEGATIVE)
-    delta: float = key(0.0, "linear: subtracted per step", range=SIGNED)  # with a negative delta the coefficient grows
+    # With a negative delta the coefficient grows.
+    delta: float = key(0.0, "subtracted per step: linear; switch, below and plateau once they have switched", range=SIGNED)
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
     after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
     target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
@@ -201,7 +202,7 @@ class TokenWeightConfig:
         "constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix or teacher_entropy; or MODULE:NAME",
         choices=(
             *("constant", "entropy", "magnitude", "prefix", "rising", "pass_rate", "trusted_prefix"),
-            "teacher_entropy",  # known only where the two models are compared, so the head's pass applies it
+            "teacher_entropy",
         ),
         takes_functions=True,
     )
@@ -227,17 +228,21 @@ class DistillationConfig:
     )
     divergence: str = key(
         "reverse",
-        "exact: reverse (KL(pi, T)), forward (KL(T, pi)) or jsd; top_k: reverse or forward; the others: reverse",
+        "exact and top_k: reverse (KL(pi, T)), forward (KL(T, pi)) or jsd; the others: reverse",
         choices=("reverse", "forward", "jsd"),
     )
     jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
     mix: str = key(
         "none",
         "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
-        "entropy is above mix_above) or trust (k2 with the weight min(T / pi, 1), the divergence with the rest)",
-        choices=("none", "entropy", "trust"),
+        "entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or drawn_trust "
+        "(one of the two, drawn with these probabilities)",
+        choices=("none", "entropy", "trust", "drawn_trust"),
     )
     mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
+    control_variate: bool = key(
+        False, "k1 and k2: subtract the expectation of log T - log pi over the vocabulary, which costs what exact does"
+    )
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
@@ -253,6 +258,11 @@ class DistillationConfig:
         choices=("full", "truncate", "mask"),
     )
     importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
+    importance_level: str = key(
+        "token",
+        "whose pi/mu: each token's, the product over the sequence, or its geometric mean (mask only, which keeps each token's)",
+        choices=("token", "sequence", "geometric"),
+    )
     token_weight: TokenWeightConfig = field(default_factory=TokenWeightConfig)
     stop_token: str = key(
         "auto",

@@ -23,12 +23,20 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def score_rollouts(
-    parts: ModelParts, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int
+    parts: ModelParts,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    micro_tokens: int,
+    on_hidden: Callable[[LanguageModel, PackedBatch, Tensor], Any] | None = None,
 ) -> list[tuple[TokenFloats, TokenFloats]]:
     """Log-probs and entropies [response tokens] of every rollout under this model, on every rank.
 
     The rollouts are balanced over the model's own data-parallel replicas. Collectives: the model's pipeline, tensor- and
     context-parallel ones, then `gather_from_replicas`. Every rank of the world must call it with the same rollouts.
+
+    Args:
+        on_hidden: also called with what `run_forward` gives to `collect`, for each micro-batch.
     """
     if not rollouts:
         return []
@@ -36,6 +44,8 @@ def score_rollouts(
     def log_probs_and_entropy(
         chunk: LanguageModel, batch: PackedBatch, hidden_SH: Tensor
     ) -> list[tuple[tuple[Span, ...], Tensor]]:
+        if on_hidden is not None:
+            on_hidden(chunk, batch, hidden_SH)
         values = head_log_probs(
             hidden_SH,
             chunk.head_weight(),

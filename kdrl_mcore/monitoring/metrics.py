@@ -52,7 +52,7 @@ METRICS: dict[str, str] = {
     "teacher_tokens": "response tokens the teacher scored in this step",
     "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
     "teacher_tokens_dropped": "further ones, scored early for groups that rollout.group_filter dropped",
-    "teacher_tokens_saved": "response tokens the mask kept from the teacher in this step",
+    "teacher_tokens_saved": "response tokens that mask, combination and token weight kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses trained on in this step",
     "given_responses": "of these, given ones (rollout.given); rewards, lengths, entropy, kl and drift are of the others",

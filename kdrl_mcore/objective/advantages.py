@@ -35,9 +35,7 @@ def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, *, normalize_by_std
         )
     zeros = rewards_N.new_zeros(len(groups))
     mean_N = (zeros.scatter_add(0, index_N, rewards_N) / counts)[index_N]
-    low = zeros.scatter_reduce(0, index_N, rewards_N, "amin", include_self=False)
-    high = zeros.scatter_reduce(0, index_N, rewards_N, "amax", include_self=False)
-    centred_N = torch.where((low == high)[index_N], 0.0, rewards_N - mean_N)
+    centred_N = torch.where(have_equal_rewards(rewards_N, group_ids_N), 0.0, rewards_N - mean_N)
     if baseline == "leave_one_out":
         return centred_N * (counts / (counts - 1))[index_N]
     if baseline == "batch":
@@ -46,6 +44,15 @@ def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, *, normalize_by_std
         return centred_N
     std = (zeros.scatter_add(0, index_N, centred_N.square()) / (counts - 1)).sqrt()
     return centred_N / (std[index_N] + STD_EPSILON)
+
+
+def have_equal_rewards(rewards_N: Tensor, group_ids_N: Tensor) -> Tensor:
+    """Whether all responses of a response's group have the same reward (bool) [N], so that its advantage is 0."""
+    groups, index_N = group_ids_N.unique(return_inverse=True)
+    zeros = rewards_N.new_zeros(len(groups))
+    low = zeros.scatter_reduce(0, index_N, rewards_N, "amin", include_self=False)
+    high = zeros.scatter_reduce(0, index_N, rewards_N, "amax", include_self=False)
+    return (low == high)[index_N]
 
 
 def shaped_rewards(rewards_N: Tensor, log_ratio_sums_N: Tensor, beta: float) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import DistillationConfig, ObjectiveConfig
+from kdrl_mcore.config.derived import bounds_importance
 from kdrl_mcore.objective import token_weights
 from kdrl_mcore.objective.combine import RULES, Signals, anchor, reference_coefficient
 from kdrl_mcore.objective.correction import bounded_importance, sampler_correction
 from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
 from kdrl_mcore.objective.functions import find_function
+from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, policy_ratio
 
 
@@ -34,9 +36,13 @@ class TokenBatch:
         reference_log_probs: log-probs of the reference model; None without one.
         correct: 1 where the response is correct, else 0; None if no rule asks.
         teacher_entropies: of the teacher's distribution, where the settings ask for it.
+        scored: 0 where the teacher did not score a token of a distilled response, or the token is left out, else 1; None if
+            there is no such token.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
+        draws: a number drawn from [0, 1) for each token, where `objective.kd.mix` draws; otherwise None.
         sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
+        kd_log_ratios: log pi / mu over the response (`objective.kd.importance_level`), likewise.
         given: 1 where the response was given, else 0; None without any (`without_sampler`).
     """
 
@@ -50,9 +56,12 @@ class TokenBatch:
     reference_log_probs: Tensor | None = None
     correct: Tensor | None = None
     teacher_entropies: Tensor | None = None
+    scored: Tensor | None = None
     token_weights: Tensor | None = None
+    draws: Tensor | None = None
     sequence_ratios: Tensor | None = None
     sequence_log_ratios: Tensor | None = None
+    kd_log_ratios: Tensor | None = None
     given: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> TokenBatch:
@@ -83,6 +92,29 @@ class TokenBatch:
         return replace(self, **changed)
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What the losses of the tokens are made of, [T] each.
+
+    Attributes:
+        log_ratio: d = log T - log pi, with the gradient of log pi; 0 where the teacher did not score the token.
+        importance: w = pi / mu, within the bounds of `objective.kd.importance`.
+        teacher_log_probs: log pi where the teacher did not score the token.
+        distilled: whether the token is distilled (bool).
+        coefficients: a of the policy loss, of `objective.combine`.
+        taught_weights: the token weight of distillation, and its share of the global loss.
+        kd_weights: the same times b, of `objective.combine`.
+    """
+
+    log_ratio: Tensor
+    importance: Tensor
+    teacher_log_probs: Tensor
+    distilled: Tensor
+    coefficients: Tensor
+    taught_weights: Tensor
+    kd_weights: Tensor
+
+
 def joint_loss(
     log_probs_T: Tensor,
     batch: TokenBatch,
@@ -100,7 +132,7 @@ def joint_loss(
     already contain it.
 
     Args:
-        divergence_T: a differentiable per-token divergence that replaces the sampled estimator (exact and top-k forms).
+        divergence_T: a differentiable per-token divergence over the vocabulary, of which `estimate` says what becomes.
         entropies_T: the student's, differentiable; only for `objective.entropy_bonus`.
 
     Returns:
@@ -109,63 +141,44 @@ def joint_loss(
         kl_k1, kl_k2 and kl_k3, present only without `divergence_T`, are plain sums over the distilled tokens.
     """
     kd = objective.kd
-    w_T = _weight(log_probs_T, batch, kd.estimator)
-    if not batch.on_policy:
-        w_T = bounded_importance(w_T, log_probs_T, kd)
-    distilled_T = batch.distillation_weights != 0
-    teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
-    # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can reach a gradient.
-    teacher_T = torch.where(distilled_T, teacher_T, log_probs_T.detach())
-    d_T = log_ratio(teacher_T, log_probs_T, kd.clamp)
+    tokens = _compare(log_probs_T, batch, objective, beta)
+    estimated = estimate(kd, tokens.log_ratio, tokens.importance, divergence_T, batch)
 
-    correct_T = torch.zeros_like(distilled_T) if batch.correct is None else batch.correct != 0
-    combine = find_function("objective.combine.kind", objective.combine.kind, RULES)
-    signals = Signals(batch.advantages, correct_T, d_T.detach(), distilled_T)
-    coefficient_T, kd_weight_T = combine(signals, objective.combine, beta)
-    kd_weights_T = batch.distillation_weights
-    for factor_T in (kd_weight_T, batch.token_weights, _weight_of_entropies(kd, batch)):
-        kd_weights_T = kd_weights_T if factor_T is None else kd_weights_T * factor_T
-
-    advantages_T = alpha * coefficient_T * batch.policy_weights
+    advantages_T = alpha * tokens.coefficients * batch.policy_weights
     if kd.placement == "advantage":
-        advantages_T = advantages_T + beta * d_T.detach() * kd_weights_T
+        advantages_T = advantages_T + beta * estimated.coefficient * tokens.kd_weights
     old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
-    anchor_T = anchor(objective.combine, beta, old_T, teacher_T, distilled_T)
+    anchor_T = anchor(objective.combine, beta, old_T, tokens.teacher_log_probs, tokens.distilled)
     rho_T = policy_ratio(log_probs_T, anchor_T, batch.sequence_ratios)
     policy_loss = find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
     policy_T, clipped_T = policy_loss(rho_T, log_probs_T, advantages_T, objective)
     correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction, batch.sequence_log_ratios)
     loss_T = policy_T * correction_T
 
-    if divergence_T is not None:
-        estimate_T = divergence_T if kd.mix == "none" else mixed(kd, d_T, w_T, divergence_T, batch.teacher_entropies)
-    elif kd.estimator in ESTIMATORS:
-        estimate_T = ESTIMATORS[kd.estimator](d_T, w_T)
-    else:  # no token of the whole batch is distilled, so the teacher scored none
-        estimate_T = torch.zeros_like(log_probs_T)
-    kd_T = torch.where(distilled_T, estimate_T, 0.0) * kd_weights_T
+    kd_T = torch.where(tokens.distilled, estimated.whole, 0.0) * tokens.kd_weights
     if kd.placement == "loss" and beta:
         loss_T = loss_T + beta * kd_T
+    elif kd.placement == "advantage" and estimated.over_vocabulary is not None:  # the sampled part is in the advantage
+        loss_T = loss_T + beta * torch.where(tokens.distilled, estimated.over_vocabulary, 0.0) * tokens.kd_weights
+    if objective.entropy_bonus and entropies_T is not None:
+        loss_T = loss_T - objective.entropy_bonus * entropies_T * batch.policy_weights
+    reference_T = _reference_term(log_probs_T, batch, objective, tokens)
+    if reference_T is not None:
+        loss_T = loss_T + reference_coefficient(objective.combine, objective.reference_kl.coefficient, beta) * reference_T
+
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
+    unweighted_T = policy_loss(rho_T, log_probs_T, tokens.coefficients, objective)[0]
     sums = {
-        "policy_loss": policy_loss(rho_T, log_probs_T, coefficient_T, objective)[0] * correction_T * batch.policy_weights,
+        "policy_loss": unweighted_T * correction_T * batch.policy_weights,
         "kd_loss": kd_T,
-        "distilled_tokens": distilled_T,
+        "distilled_tokens": tokens.distilled,
         "clipped_tokens": clipped_T,
         "drift": drift_T,
         "tokens": torch.ones_like(log_probs_T),
+        **({} if reference_T is None else {"reference_loss": reference_T}),
+        **(sampled_divergences(tokens.log_ratio) if divergence_T is None else {}),
+        **_measures_of_weights(objective, batch, tokens, correction_T),
     }
-    if divergence_T is None:
-        sums |= sampled_divergences(d_T)
-    if objective.entropy_bonus and entropies_T is not None:
-        loss_T = loss_T - objective.entropy_bonus * entropies_T * batch.policy_weights
-    if batch.reference_log_probs is not None:
-        reference_d_T, form = batch.reference_log_probs - log_probs_T, objective.reference_kl.estimator
-        reference_T = ESTIMATORS[form](reference_d_T, _weight(log_probs_T, batch, form)) * batch.policy_weights
-        coefficient = reference_coefficient(objective.combine, objective.reference_kl.coefficient, beta)
-        loss_T = loss_T + coefficient * reference_T
-        sums["reference_loss"] = reference_T
-    sums |= _measures_of_weights(objective, batch, coefficient_T, kd_weights_T, correction_T, w_T, distilled_T)
     return (
         loss_T,
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
@@ -173,26 +186,98 @@ def joint_loss(
     )
 
 
+def _compare(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, beta: float) -> _Tokens:
+    """Compare student, teacher and sampler on each token, and combine the teacher's signal with the reward's."""
+    kd = objective.kd
+    w_T = _weight(log_probs_T, batch, kd.estimator)
+    if not batch.on_policy:
+        w_T = bounded_importance(w_T, log_probs_T, kd, batch.kd_log_ratios)
+    distilled_T = of_response_T = batch.distillation_weights != 0
+    if batch.scored is not None:
+        distilled_T = of_response_T & (batch.scored != 0)
+    teacher_T = log_probs_T.detach() if batch.teacher_log_probs is None else batch.teacher_log_probs
+    # A masked token's teacher log-prob may be anything, NaN included: it is replaced before it can reach a gradient.
+    teacher_T = torch.where(distilled_T, teacher_T, log_probs_T.detach())
+    d_T = log_ratio(teacher_T, log_probs_T, kd.clamp)
+
+    correct_T = torch.zeros_like(distilled_T) if batch.correct is None else batch.correct != 0
+    combine = find_function("objective.combine.kind", objective.combine.kind, RULES)
+    signals = Signals(batch.advantages, correct_T, d_T.detach(), of_response_T)
+    coefficients_T, kd_weight_T = combine(signals, objective.combine, beta)
+    taught_T = batch.distillation_weights if batch.token_weights is None else batch.distillation_weights * batch.token_weights
+    weights_T = taught_T if kd_weight_T is None else taught_T * kd_weight_T
+    return _Tokens(d_T, w_T, teacher_T, distilled_T, coefficients_T, taught_T, weights_T)
+
+
+def _reference_term(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, tokens: _Tokens) -> Tensor | None:
+    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half of
+    distillation, and has its weights: without the teacher's half, a negative coefficient would only drive pi away."""
+    if batch.reference_log_probs is None:
+        return None
+    form = objective.reference_kl.estimator
+    w_T, weights_T = _weight(log_probs_T, batch, form), batch.policy_weights
+    if objective.combine.kind == "reference":
+        weights_T = tokens.taught_weights
+        if not batch.on_policy:
+            w_T = bounded_importance(w_T, log_probs_T, objective.kd, batch.kd_log_ratios)
+    return ESTIMATORS[form](batch.reference_log_probs - log_probs_T, w_T) * weights_T
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The KD term of each token before its weight, [T] each.
+
+    Attributes:
+        whole: the term itself.
+        coefficient: what `objective.kd.placement=advantage` adds to the advantage for the sampled part of it (detached).
+        over_vocabulary: the part that is a divergence over the vocabulary; None if all of it is sampled.
+    """
+
+    whole: Tensor
+    coefficient: Tensor
+    over_vocabulary: Tensor | None = None
+
+
+def estimate(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Tensor | None, batch: TokenBatch) -> Estimate:
+    """The KD term: a sampled estimator, a divergence over the vocabulary, or with `objective.kd.mix` both.
+
+    With `objective.kd.control_variate` d is replaced by d - E_pi[d], the expectation detached (vOPD, arXiv 2605.07865): E_pi[d]
+    is minus the divergence. On-policy, and with an exact w, the expected gradient of k1 and k2 stays that of the reverse KL,
+    and so is that of d in the advantage. The variance is 0.70 of k2's on-policy and 0.90 off-policy in the setting of
+    `test_axes_expectation.py`.
+
+    Args:
+        d_T, w_T: log T - log pi and pi / mu.
+        divergence_T: differentiable; None if the teacher scored no token of the batch over the vocabulary.
+    """
+    if divergence_T is None:
+        if kd.estimator in ESTIMATORS:
+            return Estimate(ESTIMATORS[kd.estimator](d_T, w_T), d_T.detach())
+        return Estimate(torch.zeros_like(d_T), d_T.detach())  # no token of the whole batch is distilled
+    if kd.estimator in ESTIMATORS:
+        centred_T = d_T + divergence_T.detach()
+        return Estimate(ESTIMATORS[kd.estimator](centred_T, w_T), centred_T.detach())
+    if kd.mix == "none":
+        return Estimate(divergence_T, d_T.detach(), divergence_T)
+    sampled_share_T, share_T = MIXES[kd.mix](d_T.detach(), batch.teacher_entropies, batch.draws, kd)
+    part_T = share_T * divergence_T
+    return Estimate(sampled_share_T * ESTIMATORS["k2"](d_T, w_T) + part_T, sampled_share_T * d_T.detach(), part_T)
+
+
 def _measures_of_weights(
-    objective: ObjectiveConfig,
-    batch: TokenBatch,
-    coefficient_T: Tensor,
-    kd_weights_T: Tensor,
-    correction_T: Tensor,
-    w_T: Tensor,
-    distilled_T: Tensor,
+    objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, correction_T: Tensor
 ) -> dict[str, Tensor]:
     """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
     changed, and the weights of the corrections with their squares."""
     sums: dict[str, Tensor] = {}
     if objective.combine.kind != "add" or batch.token_weights is not None:
-        sums["taught_tokens"] = kd_weights_T != 0
+        sums["taught_tokens"] = tokens.kd_weights != 0
     if objective.combine.kind != "add":
-        sums["gated_tokens"] = coefficient_T != batch.advantages
+        sums["gated_tokens"] = tokens.coefficients != batch.advantages
     if objective.sampler_correction.kind != "none":
         sums |= {"correction": correction_T, "correction_squared": correction_T.square(), "corrected_tokens": correction_T != 1}
-    if not batch.on_policy and objective.kd.importance != "full":
-        weights_T = torch.where(distilled_T, w_T.detach(), 0.0)
+    if not batch.on_policy and bounds_importance(objective.kd):
+        weights_T = torch.where(tokens.distilled, tokens.importance.detach(), 0.0)
         sums |= {"kd_importance": weights_T, "kd_importance_squared": weights_T.square()}
     return sums
 
@@ -206,29 +291,6 @@ def check_functions(objective: ObjectiveConfig) -> None:
     find_function("objective.combine.kind", objective.combine.kind, RULES)
     find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
     find_function("objective.kd.token_weight.kind", objective.kd.token_weight.kind, token_weights.RULES)
-
-
-def mixed(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Tensor, entropies_T: Tensor | None) -> Tensor:
-    """The sampled reverse KL, k2, joined with a divergence over the vocabulary [T].
-
-    `entropy`: k2 everywhere, and the divergence where the teacher's entropy is above `mix_above` (EOPD, arXiv 2603.07079, whose
-    k1 inside the surrogate has the same gradient on-policy). `trust`: t k2 + (1 - t) divergence with t = min(T / pi, 1) a
-    constant, the expectation of drawing one of the two with probability t (TrOPD, arXiv 2606.01249).
-    """
-    sampled_T = ESTIMATORS["k2"](d_T, w_T)
-    if kd.mix == "entropy":
-        # Tokens without a teacher have none, and are masked later.
-        unsure_T = torch.zeros_like(d_T).bool() if entropies_T is None else entropies_T > kd.mix_above
-        return sampled_T + torch.where(unsure_T, divergence_T, 0.0)
-    trust_T = d_T.detach().exp().clamp(max=1.0)
-    return trust_T * sampled_T + (1 - trust_T) * divergence_T
-
-
-def _weight_of_entropies(kd: DistillationConfig, batch: TokenBatch) -> Tensor | None:
-    """exp(-rate H_T): SRPO's weight (arXiv 2604.02288), not normalised; None if another rule weighs."""
-    if kd.token_weight.kind != "teacher_entropy" or batch.teacher_entropies is None:
-        return None
-    return (-kd.token_weight.rate * batch.teacher_entropies).exp()
 
 
 def sampled_divergences(d_T: Tensor) -> dict[str, Tensor]:

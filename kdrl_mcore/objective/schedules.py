@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
+from kdrl_mcore.config.derived import SWITCHES
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Coefficient:
         `steps`, then `after`.
     below: init until the measured KL per token is at most `target`, then `after`. plateau: init until `patience` evaluations
         in a row have brought no higher accuracy, then `after`. Neither switches back.
+    From the step s on in which one of these three has switched, it is max(after - delta (t - s), min) if `delta` is set.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
 
@@ -38,7 +40,8 @@ class Coefficient:
         self._schedule = schedule
         self._step = 0
         self._adapted = schedule.init
-        self._switched = False
+        self._switched_at: int | None = None
+        """The step from which `below` or `plateau` have switched."""
         self._accuracy = Record()
 
     @property
@@ -49,10 +52,11 @@ class Coefficient:
             return max(s.init - s.delta * t, s.min)
         if s.kind == "cosine":
             return s.min + (s.init - s.min) * 0.5 * (1 + math.cos(math.pi * min(t / s.steps, 1.0)))
-        if s.kind == "switch":
-            return s.init if t < s.steps else s.after
-        if s.kind in ("below", "plateau"):
-            return s.after if self._switched else s.init
+        if s.kind in SWITCHES:
+            since = s.steps if s.kind == "switch" else self._switched_at
+            if since is None or t < since:
+                return s.init
+            return max(s.after - s.delta * (t - since), s.min) if s.delta else s.after
         return self._adapted if s.kind == "adaptive" else s.init
 
     def advance(self, kl_per_token: float | None) -> None:
@@ -60,7 +64,7 @@ class Coefficient:
         self._step += 1
         s = self._schedule
         if s.kind == "below" and kl_per_token is not None and kl_per_token <= s.target:
-            self._switched = True
+            self._switch()
         if s.kind == "adaptive" and kl_per_token is not None:
             # The exponent is bounded so that one wild measurement cannot overflow.
             exponent = min(max(s.eta * (kl_per_token / s.target - 1), -1.0), 1.0)
@@ -70,25 +74,29 @@ class Coefficient:
         """Take note of an evaluation."""
         self._accuracy.observe(accuracy)
         if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
-            self._switched = True
+            self._switch()
+
+    def _switch(self) -> None:
+        if self._switched_at is None:
+            self._switched_at = self._step
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
         return {
             "step": self._step,
             "adapted": self._adapted,
-            "switched": self._switched,
+            "switched_at": self._switched_at,
             "accuracy": asdict(self._accuracy),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False, measures_anew: bool = False) -> None:
         """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
         that follows measurements starts again at `init`. With `measures_anew`, for when evaluations have, the accuracies so far
-        are forgotten. A checkpoint may be from before a schedule had `switched`."""
+        are forgotten. A checkpoint may be from before a schedule had `switched_at`."""
         self._step = int(state["step"])
         if restart:
             return
-        self._adapted, self._switched = float(state["adapted"]), bool(state.get("switched", False))
+        self._adapted, self._switched_at = float(state["adapted"]), state.get("switched_at")
         if not measures_anew:
             self._accuracy = Record(**state.get("accuracy", {}))
 

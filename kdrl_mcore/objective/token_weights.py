@@ -1,7 +1,7 @@
 """Which tokens of a response are taught, and how much: a weight of each token's distillation.
 
 A share is one of a response's tokens, so that a weight depends on its response alone (and `pass_rate` on its group): every
-layout gives the same. T tokens of a response.
+layout gives the same. T tokens of a response, N responses.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdrl_mcore.config import TokenWeightConfig
 from kdrl_mcore.objective.functions import find_function
@@ -25,12 +27,14 @@ class ResponseScores:
         pass_rate: the share of correct responses in its group.
         log_ratio, entropy: d = log T - log pi and the student's entropy [T]; None unless the rule is one of
             `config.derived.WEIGHTS_OF_SCORES`.
+        teacher_entropy: the teacher's [T]; None unless the rule asks for it.
     """
 
     tokens: int
     pass_rate: float
     log_ratio: TokenFloats | None = None
     entropy: TokenFloats | None = None
+    teacher_entropy: TokenFloats | None = None
 
 
 def constant(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
@@ -59,8 +63,7 @@ def magnitude(response: ResponseScores, settings: TokenWeightConfig) -> TokenFlo
 
 def prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
     """1 for the first `tokens` or, if that is 0, the first `share` of the response, else 0. Prefix OPD, arXiv 2602.15260."""
-    taught = settings.tokens or _count(settings.share, response.tokens)
-    return (np.arange(response.tokens) < taught).astype(np.float32)
+    return (np.arange(response.tokens) < _taught_prefix(settings, response.tokens)).astype(np.float32)
 
 
 def rising(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
@@ -83,10 +86,16 @@ def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> Tok
     return np.exp(-settings.rate * before / np.maximum(np.arange(response.tokens), 1)).astype(np.float32)
 
 
+def teacher_entropy(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
+    """exp(-rate H_T): the teacher counts less where it is unsure. SRPO, arXiv 2604.02288, which normalises to mean 1
+    (`normalize`)."""
+    assert response.teacher_entropy is not None
+    return np.exp(-settings.rate * response.teacher_entropy.astype(np.float64)).astype(np.float32)
+
+
 RULES: dict[str, Callable[[ResponseScores, TokenWeightConfig], TokenFloats]] = {
-    rule.__name__: rule for rule in (constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix)
+    rule.__name__: rule for rule in (constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix, teacher_entropy)
 }
-RULES["teacher_entropy"] = constant  # `joint.py` weighs, where the teacher's entropy is known
 """The rules by the names of `objective.kd.token_weight.kind`."""
 
 
@@ -110,6 +119,25 @@ def token_weights(
         scale = np.float32(tokens / total if total else 0.0)
         weights = [None if weight is None else weight * scale for weight in weights]
     return weights
+
+
+def scored_tokens(settings: TokenWeightConfig, lengths_N: Tensor, distil_N: Tensor) -> Tensor:
+    """How many tokens of each response, the first ones, the teacher must score [N]: what the rule leaves out at a response's
+    end costs the teacher nothing. 0 for responses that are not distilled.
+
+    Args:
+        lengths_N: response tokens.
+        distil_N: which responses are distilled (bool).
+    """
+    scored_N = torch.where(distil_N, lengths_N, 0)
+    if settings.kind != "prefix":
+        return scored_N
+    return torch.tensor([min(_taught_prefix(settings, tokens), tokens) for tokens in scored_N.tolist()], dtype=torch.long)
+
+
+def _taught_prefix(settings: TokenWeightConfig, tokens: int) -> int:
+    """The number of tokens that `prefix` teaches, at most `tokens` of which exist."""
+    return settings.tokens or _count(settings.share, tokens)
 
 
 def _count(share: float, tokens: int) -> int:

@@ -7,7 +7,7 @@ lengths, so every rank computes the same one without communication.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class PackedBatch:
         rows_T: the row whose hidden state predicts each response token.
         targets_T: the response tokens.
         spans: the loss rows in order, as spans of responses.
-        num_distilled: how many loss rows belong to distilled responses; these come first.
+        num_scored: how many loss rows the teacher scored; these come first.
         order: the rollouts in the order of the packed sequence.
         context_rows: indices of the packed sequence's rows in the order in which context-parallel ranks hold them; None
             without context parallelism.
@@ -71,7 +71,7 @@ class PackedBatch:
     rows_T: Tensor
     targets_T: Tensor
     spans: tuple[Span, ...]
-    num_distilled: int
+    num_scored: int
     order: tuple[int, ...]
     context_rows: Tensor | None = None
 
@@ -136,7 +136,7 @@ def pack(
     sequences: Sequence[tuple[int, TokenIds, TokenIds]],
     alignment: int,
     *,
-    distilled: Collection[int] = (),
+    scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
 ) -> PackedBatch:
@@ -149,13 +149,13 @@ def pack(
     Args:
         alignment: S is filled up to a multiple of this (with context parallelism itself a multiple of 2 * `context_size`). An
             empty micro-batch still has one filler sequence of this length, so that an idle rank takes part in every collective.
-        distilled: the indices whose loss rows come first.
+        scored: how many tokens, the first ones, of a response the teacher scored, by index; their loss rows come first.
     """
     by_index = {index: (prompt, response) for index, prompt, response in sequences}
     rows = place_rows(
         [(index, len(prompt), len(response)) for index, prompt, response in sequences],
         alignment,
-        distilled=distilled,
+        scored=scored,
         context_rank=context_rank,
         context_size=context_size,
     )
@@ -174,7 +174,7 @@ def pack(
         rows_T=flat([np.arange(row, row + stop - start) for (_, start, stop), row in rows.spans]),
         targets_T=flat([by_index[index][1][start:stop] for (index, start, stop), _ in rows.spans]),
         spans=tuple(span for span, _ in rows.spans),
-        num_distilled=sum(span.stop - span.start for span, _ in rows.spans if span.rollout in distilled),
+        num_scored=sum(span.stop - span.start for span, _ in rows.spans if is_scored(span, scored)),
         order=rows.order,
         context_rows=flat([_context_rows(len(tokens), rank, context_size) for rank in range(context_size)])
         if context_size > 1
@@ -201,7 +201,7 @@ def place_rows(
     shapes: Sequence[tuple[int, int, int]],
     alignment: int,
     *,
-    distilled: Collection[int] = (),
+    scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
 ) -> Places:
@@ -217,11 +217,20 @@ def place_rows(
     mine = _context_rows(len(place), context_rank, context_size)
     place[mine] = np.arange(len(mine))
     spans: list[tuple[Span, int]] = []
-    for index, prompt, response in sorted(ordered, key=lambda shape: shape[0] not in distilled):
+    for index, prompt, response in ordered:
         first = starts[index] + prompt - 1
         predictors = place[first : first + response]
-        spans += [(Span(index, start, stop), int(predictors[start])) for start, stop in _stretches(predictors >= 0)]
+        for start, stop in _stretches(predictors >= 0):
+            cut = min(max((scored or {}).get(index, 0), start), stop)
+            pieces = [(begin, end) for begin, end in ((start, cut), (cut, stop)) if begin < end]
+            spans += [(Span(index, begin, end), int(predictors[begin])) for begin, end in pieces]
+    spans.sort(key=lambda placed: not is_scored(placed[0], scored))
     return Places(tuple(shape[0] for shape in ordered), tuple(lengths), tuple(spans))
+
+
+def is_scored(span: Span, scored: Mapping[int, int] | None) -> bool:
+    """Whether the teacher scored the tokens of a span of `place_rows`, of which it scored all or none."""
+    return span.stop <= (scored or {}).get(span.rollout, 0)
 
 
 def _context_parts(rows: int, rank: int, size: int) -> list[tuple[int, int]]:

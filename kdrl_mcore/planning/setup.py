@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from kdrl_mcore.config import ClusterConfig, Config
 from kdrl_mcore.config.derived import (
     TEACH_INCORRECT,
@@ -14,6 +16,7 @@ from kdrl_mcore.config.derived import (
     num_given,
     samples_with_vllm,
     servers_per_node,
+    teaches_by_advantage,
     training_ranks,
     uses_reference,
     uses_teacher,
@@ -22,6 +25,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
 from kdrl_mcore.planning.shards import Shard, ShardRequest, find_shape, get_shards
 from kdrl_mcore.planning.workload import Packing, Workload, packing
@@ -111,17 +115,22 @@ class Setup:
     def samplings(self) -> int:
         """How often a step samples `prompts_per_step` prompts, where groups without signal are replaced: what it takes if every
         response is correct with the workload's probability, on its own. Problems differ, so it is a lower bound."""
-        rollout, correct = self.config.rollout, self.workload.correct
-        without_signal = correct**rollout.responses_per_prompt + (1 - correct) ** rollout.responses_per_prompt
-        needed = math.ceil(1 / max(1 - without_signal, 1e-6) - 1e-9)
-        return min(needed, 1 + rollout.group_filter.rounds)
+        needed = math.ceil(1 / max(self._with_signal, 1e-6) - 1e-9)
+        return min(needed, 1 + self.config.rollout.group_filter.rounds)
+
+    @property
+    def _with_signal(self) -> float:
+        """The share of the groups with correct and incorrect responses, likewise."""
+        size, correct = self.config.rollout.responses_per_prompt, self.workload.correct
+        return 1 - correct**size - (1 - correct) ** size
 
     @property
     def distilled(self) -> float:
         """The share of the sampled responses that the teacher scores; with the group mask an upper bound."""
         objective = self.config.objective
         masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
-        return 1 - self.workload.correct if masked else 1.0
+        kept = 1 - self.workload.correct if masked else 1.0
+        return min(kept, self._with_signal) if teaches_by_advantage(objective) else kept
 
     @cached_property
     def trained(self) -> Workload:
@@ -141,9 +150,13 @@ class Setup:
 
     @cached_property
     def teacher_packing(self) -> Packing:
-        """The packing of the teacher's pass over the responses that the mask keeps, and the given ones."""
+        """The packing of the teacher's pass over the responses that the mask keeps, and the given ones, as far as their token
+        weights reach."""
         assert self.teacher is not None
-        every, sampled = self.trained.sequences, self.workload.responses
+        lengths_N = torch.from_numpy(self.trained.lengths_N)
+        scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, torch.ones_like(lengths_N, dtype=torch.bool))
+        every = (scored_N + self.workload.prompt_tokens).tolist()
+        sampled = self.workload.responses
         kept = max(1, round(sampled * self.distilled)) + len(every) - sampled
         return self._packing(self.teacher, tuple(every[index * len(every) // kept] for index in range(kept)))
 

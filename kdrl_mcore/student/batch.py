@@ -1,12 +1,12 @@
 """A rollout batch with the per-response quantities that an update needs, and its division into micro-batches.
 
-N responses of the global batch, T loss rows of a micro-batch, C rows of a chunk of it, D rows of distilled responses, G the
-teacher's hidden size. Every rank holds the same `TrainingBatch` and cuts its own micro-batches from it.
+N responses of the global batch, T loss rows of a micro-batch, C rows of a chunk of it, D rows that the teacher scored, G its
+hidden size. Every rank holds the same `TrainingBatch` and cuts its own micro-batches from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Span, pack, place_rows, plan_micro_batches
+from kdrl_mcore.parallel.packing import Span, is_scored, pack, place_rows, plan_micro_batches
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -37,7 +37,10 @@ class TrainingBatch:
         distil_N: which responses are distilled.
         on_policy: whether the student's present weights sampled the rollouts.
         teacher_log_probs: log T [response tokens] of each response, None where the teacher did not score it.
-        teacher_hidden: the teacher's hidden states instead, for a divergence over the vocabulary.
+        teacher_entropies: the teacher's entropies likewise, where the token weights ask for them.
+        teacher_hidden: the teacher's hidden states, for a divergence over the vocabulary.
+        scored_N: the number of tokens, the first ones, of each response that the teacher scored; None if it scored whole
+            responses.
         old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
         scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
@@ -49,6 +52,9 @@ class TrainingBatch:
         token_weights: a weight of each token's distillation [response tokens] for each response; None where all are 1.
         sequence_ratios_N: pi / pi_old over the response, for `objective.ratio=sequence`; otherwise None.
         sequence_log_ratios_N: log pi_old / mu over the response, for a correction of whole sequences; otherwise None.
+        kd_log_ratios_N: log pi / mu over the response, for one of distillation; otherwise None.
+        ends_masked_N: whether the response's last token is left out of distillation (bool); None if none is.
+        draws: numbers from [0, 1) [response tokens] for each response, where `objective.kd.mix` draws; otherwise None.
     """
 
     rollouts: Sequence[Rollout]
@@ -59,6 +65,8 @@ class TrainingBatch:
     old_log_probs: Sequence[TokenFloats] | None = None
     reference_log_probs: Sequence[TokenFloats] | None = None
     scores: Sequence[tuple[TokenFloats, TokenFloats]] | None = None
+    teacher_entropies: Sequence[TokenFloats | None] | None = None
+    scored_N: Tensor | None = None
     advantages_N: Tensor = field(default_factory=lambda: torch.empty(0))
     policy_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
     distillation_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -66,6 +74,9 @@ class TrainingBatch:
     token_weights: Sequence[TokenFloats | None] | None = None
     sequence_ratios_N: Tensor | None = None
     sequence_log_ratios_N: Tensor | None = None
+    kd_log_ratios_N: Tensor | None = None
+    ends_masked_N: Tensor | None = None
+    draws: Sequence[TokenFloats] | None = None
 
     @property
     def given_N(self) -> Tensor:
@@ -107,7 +118,16 @@ class TrainingBatch:
             pick(self.old_log_probs),
             pick(self.reference_log_probs),
             pick(self.scores),
+            pick(self.teacher_entropies),
+            None if self.scored_N is None else self.scored_N[index],
         )
+
+    def scored(self) -> dict[int, int]:
+        """How many tokens of each distilled response, the first ones, the teacher scored."""
+        distilled = self.distil_N.nonzero().squeeze(1).tolist()
+        if self.scored_N is None:
+            return {i: len(self.rollouts[i].response_token_ids) for i in distilled}
+        return {i: int(self.scored_N[i]) for i in distilled}
 
     def bad_log_probs(self) -> str | None:
         """A description of the first log-prob that is NaN or infinite, or None. All ranks hold the same batch, so all get the
@@ -157,11 +177,26 @@ class TrainingBatch:
             teacher_log_probs=join(self.teacher_log_probs),
             reference_log_probs=join(self.reference_log_probs),
             correct=spread_if_known(self.correct_N),
+            scored=self._scored_rows(spans),
             token_weights=join(self.token_weights),
+            draws=join(self.draws),
             sequence_ratios=spread_if_known(self.sequence_ratios_N),
             sequence_log_ratios=spread_if_known(self.sequence_log_ratios_N),
+            kd_log_ratios=spread_if_known(self.kd_log_ratios_N),
             given=spread(given_N) if given_N.any() else None,
         )
+
+    def _scored_rows(self, spans: Sequence[Span]) -> Tensor | None:
+        """1 for the tokens that the teacher scored and that are not left out, else 0; None if all of these spans' are."""
+        if self.scored_N is None and self.ends_masked_N is None:
+            return None
+        lengths = [len(rollout.response_token_ids) for rollout in self.rollouts]
+        first = torch.tensor(lengths) if self.scored_N is None else self.scored_N
+        if self.ends_masked_N is not None:
+            first = torch.minimum(first, torch.tensor(lengths) - self.ends_masked_N.long())
+        stops = first.tolist()
+        rows = [torch.arange(start, stop) < stops[index] for index, start, stop in spans]
+        return torch.cat([torch.empty(0), *(row.float() for row in rows)])
 
 
 def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
@@ -171,7 +206,7 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
     they are delivered by an all-to-all, then broadcast over the tensor-parallel group. Otherwise nothing is communicated.
     """
     rollouts, layout = batch.rollouts, groups.layout
-    distilled = set(batch.distil_N.nonzero().squeeze(1).tolist())
+    scored = batch.scored()
     plan = plan_micro_batches(
         [rollout.num_tokens for rollout in rollouts],
         layout.data,
@@ -183,13 +218,13 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
         packed = pack(
             [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
             layout.token_alignment,
-            distilled=distilled,
+            scored=scored,
             context_rank=groups.context.rank(),
             context_size=layout.context,
         ).on_device()
         hidden_DG = None
         if batch.teacher_hidden is not None:
-            hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
+            hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], scored, groups)
         tokens = batch.token_batch(packed.spans).map(to_device)
         mu_T = None if batch.on_policy else tokens.sampler_log_probs
         given_T = None if tokens.given is None else tokens.given != 0
@@ -207,19 +242,19 @@ def _deliver(
     batch: TrainingBatch,
     hidden: HiddenStates,
     items_of_rank: Sequence[Sequence[int]],
-    distilled: set[int],
+    scored: Mapping[int, int],
     groups: ModelGroups,
 ) -> Tensor | None:
-    """The teacher's hidden states [D, G] of this rank's distilled loss rows, in host memory; None except on the last stage."""
+    """The teacher's hidden states [D, G] of this rank's scored loss rows, in host memory; None except on the last stage."""
     layout, last = groups.layout, groups.layout.pipeline - 1
     wanted: dict[int, list[Span]] = {}
     for data, items in enumerate(items_of_rank):
         shapes = [(i, len(batch.rollouts[i].prompt_token_ids), len(batch.rollouts[i].response_token_ids)) for i in items]
         for context in range(layout.context):
             places = place_rows(
-                shapes, layout.token_alignment, distilled=distilled, context_rank=context, context_size=layout.context
+                shapes, layout.token_alignment, scored=scored, context_rank=context, context_size=layout.context
             )
-            spans = [span for span, _ in places.spans if span.rollout in distilled]
+            spans = [span for span, _ in places.spans if is_scored(span, scored)]
             wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
     states = hidden.deliver(wanted)
     if not groups.is_last_stage:

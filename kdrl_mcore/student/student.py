@@ -260,10 +260,10 @@ class Student:
                 sequence_parallel=self.parts.config.sequence_parallel,
             )
         if teacher is not None:
-            distilled = slice(0, micro.packed.num_distilled)
-            d_D = outputs.teacher_log_probs[distilled] - outputs.log_probs[distilled]
-            d_D = d_D if micro.given_T is None else torch.where(micro.given_T[distilled], 0.0, d_D)
-            measured.append((measured_divergences(d_D, outputs.divergences[distilled]), {}))
+            scored = slice(0, micro.packed.num_scored)
+            d_D = outputs.teacher_log_probs[scored] - outputs.log_probs[scored]
+            d_D = d_D if micro.given_T is None else torch.where(micro.given_T[scored], 0.0, d_D)
+            measured.append((measured_divergences(d_D, outputs.divergences[scored]), {}))
         entropies_T = outputs.entropies if micro.given_T is None else torch.where(micro.given_T, 0.0, outputs.entropies)
         measured.append(({"loss": outputs.loss.detach(), "entropy": entropies_T.sum()}, {}))
         sums, maxima = _merge(measured)

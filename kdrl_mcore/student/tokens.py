@@ -1,10 +1,12 @@
-"""What an update knows of whole responses and spreads over their tokens: verdicts, weights of distillation, sequence ratios."""
+"""What an update knows of whole responses and spreads over their tokens: verdicts, weights of distillation, sequence ratios,
+draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +18,20 @@ from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
-def weigh_tokens(objective: ObjectiveConfig, batch: TrainingBatch, mask_stop_token: bool) -> TrainingBatch:
-    """The batch with what is known of whole responses: verdicts, the weight of each token's distillation, and the ratios of
-    sequences."""
-    scores, rollouts, correction = batch.scores, batch.rollouts, objective.sampler_correction
+def weigh_tokens(
+    objective: ObjectiveConfig, batch: TrainingBatch, mask_stop_token: bool, seeds: Sequence[int]
+) -> TrainingBatch:
+    """The batch with what is known of whole responses: verdicts, the weight of each token's distillation, the ratios of
+    sequences, and the draws of a mixture.
+
+    Args:
+        mask_stop_token: whether the token that ends a response is left out of distillation.
+        seeds: of the draws, which are those of numpy's `default_rng([*seeds, i])` for response i of the batch: the same in
+            every layout, and again after a resume.
+    """
+    scores, rollouts, correction, kd = batch.scores, batch.rollouts, objective.sampler_correction, objective.kd
     now = None if scores is None else [log_probs for log_probs, _ in scores]
+    sampler = [rollout.sampler_log_probs for rollout in rollouts]
     ratios_N = None
     if objective.ratio == "sequence" and batch.old_log_probs is not None and now is not None:
         ratios_N = sequence_log_ratios(now, batch.old_log_probs, "geometric").exp()
@@ -28,27 +39,43 @@ def weigh_tokens(objective: ObjectiveConfig, batch: TrainingBatch, mask_stop_tok
     if correction.kind != "none" and correction.level != "token":
         old = batch.old_log_probs or now
         assert old is not None
-        correction_N = sequence_log_ratios(old, [rollout.sampler_log_probs for rollout in rollouts], correction.level)
+        correction_N = sequence_log_ratios(old, sampler, correction.level)
+    importance_N = None
+    if kd.importance_level != "token" and now is not None:
+        importance_N = sequence_log_ratios(now, sampler, kd.importance_level)
+    ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in rollouts]
+    draws = None
+    if kd.mix == "drawn_trust":
+        lengths = enumerate(len(rollout.response_token_ids) for rollout in rollouts)
+        draws = [np.random.default_rng([*seeds, i]).random(length, dtype=np.float32) for i, length in lengths]
     return replace(
         batch,
         correct_N=None if objective.combine.kind == "add" else _correct(rollouts),
-        token_weights=_token_weights(objective, batch, mask_stop_token),
+        token_weights=_token_weights(objective, batch, ends),
+        ends_masked_N=torch.tensor(ends) if any(ends) else None,
         sequence_ratios_N=ratios_N,
         sequence_log_ratios_N=correction_N,
+        kd_log_ratios_N=importance_N,
+        draws=draws,
     )
 
 
 def _token_weights(
-    objective: ObjectiveConfig, batch: TrainingBatch, mask_stop_token: bool
+    objective: ObjectiveConfig, batch: TrainingBatch, ends: Sequence[bool]
 ) -> Sequence[TokenFloats | None] | None:
-    """The weight of each token's distillation; None where all are 1."""
+    """The weight of each token's distillation; None where all are 1.
+
+    Args:
+        ends: whether the response's last token is left out.
+    """
     settings, distil = objective.kd.token_weight, batch.distil_N.tolist()
-    ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in batch.rollouts]
-    if settings.kind in ("constant", "teacher_entropy") and not any(ends):
+    if settings.kind == "constant" and not any(ends):
         return None
     correct_N = _correct(batch.rollouts).double()
     group_ids_N = torch.tensor([rollout.group_id for rollout in batch.rollouts])
-    teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or [None] * len(batch.rollouts)
+    nothing = [None] * len(batch.rollouts)
+    teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or nothing
+    teacher_entropies: Sequence[TokenFloats | None] = batch.teacher_entropies or nothing
     responses: list[ResponseScores | None] = []
     for index, rollout in enumerate(batch.rollouts):
         if not distil[index]:
@@ -61,7 +88,9 @@ def _token_weights(
             assert batch.scores is not None and log_teacher is not None
             log_probs, entropy = batch.scores[index]
             log_ratio = log_teacher - log_probs
-        responses.append(ResponseScores(len(rollout.response_token_ids), passed, log_ratio, entropy))
+            if ends[index]:
+                log_ratio[-1:] = 0.0  # no share is spent on it
+        responses.append(ResponseScores(len(rollout.response_token_ids), passed, log_ratio, entropy, teacher_entropies[index]))
     return token_weights(responses, settings, ends)
 
 

@@ -17,6 +17,7 @@ from kdrl_mcore.vocab_parallel import (
     JensenShannon,
     TeacherInputs,
     TopKForwardKL,
+    TopKJensenShannon,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -26,7 +27,7 @@ from kdrl_mcore.vocab_parallel.top_k import Support, Tail
 
 
 def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) -> Divergence:
-    """The divergence of an estimator that compares over the vocabulary.
+    """The divergence of an estimator that compares over the vocabulary, or that of a control variate.
 
     Args:
         sampler_log_probs_T: log mu of a micro-batch's loss rows; None if the student's present weights sampled them.
@@ -35,6 +36,8 @@ def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) ->
     if kd.estimator == "top_k_unbiased":
         return TopKUnbiased(kd.top_k, sampler_log_probs_T)
     if kd.estimator == "top_k":
+        if kd.divergence == "jsd":
+            return TopKJensenShannon(kd.top_k, support, tail, kd.jsd_beta)
         form = TopKForwardKL if kd.divergence == "forward" else TopKReverseKL
         return form(kd.top_k, support, tail)
     if kd.divergence == "jsd":
@@ -51,7 +54,7 @@ class TeacherHead:
         Raises:
             ConfigError: `objective.kd.top_k` exceeds the vocabulary.
         """
-        if kd.estimator != "exact" and not 1 <= kd.top_k <= shard.size:
+        if kd.estimator in ("top_k", "top_k_unbiased") and not 1 <= kd.top_k <= shard.size:
             raise ConfigError(f"objective.kd.top_k={kd.top_k} must be between 1 and the {shard.size} tokens of the vocabulary")
         self.weight_VG = load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device())
         self._kd = kd
@@ -63,5 +66,5 @@ class TeacherHead:
             hidden_DG: the teacher's last hidden states of the first D of the T loss rows.
             sampler_log_probs_T: log mu of the targets; None if the student's present weights sampled them.
         """
-        with_entropy = self._kd.mix == "entropy" or self._kd.token_weight.kind == "teacher_entropy"
+        with_entropy = self._kd.mix == "entropy"
         return TeacherInputs(hidden_DG, self.weight_VG, divergence_of(self._kd, sampler_log_probs_T), with_entropy)

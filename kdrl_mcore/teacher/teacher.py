@@ -30,19 +30,23 @@ class TeacherScores:
     Attributes:
         tokens: the number of response tokens scored.
         dropped_tokens: further ones, whose responses the batch lost afterwards.
-        log_probs: log T [response tokens] of the sampled tokens.
-        hidden: the last hidden states instead, for a divergence over the vocabulary.
+        log_probs, entropies: log T of the sampled tokens and the entropies of T [response tokens], 0 for tokens that were not
+            scored.
+        hidden: the last hidden states, for a divergence over the vocabulary; then log-probs and entropies are there only
+            if token weights need them.
     """
 
     tokens: int = 0
     dropped_tokens: int = 0
     log_probs: dict[int, TokenFloats] = field(default_factory=dict)
+    entropies: dict[int, TokenFloats] = field(default_factory=dict)
     hidden: HiddenStates | None = None
 
     def keep(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> None:
         """Drop the scores of all responses but these; those at `places[i]` become those of `rollouts[i]`."""
-        log_probs, hidden = self.log_probs, self.hidden
+        log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden
         self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
+        self.entropies = {index: entropies[place] for index, place in enumerate(places) if place in entropies}
         self.hidden = None if hidden is None else hidden.select(places)
         kept = sum(len(rollout.response_token_ids) for index, rollout in enumerate(rollouts) if index in self)
         self.tokens, self.dropped_tokens = kept, self.tokens - kept
@@ -85,20 +89,27 @@ class Teacher:
             self._host = {p: p.data.cpu().pin_memory() for p in self.parts.parameters()}
             self._leave_device()
 
-    def hidden_states(self, rollouts: Mapping[int, Rollout], *, micro_tokens: int) -> HiddenStates:
-        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary. Collective over
-        the world."""
+    def hidden_states(
+        self, rollouts: Mapping[int, Rollout], *, temperature: float, micro_tokens: int, with_scores: bool = False
+    ) -> tuple[HiddenStates, list[tuple[TokenFloats, TokenFloats]]]:
+        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary; and, if asked for,
+        what `scores` returns, from the same pass. Collective over the world."""
         indices, wanted = list(rollouts), list(rollouts.values())
         layout, leader = self.parts.groups.layout, self.parts.groups.is_replica_leader
+        local: dict[int, Tensor] = {}
 
-        def keep(_: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[tuple[int, Tensor]]:
-            if not leader:
-                return []
-            states = hidden_SH[batch.rows_T].cpu()
-            return [(indices[span.rollout], states[rows]) for span, rows in span_rows(batch.spans)]
+        def keep(_: LanguageModel, batch: PackedBatch, hidden_SH: Tensor) -> list[None]:
+            if leader:
+                states = hidden_SH[batch.rows_T].cpu()
+                local.update((indices[span.rollout], states[rows]) for span, rows in span_rows(batch.spans))
+            return []
 
+        scored: list[tuple[TokenFloats, TokenFloats]] = []
         with self._on_device():
-            local = dict(run_forward(self.parts, wanted, micro_tokens, keep) if wanted else ())
+            if with_scores:
+                scored = score_rollouts(self.parts, wanted, temperature=temperature, micro_tokens=micro_tokens, on_hidden=keep)
+            elif wanted:
+                run_forward(self.parts, wanted, micro_tokens, keep)
         plan = scoring_plan(self.parts, wanted, micro_tokens)
         owner = {
             indices[item]: layout.rank(pipeline=layout.pipeline - 1, data=data)
@@ -106,17 +117,21 @@ class Teacher:
             for items in batches
             for item in items
         }
-        return HiddenStates(self.parts.config.hidden_size, self.parts.config.params_dtype, owner, local)
+        return HiddenStates(self.parts.config.hidden_size, self.parts.config.params_dtype, owner, local), scored
 
     def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
         """log T(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""
+        return [log_probs for log_probs, _ in self.scores(rollouts, temperature=temperature, micro_tokens=micro_tokens)]
+
+    def scores(
+        self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int
+    ) -> list[tuple[TokenFloats, TokenFloats]]:
+        """log T(o_t | s_t) and the entropy of T( . | s_t) [response tokens] for each rollout, on every rank. Collective over
+        the world."""
         if not rollouts:
             return []
         with self._on_device():
-            return [
-                log_probs
-                for log_probs, _ in score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)
-            ]
+            return score_rollouts(self.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -20,6 +20,15 @@ LEAST_BETA = 1e-6
 """How near to 0 and 1 the Jensen-Shannon divergence's beta may be: float32 must tell 1 - beta from 1."""
 
 
+def check_beta(beta: float) -> None:
+    """Raise ValueError if a Jensen-Shannon divergence's beta is not between 0 and 1, or nearer to them than `LEAST_BETA`."""
+    if not LEAST_BETA <= beta <= 1.0 - LEAST_BETA:
+        raise ValueError(
+            f"beta is {beta}: it must be between {LEAST_BETA:g} and 1 - {LEAST_BETA:g}, as the divergence vanishes at both "
+            "ends; at 0 the forward KL is meant, at 1 the reverse KL"
+        )
+
+
 @dataclass(frozen=True)
 class ExactReverseKL(Divergence):
     """D = sum_v p_v (log p_v - log q_v), in nats: the KD term of KDRL (arXiv 2506.02208) without its sampling variance.
@@ -76,11 +85,7 @@ class JensenShannon(Divergence):
     comparison: ClassVar[Comparison] = "mixture"
 
     def __post_init__(self) -> None:
-        if not LEAST_BETA <= self.beta <= 1.0 - LEAST_BETA:
-            raise ValueError(
-                f"beta is {self.beta}: it must be between {LEAST_BETA:g} and 1 - {LEAST_BETA:g}, as the divergence vanishes at "
-                "both ends; at 0 the forward KL is meant, at 1 the reverse KL"
-            )
+        check_beta(self.beta)
 
     def check(self, shard: VocabShard) -> None:
         """Does nothing: it fits every vocabulary."""

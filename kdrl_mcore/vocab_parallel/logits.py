@@ -5,6 +5,7 @@ T tokens, V vocabulary columns of this rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,25 +60,67 @@ def local_peak(logits_CV: Tensor) -> Tensor:
     return logits_CV.amax(dim=1)
 
 
+def largest_logits(logits_CV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(the `count` largest logits of each row in descending order, their columns), [C, count] each; which of equal logits it
+    returns is not specified.
+
+    It is `torch.topk` on few candidates: of D interleaved parts of a row's columns, column j of each forms a group, and the
+    largest logits are in the groups with the largest maxima. One read of the logits, where `topk` itself takes several, or on
+    CPU a copy of each row.
+    """
+    columns = logits_CV.size(1)
+    parts = math.isqrt(columns // count)
+    if parts < 2:
+        return logits_CV.topk(count, dim=1)
+    groups = columns // parts
+    maxima_CJ = logits_CV[:, : parts * groups].unflatten(1, (parts, groups)).amax(dim=1)
+    group_CK = maxima_CJ.topk(count, dim=1, sorted=False).indices
+    first_D = torch.arange(0, parts * groups, groups, device=logits_CV.device)
+    rest_M = torch.arange(parts * groups, columns, device=logits_CV.device)
+    column_CM = torch.cat(((group_CK[:, None] + first_D[:, None]).flatten(1), rest_M.expand(len(logits_CV), -1)), dim=1)
+    values_CK, place_CK = logits_CV.gather(1, column_CM).topk(count, dim=1)
+    return values_CK, column_CM.gather(1, place_CK)
+
+
 def local_top_k(logits_CV: Tensor, top_k: int) -> Tensor:
     """The columns [C, min(top_k, V)] of the largest logits, in descending order; among equal logits the lower column comes
-    first.
-
-    `torch.topk` does not specify which of equal logits it returns, so it is used only to find the threshold. The result is the
-    columns above the threshold and the first ones equal to it: the same number in each row, so nothing waits for the device.
-    """
+    first. Does not wait for a device."""
     top_k = min(top_k, logits_CV.size(1))
     if top_k == 0 or len(logits_CV) == 0:
         return torch.empty(len(logits_CV), top_k, dtype=torch.long, device=logits_CV.device)
+    if logits_CV.device.type == "cpu":
+        return _top_k_on_host(logits_CV, top_k)
     rows = max(1, COUNTS_BYTES // (4 * logits_CV.size(1)))
     return torch.cat([_top_k_of_rows(block_CV, top_k) for block_CV in logits_CV.split(rows)])
 
 
+def _top_k_on_host(logits_CV: Tensor, top_k: int) -> Tensor:
+    """Only rows in which the threshold stands on both sides of the cut are read again."""
+    values_CM, column_CM = largest_logits(logits_CV, min(top_k + 1, logits_CV.size(1)))
+    column_CK = column_CM[:, :top_k].clone()
+    threshold_C1 = values_CM[:, top_k - 1 : top_k]
+    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
+    tied_N = (values_CM[:, top_k:] < threshold_C1).logical_not().any(dim=1).nonzero().squeeze(1)
+    above_C = (values_CM > threshold_C1).sum(dim=1)
+    for tied_B in tied_N.split(max(1, COUNTS_BYTES // (32 * logits_CV.size(1)))):
+        logits_BV, threshold_B1 = logits_CV[tied_B], threshold_C1[tied_B]
+        unequal_BV = (logits_BV < threshold_B1).logical_or_(logits_BV > threshold_B1)
+        row_E, equal_E = unequal_BV.logical_not_().nonzero(as_tuple=True)
+        counts_B = row_E.bincount(minlength=len(tied_B))
+        place_E = torch.arange(len(row_E)) - (counts_B.cumsum(0) - counts_B)[row_E] + above_C[tied_B][row_E]
+        kept_E = place_E < top_k
+        column_CK[tied_B[row_E[kept_E]], place_E[kept_E]] = equal_E[kept_E]
+    column_CK = column_CK.sort(dim=1).values
+    order_CK = logits_CV.gather(1, column_CK).sort(dim=1, descending=True, stable=True).indices
+    return column_CK.gather(1, order_CK)
+
+
 def _top_k_of_rows(logits_CV: Tensor, top_k: int) -> Tensor:
-    values_CK = logits_CV.topk(top_k, dim=1, sorted=False).values
+    """The columns above the threshold, the smallest of the largest logits, and the first ones equal to it: the same number in
+    each row, so nothing waits for the device."""
+    values_CK, _ = largest_logits(logits_CV, top_k)
     threshold_C1 = values_CK.amin(dim=1, keepdim=True)
     above_CV = logits_CV > threshold_C1
-    # "Neither above nor below" rather than "equal": a row of NaN keeps its first columns, and its loss shows the NaN.
     equal_CV = (logits_CV < threshold_C1).logical_or_(above_CV).logical_not_()
     missing_C1 = top_k - above_CV.sum(dim=1, keepdim=True)
     chosen_CV = above_CV.logical_or_(equal_CV.logical_and_(equal_CV.cumsum(dim=1, dtype=torch.int32) <= missing_C1))

@@ -9,6 +9,7 @@ T loss rows of the pass, C rows of a chunk, K = k tokens of a support, M candida
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import gather_columns
 from kdrl_mcore.vocab_parallel.divergence import ChunkDivergence, Divergence, TokenSums
+from kdrl_mcore.vocab_parallel.exact import check_beta
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -34,6 +36,8 @@ between measures: not negative, with a gradient that vanishes where p = q on S;
 `renormalize`: p and q are scaled to sum to 1 on S;
 `bucket`: together they count as one more token, with p_out = sum_{v not in S} p_v and q_out likewise; a mass below the smallest
 normal number of the statistics' type is replaced by that number.
+
+All are biased, but for `TopKUnbiased`: docs/method.md has a table of how far each gradient is from that over the vocabulary.
 """
 
 LEAST_DIVISOR = 2**20
@@ -179,6 +183,29 @@ class TopKForwardKL(SeparableDivergence):
 
     def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         return log_q.exp() * (log_q - log_p)
+
+
+@dataclass(frozen=True)
+class TopKJensenShannon(SeparableDivergence):
+    """sum_v (beta q_v log(q_v / m_v) + (1 - beta) p_v log(p_v / m_v)) with m = beta q + (1 - beta) p, in nats, over a support
+    instead of the vocabulary: the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
+
+    No term is negative, so with every tail it is 0 just where p = q on the support (with `bucket` and `renormalize`: where what
+    is made of them is), and its gradient vanishes there. Costs no second round of sums, unlike `JensenShannon`.
+
+    Raises:
+        ValueError: as for `SeparableDivergence`, or beta is not between 0 and 1, or nearer to them than `exact.LEAST_BETA`.
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_beta(self.beta)
+
+    def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_m = torch.logaddexp(log_q + math.log(self.beta), log_p + math.log1p(-self.beta))
+        return self.beta * log_q.exp() * (log_q - log_m) + (1.0 - self.beta) * p * (log_p - log_m)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from kdrl_mcore.vocab_parallel.chunk_logits import (
     multiply,
     one_hot_row,
 )
-from kdrl_mcore.vocab_parallel.logits import local_peak, local_top_k
+from kdrl_mcore.vocab_parallel.logits import MASKED, local_peak, local_top_k
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}
@@ -131,12 +131,14 @@ class TorchLogits(ChunkLogits):
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
         """See `ChunkLogits`. Overwrites the teacher's logits."""
         assert self._teacher_CV is not None
-        columns = self._exp_CV.size(1)
-        # Tokens of other ranks are mapped to a spare column.
-        outside_CV = torch.ones(len(self._exp_CV), columns + 1, dtype=torch.bool, device=self._exp_CV.device)
-        outside_CV = outside_CV.scatter_(1, torch.where(own_CK, column_CK, columns), False)[:, :columns]
-        teacher_C = self._teacher_CV.exp_().mul_(outside_CV).sum(dim=1)
-        student_C = torch.mul(self._exp_CV, outside_CV, out=self._teacher_CV).sum(dim=1)
+        if self._exp_CV.size(1) == 0:
+            return self._exp_CV.new_zeros(2, len(self._exp_CV))
+        # Other ranks' tokens stand at a column that may also be an own one: there the smaller value counts, then the larger.
+        lowered_CK = torch.where(own_CK, MASKED, torch.inf).to(self._exp_CV.dtype)
+        teacher_C = self._teacher_CV.scatter_reduce_(1, column_CK, lowered_CK, "amin").exp_().sum(dim=1)
+        kept_CK = torch.where(own_CK, self._exp_CV.gather(1, column_CK), 0.0)
+        student_C = self._exp_CV.scatter_reduce_(1, column_CK, lowered_CK.clamp_min_(0.0), "amin").sum(dim=1)
+        self._exp_CV.scatter_reduce_(1, column_CK, kept_CK, "amax")
         return torch.stack((student_C, teacher_C))
 
     def totals(self) -> Tensor:

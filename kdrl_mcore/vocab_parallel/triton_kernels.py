@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import Comparison
-from kdrl_mcore.vocab_parallel.logits import MASKED
+from kdrl_mcore.vocab_parallel.logits import MASKED, largest_logits
 
 STATISTICS_BLOCK = 4096
 TEACHER_STATISTICS_BLOCK = 2048
@@ -128,13 +128,13 @@ def differentiate(
 def largest(z_CV: Tensor, top_k: int) -> Tensor:
     """The columns [C, top_k] of the largest logits, in ascending order of columns; among equal logits, the lower columns.
 
-    `torch.topk` does not specify which of equal logits it returns, so it is used only to find the threshold. A second read
+    `largest_logits` does not specify which of equal logits it returns, so it is used only to find the threshold. A second read
     takes the columns above the threshold and the first ones equal to it: exactly top_k, so the host need not count them.
     """
     rows, columns = z_CV.shape
     column_CK = torch.empty(rows, top_k, dtype=torch.long, device=z_CV.device)
     if rows and top_k:
-        values_CK = z_CV.topk(top_k, dim=1, sorted=False).values
+        values_CK, _ = largest_logits(z_CV, top_k)
         threshold_C = values_CK.amin(dim=1)
         above_C = (values_CK > threshold_C[:, None]).sum(dim=1, dtype=torch.int32)
         with torch.cuda.device_of(z_CV):

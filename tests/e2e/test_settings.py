@@ -97,6 +97,7 @@ def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPoo
     outcome = run(ranks1, zoo, tmp_path, *settings, "reward.terms=[{kind: 'tests.support.rewards:WithoutAScore'}]")
     assert outcome.code == 1 and "WithoutAScore failed at" in outcome.stderr and outcome.stderr.count("\n") == 1
 
+
 @pytest.mark.parametrize("name", ["eval/nothing", "eval/maj@1", "eval/greedy_accuracy"])
 def test_a_best_checkpoint_by_no_metric_is_refused_before_anything_is_loaded(
     name: str, zoo: Zoo, ranks1: RankPool, tmp_path: Path

@@ -1,6 +1,6 @@
-"""Every value of the objective's axes beyond the paper's (docs/method.md), on its own or two at a time, against the dense
-reference: loss and the gradient of every parameter, on tensor, pipeline, context and data ranks with uneven lengths, an
-all-incorrect group, and responses that hit their limit."""
+"""Every pair of values of the objective's axes (docs/method.md, tests/support/axes.py), and what each value has besides,
+against the dense reference: loss and the gradient of every parameter, on tensor, pipeline, context and data ranks with uneven
+lengths, an all-incorrect group, and responses that hit their limit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.agreement import JOINT, Case, check, check_two_updates
+from tests.support.axes import CASES, TEACHERS_TOP_K, settings_of, values_of
 from tests.support.ranks import RankPool
 from tests.support.zoo import TOKENS, Zoo
 
@@ -22,92 +23,87 @@ LAYOUTS = {
     "cp2": "parallel.context=2 batch.micro_tokens=60",
     "dp2": "batch.micro_tokens=60",
 }
+TENSOR_AND_PIPELINE = "parallel.tensor=2 parallel.pipeline=2 batch.micro_tokens=40"
+
+
+def check_case(case: str, layout: str, zoo: Zoo, pool: RankPool, run: Path) -> None:
+    """A line of `tests.support.axes.CASES`, in one update or in two of which the second is off-policy."""
+    settings = settings_of(case.split(), replace(JOINT, vocab_size=TOKENS))
+    if values_of(case)["updates"] == "one-update":
+        check(Case(pool.world_size, layout, settings), zoo, pool, run)
+    else:
+        check_two_updates(settings, layout, zoo, pool, run, "untied" if settings.combine == "reference" else None, lr=4.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pair_of_values_is_that_of_the_dense_reference(
+    case: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    check_case(case, LAYOUTS[values_of(case)["layout"]], zoo, pools[2], tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES[::12])
+def test_tensor_and_pipeline_at_once(case: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    check_case(case, TENSOR_AND_PIPELINE, zoo, pools[4], tmp_path)
+
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gate": ("tp2", {"combine": "gate"}),
-    "gate, exact, sequence mean": ("cp2", {"combine": "gate", "estimator": "exact", "aggregation": "sequence_mean"}),
-    "gate, groups without a correct response": ("dp2", {"combine": "gate", "mask": "group", "denominator": "unmasked"}),
-    "sign": ("pp2", {"combine": "sign"}),
-    "sign, exact": ("sp", {"combine": "sign", "estimator": "exact", "agree": 1.5, "differ": 0.5}),
-    "sign of the advantage": ("dp2", {"combine": "sign", "signal": "advantage", "estimator": "k1"}),
-    "relu": ("tp2", {"combine": "relu", "alpha": 0.0, "estimator": "k1"}),
-    "relu of the advantage": ("cp2", {"combine": "relu", "signal": "advantage"}),
-    "modulate": ("tp2", {"combine": "modulate", "beta": 0.6}),
+    "sign of the advantage": ("dp2", {"combine": "sign", "signal": "advantage", "agree": 1.5, "differ": 0.5}),
+    "relu of the verdict": ("tp2", {"combine": "relu", "alpha": 0.0, "estimator": "k1"}),
     "modulate, upper bound": ("pp2", {"combine": "modulate", "bounds": "upper", "modulate_clip": 0.05}),
-    "modulate, masked": ("dp2", {"combine": "modulate", "mask": "response", "correction": "truncate", "correction_bound": 1.1}),
-    "ratio": ("tp2", {"combine": "ratio"}),
-    "ratio, masked": ("cp2", {"combine": "ratio", "mask": "response", "beta": 0.7}),
-    "entropy": ("tp2", {"token_weight": "entropy", "share": 0.3, "more": 0.4}),
     "entropy, normalised": ("cp2", {"token_weight": "entropy", "normalize": True, "mask": "response"}),
-    "magnitude": ("pp2", {"token_weight": "magnitude", "estimator": "k1"}),
-    "magnitude, gate": ("dp2", {"token_weight": "magnitude", "combine": "gate", "share": 0.25}),
-    "prefix": ("dp2", {"token_weight": "prefix"}),
-    "prefix of 4 tokens, exact": ("cp2", {"token_weight": "prefix", "first_tokens": 4, "estimator": "exact"}),
-    "rising": ("tp2", {"token_weight": "rising", "rate": 2.0, "estimator": "k3"}),
-    "rising, top-k, normalised": ("sp", {"token_weight": "rising", "estimator": "top_k", "top_k": 7, "normalize": True}),
-    "pass rate": ("dp2", {"token_weight": "pass_rate", "unsolved": 2.0}),
-    "trusted prefix": ("cp2", {"token_weight": "trusted_prefix"}),
-    "trusted prefix, sign": ("pp2", {"token_weight": "trusted_prefix", "combine": "sign", "rate": 0.3}),
-    "stop token left out": ("tp2", {"stop_token": "mask"}),
-    "stop token left out, exact": ("dp2", {"stop_token": "mask", "estimator": "exact", "mask": "response"}),
-    "prefix and placement advantage": ("tp2", {"token_weight": "prefix", "placement": "advantage"}),
-    "forward": ("tp2", {"estimator": "exact", "divergence": "forward"}),
-    "forward, cp2": ("cp2", {"estimator": "exact", "divergence": "forward", "temperature": 0.8, "combine": "sign"}),
-    "jsd": ("sp", {"estimator": "exact", "divergence": "jsd", "jsd_beta": 0.3}),
-    "jsd, masked": ("dp2", {"estimator": "exact", "divergence": "jsd", "mask": "response", "token_weight": "prefix"}),
-    "forward top-k, truncated": (
+    "magnitude of an exact divergence": ("pp2", {"token_weight": "magnitude", "estimator": "exact", "normalize": True}),
+    "teacher's entropy, normalised": (
         "tp2",
-        {"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher", "top_k_tail": "truncate"},
+        {"estimator": "exact", "token_weight": "teacher_entropy", "normalize": True, "combine": "gate"},
     ),
+    "teacher's entropy, sampled": ("dp2", {"token_weight": "teacher_entropy", "mask": "response"}),
+    "prefix of 4 tokens, exact": ("cp2", {"token_weight": "prefix", "first_tokens": 4, "estimator": "exact"}),
+    "prefix of 4 tokens, top-k": ("sp", {"token_weight": "prefix", "first_tokens": 4, "estimator": "top_k", "top_k": 7}),
+    "k1": ("cp2", {"estimator": "k1", "token_weight": "prefix"}),
+    "k2 without its expectation": ("tp2", {"control_variate": True}),
+    "k3": ("pp2", {"estimator": "k3", "importance": "mask", "importance_bound": 1.1}),
+    "forward": ("cp2", {"estimator": "exact", "divergence": "forward", "temperature": 0.8}),
     "forward top-k, renormalised": (
         "cp2",
         {"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_tail": "renormalize"},
     ),
     "forward top-k, student's set": ("pp2", {"estimator": "top_k", "divergence": "forward", "top_k": 7}),
     "top-k, corrected": ("sp", {"estimator": "top_k", "top_k": 7, "top_k_support": "teacher", "top_k_tail": "corrected"}),
+    "top-k Jensen-Shannon": ("tp2", {"estimator": "top_k", "divergence": "jsd", "top_k": 7, "jsd_beta": 0.3}),
+    "top-k Jensen-Shannon, truncated": (
+        "dp2",
+        {"estimator": "top_k", "divergence": "jsd", "top_k": 7, "top_k_support": "teacher", "top_k_tail": "truncate"},
+    ),
     "mixed by entropy": (
         "tp2",
+        {**TEACHERS_TOP_K, "top_k_tail": "truncate", "mix": "entropy", "mix_above": 3.9},
+    ),
+    "mixed by entropy, in the advantage": (
+        "cp2",
         {
-            **{"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher"},
-            **{"top_k_tail": "truncate", "mix": "entropy", "mix_above": 3.9},
+            **TEACHERS_TOP_K,
+            "top_k_tail": "truncate",
+            "mix": "entropy",
+            "mix_above": 3.9,
+            "placement": "advantage",
+            "alpha": 0.0,
         },
     ),
-    "mixed by trust": (
-        "cp2",
-        {"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_support": "teacher", "mix": "trust"},
-    ),
-    "mixed by trust, gate": ("dp2", {"estimator": "exact", "divergence": "forward", "mix": "trust", "combine": "gate"}),
-    "teacher's entropy": ("tp2", {"estimator": "exact", "token_weight": "teacher_entropy", "rate": 0.5, "combine": "gate"}),
-    "teacher's entropy, jsd": ("cp2", {"estimator": "exact", "divergence": "jsd", "token_weight": "teacher_entropy"}),
+    "mixed by trust": ("cp2", {**TEACHERS_TOP_K, "mix": "trust"}),
+    "mixed by trust, exact": ("dp2", {"estimator": "exact", "divergence": "forward", "mix": "trust", "combine": "gate"}),
     "bounded importance": ("tp2", {"importance": "truncate", "importance_bound": 1.05}),
-    "bounded importance, k1": ("cp2", {"importance": "truncate", "importance_bound": 1.05, "estimator": "k1"}),
-    "bounded importance, k3": ("pp2", {"importance": "mask", "importance_bound": 1.1, "estimator": "k3"}),
-    "sequence correction": ("tp2", {"correction": "truncate", "correction_level": "sequence", "correction_bound": 1.2}),
+    "importance of the sequence": ("cp2", {"importance_level": "sequence", "estimator": "k1"}),
     "sequence correction, masked": ("cp2", {"correction": "mask", "correction_level": "sequence", "correction_bound": 1.3}),
-    "geometric correction": ("dp2", {"correction": "mask", "correction_level": "geometric", "correction_bound": 1.05}),
-    "leave one out": ("tp2", {"baseline": "leave_one_out"}),
-    "batch baseline": ("dp2", {"baseline": "batch", "truncated": "drop"}),
-    "truncated left out, sequence mean": ("cp2", {"truncated": "drop", "aggregation": "sequence_mean"}),
-    "cispo": ("tp2", {"policy_loss": "cispo"}),
-    "cispo, corrected": ("pp2", {"policy_loss": "cispo", "correction": "truncate", "correction_bound": 1.1}),
-    "entropy bonus": ("sp", {"entropy_bonus": 0.05}),
-    "entropy bonus, cispo": ("cp2", {"entropy_bonus": 0.05, "policy_loss": "cispo", "combine": "sign"}),
-}
-FOUR_RANKS = {
-    "gate, entropy": {"combine": "gate", "token_weight": "entropy"},
-    "sign, exact, bounded": {"combine": "sign", "estimator": "exact", "stop_token": "mask"},
-    "ratio, sequence correction": {
-        "combine": "ratio",
-        "correction": "truncate",
-        "correction_level": "sequence",
-        "correction_bound": 1.2,
-    },
-    "modulate, dropped": {"combine": "modulate", "truncated": "drop", "baseline": "leave_one_out"},
+    "signed reference, some of it taught": (
+        "dp2",
+        {"combine": "reference", "reference_estimator": "k2", "mask": "response", "stop_token": "mask"},
+    ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
-def test_every_form_is_that_of_the_dense_reference(
+def test_every_other_form_is_that_of_the_dense_reference(
     form: tuple[str, dict[str, Any]], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
 ) -> None:
     layout, changes = form
@@ -153,12 +149,6 @@ def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Pa
     assert metrics["corrected_share"] == 1 and metrics["given_responses"] == 6
 
 
-@pytest.mark.parametrize("changes", FOUR_RANKS.values(), ids=list(FOUR_RANKS))
-def test_tensor_and_pipeline_at_once(changes: dict[str, Any], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    layout = "parallel.tensor=2 parallel.pipeline=2 batch.micro_tokens=40"
-    check(Case(4, layout, replace(JOINT, **changes)), zoo, pools[4], tmp_path)
-
-
 @pytest.mark.parametrize("combine", ["gate", "relu", "modulate"])
 def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
     """Every response correct: no advantage, and nothing for a mask to keep."""
@@ -168,21 +158,21 @@ def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[i
 
 LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence ratio": ("tp2", {"ratio": "sequence", "aggregation": "sequence_mean", "clip_low": 0.003, "clip_high": 0.003}),
-    "sequence ratio, cp2": ("cp2", {"ratio": "sequence", "token_weight": "entropy"}),
     "sequence ratio, cispo": ("dp2", {"ratio": "sequence", "policy_loss": "cispo", "clip_high": 0.002}),
     "dual clip": ("tp2", {"dual_clip": 1.01, "clip_low": 0.05, "clip_high": 0.005}),
     "cispo": ("pp2", {"policy_loss": "cispo", "clip_high": 0.01}),
     "ratio": ("cp2", {"combine": "ratio", "clip_low": 0.05, "clip_high": 0.05}),
     "modulate": ("tp2", {"combine": "modulate", "clip_low": 0.05, "clip_high": 0.05}),
-    "signed reference": ("tp2", {"combine": "reference", "alpha": 0.0, "reference_estimator": "k2"}),
+    "signed reference, some of it taught": (
+        "pp2",
+        {
+            **{"combine": "reference", "alpha": 0.0, "reference_estimator": "k2", "mask": "response", "stop_token": "mask"},
+            **{"importance": "truncate", "importance_bound": 1.05, "token_weight": "prefix"},
+        },
+    ),
     "signed reference, exact": (
         "pp2",
         {"combine": "reference", "extrapolation": 0.5, "estimator": "exact", "reference_estimator": "k2"},
-    ),
-    "sequence correction": ("cp2", {"correction": "truncate", "correction_level": "sequence", "correction_bound": 1.2}),
-    "magnitude at the present weights": (
-        "pp2",
-        {"token_weight": "magnitude", "importance": "truncate", "importance_bound": 1.05},
     ),
 }
 

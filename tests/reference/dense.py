@@ -8,7 +8,7 @@ pi, so rho = pi / pi_old is 1 in value and only carries the gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,12 @@ class Settings:
         top_k, top_k_support, top_k_tail: of the top-k estimators.
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
         token_weight, share, more, first_tokens, rate, solved, unsolved, normalize: a weight of each distilled token.
-        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy or trust, beside k2 of the sampled token.
+        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, beside k2 of the
+            sampled token. draw_seeds: of the draws of response i, numpy's `default_rng([*draw_seeds, i])`.
+        control_variate: k1 and k2 without the expectation of d at the prefix.
         stop_token: mask leaves the token that ends a response out of distillation.
-        importance, importance_bound: bounds of w = pi / mu: full, truncate or mask.
+        importance, importance_bound, importance_level: bounds of w = pi / mu: full, truncate or mask, of a token, a sequence or
+            (mask) its geometric mean.
         correction_level: of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
         policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence.
@@ -94,9 +97,12 @@ class Settings:
     jsd_beta: float = 0.5
     mix: str = "none"
     mix_above: float = 0.8
+    draw_seeds: tuple[int, ...] = (1, 0)
+    control_variate: bool = False
     stop_token: str = "keep"
     importance: str = "full"
     importance_bound: float = 2.0
+    importance_level: str = "token"
     correction_level: str = "token"
     baseline: str = "group"
     policy_loss: str = "clip"
@@ -117,7 +123,7 @@ class Result:
         log_probs, entropies, teacher_log_probs: [T] per response, all at the temperature. teacher_log_probs is empty
             without a teacher.
         advantages: A_i [N].
-        distilled: whether response i is distilled [N].
+        distilled: whether response i is distilled [N]. scored: how many of its tokens the teacher must see, at least.
     """
 
     loss: float
@@ -130,6 +136,7 @@ class Result:
     teacher_log_probs: list[Tensor]
     advantages: Tensor
     distilled: Tensor
+    scored: list[int]
 
     @property
     def grad_norm(self) -> float:
@@ -217,7 +224,9 @@ def kdrl_of_models(
     distilled = (distillation_mask(rows, settings.mask) | given) & (settings.beta > 0)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=student.dtype)
     if settings.placement == "reward" and settings.beta > 0:  # r_i + beta sum_t d, before group normalisation
-        d_sum = torch.stack([(log_teacher[i] - log_pi[i]).detach().sum() for i in range(len(rows))])
+        d_sum = torch.stack(  # as they were sampled
+            [(log_teacher[i] - log_mu[i])[: forms.before_end(rows[i], settings)].sum() for i in range(len(rows))]
+        )
         rewards = rewards + settings.beta * torch.where(distilled, d_sum, 0.0)
     advantages = torch.zeros_like(rewards)
     if settings.alpha > 0:
@@ -229,6 +238,8 @@ def kdrl_of_models(
     everything = torch.ones(len(rows), dtype=torch.bool)
     if settings.combine == "gate":
         distilled = distilled & torch.tensor([not row["correct"] for row in rows]) | distilled & given
+    if settings.combine in ("modulate", "ratio") or (settings.combine == "relu" and settings.signal == "advantage"):
+        distilled = distilled & ((advantages != 0) | given)  # the teacher multiplies the advantage
     counted = everything if settings.denominator == "all" else distilled
     rewarded = ~given
     if settings.truncated == "drop":
@@ -239,14 +250,16 @@ def kdrl_of_models(
         (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()
         for i in range(len(rows))
     ]
+    for i, row in enumerate(rows):
+        d_now[i][forms.before_end(row, settings) :] = 0.0
     pairs = [forms.combine(advantages[i], d_now[i], bool(distilled[i]), rows[i], settings) for i in range(len(rows))]
     compared = [
-        forms.compared_with(before[i], log_teacher[i] if log_teacher else None, bool(distilled[i]), settings)
+        forms.compared_with(before[i], log_teacher[i] if log_teacher else None, bool(distilled[i]), rows[i], settings)
         for i in range(len(rows))
     ]
     policy_terms = [forms.policy_term(log_pi[i], compared[i], pairs[i][0], settings) * correction[i] for i in range(len(rows))]
     policy_loss = aggregate(policy_terms, rewarded, rewarded, settings)
-    loss = settings.alpha * policy_loss
+    loss = settings.alpha * policy_loss if settings.placement != "advantage" else torch.zeros_like(policy_loss)
     if settings.entropy_bonus:
         loss = loss - settings.entropy_bonus * aggregate([entropy_of(each) for each in log_p], rewarded, rewarded, settings)
     kd_loss = torch.zeros_like(loss)
@@ -254,30 +267,44 @@ def kdrl_of_models(
     token_weights = forms.token_weights(d_now, entropies, distilled, rows, settings)
     if settings.beta > 0 and settings.placement == "loss":
         kd_terms = [
-            reverse_kl(log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
+            kd_term(i, log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
             * pairs[i][1]
             * token_weights[i]
             for i in range(len(rows))
         ]
         kd_loss = aggregate(kd_terms, distilled, counted, settings)
         loss = loss + settings.beta * kd_loss
-    if settings.beta > 0 and settings.placement == "advantage":  # alpha A + beta sg(d): linear in A, so a second surrogate
-        kd_terms = [
-            surrogate(log_pi[i], before[i], (log_teacher[i] - log_pi[i]).detach() * token_weights[i], settings) * correction[i]
-            for i in range(len(rows))
-        ]
-        loss = loss + settings.beta * aggregate(kd_terms, distilled, counted, settings)
+    if settings.placement == "advantage":  # the advantage is alpha A + beta sg(d), each with its own share of the batch's loss
+        lengths = [len(each) for each in log_pi]
+        of_reward, of_teacher = (shares_of(lengths, *which, settings) for which in ((rewarded, rewarded), (distilled, counted)))
+        for i in range(len(rows)):
+            advantage = settings.alpha * pairs[i][0] * of_reward[i]
+            if distilled[i]:
+                d = (log_teacher[i] - log_pi[i]).detach()
+                sampled, shared = forms.shares(i, d, entropy_of(log_q[i]), settings)
+                if settings.control_variate:
+                    d = d - expected_log_ratio(log_p[i], log_q[i])
+                advantage = advantage + settings.beta * sampled * d * token_weights[i] * of_teacher[i]
+                if settings.mix != "none":
+                    other = shared * forms.other_divergence(log_p[i], log_q[i], settings) * token_weights[i]
+                    loss = loss + settings.beta * other.sum() * of_teacher[i]
+            loss = loss + (forms.policy_term(log_pi[i], before[i], advantage, settings) * correction[i]).sum()
     reference_loss = torch.zeros_like(loss)
     if reference is not None:
         reference_terms = []
         for i, row in enumerate(rows):
             with torch.no_grad():
                 log_ref = log_prob_of(response_logits(reference, row, vocab_size, settings.temperature).log_softmax(-1), row)
-            w = importance_weight(log_pi[i], log_mu[i], settings.reference_estimator, settings)
-            reference_terms.append(sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator))
+            joined = settings.combine == "reference"
+            w = importance_weight(
+                log_pi[i], log_mu[i], settings.reference_estimator, settings if joined else replace(settings, importance="full")
+            )
+            term = sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator)
+            reference_terms.append(term * token_weights[i] if joined else term)
         reference_loss = aggregate(reference_terms, ~given, ~given, settings)
         of_reference = settings.reference
-        if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref))
+        if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref)), both on the tokens that are taught
+            reference_loss = aggregate(reference_terms, distilled, counted, settings)
             of_reference = settings.beta * (1 - settings.extrapolation)
         loss = loss + of_reference * reference_loss
 
@@ -292,6 +319,7 @@ def kdrl_of_models(
         teacher_log_probs=log_teacher,
         advantages=advantages,
         distilled=distilled,
+        scored=[forms.taught_at_most(len(log_pi[i]), settings) if distilled[i] else 0 for i in range(len(rows))],
     )
 
 
@@ -352,12 +380,6 @@ def group_advantages(rewards: Tensor, groups: Sequence[int], normalize_by_std: b
     return advantages
 
 
-def surrogate(log_pi_T: Tensor, log_old_T: Tensor, advantage: Tensor, settings: Settings) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) with rho = pi / pi_old [T]."""
-    rho_T = (log_pi_T - log_old_T).exp()
-    return -torch.minimum(rho_T * advantage, rho_T.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantage)
-
-
 def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
     """sg(min(pi_old / mu, C)); or 0 for tokens outside [1/C, C] and 1 inside; or 1 [T]."""
     log_ratio_T, bound = (log_old_T - log_mu_T).detach(), settings.correction_bound
@@ -374,18 +396,31 @@ def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings) -> T
     raise ValueError(f"correction {settings.correction}")
 
 
-def reverse_kl(
-    log_p: Tensor, log_q: Tensor, log_pi_T: Tensor, log_teacher_T: Tensor, log_mu_T: Tensor, row: Row, settings: Settings
+def expected_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """E_pi[log q - log pi] at each prefix [T], a constant."""
+    return (log_p.exp() * (log_q - log_p)).sum(1).detach()
+
+
+def kd_term(
+    i: int,
+    log_p: Tensor,
+    log_q: Tensor,
+    log_pi_T: Tensor,
+    log_teacher_T: Tensor,
+    log_mu_T: Tensor,
+    row: Row,
+    settings: Settings,
 ) -> Tensor:
-    """The per-token term of the distillation loss [T]; log_p and log_q are the student's and the teacher's [T, V]."""
+    """The per-token term of the distillation loss [T]; log_p and log_q are the student's and the teacher's [T, V]; `i` is the
+    response's place in the batch."""
     d = log_teacher_T - log_pi_T
     w = importance_weight(log_pi_T, log_mu_T, settings.estimator, settings)
     p = log_p.exp()
     if settings.estimator in ("k1", "k2", "k3"):
-        return sampled_kl(d, w, settings.estimator)
+        return sampled_kl(d - expected_log_ratio(log_p, log_q) if settings.control_variate else d, w, settings.estimator)
     if settings.divergence != "reverse":
-        other = forms.other_divergence(log_p, log_q, settings)
-        return forms.mixed(sampled_kl(d, w, "k2"), other, d.detach(), entropy_of(log_q), settings)
+        sampled, shared = forms.shares(i, d.detach(), entropy_of(log_q), settings)
+        return sampled * sampled_kl(d, w, "k2") + shared * forms.other_divergence(log_p, log_q, settings)
     if settings.estimator == "exact":
         return (p * (log_p - log_q)).sum(1)
     ranking = log_q if settings.estimator == "top_k" and settings.top_k_support == "teacher" else log_p.detach()
@@ -403,13 +438,17 @@ def importance_weight(log_pi_T: Tensor, log_mu_T: Tensor, estimator: str, settin
     """w = pi / mu [T], differentiable; on-policy 1, with the gradient of log pi for k1 alone."""
     if not settings.on_policy:
         w_T = (log_pi_T - log_mu_T).exp()
-        if settings.importance == "full":
+        number_T = judged_T = w_T.detach()
+        if settings.importance_level == "sequence":
+            number_T = judged_T = w_T.detach().prod().expand(len(w_T))
+        elif settings.importance_level == "geometric":
+            judged_T = (w_T.detach().log().sum() / len(w_T)).exp().expand(len(w_T))
+        elif settings.importance == "full":
             return w_T
-        number_T = w_T.detach()
         if settings.importance == "truncate":
             number_T = torch.minimum(number_T, torch.full_like(number_T, settings.importance_bound))
-        else:
-            outside_T = (number_T < 1 / settings.importance_bound) | (number_T > settings.importance_bound)
+        elif settings.importance == "mask":
+            outside_T = (judged_T < 1 / settings.importance_bound) | (judged_T > settings.importance_bound)
             number_T = number_T.masked_fill(outside_T, 0.0)
         return number_T * (log_pi_T - log_pi_T.detach()).exp()
     return (log_pi_T - log_pi_T.detach()).exp() if estimator == "k1" else torch.ones_like(log_pi_T)
@@ -446,6 +485,18 @@ def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor
         log_q_rest = log_q.masked_fill(in_support, -torch.inf).logsumexp(1)
         return inside + log_p_rest.exp() * (log_p_rest - log_q_rest)
     raise ValueError(f"tail {tail}")
+
+
+def shares_of(lengths: Sequence[int], kept: Tensor, counted: Tensor, settings: Settings) -> list[float]:
+    """By how much `aggregate` multiplies each token of each response."""
+    ones = [torch.ones(1, dtype=torch.float64) for _ in lengths]
+    shares = []
+    for i in range(len(lengths)):
+        alone = torch.zeros_like(kept)
+        alone[i] = kept[i]
+        whole = [one.expand(length) / length for one, length in zip(ones, lengths, strict=True)]
+        shares.append(float(aggregate(whole, alone, counted, settings)))
+    return shares
 
 
 def aggregate(terms: Sequence[Tensor], kept: Tensor, counted: Tensor, settings: Settings) -> Tensor:

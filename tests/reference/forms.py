@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,12 +44,22 @@ def combine(advantage: Tensor, d_T: Tensor, distilled: bool, row: dict[str, Any]
     return torch.tensor(a, dtype=d_T.dtype), torch.tensor(b, dtype=d_T.dtype)
 
 
-def compared_with(log_old_T: Tensor, log_teacher_T: Tensor | None, distilled: bool, settings: Any) -> Tensor:
+def before_end(row: dict[str, Any], settings: Any) -> int:
+    """The number of a response's tokens without one that ends it and is left out of distillation."""
+    masked = settings.stop_token == "mask" and row.get("finish_reason") == "stop"
+    return len(row["response_token_ids"]) - masked
+
+
+def compared_with(
+    log_old_T: Tensor, log_teacher_T: Tensor | None, distilled: bool, row: dict[str, Any], settings: Any
+) -> Tensor:
     """What the ratio divides pi by: pi_old, or the geometric mixture pi_old^(1 - beta) T^beta."""
     if settings.combine != "ratio" or not distilled:
         return log_old_T
     assert log_teacher_T is not None
-    return (1 - settings.beta) * log_old_T + settings.beta * log_teacher_T
+    taught = before_end(row, settings)
+    mixture_T = (1 - settings.beta) * log_old_T + settings.beta * log_teacher_T
+    return torch.cat([mixture_T[:taught], log_old_T[taught:]])
 
 
 def policy_term(log_pi_T: Tensor, log_old_T: Tensor, a_T: Tensor, settings: Any) -> Tensor:
@@ -116,8 +127,8 @@ def token_weights(
             )
         elif settings.token_weight == "teacher_entropy":
             u = torch.exp(-settings.rate * H)
-        if settings.stop_token == "mask" and row.get("finish_reason") == "stop":
-            u = torch.cat([u[:-1], torch.zeros_like(u[-1:])])
+        taught = before_end(row, settings)
+        u = torch.cat([u[:taught], torch.zeros_like(u[taught:])])
         weights.append(u if distilled[i] else torch.zeros_like(u))
     if settings.normalize:
         total = sum(float(u.sum()) for u in weights)
@@ -126,13 +137,18 @@ def token_weights(
     return weights
 
 
+def taught_at_most(tokens: int, settings: Any) -> int:
+    """The tokens of a response up to the last one that a weight can teach."""
+    if settings.token_weight != "prefix":
+        return tokens
+    return min(tokens, settings.first_tokens or math.ceil(settings.share * tokens - 1e-9))
+
+
 def other_divergence(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
     """Forward KL or Jensen-Shannon divergence of each token [T], over the vocabulary or a top-k set; log_p, log_q [T, V]."""
     p, q = log_p.exp(), log_q.exp()
     if settings.divergence == "jsd":
-        b = settings.jsd_beta
-        log_m = (b * q + (1 - b) * p).log()
-        return b * (q * (log_q - log_m)).sum(1) + (1 - b) * (p * (log_p - log_m)).sum(1)
+        return top_k_jsd(log_p, log_q, settings)
     if settings.estimator == "exact":
         return (q * (log_q - log_p)).sum(1)
     ranking = log_q if settings.top_k_support == "teacher" else log_p.detach()
@@ -148,11 +164,32 @@ def other_divergence(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
     return inside + rest_q * (rest_q.log() - rest_p.log())
 
 
-def mixed(sampled_T: Tensor, divergence_T: Tensor, d_T: Tensor, teacher_entropy_T: Tensor, settings: Any) -> Tensor:
-    """The sampled reverse KL and the divergence, as EOPD and TrOPD join them [T]."""
+def top_k_jsd(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
+    """b KL(T, m) + (1 - b) KL(pi, m) with m = b T + (1 - b) pi [T], over the vocabulary or what is made of a top-k set."""
+    p, q, b = log_p.exp(), log_q.exp(), settings.jsd_beta
+    if settings.estimator == "top_k":
+        ranking = q if settings.top_k_support == "teacher" else p.detach()
+        support = ranking.topk(min(settings.top_k, p.shape[1]), dim=1).indices
+        rest = [1 - each.gather(1, support).sum(1, keepdim=True) for each in (p, q)]
+        p, q = p.gather(1, support), q.gather(1, support)
+        if settings.top_k_tail == "renormalize":
+            p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+        if settings.top_k_tail == "bucket":
+            p, q = torch.cat([p, rest[0]], 1), torch.cat([q, rest[1]], 1)
+    m = b * q + (1 - b) * p
+    return b * (q * (q / m).log()).sum(1) + (1 - b) * (p * (p / m).log()).sum(1)
+
+
+def shares(i: int, d_T: Tensor, teacher_entropy_T: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+    """The shares of the sampled reverse KL and of the divergence, as EOPD and TrOPD join them [T]; `i` is the response's place
+    in the batch."""
+    one_T = torch.ones_like(d_T)
+    if settings.mix == "none":
+        return (one_T, 0 * one_T) if settings.placement == "advantage" else (0 * one_T, one_T)
     if settings.mix == "entropy":
-        return sampled_T + (teacher_entropy_T > settings.mix_above) * divergence_T
-    if settings.mix == "trust":
-        trust_T = torch.minimum(d_T.exp(), torch.ones_like(d_T))
-        return trust_T * sampled_T + (1 - trust_T) * divergence_T
-    return divergence_T
+        return one_T, (teacher_entropy_T > settings.mix_above).to(d_T)
+    trust_T = torch.minimum(d_T.exp(), one_T)
+    if settings.mix == "drawn_trust":
+        draws = np.random.default_rng([*settings.draw_seeds, i]).random(len(d_T), dtype=np.float32)
+        trust_T = (torch.from_numpy(draws).to(d_T) < trust_T).to(d_T)
+    return trust_T, 1 - trust_T

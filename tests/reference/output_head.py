@@ -17,12 +17,20 @@ TOP_K = tuple(f"top_k {support} {tail}" for support in ("student", "teacher") fo
 FORWARD_TOP_K = tuple(
     f"forward_top_k {case}" for case in ("teacher truncate", "student renormalize", "teacher bucket", "student bucket")
 )
-EXACT_FORM = {**dict.fromkeys(TOP_K, "exact"), **dict.fromkeys(FORWARD_TOP_K, "forward")}
+JSD_TOP_K = tuple(
+    f"jsd_top_k {case}" for case in ("teacher truncate", "student renormalize", "teacher bucket", "student bucket")
+)
+"""Jensen-Shannon with beta 0.3."""
+EXACT_FORM = {
+    **dict.fromkeys(TOP_K, "exact"),
+    **dict.fromkeys(FORWARD_TOP_K, "forward"),
+    **dict.fromkeys(JSD_TOP_K, "mixed 0.3"),
+}
 """What each kind is if the set is the whole vocabulary."""
 MIXED = ("mixed 0.3", "mixed 0.9")
-WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K)
+WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K)
 """The kinds that ask for the teacher's entropy as well."""
-KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, "top_k_unbiased")
+KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K, "top_k_unbiased")
 """Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
 divergence."""
 
@@ -137,6 +145,8 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
         return inside_D + outside_D * (log_prob_D - mu_D).exp().detach() * 0.5 * d_D.square()
     if kind.endswith("renormalize"):
         log_p_DK, log_q_DK = log_p_DK.log_softmax(1), log_q_DK.log_softmax(1)
+    if kind in JSD_TOP_K:
+        return top_k_jsd(log_p_DV, log_q_DV, log_p_DK, log_q_DK, set_DK, with_rest=kind.endswith("bucket"))
     forward = kind in FORWARD_TOP_K
     weight_DK = log_q_DK.exp() if forward else log_p_DK.exp()
     inside_D = (weight_DK * ((log_q_DK - log_p_DK) if forward else (log_p_DK - log_q_DK))).sum(1)
@@ -149,3 +159,17 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
     tiny = torch.finfo(torch.float64).tiny
     difference_D = p_out_D.clamp_min(tiny).log() - q_out_D.clamp_min(tiny).log()
     return inside_D - q_out_D * difference_D if forward else inside_D + p_out_D * difference_D
+
+
+def top_k_jsd(
+    log_p_DV: Tensor, log_q_DV: Tensor, log_p_DK: Tensor, log_q_DK: Tensor, set_DK: Tensor, *, with_rest: bool
+) -> Tensor:
+    """0.3 q log(q / m) + 0.7 p log(p / m), m = 0.3 q + 0.7 p, summed over the set and, if asked, one class of the rest [D]."""
+    if with_rest:
+        outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
+        tiny = torch.finfo(torch.float64).tiny
+        rest = ((each.exp() * outside_DV).sum(1, keepdim=True).clamp_min(tiny).log() for each in (log_p_DV, log_q_DV))
+        log_p_DK, log_q_DK = (torch.cat(parts, dim=1) for parts in zip((log_p_DK, log_q_DK), rest, strict=True))
+    log_m_DK = torch.logaddexp(log_q_DK + math.log(0.3), log_p_DK + math.log(0.7))
+    terms_DK = 0.3 * log_q_DK.exp() * (log_q_DK - log_m_DK) + 0.7 * log_p_DK.exp() * (log_p_DK - log_m_DK)
+    return terms_DK.sum(1)

@@ -18,6 +18,7 @@ from kdrl_mcore.vocab_parallel import (
     JensenShannon,
     TeacherInputs,
     TopKForwardKL,
+    TopKJensenShannon,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -34,6 +35,7 @@ HEADS: dict[str, Any] = {
     "top_k_student_bucket": lambda sampler_T: TopKReverseKL(5, "student", "bucket"),
     "top_k_teacher_corrected": lambda sampler_T: TopKReverseKL(5, "teacher", "corrected"),
     "forward_top_k_teacher_truncate": lambda sampler_T: TopKForwardKL(5, "teacher", "truncate"),
+    "jsd_top_k_teacher_bucket": lambda sampler_T: TopKJensenShannon(5, "teacher", "bucket", 0.3),
     "forward_top_k_student_bucket": lambda sampler_T: TopKForwardKL(5, "student", "bucket"),
     "top_k_unbiased": lambda sampler_T: TopKUnbiased(5, sampler_T),
 }

@@ -66,6 +66,8 @@ OBJECTIVE_KEYS = {
     "stop_token": "objective.kd.stop_token",
     "importance": "objective.kd.importance",
     "importance_bound": "objective.kd.importance_bound",
+    "importance_level": "objective.kd.importance_level",
+    "control_variate": "objective.kd.control_variate",
     "correction_level": "objective.sampler_correction.level",
     "baseline": "objective.baseline",
     "policy_loss": "objective.policy_loss",

@@ -19,6 +19,7 @@ from kdrl_mcore.vocab_parallel import (
     JensenShannon,
     TeacherInputs,
     TopKForwardKL,
+    TopKJensenShannon,
     TopKReverseKL,
     TopKUnbiased,
     VocabShard,
@@ -103,6 +104,8 @@ def divergence(kind: str, problem: Problem) -> Any:
     if kind == "top_k_unbiased":
         return TopKUnbiased(problem.top_k, problem.sampler_log_probs_T)
     name, support, tail = kind.split()
+    if name == "jsd_top_k":
+        return TopKJensenShannon(problem.top_k, support, tail, 0.3)
     form: Any = TopKForwardKL if name == "forward_top_k" else TopKReverseKL
     return form(problem.top_k, support, tail)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from kdrl_mcore.config import conf_dir, load_config
-from kdrl_mcore.config.derived import needs_scores, uses_reference, uses_teacher
+from kdrl_mcore.config.derived import needs_scores, needs_teacher_scores, uses_reference, uses_teacher
 from kdrl_mcore.errors import ConfigError
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "objective").glob("*.yaml"))
 COMBINE, KD, GIVEN = "objective.combine", "objective.kd", "rollout.given"
+REPLAY = "rollout=replay rollout.path=r"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -43,21 +44,40 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         (f"objective.ratio=sequence {COMBINE}.kind=ratio", "leave objective.ratio at token"),
         ("objective.sampler_correction.level=sequence", "needs sampler_correction.kind"),
         ("objective.sampler_correction.level=geometric objective.sampler_correction.kind=truncate", "set kind=mask"),
+        ("objective.baseline=batch objective.normalize_by_std=false", "belongs to baseline=group"),
         (f"{KD}.importance=truncate", "leave it at full"),
+        (f"{KD}.importance_level=sequence", "leave it at token"),
+        (f"{REPLAY} {KD}.importance=truncate {KD}.estimator=exact", "has none to weigh"),
+        (f"{REPLAY} {KD}.importance_level=sequence {KD}.placement=advantage", "weighs a distillation loss, and there is none"),
+        (f"{REPLAY} {KD}.importance=mask {COMBINE}.kind=modulate", "weighs a distillation loss, and there is none"),
+        (f"{REPLAY} {KD}.importance_level=geometric", "set importance=mask"),
         (f"{KD}.token_weight.normalize=true", "nothing to scale"),
         (f"objective=grpo {KD}.token_weight.kind=prefix", "set it to constant"),
         (f"{COMBINE}.kind=ratio {KD}.token_weight.kind=prefix", "set it to constant"),
         (f"{KD}.token_weight.kind=prefix {KD}.placement=reward", "does not reach objective.kd.placement=reward"),
-        (f"{KD}.token_weight.kind=entropy {KD}.estimator=exact", "set it to k1 or k2"),
         (f"{KD}.token_weight.kind=prefix {KD}.token_weight.tokens=4 {KD}.token_weight.share=0.2", "leave one out"),
         (f"{KD}.divergence=forward", "set objective.kd.estimator=exact or top_k"),
-        (f"{KD}.divergence=jsd {KD}.estimator=top_k", "set objective.kd.estimator=exact"),
+        (f"{KD}.divergence=jsd", "set objective.kd.estimator=exact or top_k"),
+        (f"{KD}.divergence=jsd {KD}.estimator=top_k {KD}.top_k_tail=corrected", "set it to bucket"),
+        (f"{KD}.clamp=5 {KD}.estimator=exact", "does not use: set it to null"),
+        (f"{KD}.estimator=exact {KD}.divergence=forward {KD}.mix=trust {KD}.placement=reward", "only fits placement=loss"),
+        (f"{KD}.placement=advantage {KD}.estimator=exact", "only fits placement=loss"),
+        (f"objective=grpo {KD}.control_variate=true", "there is none: set it to false"),
+        (f"{KD}.control_variate=true {KD}.estimator=exact", "k1 or k2, not exact"),
+        (f"{KD}.control_variate=true {KD}.estimator=k3", "k1 or k2, not k3"),
+        (f"{KD}.control_variate=true {KD}.placement=reward", "does not reach objective.kd.placement=reward"),
+        (f"{REPLAY} {KD}.control_variate=true {KD}.importance=truncate", "objective.kd.importance=truncate depends"),
+        (
+            f"{REPLAY} {KD}.control_variate=true {KD}.importance_level=sequence",
+            "objective.kd.importance_level=sequence depends",
+        ),
+        (f"{KD}.control_variate=true {KD}.mask=group", "objective.kd.mask=group depends"),
+        (f"{KD}.control_variate=true {KD}.token_weight.kind=magnitude", "objective.kd.token_weight.kind=magnitude depends"),
+        (f"{KD}.control_variate=true {COMBINE}.kind=sign", "objective.combine.kind=sign depends"),
         (f"{KD}.jsd_beta=1", "at least 1e-06 and at most"),
         (f"{KD}.mix=trust {KD}.estimator=exact", "set objective.kd.divergence=forward"),
         (f"{KD}.divergence=forward {KD}.estimator=top_k {KD}.top_k_tail=corrected", "set it to bucket"),
         (f"{KD}.divergence=forward {KD}.estimator=top_k {KD}.top_k_tail=truncate", "objective.kd.top_k_support=teacher"),
-        (f"{KD}.token_weight.kind=teacher_entropy", "set objective.kd.estimator=exact"),
-        (f"{KD}.token_weight.kind=teacher_entropy {KD}.estimator=exact {KD}.token_weight.normalize=true", "at false"),
         ("rollout.group_filter.others=teach", "needs rollout.group_filter.rounds above 0"),
         ("rollout.group_filter.rounds=2 rollout=replay rollout.path=r", "this run samples none"),
         ("rollout.group_filter.rounds=2 objective.alpha.init=0", "objective.alpha is never positive"),
@@ -86,20 +106,26 @@ def test_what_does_not_go_together_is_refused(settings: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "scores", "reference"),
+    ("settings", "scores", "teacher_scores", "reference"),
     [
-        ("", False, False),
-        ("objective=gspo", False, False),  # strictly on-policy the ratio is 1
-        ("objective=gspo batch.updates_per_step=2", True, False),
-        ("objective=tip", True, False),
-        ("objective=prefix_opd", False, False),
-        ("objective.sampler_correction.kind=mask objective.sampler_correction.level=geometric", True, False),
-        ("objective=gopd", False, True),
-        ("objective=gopd objective.combine.extrapolation=1", False, False),
+        ("", False, False, False),
+        ("objective=gspo", False, False, False),  # strictly on-policy the ratio is 1
+        ("objective=gspo batch.updates_per_step=2", True, False, False),
+        ("objective=tip", True, False, False),
+        (f"objective=tip {KD}.estimator=exact", True, True, False),
+        ("objective=srpo", False, True, False),
+        (f"objective=srpo {KD}.estimator=k2", False, False, False),  # its pass gives entropies anyway
+        ("objective=vopd", False, False, False),
+        ("objective=prefix_opd", False, False, False),
+        ("objective.sampler_correction.kind=mask objective.sampler_correction.level=geometric", True, False, False),
+        (f"{REPLAY} {KD}.importance_level=sequence", True, False, False),
+        ("objective=gopd", False, False, True),
+        ("objective=gopd objective.combine.extrapolation=1", False, False, False),
     ],
 )
-def test_what_a_setting_needs_follows_from_it(settings: str, scores: bool, reference: bool) -> None:
+def test_what_a_setting_needs_follows_from_it(settings: str, scores: bool, teacher_scores: bool, reference: bool) -> None:
     words = settings.split()
     base = [] if any(word.startswith("objective=") for word in words) else ["objective=kdrl"]
     config = load_config([*base, "student.path=s", "teacher.path=t", *words])
-    assert (needs_scores(config), uses_reference(config.objective)) == (scores, reference)
+    needs = needs_scores(config), needs_teacher_scores(config.objective), uses_reference(config.objective)
+    assert needs == (scores, teacher_scores, reference)

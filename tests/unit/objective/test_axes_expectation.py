@@ -5,6 +5,7 @@ The tokens' shares of the loss are mu itself, so the sum over the vocabulary is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,33 +24,62 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0], dtype=torch.float64)
 CORRECT = torch.tensor([1, 0, 1, 0, 0])
 
 
-def gradient(
-    settings: str, *, on_policy: bool = True, alpha: float = 1.0, beta: float = 1.0, z: Tensor = Z, **more: Any
-) -> Tensor:
-    """The expected gradient [N, V] in the logits."""
+def token_losses(
+    settings: str,
+    *,
+    on_policy: bool = True,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    z: Tensor = Z,
+    shares_NV: Tensor | None = None,
+    divergence: Callable[[Tensor], Tensor] | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """(the loss of each token, the logits it depends on).
+
+    Args:
+        shares_NV: each token's share of the loss; mu unless given.
+        divergence: from the student's log-probs [N, V] to that of each prefix [N].
+    """
     objective = load_config(
         ["objective=kdrl", "student.path=s", "teacher.path=t", "rollout=replay", "rollout.path=r", *settings.split()]
     ).objective
     z = z.clone().requires_grad_()
     log_pi_NV = z.log_softmax(1)
     log_mu_NV = log_pi_NV.detach() if on_policy else (z.detach() + OLDER).log_softmax(1)
-    mu = log_mu_NV.exp().flatten()
+    shares = (log_mu_NV.exp() if shares_NV is None else shares_NV).flatten()
 
     def spread(values_N: Tensor) -> Tensor:
         return values_N.to(z).repeat_interleave(V)
 
     batch = TokenBatch(
         advantages=spread(ADVANTAGES),
-        policy_weights=mu,
-        distillation_weights=mu,
+        policy_weights=shares,
+        distillation_weights=shares,
         sampler_log_probs=log_mu_NV.flatten(),
         on_policy=on_policy,
         teacher_log_probs=TEACHER.log_softmax(1).flatten(),
         correct=spread(CORRECT),
         **more,
     )
-    loss, _, _ = joint_loss(log_pi_NV.flatten(), batch, objective, alpha, beta)
+    divergence_T = None if divergence is None else spread(divergence(log_pi_NV))
+    return joint_loss(log_pi_NV.flatten(), batch, objective, alpha, beta, divergence_T)[0], z
+
+
+def gradient(settings: str, **more: Any) -> Tensor:
+    """The expected gradient [N, V] in the logits."""
+    loss, z = token_losses(settings, **more)
     return torch.autograd.grad(loss.sum(), z)[0]
+
+
+def variance(settings: str, *, on_policy: bool = True, **more: Any) -> float:
+    """Of the gradient of one sampled token, summed over prefixes and logits."""
+    loss, z = token_losses(settings, on_policy=on_policy, shares_NV=torch.ones(N, V, dtype=torch.float64), **more)
+    each = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in loss]).view(N, V, N, V)
+    own_NVV = torch.stack([each[n, :, n] for n in range(N)])  # of prefix n, by the sampled token
+    mu_NV1 = (PI if on_policy else MU)[:, :, None]
+    mean_N1V = (mu_NV1 * own_NVV).sum(1, keepdim=True)
+    return float((mu_NV1 * (own_NVV - mean_N1V).square()).sum())
 
 
 def reverse_kl_gradient(z: Tensor = Z, log_q_NV: Tensor | None = None) -> Tensor:
@@ -152,6 +182,114 @@ def test_the_signed_reference_rests_at_its_optimum(extrapolation: float) -> None
     assert gradient(settings, z=TEACHER, **reference).norm() > 0.1
     expected = reverse_kl_gradient(log_q_NV=optimum.log_softmax(1))
     torch.testing.assert_close(gradient(settings, **reference), expected)
+
+
+def reverse_kl(log_p_NV: Tensor) -> Tensor:
+    return (log_p_NV.exp() * (log_p_NV - TEACHER.log_softmax(1))).sum(1)
+
+
+def forward_kl(log_p_NV: Tensor) -> Tensor:
+    log_q_NV = TEACHER.log_softmax(1)
+    return (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(1)
+
+
+CENTRED = "objective.kd.control_variate=true"
+
+
+@pytest.mark.parametrize(("on_policy", "left"), [(True, 0.704), (False, 0.902)], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_a_control_variate_leaves_the_gradient_and_takes_some_of_the_variance(
+    estimator: str, on_policy: bool, left: float
+) -> None:
+    settings = f"objective.kd.estimator={estimator}"
+    pure: dict[str, Any] = {"alpha": 0.0, "on_policy": on_policy}
+    found = gradient(f"{settings} {CENTRED}", divergence=reverse_kl, **pure)
+    torch.testing.assert_close(found, reverse_kl_gradient())
+    centred = variance(f"{settings} {CENTRED}", divergence=reverse_kl, **pure)
+    assert centred / variance(settings, **pure) == pytest.approx(left, abs=0.002)
+
+
+def test_a_control_variate_also_serves_the_advantage() -> None:
+    settings = "objective.kd.placement=advantage"
+    found = gradient(f"{settings} {CENTRED}", divergence=reverse_kl)
+    torch.testing.assert_close(found, gradient(settings))
+    centred = variance(f"{settings} {CENTRED}", alpha=0.0, divergence=reverse_kl)
+    assert centred / variance(settings, alpha=0.0) == pytest.approx(0.704, abs=0.002)
+
+
+def test_with_a_weight_that_sees_the_token_a_control_variate_would_move_the_gradient() -> None:
+    """Why such weights are refused beside it: by the trust weight min(T / pi, 1), and by a bounded pi / mu."""
+    centred = D + reverse_kl(Z.log_softmax(1))[:, None]
+    trust, bounded = D.exp().clamp(max=1.0), (PI / MU).clamp(max=1.2)
+    assert bias(of_coefficients(trust * centred, PI), of_coefficients(trust * D, PI)) == pytest.approx(0.894, abs=0.002)
+    assert bias(of_coefficients(bounded * centred, MU), of_coefficients(bounded * D, MU)) == pytest.approx(0.160, abs=0.002)
+
+
+FORWARD = "objective.kd.estimator=exact objective.kd.divergence=forward"
+TRUST = D.exp().clamp(max=1.0)
+
+
+def drawn_variance(settings: str) -> float:
+    """`variance` over the token and the draw."""
+    both, chances = [], (TRUST[:, :, None], 1 - TRUST[:, :, None])
+    for draw in (0.0, 1.0):
+        draws = torch.full((N * V,), draw, dtype=torch.float64)
+        shares = torch.ones(N, V, dtype=torch.float64)
+        loss, z = token_losses(settings, alpha=0.0, divergence=forward_kl, draws=draws, shares_NV=shares)
+        each = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in loss]).view(N, V, N, V)
+        both.append(torch.stack([each[n, :, n] for n in range(N)]))
+    weighed = [(PI[:, :, None] * chance, own_NVV) for chance, own_NVV in zip(chances, both, strict=True)]
+    mean_N1V = torch.stack([(chance * own_NVV).sum(1, keepdim=True) for chance, own_NVV in weighed]).sum(0)
+    return float(torch.stack([(chance * (own_NVV - mean_N1V).square()).sum() for chance, own_NVV in weighed]).sum())
+
+
+def test_drawing_by_trust_is_trust_in_expectation() -> None:
+    """A draw of 0 trusts every token, a draw of almost 1 none of those with T < pi; the draws are as likely as the trust."""
+    expected = gradient(f"{FORWARD} objective.kd.mix=trust", divergence=forward_kl)
+    drawn = f"{FORWARD} objective.kd.mix=drawn_trust"
+    found = torch.zeros_like(expected)
+    for draw, chance_NV in ((0.0, TRUST), (1.0, 1 - TRUST)):
+        draws = torch.full((N * V,), draw, dtype=torch.float64)
+        found += gradient(drawn, alpha=0.0, divergence=forward_kl, draws=draws, shares_NV=PI * chance_NV)
+    torch.testing.assert_close(found + gradient("", beta=0.0), expected)
+    trust = f"{FORWARD} objective.kd.mix=trust"
+    assert drawn_variance(drawn) / variance(trust, alpha=0.0, divergence=forward_kl) == pytest.approx(1.511, abs=0.002)
+
+
+def test_how_far_trust_is_from_the_reverse_kl() -> None:
+    """It is an objective of its own: a bias by design, and a fifth of k2's variance."""
+    settings = f"{FORWARD} objective.kd.mix=trust"
+    found = gradient(settings, alpha=0.0, divergence=forward_kl)
+    assert bias(found, reverse_kl_gradient()) == pytest.approx(0.728, abs=0.002)
+    scatter = variance(settings, alpha=0.0, divergence=forward_kl) / variance("", alpha=0.0)
+    assert scatter == pytest.approx(0.191, abs=0.002)
+
+
+@pytest.mark.parametrize("mix", ["entropy", "trust"])
+def test_on_policy_the_sampled_part_may_be_in_the_advantage(mix: str) -> None:
+    log_q = TEACHER.log_softmax(1)
+    entropies = -(log_q.exp() * log_q).sum(1).repeat_interleave(V)
+    settings = f"{FORWARD} objective.kd.mix={mix} objective.kd.mix_above=1.7"
+    assert 0 < (entropies > 1.7).double().mean() < 1
+    more: dict[str, Any] = {"divergence": forward_kl, "teacher_entropies": entropies}
+    inside = gradient(f"{settings} objective.kd.placement=advantage", **more)
+    torch.testing.assert_close(inside, gradient(settings, **more))
+    if mix == "entropy":
+        assert bias(inside, gradient("")) > 0.1  # the forward KL is there
+
+
+def test_on_policy_k3_has_the_gradient_of_the_forward_kl() -> None:
+    z = Z.clone().requires_grad_()
+    expected = torch.autograd.grad(forward_kl(z.log_softmax(1)).sum(), z)[0]
+    found = gradient("objective.kd.estimator=k3", alpha=0.0)
+    torch.testing.assert_close(found, expected)
+    assert bias(found, reverse_kl_gradient()) == pytest.approx(0.725, abs=0.002)
+
+
+def test_tokens_that_the_teacher_did_not_score_learn_nothing_from_it() -> None:
+    scored_NV = (torch.arange(V) < 4).double().expand(N, V)
+    more: dict[str, Any] = {"scored": scored_NV.flatten(), "alpha": 0.0}
+    torch.testing.assert_close(gradient("", **more), of_coefficients(scored_NV * D, PI))
 
 
 def twice_the_advantage(signals: Signals, settings: CombineConfig, beta: float) -> tuple[Tensor, Tensor]:

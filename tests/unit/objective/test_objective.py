@@ -137,6 +137,25 @@ def test_a_coefficient_switches_once_where_accuracy_rises_no_more() -> None:
     assert seen == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
+def test_a_coefficient_may_fall_once_it_has_switched() -> None:
+    """SAF-OPD: constant until the KL is small, then linear, also after a resume."""
+    schedule = ScheduleConfig(kind="below", init=0.1, after=0.1, target=0.5, delta=0.04, min=0.01)
+    coefficient, values = Coefficient(schedule), []
+    for kl in (0.9, 0.5, 0.9, 0.9, 0.9, 0.9):
+        coefficient.advance(kl)
+        state = coefficient.state_dict()
+        coefficient = Coefficient(schedule)
+        coefficient.load_state_dict(state)
+        values.append(coefficient.value)
+    assert values == pytest.approx([0.1, 0.1, 0.06, 0.02, 0.01, 0.01])
+    switch = Coefficient(ScheduleConfig(kind="switch", init=0.0, after=1.0, steps=1, delta=0.25))
+    values = []
+    for _ in range(3):
+        values.append(switch.value)
+        switch.advance(None)
+    assert values == [0.0, 1.0, 0.75]
+
+
 def test_a_plateau_is_remembered_in_a_checkpoint() -> None:
     schedule = ScheduleConfig(kind="plateau", init=1.0, after=0.0, patience=2)
     first, second = Coefficient(schedule), Coefficient(schedule)

@@ -28,11 +28,12 @@ def sequences(shapes: Lengths) -> list[Sequence]:
     return [(2 * i, *np.split(next(tokens), [prompt])) for i, (prompt, _) in enumerate(shapes)]
 
 
-def pack_on_all_ranks(shapes: Lengths, context: int, tensor: int = 1, distilled: set[int] | None = None) -> list[PackedBatch]:
+def pack_on_all_ranks(
+    shapes: Lengths, context: int, tensor: int = 1, scored: dict[int, int] | None = None
+) -> list[PackedBatch]:
     alignment = (2 * context if context > 1 else 1) * tensor
     return [
-        pack(sequences(shapes), alignment, distilled=distilled or (), context_rank=rank, context_size=context)
-        for rank in range(context)
+        pack(sequences(shapes), alignment, scored=scored, context_rank=rank, context_size=context) for rank in range(context)
     ]
 
 
@@ -62,17 +63,17 @@ def test_every_token_is_on_exactly_one_rank(shapes: Lengths, context: int, tenso
 
 @properties
 @given(shapes=lengths, context=context_sizes, data=st.data())
-def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_distilled_ones_come_first(
+def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come_first(
     shapes: Lengths, context: int, data: st.DataObject
 ) -> None:
-    distilled = {2 * i for i in range(len(shapes)) if data.draw(st.booleans())}
-    batches = pack_on_all_ranks(shapes, context, distilled=distilled)
+    scored = {2 * i: data.draw(st.integers(0, shape[1])) for i, shape in enumerate(shapes) if data.draw(st.booleans())}
+    batches = pack_on_all_ranks(shapes, context, scored=scored)
     by_index = {index: (prompt, response) for index, prompt, response in sequences(shapes)}
     seen: list[tuple[int, int]] = []
     for batch in batches:
         rows = [(span.rollout, place) for span in batch.spans for place in range(span.start, span.stop)]
         assert len(rows) == len(batch.rows_T) == len(batch.targets_T)
-        assert [index in distilled for index, _ in rows] == [row < batch.num_distilled for row in range(len(rows))]
+        assert [place < scored.get(index, 0) for index, place in rows] == [row < batch.num_scored for row in range(len(rows))]
         for (index, place), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
             prompt, response = by_index[index]
             assert target == response[place]
@@ -86,11 +87,11 @@ def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_distilled_ones_c
 @given(shapes=lengths, context=context_sizes)
 def test_place_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
     """Ranks that send hidden states know where another rank wants them."""
-    distilled = {0, 4}
+    scored = {0: 3, 4: 1}
     counts = [(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
-    for rank, batch in enumerate(pack_on_all_ranks(shapes, context, distilled=distilled)):
+    for rank, batch in enumerate(pack_on_all_ranks(shapes, context, scored=scored)):
         alignment = 2 * context if context > 1 else 1
-        places = place_rows(counts, alignment, distilled=distilled, context_rank=rank, context_size=context)
+        places = place_rows(counts, alignment, scored=scored, context_rank=rank, context_size=context)
         assert tuple(span for span, _ in places.spans) == batch.spans
         assert places.order == batch.order
         rows = [row + place for (_, start, stop), row in places.spans for place in range(stop - start)]

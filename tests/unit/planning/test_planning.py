@@ -102,7 +102,10 @@ def test_each_measure_moves_what_it_should() -> None:
     for rounds, times in ((0, 1), (1, 2), (3, 3)):
         more = planned(f"rollout.group_filter.rounds={rounds}", "rollout.responses_per_prompt=2")
         assert more.phase("rollout").total == pytest.approx(times * pairs.phase("rollout").total)
-    assert planned("objective.combine.kind=gate").phase("teacher").total < planned().phase("teacher").total
+    whole = planned().phase("teacher").total
+    assert planned("objective.combine.kind=gate").phase("teacher").total < whole
+    assert planned("objective.kd.token_weight.kind=prefix").phase("teacher").total < 0.7 * whole  # half of each response
+    assert planned("objective.combine.kind=ratio", "rollout.responses_per_prompt=2").phase("teacher").total < 0.6 * whole
     exact = planned("objective.kd.estimator=exact")
     given = planned("objective.kd.estimator=exact", "rollout.given.share=0.5")
     assert given.phase("rollout").total == exact.phase("rollout").total

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import HeadTokens, JensenShannon, TeacherInputs, TopKForwardKL, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.divergence import Divergence
+from kdrl_mcore.vocab_parallel.logits import _top_k_of_rows, largest_logits, local_top_k
 from tests.reference.output_head import EXACT_FORM, Problem, dense_divergence, make_problem
 from tests.support.vocabulary import divergence
 
@@ -266,3 +267,51 @@ def test_one_pass_gives_all_that_the_entropy_mixed_distillation_needs(num_taught
     assert taught_D.any() and not taught_D.all()
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight_VH)[0], rtol=1e-10, atol=1e-12)
+
+
+BIAS_OF_A_SET = {
+    "top_k student truncate": 0.352,
+    "top_k student renormalize": 0.461,
+    "top_k student bucket": 0.378,
+    "top_k student corrected": 0.265,
+    "top_k teacher truncate": 0.958,
+    "top_k teacher renormalize": 1.016,
+    "top_k teacher bucket": 0.707,
+    "top_k teacher corrected": 0.804,
+    "forward_top_k teacher truncate": 0.254,
+    "forward_top_k student renormalize": 0.663,
+    "forward_top_k teacher bucket": 0.212,
+    "forward_top_k student bucket": 0.483,
+    "jsd_top_k teacher truncate": 0.525,
+    "jsd_top_k student renormalize": 0.629,
+    "jsd_top_k teacher bucket": 0.424,
+    "jsd_top_k student bucket": 0.782,
+}
+"""|gradient - that over the whole vocabulary| / |the latter|, with 5 of 23 tokens of two unlike random models."""
+
+
+@pytest.mark.parametrize("kind", EXACT_FORM)
+def test_the_bias_of_a_top_k_set_is_the_stated_one(kind: str) -> None:
+    problem = make_problem()
+    gradient, exact = (run(divergence(each, problem), problem)[1] for each in (kind, EXACT_FORM[kind]))
+    assert float((gradient - exact).norm() / exact.norm()) == pytest.approx(BIAS_OF_A_SET[kind], abs=0.002)
+
+
+def test_no_term_of_a_jensen_shannon_divergence_is_negative() -> None:
+    problem = make_problem()
+    for kind in (kind for kind in EXACT_FORM if kind.startswith("jsd")):
+        assert run(divergence(kind, problem), problem)[0].min() > 0
+
+
+@pytest.mark.parametrize(("columns", "top_k"), [(23, 5), (1000, 7), (4099, 50), (300, 1), (5, 5)])
+@pytest.mark.parametrize("levels", [None, 4, 1, 0], ids=["distinct", "few ties", "many ties", "all equal"])
+def test_the_largest_logits_are_those_of_a_stable_sort(columns: int, top_k: int, levels: int | None) -> None:
+    logits_CV = torch.randn(20, columns, generator=torch.Generator().manual_seed(1))
+    if levels is not None:
+        logits_CV = (logits_CV * levels).round()
+    expected_CK = logits_CV.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(local_top_k(logits_CV, top_k), expected_CK)
+    values_CK, column_CK = largest_logits(logits_CV, top_k)
+    assert torch.equal(values_CK, logits_CV.gather(1, expected_CK))
+    assert torch.equal(logits_CV.gather(1, column_CK), values_CK)
+    assert torch.equal(_top_k_of_rows(logits_CV, top_k), expected_CK)  # the form for devices
