@@ -41,7 +41,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     with clock("rollout"):
         rollouts = job.source.rollouts(step, score_part)  # o ~ mu( . | x), G responses per prompt
         if job.source.chosen is not None:
-            teacher.keep(job.source.chosen, rollouts)  # scores of groups that were dropped are dropped with them
+            teacher.keep(job.source.chosen)  # scores of groups that were dropped are dropped with them
         early_tokens = teacher.tokens
     with clock("reward"):
         job.source.verify(rollouts)  # r_i, and whether the response is correct

@@ -69,7 +69,7 @@ class Job:
             for index, (log_probs, entropies) in zip(wanted, scored, strict=False):
                 missing = (0, len(rollouts[index].response_token_ids) - len(log_probs))
                 scores.log_probs[index], scores.entropies[index] = np.pad(log_probs, missing), np.pad(entropies, missing)
-            scores.tokens += sum(len(rollout.response_token_ids) for rollout in wanted.values())
+            scores.scored |= {index: len(rollout.response_token_ids) for index, rollout in wanted.items()}
         for (index, rollout), tokens in zip(rollouts.items(), lengths, strict=True):
             rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
 

@@ -28,7 +28,7 @@ class TeacherScores:
     """The teacher's scores of a rollout batch so far, by each response's index in the batch.
 
     Attributes:
-        tokens: the number of response tokens scored.
+        scored: the number of tokens scored of each response.
         dropped_tokens: further ones, whose responses the batch lost afterwards.
         log_probs, entropies: log T of the sampled tokens and the entropies of T [response tokens], 0 for tokens that were not
             scored.
@@ -36,20 +36,26 @@ class TeacherScores:
             if token weights need them.
     """
 
-    tokens: int = 0
+    scored: dict[int, int] = field(default_factory=dict)
     dropped_tokens: int = 0
     log_probs: dict[int, TokenFloats] = field(default_factory=dict)
     entropies: dict[int, TokenFloats] = field(default_factory=dict)
     hidden: HiddenStates | None = None
 
-    def keep(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> None:
-        """Drop the scores of all responses but these; those at `places[i]` become those of `rollouts[i]`."""
+    @property
+    def tokens(self) -> int:
+        """The number of response tokens scored."""
+        return sum(self.scored.values())
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drop the scores of all responses but these; those at `places[i]` become those of response i."""
         log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden
         self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
         self.entropies = {index: entropies[place] for index, place in enumerate(places) if place in entropies}
         self.hidden = None if hidden is None else hidden.select(places)
-        kept = sum(len(rollout.response_token_ids) for index, rollout in enumerate(rollouts) if index in self)
-        self.tokens, self.dropped_tokens = kept, self.tokens - kept
+        before = self.tokens
+        self.scored = {index: self.scored[place] for index, place in enumerate(places) if place in self.scored}
+        self.dropped_tokens = before - self.tokens
 
     def __contains__(self, place: int) -> bool:
         return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)
