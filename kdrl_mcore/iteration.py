@@ -58,7 +58,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     for result in updates:
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, distil_N, updates, alpha, beta, clock)
-    metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
+    metrics |= utilization(job.student.parts, rollouts, metrics["time/train"], job.config.cluster)
     return rollouts, {**metrics, **job.source.counts, "teacher_tokens_early": float(early_tokens)}
 
 

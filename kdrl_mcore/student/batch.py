@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Span, pack, place_rows, plan_micro_batches
+from kdrl_mcore.parallel.packing import Shape, Span, pack, place_rows, plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -154,16 +154,20 @@ class TrainingBatch:
         )
 
 
-def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
+def micro_batches(
+    batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int, *, share_prompts: bool
+) -> list[MicroBatch]:
     """This rank's micro-batches, each of at most `micro_tokens` tokens per rank and with the loss of its tokens.
 
     Every rank computes the same plan. If the batch has hidden states of the teacher, the call is collective over the world:
     they are delivered by an all-to-all, then broadcast over the tensor-parallel group. Otherwise nothing is communicated.
     """
     rollouts, layout = batch.rollouts, groups.layout
+    sequences = [(i, rollout.prompt_token_ids, rollout.response_token_ids) for i, rollout in enumerate(rollouts)]
+    shapes = shapes_of(sequences, share_prompts=share_prompts)
     distilled = set(batch.distil_N.nonzero().squeeze(1).tolist())
     plan = plan_micro_batches(
-        [rollout.num_tokens for rollout in rollouts],
+        shapes,
         layout.data,
         micro_tokens * layout.context,
         layout.pipeline if layout.virtual_pipeline else 1,
@@ -171,15 +175,16 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
     result = []
     for number, items in enumerate(plan[groups.data.rank()]):
         packed = pack(
-            [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
+            [sequences[i] for i in items],
             layout.token_alignment,
+            share_prompts=share_prompts,
             distilled=distilled,
             context_rank=groups.context.rank(),
             context_size=layout.context,
         ).on_device()
         hidden_DG = None
         if batch.teacher_hidden is not None:
-            hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], distilled, groups)
+            hidden_DG = _deliver(batch.teacher_hidden, [[shapes[i] for i in bins[number]] for bins in plan], distilled, groups)
         tokens = batch.token_batch(packed.spans).map(to_device)
         mu_T = None if batch.on_policy else tokens.sampler_log_probs
         result.append(MicroBatch(packed, partial(_loss_of_rows, loss, tokens), mu_T, hidden_DG))
@@ -193,17 +198,15 @@ def _loss_of_rows(
 
 
 def _deliver(
-    batch: TrainingBatch,
     hidden: HiddenStates,
-    items_of_rank: Sequence[Sequence[int]],
+    shapes_of_rank: Sequence[Sequence[Shape]],
     distilled: set[int],
     groups: ModelGroups,
 ) -> Tensor | None:
     """The teacher's hidden states [D, G] of this rank's distilled loss rows, in host memory; None except on the last stage."""
     layout, last = groups.layout, groups.layout.pipeline - 1
     wanted: dict[int, list[Span]] = {}
-    for data, items in enumerate(items_of_rank):
-        shapes = [(i, len(batch.rollouts[i].prompt_token_ids), len(batch.rollouts[i].response_token_ids)) for i in items]
+    for data, shapes in enumerate(shapes_of_rank):
         for context in range(layout.context):
             places = place_rows(
                 shapes, layout.token_alignment, distilled=distilled, context_rank=context, context_size=layout.context
