@@ -332,6 +332,12 @@ def place_rows(
     return Places(tuple(shape.index for shape in order), tuple(segments), tuple(spans))
 
 
+def num_rows(shapes: Sequence[Shape]) -> int:
+    """The rows that a micro-batch of these shapes needs, without filler."""
+    segments, _ = _segments(shapes)
+    return segments[-1].stop if segments else 0
+
+
 def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
     """Shared prompts, then sequences and responses by length; and the shapes in the order of the latter."""
     segments: list[Segment] = []

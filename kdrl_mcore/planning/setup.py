@@ -20,6 +20,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
+from kdrl_mcore.parallel.packing import Shape
 from kdrl_mcore.planning.shards import Shard, ShardRequest, find_shape, get_shards
 from kdrl_mcore.planning.workload import Packing, Workload, packing
 
@@ -120,27 +121,32 @@ class Setup:
         masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
         return 1 - self.workload.correct if masked else 1.0
 
+    @property
+    def sharing(self) -> int:
+        """How many responses share the rows of their prompt in training and scoring."""
+        return self.config.rollout.responses_per_prompt if self.config.batch.share_prompts else 1
+
     @cached_property
     def update_packing(self) -> Packing:
         """The packing of one optimizer update."""
-        return self._packing(self.student, self.workload.sequences[:: self.updates])
+        return self._packing(self.student, self.workload.shapes(self.sharing)[:: self.updates])
 
     @cached_property
     def scoring_packing(self) -> Packing:
         """The packing of a forward pass of the student over the whole batch."""
-        return self._packing(self.student, self.workload.sequences)
+        return self._packing(self.student, self.workload.shapes(self.sharing))
 
     @cached_property
     def teacher_packing(self) -> Packing:
         """The packing of the teacher's pass over the responses that the mask keeps."""
         assert self.teacher is not None
         kept = max(1, round(self.workload.responses * self.distilled))
-        every = self.workload.sequences
+        every = self.workload.shapes(self.sharing)
         return self._packing(self.teacher, tuple(every[index * len(every) // kept] for index in range(kept)))
 
-    def _packing(self, model: Placed, sequences: tuple[int, ...]) -> Packing:
+    def _packing(self, model: Placed, shapes: tuple[Shape, ...]) -> Packing:
         tokens, ordered = self.config.batch.micro_tokens, self.choices.sorted_by_length
-        return packing(sequences, model.layout, tokens, sorted_by_length=ordered)
+        return packing(shapes, model.layout, tokens, sorted_by_length=ordered)
 
 
 def find_engines(config: Config, world_size: int) -> Engines | None:
