@@ -34,7 +34,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 """Installed beside TRL in the versions of this environment."""
 BETA = 0.002
 PHASES = ("generation", "teacher", "train")
-PEERS = ("this trainer", "TRL", "TRL, 4 micro-batches", "plain PyTorch")
+SHARED = "this trainer, prompts shared"
+PEERS = ("this trainer", SHARED, "TRL", "TRL, 4 micro-batches", "plain PyTorch")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def run(options: argparse.Namespace) -> None:
         write_file(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         python = install(options.environment, status.update) if any(peer.startswith("TRL") for peer in options.peers) else ""
         programs: dict[str, Callable[[], Measured]] = {
-            "this trainer": partial(_this_trainer, work, folder, options.micro_tokens),
+            "this trainer": partial(_this_trainer, "this trainer", work, folder, options.micro_tokens),
+            SHARED: partial(_this_trainer, SHARED, work, folder, options.micro_tokens),
             "TRL": partial(_script, "TRL", [python, str(ROOT / "benchmarks/peers_trl.py"), str(folder), "1"], work),
             "TRL, 4 micro-batches": partial(
                 _script, "TRL, 4 micro-batches", [python, str(ROOT / "benchmarks/peers_trl.py"), str(folder), "4"], work
@@ -195,21 +197,23 @@ def install(folder: Path, announce: Callable[[str], None]) -> str:
     return str(python.absolute())
 
 
-def _this_trainer(work: Work, folder: Path, micro_tokens: int) -> Measured:
+def _this_trainer(peer: str, work: Work, folder: Path, micro_tokens: int) -> Measured:
+    run = folder / peer.replace(" ", "_").replace(",", "")
     overrides = [
         *(f"student.path={work.student}", f"teacher.path={work.teacher or 'null'}"),
         *(("objective=kdrl", f"objective.beta.init={BETA}") if work.teacher else ("objective=grpo",)),
         *("reward.kind=benchmarks.peers:reward", f"data.train={folder}/train.jsonl", "data.eval=null", "rollout=megatron"),
         *(f"rollout.prompts_per_step={work.prompts}", f"rollout.responses_per_prompt={work.responses}"),
         *(f"rollout.max_response_tokens={work.tokens}", f"batch.micro_tokens={micro_tokens}", f"model.dtype={work.dtype}"),
-        *(f"trainer.steps={1 + work.steps}", "trainer.self_test=false", f"run.dir={folder}/run", "checkpoint.every=-1"),
+        f"batch.share_prompts={str(peer == SHARED).lower()}",
+        *(f"trainer.steps={1 + work.steps}", "trainer.self_test=false", f"run.dir={run}", "checkpoint.every=-1"),
         *("checkpoint.export_hf=false", "logging.progress=false", "logging.tensorboard=false", "eval.every=-1"),
     ]
     peak = _run([sys.executable, "-m", "kdrl_mcore.train", *overrides], work)[1]
-    rows = [row for row in read_metrics(folder / "run") if row["step"] > 1]
+    rows = [row for row in read_metrics(run) if row["step"] > 1]
     names = {"generation": "time/rollout", "teacher": "time/teacher", "train": "time/train"}
     phases = {phase: [row[name] for row in rows] for phase, name in names.items()}
-    return Measured("this trainer", [row["time/step"] for row in rows], peak, phases)
+    return Measured(peer, [row["time/step"] for row in rows], peak, phases)
 
 
 def _script(peer: str, command: list[str], work: Work) -> Measured:
@@ -247,7 +251,7 @@ def table(work: Work, measured: list[Measured]) -> Table:
     kind = "GRPO + KL to a teacher" if work.teacher else "GRPO"
     title = f"{kind}: {work.prompts} x {work.responses} responses of {work.tokens} tokens, {work.dtype}, {work.threads} threads"
     result = Table(title=title, title_justify="left")
-    base = next((one for one in measured if one.peer != "this trainer"), measured[0])
+    base = next((one for one in measured if not one.peer.startswith("this trainer")), measured[0])
     for name in ("", "s/step", f"/ {base.peer}", *PHASES, "peak memory", f"/ {base.peer}"):
         result.add_column(name, justify="right" if name else "left")
     for one in measured:

@@ -188,7 +188,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
         return None
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
-    teacher = Teacher(config.teacher.path, config.teacher, config.model, dist.get_world_size(), vocab_size, on_parameter)
+    teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter)
     kd = config.objective.kd
     if kd.clamp is not None and dist.get_rank() == 0:
         logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
@@ -240,7 +240,12 @@ def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teach
     parallel = config.parallel
     settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))
     on_parameter = partial(on_phase, "load reference")
-    return Teacher(config.student.path, settings, config.model, dist.get_world_size(), vocab_size, on_parameter)
+    return _frozen(config.student.path, settings, config, vocab_size, on_parameter)
+
+
+def _frozen(path: str, settings: TeacherConfig, config: Config, vocab_size: int, on_parameter: Callable[[], None]) -> Teacher:
+    share_prompts = config.batch.share_prompts
+    return Teacher(path, settings, config.model, dist.get_world_size(), vocab_size, on_parameter, share_prompts=share_prompts)
 
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:

@@ -61,7 +61,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     for result in updates:
         advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
     metrics = step_metrics(rollouts, job.scored_tokens(rollouts, distil_N), updates, alpha, beta, clock)
-    metrics |= utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
+    metrics |= utilization(job.student.parts, rollouts, metrics["time/train"], job.config.cluster)
     if job.source.chosen is not None:
         metrics["teacher_tokens_dropped"] = float(teacher.dropped_tokens)
     return rollouts, {**metrics, **job.source.counts, "teacher_tokens_early": float(early_tokens)}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kdrl_mcore.config import ClusterConfig
 from kdrl_mcore.evaluation.metrics import standard_error
-from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.flop import peak_tflops, training_flop
+from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
@@ -125,17 +125,21 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     return metrics
 
 
-def utilization(
-    architecture: Architecture, rollouts: Sequence[Rollout], seconds: float, cluster: ClusterConfig
-) -> dict[str, float]:
-    """TFLOP/s per rank during the step's updates and, if the GPU's peak is known, as a share of it.
+def utilization(student: ModelParts, rollouts: Sequence[Rollout], seconds: float, cluster: ClusterConfig) -> dict[str, float]:
+    """TFLOP/s per rank during the step's updates and, if the GPU's peak is known, as a share of it. A prompt whose rows
+    responses share counts once.
 
     Args:
-        architecture: the student's.
         seconds: the duration of the updates.
     """
-    sequences = [(rollout.num_tokens, len(rollout.response_token_ids)) for rollout in rollouts]
-    flop = training_flop(architecture, sequences)
+    shapes = [(len(rollout.prompt_token_ids), len(rollout.response_token_ids)) for rollout in rollouts]
+    if student.share_prompts:
+        prompts = {rollout.prompt_token_ids.tobytes(): prompt for rollout, (prompt, _) in zip(rollouts, shapes, strict=True)}
+        sequences = [(prompt, 0, 0) for prompt in prompts.values()]
+        sequences += [(response, response, prompt) for prompt, response in shapes]
+    else:
+        sequences = [(prompt + response, response, 0) for prompt, response in shapes]
+    flop = training_flop(student.architecture, sequences)
     tflops = flop / seconds / dist.get_world_size() / 1e12
     peak = peak_tflops(cluster)
     return {"time/tflops": tflops, "time/mfu": tflops / peak} if peak else {"time/tflops": tflops}

@@ -19,7 +19,7 @@ def run_supervised_iteration(job: Job, step: int, clock: Clock) -> dict[str, flo
         batches = TrainingBatch(rollouts, torch.zeros(len(rollouts)).bool()).split_by_group(job.config.batch.updates_per_step)
         updates = [update_supervised(job.student, _weighted(job, batch), job.config) for batch in batches]
     metrics = update_metrics(rollouts, updates, clock) | domain_metrics(rollouts, ("response_length",))
-    return metrics | utilization(job.student.parts.architecture, rollouts, metrics["time/train"], job.config.cluster)
+    return metrics | utilization(job.student.parts, rollouts, metrics["time/train"], job.config.cluster)
 
 
 def _weighted(job: Job, batch: TrainingBatch) -> TrainingBatch:

@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "data.eval": Rule("wins", "evaluation changes nothing that is learned"),
     "eval": Rule("wins", "the same"),
     "batch.micro_tokens": Rule("wins", "the size of a micro-batch", False),
+    "batch.share_prompts": Rule("wins", "how a micro-batch is packed", False),
     "batch.updates_per_step": Rule("wins", "updates of the steps that follow"),
     "optimizer": Rule("wins", "rates, their schedule, decay and clipping"),
     "optimizer.offload": Rule("wins", "where its state lies", False),

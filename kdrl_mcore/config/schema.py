@@ -591,6 +591,9 @@ class BatchConfig:
 
     micro_tokens: int = key(8192, "most tokens (prompt + response) in one micro-batch of one rank", range=Range(1, 2**63 - 1))
     updates_per_step: int = key(1, "optimizer updates per batch; 1 is the paper's strictly on-policy setting", range=COUNT)
+    share_prompts: bool = key(
+        False, "compute a prompt once for all responses to it in a micro-batch, in training and in scoring"
+    )
 
 
 @dataclass

@@ -39,6 +39,7 @@ class PackedSequences(PackedSeqParams):
         varlen: the kernel that handles a whole stretch of runs in one call, where there is one.
         stretches: the stretches, one per call of that kernel.
         context: under context parallelism, where the other tokens are.
+        key_rows: the row of each key in the whole micro-batch, where responses share a prompt; otherwise None.
         cache: while generating, the keys and values so far.
     """
 
@@ -48,6 +49,7 @@ class PackedSequences(PackedSeqParams):
     varlen: VarlenAttention | None = None
     stretches: tuple[Stretch, ...] = ()
     context: ContextShard | None = None
+    key_rows: Tensor | None = None
     cache: KVCache | None = None
 
 
@@ -58,6 +60,7 @@ def pack_attention(
     dtype: torch.dtype,
     context: ContextShard | None = None,
     rotary_scale: float = 1.0,
+    key_rows: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> PackedSequences:
     """Describe packed sequences to attention. On CUDA the host does not wait for the device.
@@ -75,13 +78,14 @@ def pack_attention(
         sin_SD=(angles.sin() * rotary_scale).to(dtype),
         runs=runs,
         context=context,
+        key_rows=key_rows,
         cache=cache,
     )
     if cache is not None and cache.decoding:
         return packed
     packed.varlen = varlen.find_varlen(positions_S.device, dtype, 2 * len(inverse_frequencies))
     packed.stretches = varlen.stretches(runs)
-    if context is None:  # all sequences are whole, as Transformer Engine's attention requires
+    if context is None and key_rows is None:  # all sequences are whole, as Transformer Engine's attention requires
         (whole,) = packed.stretches
         packed.cu_seqlens_q = packed.cu_seqlens_kv = whole.query_bounds
         packed.max_seqlen_q = packed.max_seqlen_kv = whole.longest_query
@@ -182,7 +186,9 @@ class PackedDotProductAttention(nn.Module):
 
     With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way the inputs are
     views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first, because
-    a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries.
+    a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of a
+    prompt that responses share are copied for each response, as they would be computed for each otherwise; in the backward pass
+    their gradients add up.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
@@ -209,11 +215,14 @@ class PackedDotProductAttention(nn.Module):
             key_FKD, value_FKD = packed.context.gather(torch.stack((key_SKD, value_SKD), dim=1)).unbind(dim=1)
         else:
             key_FKD, value_FKD = key_SKD, value_SKD
+        if packed.key_rows is not None:
+            key_FKD, value_FKD = (x.index_select(0, packed.key_rows) for x in (key_FKD, value_FKD))
         if packed.varlen is None:
             # One split rather than a slice for each run: the backward pass of a slice fills a tensor as large as all runs.
             rows = [run.count * run.length for run in packed.runs]
             if packed.context is None:
-                keys, values = key_FKD.split(rows), value_FKD.split(rows)
+                key_rows = [run.count * run.key_length for run in packed.runs]
+                keys, values = key_FKD.split(key_rows), value_FKD.split(key_rows)
             else:
                 keys, values = (
                     tuple(x.narrow(0, run.key_start, run.count * run.key_length) for run in packed.runs)

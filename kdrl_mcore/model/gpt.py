@@ -62,7 +62,7 @@ class LanguageModel(GPTModel):
         if batch.context_rows is not None:
             assert self.context_group is not None
             context = ContextShard(self.context_group, batch.context_rows)
-        return self._describe(batch.runs, batch.positions_S, context=context)
+        return self._describe(batch.runs, batch.positions_S, context=context, key_rows=batch.key_rows)
 
     def _describe(
         self,
@@ -70,10 +70,11 @@ class LanguageModel(GPTModel):
         positions_S: Tensor,
         *,
         context: ContextShard | None = None,
+        key_rows: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> PackedSequences:
         scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
-        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, cache)
+        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, key_rows, cache)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""
@@ -98,12 +99,17 @@ class LanguageModel(GPTModel):
 
 @dataclass(frozen=True)
 class ModelParts:
-    """This rank's share of a model: one chunk per virtual pipeline stage."""
+    """This rank's share of a model: one chunk per virtual pipeline stage.
+
+    Attributes:
+        share_prompts: in its micro-batches, responses to equal prompts share the prompt's rows.
+    """
 
     chunks: list[LanguageModel]
     config: TransformerConfig
     architecture: Architecture
     groups: ModelGroups
+    share_prompts: bool = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of this rank."""
@@ -130,6 +136,7 @@ def build_model(
     *,
     vocab_size: int,
     activations: Activations = KEEP_ALL,
+    share_prompts: bool = False,
     trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
@@ -137,6 +144,7 @@ def build_model(
     Args:
         vocab_size: the number of real tokens; no softmax includes the columns beyond it.
         activations: what the backward pass recomputes and what waits for it in host memory.
+        share_prompts: see `ModelParts`; it takes our attention instead of Transformer Engine's.
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
@@ -153,7 +161,7 @@ def build_model(
         last = groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1
         chunk = LanguageModel(
             config=config,
-            transformer_layer_spec=_block_spec(model, architecture, config, groups, vp_stage),
+            transformer_layer_spec=_block_spec(model, architecture, config, groups, vp_stage, share_prompts=share_prompts),
             vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -178,7 +186,7 @@ def build_model(
         offload = ActivationOffload(activations.min_elements)
         for chunk in chunks:
             offload.attach(chunk.decoder.layers, activations.offload)
-    return ModelParts(chunks, config, architecture, groups)
+    return ModelParts(chunks, config, architecture, groups, share_prompts)
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
@@ -267,7 +275,13 @@ def transformer_config(
 
 
 def _block_spec(
-    model: ModelConfig, architecture: Architecture, config: TransformerConfig, groups: ModelGroups, vp_stage: int | None
+    model: ModelConfig,
+    architecture: Architecture,
+    config: TransformerConfig,
+    groups: ModelGroups,
+    vp_stage: int | None,
+    *,
+    share_prompts: bool,
 ) -> TransformerBlockSubmodules:
     """This chunk's layers: Megatron's with our packed attention and, without Transformer Engine, our norm, core attention
     and linear layers."""
@@ -291,8 +305,9 @@ def _block_spec(
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
-    # attention would also hold the scores of every sequence, padded to the longest.
-    if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32:
+    # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper of it has no causal mask
+    # for fewer queries than keys, which responses to a shared prompt have.
+    if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32 or share_prompts:
         attention.submodules.core_attention = PackedDotProductAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)

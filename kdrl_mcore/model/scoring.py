@@ -14,7 +14,7 @@ from torch import Tensor
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_from_replicas
-from kdrl_mcore.parallel.packing import PackedBatch, Span, pack, plan_micro_batches
+from kdrl_mcore.parallel.packing import PackedBatch, Span, pack, plan_micro_batches, shapes_of
 from kdrl_mcore.types import Rollout, TokenFloats
 from kdrl_mcore.vocab_parallel import head_log_probs
 
@@ -90,6 +90,7 @@ def run_forward(
         pack(
             [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
             layout.token_alignment,
+            share_prompts=parts.share_prompts,
             context_rank=groups.context.rank(),
             context_size=layout.context,
         )
@@ -121,8 +122,9 @@ def scoring_plan(parts: ModelParts, rollouts: Sequence[Rollout], micro_tokens: i
     """plan[data-parallel rank][micro-batch] = the indices of its rollouts, as `run_forward` assigns them."""
     layout = parts.groups.layout
     multiple_of = layout.pipeline if layout.virtual_pipeline else 1
-    lengths = [rollout.num_tokens for rollout in rollouts]
-    return plan_micro_batches(lengths, layout.data, micro_tokens * layout.context, multiple_of)
+    sequences = ((i, rollout.prompt_token_ids, rollout.response_token_ids) for i, rollout in enumerate(rollouts))
+    shapes = shapes_of(sequences, share_prompts=parts.share_prompts)
+    return plan_micro_batches(shapes, layout.data, micro_tokens * layout.context, multiple_of)
 
 
 def span_rows(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:

@@ -144,5 +144,5 @@ def stretches(runs: Sequence[SequenceRun]) -> tuple[Stretch, ...]:
 
 
 def _end_of_keys(run: SequenceRun) -> int:
-    """One past the last key of a run. Several sequences of a run are always whole, so their keys are adjacent."""
-    return run.key_start + (run.count - 1) * run.length + run.key_length
+    """One past the last key of a run."""
+    return run.key_start + run.count * run.key_length

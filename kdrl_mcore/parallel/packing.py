@@ -1,13 +1,17 @@
 """From rollouts to micro-batches: balanced over data-parallel ranks by tokens, packed without padding between sequences.
 
+Responses to one prompt can share its rows (`batch.share_prompts`): the prompt is computed once, and every response attends to
+it and to itself. Log-probs and gradients are the same, because a causal model computes the same values for a prompt whatever
+follows it, and the gradients of the responses add up in its keys and values.
+
 S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Plans are pure functions of the
-lengths, so every rank computes the same one without communication.
+lengths and of which prompts are equal, so every rank computes the same one without communication.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,7 +29,8 @@ class SequenceRun:
     """`count` sequences (or parts of them) of `length` queries each, adjacent from row `start`, for one attention call.
 
     Each attends to `key_length` keys, which begin at row `key_start` for the first one; its last query sees all of them. Keys
-    are in the order of the whole micro-batch. Without context parallelism queries and keys are the same rows.
+    are in the order of the whole micro-batch, or of its `key_rows`. Without context parallelism and shared prompts queries and
+    keys are the same rows.
     """
 
     start: int
@@ -40,6 +45,21 @@ class SequenceRun:
         return cls(start, count, length, start, length)
 
 
+class Shape(NamedTuple):
+    """A sequence without its tokens.
+
+    Attributes:
+        index: of its rollout in the global batch.
+        prompt, response: its numbers of tokens.
+        shared: what it has in common with those whose prompt it may share rows with; None: it shares nothing.
+    """
+
+    index: int
+    prompt: int
+    response: int
+    shared: Hashable = None
+
+
 class Span(NamedTuple):
     """Tokens [start, stop) of a rollout's response; `rollout` is its index in the global batch."""
 
@@ -50,7 +70,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch, or a context-parallel rank's part of it: whole sequences, shortest first, one after the other.
+    """One micro-batch, or a context-parallel rank's part of it: shared prompts, then whole sequences and the responses to the
+    shared prompts, shortest first, one after the other.
 
     Attributes:
         tokens_S: token ids; the tail that aligns S is a separate sequence that no loss row refers to.
@@ -63,6 +84,8 @@ class PackedBatch:
         order: the rollouts in the order of the packed sequence.
         context_rows: indices of the packed sequence's rows in the order in which context-parallel ranks hold them; None
             without context parallelism.
+        key_rows: for each key, its row in the packed sequence of all ranks; None without shared prompts, where keys are in the
+            order of the rows.
     """
 
     tokens_S: Tensor
@@ -74,10 +97,11 @@ class PackedBatch:
     num_scored: int
     order: tuple[int, ...]
     context_rows: Tensor | None = None
+    key_rows: Tensor | None = None
 
     def on_device(self) -> PackedBatch:
         """The same micro-batch on this rank's device."""
-        names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows")
+        names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows", "key_rows")
         tensors: dict[str, Any] = {name: to_device(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **tensors)
 
@@ -97,22 +121,31 @@ def partition(weights: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(items) for items in result]
 
 
+def shapes_of(sequences: Iterable[tuple[int, TokenIds, TokenIds]], *, share_prompts: bool) -> list[Shape]:
+    """The shapes of (index, prompt ids, response ids)."""
+    return [
+        Shape(index, len(prompt), len(response), prompt.tobytes() if share_prompts else None)
+        for index, prompt, response in sequences
+    ]
+
+
 def plan_micro_batches(
-    lengths: Sequence[int], data_parallel: int, micro_tokens: int, multiple_of: int = 1
+    shapes: Sequence[Shape], data_parallel: int, micro_tokens: int, multiple_of: int = 1
 ) -> list[list[list[int]]]:
     """Assign sequences to data-parallel ranks and micro-batches.
 
     Every rank gets the same number of micro-batches (its last ones may be empty), as pipelines and expert parallelism need.
-    No micro-batch exceeds `micro_tokens`, except that a single longer sequence forms a micro-batch alone.
+    No micro-batch exceeds `micro_tokens`, except that a single longer sequence forms a micro-batch alone. Sequences that may
+    share their prompt's rows stay together as far as this limit and an equal load of the ranks allow.
 
     Args:
-        lengths: prompt + response tokens of each sequence.
         micro_tokens: the limit for a whole micro-batch, which with context parallelism is that of its ranks together.
         multiple_of: round the number of micro-batches up to a multiple of this (interleaved pipelines).
 
     Returns:
-        plan[rank][micro-batch] = sequence indices, ascending.
+        plan[rank][micro-batch] = positions in `shapes`, ascending.
     """
+    bundles, lengths = _bundles(shapes, data_parallel, micro_tokens)
     per_rank = []
     for items in partition(lengths, data_parallel):
         bins: list[list[int]] = []
@@ -126,16 +159,55 @@ def plan_micro_batches(
             else:
                 bins.append([item])
                 totals.append(lengths[item])
-        per_rank.append([sorted(bin_) for bin_ in bins])
+        per_rank.append([sorted(member for item in bin_ for member in bundles[item]) for bin_ in bins])
     count = max([1, *map(len, per_rank)])
     count = -(-count // multiple_of) * multiple_of
     return [bins + [[] for _ in range(count - len(bins))] for bins in per_rank]
+
+
+def _bundles(shapes: Sequence[Shape], data_parallel: int, micro_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Sequences that one micro-batch takes together (positions in `shapes`), and the rows that each bundle needs."""
+    bundles: list[list[int]] = []
+    rows: list[int] = []
+    alone, together = _by_prompt(shapes)
+    for position in alone:
+        bundles.append([position])
+        rows.append(shapes[position].prompt + shapes[position].response)
+    total = sum(rows) + sum(
+        shapes[members[0]].prompt + sum(shapes[member].response for member in members) for members in together
+    )
+    limit = min(micro_tokens, -(-total // data_parallel))
+    for members in together:
+        first = len(bundles)  # of this prompt
+        for member in sorted(members, key=lambda position: (-shapes[position].response, position)):
+            _, prompt, response, _ = shapes[member]
+            fits = [bundle for bundle in range(first, len(bundles)) if rows[bundle] + response <= limit]
+            if fits:
+                target = min(fits, key=lambda bundle: rows[bundle])
+                bundles[target].append(member)
+                rows[target] += response
+            else:
+                bundles.append([member])
+                rows.append(prompt + response)
+    return bundles, rows
+
+
+def _by_prompt(shapes: Sequence[Shape]) -> tuple[list[int], list[list[int]]]:
+    """Positions of the sequences that share their prompt with no other one, and those of the others, prompt by prompt."""
+    members: dict[Hashable, list[int]] = {}
+    for position, shape in enumerate(shapes):
+        if shape.shared is not None and shape.response:
+            members.setdefault(shape.shared, []).append(position)
+    together = [positions for positions in members.values() if len(positions) > 1]
+    sharing = {position for positions in together for position in positions}
+    return [position for position in range(len(shapes)) if position not in sharing], together
 
 
 def pack(
     sequences: Sequence[tuple[int, TokenIds, TokenIds]],
     alignment: int,
     *,
+    share_prompts: bool = False,
     scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
@@ -149,20 +221,24 @@ def pack(
     Args:
         alignment: S is filled up to a multiple of this (with context parallelism itself a multiple of 2 * `context_size`). An
             empty micro-batch still has one filler sequence of this length, so that an idle rank takes part in every collective.
+        share_prompts: responses to equal prompts share its rows.
         scored: how many tokens, the first ones, of a response the teacher scored, by index; their loss rows come first.
     """
     by_index = {index: (prompt, response) for index, prompt, response in sequences}
     rows = place_rows(
-        [(index, len(prompt), len(response)) for index, prompt, response in sequences],
+        shapes_of(sequences, share_prompts=share_prompts),
         alignment,
         scored=scored,
         context_rank=context_rank,
         context_size=context_size,
     )
-    filler = np.zeros(rows.lengths[-1] if len(rows.lengths) > len(rows.order) else 0, dtype=np.int64)
-    tokens = np.concatenate([*(part for index in rows.order for part in by_index[index]), filler])
-    positions = np.concatenate([np.arange(length) for length in rows.lengths])
-    mine = _context_rows(len(tokens), context_rank, context_size)
+    tokens, positions = np.zeros(rows.total, dtype=np.int64), np.zeros(rows.total, dtype=np.int64)
+    for segment in rows.segments:
+        whole = np.concatenate(by_index[segment.index]) if segment.index is not None else np.zeros(segment.length, np.int64)
+        inside = slice(len(segment.prefix), len(segment.prefix) + segment.length)
+        tokens[segment.start : segment.stop] = whole[inside]
+        positions[segment.start : segment.stop] = np.arange(inside.start, inside.stop)
+    mine = _context_rows(rows.total, context_rank, context_size)
 
     def flat(parts: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
@@ -170,16 +246,44 @@ def pack(
     return PackedBatch(
         tokens_S=flat([tokens[mine]]),
         positions_S=flat([positions[mine]]),
-        runs=tuple(_runs(rows.lengths, context_rank, context_size)),
-        rows_T=flat([np.arange(row, row + stop - start) for (_, start, stop), row in rows.spans]),
+        runs=tuple(_runs(rows.segments, rows.total, context_rank, context_size)),
+        rows_T=flat([predictors for _, predictors in rows.spans]),
         targets_T=flat([by_index[index][1][start:stop] for (index, start, stop), _ in rows.spans]),
         spans=tuple(span for span, _ in rows.spans),
         num_scored=sum(span.stop - span.start for span, _ in rows.spans if is_scored(span, scored)),
         order=rows.order,
-        context_rows=flat([_context_rows(len(tokens), rank, context_size) for rank in range(context_size)])
+        context_rows=flat([_context_rows(rows.total, rank, context_size) for rank in range(context_size)])
         if context_size > 1
         else None,
+        key_rows=flat([segment.rows for segment in rows.segments])
+        if any(segment.prefix for segment in rows.segments)
+        else None,
     )
+
+
+class Segment(NamedTuple):
+    """Adjacent rows of the packed sequence: a whole sequence, a shared prompt, or a response to one.
+
+    Attributes:
+        index: a rollout whose prompt and response these rows, after `prefix`, are; None for the filler.
+        start, length: its rows.
+        prefix: the rows of the prompt that comes before them, if that is shared.
+    """
+
+    index: int | None
+    start: int
+    length: int
+    prefix: range = range(0)
+
+    @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return self.start + self.length
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Those of the prefix and its own."""
+        return np.concatenate((np.arange(self.prefix.start, self.prefix.stop), np.arange(self.start, self.stop)))
 
 
 @dataclass(frozen=True)
@@ -188,44 +292,72 @@ class Places:
 
     Attributes:
         order: the rollouts in the order of the packed sequence.
-        lengths: the lengths of its sequences, the filler included.
-        spans: the loss rows that a context-parallel rank holds: a span of a response, and the rank's row for its first token.
+        segments: its parts, the filler included.
+        spans: the loss rows that a context-parallel rank holds: a span of a response, and the rank's rows that predict its
+            tokens.
     """
 
     order: tuple[int, ...]
-    lengths: tuple[int, ...]
-    spans: tuple[tuple[Span, int], ...]
+    segments: tuple[Segment, ...]
+    spans: tuple[tuple[Span, NDArray[np.int64]], ...]
+
+    @property
+    def total(self) -> int:
+        """The number of rows of all context-parallel ranks."""
+        return self.segments[-1].stop
 
 
 def place_rows(
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Sequence[Shape],
     alignment: int,
     *,
     scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
 ) -> Places:
-    """Where `pack` puts sequences of these (index, prompt tokens, response tokens), without the tokens themselves."""
-    ordered = sorted(shapes, key=lambda shape: (shape[1] + shape[2], shape[0]))
-    lengths = [prompt + response for _, prompt, response in ordered]
-    total = sum(lengths)
+    """Where `pack` puts sequences of these shapes."""
+    segments, order = _segments(shapes)
+    total = segments[-1].stop if segments else 0
     filler = -total % alignment if total else alignment
-    starts = dict(zip((shape[0] for shape in ordered), np.cumsum([0, *lengths]).tolist(), strict=False))
     if filler:
-        lengths.append(filler)
+        segments.append(Segment(None, total, filler))
     place = np.full(total + filler, -1)  # this rank's row for each row of the packed sequence; -1: on another rank
     mine = _context_rows(len(place), context_rank, context_size)
     place[mine] = np.arange(len(mine))
-    spans: list[tuple[Span, int]] = []
-    for index, prompt, response in ordered:
-        first = starts[index] + prompt - 1
-        predictors = place[first : first + response]
+    last = {segment.index: segment for segment in segments}  # of each rollout: the segment with its response
+    spans: list[tuple[Span, NDArray[np.int64]]] = []
+    for index, prompt, response, _ in order:
+        predictors = place[last[index].rows[prompt - 1 : prompt - 1 + response]]
         for start, stop in _stretches(predictors >= 0):
             cut = min(max((scored or {}).get(index, 0), start), stop)
             pieces = [(begin, end) for begin, end in ((start, cut), (cut, stop)) if begin < end]
-            spans += [(Span(index, begin, end), int(predictors[begin])) for begin, end in pieces]
+            spans += [(Span(index, begin, end), predictors[begin:end]) for begin, end in pieces]
     spans.sort(key=lambda placed: not is_scored(placed[0], scored))
-    return Places(tuple(shape[0] for shape in ordered), tuple(lengths), tuple(spans))
+    return Places(tuple(shape.index for shape in order), tuple(segments), tuple(spans))
+
+
+def num_rows(shapes: Sequence[Shape]) -> int:
+    """The rows that a micro-batch of these shapes needs, without filler."""
+    segments, _ = _segments(shapes)
+    return segments[-1].stop if segments else 0
+
+
+def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
+    """Shared prompts, then sequences and responses by length; and the shapes in the order of the latter."""
+    segments: list[Segment] = []
+    prompts: dict[Hashable, range] = {}
+    start = 0
+    for shape in sorted((shapes[members[0]] for members in _by_prompt(shapes)[1]), key=lambda one: (one.prompt, one.index)):
+        segments.append(Segment(shape.index, start, shape.prompt))
+        prompts[shape.shared] = range(start, start + shape.prompt)
+        start += shape.prompt
+    order = sorted(shapes, key=lambda shape: (shape.prompt + shape.response, shape.index))
+    for shape in order:
+        prefix = prompts.get(shape.shared, range(0)) if shape.response else range(0)
+        length = shape.prompt + shape.response - len(prefix)
+        segments.append(Segment(shape.index, start, length, prefix))
+        start += length
+    return segments, order
 
 
 def is_scored(span: Span, scored: Mapping[int, int] | None) -> bool:
@@ -245,26 +377,26 @@ def _context_rows(rows: int, rank: int, size: int) -> NDArray[np.int64]:
     return np.concatenate([np.arange(start, stop) for start, stop in _context_parts(rows, rank, size)])
 
 
-def _runs(lengths: Sequence[int], rank: int, size: int) -> list[SequenceRun]:
-    """The sequences in this rank's parts; adjacent whole sequences of the same length are one run."""
-    starts = np.cumsum([0, *lengths])
+def _runs(segments: Sequence[Segment], total: int, rank: int, size: int) -> list[SequenceRun]:
+    """The segments in this rank's parts; adjacent ones with the same numbers of queries and keys are one run."""
+    key_starts = np.cumsum([0, *(len(segment.prefix) + segment.length for segment in segments)]).tolist()
+    ends = [segment.stop for segment in segments]
     runs: list[SequenceRun] = []
     offset = 0  # of the part in this rank's rows
-    for part_start, part_stop in _context_parts(int(starts[-1]), rank, size):
-        first = int(np.searchsorted(starts, part_start, side="right")) - 1
-        for begin, end in zip(starts[first:-1].tolist(), starts[first + 1 :].tolist(), strict=True):
-            if begin >= part_stop:
+    for part_start, part_stop in _context_parts(total, rank, size):
+        for number in range(int(np.searchsorted(ends, part_start, side="right")), len(segments)):
+            segment = segments[number]
+            if segment.start >= part_stop:
                 break
-            low, high = max(begin, part_start), min(end, part_stop)
-            run = SequenceRun(offset + low - part_start, 1, high - low, begin, high - begin)
+            low, high = max(segment.start, part_start), min(segment.stop, part_stop)
+            seen = len(segment.prefix) + high - segment.start
+            run = SequenceRun(offset + low - part_start, 1, high - low, key_starts[number], seen)
             previous = runs[-1] if runs else None
-            whole = run.length == run.key_length
             if (
                 previous is not None
-                and whole
-                and (previous.length, previous.key_length) == (run.length, run.length)
+                and (previous.length, previous.key_length) == (run.length, run.key_length)
                 and previous.start + previous.count * run.length == run.start
-                and previous.key_start + previous.count * run.length == run.key_start
+                and previous.key_start + previous.count * run.key_length == run.key_start
             ):
                 runs[-1] = replace(previous, count=previous.count + 1)
             else:

@@ -128,6 +128,7 @@ def _of_sampling(plan: Plan) -> Iterator[Saving]:
     setup, config = plan.setup, plan.setup.config
     if config.objective.kind == "sft":
         return
+    yield _switch(plan, "prompts computed once", "batch.share_prompts", config.batch.share_prompts)
     updates, seconds = config.batch.updates_per_step, old_policy_seconds(setup)
     yield Saving("no old-policy pass on-policy", "batch.updates_per_step", updates == 1, seconds, 0.0)
     name, key = "one-step-off generation", "rollout.steps_ahead"

@@ -114,7 +114,7 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
         loss_tokens: rows of the output head on the most loaded rank.
     """
     rates, overlap = Rates(setup.cluster, setup.choices.fp8), setup.choices.overlap_tensor
-    attended, layout = setup.workload.attended, model.layout
+    attended, layout = setup.workload.attended(setup.sharing), model.layout
     forward = layer_forward(model, rates, attended, overlap_tensor=overlap)
     layer, kernels = forward, LAYER_KERNELS
     if train:

@@ -122,7 +122,7 @@ def make_plan(setup: Setup) -> Plan:
 
 def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
     """The number of response tokens among the tokens of the most loaded rank."""
-    return packed_tokens * float(setup.trained.lengths_N.sum()) / setup.trained.tokens
+    return packed_tokens * float(setup.trained.lengths_N.sum()) / setup.trained.rows(setup.sharing)
 
 
 def _training(setup: Setup) -> Seconds:
@@ -136,13 +136,13 @@ def _training(setup: Setup) -> Seconds:
     reduce = rates.ring(4 * stage.parameters, copies, stride) * (1 if distributed else 2)
     if setup.config.parallel.overlap_grad_reduce:
         # Only the last micro-batch's backward pass can hide it.
-        backward = layer_backward(student, rates, setup.workload.attended) * stage.layers
+        backward = layer_backward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
     gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
     if setup.config.parallel.overlap_param_gather:
         # Only the next update's first forward pass can hide it; what follows the last update of a step reads the weights.
         followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
-        forward = layer_forward(student, rates, setup.workload.attended) * stage.layers
+        forward = layer_forward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
     held = stage.parameters / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)

@@ -27,6 +27,7 @@ from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
+from kdrl_mcore.parallel.packing import Shape
 from kdrl_mcore.planning.shards import Shard, ShardRequest, find_shape, get_shards
 from kdrl_mcore.planning.workload import Packing, Workload, packing
 
@@ -138,15 +139,20 @@ class Setup:
         sampled = self.workload.responses
         return replace(self.workload, responses=sampled + num_given(self.config, sampled))
 
+    @property
+    def sharing(self) -> int:
+        """How many responses share the rows of their prompt in training and scoring."""
+        return self.config.rollout.responses_per_prompt if self.config.batch.share_prompts else 1
+
     @cached_property
     def update_packing(self) -> Packing:
         """The packing of one optimizer update."""
-        return self._packing(self.student, self.trained.sequences[:: self.updates])
+        return self._packing(self.student, self.trained.shapes(self.sharing)[:: self.updates])
 
     @cached_property
     def scoring_packing(self) -> Packing:
         """The packing of a forward pass of the student over the whole batch."""
-        return self._packing(self.student, self.trained.sequences)
+        return self._packing(self.student, self.trained.shapes(self.sharing))
 
     @cached_property
     def teacher_packing(self) -> Packing:
@@ -155,14 +161,15 @@ class Setup:
         assert self.teacher is not None
         lengths_N = torch.from_numpy(self.trained.lengths_N)
         scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, torch.ones_like(lengths_N, dtype=torch.bool))
-        every = (scored_N + self.workload.prompt_tokens).tolist()
+        shapes = self.trained.shapes(self.sharing)
+        every = [shape._replace(response=tokens) for shape, tokens in zip(shapes, scored_N.tolist(), strict=True)]
         sampled = self.workload.responses
         kept = max(1, round(sampled * self.distilled)) + len(every) - sampled
         return self._packing(self.teacher, tuple(every[index * len(every) // kept] for index in range(kept)))
 
-    def _packing(self, model: Placed, sequences: tuple[int, ...]) -> Packing:
+    def _packing(self, model: Placed, shapes: tuple[Shape, ...]) -> Packing:
         tokens, ordered = self.config.batch.micro_tokens, self.choices.sorted_by_length
-        return packing(sequences, model.layout, tokens, sorted_by_length=ordered)
+        return packing(shapes, model.layout, tokens, sorted_by_length=ordered)
 
 
 def find_engines(config: Config, world_size: int) -> Engines | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.parallel.packing import plan_micro_batches
+from kdrl_mcore.parallel.packing import Shape, num_rows, plan_micro_batches
 
 MEAN_SHARE = 0.5
 """The mean response length if none is given, as a share of the longest allowed one."""
@@ -56,20 +56,31 @@ class Workload:
         """The number of tokens in all sequences."""
         return int(self.lengths_N.sum()) + self.responses * self.prompt_tokens
 
-    @property
-    def attended(self) -> float:
-        """The mean number of tokens that precede a token in its sequence."""
-        totals = self.lengths_N + self.prompt_tokens
-        return float((totals.astype(float) ** 2).sum() / totals.sum() / 2)
+    def rows(self, sharing: int) -> int:
+        """The number of rows that training and scoring compute if `sharing` responses share those of their prompt."""
+        return self.tokens - self._spared(sharing) * self.prompt_tokens
+
+    def attended(self, sharing: int) -> float:
+        """The mean number of tokens that precede a row's in its sequence."""
+        totals = (self.lengths_N + self.prompt_tokens).astype(float)
+        spared = self._spared(sharing) * float(self.prompt_tokens) ** 2
+        return float(((totals**2).sum() - spared) / self.rows(sharing) / 2)
+
+    def _spared(self, sharing: int) -> int:
+        """The number of prompts that need no rows of their own."""
+        return self.responses - -(-self.responses // sharing)
 
     def share(self, parts: int) -> NDArray[np.int64]:
         """The response lengths of the part with the longest response, if responses are dealt to the parts in turn."""
         return self.lengths_N[::parts]
 
-    @property
-    def sequences(self) -> tuple[int, ...]:
-        """The lengths of the sequences, prompt and response together."""
-        return tuple((self.lengths_N + self.prompt_tokens).tolist())
+    def shapes(self, sharing: int) -> tuple[Shape, ...]:
+        """The sequences; those that share a prompt are spread over all lengths."""
+        prompts = -(-self.responses // sharing)
+        return tuple(
+            Shape(index, self.prompt_tokens, length, index % prompts if sharing > 1 else None)
+            for index, length in enumerate(self.lengths_N.tolist())
+        )
 
 
 def workload_of(
@@ -109,16 +120,16 @@ class Packing:
 
 
 @cache
-def packing(sequences: tuple[int, ...], layout: Layout, micro_tokens: int, *, sorted_by_length: bool = True) -> Packing:
-    """The trainer's packing of these sequence lengths; tokens are those of one context-parallel rank.
+def packing(shapes: tuple[Shape, ...], layout: Layout, micro_tokens: int, *, sorted_by_length: bool = True) -> Packing:
+    """The trainer's packing of these sequences; tokens are those of one context-parallel rank.
 
     Args:
         sorted_by_length: neighbouring micro-batches have similar lengths, as with this trainer's packing; otherwise they are
             in random order.
     """
     multiple_of = layout.pipeline if layout.virtual_pipeline else 1
-    plan = plan_micro_batches(sequences, layout.data, micro_tokens * layout.context, multiple_of)
-    sums = [[sum(sequences[i] for i in items) for items in batches] for batches in plan]
+    plan = plan_micro_batches(shapes, layout.data, micro_tokens * layout.context, multiple_of)
+    sums = [[num_rows([shapes[i] for i in items]) for items in batches] for batches in plan]
     heaviest = max(sums, key=sum)
     sizes = np.array(heaviest if sorted_by_length else np.random.default_rng(0).permutation(heaviest), float)
     windows = [sizes[first : first + layout.pipeline].max() for first in range(len(sizes))]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Span, is_scored, pack, place_rows, plan_micro_batches
+from kdrl_mcore.parallel.packing import Shape, Span, is_scored, pack, place_rows, plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -199,7 +199,9 @@ class TrainingBatch:
         return torch.cat([torch.empty(0), *(row.float() for row in rows)])
 
 
-def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int) -> list[MicroBatch]:
+def micro_batches(
+    batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int, *, share_prompts: bool
+) -> list[MicroBatch]:
     """This rank's micro-batches, each of at most `micro_tokens` tokens per rank and with the loss of its tokens.
 
     Every rank computes the same plan. If the batch has hidden states of the teacher, the call is collective over the world:
@@ -207,8 +209,10 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
     """
     rollouts, layout = batch.rollouts, groups.layout
     scored = batch.scored()
+    sequences = [(i, rollout.prompt_token_ids, rollout.response_token_ids) for i, rollout in enumerate(rollouts)]
+    shapes = shapes_of(sequences, share_prompts=share_prompts)
     plan = plan_micro_batches(
-        [rollout.num_tokens for rollout in rollouts],
+        shapes,
         layout.data,
         micro_tokens * layout.context,
         layout.pipeline if layout.virtual_pipeline else 1,
@@ -216,15 +220,16 @@ def micro_batches(batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, mi
     result = []
     for number, items in enumerate(plan[groups.data.rank()]):
         packed = pack(
-            [(i, rollouts[i].prompt_token_ids, rollouts[i].response_token_ids) for i in items],
+            [sequences[i] for i in items],
             layout.token_alignment,
+            share_prompts=share_prompts,
             scored=scored,
             context_rank=groups.context.rank(),
             context_size=layout.context,
         ).on_device()
         hidden_DG = None
         if batch.teacher_hidden is not None:
-            hidden_DG = _deliver(batch, batch.teacher_hidden, [bins[number] for bins in plan], scored, groups)
+            hidden_DG = _deliver(batch.teacher_hidden, [[shapes[i] for i in bins[number]] for bins in plan], scored, groups)
         tokens = batch.token_batch(packed.spans).map(to_device)
         mu_T = None if batch.on_policy else tokens.sampler_log_probs
         given_T = None if tokens.given is None else tokens.given != 0
@@ -239,17 +244,15 @@ def _loss_of_rows(
 
 
 def _deliver(
-    batch: TrainingBatch,
     hidden: HiddenStates,
-    items_of_rank: Sequence[Sequence[int]],
+    shapes_of_rank: Sequence[Sequence[Shape]],
     scored: Mapping[int, int],
     groups: ModelGroups,
 ) -> Tensor | None:
     """The teacher's hidden states [D, G] of this rank's scored loss rows, in host memory; None except on the last stage."""
     layout, last = groups.layout, groups.layout.pipeline - 1
     wanted: dict[int, list[Span]] = {}
-    for data, items in enumerate(items_of_rank):
-        shapes = [(i, len(batch.rollouts[i].prompt_token_ids), len(batch.rollouts[i].response_token_ids)) for i in items]
+    for data, shapes in enumerate(shapes_of_rank):
         for context in range(layout.context):
             places = place_rows(
                 shapes, layout.token_alignment, scored=scored, context_rank=context, context_size=layout.context

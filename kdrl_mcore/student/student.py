@@ -103,6 +103,7 @@ class Student:
             self.groups,
             vocab_size=vocab_size,
             activations=Activations.of(parallel),
+            share_prompts=config.batch.share_prompts,
             trainable=True,
         )
         load_weights(self.parts, config.student.path, on_parameter)

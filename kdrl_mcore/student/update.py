@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from kdrl_mcore.config import Config, ObjectiveConfig
+from kdrl_mcore.config import BatchConfig, Config, ObjectiveConfig
 from kdrl_mcore.config.derived import num_updates, uses_reference
 from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.student.batch import BatchLoss, TrainingBatch, micro_batches
-from kdrl_mcore.student.student import Measures, Student, UpdateResult
+from kdrl_mcore.student.student import Measures, MicroBatch, Student, UpdateResult
 from kdrl_mcore.vocab_parallel import HeadTokens
 
 
@@ -48,8 +48,12 @@ def advance_schedules(update: UpdateResult, alpha: Coefficient, beta: Coefficien
 
 
 def _optimize(student: Student, batch: TrainingBatch, loss: BatchLoss, config: Config) -> UpdateResult:
-    batches = micro_batches(batch, loss, student.groups, config.batch.micro_tokens)
+    batches = _micro_batches(batch, loss, student, config.batch)
     return student.update(batches, _learning_rate(student, config))
+
+
+def _micro_batches(batch: TrainingBatch, loss: BatchLoss, student: Student, settings: BatchConfig) -> list[MicroBatch]:
+    return micro_batches(batch, loss, student.groups, settings.micro_tokens, share_prompts=settings.share_prompts)
 
 
 def _learning_rate(student: Student, config: Config) -> float:
@@ -65,9 +69,7 @@ def _split_gradient(
     if every == 0 or student.version % every or not (alpha > 0 and beta > 0) or has_reference:
         return None
     policy, distillation = (
-        student.gradient_norm(
-            micro_batches(batch, _joint_loss(config.objective, *coefficients), student.groups, config.batch.micro_tokens)
-        )
+        student.gradient_norm(_micro_batches(batch, _joint_loss(config.objective, *coefficients), student, config.batch))
         for coefficients in ((alpha, 0.0), (0.0, beta))
     )
     return policy, distillation

@@ -72,6 +72,8 @@ class Teacher:
         world_size: int,
         vocab_size: int,
         on_parameter: Callable[[], None] = lambda: None,
+        *,
+        share_prompts: bool = False,
     ) -> None:
         """Build and load this rank's shard. Collective over the world.
 
@@ -79,6 +81,7 @@ class Teacher:
             path: an HF model directory.
             vocab_size: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
             on_parameter: called before each parameter is read.
+            share_prompts: compute a prompt once for all responses to it in a micro-batch.
         """
         layout = teacher_layout(world_size, teacher.parallel)
         architecture = read_architecture(path)
@@ -87,7 +90,14 @@ class Teacher:
                 f"the teacher {path} has {architecture.vocab_size} vocabulary columns, fewer than the {vocab_size} tokens "
                 "it shares with the student"
             )
-        self.parts = build_model(architecture, model, create_scoring_groups(layout), vocab_size=vocab_size, trainable=False)
+        self.parts = build_model(
+            architecture,
+            model,
+            create_scoring_groups(layout),
+            vocab_size=vocab_size,
+            share_prompts=share_prompts,
+            trainable=False,
+        )
         load_weights(self.parts, path, on_parameter)
         self._offload = teacher.offload and torch.cuda.is_available()
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}

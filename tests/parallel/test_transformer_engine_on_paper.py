@@ -25,13 +25,17 @@ def te_gpus() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
 def test_loss_and_gradient_norm_in_bfloat16_are_those_of_the_local_layers_on_the_cpu(
-    zoo: Zoo, te_gpus: RankPool, ranks2: RankPool, tmp_path: Path
+    share_prompts: bool, zoo: Zoo, te_gpus: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
+    """Shared prompts take our attention, and Transformer Engine's other layers."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, pool, on_rank in (("gpu", te_gpus, updates_on_rank), ("cpu", ranks2, train_on_rank)):
         run = tmp_path / name
         settings = [*overrides_of(zoo, run, "untied"), *LAYOUT.split(), "model.dtype=bfloat16", "optimizer.lr=0.001"]
+        if name == "gpu":
+            settings.append(f"batch.share_prompts={str(share_prompts).lower()}")
         outcomes = pool.run(on_rank, [*settings, "trainer.steps=2"], timeout=250)
         assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
         found[name] = metrics_of(run)

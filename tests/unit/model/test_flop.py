@@ -35,7 +35,7 @@ def test_products_of_a_forward_and_backward_pass_are_counted_as_torch_counts_the
     # Eager attention computes the whole square; ours counts the half that is causal.
     heads = shape["num_attention_heads"] * shape["head_dim"]
     square = 6 * shape["num_hidden_layers"] * heads * tokens * tokens
-    ours = training_flop(read_architecture(str(tmp_path)), [(tokens, tokens)]) + square
+    ours = training_flop(read_architecture(str(tmp_path)), [(tokens, tokens, 0)]) + square
     # What autograd leaves out: the gradient of the embedding's output through no product, and rotary's tiny products.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -45,12 +45,14 @@ def test_the_head_works_on_loss_rows_alone_and_sequences_add_up(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}))
     architecture = read_architecture(str(tmp_path))
     head = 6 * SHAPE["hidden_size"] * SHAPE["vocab_size"]
-    assert training_flop(architecture, [(40, 30)]) - training_flop(architecture, [(40, 10)]) == 20 * head
-    assert training_flop(architecture, [(40, 30), (8, 4)]) == sum(
-        training_flop(architecture, [each]) for each in [(40, 30), (8, 4)]
+    assert training_flop(architecture, [(40, 30, 0)]) - training_flop(architecture, [(40, 10, 0)]) == 20 * head
+    assert training_flop(architecture, [(40, 30, 0), (8, 4, 0)]) == sum(
+        training_flop(architecture, [each]) for each in [(40, 30, 0), (8, 4, 0)]
     )
+    parts = [(10, 0, 0), (30, 30, 10)]  # a prompt, and the response that continues it
+    assert training_flop(architecture, parts) == training_flop(architecture, [(40, 30, 0)])
     more = replace(architecture, num_layers=6)
-    assert training_flop(more, [(1, 0)]) == pytest.approx(6 * 6 * layer_matrices(architecture), rel=1e-2)
+    assert training_flop(more, [(1, 0, 0)]) == pytest.approx(6 * 6 * layer_matrices(architecture), rel=1e-2)
 
 
 def test_the_peak_is_what_the_configuration_says_or_known_by_the_gpus_name() -> None:

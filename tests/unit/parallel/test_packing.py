@@ -4,6 +4,7 @@ see; plans lose nothing. Properties over drawn batches."""
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_mcore.parallel.packing import PackedBatch, pack, partition, place_rows, plan_micro_batches
+from kdrl_mcore.parallel.packing import PackedBatch, Shape, pack, partition, place_rows, plan_micro_batches, shapes_of
 
 Sequence = tuple[int, np.ndarray, np.ndarray]
 Lengths = list[tuple[int, int]]
 """(prompt tokens, response tokens) of each sequence."""
 
 lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=8)
+groups = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=5)
+"""(prompt tokens, tokens of each response to it)."""
 context_sizes = st.sampled_from([1, 2, 3, 4])
 properties = settings(max_examples=150, deadline=None)
 
@@ -28,13 +31,26 @@ def sequences(shapes: Lengths) -> list[Sequence]:
     return [(2 * i, *np.split(next(tokens), [prompt])) for i, (prompt, _) in enumerate(shapes)]
 
 
+def grouped(drawn: list[tuple[int, list[int]]]) -> list[Sequence]:
+    """Sequences in groups with equal prompts, the groups mixed; all other tokens are different."""
+    prompts = [prompt for prompt, responses in drawn for _ in responses]
+    lengths = [length for _, responses in drawn for length in responses]
+    number = [group for group, (_, responses) in enumerate(drawn) for _ in responses]
+    result = []
+    for (index, prompt, response), group in zip(sequences(list(zip(prompts, lengths, strict=True))), number, strict=True):
+        result.append((index, 1000 * (group + 1) + np.arange(len(prompt)), response))
+    return [*result[::2], *result[1::2]]
+
+
 def pack_on_all_ranks(
     shapes: Lengths, context: int, tensor: int = 1, scored: dict[int, int] | None = None
 ) -> list[PackedBatch]:
+    return pack_all(sequences(shapes), context, tensor, scored=scored)
+
+
+def pack_all(given: list[Sequence], context: int, tensor: int = 1, **settings: Any) -> list[PackedBatch]:
     alignment = (2 * context if context > 1 else 1) * tensor
-    return [
-        pack(sequences(shapes), alignment, scored=scored, context_rank=rank, context_size=context) for rank in range(context)
-    ]
+    return [pack(given, alignment, context_rank=rank, context_size=context, **settings) for rank in range(context)]
 
 
 def whole(batches: list[PackedBatch], name: str) -> torch.Tensor:
@@ -88,14 +104,13 @@ def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come
 def test_place_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
     """Ranks that send hidden states know where another rank wants them."""
     scored = {0: 3, 4: 1}
-    counts = [(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
+    counts = [Shape(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
     for rank, batch in enumerate(pack_on_all_ranks(shapes, context, scored=scored)):
         alignment = 2 * context if context > 1 else 1
         places = place_rows(counts, alignment, scored=scored, context_rank=rank, context_size=context)
         assert tuple(span for span, _ in places.spans) == batch.spans
         assert places.order == batch.order
-        rows = [row + place for (_, start, stop), row in places.spans for place in range(stop - start)]
-        assert rows == batch.rows_T.tolist()
+        assert [row for _, rows in places.spans for row in rows.tolist()] == batch.rows_T.tolist()
 
 
 @settings(properties, max_examples=80)
@@ -143,6 +158,57 @@ def test_attention_work_is_balanced_over_context_ranks(shapes: Lengths, bound: f
     assert max(work) / np.mean(work) < bound
 
 
+@settings(properties, max_examples=80)
+@given(drawn=groups, context=context_sizes, data=st.data())
+def test_with_shared_prompts_every_token_is_computed_once_and_sees_what_it_saw(
+    drawn: list[tuple[int, list[int]]], context: int, data: st.DataObject
+) -> None:
+    """Each row attends to the tokens of its own sequence up to itself, in order; each loss row has its predictor."""
+    given = grouped(drawn)
+    by_index = {index: (prompt, response) for index, prompt, response in given}
+    scored = {index: data.draw(st.integers(0, len(response))) for index, (_, response) in by_index.items()}
+    batches = pack_all(given, context, scored=scored, share_prompts=True)
+    tokens = whole(batches, "tokens_S").tolist()
+    real = sum(len(response) for _, response in by_index.values()) + sum(prompt for prompt, _ in drawn)
+    alignment = 2 * context if context > 1 else 1
+    assert len(tokens) == (-(-real // alignment) * alignment if real else alignment)
+    key_rows = batches[0].key_rows
+    assert (key_rows is None) == all(len(responses) == 1 for _, responses in drawn)
+    order = key_rows.tolist() if key_rows is not None else list(range(len(tokens)))
+    keys = [tokens[row] for row in order]
+    seen: set[tuple[int, int]] = set()
+    for batch in batches:
+        attended: dict[int, list[int]] = {}
+        for run in batch.runs:
+            for number in range(run.count):
+                for query in range(run.length):
+                    start = run.key_start + number * run.key_length
+                    visible = run.key_length - run.length + query + 1
+                    attended[run.start + number * run.length + query] = keys[start : start + visible]
+        assert list(attended) == list(range(len(batch.tokens_S)))
+        for row, visible_tokens in attended.items():
+            assert len(visible_tokens) == batch.positions_S[row] + 1 and visible_tokens[-1] == batch.tokens_S[row]
+        rows = [(span.rollout, place) for span in batch.spans for place in range(span.start, span.stop)]
+        for (index, place), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
+            prompt, response = by_index[index]
+            assert attended[row] == [*prompt, *response][: len(prompt) + place] and target == response[place]
+        assert [place < scored[index] for index, place in rows] == [row < batch.num_scored for row in range(len(rows))]
+        seen |= set(rows)
+    assert seen == {(index, place) for index, (_, response) in by_index.items() for place in range(len(response))}
+
+
+def test_responses_of_equal_length_to_shared_prompts_share_one_run() -> None:
+    (batch,) = pack_all(grouped([(3, [2, 2, 4]), (3, [2, 2])]), 1, share_prompts=True)
+    assert [(run.count, run.length, run.key_length) for run in batch.runs] == [(2, 3, 3), (4, 2, 5), (1, 4, 7)]
+
+
+def test_prompts_without_responses_share_nothing() -> None:
+    """The embedded engine has as many caches as prompts, even of equal ones."""
+    same = np.arange(3)
+    (batch,) = pack_all([(0, same, same[:0]), (1, same, same[:0])], 1, share_prompts=True)
+    assert len(batch.tokens_S) == 6 and batch.key_rows is None
+
+
 def test_equal_sequences_share_one_run() -> None:
     (batch,) = pack_on_all_ranks([(3, 4), (2, 2), (5, 2)], 1)
     assert [(run.count, run.length) for run in batch.runs] == [(1, 4), (2, 7)]
@@ -166,12 +232,16 @@ plans = {
 }
 
 
+def alone(tokens: list[int]) -> list[Shape]:
+    return [Shape(index, 0, length) for index, length in enumerate(tokens)]
+
+
 @properties
 @given(**plans)
 def test_a_plan_loses_nothing_and_keeps_its_limits(
     tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int
 ) -> None:
-    plan = plan_micro_batches(tokens, data_parallel, micro_tokens, multiple_of)
+    plan = plan_micro_batches(alone(tokens), data_parallel, micro_tokens, multiple_of)
     assert len(plan) == data_parallel
     assert sorted(item for batches in plan for items in batches for item in items) == list(range(len(tokens)))
     counts = {len(batches) for batches in plan}
@@ -186,11 +256,35 @@ def test_a_plan_loses_nothing_and_keeps_its_limits(
 @given(**plans)
 def test_no_plan_has_needless_micro_batches(tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int) -> None:
     """Two micro-batches of one rank would not fit into one, and a multiple is not exceeded."""
-    plan = plan_micro_batches(tokens, data_parallel, micro_tokens, multiple_of)
+    plan = plan_micro_batches(alone(tokens), data_parallel, micro_tokens, multiple_of)
     filled = [[sum(tokens[item] for item in items) for items in batches if items] for batches in plan]
     assert len(plan[0]) < max(1, *map(len, filled)) + multiple_of
     for sums in filled:
         assert all(a + b > micro_tokens for a, b in pairwise(sorted(sums)))
+
+
+@properties
+@given(drawn=groups, data_parallel=st.integers(1, 5), micro_tokens=st.integers(1, 40), multiple_of=st.integers(1, 3))
+def test_a_plan_with_shared_prompts_loses_nothing_and_keeps_its_limits(
+    drawn: list[tuple[int, list[int]]], data_parallel: int, micro_tokens: int, multiple_of: int
+) -> None:
+    given = grouped(drawn)
+    plan = plan_micro_batches(shapes_of(given, share_prompts=True), data_parallel, micro_tokens, multiple_of)
+    assert len(plan) == data_parallel and len({len(batches) for batches in plan}) == 1
+    assert sorted(item for batches in plan for items in batches for item in items) == list(range(len(given)))
+    for batches in plan:
+        for items in batches:
+            (batch,) = pack_all([given[item] for item in items], 1, share_prompts=True)
+            assert len(items) <= 1 or len(batch.tokens_S) <= micro_tokens
+
+
+def test_a_group_stays_together_unless_a_rank_or_a_micro_batch_would_have_too_much() -> None:
+    shapes = shapes_of(grouped([(5, [5] * 4), (5, [5] * 4)]), share_prompts=True)
+    sizes = {
+        (ranks, tokens): [sorted(len(items) for items in batches) for batches in plan_micro_batches(shapes, ranks, tokens)]
+        for ranks, tokens in ((1, 50), (2, 50), (4, 50), (1, 15))
+    }
+    assert sizes == {(1, 50): [[8]], (2, 50): [[4], [4]], (4, 50): [[2]] * 4, (1, 15): [[2, 2, 2, 2]]}
 
 
 @properties

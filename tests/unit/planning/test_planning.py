@@ -13,6 +13,8 @@ import torch.distributed as dist
 from kdrl_mcore.cli import plan as plan_tool
 from kdrl_mcore.config import ClusterConfig, load_config
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.parallel.layout import Layout
+from kdrl_mcore.parallel.packing import Shape, num_rows
 from kdrl_mcore.planning import published
 from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.live import LiveBytes
@@ -311,12 +313,23 @@ def test_the_1f1b_schedule_keeps_fewer_micro_batches_on_later_stages() -> None:
 
 
 def test_packing_is_the_trainers() -> None:
-    from kdrl_mcore.parallel.layout import Layout
-
-    packed = packing((100, 60, 40, 20), Layout(2), 100)
+    packed = packing(tuple(Shape(index, 0, length) for index, length in enumerate((100, 60, 40, 20))), Layout(2), 100)
     assert (packed.tokens, packed.micro_batches, packed.largest, packed.stall) == (120, 2, 100, 1.0)
     with pytest.raises(ConfigError, match="do not describe a batch"):
         Workload(4, 10, 100, 50)
+
+
+def test_shared_prompts_are_planned_once() -> None:
+    """Rows, and the pairs of tokens that attention works on, counted one by one."""
+    workload = Workload(responses=8, prompt_tokens=100, response_tokens=20, longest=30)
+    for sharing in (1, 4):
+        shapes = workload.shapes(sharing)
+        prompts = 8 // sharing
+        lengths = [shape.response for shape in shapes]
+        rows = prompts * 100 + sum(lengths)
+        pairs = prompts * 100**2 / 2 + sum(100 * length + length**2 / 2 for length in lengths)
+        assert workload.rows(sharing) == num_rows(shapes) == rows
+        assert workload.attended(sharing) == pytest.approx(pairs / rows)
 
 
 @pytest.mark.parametrize(("gib", "message"), [(80, None), (24, "kdrl-plan")])
