@@ -74,8 +74,8 @@ class Architecture:
 
     @property
     def context_length(self) -> int:
-        """The length of the longest sequence: `max_positions`, or what yarn extends the original positions to. Where the scaling
-        was added to a config by hand, as Qwen's model cards advise, `max_positions` is still the length without it."""
+        """The length of the longest sequence: `max_positions`, or what yarn extends the original positions to. Where the
+        scaling was added to a config by hand, as Qwen's model cards advise, `max_positions` is the length without it."""
         extended = int(self.rope.factor * self.rope.original_positions) if self.rope.kind == "yarn" else 0
         return max(self.max_positions, extended)
 
