@@ -32,7 +32,7 @@ class Limits:
         Raises:
             ModelError: one of the paths is not a model.
         """
-        positions = {str(model): read_architecture(model).max_positions for model in models}
+        positions = {str(model): read_architecture(model).context_length for model in models}
         shortest = min(positions, key=lambda model: positions[model])
         return Limits(tokens, positions[shortest], shortest)
 

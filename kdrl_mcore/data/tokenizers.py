@@ -59,6 +59,7 @@ class Tokenizer:
         self.tokens: dict[int, str] = {index: token for token, index in backend.get_vocab().items()}
         self.vocabulary_size = max(self.tokens) + 1
         self.has_chat_template = bool(backend.chat_template)
+        self._num_behind = _num_behind(backend)
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenIds]:
         """Token ids of each text; with `special_tokens`, including those that the tokenizer adds, such as a beginning of
@@ -69,9 +70,11 @@ class Tokenizer:
         return [np.asarray(row, dtype=np.int64) for row in rows]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of plain prompts with the tokenizer's special tokens. A text that already begins with the beginning of
-        sequence, as rendered chats do, gets no second one."""
+        """Token ids of plain prompts with the special tokens that the tokenizer puts before a text. Those that it puts behind
+        one, such as an end of sequence (`add_eos_token`), are left out: the response follows. A text that already begins with
+        the beginning of sequence, as rendered chats do, gets no second one."""
         rows = self.encode(texts, special_tokens=True)
+        rows = [row[: len(row) - self._num_behind] for row in rows]
         return [row[1:] if self.bos_id is not None and (row[:2] == self.bos_id).sum() == 2 else row for row in rows]
 
     def show(self, token_ids: Sequence[int] | TokenIds) -> str:
@@ -167,6 +170,13 @@ def eos_token_ids(path: str | Path, tokenizer_eos: int | None) -> frozenset[int]
     if not ids:
         raise DataError(f"{path} defines no end of sequence: set eos_token in its tokenizer_config.json")
     return frozenset(ids)
+
+
+def _num_behind(backend: Any) -> int:
+    """The number of special tokens that the tokenizer puts behind a text."""
+    bare, whole = (backend("1", add_special_tokens=special)["input_ids"] for special in (False, True))
+    places = range(len(whole) - len(bare), -1, -1)
+    return next((len(whole) - len(bare) - place for place in places if whole[place : place + len(bare)] == bare), 0)
 
 
 def _turn_end(backend: Any) -> int | None:

@@ -51,17 +51,15 @@ def equal_formulas(reference: str, answer: str) -> bool:
     return by_math_verify(reference, answer)
 
 
-def near(formula: str, decimal: Number) -> bool:
-    """Whether a decimal is the value of a constant formula, truncated or rounded to the decimal's last place."""
+def near(formula: str, decimal: Number) -> bool | None:
+    """Whether a decimal is the value of a constant formula, truncated or rounded to the decimal's last place; None if it
+    is no constant."""
     if (plain := number(formula)) is not None:
         return agree(plain, decimal)
     found = expression(formula)
-    return (
-        found is not None
-        and _is_scalar(found)
-        and not found.free_symbols
-        and _equal_constants(found, sympy.Rational(str(decimal.value)), None, decimal)
-    )
+    if found is None or not _is_scalar(found) or found.free_symbols:
+        return None
+    return _equal_constants(found, sympy.Rational(str(decimal.value)), None, decimal)
 
 
 def by_math_verify(reference: str, answer: str) -> bool:

@@ -15,7 +15,8 @@ MAX_BOXES = 50
 """The most boxes that can form one answer."""
 
 _BOX = re.compile(r"\\boxed\s*\{")
-_ANY_BOX = re.compile(r"\\boxed\s*(?:\{|([A-Za-z0-9][A-Za-z0-9.,]*))")
+_ANY_BOX = re.compile(r"\\boxed\s*(?:\{|([0-9][A-Za-z0-9.,]*|[A-Za-z](?![A-Za-z])))")
+_BRACE = re.compile(r"\\[\\{}]|[{}]")  # an escaped brace is content
 _FRAMED = re.compile(r"\\fbox(?=\s*\{)")
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
 _GRADE_SCHOOL = re.compile(r"(?:^|\n|\s)####\s*([^\n]+?)\s*$")
@@ -121,18 +122,11 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
 
 def _closing(text: str, start: int) -> int | None:
     """The position where the brace before `start` is closed; None if that is not within `MAX_ANSWER_CHARS` characters."""
-    depth, position, end = 1, start, min(len(text), start + MAX_ANSWER_CHARS + 1)
-    while position < end:
-        character = text[position]
-        if character == "\\":
-            position += 1  # the next character is escaped
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
+    depth = 1
+    for match in _BRACE.finditer(text, start, start + MAX_ANSWER_CHARS + 1):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return match.start()
     return None
 
 
@@ -184,7 +178,7 @@ def _number_text(value: float | Decimal) -> str | None:
 def reference_answer(answer: str) -> str:
     r"""The bare reference answer, stripped of its `\boxed{}` (several become a list), `\fbox{}` or dollar signs if it has them;
     the text after GSM8K's `####`; the items of a JSON list of strings. A text of which nothing would remain is unchanged."""
-    if match := _GRADE_SCHOOL.search(answer):
+    if match := _GRADE_SCHOOL.search(answer.rstrip()[-MAX_ANSWER_CHARS:]):
         return match[1].strip()
     boxed = _listed(_FRAMED.sub(r"\\boxed", answer), lambda between: not _SENTENCE_END.search(between))
     text = _as_list(answer.strip()) if boxed is None else boxed

@@ -18,7 +18,7 @@ from kdrl_mcore.reward.forms import Equation, Form, Items, Matrix, Ratio, Relati
 from kdrl_mcore.reward.notation import TEXT_BEGIN, TEXT_END, normalise
 from kdrl_mcore.reward.numbers import spelled
 from kdrl_mcore.reward.regions import equal_regions, region_of
-from kdrl_mcore.reward.words import contradict, take_magnitude
+from kdrl_mcore.reward.words import Words, canonical, contradict, take_magnitude
 
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])")
 _MARKS = re.compile(f"[{TEXT_BEGIN}{TEXT_END}\\s]")
@@ -30,27 +30,64 @@ _NAME = re.compile(
     rf"|(?:m\s*)?\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*\{{?\s*[A-Za-z]+\s*\}}?|\|[A-Za-z]+\||\[[A-Z]+\]|{TEXT_BEGIN}.*{TEXT_END}"
 )
 _FUNCTION = re.compile(r"([A-Za-z]+)\s*\(\s*([A-Za-z])\s*\)")
-_NOTHING = frozenset({"emptyset", "{}", "\\{\\}", "empty set"})
+_FIGURE = re.compile(r"\\(?:triangle|overline|overrightarrow|overleftrightarrow|vec|angle)\s*\{?\s*([A-Z]{2,4})\s*\}?")
+_JOINED = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_SAME_WORDS = {
+    words: same
+    for same, spellings in {
+        ("\\emptyset",): (
+            "no solution, no real solution, no real root, no such number, no such value, none exist, empty set, null set"
+        ),
+        ("does", "not", "exist"): "dne, doe not exist",
+        ("-\\infty",): "negative infinity, minus infinity",
+        ("\\infty",): "infinity, positive infinity, plus infinity",
+    }.items()
+    for words in (tuple(each.split()) for each in spellings.split(", "))
+}
+"""Words, as `canonical` writes them, that mean the same as other words or as a symbol."""
 
 
 def equivalent(reference: str, answer: str) -> bool:
     r"""Whether `answer` equals `reference` mathematically; each is the content of a `\boxed{}`."""
-    first, second = normalise(reference), normalise(answer)
+    first, second = _worded(normalise(reference)), _worded(normalise(answer))
     if not first or not second:
         return False
+    first, second = _figures(first, second)
     if (words := _letters(first)) and (others := _letters(second)):
-        return words == others or (sorted(words) == sorted(others) and _is_product(words))
+        same = words == others or (sorted(words) == sorted(others) and _is_product(words))
+        return same or _sentence(first) == _sentence(second) != ()
     if (labels := _labels(first, second)) is not None:
         return labels
     if (based := _bases(first, second)) is not None:
         return based
-    return any(_same(one, other) for one in _read(first) for other in _read(second))
+    return any(_same(one, other) for one in _read(first) for other in _read(second, is_answer=True))
+
+
+def _worded(text: str) -> str:
+    """The text, or the symbol that it puts into words."""
+    words = _sentence(text)
+    return " ".join(_SAME_WORDS[words]) if words in _SAME_WORDS else text
+
+
+def _sentence(text: str) -> Words:
+    """The words of a text that consists of words, without articles; empty for single letters and formulas."""
+    plain = _MARKS.sub(" ", text)
+    return canonical(plain) if _letters(text) and re.search("[^\\W\\d_]{3}", plain) else ()
+
+
+def _figures(first: str, second: str) -> tuple[str, str]:
+    r"""Both texts, without `\triangle`, `\overline` and the like before the name of a figure that only one of them has."""
+    names = [_FIGURE.fullmatch(text) for text in (first, second)]
+    if all(names) or not any(names):
+        return first, second
+    bare = [name[1] if name else text for name, text in zip(names, (first, second), strict=True)]
+    return bare[0], bare[1]
 
 
 @lru_cache(maxsize=512)
-def _read(text: str) -> tuple[Form, ...]:
+def _read(text: str, *, is_answer: bool = False) -> tuple[Form, ...]:
     """Every reading of a text; for `\\frac{1}{3} \\approx 0.33` those of both sides, if the decimal is the truncated or rounded
-    value."""
+    value. An answer in which it is not is false, and has no reading."""
     exact, *rounded = (side.strip() for side in split(text, _APPROXIMATELY))
     if not rounded:
         return tuple(readings(text))
@@ -58,14 +95,17 @@ def _read(text: str) -> tuple[Form, ...]:
     value, decimal = (number(rounded[-1]), re.fullmatch(r"-?\d*\.(\d+)", rounded[-1]))
     if exact and value is not None and decimal:
         close = replace(value, place=Fraction(1, 10 ** len(decimal[1])))
-        sides += [rounded[-1]] * near(exact, close)
+        is_near = near(exact, close)
+        if is_near is None:
+            return tuple(readings(exact))
+        sides = [exact, rounded[-1]] if is_near else [exact] * (not is_answer)
     return tuple(form for side in sides for form in readings(side))
 
 
 def _letters(text: str) -> str:
     """The text in lower case without spaces if it consists of letters, at least two: a word, not a product. Else empty."""
     plain = _MARKS.sub("", text)
-    return plain.lower() if len(plain) > 1 and plain.isalpha() else ""
+    return plain.lower() if len(plain) > 1 and plain.isalpha() and not _JOINED.search(text) else ""
 
 
 def _is_product(letters: str) -> bool:
@@ -76,6 +116,8 @@ def _is_product(letters: str) -> bool:
 def _labels(reference: str, answer: str) -> bool | None:
     """The verdict if one of the answers is a labelled choice, such as `(C) 17` or `C.`; None if neither is."""
     (letter, rest), (other, other_rest) = _choice(reference), _choice(answer)
+    if other and other_rest and not letter and equivalent(reference, other_rest):  # the reference is the content of the choice
+        return True
     if not (letter and other) and not (rest and letter and other_rest) and not (other and other_rest and rest):
         return None
     if letter and other:
@@ -88,8 +130,8 @@ def _labels(reference: str, answer: str) -> bool | None:
 def _choice(text: str) -> tuple[str, str]:
     """The letter of a choice and the text after it; an empty letter and the whole text if it is not a choice."""
     plain = text.replace(TEXT_BEGIN, "").replace(TEXT_END, "").strip()
-    if re.fullmatch("[A-J]", plain):
-        return plain, ""
+    if bare := re.fullmatch(r"(?:(?i:option|choice|answer)\s*:?\s*)?([A-J])", plain):
+        return bare[1], ""
     match = _LABEL.fullmatch(text)
     if match and not match[4].lstrip().startswith(("(", ",", "_", "^", "\\cup", "\\cap")):
         return match[1] or match[2] or match[3], match[4].strip()
@@ -115,7 +157,7 @@ def _digits(text: str, match: re.Match[str] | None) -> tuple[str | None, int]:
     name = match[2] or match[3]
     base = int(name) if name.isdigit() else spelled((name.lower(),)) or 0
     digits = match[1].upper()
-    if not 2 <= base <= 36 or (not digits[0].isdigit() and base <= 10):
+    if not 0 < base <= 36 or (not digits[0].isdigit() and base <= 10):
         return None, 0
     return digits.lstrip("0") or "0", base
 
@@ -199,7 +241,10 @@ def _same_name(name: str, other: str) -> bool:
     if name == other or (TEXT_BEGIN in name) != (TEXT_BEGIN in other):
         return True
     one, two = _FUNCTION.fullmatch(name), _FUNCTION.fullmatch(other)
-    return bool(one and two and one[1] == two[1])
+    if one and two:
+        return one[1] == two[1]
+    function = one or two
+    return bool(function and function[2] != "y" and "y" in (name, other))  # y = 2x, f(x) = 2x
 
 
 def _renamed(form: Form, name: str, target: str) -> Form:
@@ -229,7 +274,7 @@ def _has_relations(form: Form) -> bool:
 
 
 def _same_relations(first: Form, second: Form) -> bool:
-    one, other = region_of(first), region_of(second)
+    one, other = region_of(first, like=second), region_of(second, like=first)
     if one is not None and other is not None:
         return equal_regions(one, other)
     if isinstance(first, Items) and isinstance(second, Items) and not first.opening and not second.opening:
@@ -340,10 +385,14 @@ def _same_values(first: Value, second: Value) -> bool:
         return first.after == second.after
     if not first.formula or not second.formula:
         words, value = (first.after, second) if not first.formula else (second.after, first)
+        if value.formula.isalpha() and not value.before and not value.after and canonical(value.formula) == words:
+            return True  # a name in roman and in italics
         counted = spelled(words)
         if counted is not None and not value.before and not value.after:
             return equal_formulas(str(counted), value.formula)
         return words == ("infinity",) and value.formula == "\\infty"
+    if (cents := _in_cents(first, second)) is not None:
+        return cents
     if contradict(rest, other_rest) or _prefixed(first) != _prefixed(second):
         return False
     if factor == other_factor:
@@ -354,12 +403,23 @@ def _same_values(first: Value, second: Value) -> bool:
     return numbers[0].value * factor == numbers[1].value * other_factor
 
 
-_DROPPED_BEFORE = frozenset({"dollar", "euro", "pound", "yen", "yuan", "rupee", "cent"})
+CURRENCIES = frozenset({"dollar", "euro", "pound", "yen", "yuan", "rupee", "cent"})
+
+
+def _in_cents(first: Value, second: Value) -> bool | None:
+    """The verdict if both values name a currency and it is not the same: 75 cents are 0.75 dollars, and no other two agree."""
+    one, other = (({*value.before, *value.after} & CURRENCIES) for value in (first, second))
+    if not one or not other or one == other:
+        return None
+    amount, other_amount = number(first.formula), number(second.formula)
+    if amount is None or other_amount is None or (one | other) not in ({"cent", "dollar"}, {"cent", "euro"}):
+        return False
+    return amount.value * (1 if one == {"cent"} else 100) == other_amount.value * (1 if other == {"cent"} else 100)
 
 
 def _prefixed(value: Value) -> frozenset[str]:
     """The significant words before a formula; a currency may be omitted."""
-    return frozenset(value.before) - _DROPPED_BEFORE
+    return frozenset(value.before) - CURRENCIES
 
 
 def _plain(text: str) -> str:

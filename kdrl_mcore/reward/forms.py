@@ -76,6 +76,7 @@ Form = Value | Items | Equation | Relation | Ratio | Matrix
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|notin|cup|cap|setminus|subset|subseteq|mathbb|emptyset|backslash)(?![A-Za-z])|[<>]")
 _EQUALS = re.compile(r"(?<![<>!:\\])=")
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_MIXED = re.compile(r"(-?\d+)\s+and\s+(\d+\s*/\s*\d+|\\frac\s*\{\d+\}\s*\{\d+\})")  # `3 and 1/2`
 _MATRIX = re.compile(
     r"[(\[|]?\s*\\begin\s*\{(?:[pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\s*\{(?:[pbvBV]?matrix|smallmatrix|array)\}"
     r"\s*[)\]|]?",
@@ -93,7 +94,10 @@ _SEPARATORS = [
 
 def readings(text: str) -> list[Form]:
     """The possible readings of a normalised answer, the most likely first."""
-    return [read(grouped) for grouped in _thousands(text)]
+    found = [read(grouped) for grouped in _thousands(text)]
+    if match := _MIXED.fullmatch(text):
+        found.append(Value(text, f"{match[1]} {match[2]}"))
+    return found
 
 
 def _thousands(text: str) -> Iterator[str]:

@@ -33,13 +33,19 @@ _ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})
 _SPACES = re.compile(r"(?<!\\)\\[,;:> \n]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\[hv]space\*?\{[^{}]*\}|\s")
 _NO_PRINT = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\(?:text)?color\s*\{[^{}]*\}|\\(?:displaystyle|textstyle|scriptstyle"
-    r"|limits|nolimits|strut|mathstrut|bf|rm|it|sf|tt|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
+    r"|limits|nolimits|strut|mathstrut|bf|rm|it|sf|tt|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|checkmark|qed)(?![A-Za-z])"
 )
 _FONT = re.compile(
-    r"\\(text(?:bf|it|rm|sf|tt|sc|up|normal|color)?|mbox|hbox|emph|math(?:rm|bf|it|sf|tt|normal|cal)|bm|boldsymbol)\s*"
+    r"\\(text(?:bf|it|rm|sf|tt|sc|up|normal|color)?|mbox|hbox|emph|underline|math(?:rm|bf|it|sf|tt|normal|cal)|bm|boldsymbol)\s*"
     r"\{([^{}]*)\}"
 )
 _JOINS = re.compile(r"(?<![A-Za-z])(and|or)(?![A-Za-z])")
+_SHORT_LIST = re.compile(r"\s*\w+(?:\s*,\s*\w+)*\s*,?(?:\s+(?:and|or)\s+\w+)?\s*")
+_TURNED = re.compile(
+    r"(?:^|(?<=[^\w)\]}])|(?<=\\cup)|(?<=\\cap)|(?<=\\in))([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])(?=\s*(?:$|[,;)]|\\c[ua]p))"
+)
+_FRACTION = re.compile(r"\\frac(?![A-Za-z])")
+_ARGUMENT = re.compile(r"\s*(\{|\\[A-Za-z]+|[A-Za-z0-9])")
 _BLANK_TEXT = re.compile(f"{TEXT_BEGIN}([^A-Za-z{TEXT_END}]*){TEXT_END}")
 _SPELLINGS = [
     (re.compile(pattern), replacement)
@@ -64,8 +70,6 @@ _SPELLINGS = [
         (r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\\%", "%"),
         (r"(?<=[\d.}\)])\s*(?:percentage|percent|per cent|pct)(?![A-Za-z])", "%"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -74,6 +78,15 @@ _SPELLINGS = [
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
         (r"(?<=\d)\.(?=\s*/)", ""),
         (r"(?<![=<>!\\])==(?!=)", "="),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{\s*-\s*1\s*\}", r"\\arc\1"),
+        (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"^([^{}]*)\\choose(?![A-Za-z])([^{}]*)$", r"\\binom{\1}{\2}"),
+        (
+            rf"(?<=\d)\s*\^\s*\{{?\s*{TEXT_BEGIN}?\s*(st|nd|rd|th)\s*{TEXT_END}?\s*\}}?(?![A-Za-z])",
+            rf"{TEXT_BEGIN}\1{TEXT_END}",
+        ),
+        (rf"(?<=\d)(?:\s+|\s*{TEXT_BEGIN}\s*)to(?:\s+|\s*{TEXT_END}\s*)(?=\d)", ":"),
     )
 ]
 _WRAPPERS = [
@@ -105,7 +118,37 @@ def normalise(text: str) -> str:
     text = _SPACES.sub(" ", text)
     for pattern, replacement in _SPELLINGS[3:]:
         text = pattern.sub(replacement, text)
-    return unwrap(" ".join(text.split()))
+    text = _brace_fractions(text)
+    return unwrap(" ".join(_TURNED.sub(_interval, text).split()))
+
+
+def _brace_fractions(text: str) -> str:
+    r"""The text with braces around both arguments of each `\frac`: one without is a digit, a letter or a command."""
+    pieces, done = [], 0
+    for match in _FRACTION.finditer(text):
+        if match.start() >= done:
+            pieces.append(text[done : match.end()])
+            above, end = _argument(text, match.end())
+            below, done = _argument(text, end)
+            pieces += [above, below]
+    return "".join([*pieces, text[done:]])
+
+
+def _argument(text: str, start: int) -> tuple[str, int]:
+    """The argument of a command that begins here, in braces, and its end; empty if there is none."""
+    match = _ARGUMENT.match(text, start)
+    if match is None:
+        return "", start
+    if match[1] != "{":
+        inner, end = _argument(text, match.end()) if match[1] == "\\sqrt" else ("", match.end())
+        return f"{{{match[1]}{inner}}}", end
+    end = closing(text, match.start(1))
+    return (f"{{{_brace_fractions(text[match.end() : end])}}}", end + 1) if end > 0 else ("", start)
+
+
+def _interval(match: re.Match[str]) -> str:
+    """`]1, 2[` with the brackets of `(1, 2)`; `[1, 2]` unchanged."""
+    return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
 
 
 def plain_characters(text: str) -> str:
@@ -153,9 +196,9 @@ def unwrap(text: str) -> str:
     while before != text:
         before = text
         text = text.strip()
-        while text.endswith("\\\\"):
-            text = text[:-2].rstrip()
-        if text.endswith((".", ",", ";")) and not text.endswith(("\\,", "\\;", "..")):
+        while text.endswith("\\"):
+            text = text[:-1].rstrip()
+        if text.endswith((".", ",", ";", "?")) and not text.endswith(("\\,", "\\;", "..")):
             text = text[:-1].rstrip()
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):
@@ -210,6 +253,8 @@ def _marked(match: re.Match[str]) -> str:
     formula = not letters or (len(letters) == 1 and not command.startswith(("text", "mbox", "hbox")) and not unit)
     if formula or (re.fullmatch(r"\s*[(\[]?[A-Za-z][)\]]?\s*", content) and _is_label(match)):
         return f" {content} " if command.startswith(("text", "mbox", "hbox")) else content
+    if _SHORT_LIST.fullmatch(content):
+        content = content.replace(",", f"{TEXT_END},{TEXT_BEGIN}")
     parts = _JOINS.split(content)
     marked = [part if index % 2 else f"{TEXT_BEGIN}{part}{TEXT_END}" for index, part in enumerate(parts)]
     return _BLANK_TEXT.sub(r" \1 ", " ".join(marked))

@@ -18,7 +18,9 @@ PRECISE_DIGITS = 6
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
-_TIMES_TEN = r"(?:[eE]([+-]?\d+)|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|([+-]?\d+)))"
+_TIMES_TEN = (
+    r"(?:[eE](?:\{\s*)?([+-]?\d+)(?:\s*\})?|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|([+-]?\d+)))"
+)
 _NUMBER = re.compile(rf"({_DECIMAL}){_TIMES_TEN}?")
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|([+-]?\d+))")
 _SLASH = re.compile(rf"({_DECIMAL})\s*/\s*({_DECIMAL})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from decimal import Decimal
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -37,8 +39,11 @@ PRECISE_DIGITS = 6
 """An expected decimal with at least this many digits after the point matches what it was truncated or rounded from."""
 FLOAT_NOISE = Decimal("1e-9")
 """The rounding error by which a float may differ from the expected one, relative to it unless that is 0."""
-_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+_FENCE = re.compile(r"([ \t>]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
 _THOUGHT = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:import|from|def|class|for|while|if|with|try|print)\b|^[^'\"#\n]*[\w\])][ \t]*[=(]", re.MULTILINE
+)
 _PYTHON = re.compile(r"\{?\.?i?py(?:thon|con)?[\d.]*\b", re.IGNORECASE)
 _FLOAT = re.compile(r"(?<![\w.])-?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w.])")
 _SANDBOX = [sys.executable, "-I", "-S", sandbox.__file__]
@@ -66,7 +71,15 @@ class PythonCode(Reward):
     @classmethod
     def why_refused(cls, answer: str) -> str | None:
         """See `Reward`."""
-        return None if _tests(answer) else _NO_TESTS
+        tests = _tests(answer)
+        if tests is None:
+            return _NO_TESTS
+        for call in [test["call"] for test in tests if "call" in test]:
+            try:
+                ast.parse(call.strip(), mode="eval")
+            except (SyntaxError, ValueError) as error:
+                return f"the call {call!r} is not an expression of Python ({error.args[0]})"
+        return None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """See `Reward`. Each distinct pair of program and tests runs once."""
@@ -142,7 +155,7 @@ class PythonCode(Reward):
             RewardError: it does not work.
         """
         answer = self._run({"program": "import json, random\nx = 1", "calls": ["x"]})
-        if answer != '["1"]':
+        if answer != '[["1", "1"]]':
             raise RewardError("the sandbox of python_code does not run `x = 1`: check the limits on memory and processes")
         found = subprocess.run([*_SANDBOX, "--probe"], capture_output=True, text=True, env={}).stdout.strip()
         if found != "namespace":
@@ -154,15 +167,16 @@ class PythonCode(Reward):
 
 
 def program_of(response: str) -> str:
-    """The content of the last fenced block in Python, else of the last without a language, else of the last; without blocks the
-    whole response. A thought before `</think>` counts only if no block follows it."""
-    response = response.replace("\r\n", "\n")
+    """The content of the last fenced block in Python, else of the last without a language (one with a statement, if any has),
+    else of the last; without blocks the whole response. A thought before `</think>` counts only if no block follows it."""
+    response = response.replace("\r\n", "\n").lstrip("\ufeff")
     blocks = _fenced(final_part(response)) or (_fenced(_THOUGHT.sub("\n", response)) if "</think" in response else [])
     if not blocks:
         return final_part(response)
     python = [block for language, block in blocks if _PYTHON.match(language)]
-    plain = [block for language, block in blocks if not language]
-    return (python or plain or [block for _, block in blocks])[-1]
+    bare = [block for language, block in blocks if not language]
+    programs = [block for block in bare if _STATEMENT.search(block)]  # rather than the output that is shown after it
+    return (python or programs or bare or [block for _, block in blocks])[-1]
 
 
 def _fenced(text: str) -> list[tuple[str, str]]:
@@ -179,7 +193,7 @@ def _fenced(text: str) -> list[tuple[str, str]]:
             blocks.append((language.strip(), "".join(lines)))
             fence, lines = "", []
         else:
-            lines.append(line.removeprefix(indent) + "\n")
+            lines.append(("" if line.rstrip() == indent.rstrip() else line.removeprefix(indent)) + "\n")
     return [*blocks, (language.strip(), "".join(lines))] if fence else blocks
 
 
@@ -219,7 +233,24 @@ def _is_list(answer: str | None, expected: list[str]) -> bool:
         values = None if answer is None else json.loads(answer)
     except ValueError:
         return False
-    return isinstance(values, list) and len(values) == len(expected) and all(map(_same_value, values, expected))
+    return isinstance(values, list) and len(values) == len(expected) and all(map(_returns, values, expected))
+
+
+def _returns(value: Any, expected: str) -> bool:
+    """Whether the value of a call, as its `repr` and its plain form, is the expected one, however that is written."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return _same_value(value[0], expected) or _same_value(value[1], _plain(expected))
+
+
+@lru_cache(maxsize=10_000)
+def _plain(expected: str) -> str:
+    """The plain form of a value that a test expects, written as in Python (`[1,2]`, `{3, 1}`) or in JSON (`true`); any other
+    text unchanged."""
+    for read in (ast.literal_eval, json.loads):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return sandbox.plain(read(expected.strip()))
+    return expected
 
 
 def _same_value(value: Any, expected: str) -> bool:

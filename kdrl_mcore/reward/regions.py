@@ -19,19 +19,43 @@ _MEMBER = re.compile(r"\\in(?![A-Za-z])")
 _UNION, _CUT = re.compile(r"\\cup(?![A-Za-z])"), re.compile(r"\\cap(?![A-Za-z])")
 _WITHOUT = re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=\})\s*-\s*(?=\\\{)")
 _NAME = re.compile(r"\\?[A-Za-z]+(?:'|_\{?\w+\}?)?(?:\([a-z]\))?")
+_ABSOLUTE = re.compile(r"\|\s*([A-Za-z])\s*\|")
 _ALL = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "Q": sympy.S.Rationals, "C": sympy.S.Complexes}
-_ALL_REALS = (("all", "real", "number"), ("all", "real"), ("real", "number"))
+_SETS = {
+    words: found
+    for found, spellings in {
+        sympy.S.Reals: "all real number, all real, real number",
+        sympy.S.Integers: "all integer, integer, every integer",
+        sympy.S.Naturals: "all positive integer, positive integer, all natural number, natural number",
+        sympy.S.Naturals0: "all nonnegative integer, all non-negative integer",
+        sympy.S.Rationals: "all rational number, rational number",
+    }.items()
+    for words in (tuple(each.replace("-", " ").split()) for each in spellings.split(", "))
+}
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?)?")
 
 
-def region_of(form: Form) -> Region | None:
-    """The set that an answer describes; None if it describes none."""
+def region_of(form: Form, like: Form | None = None) -> Region | None:
+    """The set that an answer describes; None if it describes none. A bare list is a set only beside another description of
+    one, `like`: `1, 2` beside `x \\in \\{1, 2\\}`."""
     if isinstance(form, Relation):
         return _region(form.text)
     if isinstance(form, Items):
-        return _items(form)
-    all_reals = isinstance(form, Value) and not form.formula and form.after in _ALL_REALS
-    return (None, sympy.S.Reals) if all_reals else None
+        found = _items(form)
+        if found is None and not form.opening and isinstance(like, Relation):
+            points = [_end(item) for item in form.items]
+            return None if None in points else (None, sympy.FiniteSet(*points))
+        return found
+    if isinstance(form, Value):
+        if not form.formula:
+            return (None, _SETS[form.after]) if form.after in _SETS else None
+        if (
+            form.before[-1:] == ("except",)
+            and form.before[:-1] in _SETS
+            and (point := _end(Value(form.text, form.formula))) is not None
+        ):
+            return None, sympy.Complement(_SETS[form.before[:-1]], sympy.FiniteSet(point))
+    return None
 
 
 def equal_regions(first: Region, second: Region) -> bool:
@@ -45,7 +69,7 @@ def equal_regions(first: Region, second: Region) -> bool:
 def _items(form: Items) -> Region | None:
     if form.opening in ("(", "[") and len(form.items) == 2:
         low, high = map(_end, form.items)
-        return None if low is None or high is None else (None, _interval(low, high, form.opening == "(", form.closing == ")"))
+        return _interval(low, high, form.opening == "(", form.closing == ")")
     if form.opening == "\\{":
         points = [_end(item) for item in form.items]
         return None if None in points else (None, sympy.FiniteSet(*points))
@@ -74,8 +98,11 @@ def _end(form: Form) -> Any | None:
     return found
 
 
-def _interval(low: Any, high: Any, left_open: bool, right_open: bool) -> Any:
-    return sympy.Interval(low, high, left_open, right_open)
+def _interval(low: Any | None, high: Any | None, left_open: bool, right_open: bool) -> Region | None:
+    """The interval; None where the ends are no numbers or the wrong way round, as those of a point (3, 1) are."""
+    if low is None or high is None or bool(low > high):
+        return None
+    return None, sympy.Interval(low, high, left_open, right_open)
 
 
 def _region(text: str) -> Region | None:
@@ -128,7 +155,7 @@ def _bounds(text: str) -> Region | None:
     if len(parts) != 2:
         return None
     low, high = (_end(read(part)) for part in parts)
-    return None if low is None or high is None else (None, _interval(low, high, text[0] == "(", text[-1] == ")"))
+    return _interval(low, high, text[0] == "(", text[-1] == ")")
 
 
 def _builder(inside: str) -> Region | None:
@@ -147,6 +174,8 @@ def _inequality(text: str) -> Region | None:
     sides = [side.strip() for side in split(text, _ORDER)]
     names = [place for place, side in enumerate(sides) if _NAME.fullmatch(side) and expression(side) is not None]
     names = [place for place in names if getattr(expression(sides[place]), "free_symbols", None)]
+    if len(sides) == 2 and (size := _ABSOLUTE.fullmatch(sides[0])) and signs[0] in ("<", "\\le"):  # |x| < 2
+        return _inequality(f"-({sides[1]}) {signs[0]} {size[1]} {signs[0]} {sides[1]}")
     if len(names) != 1 or len(sides) > 3:
         return None
     (place,) = names

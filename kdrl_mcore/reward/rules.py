@@ -13,6 +13,7 @@ from kdrl_mcore.reward.answers import (
     boxed_answer,
     compare_plainly,
     count_boxes,
+    final_part,
     free_answer,
     last_boxed,
     reference_answer,
@@ -123,7 +124,8 @@ class MathVerify(AnswerReward):
 
 @register_class("exact_match")
 class ExactMatch(AnswerReward):
-    r"""1 if the content of the last `\boxed{}`, or the whole response if it opens no box, is the same text as the reference.
+    r"""1 if the content of the last `\boxed{}`, or the response (without its thought) if it opens no box, is the same text as
+    the reference.
 
     Dollar signs around either text are ignored, runs of white space count as one space, and accented letters are equal in
     every Unicode composition.
@@ -133,8 +135,12 @@ class ExactMatch(AnswerReward):
         """Uses none of the settings."""
 
     def answer(self, rollout: Rollout) -> str | None:
-        """See `AnswerReward`. A box that is not closed has no content."""
-        return last_boxed(rollout.response) if count_boxes(rollout.response) else reference_answer(rollout.response)
+        """See `AnswerReward`. A box that is not closed has no content. A box in a thought counts only if nothing is boxed after
+        the thought, and nothing in a thought that does not end."""
+        part = final_part(rollout.response)
+        if count_boxes(part):
+            return last_boxed(part)
+        return boxed_answer(rollout.response) or reference_answer(part)
 
     @classmethod
     def statements(cls, answer: str) -> tuple[str, ...]:

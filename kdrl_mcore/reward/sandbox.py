@@ -3,10 +3,10 @@
     python -I -S sandbox.py MEMORY_BYTES CPU_SECONDS FILE_BYTES
 
 The parent (`python_code.py`) sends `{"program": ..., "calls": [...]}` or `{"program": ..., "stdin": ...}` as JSON on standard
-input. With calls, the program is executed and each call evaluated; the answer is a JSON list with the `repr` of each value, or
-null if the call raised. With `stdin`, the program runs as a script, and the answer is what it prints. The request never
-contains the expected output, so a program cannot look it up. Only the standard library is imported: this must start in
-milliseconds.
+input. With calls, the program is executed and each call evaluated; the answer is a JSON list with the `repr` of each value and
+its `plain` form, or null if the call raised. With `stdin`, the program runs as a script, and the answer is what it prints. The
+request never contains the expected output, so a program cannot look it up. Only the standard library is imported: this must
+start in milliseconds.
 
 The kernel limits memory, CPU time, file size, open files and processes, and forbids core dumps and new privileges. Where Linux
 namespaces are permitted (to root, or with unprivileged user namespaces), the program has no network, and all its processes end
@@ -130,6 +130,18 @@ def execute(program: str, scope: dict[str, object]) -> None:
     exec(compile(program, "program.py", "exec", dont_inherit=True), scope)
 
 
+def plain(value: object) -> str:
+    """The `repr` of a value in which equal values are written alike: sets and dictionaries in the order of their members'
+    texts, subclasses (a Counter, a named tuple) as what they are subclasses of."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(sorted(f"{plain(key)}: {plain(each)}" for key, each in value.items())) + "}"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(plain, value))) + "}" if value else "set()"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(plain, value)) + ("," if len(value) == 1 else "") + ")"
+    return "[" + ", ".join(map(plain, value)) + "]" if isinstance(value, list) else repr(value)
+
+
 def run(request: dict[str, object]) -> None:
     """Execute the program and write the answer to standard output."""
     scope, program = as_script(), str(request["program"])
@@ -144,10 +156,11 @@ def run(request: dict[str, object]) -> None:
     except (SystemExit, EOFError) as ended:  # a script may exit, or read input that it does not have
         if isinstance(ended, SystemExit) and ended.code not in (None, 0):
             raise
-    values: list[str | None] = []
+    values: list[tuple[str, str] | None] = []
     for call in request["calls"]:  # type: ignore[attr-defined]
         try:
-            values.append(repr(eval(compile(call, "call", "eval", dont_inherit=True), scope)))
+            value = eval(compile(call.strip(), "call", "eval", dont_inherit=True), scope)
+            values.append((repr(value), plain(value)))
         except Exception:
             values.append(None)
     os.write(answers, json.dumps(values).encode())

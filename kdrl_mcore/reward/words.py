@@ -57,6 +57,8 @@ _PLAIN_UNIT = re.compile(
     rf"(?<=[\d}})%])(?:\s*{_NAMED_UNIT}|\s+{_LETTER_UNIT}(?=\s*(?:$|/))|\s*{_LETTER_UNIT}(?=\s*/\s*[A-Za-z]))"
     rf"(?:(?:\.?\s+|\s*/\s*|\s*\\cdot\s*)(?:{_NAMED_UNIT}|{_LETTER_UNIT})(?![A-Za-z(_]))*(?![A-Za-z(^_])\.?"
 )
+_ONE_UNIT = rf"\{{\s*(?:{TEXT_BEGIN}\s*)?((?:(?:square|cubic)\s+)?[A-Za-z]+{_POWER})\s*(?:{TEXT_END})?({_POWER})\s*\}}"
+_QUOTIENT = re.compile(rf"(?<=[\d}}])\s*\\frac\s*{_ONE_UNIT}\s*{_ONE_UNIT}\s*$")
 _TEMPERATURE = re.compile(r"\^\\circ\s*([CF])(?![A-Za-z])")
 _PLAIN_WORD = re.compile(r"(?<![A-Za-z\\_^{|])([A-Za-z]{2,}(?:['’-][A-Za-z]{4,})*)(?![A-Za-z_^({|=])")
 _TIME = re.compile(r"(?<![A-Za-z])([aApP])\.\s?[mM]\.?(?![A-Za-z])")
@@ -69,6 +71,7 @@ def split_words(text: str) -> list[str | Words]:
     """The text as a sequence of formulas (strings) and words (tuples in lower case, units in one spelling)."""
     text = _TIME.sub(lambda match: f"{match[1].lower()}m", text)
     text = _MARKED.sub(lambda match: f" {match[1]} " if re.search(r"\d", match[1]) else match[0], text)
+    text = _QUOTIENT.sub(_quotient, text)
     text = _TEMPERATURE.sub(rf"^\\circ {TEXT_BEGIN}\1{TEXT_END}", text)
     for pattern in (_FOREIGN, _PLAIN_UNIT, _PLAIN_WORD):
         text = _mark(pattern, text)
@@ -82,6 +85,13 @@ def split_words(text: str) -> list[str | Words]:
         elif piece := re.sub(r"^\.\s+|\.$", "", piece.strip(" ,:")).strip():
             parts.append(piece)
     return parts
+
+
+def _quotient(match: re.Match[str]) -> str:
+    """A fraction of two units as words; any other unchanged."""
+    above, below = match[1] + match[2], match[3] + match[4]
+    units = [re.split(r"[\s^]", name)[0].lower() for name in (match[1], match[3])]
+    return f" {TEXT_BEGIN}{above} / {below}{TEXT_END}" if all(unit in _CANONICAL for unit in units) else match[0]
 
 
 def _mark(pattern: re.Pattern[str], text: str) -> str:

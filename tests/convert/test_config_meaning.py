@@ -176,6 +176,16 @@ def test_a_config_means_what_it_means_to_transformers(what: str, family: str, mo
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
 
+@pytest.mark.parametrize(
+    ("what", "positions"),
+    [("yarn, original within", 400), ("yarn, no original", 256), ("llama3, original outside", 64), ("whole numbers", 64)],
+)
+def test_a_context_is_as_long_as_yarn_makes_it(what: str, positions: int, models: dict[str, Path], tmp_path: Path) -> None:
+    change = {**MEANT[what], "max_position_embeddings": 64}
+    architecture = read_architecture(changed(models["qwen2"], tmp_path / "model", change))
+    assert (architecture.max_positions, architecture.context_length) == (64, positions)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_would_mean_something_else_is_refused(what: str, models: dict[str, Path], tmp_path: Path) -> None:
     change, says = REFUSED[what]

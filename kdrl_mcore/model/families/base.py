@@ -72,6 +72,13 @@ class Architecture:
     qk_norm: bool = False
     experts: Experts | None = None
 
+    @property
+    def context_length(self) -> int:
+        """The length of the longest sequence: `max_positions`, or what yarn extends the original positions to. Where the
+        scaling was added to a config by hand, as Qwen's model cards advise, `max_positions` is the length without it."""
+        extended = int(self.rope.factor * self.rope.original_positions) if self.rope.kind == "yarn" else 0
+        return max(self.max_positions, extended)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -270,7 +270,7 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         vocab_size=options.vocab_size or tokenizer.vocabulary_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
         **{name: getattr(options, name) for name in FLAGS}
-        | {"max_model_len": min(options.max_model_len, read_architecture(options.model).max_positions)},
+        | {"max_model_len": min(options.max_model_len, read_architecture(options.model).context_length)},
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from kdrl_mcore.data.tokenizers import PROBE, _first_difference, check_same_tokenizer, eos_token_ids, load_tokenizer
@@ -216,3 +216,12 @@ def test_a_prompt_has_one_beginning_of_sequence(tmp_path: Path) -> None:
     assert shown == ["'<s>ab'", "'<s>ab'", "'<s>'", "'<s>'", "'<s>a<s>b'"]
     chat = tokenizer.chat_text([{"role": "user", "content": "1+1"}], datetime(2024, 7, 26))
     assert tokenizer.show(tokenizer.encode([chat], special_tokens=False)[0]) == "'<s><|user|>1+1<|turn|>\\n<|assistant|>'"
+
+
+def test_a_prompt_does_not_end_with_an_end_of_sequence(tmp_path: Path) -> None:
+    backend = byte_level((END, "<s>"))
+    ids = [(token, backend.token_to_id(token)) for token in (END, "<s>")]
+    backend.post_processor = processors.TemplateProcessing(single=f"<s> $A {END} {END}", special_tokens=ids)
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, backend))
+    shown = [tokenizer.show(row) for row in tokenizer.encode_prompts(["1+1", "", f"a{END}"])]
+    assert shown == ["'<s>1+1'", "'<s>'", f"'<s>a{END}'"]

@@ -404,8 +404,55 @@ Alice == alice
 xy == yx
 2ab == 2ba
 ab^2 == b^2a
+# brackets, arguments without braces, inverse functions
+(2,5) == ]2,5[
+[2,5) == [2,5[
+(-\infty,1] == ]-\infty,1]
+(-\infty,1) \cup (2,3] == ]-\infty,1[ \cup ]2,3]
+[[1,2],3] == [[1,2],3]
+\frac{\pi}{2} == \frac\pi2
+\frac{\pi}{2} == \frac{\pi}2
+\frac{\sqrt{3}}{2} == \frac\sqrt32
+\frac{1}{\frac23} == \frac32
+\frac{\pi}{2} == \cos^{-1}0
+\frac{\pi}{4} == \tan^{-1} 1
+10 == {5 \choose 2}
+10 == 5 \choose 2
+2 == \lg 100
+9.11e-31 == 9.11\mathrm{e}{-31}
+3.5 == 3 and 1/2
+3:4 == 3 \text{ to } 4
+3:4 == 3 to 4
+1, 2 == x \in \{1, 2\}
+-3 \le x \le 3 == |x| \le 3
+x \ne 3 == \text{all real numbers except } 3
+\mathbb{Z} == \text{all integers}
+y = 2x == f(x) = 2x
+# marks that mean nothing
+5 == 5?
+5 == 5\checkmark
+5 == \underline{5}
+# words, figures and currencies
+circle == \text{a circle}
+\text{Ellipse} == \text{An ellipse}
+\text{No solution} == no solutions
+\emptyset == \text{no solution}
+\{\} == \text{no real solutions}
+-\infty == \text{negative infinity}
+\text{DNE} == \text{does not exist}
+\text{Alice and Bob} == \text{Bob and Alice}
+\text{I, II} == I and II
+ABC == \triangle ABC
+AB == \overline{AB}
+7^{th} == 7^{\text{th}}
+50\text{ mph} == 50 \frac{\text{miles}}{\text{hour}}
+9.8\text{ m/s}^2 == 9.8 \frac{m}{s^2}
+75¢ == \$0.75
+5 == \text{(A) }5
+A == Option A
+A == \text{Option A}
 """
-NOT_PRINTED = [("10", "\ufeff10"), ("1000", "1\u202f000"), ("1000", "1\u2009000")]
+NOT_PRINTED = [("10", "\ufeff10"), ("1000", "1\u202f000"), ("1000", "1\u2009000"), ("5", "5\\ ")]
 
 DIFFERENT = r"""
 # e-notation
@@ -690,6 +737,37 @@ NOON != NONO
 abc != cab
 A != a b
 ABC != AB
+# words, figures, currencies and statements that are false
+circle != an ellipse
+\text{Alice and Bob} != \text{Alice and Carol}
+\text{no solution} != 0
+\infty != \text{negative infinity}
+\text{does not exist} != \text{exists}
+\text{all integers} != \text{all real numbers}
+\triangle ABC != ABD
+\triangle ABC != \angle ABC
+75¢ != \$75
+€5 != \$5
+5 dollars != 5 euros
+\frac{1}{3} != \frac13 \approx 0.25
+\sqrt{2} != \sqrt{2} \approx 1.6
+1101_2 != 1101_1
+(3,\frac{\pi}{2}) != [3,\frac{\pi}{2})
+(2,5) != [2,5[
+(2,5) != ]2,5]
+x \ne 3 != \text{all real numbers except } 2
+1, 2 != x \in \{1, 3\}
+-3 \le x \le 3 != |x| \le 4
+[-3,3] != |x| < 3
+3 \text{ to } 4 != 4:3
+\cos^{-1} 0 != \frac{1}{\cos 0}
+{5 \choose 2} != {5 \choose 1}
+\frac\pi2 != \frac\pi3
+3 and 1/2 != 4.5
+5 != \text{(A) } 6
+9.8\text{ m/s}^2 != 9.8 \frac{m}{s}
+7^{th} != 8^{\text{th}}
+y = 2x != f(y) = 2x
 """
 
 

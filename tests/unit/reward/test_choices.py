@@ -88,6 +88,30 @@ RIGHT = [
     ("B", "Answer：B"),
     ("B", "The answer is Ｂ"),
     ("B", "答案是B"),
+    ("B", "答案选B。"),
+    ("B", "故选：B"),
+    ("B", "不选A，选B"),
+    ("B", "I choose B."),
+    ("B", "I would go with option (B)."),
+    ("B", "Select B, because it is red."),
+    ("B", "A, C and D are false, so B."),
+    ("B", "Thus, option B."),
+    ("B", "x = 2. Hence (B)"),
+    ("B", "First x = 2.\n<answer>B</answer>"),
+    ("B", "<answer> (B) </answer>"),
+    ("B", "<answer>The answer is B</answer>"),
+    ("B", "<answer>A</answer> No: <answer>B</answer>"),
+    ("B", "First x = 2.\n#### B"),
+    ("B", "\\fbox{B}"),
+    ("B", "✅ B"),
+    ("B", "Ans: B"),
+    ("B", "Ans. (b)"),
+    ("B", "the answer is b"),
+    ("B", "The answer is (b), since 2 + 2 = 4."),
+    ("B", "(b) 12"),
+    ("B", "b) 12"),
+    ("B", "B\n\nExplanation: A is wrong, as it is a fruit."),
+    ("B", "The answer is B, because A is the correct spelling of another word."),
 ]
 WRONG = [
     ("B", "\\boxed{A}"),
@@ -126,6 +150,14 @@ WRONG = [
     ("B", "Options: A B C D"),
     ("B", "(A) 1 (B) 2 (C) 3"),
     ("C", "The answer is (A) 1 (B) 2 (C) 3"),
+    ("A", "The answer is C, because A is the correct spelling of another word."),
+    ("A", "Choose A, B and C as the corners. The answer is D."),
+    ("A", "不选A"),
+    ("B", "选项B是错误的，答案是C"),
+    ("A", "So A is on the line."),
+    ("A", "<answer>A</answer> so \\boxed{B}"),
+    ("A", "<think><answer>A</answer></think> Who knows"),
+    ("A", "<think>\\boxed{A}</think> The answer is A or B."),
 ]
 
 
@@ -143,10 +175,42 @@ def test_what_does_not_choose_the_reference(reference: str, response: str) -> No
     ("gold", "letters"),
     [
         (gold, "B")
-        for gold in ("B", "b", "(B)", "B)", "B.", "B. Paris", "(B) 12", "$B$", r"\text{B}", r"\textbf{(B)}", "[B]", "**B**")
+        for gold in (
+            "B",
+            "b",
+            "(B)",
+            "(b)",
+            "b)",
+            "B)",
+            "B.",
+            "B. Paris",
+            "(B) 12",
+            "$B$",
+            r"\text{B}",
+            r"\textbf{(B)}",
+            "[B]",
+            "**B**",
+        )
     ]
-    + [(gold, "AC") for gold in ("A,C", "A, C", "C, A", "AC", "A and C", "(A)(C)", "A; C")]
+    + [(gold, "AC") for gold in ("A,C", "A, C", "C, A", "AC", "A and C", "(A)(C)", "A; C", "[A, C]", "['A', 'C']")]
     + [(gold, None) for gold in ("2", "0", "Paris", "", "A or B", "I am", "because")],
 )
 def test_forms_of_a_reference(gold: str, letters: str | None) -> None:
     assert chosen(gold) == letters
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer:\n" + "-" * 60 + "\nIt is hard to say",
+        "the answer " * 10_000,
+        "<answer>" * 10_000,
+        "\\boxed{" * 3_000,
+        "so A, " * 10_000,
+        "A" * 100_000,
+    ],
+    ids=["rule", "words", "tags", "boxes", "list", "letters"],
+)
+def test_long_texts_take_no_long_time(text: str) -> None:
+    """Responses are looked at in the trainer, where no time limit ends it: the first of these would take years to backtrack."""
+    assert choice_of(text) is None

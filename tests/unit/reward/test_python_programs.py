@@ -117,6 +117,9 @@ def test_a_large_input_arrives_whole() -> None:
         "<think>```python\ny = 2\n```</think>\n```python\nx = 1\n```",
         "<think>```python\nx = 1\n```\n</think>\nThat is it.",
         "Use `a` and ``` ``b`` ```.\n```python\nx = 1\n```",
+        "> ```python\n> x = 1\n> ```",
+        "\ufeff```python\nx = 1\n```",
+        "```\nx = 1\n```\nFor\n```\n2 3\n```\nit prints\n```\n5\n```",
     ],
 )  # fmt: skip
 def test_fences(response: str) -> None:
@@ -166,3 +169,42 @@ def test_floats_that_are_printed(printed: str, expected: str, right: bool) -> No
 )
 def test_floats_that_are_returned(value: str | None, expected: str, right: bool) -> None:
     assert _same_value(value, expected) == right
+
+
+FORMS: list[tuple[str, str, bool]] = [
+    ("[0, 1]", "[0,1]", True),
+    ("'a'", '"a"', True),
+    ("True", "true", True),
+    ("[True, None]", "[true,null]", True),
+    ("{'c', 'a', 'b'}", "{'b', 'a', 'c'}", True),
+    ("{'b': {2, 1}, 'a': 1}", "{'a': 1, 'b': {1, 2}}", True),
+    ("__import__('collections').Counter('aab')", "{'b': 1, 'a': 2}", True),
+    ("__import__('collections').Counter('a')", "Counter({'a': 1})", True),
+    ("__import__('collections').namedtuple('P', 'x y')(1, 2)", "(1, 2)", True),
+    ("[1, 1/3]", "[1,0.3333333333]", True),
+    ("(1,)", "(1,)", True),
+    ("set()", "set()", True),
+    ("set()", "{}", False),
+    ("1", "true", False),
+    ("(1, 2)", "[1,2]", False),
+    ("{'c', 'a'}", "{'b', 'a', 'c'}", False),
+    ("'5'", "5", False),
+    ("5", "'5'", False),
+    ("[1, 2]", "[2,1]", False),
+    ("[1, 2]", " [1,2]\n", True),
+]
+"""A value, what a test expects, and whether they agree."""
+
+
+def test_values_agree_however_they_are_written() -> None:
+    """The order in which a set of texts is printed changes with every process, and nobody writes a list as `repr` does."""
+    calls = [
+        (f"```python\ndef f(): return {value}\n```", [{"call": "f()", "output": expected}]) for value, expected, _ in FORMS
+    ]
+    assert [bool(one) for one in score(PythonCode(RewardConfig(timeout=60)), calls)] == [right for *_, right in FORMS]
+
+
+def test_a_call_that_is_no_expression_is_refused() -> None:
+    for call in ("assert f(1) == 2", "x = f(1)", "f(1", "f(1)\nf(2)"):
+        assert "is not an expression of Python" in str(PythonCode.why_refused(json.dumps([{"call": call, "output": "2"}])))
+    assert PythonCode.why_refused(json.dumps([{"call": " f(1)[0].x\n", "output": "2"}])) is None

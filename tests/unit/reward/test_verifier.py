@@ -175,6 +175,12 @@ def test_reward_values_and_format_bonus_leave_correctness_alone() -> None:
         ("paris", "Paris", False),
         (r"\boxed{0.5}", "1/2", False),
         (r"Paris \boxed{", r"Paris \boxed{", False),
+        ("<think>Rome? No.</think>\nParis", "Paris", True),
+        (r"<think>\boxed{Rome}</think> \boxed{Paris}", "Paris", True),
+        (r"<think>\boxed{Paris}</think> It is Paris.", "Paris", True),
+        (r"<think>\boxed{Paris}</think> \boxed{Rome}", "Paris", False),
+        (r"<think>\boxed{Paris} wait", "Paris", False),
+        ("<think>Paris", "Paris", False),
     ],
 )
 def test_exact_match(own_workers: OwnWorkers, response: str, reference: str, correct: bool) -> None:
