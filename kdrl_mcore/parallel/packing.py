@@ -49,12 +49,12 @@ class Shape(NamedTuple):
     """A sequence without its tokens.
 
     Attributes:
-        index: of its rollout in the global batch.
+        rollout: its index in the global batch.
         prompt, response: its numbers of tokens.
         shared: what it has in common with those whose prompt it may share rows with; None: it shares nothing.
     """
 
-    index: int
+    rollout: int
     prompt: int
     response: int
     shared: Hashable = None
@@ -234,7 +234,7 @@ def pack(
     )
     tokens, positions = np.zeros(rows.total, dtype=np.int64), np.zeros(rows.total, dtype=np.int64)
     for segment in rows.segments:
-        whole = np.concatenate(by_index[segment.index]) if segment.index is not None else np.zeros(segment.length, np.int64)
+        whole = np.concatenate(by_index[segment.rollout]) if segment.rollout is not None else np.zeros(segment.length, np.int64)
         inside = slice(len(segment.prefix), len(segment.prefix) + segment.length)
         tokens[segment.start : segment.stop] = whole[inside]
         positions[segment.start : segment.stop] = np.arange(inside.start, inside.stop)
@@ -265,12 +265,12 @@ class Segment(NamedTuple):
     """Adjacent rows of the packed sequence: a whole sequence, a shared prompt, or a response to one.
 
     Attributes:
-        index: a rollout whose prompt and response these rows, after `prefix`, are; None for the filler.
+        rollout: the index of one whose prompt and response these rows, after `prefix`, are; None for the filler.
         start, length: its rows.
         prefix: the rows of the prompt that comes before them, if that is shared.
     """
 
-    index: int | None
+    rollout: int | None
     start: int
     length: int
     prefix: range = range(0)
@@ -324,7 +324,7 @@ def place_rows(
     place = np.full(total + filler, -1)  # this rank's row for each row of the packed sequence; -1: on another rank
     mine = _context_rows(len(place), context_rank, context_size)
     place[mine] = np.arange(len(mine))
-    last = {segment.index: segment for segment in segments}  # of each rollout: the segment with its response
+    last = {segment.rollout: segment for segment in segments}  # of each rollout: the segment with its response
     spans: list[tuple[Span, NDArray[np.int64]]] = []
     for index, prompt, response, _ in order:
         predictors = place[last[index].rows[prompt - 1 : prompt - 1 + response]]
@@ -333,7 +333,7 @@ def place_rows(
             pieces = [(begin, end) for begin, end in ((start, cut), (cut, stop)) if begin < end]
             spans += [(Span(index, begin, end), predictors[begin:end]) for begin, end in pieces]
     spans.sort(key=lambda placed: not is_scored(placed[0], scored))
-    return Places(tuple(shape.index for shape in order), tuple(segments), tuple(spans))
+    return Places(tuple(shape.rollout for shape in order), tuple(segments), tuple(spans))
 
 
 def num_rows(shapes: Sequence[Shape]) -> int:
@@ -347,15 +347,15 @@ def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
     segments: list[Segment] = []
     prompts: dict[Hashable, range] = {}
     start = 0
-    for shape in sorted((shapes[members[0]] for members in _by_prompt(shapes)[1]), key=lambda one: (one.prompt, one.index)):
-        segments.append(Segment(shape.index, start, shape.prompt))
+    for shape in sorted((shapes[members[0]] for members in _by_prompt(shapes)[1]), key=lambda one: (one.prompt, one.rollout)):
+        segments.append(Segment(shape.rollout, start, shape.prompt))
         prompts[shape.shared] = range(start, start + shape.prompt)
         start += shape.prompt
-    order = sorted(shapes, key=lambda shape: (shape.prompt + shape.response, shape.index))
+    order = sorted(shapes, key=lambda shape: (shape.prompt + shape.response, shape.rollout))
     for shape in order:
         prefix = prompts.get(shape.shared, range(0)) if shape.response else range(0)
         length = shape.prompt + shape.response - len(prefix)
-        segments.append(Segment(shape.index, start, length, prefix))
+        segments.append(Segment(shape.rollout, start, length, prefix))
         start += length
     return segments, order
 
