@@ -222,8 +222,6 @@ def _check_given(config: Config) -> None:
         )
     if kd.token_weight.kind == "pass_rate":
         raise ConfigError(f"{name} has responses without a verdict: objective.kd.token_weight.kind=pass_rate weighs by it")
-    if kd.importance != "full":
-        raise ConfigError(f"{name} has responses without a sampler: leave objective.kd.importance at full")
 
 
 def _largest(schedule: ScheduleConfig) -> float:

@@ -87,7 +87,7 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.divergence=forward {KD}.mix=trust", "objective.kd.mix=trust weighs"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {COMBINE}.kind=sign", "set it to add or gate"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.token_weight.kind=pass_rate", "weighs by it"),
-        (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout.top_p=0.9 {KD}.importance=mask", "kd.importance at full"),
+        (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout.top_p=0.9 {KD}.importance=mask", "has none to weigh"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout=replay rollout.path=r", "set rollout.given.path"),
         (f"{GIVEN}.share=1", "less than 1"),
         (f"{GIVEN}.path=r", "needs rollout.given.share above 0"),

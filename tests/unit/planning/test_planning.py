@@ -266,7 +266,7 @@ def test_the_tool_prints_a_plan_and_refuses_in_one_line(tmp_path: Path, capsys: 
     answer = json.loads((tmp_path / "plan.json").read_text())
     assert f"a checkpoint takes {answer['checkpoint_host_bytes'] / GIB:.1f} GiB of each node's host memory" in shown
     assert "peak" in shown and f"{answer['seconds']:.1f} s per iteration" in shown
-    assert all(each["name"] in shown for each in answer["measures"]) and len(answer["measures"]) == 12
+    assert all(each["name"] in shown for each in answer["measures"]) and len(answer["measures"]) == 13
     for overrides, message in (
         (["experiment=kdrl_32b"], "add cluster=h100"),
         ([*RUN, "student.path=nowhere"], "student.path=nowhere has no config.json"),
