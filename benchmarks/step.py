@@ -188,7 +188,7 @@ def measure(folder: Path, correct: float, repeats: int) -> dict[str, Times]:
     off_loads = _off_loads(job, settings) if torch.cuda.is_available() else {}
     for repeat in range(repeats + 2):  # the first fills caches and creates the optimizer state, the second measures memory
         following = repeat == 1
-        rollouts = timed("rollout", lambda: job.source.rollouts(1))
+        rollouts = timed("rollout", partial(job.source.rollouts, 1 + repeat))
         timed("reward", partial(job.source.verify, rollouts))
         for index, rollout in enumerate(rollouts):
             rollout.correct = (index * correct) % 1 + correct >= 1  # evenly spread
