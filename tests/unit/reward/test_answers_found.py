@@ -80,7 +80,7 @@ def test_forms_of_a_reference(gold: str, answer: str) -> None:
     ("value", "text"),
     [
         ("42", "42"), (42, "42"), (42.0, "42"), (0.5, "0.5"), (1e-7, "1e-07"), (-3, "-3"), (2**60, str(2**60)),
-        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"),
+        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"), ([[1, 2], [3]], "(1, 2), 3"),
         ([{"call": "f()", "output": "1"}], '[{"call": "f()", "output": "1"}]'),
         ("", None), (" ", None), (None, None), (True, None), ([], None), ([None], None), ({"a": 1}, None), (["", "a"], None),
     ],
@@ -119,6 +119,11 @@ def test_a_verifier_takes_the_known_forms_of_its_references(kind: str, gold: str
 def test_a_reference_that_no_response_can_match_is_refused(kind: str, gold: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"some.jsonl row 2: no response can match the answer .*{reason}"):
         check_answers(["A" if kind == "multiple_choice" else '[{"call": "f()", "output": "1"}]', gold], "some.jsonl", kind)
+
+
+def test_all_refused_answers_are_counted() -> None:
+    with pytest.raises(DataError, match=r"row 2: .* 'Paris' .* \(and 2 more of 5, the last in row 5\)$"):
+        check_answers(["A", "Paris", "B", "12", "none"], "some.jsonl", "multiple_choice")
 
 
 @pytest.mark.parametrize(
