@@ -55,6 +55,8 @@ class HFWeights:
                         f"{self.path} has only pickled weights ({pickled[0].name}), which are never loaded: convert them to "
                         "safetensors"
                     )
+                if shards := sorted(self.path.glob("model-*.safetensors")):
+                    raise ModelError(f"{self.path} holds {shards[0].name}, but not {INDEX}: copy it from the original model")
                 raise ModelError(f"{self.path} has no weights: neither model.safetensors nor {INDEX} is there")
         _refuse_rivals(self.path, names)
         self._extents: dict[str, Extent] = {}

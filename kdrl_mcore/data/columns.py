@@ -12,6 +12,7 @@ from kdrl_mcore.config import DataConfig
 from kdrl_mcore.data.rows import MISSING, Row
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.reward.answers import answer_text
+from kdrl_mcore.reward.choices import chosen
 
 Messages = list[dict[str, str]]
 """A conversation as chat templates take it: `role` and `content` of each message."""
@@ -159,7 +160,7 @@ class FieldReader:
         """The choices, from a list of texts or an object with the lists `label` and `text`."""
         value = self._column(row, key, "data.choices_key")
         texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
-        written = [answer_text(text) for text in texts] if isinstance(texts, list) else []
+        written = [text if text == "" else answer_text(text) for text in texts] if isinstance(texts, list) else []
         labels = _LETTERS[: len(written)] if labels is None else labels
         if not 2 <= len(written) <= len(_LETTERS) or None in written or len(labels) != len(written):
             raise DataError(
@@ -181,12 +182,22 @@ class FieldReader:
 
     def _chosen(self, row: Row, value: Any, choices: Sequence[_Choice]) -> str:
         """The letter of the choice that the answer names by its number from 0, its label or its text."""
+        if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps is one of floats
+            value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
             return choices[value].letter
         if isinstance(value, str):
-            for names in ([choice.label for choice in choices], [choice.text for choice in choices]):
-                if value.strip() in (stripped := [name.strip() for name in names]):
-                    return choices[stripped.index(value.strip())].letter
+            label = chosen(value) if all(choice.label == choice.letter for choice in choices) else value.strip()
+            named = [choice.letter for choice in choices if choice.label.strip() in (label, value.strip())]
+            meant = [choice.letter for choice in choices if choice.text.strip() == value.strip()]
+            found = {*named, *meant}
+            if len(found) == 1:
+                return found.pop()
+            if found:
+                raise DataError(
+                    f"{self._source} {row.where}: '{self._data.answer_key}' is {_shown(value)}, which may be each of the "
+                    f"choices {', '.join(sorted(found))}: write the number of the choice from 0"
+                )
         raise DataError(
             f"{self._source} {row.where}: '{self._data.answer_key}' is {_shown(value)}, none of the {len(choices)} choices: "
             "write its number from 0, its letter or its text"

@@ -77,7 +77,7 @@ def _read_file(path: Path, source: str, kind: str, wanted: Sequence[str]) -> Ite
                 yield from parquet_rows(BytesIO(stream.read()) if zipped else stream, source, wanted)
             elif head.startswith(_PARQUET):
                 raise DataError(f"{source} is a parquet file: rename it to .parquet")
-            elif head.startswith(_UTF16):
+            elif head.startswith(_UTF16) or b"\0" in head[:4]:
                 raise DataError(f"{source} is UTF-16 text: save it as UTF-8")
             elif kind == ".json" or head.removeprefix(BOM).lstrip().startswith(b"["):
                 yield from document_rows(stream, source)

@@ -146,7 +146,8 @@ def answer_text(value: Any) -> str | None:
     """The value of an answer column as text; None if it is not an answer.
 
     Strings stay unchanged. Numbers are written with all their digits, whole ones without a decimal point, and dates as
-    2024-01-31. A list of these is joined by commas; a list of objects, such as the tests of a program, becomes JSON.
+    2024-01-31. A list of these is joined by commas, and lists in it are tuples; a list of objects, such as the tests of a
+    program, becomes JSON.
     """
     if isinstance(value, str):
         return value if value.strip() else None
@@ -157,9 +158,15 @@ def answer_text(value: Any) -> str | None:
     if isinstance(value, list) and value:
         if all(isinstance(each, dict) for each in value):
             return json.dumps(value)
-        texts = [answer_text(each) for each in value]
+        texts = [_item_text(each) for each in value]
         return ", ".join(text for text in texts if text) if None not in texts else None
     return None
+
+
+def _item_text(item: Any) -> str | None:
+    """An item of a list as text; a list of several is a tuple in it."""
+    text = answer_text(item)
+    return f"({text})" if text and isinstance(item, list) and len(item) > 1 else text
 
 
 def _number_text(value: float | Decimal) -> str | None:

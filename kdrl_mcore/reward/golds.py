@@ -49,21 +49,27 @@ def check_answers(
     if verifier is None:
         return
     rows = range(1, len(answers) + 1) if rows is None else rows
-    for row, answer in zip(rows, answers, strict=True):
-        if reason := verifier.why_refused(answer):
-            raise _refused(source, row, answer, kind, reason)
-    if not issubclass(verifier, AnswerReward):
-        return
+    reasons = [verifier.why_refused(answer) for answer in answers]
+    if issubclass(verifier, AnswerReward) and not any(reasons):
+        reasons = _not_their_own(verifier, answers, replace(config or RewardConfig(), kind=kind))
+    refused = [each for each in zip(rows, answers, reasons, strict=True) if each[2]]
+    if refused:
+        (row, answer, reason), others = refused[0], len(refused) - 1
+        shown = answer if len(answer) <= SHOWN_CHARS else f"{answer[:SHOWN_CHARS]}..."
+        more = f" (and {others} more of {len(answers)}, the last in row {refused[-1][0]})" if others else ""
+        raise DataError(f"{source} row {row}: no response can match the answer {shown!r} with reward={kind}: {reason}{more}")
+
+
+def _not_their_own(verifier: type[AnswerReward], answers: Sequence[str], config: RewardConfig) -> list[str | None]:
+    """The reason to refuse each answer that the verifier does not accept from a response that states it; None for the rest."""
     stated = [[_response(answer, text) for text in verifier.statements(answer)] for answer in answers]
-    judge = build_reward(kind, replace(config or RewardConfig(), kind=kind))
+    judge = build_reward(config.kind, config)
     try:
         scores = iter(judge.score([response for responses in stated for response in responses]))
-        for row, answer, responses in zip(rows, answers, stated, strict=True):
-            verdicts = [next(scores) for _ in responses]
-            if verdicts and not any(verdicts):
-                raise _refused(source, row, answer, kind, "its own verifier does not find it equal to itself")
     finally:
         judge.close()
+    verdicts = [[next(scores) for _ in responses] for responses in stated]
+    return ["its own verifier does not find it equal to itself" if each and not any(each) else None for each in verdicts]
 
 
 def check_golds(
@@ -95,8 +101,3 @@ def _response(answer: str, stated: str) -> Rollout:
     nothing = np.empty(0, dtype=np.int64)
     log_probs = np.empty(0, dtype=np.float32)
     return Rollout("", 0, nothing, nothing, log_probs, "stop", 0, response=stated, answer=answer)
-
-
-def _refused(source: str, row: int, answer: str, kind: str, reason: str) -> DataError:
-    shown = answer if len(answer) <= SHOWN_CHARS else f"{answer[:SHOWN_CHARS]}..."
-    return DataError(f"{source} row {row}: no response can match the answer {shown!r} with reward={kind}: {reason}")

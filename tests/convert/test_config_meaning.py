@@ -120,8 +120,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a factor in words": ({"rope_parameters": {**YARN, **THETA, "factor": "4"}}, "factor='4' is not a number"),
     "a factor of nothing": ({"rope_parameters": {"rope_type": "linear", "factor": 0, **THETA}}, "above 0"),
     "frequencies the wrong way round": ({"rope_parameters": {**LLAMA3, **THETA, "low_freq_factor": 4.0}}, "must be the larger"),
+    "a theta that is no number": ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_theta=nan"),
+    "an original of nothing": (
+        {"rope_parameters": {**YARN, **THETA, "original_max_position_embeddings": 0}},
+        "has no original_max_position_embeddings",
+    ),
     "half rotated": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}}, "partial_rotary"),
     "half rotated, outside": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+    "rotated in pairs": ({"rope_interleave": True}, "rope_interleave=True"),
+    "half rotated, by another name": ({"rotary_pct": 0.25}, "rotary_pct=0.25"),
+    "another activation": ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation=gelu_pytorch_tanh"),
     "logits scaled": ({"logit_scale": 0.0625}, "logit_scale=0.0625"),
     "logits capped": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "embeddings scaled": ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
@@ -303,6 +311,10 @@ def index_of_nothing(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
 
 
+def no_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+
+
 RIVALS = {
     "an old single file": (stale_single_file, "holds model.safetensors, which does not belong to model.safetensors.index.json"),
     "an old shard": (stale_shard, "holds model-00099-of-00099.safetensors, which does not belong"),
@@ -311,6 +323,7 @@ RIVALS = {
     "an adapter's weights": (adapter("adapter_model.safetensors"), "holds an adapter .adapter_model.safetensors."),
     "an adapter, pickled": (adapter("adapter_model.bin"), "holds an adapter .adapter_model.bin."),
     "a tensor twice": (same_tensor_twice, "both model-.* hold .*: remove one of them"),
+    "shards without an index": (no_index, "holds model-00001.*, but not model.safetensors.index.json"),
     "an index of nothing": (index_of_nothing, "is not a valid index"),
 }
 
@@ -337,3 +350,13 @@ def test_an_adapter_alone_is_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="only an adapter's: merge it into its base first"):
         read_architecture(tmp_path)
+
+
+def test_a_key_with_two_values_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(models["qwen2"], tmp_path / "model", {})
+    written = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(written.replace("{", '{"num_attention_heads": 8, ', 1))
+    with pytest.raises(ModelError, match=r"config.json is not valid JSON: 'num_attention_heads' is 8 and 4"):
+        read_architecture(folder)
+    (folder / "config.json").write_text(written.replace("{", '{"num_attention_heads": 4, ', 1))
+    assert read_architecture(folder).num_attention_heads == 4

@@ -31,12 +31,26 @@ def read_hf_config(path: str | Path) -> dict:
         hint = ", only an adapter's: merge it into its base first" if adapter.is_file() else ""
         raise ModelError(f"{path} is not a model directory: it has no config.json{hint}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_contradiction)
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a JSON object: it does not describe a model")
     return config
+
+
+def _without_contradiction(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these keys and values.
+
+    Raises:
+        ValueError: a key has two values, of which JSON readers silently take the last.
+    """
+    values: dict[str, object] = {}
+    for key, value in pairs:
+        held = values.setdefault(key, value)
+        if held is not value and held != value:
+            raise ValueError(f"'{key}' is {held} and {value}")
+    return values
 
 
 def read_architecture(path: str | Path) -> Architecture:

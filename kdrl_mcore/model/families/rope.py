@@ -45,8 +45,8 @@ def refuse(hf: dict, path: str, **supported: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a config value is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a config value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_size(value: object) -> TypeGuard[int]:
@@ -98,8 +98,8 @@ def read_rope(hf: dict, path: str) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, factor)
-    original = given.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
-    if not original:
+    original = given.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    if not is_size(original):
         raise ModelError(f"{where}: rope scaling '{kind}' has no original_max_position_embeddings")
     if kind == "llama3":
         low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])

@@ -128,6 +128,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "latin-1": (ROW * 2 + '{"prompt": "é", "answer": "1"}\n'.encode("latin-1"), "a.jsonl line 3 is not UTF-8 text (byte 0xe9)"),
     "broken UTF-8": (ROW + b'{"prompt": "\xe2\x28\xa1"}\n' + ROW, "a.jsonl line 2 is not UTF-8 text (byte 0xe2)"),
     "UTF-16": ('{"prompt": "q"}\n'.encode("utf-16"), "a.jsonl is UTF-16 text: save it as UTF-8"),
+    "UTF-16 without a mark": ('{"prompt": "q"}\n'.encode("utf-16-le"), "a.jsonl is UTF-16 text: save it as UTF-8"),
     "cut": (ROW + ROW[:-6], "a.jsonl line 2 is cut off"),
     "cut in a nested object": (ROW + b'{"prompt": "q", "x": {"a": 1}', "a.jsonl line 2 is cut off"),
     "cut in a character": (ROW + '{"prompt": "é'.encode()[:-1], "a.jsonl line 2 is cut off"),

@@ -80,7 +80,7 @@ def test_forms_of_a_reference(gold: str, answer: str) -> None:
     ("value", "text"),
     [
         ("42", "42"), (42, "42"), (42.0, "42"), (0.5, "0.5"), (1e-7, "1e-07"), (-3, "-3"), (2**60, str(2**60)),
-        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"),
+        ([1, 2], "1, 2"), (["a", "b"], "a, b"), ([0.5], "0.5"), ([[1, 2], [3]], "(1, 2), 3"),
         ([{"call": "f()", "output": "1"}], '[{"call": "f()", "output": "1"}]'),
         ("", None), (" ", None), (None, None), (True, None), ([], None), ([None], None), ({"a": 1}, None), (["", "a"], None),
     ],
@@ -121,6 +121,11 @@ def test_a_reference_that_no_response_can_match_is_refused(kind: str, gold: str,
         check_answers(["A" if kind == "multiple_choice" else '[{"call": "f()", "output": "1"}]', gold], "some.jsonl", kind)
 
 
+def test_all_refused_answers_are_counted() -> None:
+    with pytest.raises(DataError, match=r"row 2: .* 'Paris' .* \(and 2 more of 5, the last in row 5\)$"):
+        check_answers(["A", "Paris", "B", "12", "none"], "some.jsonl", "multiple_choice")
+
+
 @pytest.mark.parametrize(
     ("reference", "response", "correct"),
     [
@@ -136,6 +141,28 @@ def test_a_reference_that_no_response_can_match_is_refused(kind: str, gold: str,
         ("25", "<think>The answer is 25", False),
         ("0.0000001", "The answer is 0.0000002.", False),
         ("25", "", False),
+        # A box is judged as strictly as without `anywhere`, and so is what a response calls its answer.
+        ("12", r"\boxed{13 = 12}", False),
+        ("HHT", r"\boxed{THH}", False),
+        ("5", r"\boxed{5 \text{ or more}}", False),
+        ("2516_8", r"\boxed{2516_7}", False),
+        ("12", "The answer is $13 = 12$.", False),
+        ("HHT", "The answer is $THH$.", False),
+        ("5", "The answer is at least 5.", False),
+        ("5", r"The answer is $\ge 5$.", False),
+        ("72", "The answer is 72. No, the answer is 73.", False),
+        ("73", "The answer is 72. No, the answer is 73.", True),
+        ("1.6e-19", "The answer is 1.6e-19.", True),
+        ("B", "The answer is (B).", True),
+        ("yes", "The answer is yes.", True),
+        ("yes", "The answer is no.", False),
+        ("1,2", "The answers are 1 and 2.", True),
+        ("(1,2)", "The answer is (1,2).", True),
+        ("73", "**Final Answer:** 73", True),
+        ("12", "The answer: twelve.", True),
+        ("42", "Answer: 42 (since 6*7=42)", True),
+        ("34", "Final Answer: The largest n is 34.", True),
+        ("5.20", r"The answer is \$5.20", True),
     ],
 )
 def test_an_answer_anywhere(reference: str, response: str, correct: bool) -> None:
