@@ -164,8 +164,10 @@ def endless(source: Path, target: Path) -> Path:
     number, token = spare[-1]
     target.mkdir()
     for path in source.iterdir():
-        if path.suffix in (".safetensors", ".jinja") or path.name == "tokenizer.json":
+        if path.suffix == ".safetensors" or path.name == "tokenizer.json":
             (target / path.name).symlink_to(path.resolve())
+        elif path.suffix == ".jinja":  # the token that ends a turn in the template ends a response, too
+            (target / path.name).write_text(path.read_text().replace(tokenizer.eos_token, token))
         elif path.suffix == ".json":
             shutil.copy(path, target)
     for name, key, value in (
