@@ -58,8 +58,9 @@ def test_peak_memory_is_that_of_the_run() -> None:
         torch.ones(64 * 2**20, dtype=torch.uint8)
 
     def measured() -> float:
-        # The system may take idle pages of this process back at the same time, which hides as many new ones.
-        return max(_extra_memory(run, inputs)[0] for _ in range(3))
+        # The system may take idle pages of this process back at the same time, which hides as many new ones; on a busy machine
+        # three times in a row.
+        return max(_extra_memory(run, inputs)[0] for _ in range(10))
 
     for _ in range(2):  # the second peak does not remember the first
         assert 60 * 2**20 < measured() < 100 * 2**20
