@@ -115,7 +115,7 @@ def check_outcome(config: Config) -> None:
         )
     best = config.checkpoint.best
     if best is not None and best not in (names := metric_names(config)):
-        raise ConfigError(f"checkpoint.best={best} is no metric of the evaluations; there are: {', '.join(names)}")
+        raise ConfigError(f"checkpoint.best={best} is not a metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()))
 
@@ -191,7 +191,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter)
     kd = config.objective.kd
     if kd.clamp is not None and dist.get_rank() == 0:
-        logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
+        logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
     if compares_over_vocabulary(config.objective):
         student.load_teacher_head(config.teacher.path, kd)
     return teacher
@@ -199,7 +199,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
 
 def masks_stop_token(config: Config) -> bool:
     """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
-    gives the student's next to no probability: its term would teach the student never to stop."""
+    gives the student's end token almost no probability: distilling it would teach the student never to stop."""
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
@@ -212,8 +212,8 @@ def masks_stop_token(config: Config) -> bool:
     if student is None or teacher is None:
         unknown = config.student.path if student is None else config.teacher.path
         logger.warning(
-            "%s: the token that ends a response is distilled; %s has no tokenizer, so whether both models end alike is not "
-            "known: set it to mask if they do not, else to keep",
+            "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
+            "responses with the same token: set it to keep if they do, otherwise to mask",
             *(name, unknown),
         )
     elif differ:
@@ -319,8 +319,8 @@ def build_source(
         responses, cut_off = read_given(rollout.given.path, data.limits, rollout.max_response_tokens)
         domains = [Domain("", responses)]
         if cut_off and dist.get_rank() == 0:
-            logger.warning("%s: %d responses were cut off and are not given", rollout.given.path, cut_off)
-    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # another order than that of the prompts to sample
+            logger.warning("%s: %d responses were cut off and are left out", rollout.given.path, cut_off)
+    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # an order different from that of the prompts to sample
     return BesideGiven(source, given, student, partial(num_given, config))
 
 

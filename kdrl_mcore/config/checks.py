@@ -39,7 +39,7 @@ from kdrl_mcore.config.schema import (
 from kdrl_mcore.errors import ConfigError
 
 MAY_BE_EMPTY = ("cluster.name",)
-"""Keys whose text may be empty; for all others an empty text is taken for a forgotten value."""
+"""Keys whose text may be empty; for all others an empty text counts as a forgotten value."""
 
 RECOMPUTED_PARTS = {
     "core_attn": ("core_attn",),
@@ -48,7 +48,7 @@ RECOMPUTED_PARTS = {
     "moe": ("moe",),
     "moe_act": ("moe",),
 }
-"""The parts that can be off-loaded in which a recomputed module lies."""
+"""For each recomputed module, the off-loadable parts that contain it."""
 
 
 def check_config(config: Config) -> None:
@@ -72,7 +72,7 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
-            "telling who hangs"
+            "naming the rank that hangs"
         )
     _check_layout(config.parallel)
     _check_activations(config.parallel)
@@ -149,7 +149,7 @@ def _check_layout(parallel: ParallelConfig) -> None:
 
 
 def _check_activations(parallel: ParallelConfig) -> None:
-    """Check what is recomputed and what is off-loaded; model/activations.py checks it against the model."""
+    """Check which activations are recomputed and off-loaded; model/activations.py checks them against the model."""
     recomputed, offloaded = parallel.recompute_modules, parallel.offload_activations
     for key, names, known in (
         ("recompute_modules", recomputed, RECOMPUTE_MODULES),
@@ -162,7 +162,7 @@ def _check_activations(parallel: ParallelConfig) -> None:
                 raise ConfigError(f"parallel.{key} names {name} twice: leave one out")
     if "attn_proj" in offloaded and "core_attn" not in offloaded:
         raise ConfigError(
-            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which keeps it, too: name both"
+            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which also keeps it: name both"
         )
     if parallel.recompute != "selective":
         if sorted(recomputed) != sorted(DEFAULT_RECOMPUTE):
@@ -176,13 +176,13 @@ def _check_activations(parallel: ParallelConfig) -> None:
     if not recomputed:
         raise ConfigError("parallel.recompute=selective with no parallel.recompute_modules: name some, or set it to none")
     if "moe" in recomputed and "moe_act" in recomputed:
-        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act, leave one out")
+        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act; leave one out")
     for module, parts in RECOMPUTED_PARTS.items():
         both = [part for part in offloaded if module in recomputed and part in parts]
         if both:
             raise ConfigError(
                 f"parallel.recompute_modules has {module} and parallel.offload_activations has {both[0]}, which covers it: "
-                "what is recomputed is not kept, so leave one out"
+                "recomputed activations are not kept, so leave one out"
             )
 
 
@@ -210,7 +210,7 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
 
 
 def _check_plateaus(config: Config) -> None:
-    """Check what follows the evaluations on the way."""
+    """Check the settings that depend on evaluations during training."""
     on_the_way = evaluates(config) and config.eval.every > 0
     for key, is_set in (
         ("trainer.stop_after", config.trainer.stop_after > 0),
@@ -270,11 +270,11 @@ def _check_vllm(settings: VllmConfig) -> None:
 
 
 def _check_overlap(config: Config) -> None:
-    """Check what may overlap with the sampling of servers."""
+    """Check the settings for work that overlaps with the servers' sampling."""
     rollout = config.rollout
     if config.teacher.score_while_sampling and (not engines_have_own_gpus(rollout) or rollout.steps_ahead):
         raise ConfigError(
-            "teacher.score_while_sampling=true needs an engine that samples this step's responses on devices of its own: set "
+            "teacher.score_while_sampling=true needs an engine that samples this step's responses on separate devices: set "
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
     if not rollout.steps_ahead:
@@ -322,11 +322,13 @@ def _check_objective(config: Config) -> None:
     if updates > config.rollout.prompts_per_step and not replays(config):
         raise ConfigError(
             f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
-            "update needs a prompt of its own"
+            "update needs at least one prompt"
         )
     if objective.kind == "sft":
         if config.rollout.given.share or config.rollout.given.path:
-            raise ConfigError("rollout.given stands beside sampled responses, objective=sft has given ones alone: leave it out")
+            raise ConfigError(
+                "rollout.given adds given responses to sampled ones, but objective=sft trains only on given ones: leave it out"
+            )
         return
     if learns_from_reward(objective) and not replays(config) and config.rollout.responses_per_prompt == 1:
         raise ConfigError(

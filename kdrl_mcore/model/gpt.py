@@ -82,7 +82,7 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied). It is read outside its
-        module, so no hook of that module runs, but that of `register_head_pre_hook`."""
+        module, so no hook of that module runs except the one from `register_head_pre_hook`."""
         if self._head_pre_hook is not None:
             self._head_pre_hook()
         return (
@@ -90,7 +90,7 @@ class LanguageModel(GPTModel):
         )
 
     def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
-        """Have `hook` called each time before the weight of the output head is read."""
+        """Register a function that is called each time before the weight of the output head is read."""
         self._head_pre_hook = hook
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
@@ -148,7 +148,7 @@ def build_model(
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
-        ConfigError: the layout, or what is to be recomputed or off-loaded, does not fit the architecture.
+        ConfigError: the layout does not fit the architecture, or an activation to recompute or off-load does not exist in it.
     """
     check_layout(architecture, groups.layout, trainable=trainable)
     activations.check(architecture, transformer_engine=uses_transformer_engine(model))
@@ -190,10 +190,10 @@ def build_model(
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether the layers are made of Transformer Engine's modules here.
+    """Whether the layers consist of Transformer Engine's modules.
 
     Raises:
-        ConfigError: the configuration asks for Transformer Engine, which cannot be used here.
+        ConfigError: the configuration asks for Transformer Engine, which cannot be used in this process.
     """
     asked = asks_for_transformer_engine(model)
     if asked is False:

@@ -3,8 +3,8 @@
 Prompts are right-aligned: the column after the longest prompt holds the first response token of every slot, so a decoding step
 writes one column for all slots. Columns before a short prompt are masked out.
 
-The cache grows by an eighth of its length at a time and so takes few sizes. On GPUs attention covers all of it, with future
-columns masked out too: over thousands of steps kernels then see few shapes, all of them aligned.
+The cache grows by an eighth of its length at a time, so it has few different sizes. On GPUs attention covers all of it, with
+future columns masked out too: over thousands of steps kernels then see few shapes, all of them aligned.
 """
 
 from __future__ import annotations

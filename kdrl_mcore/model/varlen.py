@@ -47,7 +47,7 @@ class VarlenAttention(Protocol):
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, head_dimension: int) -> VarlenAttention | None:
-    """The kernel for such queries, torch's in preference to flash-attn's; None where there is none: on CPU, in float32, and for
+    """The kernel for such queries, torch's in preference to flash-attn's; None if there is none: on CPU, in float32, and for
     heads or GPUs that FlashAttention does not support."""
     fits = head_dimension % _HEAD_MULTIPLE == 0 and head_dimension <= _LARGEST_HEAD
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not fits:

@@ -90,11 +90,11 @@ def _recompute_without_fp8() -> None:
 
 @contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Let Transformer Engine's layers, where they can be used, keep hold of their weights during a forward pass: autograd's
-    hooks for saved tensors give a weight back without its `main_grad` and the marks that DDP relies on.
+    """Inside this context Transformer Engine's layers, if they can be used, keep references to their weights during a forward
+    pass: autograd's hooks for saved tensors return a weight without its `main_grad` and the attributes that DDP relies on.
 
-    The layers ask Transformer Engine whether its own off-load is on. Megatron-Core sets the same mark for its off-load, but
-    from 2.10 on Transformer Engine heeds it only if it has also been told to use its first form.
+    The layers keep them if Transformer Engine's own off-load is on. Megatron-Core sets the same flag for its off-load, but from
+    2.10 on Transformer Engine respects it only if its first version of off-load is selected, too.
     """
     if why_no_transformer_engine() is not None:
         yield

@@ -48,8 +48,8 @@ class MicroBatch:
         sampler_log_probs_T: log mu of the loss rows; None if the student's present weights sampled them.
         teacher_hidden_DG: the teacher's hidden states of the first D loss rows, in host memory; None unless the loss compares
             student and teacher over the vocabulary.
-        given_T: which loss rows are of given responses (bool); None without any. They are left out of what is measured of the
-            student's own.
+        given_T: which loss rows belong to given responses (bool); None without any. Measures of the student's own responses
+            leave them out.
     """
 
     packed: PackedBatch

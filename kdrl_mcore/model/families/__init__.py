@@ -1,4 +1,4 @@
-"""Model families: one file for each, with the meaning of its HF config and the map of its weights."""
+"""Model families, one file each: how to read its HF config, and the map of its weights."""
 
 from __future__ import annotations
 
