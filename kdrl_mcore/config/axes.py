@@ -86,7 +86,7 @@ def _check_policy(objective: ObjectiveConfig) -> None:
         )
     if objective.policy_loss == "cispo" and objective.dual_clip is not None:
         raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
-    if objective.ratio == "sequence" and objective.combine.kind == "ratio":
+    if objective.ratio != "token" and objective.combine.kind == "ratio":
         raise ConfigError("objective.combine.kind=ratio has a ratio of its own for each token: leave objective.ratio at token")
 
 
@@ -122,12 +122,16 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
     if weight.kind == "constant":
         if weight.normalize:
             raise ConfigError("objective.kd.token_weight.normalize=true has nothing to scale with kind=constant")
+        if weight.over != "response":
+            raise ConfigError("objective.kd.token_weight.over=batch has nothing to choose with kind=constant")
         return
     name = f"objective.kd.token_weight.kind={weight.kind}"
     if not uses_teacher(objective) or objective.combine.kind in ("modulate", "ratio"):
         raise ConfigError(f"{name} weighs the tokens of a distillation loss, and there is none: set it to constant")
     if kd.placement == "reward":
         raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
+    if weight.over == "batch" and weight.kind not in ("entropy", "magnitude"):
+        raise ConfigError(f"{name} has no shares of a batch: leave objective.kd.token_weight.over at response")
     if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
         raise ConfigError("objective.kd.token_weight: tokens and share are both set: leave one out")
 
@@ -173,7 +177,7 @@ def _check_control_variate(objective: ObjectiveConfig) -> None:
         ("importance", kd.importance, ("full",)),
         ("importance_level", kd.importance_level, ("token",)),
         ("mask", kd.mask, ("none",)),
-        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "trusted_prefix", "teacher_entropy")),
+        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "teacher_entropy")),
         ("combine.kind", objective.combine.kind, ("add", "reference")),
     ):
         if value not in harmless:

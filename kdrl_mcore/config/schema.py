@@ -164,6 +164,12 @@ class ScheduleConfig:
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
     after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
     target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
+    drop: float = key(
+        0.0, "below: the share by which the KL must fall from the first one measured, instead of target", range=DECAY
+    )
+    ramp: int = key(
+        0, "below: rises linearly to init over so many steps, after which it switches at the latest", range=COUNT_OR_OFF
+    )
     patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
 
@@ -207,13 +213,23 @@ class TokenWeightConfig:
         takes_functions=True,
     )
     share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
+    over: str = key(
+        "response",
+        "entropy and magnitude: what the shares are of, the tokens of each response or all distilled ones of an update (batch)",
+        choices=("response", "batch"),
+    )
     more: float = key(
         0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
     )
     tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
     rate: float = key(
-        1.0, "trusted_prefix: how fast trust falls; teacher_entropy: the same; rising: power of the position", range=POSITIVE
+        1.0,
+        "teacher_entropy: how fast the weight falls; trusted_prefix: by how much the first token counts more than the last",
+        range=POSITIVE,
     )
+    low: float = key(0.25, "rising: weight of the first tokens, that of the last ones is 1", range=Range(0, 1))
+    middle: float = key(0.3, "rising: where in the response it is half-way, as a share of its length", range=Range(0, 1))
+    width: float = key(0.1, "rising: how wide the rise is, as a share of the length", range=POSITIVE)
     solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
     unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
     normalize: bool = key(False, "scale the weights so that their mean over the distilled tokens is 1")
@@ -332,7 +348,9 @@ class ObjectiveConfig:
         takes_functions=True,
     )
     ratio: str = key(
-        "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
+        "token",
+        "pi/pi_old of each token, the geometric mean over the sequence (GSPO), or the product over it",
+        choices=("token", "sequence", "product"),
     )
     dual_clip: float | None = key(
         None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)

@@ -40,7 +40,7 @@ class TokenBatch:
             there is no such token.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
         draws: a number drawn from [0, 1) for each token, where `objective.kd.mix` draws; otherwise None.
-        sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
+        sequence_ratios: pi / pi_old over the response (`objective.ratio`); None where each token has its own.
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
         kd_log_ratios: log pi / mu over the response (`objective.kd.importance_level`), likewise.
         given: 1 where the response was given, else 0; None without any (`without_sampler`).

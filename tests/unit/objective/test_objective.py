@@ -156,6 +156,24 @@ def test_a_coefficient_may_fall_once_it_has_switched() -> None:
     assert values == [0.0, 1.0, 0.75]
 
 
+def test_a_coefficient_rises_until_the_kl_has_fallen_by_a_share_and_then_falls() -> None:
+    """SAF-OPD, resumed at every step."""
+    schedule = ScheduleConfig(kind="below", init=0.1, after=0.1, ramp=4, drop=0.2, delta=0.02)
+
+    def follow(kls: list[float | None]) -> list[float]:
+        coefficient, values = Coefficient(schedule), []
+        for kl in kls:
+            values.append(coefficient.value)
+            coefficient.advance(kl)
+            state = json.loads(json.dumps(coefficient.state_dict()))
+            coefficient = Coefficient(schedule)
+            coefficient.load_state_dict(state)
+        return values
+
+    assert follow([1.0, 0.7, 0.9, 0.9]) == pytest.approx([0.025, 0.05, 0.1, 0.08])
+    assert follow([1.0] * 7) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06])  # at the latest after the rise
+
+
 def test_a_plateau_is_remembered_in_a_checkpoint() -> None:
     schedule = ScheduleConfig(kind="plateau", init=1.0, after=0.0, patience=2)
     first, second = Coefficient(schedule), Coefficient(schedule)
