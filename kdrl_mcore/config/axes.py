@@ -232,6 +232,8 @@ def _largest(schedule: ScheduleConfig) -> float:
     """An upper bound of the coefficient."""
     if schedule.delta < 0 and schedule.kind in ("linear", *SWITCHES):
         return math.inf
+    if ":" in schedule.kind:
+        return 0.0  # a function of your own keeps its bounds itself
     if schedule.kind in SWITCHES:
         return max(schedule.init, schedule.after, schedule.min)
     return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

@@ -30,7 +30,9 @@ WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step."""
+    """Whether a coefficient schedule is above zero at some step, as a function of your own may be."""
+    if ":" in schedule.kind:
+        return True
     values = {
         "constant": (schedule.init,),
         **dict.fromkeys(SWITCHES, (schedule.init, schedule.after, schedule.delta and schedule.min, -schedule.delta)),

@@ -153,8 +153,9 @@ class ScheduleConfig:
 
     kind: str = key(
         "constant",
-        "constant, linear, cosine, switch, below, plateau or adaptive",
+        "constant, linear, cosine, switch, below, plateau or adaptive; or MODULE:NAME",
         choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
+        takes_functions=True,
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
     min: float = key(0.0, "floor of linear, cosine, adaptive and delta", range=NOT_NEGATIVE)
@@ -240,7 +241,10 @@ class DistillationConfig:
     """The reverse KL to the teacher, on the student's own tokens."""
 
     estimator: str = key(
-        "k2", "k1, k2, k3, exact, top_k or top_k_unbiased", choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased")
+        "k2",
+        "k1, k2, k3, exact, top_k or top_k_unbiased; or MODULE:NAME, of the sampled token",
+        choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased"),
+        takes_functions=True,
     )
     divergence: str = key(
         "reverse",
@@ -252,8 +256,9 @@ class DistillationConfig:
         "none",
         "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
         "entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or drawn_trust "
-        "(one of the two, drawn with these probabilities)",
+        "(one of the two, drawn with these probabilities); or MODULE:NAME",
         choices=("none", "entropy", "trust", "drawn_trust"),
+        takes_functions=True,
     )
     mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
     control_variate: bool = key(
@@ -262,16 +267,18 @@ class DistillationConfig:
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
-        "none, response (only incorrect responses) or group (only all-incorrect groups)",
+        "none, response (only incorrect responses) or group (only all-incorrect groups); or MODULE:NAME",
         choices=("none", "response", "group"),
+        takes_functions=True,
     )
     denominator: str = key("all", "tokens the KD loss is averaged over: all, or unmasked", choices=("all", "unmasked"))
     clamp: float | None = key(None, "clamp of |log T - log pi|; None leaves every gradient alive", range=POSITIVE)
     importance: str = key(
         "full",
         "weight pi/mu of tokens that other weights sampled: full, truncate (at most importance_bound) or mask (0 outside "
-        "[1/bound, bound])",
+        "[1/bound, bound]); or MODULE:NAME",
         choices=("full", "truncate", "mask"),
+        takes_functions=True,
     )
     importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
     importance_level: str = key(
@@ -301,8 +308,9 @@ class SamplerCorrectionConfig:
 
     kind: str = key(
         "none",
-        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound])",
+        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound]); or MODULE:NAME",
         choices=("none", "truncate", "mask"),
+        takes_functions=True,
     )
     bound: float = key(2.0, "C of truncated importance sampling", range=Range(1, LARGE))
     level: str = key(

@@ -52,8 +52,7 @@ def cispo(rho_T: Tensor, log_probs_T: Tensor, advantages_T: Tensor, objective: O
     return -rho_T.detach().clamp(max=bound) * advantages_T * log_probs_T, rho_T.detach() > bound
 
 
-POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]] = {
-    "clip": clip,
-    "cispo": cispo,
-}
-"""The policy losses by the names of `objective.policy_loss`: (rho, log pi, A, settings) -> (loss, where it was clipped)."""
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]
+"""(rho, log pi, A, settings) -> (loss, where it was clipped); all [T]."""
+POLICY_LOSSES: dict[str, PolicyLoss] = {"clip": clip, "cispo": cispo}
+"""The policy losses by the names of `objective.policy_loss`."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
 from kdrl_mcore.config.derived import SWITCHES
+from kdrl_mcore.objective.functions import find_function
+
+OWN: dict[str, Callable[[int, ScheduleConfig], float]] = {}
+"""What a function of your own, MODULE:NAME, is: (optimizer step, settings) -> coefficient."""
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Coefficient:
         it rises to init in so many steps, and then switches at the latest. plateau: init until `patience` evaluations in a row
         have brought no higher accuracy, then `after`. Neither switches back.
     From the step s on in which one of these three has switched, it is max(after - delta (t - s), min) if `delta` is set.
+    MODULE:NAME: what this function of the step and the settings returns.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
 
@@ -59,7 +65,9 @@ class Coefficient:
             if since is None or t < since:
                 return s.init * min((t + 1) / s.ramp, 1.0) if s.ramp else s.init
             return max(s.after - s.delta * (t - since), s.min) if s.delta else s.after
-        return self._adapted if s.kind == "adaptive" else s.init
+        if s.kind == "adaptive":
+            return self._adapted
+        return s.init if s.kind == "constant" else find_function("the kind of a schedule", s.kind, OWN)(t, s)
 
     def advance(self, kl_per_token: float | None) -> None:
         """Advance by one optimizer step. `kl_per_token` is the KL to the teacher that the step measured, if any."""

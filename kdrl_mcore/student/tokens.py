@@ -46,7 +46,7 @@ def weigh_tokens(
         importance_N = sequence_log_ratios(now, sampler, kd.importance_level)
     ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in rollouts]
     draws = None
-    if kd.mix == "drawn_trust":
+    if kd.mix == "drawn_trust" or ":" in kd.mix:
         lengths = enumerate(len(rollout.response_token_ids) for rollout in rollouts)
         draws = [np.random.default_rng([*seeds, i]).random(length, dtype=np.float32) for i, length in lengths]
     return replace(

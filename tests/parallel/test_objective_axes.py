@@ -167,7 +167,13 @@ LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence ratio, cispo": ("dp2", {"ratio": "sequence", "policy_loss": "cispo", "clip_high": 0.002}),
     "product ratio": (
         "cp2",
-        {"ratio": "product", "aggregation": "sequence_sum_norm", "max_response_tokens": 20, "clip_low": 0.05, "clip_high": 0.02},
+        {
+            "ratio": "product",
+            "aggregation": "sequence_sum_norm",
+            "max_response_tokens": 20,
+            "clip_low": 0.05,
+            "clip_high": 0.02,
+        },
     ),
     "dual clip": ("tp2", {"dual_clip": 1.01, "clip_low": 0.05, "clip_high": 0.005}),
     "cispo": ("pp2", {"policy_loss": "cispo", "clip_high": 0.01}),
