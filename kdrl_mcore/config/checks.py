@@ -200,8 +200,11 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
         raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
     if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
         raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
-    if schedule.kind == "below" and not schedule.target > 0:
-        raise ConfigError(f"{name}.kind=below needs {name}.target > 0, the KL per token at which it switches")
+    if schedule.kind == "below" and (schedule.target > 0) == (schedule.drop > 0):
+        raise ConfigError(
+            f"{name}.kind=below needs either {name}.target > 0, the KL per token at which it switches, or {name}.drop > 0, by "
+            "how much the KL must fall"
+        )
     if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
         raise ConfigError(
             f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "

@@ -30,7 +30,9 @@ WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step."""
+    """Whether a coefficient schedule is above zero at some step, as a function of your own may be."""
+    if ":" in schedule.kind:
+        return True
     values = {
         "constant": (schedule.init,),
         **dict.fromkeys(SWITCHES, (schedule.init, schedule.after, schedule.delta and schedule.min, -schedule.delta)),
@@ -86,7 +88,7 @@ def needs_scores(config: Config) -> bool:
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
     objective, several = config.objective, config.batch.updates_per_step > 1
     return objective.kind != "sft" and (
-        (objective.ratio == "sequence" and several)
+        (objective.ratio != "token" and several)
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
         or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
     )

@@ -43,6 +43,8 @@ METRICS: dict[str, str] = {
     "clip_share": "share of tokens whose policy ratio was clipped",
     "taught_share": "share of the tokens that are distilled with a weight above 0 (objective.combine, kd.token_weight)",
     "gated_share": "share of tokens whose advantage objective.combine changed",
+    "mixed_share": "share of distillation that is the divergence over the vocabulary, not k2 (objective.kd.mix)",
+    "kd_cut_share": "share of the distilled tokens whose weight pi/mu the bounds of objective.kd.importance change",
     "corrected_share": "share of tokens to which objective.sampler_correction gives a weight other than 1",
     "correction_ess": "effective sample size of these weights, as a share of the tokens",
     "kd_importance_ess": "the same of the bounded weights pi/mu of distillation (objective.kd.importance)",
