@@ -19,6 +19,10 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
+"""What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
+the teacher's output head)."""
+
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 
@@ -79,6 +83,18 @@ def needs_teacher_scores(objective: ObjectiveConfig) -> bool:
     responses, so that the teacher's pass also runs its own head: 2 G V FLOP per token, G its hidden size."""
     weighs = weighs_by_scores(objective) or objective.kd.token_weight.kind == "teacher_entropy"
     return compares_over_vocabulary(objective) and weighs
+
+
+def wanted_scores(objective: ObjectiveConfig) -> frozenset[str]:
+    """What the loss needs of each token that the teacher scores."""
+    if not uses_teacher(objective):
+        return frozenset()
+    kind, values = objective.kd.token_weight.kind, {LOG_PROBS}
+    if kind == "teacher_entropy" or ":" in kind:
+        values.add(ENTROPIES)
+    if not compares_over_vocabulary(objective):
+        return frozenset(values)
+    return frozenset({DISTRIBUTION, *(values if needs_teacher_scores(objective) else ())})
 
 
 def needs_scores(config: Config) -> bool:
