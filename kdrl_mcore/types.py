@@ -21,7 +21,7 @@ class Prompt:
     `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
     `target` holds the token ids of the given response (end-of-sequence included) where the run uses them, else None.
     `domain` is the name of the prompt's source where training has several, else empty; `columns` are the row's values of
-    `data.columns`, which rewards may use.
+    `data.columns`, which rewards may use. `teacher_prompts` holds what teachers read instead of the prompt, by their names.
     """
 
     prompt_id: str
@@ -31,6 +31,7 @@ class Prompt:
     target: TokenIds | None = None
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Rollout:
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
     teacher did not score the response. `weight_version` counts the optimizer updates that the weights had received which
     sampled the first token; where they changed on the way, `later_versions` has (version, tokens) of each of the later ones.
-    The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
-    files keep the domain but not the columns. `given` marks a response that was not sampled but stands beside sampled ones
+    The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and `teacher_prompts` are the
+    prompt's; rollout files keep them but for the columns. `given` marks a response that was not sampled but stands beside sampled ones
     (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
     """
 
@@ -64,6 +65,7 @@ class Rollout:
     columns: Mapping[str, Any] = field(default_factory=dict)
     given: bool = False
     later_versions: tuple[tuple[int, int], ...] = ()
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -78,6 +80,10 @@ class Rollout:
         return replace(
             self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
         )
+
+    def behind(self, prompt_token_ids: TokenIds) -> Rollout:
+        """The same response behind another prompt, to be scored."""
+        return replace(self, prompt_token_ids=prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,9 @@ LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
 """What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
 the teacher's output head)."""
 
+TEACHER = "teacher"
+"""The name of the teacher's prompts in rollouts."""
+
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 
@@ -51,6 +54,32 @@ def learns_from_reward(objective: ObjectiveConfig) -> bool:
 def uses_teacher(objective: ObjectiveConfig) -> bool:
     """Whether the loss has the distillation term at some step, so that a teacher is loaded."""
     return objective.kind != "sft" and can_be_positive(objective.beta)
+
+
+def teaches_itself(config: Config) -> bool:
+    """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
+    return uses_teacher(config.objective) and config.teacher.weights != "path"
+
+
+def loads_teacher(config: Config) -> bool:
+    """Whether the teacher is a model of its own in this job."""
+    return uses_teacher(config.objective) and not teaches_itself(config)
+
+
+def keeps_earlier_weights(config: Config) -> bool:
+    """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
+    state is: 4 bytes per parameter, divided among its replicas."""
+    return teaches_itself(config) and config.teacher.weights != "present"
+
+
+def reads_own_prompt(config: Config) -> bool:
+    """Whether the teacher reads another prompt than the student."""
+    return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
+
+
+def teacher_prompt_tokens(config: Config) -> int:
+    """The most tokens that the teacher reads before a response."""
+    return (reads_own_prompt(config) and config.teacher.prompt.max_tokens) or config.rollout.max_prompt_tokens
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:
@@ -207,7 +236,7 @@ def used_models(config: Config) -> dict[str, str]:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     models = {"student": config.student.path}
-    if uses_teacher(config.objective):
+    if loads_teacher(config):
         assert config.teacher.path is not None
         models["teacher"] = config.teacher.path
     return models

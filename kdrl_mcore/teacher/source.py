@@ -40,6 +40,13 @@ class ScoreSource(Protocol):
         ...
 
 
+def as_read(rollouts: Mapping[int, Rollout], name: str | None) -> Mapping[int, Rollout]:
+    """The rollouts behind the prompts that the teacher of this name reads; None: behind their own."""
+    if name is None:
+        return rollouts
+    return {index: rollout.behind(rollout.teacher_prompts[name]) for index, rollout in rollouts.items()}
+
+
 def score_with(
     parts: ModelParts, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
 ) -> TeacherScores:

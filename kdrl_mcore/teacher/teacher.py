@@ -17,7 +17,7 @@ from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.parallel.layout import create_scoring_groups, teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.teacher.scores import TeacherScores
-from kdrl_mcore.teacher.source import score_with
+from kdrl_mcore.teacher.source import as_read, score_with
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
@@ -34,6 +34,7 @@ class Teacher:
         on_parameter: Callable[[], None] = lambda: None,
         *,
         share_prompts: bool = False,
+        name: str | None = None,
     ) -> None:
         """Build and load this rank's shard. Collective over the world.
 
@@ -42,7 +43,9 @@ class Teacher:
             vocab_size: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
             on_parameter: called before each parameter is read.
             share_prompts: compute a prompt once for all responses to it in a micro-batch.
+            name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
         """
+        self._name = name
         layout = teacher_layout(world_size, teacher.parallel)
         architecture = read_architecture(path)
         if architecture.vocab_size < vocab_size:
@@ -74,6 +77,7 @@ class Teacher:
         self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
     ) -> TeacherScores:
         """See `ScoreSource`."""
+        rollouts = as_read(rollouts, self._name)
         with self._on_device():
             return score_with(self.parts, rollouts, wanted, temperature=temperature, micro_tokens=micro_tokens)
 
