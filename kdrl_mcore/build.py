@@ -197,6 +197,8 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if kd.clamp is not None and dist.get_rank() == 0:
         logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
     if teaches_itself(config):
+        if compares_over_vocabulary(config.objective):
+            student.take_teacher_head()
         return SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")

@@ -43,8 +43,9 @@ class Rollout:
     teacher did not score the response. `weight_version` counts the optimizer updates that the weights had received which
     sampled the first token; where they changed on the way, `later_versions` has (version, tokens) of each of the later ones.
     The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and `teacher_prompts` are the
-    prompt's; rollout files keep them but for the columns. `given` marks a response that was not sampled but stands beside sampled ones
-    (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
+    prompt's; rollout files keep them but for the columns. `given` marks a response that was not sampled but stands beside
+    sampled ones (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold
+    none.
     """
 
     prompt_id: str

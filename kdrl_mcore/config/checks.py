@@ -378,8 +378,8 @@ def _check_teacher(config: Config) -> None:
     for key, default in asdict(TeacherPromptConfig()).items():
         if key not in ("template", *used) and getattr(prompt, key) != default:
             raise ConfigError(
-                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or leave "
-                "it out"
+                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
+                "leave it out"
             )
     if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
         raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")

@@ -104,7 +104,8 @@ def _check_teacher_prompt(where: str, ids: TokenIds, response_tokens: int, limit
     if len(ids) + response_tokens > limits.positions:
         raise DataError(
             f"{where}: what the teacher reads has {len(ids)} tokens, and with a response of {response_tokens} exceeds the "
-            f"{limits.positions} positions of {limits.model} (max_position_embeddings): shorten teacher.prompt, or remove the row"
+            f"{limits.positions} positions of {limits.model} (max_position_embeddings): shorten teacher.prompt, or remove the "
+            "row"
         )
 
 
@@ -154,7 +155,7 @@ def check_teacher_rollouts(rollouts: Sequence[Rollout], path: str | Path, config
         where, ids = f"{path} line {line}", rollout.teacher_prompts.get(TEACHER)
         if ids is None:
             raise DataError(
-                f"{where} has no teacher_prompts.{TEACHER}, which teacher.prompt.template={config.teacher.prompt.template} asks "
-                "for: name a file of a run that had this setting, or set it to student"
+                f"{where} has no teacher_prompts.{TEACHER}, which teacher.prompt.template={config.teacher.prompt.template} "
+                "asks for: name a file of a run that had this setting, or set it to student"
             )
         _check_teacher_prompt(where, ids, len(rollout.response_token_ids), limits)

@@ -136,8 +136,8 @@ def _short_enough(
             if long_prompts != "drop" or not len(each):
                 drop = ", or set data.long_prompts=drop" if long_prompts else ""
                 raise DataError(
-                    f"{source} {rows[i].where}: {what} has {len(each)} tokens, but must have 1 to {most}: raise {key} or remove "
-                    f"the row{drop}"
+                    f"{source} {rows[i].where}: {what} has {len(each)} tokens, but must have 1 to {most}: raise {key} or "
+                    f"remove the row{drop}"
                 )
             kept.discard(i)
     return sorted(kept)

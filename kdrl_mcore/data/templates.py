@@ -101,8 +101,8 @@ class Template:
         for name in _FIELD.findall(text) if self._fields is not None else ():
             if name not in (self._fields or ()):
                 raise ConfigError(
-                    f"{key}: {{{name}}} is none of {', '.join(self._fields or ())}: name its column in data.columns, or write it "
-                    "without braces"
+                    f"{key}: {{{name}}} is none of {', '.join(self._fields or ())}: name its column in data.columns, or write "
+                    "it without braces"
                 )
 
 
