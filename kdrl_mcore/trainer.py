@@ -81,9 +81,9 @@ class Trainer:
         self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
         self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
-        models = (job.student, job.teacher, job.reference)
-        student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
-        for chunk in (*student, *teacher, *reference):
+        student, reference = job.student.parts.chunks, [] if job.reference is None else job.reference.chunks
+        teacher = [] if job.teacher is None else job.teacher.chunks
+        for chunk in {*student, *teacher, *reference}:
             chunk.register_forward_pre_hook(watchdog.mark)
         self._profiler = StepProfiler(self.config.trainer.profile, self.run_dir, dist.get_rank())
         self._fault = fault

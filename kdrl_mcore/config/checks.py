@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     engines_have_own_gpus,
     evaluates,
     learns_from_reward,
+    loads_teacher,
     replays,
     uses_distributed_optimizer,
     uses_teacher,
@@ -34,6 +35,9 @@ from kdrl_mcore.config.schema import (
     RewardConfig,
     ScheduleConfig,
     SourceConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+    TeacherPromptConfig,
     VllmConfig,
 )
 from kdrl_mcore.errors import ConfigError
@@ -338,8 +342,7 @@ def _check_objective(config: Config) -> None:
             "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
             "(or set objective.alpha.init=0 for plain distillation)"
         )
-    if uses_teacher(objective) and not config.teacher.path:
-        raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
+    _check_teacher(config)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
@@ -347,6 +350,48 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
     check_axes(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, prompt = config.teacher, config.teacher.prompt
+    name = f"teacher.weights={teacher.weights}"
+    if loads_teacher(config) and not teacher.path:
+        raise ConfigError(
+            "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
+            "(teacher.weights), or use objective=grpo"
+        )
+    if teacher.weights != "path":
+        if not uses_teacher(config.objective):
+            raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
+        if teacher.path:
+            raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
+        if prompt.template == "student" and teacher.weights == "present":
+            raise ConfigError(
+                f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
+            )
+        if teacher.parallel != TeacherParallelConfig():
+            raise ConfigError(f"{name} are in the student's layout: leave teacher.parallel alone")
+        if teacher.score_while_sampling:
+            raise ConfigError(f"{name} are scored with between sampling and training: set teacher.score_while_sampling=false")
+    for key, kind, default in (
+        ("decay", "average", TeacherConfig.decay),
+        ("refresh_every", "refreshed", TeacherConfig.refresh_every),
+    ):
+        if getattr(teacher, key) != default and teacher.weights != kind:
+            raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
+    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
+    for key, default in asdict(TeacherPromptConfig()).items():
+        if key not in ("template", *used) and getattr(prompt, key) != default:
+            raise ConfigError(
+                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
+                "leave it out"
+            )
+    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
+        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
+    if prompt.template != "student" and not uses_teacher(config.objective):
+        raise ConfigError(
+            f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
+        )
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
+"""What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
+the teacher's output head)."""
+
+TEACHER = "teacher"
+"""The name of the teacher's prompts in rollouts."""
+
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 
@@ -51,6 +58,32 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
     return objective.kind != "sft" and can_be_positive(objective.beta)
 
 
+def teaches_itself(config: Config) -> bool:
+    """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
+    return uses_teacher(config.objective) and config.teacher.weights != "path"
+
+
+def loads_teacher(config: Config) -> bool:
+    """Whether the teacher is a model of its own in this job."""
+    return uses_teacher(config.objective) and not teaches_itself(config)
+
+
+def keeps_earlier_weights(config: Config) -> bool:
+    """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
+    state is: 4 bytes per parameter, divided among its replicas."""
+    return teaches_itself(config) and config.teacher.weights != "present"
+
+
+def reads_own_prompt(config: Config) -> bool:
+    """Whether the teacher reads another prompt than the student."""
+    return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
+
+
+def teacher_prompt_tokens(config: Config) -> int:
+    """The most tokens that the teacher reads before a response."""
+    return (reads_own_prompt(config) and config.teacher.prompt.max_tokens) or config.rollout.max_prompt_tokens
+
+
 def uses_reference(objective: ObjectiveConfig) -> bool:
     """Whether the loss has a KL to the initial student, which is then loaded as the reference."""
     extrapolates = objective.combine.kind == "reference" and objective.combine.extrapolation != 1
@@ -81,6 +114,18 @@ def needs_teacher_scores(objective: ObjectiveConfig) -> bool:
     whole responses, so that the teacher's pass also runs its output head: 2 G V FLOP per token, G its hidden size."""
     weighs = weighs_by_scores(objective) or objective.kd.token_weight.kind == "teacher_entropy"
     return compares_over_vocabulary(objective) and weighs
+
+
+def wanted_scores(objective: ObjectiveConfig) -> frozenset[str]:
+    """What the loss needs of each token that the teacher scores."""
+    if not uses_teacher(objective):
+        return frozenset()
+    kind, values = objective.kd.token_weight.kind, {LOG_PROBS}
+    if kind == "teacher_entropy" or ":" in kind:
+        values.add(ENTROPIES)
+    if not compares_over_vocabulary(objective):
+        return frozenset(values)
+    return frozenset({DISTRIBUTION, *(values if needs_teacher_scores(objective) else ())})
 
 
 def needs_scores(config: Config) -> bool:
@@ -193,7 +238,7 @@ def used_models(config: Config) -> dict[str, str]:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     models = {"student": config.student.path}
-    if uses_teacher(config.objective):
+    if loads_teacher(config):
         assert config.teacher.path is not None
         models["teacher"] = config.teacher.path
     return models

@@ -106,10 +106,36 @@ class TeacherParallelConfig:
 
 
 @dataclass
+class TeacherPromptConfig:
+    """What the teacher reads before a response, where it is not the student's prompt (docs/teachers.md). Its texts may contain
+    {prompt}, {answer} and the columns of data.columns, such as {solution}."""
+
+    template: str = key(
+        "student",
+        "student (the student's prompt, token by token), chat (the chat template of the teacher's own tokenizer) or plain",
+        choices=("student", "chat", "plain"),
+    )
+    plain_template: str = key("{prompt}", "plain: the text; @FILE takes that of a file")
+    message_template: str = key("{prompt}", "chat: the user's message; or @FILE")
+    system_prompt: str | None = key(None, "chat: instead of the prompt's own; or @FILE")
+    template_arguments: list[str] = key([], "chat: what else the template asks for, such as [enable_thinking=false]")
+    max_tokens: int | None = key(None, "the most tokens of it; null: rollout.max_prompt_tokens", range=COUNT)
+
+
+@dataclass
 class TeacherConfig:
     """The model that only scores."""
 
     path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
+    weights: str = key(
+        "path",
+        "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
+        "average), refreshed (every refresh_every updates) or present",
+        choices=("path", "start", "average", "refreshed", "present"),
+    )
+    decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
+    refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
+    prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
@@ -586,6 +612,9 @@ class DataConfig:
     plain_template: str = key("{prompt}", "plain: the text around the problem; @FILE reads it from a file")
     message_template: str = key("{prompt}", "chat: the user's message around the problem; or @FILE")
     system_prompt: str | None = key(None, "chat template only; or @FILE")
+    template_arguments: list[str] = key(
+        [], "chat template only: what else it asks for, such as [enable_thinking=false]; in evaluation too"
+    )
     chat_date: str = key("2024-07-26", "the date passed to chat templates that ask for today's, so that prompts stay the same")
     shuffle: bool = key(True, "a new order in each epoch, a function of the seed")
 

@@ -54,6 +54,8 @@ METRICS: dict[str, str] = {
     "teacher_tokens": "response tokens the teacher scored in this step",
     "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
     "teacher_tokens_dropped": "tokens beside these, scored early for groups that rollout.group_filter then dropped",
+    "teacher_text_copied": "share of response tokens copied from what only the teacher reads (runs of 8 tokens and more)",
+    "answer_place": "where the reference answer first stands in the responses that contain it, 0 to 1 (teacher.prompt)",
     "teacher_tokens_saved": "response tokens that mask, combination and token weight kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses trained on in this step",

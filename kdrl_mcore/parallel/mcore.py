@@ -201,6 +201,15 @@ def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=total_norm)
 
 
+def copy_to_model(optimizer: Any) -> None:
+    """Copy the float32 weights that the optimizer updates to the model's, where these are others. A distributed optimizer
+    copies only its share; a gather must follow."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        copy = getattr(part, "_copy_main_params_to_model_params", None)
+        if copy is not None and not getattr(part, "is_stub_optimizer", False):
+            copy()
+
+
 def finish_param_gather(chunk: Any) -> None:
     """Wait for the all-gathers of weights that `start_param_sync` of this DDP chunk started."""
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:

@@ -150,7 +150,10 @@ class Ledger:
             name, number = row["place"]
             entry = Entry((name, number), self.prompts.at((name, number)), None if row["draw"] is None else Draw(*row["draw"]))
             if row["responses"] is not None:
-                entry.rollouts = [replace(from_row(each), columns=entry.prompt.columns) for each in row["responses"]]
+                columns, teacher_prompts = entry.prompt.columns, entry.prompt.teacher_prompts
+                entry.rollouts = [
+                    replace(from_row(each), columns=columns, teacher_prompts=teacher_prompts) for each in row["responses"]
+                ]
             self.waiting.append(entry)
 
     def _load_0_2(self, state: dict[str, Any]) -> None:

@@ -237,6 +237,7 @@ class MegatronEngine:
                 answer=prompt.answer,
                 domain=prompt.domain,
                 columns=prompt.columns,
+                teacher_prompts=prompt.teacher_prompts,
             )
             result.append((index, rollout))
         return result

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from tests.reference import forms
 
 Row = dict[str, Any]
-"""One line of a rollout file; with `given`, a response that was not sampled."""
+"""One line of a rollout file, with `teacher_prompts` where the teacher reads another prompt; with `given`, a response that was
+not sampled."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,11 @@ def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -
     return logits[len(prompt) - 1 : -1, :vocab_size] / temperature
 
 
+def as_teacher_reads(row: Row) -> Row:
+    """The row with the prompt that the teacher reads, where it is another one."""
+    return {**row, "prompt_token_ids": row.get("teacher_prompts", {}).get("teacher", row["prompt_token_ids"])}
+
+
 def log_prob_of(log_p_T_V: Tensor, row: Row) -> Tensor:
     """The log-prob of each response token [T]."""
     return log_p_T_V.gather(1, torch.tensor(row["response_token_ids"])[:, None]).squeeze(1)
@@ -221,7 +227,8 @@ def kdrl_of_models(
     log_q: list[Tensor] = []
     if teacher is not None:
         with torch.no_grad():
-            log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in rows]
+            read = [as_teacher_reads(row) for row in rows]
+            log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in read]
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 

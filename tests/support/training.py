@@ -135,7 +135,10 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         rollouts = job.source.rollouts(1)
         scored = score_rollouts(job.student.parts, rollouts, **settings)
         found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
-        found["teacher"] = job.teacher.score(rollouts, **settings) if job.teacher is not None else []
+        found["teacher"] = []
+        if job.teacher is not None:
+            scores = job.teacher.scores_of(dict(enumerate(rollouts)), frozenset({"log_probs"}), **settings)
+            found["teacher"] = [scores.log_probs[index] for index in range(len(rollouts))]
         run(trainer)
 
     with patch.object(Trainer, "run", score_then_run):

@@ -30,7 +30,8 @@ class Zoo:
         """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
         others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
         behind 40), `all_correct` (every reward and verdict the
-        same, so that GRPO and a response mask leave nothing), `given` (6 that ended by themselves, some of them correct)."""
+        same, so that GRPO and a response mask leave nothing), `privileged` (`uneven`, with longer prompts for the
+        teacher), `given` (6 that ended by themselves, some of them correct)."""
         return self.folder / f"{name}.jsonl"
 
     def rows(self, name: str) -> list[dense.Row]:
@@ -59,6 +60,11 @@ def _reference(
 ) -> dense.Result:
     beside = [] if given is None else [{**row, "given": True} for row in _rows(given)]
     return dense.kdrl(student, teacher, [*_rows(rollouts), *beside], settings)
+
+
+def _longer(row: dense.Row) -> list[int]:
+    """A prompt that knows more: other tokens before the same ones, another number of them for each group."""
+    return [*range(3, 6 + 4 * row["group_id"]), *row["prompt_token_ids"]]
 
 
 def make_zoo(folder: Path) -> Zoo:
@@ -92,4 +98,6 @@ def make_zoo(folder: Path) -> Zoo:
         if name == "given":
             rows = [{**row, "finish_reason": "stop"} for row in rows]
         write_jsonl(folder / f"{name}.jsonl", rows)
+        if name == "uneven":
+            write_jsonl(folder / "privileged.jsonl", [{**row, "teacher_prompts": {"teacher": _longer(row)}} for row in rows])
     return Zoo(folder)
