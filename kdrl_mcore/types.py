@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "partial"]
 TokenIds = NDArray[np.int64]
 TokenFloats = NDArray[np.float32]
 
@@ -41,6 +41,8 @@ class Rollout:
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
     teacher did not score the response. `weight_version` counts the optimizer updates that the weights had received which
     sampled the first token; where they changed on the way, `later_versions` has (version, tokens) of each of the later ones.
+    A response that waits to be continued has the finish reason "partial"; only the ledger holds such. `continuations` counts
+    how often it was continued.
     The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
     files keep the domain but not the columns. `given` marks a response that was not sampled but stands beside sampled ones
     (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
@@ -64,6 +66,7 @@ class Rollout:
     columns: Mapping[str, Any] = field(default_factory=dict)
     given: bool = False
     later_versions: tuple[tuple[int, int], ...] = ()
+    continuations: int = 0
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
