@@ -251,8 +251,8 @@ def _frozen(path: str, settings: TeacherConfig, config: Config, vocab_size: int,
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:
     """The verifier on the ranks that verify sampled responses, None on the others. vLLM's responses arrive on rank 0, which
-    verifies them while others are still being sampled; otherwise, and where responses come in parts, the replicas' leaders share
-    the work."""
+    verifies them while others are still being sampled; otherwise, and for responses in parts, the replicas' leaders share the
+    work."""
     in_vllm = config.rollout.engine == "vllm" and config.rollout.partial_tokens is None
     verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
     return Verifier(config.reward, reward_kinds(data.domains)) if verifies and samples(config) else None

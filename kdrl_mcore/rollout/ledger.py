@@ -114,11 +114,6 @@ class Ledger:
         for entry in self.waiting:
             entry.draw = entry.rollouts = entry.begun = None
 
-    def forget_beginnings(self) -> None:
-        """Have the groups begun anew that have unfinished responses."""
-        for entry in self.waiting:
-            entry.begun = None
-
     def check(self) -> None:
         """Assert that the ledger balances."""
         ended = self.trained + self.dropped.total()

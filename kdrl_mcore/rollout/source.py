@@ -211,8 +211,6 @@ class SampledRollouts(RolloutSource):
         self._submitted = {}
         if resamples or self._ahead is None:
             self.ledger.forget_responses()
-        elif not isinstance(self._ahead.how, Parts):
-            self.ledger.forget_beginnings()
 
     def close(self) -> None:
         """See `RolloutSource`."""

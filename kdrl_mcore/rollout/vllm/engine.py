@@ -107,7 +107,7 @@ class VllmEngine:
         return tickets
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """See `RolloutEngine`. vLLM reads the response so far as a part of the prompt, and finds what its cache still has of it.
+        """See `RolloutEngine`. vLLM reads the response so far as a part of the prompt.
 
         Raises:
             EngineError: see `generate`.
