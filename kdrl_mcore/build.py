@@ -44,10 +44,11 @@ from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
 from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
+from kdrl_mcore.rollout.partial import Parts
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
@@ -270,8 +271,9 @@ def _frozen(
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:
     """The verifier on the ranks that verify sampled responses, None on the others. vLLM's responses arrive on rank 0, which
-    verifies them while others are still being sampled; otherwise the replicas' leaders share the work."""
-    in_vllm = config.rollout.engine == "vllm"
+    verifies them while others are still being sampled; otherwise, and for responses in parts, the replicas' leaders share the
+    work."""
+    in_vllm = config.rollout.engine == "vllm" and config.rollout.partial_tokens is None
     verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
     return Verifier(config.reward, reward_kinds(data.domains)) if verifies and samples(config) else None
 
@@ -363,12 +365,17 @@ def build_sampling_source(
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     ahead = None
     if rollout.steps_ahead:
-        assert isinstance(engine, VllmEngine)
+        how: FlowingEngine | Parts
+        if rollout.partial_tokens is not None:
+            how = Parts(rollout.partial_tokens, rollout.max_continuations)
+        else:
+            assert isinstance(engine, VllmEngine)
+            how = engine
         ahead = Ahead(
-            engine,
+            how,
             steps=rollout.steps_ahead,
             max_age=rollout.max_age or rollout.steps_ahead,
-            waits=rollout.unfinished == "wait",
+            waits=rollout.partial_tokens is None and rollout.unfinished == "wait",
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )

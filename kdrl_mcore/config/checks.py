@@ -284,7 +284,13 @@ def _check_overlap(config: Config) -> None:
             "teacher.score_while_sampling=true needs an engine that samples this step's responses on separate devices: set "
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
+    if rollout.max_continuations is not None and rollout.partial_tokens is None:
+        raise ConfigError("rollout.max_continuations is for responses in parts: set rollout.partial_tokens, or leave it out")
     if not rollout.steps_ahead:
+        if rollout.partial_tokens is not None:
+            raise ConfigError(
+                "rollout.partial_tokens needs prompts of further steps beside the step's: set rollout.steps_ahead to at least 1"
+            )
         for name, is_set in (("max_age", rollout.max_age is not None), ("unfinished", rollout.unfinished != "wait")):
             if is_set:
                 raise ConfigError(
@@ -296,10 +302,21 @@ def _check_overlap(config: Config) -> None:
             f"rollout.max_age={rollout.max_age} is less than rollout.steps_ahead={rollout.steps_ahead}, the age of responses "
             "that are trained on in order: raise it, or lower steps_ahead"
         )
-    if not engines_have_own_gpus(rollout):
+    if rollout.partial_tokens is not None:
+        if rollout.unfinished != "wait":
+            raise ConfigError(
+                f"rollout.unfinished={rollout.unfinished} is for servers that sample while the student trains; with "
+                "rollout.partial_tokens none does: leave one out"
+            )
+        if rollout.partial_tokens > rollout.max_response_tokens:
+            raise ConfigError(
+                f"rollout.partial_tokens={rollout.partial_tokens} is more than rollout.max_response_tokens="
+                f"{rollout.max_response_tokens}: no response would be continued; lower it"
+            )
+    elif not engines_have_own_gpus(rollout):
         raise ConfigError(
             f"rollout.steps_ahead={rollout.steps_ahead} needs an engine that does not share the training's devices: set "
-            "rollout=vllm and rollout.vllm.placement=server"
+            "rollout=vllm and rollout.vllm.placement=server, or rollout.partial_tokens"
         )
     if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
         raise ConfigError(

@@ -35,11 +35,11 @@ class KVCache:
     """
 
     def __init__(
-        self, prompt_lengths: Sequence[int], responses_per_prompt: int, max_response: int, *, few_shapes: bool
+        self, prompt_lengths: Sequence[int], responses: int | Sequence[int], max_response: int, *, few_shapes: bool
     ) -> None:
         """Args:
-        prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses_per_prompt` for each.
-        responses_per_prompt: responses that share the keys and values of one forward pass over their prompt.
+        prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses` for each.
+        responses: how many share the keys and values of one forward pass over their prompt, of each or of all prompts.
         max_response: the most columns that decoding can need.
         few_shapes: attend to all allocated columns rather than only to those written.
         """
@@ -49,13 +49,13 @@ class KVCache:
         self._few_shapes = few_shapes
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
-        lengths = torch.tensor(prompt_lengths)
+        lengths, copies = torch.tensor(prompt_lengths), torch.tensor(responses)
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns) - (self.columns - lengths)[:, None]
-        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(responses_per_prompt, dim=0)
+        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(copies, dim=0)
         self._prompt_rows = to_device(rows)  # [slots, columns]
         # Added to the scores: attention would convert a boolean mask to this at every call.
-        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(responses_per_prompt, dim=0)
+        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
         self._bias = F.pad(to_device(bias), (0, self._capacity() - self.columns), value=-torch.inf)
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
