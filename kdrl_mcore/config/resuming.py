@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
     "model.spec": Rule("wins", "the same weights in other kernels", False),
     "student.path": Rule("content", "the model that the weights began as"),
+    "student.lora": Rule("fixed", "the adapters are what is trained, and what their checkpoints hold"),
     "teacher": Rule("wins", "its layout and off-load", False),
     "teacher.path": Rule("content", "the model that teaches, where one taught before and one teaches now"),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
