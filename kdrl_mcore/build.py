@@ -122,7 +122,7 @@ def check_outcome(config: Config) -> None:
     if best is not None and best not in (names := metric_names(config)):
         raise ConfigError(f"checkpoint.best={best} is not a metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()))
+        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, n
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
+    LORA_MODULES,
     LOGGERS,
     OFFLOAD_MODULES,
     OWN_SCALES,
@@ -30,6 +31,7 @@ from kdrl_mcore.config.schema import (
     REWARD_KINDS,
     Config,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
@@ -78,6 +80,7 @@ def check_config(config: Config) -> None:
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
             "naming the rank that hangs"
         )
+    _check_lora(config)
     _check_layout(config.parallel)
     _check_activations(config.parallel)
     if config.rollout.engine == "replay" and not config.rollout.path:
@@ -140,6 +143,26 @@ def _check_items(flat: dict[str, Any]) -> None:
         for index, item in enumerate(flat[name.removesuffix("[]")]):
             if not isinstance(item, types):
                 raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
+
+
+def _check_lora(config: Config) -> None:
+    """Check the adapters' settings; model/lora.py checks them against the model."""
+    lora = config.student.lora
+    if lora.rank == 0:
+        defaults = LoraConfig()
+        for name in ("alpha", "target_modules", "path"):
+            if getattr(lora, name) != getattr(defaults, name):
+                raise ConfigError(f"student.lora.{name} is for adapters: set student.lora.rank > 0, or leave it out")
+        return
+    if not lora.target_modules:
+        raise ConfigError("student.lora.target_modules is empty, so nothing would be trained: name some, or set rank to 0")
+    for name in lora.target_modules:
+        if name not in LORA_MODULES:
+            raise ConfigError(
+                f"student.lora.target_modules: {name} is not one of: {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}"
+            )
+        if lora.target_modules.count(name) > 1:
+            raise ConfigError(f"student.lora.target_modules names {name} twice: leave one out")
 
 
 def _check_layout(parallel: ParallelConfig) -> None:

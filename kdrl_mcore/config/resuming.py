@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
     "model.spec": Rule("wins", "the same weights in other kernels", False),
     "student.path": Rule("content", "the model from which training started"),
+    "student.lora": Rule("fixed", "the adapters are what is trained, and what their checkpoints hold"),
     "teacher": Rule("wins", "its layout and off-load", False),
     "teacher.path": Rule("content", "the model that teaches, if there was a teacher before and is one now"),
     "teacher.weights": Rule("fixed", "the student's earlier weights are in the checkpoint, or are not"),

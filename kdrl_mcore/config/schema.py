@@ -32,6 +32,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 DEFAULT_RECOMPUTE = ("mlp", "moe")
 OFFLOAD_MODULES = ("qkv_linear", "core_attn", "attn_proj", "mlp", "moe")
 """The parts of a layer whose saved activations can be off-loaded (model/offload.py)."""
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections that can have adapters (model/lora.py)."""
 
 
 @dataclass
@@ -90,10 +92,21 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, which are trained in place of the student's weights (docs/lora.md)."""
+
+    rank: int = key(0, "the rank of each adapter; 0 is off: all weights are trained", range=COUNT_OR_OFF)
+    alpha: float = key(32.0, "adapters are scaled by alpha / rank", range=POSITIVE)
+    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have one, of {', '.join(LORA_MODULES)}")
+    path: str | None = key(None, "a PEFT folder, whose adapters are the start; null: new ones, which change nothing at first")
+
+
+@dataclass
 class StudentConfig:
     """The model that learns."""
 
     path: str | None = key(None, "an HF checkpoint directory, or a hub id: org/name or org/name@revision")
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

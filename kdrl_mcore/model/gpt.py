@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdrl_mcore.config import ModelConfig
+from kdrl_mcore.config import LoraConfig, ModelConfig
 from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import KEEP_ALL, Activations
@@ -23,6 +23,7 @@ from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAtte
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel
+from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.offload import ActivationOffload
 from kdrl_mcore.model.rope import inverse_frequencies
@@ -137,6 +138,7 @@ def build_model(
     vocab_size: int,
     activations: Activations = KEEP_ALL,
     share_prompts: bool = False,
+    lora: LoraConfig | None = None,
     trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
@@ -145,6 +147,7 @@ def build_model(
         vocab_size: the number of real tokens; no softmax includes the columns beyond it.
         activations: what the backward pass recomputes and what waits for it in host memory.
         share_prompts: see `ModelParts`; it takes our attention instead of Transformer Engine's.
+        lora: the adapters, of which alone the gradients are computed; None for a model without.
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
@@ -161,7 +164,9 @@ def build_model(
         last = groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1
         chunk = LanguageModel(
             config=config,
-            transformer_layer_spec=_block_spec(model, architecture, config, groups, vp_stage, share_prompts=share_prompts),
+            transformer_layer_spec=_block_spec(
+                model, architecture, config, groups, vp_stage, share_prompts=share_prompts, separate_norms=lora is not None
+            ),
             vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -181,6 +186,8 @@ def build_model(
             # Megatron sets this only where expert-parallel size > 1. Here the ranks of a tensor-parallel group hold whole
             # experts too, so experts' gradients are always summed over the expert-data-parallel group.
             parameter.allreduce = False  # type: ignore[attr-defined]
+        if lora is not None:
+            add_adapters(chunk, lora, groups)
         chunks.append(chunk.to(device()))
     if activations.offload and torch.cuda.is_available():
         offload = ActivationOffload(activations.min_elements)
@@ -282,9 +289,14 @@ def _block_spec(
     vp_stage: int | None,
     *,
     share_prompts: bool,
+    separate_norms: bool,
 ) -> TransformerBlockSubmodules:
     """This chunk's layers: Megatron's with our packed attention and, without Transformer Engine, our norm, core attention
-    and linear layers."""
+    and linear layers.
+
+    Args:
+        separate_norms: Transformer Engine's linear layers do not contain the norms before them, whose outputs adapters need.
+    """
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
         use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
@@ -296,6 +308,8 @@ def _block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         final_norm = TENorm
+        if separate_norms:
+            mcore.separate_norms(layer, architecture.experts is not None)
     else:
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

@@ -74,6 +74,17 @@ def feed_forward_submodules(layer: Any, has_experts: bool) -> Any:
     return _submodules(submodules.experts) if has_experts else submodules
 
 
+def separate_norms(layer: Any, has_experts: bool) -> None:
+    """Replace the layers of Transformer Engine's spec that are a norm and a linear layer in one by one of each."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.submodules.input_layernorm = TENorm
+    layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if not has_experts:  # before which the norm is separate anyway
+        layer.submodules.pre_mlp_layernorm = TENorm
+        feed_forward_submodules(layer, has_experts).linear_fc1 = TEColumnParallelLinear
+
+
 def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # 0.19, 0.16
 
@@ -157,6 +168,17 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 dimension = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
+
+
+def leave_out_collectives(linear: Any) -> None:
+    """Have a column- or row-parallel linear layer only multiply, as the layers of experts do: its caller gathers or copies the
+    input, and reduces the output. Megatron-Core's layers have a mark for that, Transformer Engine's a mode."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+        linear.explicit_expert_comm = True
+    else:
+        linear.parallel_mode, linear.sequence_parallel = None, False
 
 
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
