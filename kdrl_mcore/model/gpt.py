@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.offload import ActivationOffload
-from kdrl_mcore.model.rope import inverse_frequencies
+from kdrl_mcore.model.rope import RotaryFrequencies, rotary_frequencies
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.dtypes import DTYPES
@@ -45,7 +46,7 @@ class LanguageModel(GPTModel):
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
-    inverse_frequencies: Tensor
+    frequencies: tuple[RotaryFrequencies, ...]
     _head_pre_hook: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
@@ -73,8 +74,8 @@ class LanguageModel(GPTModel):
         key_rows: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> PackedSequences:
-        scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
-        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, key_rows, cache)
+        head_dim, dtype = self.architecture.head_dim, self.config.params_dtype
+        return pack_attention(runs, positions_S, self.frequencies, dtype, head_dim, context, key_rows, cache)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""
@@ -174,7 +175,9 @@ def build_model(
         chunk.architecture = architecture
         chunk.shard = vocab_shard(architecture, groups, vocab_size)
         chunk.context_group = groups.context if layout.context > 1 else None
-        chunk.inverse_frequencies = inverse_frequencies(architecture.rope, architecture.head_dim, device())
+        chunk.frequencies = tuple(
+            rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings
+        )
         chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
         for parameter in expert_parameters(chunk):
@@ -307,10 +310,29 @@ def _block_spec(
     # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
     # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper of it has no causal mask
     # for fewer queries than keys, which responses to a shared prompt have.
-    if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32 or share_prompts:
+    float32 = config.params_dtype == torch.float32
+    if not use_te or groups.layout.context > 1 or float32 or share_prompts or architecture.has_windows:
         attention.submodules.core_attention = PackedDotProductAttention
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
+    pp_rank = groups.pipeline.rank()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [_with_attention(layer, architecture, number) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) -> ModuleSpec:
+    """A layer's spec with the window and the rotary embedding of layer `number` of the whole model."""
+    sees = architecture.attention(number)
+    rotary = None if sees.rope is None else architecture.rotary_embeddings.index(sees.rope)
+    attention = layer.submodules.self_attention
+    submodules = attention.submodules
+    if sees.window is not None:
+        windowed = ModuleSpec(module=submodules.core_attention, params={"window": sees.window})
+        submodules = replace(submodules, core_attention=windowed)
+    attention = replace(
+        attention, submodules=submodules, params={**attention.params, "rotary": rotary, "window": sees.window}
+    )
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool) -> None:

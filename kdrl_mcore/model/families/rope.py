@@ -21,6 +21,7 @@ class Rope:
         low, high: llama3's low and high frequency factor; yarn's beta_slow and beta_fast.
         attention_factor: yarn's scale of cosine and sine.
         truncate: yarn: round the range of interpolated dimensions outwards to whole dimensions.
+        share: the share of each head's dimensions, from the first, that is rotated.
     """
 
     theta: float
@@ -31,6 +32,7 @@ class Rope:
     high: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    share: float = 1.0
 
 
 def refuse(hf: dict, path: str, **supported: object) -> None:
@@ -76,16 +78,25 @@ _NUMBERS = (
 _KNOWN = {*_NUMBERS, "rope_type", "truncate", "partial_rotary_factor", "finetuned"}
 
 
-def read_rope(hf: dict, path: str) -> Rope:
+def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: bool = False) -> Rope:
     """The rotary embedding, from the old (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`) form of an HF config.
+
+    Args:
+        default_theta: the family's base, where the config has none.
+        partial: the family knows `partial_rotary_factor`, the share of each head that is rotated.
 
     Raises:
         ModelError: two places contradict each other, or the scaling is not supported or lacks a parameter.
     """
     where = f"{path}/config.json"
-    given = _settings(hf, where)
+    given = {"rope_theta": default_theta, **_settings(hf, where)}
     kind = given["rope_type"]
-    refuse({**hf, **given}, path, partial_rotary_factor=1.0)
+    share = {**hf, **given}.get("partial_rotary_factor")
+    if not partial:
+        refuse({"partial_rotary_factor": share}, path, partial_rotary_factor=1.0)
+    share = 1.0 if share is None else share
+    if not is_number(share) or not 0 < share <= 1:
+        raise ModelError(f"{where}: partial_rotary_factor={share} must be above 0 and at most 1")
     if kind not in _NEEDED:
         raise ModelError(f"{where}: rope scaling '{kind}' is not supported ({', '.join(_NEEDED)} are)")
     for key in _NEEDED[kind]:
@@ -95,9 +106,9 @@ def read_rope(hf: dict, path: str) -> Rope:
     if theta <= 1 or factor <= 0:
         raise ModelError(f"{where}: rope_theta={theta:g} must be above 1, and factor={factor:g} above 0")
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta, share=share)
     if kind == "linear":
-        return Rope(theta, kind, factor)
+        return Rope(theta, kind, factor, share=share)
     original = given.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
     if not is_size(original):
         raise ModelError(f"{where}: rope scaling '{kind}' has no original_max_position_embeddings")
@@ -108,13 +119,13 @@ def read_rope(hf: dict, path: str) -> Rope:
     if low >= high:
         raise ModelError(f"{where}: rope scaling '{kind}' goes from {low:g} to {high:g}: the second must be the larger")
     if kind == "llama3":
-        return Rope(theta, kind, factor, original, low, high)
+        return Rope(theta, kind, factor, original, low, high, share=share)
     scale = _yarn_attention_factor(given, factor)
-    return Rope(theta, kind, factor, original, low, high, scale, truncate=given.get("truncate", True))
+    return Rope(theta, kind, factor, original, low, high, scale, truncate=given.get("truncate", True), share=share)
 
 
 def _settings(hf: dict, where: str) -> dict[str, Any]:
-    """All rotary settings of the config, each once, with `rope_type` and `rope_theta`.
+    """All rotary settings of the config, each once, with `rope_type`.
 
     `transformers` silently prefers one place over another (`rope_scaling` over `rope_parameters`, the theta inside over the one
     outside, the original positions outside over those inside); vLLM and older versions prefer others. Where two places
@@ -141,7 +152,6 @@ def _one_form(hf: dict, given: Any, where: str) -> dict[str, Any]:
     for key in outside:
         if hf.get(key) is not None and settings.setdefault(key, hf[key]) != hf[key]:
             raise ModelError(f"{where}: {key}={settings[key]}, but {hf[key]} outside of it: remove the one that is wrong")
-    settings.setdefault("rope_theta", 10000.0)
     for key in settings:
         if key not in _KNOWN:
             raise ModelError(f"{where}: {key} is not supported")
