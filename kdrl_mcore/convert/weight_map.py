@@ -72,7 +72,10 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
         return [(rows,) if rule.megatron.endswith("bias") else (rows, hidden) for rows in heights]
     if rule.kind == "row":
         return [(hidden, query if "linear_proj" in rule.megatron else ffn)]
-    return [(head if "_layernorm" in rule.megatron and "self_attention" in rule.megatron else hidden,)]
+    if rule.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        width = query if "q_layernorm" in rule.megatron else kv
+        return [(width if architecture.qk_norm_of_all_heads else head,)]
+    return [(hidden,)]
 
 
 def pieces(

@@ -23,6 +23,7 @@ from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
+from kdrl_mcore.model.layer import AllHeadsNorm, NormsAfterLayer, scaled_add
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.offload import ActivationOffload
@@ -95,7 +96,9 @@ class LanguageModel(GPTModel):
         self._head_pre_hook = hook
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return hidden_states
+        """Hidden states take the scale of the logits, so that whoever multiplies them with the head has the model's logits."""
+        scale = self.architecture.logit_scale
+        return hidden_states * scale if self.post_process and scale != 1 else hidden_states
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def build_model(
         chunk.frequencies = tuple(
             rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings
         )
+        if first and architecture.embedding_scale != 1:
+            _scale_output(chunk.embedding, architecture.embedding_scale)
         chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
         for parameter in expert_parameters(chunk):
@@ -190,6 +195,18 @@ def build_model(
         for chunk in chunks:
             offload.attach(chunk.decoder.layers, activations.offload)
     return ModelParts(chunks, config, architecture, groups, share_prompts)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh}
+
+
+def _scale_output(embedding: nn.Module, scale: float) -> None:
+    """Have the embeddings multiplied by `scale`, rounded to their dtype as in `transformers`."""
+    embedding.register_forward_hook(lambda module, inputs, output: output * torch.tensor(scale, dtype=output.dtype).item())
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
@@ -243,14 +260,16 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
-        qk_layernorm=architecture.qk_norm,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        qk_layernorm=architecture.qk_norm or architecture.qk_norm_of_all_heads,
+        softmax_scale=architecture.attention_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[architecture.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=torch.cuda.is_available() and architecture.activation == "silu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -290,7 +309,7 @@ def _block_spec(
     and linear layers."""
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
-        use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
+        use_te, config.qk_layernorm, None if architecture.experts is None else architecture.experts.count
     )
     attention = layer.submodules.self_attention
     attention.module = PackedSelfAttention
@@ -305,8 +324,19 @@ def _block_spec(
         feed_forward = mcore.feed_forward_submodules(layer, architecture.experts is not None)
         attention.submodules.linear_qkv = feed_forward.linear_fc1 = ColumnParallel
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
-        if architecture.qk_norm:
+        if config.qk_layernorm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if architecture.qk_norm_of_all_heads:
+        attention.submodules.q_layernorm, attention.submodules.k_layernorm = (
+            ModuleSpec(module=AllHeadsNorm, params={"heads": heads, "tp_group": groups.tensor})
+            for heads in (architecture.num_attention_heads, architecture.num_key_value_heads)
+        )
+    if architecture.residual_scale != 1:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_add(architecture.residual_scale)
+    if architecture.norms != "before":
+        layer.module = NormsAfterLayer
+    if architecture.norms == "after":
+        mcore.drop_norms_before(layer, use_transformer_engine=use_te)
     # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
     # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper of it has no causal mask
     # for fewer queries than keys, which responses to a shared prompt have.
@@ -354,5 +384,10 @@ def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool)
                 f"the model's {name} ({size}) cannot be divided by {by}: change the tensor, expert or pipeline parallel size"
             )
     kv, tensor = architecture.num_key_value_heads, layout.tensor
+    if architecture.qk_norm_of_all_heads and tensor > kv:
+        raise ConfigError(
+            f"{architecture.family} normalises keys over all heads, so tensor parallel size {tensor} may be at most its {kv} "
+            "key/value heads"
+        )
     if kv % tensor and tensor % kv:
         raise ConfigError(f"{kv} key/value heads do not fit tensor parallel size {tensor}: one must divide the other")

@@ -74,6 +74,19 @@ def feed_forward_submodules(layer: Any, has_experts: bool) -> Any:
     return _submodules(submodules.experts) if has_experts else submodules
 
 
+def drop_norms_before(layer: Any, *, use_transformer_engine: bool) -> None:
+    """Take the norms before attention and MLP out of a dense layer's spec. Transformer Engine has them in the linear layers
+    that follow."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+    if use_transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        feed_forward_submodules(layer, has_experts=False).linear_fc1 = TEColumnParallelLinear
+
+
 def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # 0.19, 0.16
 

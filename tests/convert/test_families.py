@@ -34,6 +34,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {}),
     "phi3": ("phi3", {}),
     "phi3 windows": ("phi3", {"sliding_window": 20, "num_key_value_heads": 4}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "gemma3": ("gemma3", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe unnormalized": ("qwen3_moe", {"norm_topk_prob": False, "rope_parameters": YARN}),
 }

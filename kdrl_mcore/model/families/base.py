@@ -70,7 +70,16 @@ class Architecture:
     """The shape of one model, read from its HF config.
 
     Attributes:
+        qk_norm: queries and keys are normalised, each head by itself.
+        qk_norm_of_all_heads: they are normalised over all heads of a token together.
         layers: the attention of each layer, where not all layers see everything with the same `rope`; otherwise empty.
+        norms: where a layer's norms stand: before attention and MLP, after them, or both.
+        zero_centered_norms: norms multiply by 1 + weight.
+        activation: of the MLP's gate.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies what attention and MLP add to the residual stream.
+        attention_scale: multiplies the products of queries and keys; None for 1 / sqrt(head_dim).
+        logit_scale: multiplies the logits.
     """
 
     family: str
@@ -88,7 +97,15 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: Experts | None = None
+    qk_norm_of_all_heads: bool = False
     layers: tuple[LayerAttention, ...] = ()
+    norms: Literal["before", "after", "around"] = "before"
+    zero_centered_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
 
     def attention(self, layer: int) -> LayerAttention:
         """The attention of a layer by its number in the whole model, from 0."""
@@ -259,6 +276,22 @@ _SIZES = {
 """Fields of an architecture that must be positive integers, with their names in the config."""
 
 
+_NORMS = {
+    "before": {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+    "after": {
+        "post_self_attn_layernorm": "post_attention_layernorm",
+        "post_mlp_layernorm": "post_feedforward_layernorm",
+    },
+    "around": {
+        "input_layernorm": "input_layernorm",
+        "post_self_attn_layernorm": "post_attention_layernorm",
+        "pre_mlp_layernorm": "pre_feedforward_layernorm",
+        "post_mlp_layernorm": "post_feedforward_layernorm",
+    },
+}
+"""A layer's norms and their names in HF checkpoints, by where they stand."""
+
+
 def attention_rules(architecture: Architecture, *, fused: bool = False) -> list[WeightRule]:
     """The weight map of everything but the MLPs, shared by the Llama-like families.
 
@@ -269,19 +302,20 @@ def attention_rules(architecture: Architecture, *, fused: bool = False) -> list[
     qkv = tuple(f"{attention}{name}_proj.weight" for name in (["qkv"] if fused else "qkv"))
     rules = [
         WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
-        WeightRule(layer + "input_layernorm.weight", ("model.layers.{layer}.input_layernorm.weight",), "replicated"),
         WeightRule(layer + "self_attention.linear_qkv.weight", qkv, "qkv"),
         WeightRule(layer + "self_attention.linear_proj.weight", (f"{attention}o_proj.weight",), "row"),
-        WeightRule(layer + "pre_mlp_layernorm.weight", ("model.layers.{layer}.post_attention_layernorm.weight",), "replicated"),
         WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     ]
+    for megatron, hf in _NORMS[architecture.norms].items():
+        rules.append(WeightRule(f"{layer}{megatron}.weight", (f"model.layers.{{layer}}.{hf}.weight",), "replicated"))
     if architecture.qkv_bias:
         names = tuple(f"{attention}{name}_proj.bias" for name in ("q", "k", "v"))
         rules.append(WeightRule(layer + "self_attention.linear_qkv.bias", names, "qkv"))
-    if architecture.qk_norm:
+    if architecture.qk_norm or architecture.qk_norm_of_all_heads:
+        kind: Kind = "column" if architecture.qk_norm_of_all_heads else "replicated"
         for name in ("q", "k"):
             rules.append(
-                WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), "replicated")
+                WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), kind)
             )
     if not architecture.tied_embeddings:
         rules.append(WeightRule("output_layer.weight", ("lm_head.weight",), "vocabulary"))

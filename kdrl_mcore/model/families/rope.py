@@ -124,6 +124,34 @@ def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: b
     return Rope(theta, kind, factor, original, low, high, scale, truncate=given.get("truncate", True), share=share)
 
 
+def read_rope_of_kinds(
+    hf: dict, path: str, *, default_theta: float, default_sliding_theta: float, sliding_theta: str | None = None
+) -> tuple[Rope, Rope]:
+    """The rotary embeddings of layers with full and with sliding attention.
+
+    The new form of `rope_parameters` has one set for each. In the old one `rope_theta` and `rope_scaling` are those of full
+    attention only.
+
+    Args:
+        sliding_theta: the key of sliding attention's base in the old form.
+
+    Raises:
+        ModelError: as `read_rope`, or only one kind has parameters.
+    """
+    given, kinds = hf.get("rope_parameters"), {"full_attention", "sliding_attention"}
+    if isinstance(given, dict) and kinds & given.keys():
+        if given.keys() != kinds:
+            raise ModelError(f"{path}/config.json: rope_parameters must be of full_attention and sliding_attention, and no other")
+        outside = {key: hf[key] for key in ("rope_theta", "rope_scaling", sliding_theta) if key and hf.get(key) is not None}
+        if outside:
+            raise ModelError(f"{path}/config.json: {next(iter(outside))} beside rope_parameters of each kind: remove one of them")
+        full, sliding = ({**hf, "rope_parameters": given[kind]} for kind in ("full_attention", "sliding_attention"))
+    else:
+        full = hf
+        sliding = {"rope_theta": hf.get(sliding_theta) if sliding_theta else None}
+    return read_rope(full, path, default_theta=default_theta), read_rope(sliding, path, default_theta=default_sliding_theta)
+
+
 def _settings(hf: dict, where: str) -> dict[str, Any]:
     """All rotary settings of the config, each once, with `rope_type`.
 
