@@ -261,7 +261,7 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         layernorm_zero_centered_gamma=architecture.zero_centered_norms,
-        qk_layernorm=architecture.qk_norm or architecture.qk_norm_of_all_heads,
+        qk_layernorm=architecture.qk_norm,  # whose gradients Megatron sums over tensor-parallel ranks
         softmax_scale=architecture.attention_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
@@ -309,7 +309,7 @@ def _block_spec(
     and linear layers."""
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
-        use_te, config.qk_layernorm, None if architecture.experts is None else architecture.experts.count
+        use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
     )
     attention = layer.submodules.self_attention
     attention.module = PackedSelfAttention
@@ -324,7 +324,7 @@ def _block_spec(
         feed_forward = mcore.feed_forward_submodules(layer, architecture.experts is not None)
         attention.submodules.linear_qkv = feed_forward.linear_fc1 = ColumnParallel
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
-        if config.qk_layernorm:
+        if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     if architecture.qk_norm_of_all_heads:
         attention.submodules.q_layernorm, attention.submodules.k_layernorm = (
