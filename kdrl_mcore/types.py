@@ -42,10 +42,10 @@ class Rollout:
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t), None if the teacher did
     not score the response. `weight_version` is the number of optimizer updates behind the weights that sampled the first token;
     if the weights changed during the response, `later_versions` has (version, tokens) for each later version.
-    A response that waits to be continued has the finish reason "partial" (only in the ledger); `continuations` counts how
-    often it was continued. The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and `teacher_prompts` are the
-    prompt's; rollout files do not keep the columns. `given` marks a response that was not sampled (`rollout.given`): it has no
-    sampler and no verdict, and takes part only in distillation. Rollout files hold none.
+    A response that waits to be continued has the finish reason "partial" (only in the ledger); `continuations` counts how often
+    it was continued. The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and
+    `teacher_prompts` are the prompt's; rollout files do not keep the columns. `given` marks a response that was not sampled
+    (`rollout.given`): it has no sampler and no verdict, and takes part only in distillation. Rollout files hold none.
     """
 
     prompt_id: str

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.export import on_rank_0
-from kdrl_mcore.convert.targets import written_aside
+from kdrl_mcore.convert.targets import replacing_folder
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
@@ -131,8 +131,8 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
 
 @waits_for_others
 def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, target: str | Path) -> None:
-    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: the ranks of the first
-    replica send their factors to rank 0.
+    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: the ranks of the
+    first replica send their factors to rank 0.
 
     Args:
         base: the frozen model's path, which the folder names.
@@ -144,7 +144,7 @@ def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, targe
 
     def write() -> None:
         size = sum(each.numel() * each.element_size() for each in tensors.values())
-        with written_aside(target, size, [base], overwrite=True) as temporary:
+        with replacing_folder(target, size, [base], overwrite=True) as temporary:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             (temporary / CONFIG).write_text(json.dumps(peft_config(lora, base), indent=2) + "\n")
 

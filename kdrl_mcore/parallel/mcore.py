@@ -85,6 +85,15 @@ def separate_norms(layer: Any, has_experts: bool) -> None:
         feed_forward_submodules(layer, has_experts).linear_fc1 = TEColumnParallelLinear
 
 
+def drop_norms_before(layer: Any, *, use_transformer_engine: bool) -> None:
+    """Take the norms before attention and MLP out of a dense layer's spec."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    if use_transformer_engine:
+        separate_norms(layer, has_experts=False)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+
+
 def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # 0.19, 0.16
 
