@@ -141,9 +141,9 @@ def _share(
     described = {sharded.data: sharded for sharded in nested_values(extract_sharded_tensors_and_factories(model)[0])}
     share: dict[int, Any] = {}
     ranges = [ranges for buffer in part.gbuf_ranges for buckets in buffer.values() for ranges in buckets]
-    for parameter, places in (item for each in ranges for item in each["param_map"].items()):
+    for parameter, ranges_of in (item for each in ranges for item in each["param_map"].items()):
         assert parameter in described, KEEP_VARS_HINT
-        held = places["param"]
+        held = ranges_of["param"]
         state = part._get_main_param_and_optimizer_states(parameter)
         share[len(share)] = {
             name: list(_blocks(described[parameter], f"optimizer.state.{name}", values, held.start, held.end))
@@ -158,11 +158,11 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int) -> 
     from megatron.core.dist_checkpointing import ShardedTensor
 
     values = values.detach()
-    for piece, place in _pieces(sharded, f"{prefix}.{sharded.key}"):
-        first, last = max(start, place), min(end, place + prod(piece.local_shape))
+    for piece, begin in _saved_as(sharded, f"{prefix}.{sharded.key}"):
+        first, last = max(start, begin), min(end, begin + prod(piece.local_shape))
         done = first - start
         outer = (1,) * piece.prepend_axis_num
-        for offset, size in blocks_of_range(tuple(piece.local_shape), first - place, last - place):
+        for offset, size in blocks_of_range(tuple(piece.local_shape), first - begin, last - begin):
             data = values[done : done + prod(size)].view(*outer, *size)
             done += prod(size)
             yield ShardedTensor(
@@ -178,7 +178,7 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int) -> 
             )
 
 
-def _pieces(sharded: Any, key: str) -> list[tuple[Any, int]]:
+def _saved_as(sharded: Any, key: str) -> list[tuple[Any, int]]:
     """The sharded tensors that a parameter is saved as, and where each begins in the parameter's memory."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

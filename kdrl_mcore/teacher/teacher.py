@@ -29,11 +29,11 @@ class TeacherScores:
 
     Attributes:
         scored: the number of tokens scored of each response.
-        dropped_tokens: further ones, whose responses the batch lost afterwards.
+        dropped_tokens: further tokens that were scored, whose responses were then dropped from the batch.
         log_probs, entropies: log T of the sampled tokens and the entropies of T [response tokens], 0 for tokens that were not
             scored.
-        hidden: the last hidden states, for a divergence over the vocabulary; then log-probs and entropies are there only
-            if token weights need them.
+        hidden: the last hidden states, for a divergence over the vocabulary; log-probs and entropies are then computed only if
+            token weights need them.
     """
 
     scored: dict[int, int] = field(default_factory=dict)
@@ -47,18 +47,18 @@ class TeacherScores:
         """The number of response tokens scored."""
         return sum(self.scored.values())
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Drop the scores of all responses but these; those at `places[i]` become those of response i."""
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop the scores of all responses but these; those at `indices[i]` become those of response i."""
         log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden
-        self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
-        self.entropies = {index: entropies[place] for index, place in enumerate(places) if place in entropies}
-        self.hidden = None if hidden is None else hidden.select(places)
+        self.log_probs = {new: log_probs[old] for new, old in enumerate(indices) if old in log_probs}
+        self.entropies = {new: entropies[old] for new, old in enumerate(indices) if old in entropies}
+        self.hidden = None if hidden is None else hidden.select(indices)
         before = self.tokens
-        self.scored = {index: self.scored[place] for index, place in enumerate(places) if place in self.scored}
+        self.scored = {new: self.scored[old] for new, old in enumerate(indices) if old in self.scored}
         self.dropped_tokens = before - self.tokens
 
-    def __contains__(self, place: int) -> bool:
-        return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)
+    def __contains__(self, index: int) -> bool:
+        return index in self.log_probs or (self.hidden is not None and index in self.hidden.owner)
 
 
 class Teacher:
@@ -108,8 +108,8 @@ class Teacher:
     def hidden_states(
         self, rollouts: Mapping[int, Rollout], *, temperature: float, micro_tokens: int, with_scores: bool = False
     ) -> tuple[HiddenStates, list[tuple[TokenFloats, TokenFloats]]]:
-        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary; and, if asked for,
-        what `scores` returns, from the same pass. Collective over the world."""
+        """The last hidden states of these rollouts (by their index), for a divergence over the vocabulary, and on request
+        the results of `scores` from the same pass. Collective over the world."""
         indices, wanted = list(rollouts), list(rollouts.values())
         layout, leader = self.parts.groups.layout, self.parts.groups.is_replica_leader
         local: dict[int, Tensor] = {}
