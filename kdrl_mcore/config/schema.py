@@ -334,6 +334,12 @@ class ObjectiveConfig:
     ratio: str = key(
         "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
     )
+    clip_against: str = key(
+        "old",
+        "what the ratio that is clipped divides pi by: old (pi_old, the student when the step begins; mu is left to "
+        "sampler_correction) or sampler (mu, as the engine reported it; needs sampler_correction.kind=none)",
+        choices=("old", "sampler"),
+    )
     dual_clip: float | None = key(
         None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
     )

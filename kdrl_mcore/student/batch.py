@@ -41,7 +41,8 @@ class TrainingBatch:
         teacher_hidden: the teacher's hidden states, for a divergence over the vocabulary.
         scored_N: the number of tokens, the first ones, of each response that the teacher scored; None if it scored whole
             responses.
-        old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
+        old_log_probs: log pi_old [response tokens] of each response (or log mu, see `objective.clip_against`), or None if
+            strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
         scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
             responses before the update (`config.derived.needs_scores`).

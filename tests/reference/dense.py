@@ -52,7 +52,8 @@ class Settings:
             (mask) its geometric mean.
         correction_level: of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
-        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence.
+        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence. clip_against: the ratio is that to
+            pi_old (old) or to mu (sampler).
         entropy_bonus: coefficient of the entropy.
         truncated: drop leaves responses that hit the limit out of the policy loss.
     """
@@ -107,6 +108,7 @@ class Settings:
     baseline: str = "group"
     policy_loss: str = "clip"
     ratio: str = "token"
+    clip_against: str = "old"
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
     truncated: str = "keep"
@@ -245,6 +247,7 @@ def kdrl_of_models(
     if settings.truncated == "drop":
         rewarded = rewarded & torch.tensor([row.get("finish_reason") != "length" for row in rows])
     before = [each.detach() for each in log_pi] if log_old is None else log_old
+    before = log_mu if settings.clip_against == "sampler" else before
     correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
     d_now = [
         (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()
