@@ -37,8 +37,8 @@ def write_rollouts(
     """Write a rollout file atomically: to a temporary file, then renamed.
 
     Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` where the teacher gave
-    them, `domain` where training has several, `later_versions` where the weights changed on the way, `continuations`
-    where a response was continued, and the keys of `extra`.
+    them, `domain` where training has several, `later_versions` where the weights changed on the way, `teacher_prompts` where
+    teachers read other prompts, `continuations` where a response was continued, and the keys of `extra`.
     A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written as
     such (`NaN`), as evidence; `read_rollouts` refuses them.
 
@@ -137,6 +137,8 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
         row["domain"] = rollout.domain
     if rollout.later_versions:
         row["later_versions"] = [list(each) for each in rollout.later_versions]
+    if rollout.teacher_prompts:
+        row["teacher_prompts"] = {name: ids.tolist() for name, ids in rollout.teacher_prompts.items()}
     if rollout.continuations:
         row["continuations"] = rollout.continuations
     taken = row.keys() & rollout.extra.keys()
@@ -177,6 +179,7 @@ def from_row(row: Any, finish_reasons: Sequence[str] = FINISH_REASONS) -> Rollou
         correct=row["correct"],
         **{key: row.get(key, "") for key in _TEXTS},
         later_versions=_later_versions(row, len(response)),
+        teacher_prompts=_teacher_prompts(row),
         continuations=row.get("continuations", 0),
         extra={
             key: float(value)
@@ -196,6 +199,14 @@ def _scores(row: dict[str, Any], num_tokens: int) -> dict[str, TokenFloats]:
         and len(value) == num_tokens
         and all(map(_is_number, value))
     }
+
+
+def _teacher_prompts(row: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    """What teachers read instead of the prompt, by their names."""
+    prompts = row.get("teacher_prompts", {})
+    if not isinstance(prompts, dict) or not all(isinstance(ids, list) for ids in prompts.values()):
+        raise _BadRow(f"'teacher_prompts' is {_shorten(prompts)}, it must hold a list of token ids for each teacher")
+    return {name: _token_ids({f"teacher_prompts.{name}": ids}, f"teacher_prompts.{name}") for name, ids in prompts.items()}
 
 
 def _later_versions(row: dict[str, Any], num_tokens: int) -> tuple[tuple[int, int], ...]:

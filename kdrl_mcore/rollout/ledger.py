@@ -183,7 +183,10 @@ def _rows(rollouts: Sequence[Rollout] | None) -> list[dict[str, Any]] | None:
 def _responses(rows: Sequence[Any] | None, prompt: Prompt) -> list[Rollout] | None:
     if rows is None:
         return None
-    return [replace(from_row(row, (*FINISH_REASONS, "partial")), columns=prompt.columns) for row in rows]
+    return [
+        replace(from_row(row, (*FINISH_REASONS, "partial")), columns=prompt.columns, teacher_prompts=prompt.teacher_prompts)
+        for row in rows
+    ]
 
 
 def groups_of(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:

@@ -261,6 +261,7 @@ class MegatronEngine:
                     answer=prompt.answer,
                     domain=prompt.domain,
                     columns=prompt.columns,
+                    teacher_prompts=prompt.teacher_prompts,
                 )
             )
         return result

@@ -362,6 +362,7 @@ class _Work:
             answer=prompt.answer,
             domain=prompt.domain,
             columns=prompt.columns,
+            teacher_prompts=prompt.teacher_prompts,
         )
         self._arrived.put((ticket, number, rollout))
 
