@@ -111,8 +111,8 @@ def _read(word: str) -> Override:
 
 
 def _with_letters_quoted(name: str, text: str) -> str:
-    """The override, with a value in quotes that is plain text but for letters beyond ASCII, which Hydra's grammar does not know: a
-    path such as `/home/jörg/läufe`."""
+    """The override, with its value in quotes if that is plain text but for letters beyond ASCII (a path such as `/home/jörg/läufe`),
+    which Hydra's grammar does not know."""
     if not text.isascii() and re.fullmatch(r"[\w/.:+@%\- ]+", text):
         return override(name, text.strip())
     return f"{name}={text}"
