@@ -443,5 +443,5 @@ def flatten(tree: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update({f"{key}.{inner}": each for inner, each in flatten(value).items()})
         else:
-            flat[key] = value
+            flat[str(key)] = value
     return flat

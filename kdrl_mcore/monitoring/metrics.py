@@ -13,6 +13,10 @@ from kdrl_mcore.errors import DataError
 from kdrl_mcore.resilience.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST = 1e100
+"""A larger number counts as infinite, so that sums and squares of what is left are finite. float32 ends at 3e38."""
+LAST_STEP = 10**12
+"""A line with a later step is damaged."""
 
 METRICS: dict[str, str] = {
     "reward": "mean reward of the step's responses",
@@ -193,6 +197,8 @@ def _complete_rows(path: Path, on_damage: Callable[[int], None] | None = None) -
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        if not line.strip():
+            continue
         try:
             row = _parse(line)
         except _DAMAGE as error:
@@ -208,9 +214,15 @@ _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError)
 
 
 def _parse(line: bytes) -> dict[str, float]:
-    row = {name: float(value) for name, value in json.loads(line).items()}
-    int(row["step"])
+    row = {name: bounded(float(value)) for name, value in json.loads(line).items()}
+    if not (0 <= row["step"] <= LAST_STEP and row["step"].is_integer()):
+        raise ValueError("no step")
     return row
+
+
+def bounded(value: float) -> float:
+    """The value, or an infinity of its sign if it is beyond `LARGEST`; NaN remains NaN."""
+    return math.copysign(math.inf, value) if abs(value) > LARGEST else value
 
 
 def _to_json(value: float) -> float | str:
