@@ -24,7 +24,7 @@ from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.update import advance_schedules, update
-from kdrl_mcore.teacher.teacher import TeacherScores
+from kdrl_mcore.teacher.scores import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
 
 

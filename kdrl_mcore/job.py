@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy, needs_scores, needs_teacher_scores
+from kdrl_mcore.config.derived import is_on_policy, needs_scores, wanted_scores
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.schedules import Coefficient
@@ -20,7 +19,9 @@ from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
-from kdrl_mcore.teacher.teacher import Teacher, TeacherScores
+from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.source import ScoreSource
+from kdrl_mcore.teacher.teacher import Teacher
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
@@ -30,7 +31,7 @@ class Job:
 
     config: Config
     student: Student
-    teacher: Teacher | None
+    teacher: ScoreSource | None
     reference: Teacher | None
     source: RolloutSource
     engine: RolloutEngine | None
@@ -59,17 +60,9 @@ class Job:
         if wanted:
             assert self.teacher is not None
             temperature, micro_tokens = self.config.rollout.temperature, self.config.batch.micro_tokens
-            if compares_over_vocabulary(objective):
-                hidden, scored = self.teacher.hidden_states(
-                    wanted, temperature=temperature, micro_tokens=micro_tokens, with_scores=needs_teacher_scores(objective)
-                )
-                scores.hidden = hidden.joined(scores.hidden)
-            else:
-                scored = self.teacher.scores(list(wanted.values()), temperature=temperature, micro_tokens=micro_tokens)
-            for index, (log_probs, entropies) in zip(wanted, scored, strict=False):
-                missing = (0, len(rollouts[index].response_token_ids) - len(log_probs))
-                scores.log_probs[index], scores.entropies[index] = np.pad(log_probs, missing), np.pad(entropies, missing)
-            scores.scored |= {index: len(rollout.response_token_ids) for index, rollout in wanted.items()}
+            kinds = wanted_scores(objective)
+            found = self.teacher.scores_of(wanted, kinds, temperature=temperature, micro_tokens=micro_tokens)
+            scores.add(found, {index: len(rollouts[index].response_token_ids) for index in wanted})
         for (index, rollout), tokens in zip(rollouts.items(), lengths, strict=True):
             rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
 

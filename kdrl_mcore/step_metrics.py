@@ -15,6 +15,7 @@ from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
+from kdrl_mcore.teacher.leak import leak_metrics
 from kdrl_mcore.types import Rollout
 
 MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
@@ -52,6 +53,7 @@ def step_metrics(
     }
     if given.any():
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
+    metrics |= leak_metrics(sampled)
     return {**metrics, **domain_metrics(sampled, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
 
 
@@ -97,6 +99,8 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         "drift": ("drift_mean", own),
         "taught_tokens": ("taught_share", tokens),
         "gated_tokens": ("gated_share", own),
+        "mixed_tokens": ("mixed_share", distilled),
+        "kd_cut_tokens": ("kd_cut_share", distilled),
         "corrected_tokens": ("corrected_share", own),
         "kl_k1": ("kl", own_distilled),
         "kl_k2": ("kl_k2", own_distilled),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.convert.export import export_hf
+from kdrl_mcore.convert.peft_folder import export_adapters
 from kdrl_mcore.errors import EngineError, NumericalError, RewardError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
@@ -38,6 +39,7 @@ from kdrl_mcore.resilience.interrupt import StopRequest
 from kdrl_mcore.resilience.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.run_directory.directory import RunDirectory
+from kdrl_mcore.run_directory.export import ADAPTER_EXPORT
 from kdrl_mcore.run_directory.start import Start
 from kdrl_mcore.self_test import run_self_test
 from kdrl_mcore.student.student import Student
@@ -81,9 +83,9 @@ class Trainer:
         self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
         self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
-        models = (job.student, job.teacher, job.reference)
-        student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
-        for chunk in (*student, *teacher, *reference):
+        student, reference = job.student.parts.chunks, [] if job.reference is None else job.reference.chunks
+        teacher = [] if job.teacher is None else job.teacher.chunks
+        for chunk in {*student, *teacher, *reference}:
             chunk.register_forward_pre_hook(watchdog.mark)
         self._profiler = StepProfiler(self.config.trainer.profile, self.run_dir, dist.get_rank())
         self._fault = fault
@@ -370,10 +372,13 @@ def writing(run_dir: Path) -> Iterator[None]:
 
 
 def export_student(student: Student, directory: RunDirectory, start: Start, step: int) -> None:
-    """Write the student after `step` to `RUN/hf`. Collective over the world."""
+    """Write the student after `step` to `RUN/hf`, and its adapters, if they are what was trained, to `RUN/adapter`. Collective
+    over the world."""
     student.wait_for_weights()
     with writing(directory.path):
         export_hf(student.parts, student.source, directory.path / "hf")
+        if student.lora is not None:
+            export_adapters(student.parts, student.lora, student.source, directory.path / ADAPTER_EXPORT)
         if dist.get_rank() == 0:
             directory.exported(start, step)
 

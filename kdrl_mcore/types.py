@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "partial"]
 TokenIds = NDArray[np.int64]
 TokenFloats = NDArray[np.float32]
 
@@ -21,7 +21,7 @@ class Prompt:
     `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
     `target` holds the token ids of the given response (end-of-sequence included) if the run uses it, otherwise None.
     `domain` is the name of the prompt's source if training has several, otherwise empty; `columns` are the row's values of
-    `data.columns`, which rewards may use.
+    `data.columns`, which rewards may use. `teacher_prompts` holds what teachers read instead of the prompt, by their names.
     """
 
     prompt_id: str
@@ -31,6 +31,7 @@ class Prompt:
     target: TokenIds | None = None
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,9 +42,10 @@ class Rollout:
     sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t), None if the teacher did
     not score the response. `weight_version` is the number of optimizer updates behind the weights that sampled the first token;
     if the weights changed during the response, `later_versions` has (version, tokens) for each later version.
-    The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
-    files keep the domain but not the columns. `given` marks a response that was not sampled (`rollout.given`): it has no
-    sampler and no verdict, and takes part only in distillation. Rollout files hold none.
+    A response that waits to be continued has the finish reason "partial" (only in the ledger); `continuations` counts how often
+    it was continued. The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and
+    `teacher_prompts` are the prompt's; rollout files do not keep the columns. `given` marks a response that was not sampled
+    (`rollout.given`): it has no sampler and no verdict, and takes part only in distillation. Rollout files hold none.
     """
 
     prompt_id: str
@@ -64,6 +66,8 @@ class Rollout:
     columns: Mapping[str, Any] = field(default_factory=dict)
     given: bool = False
     later_versions: tuple[tuple[int, int], ...] = ()
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
+    continuations: int = 0
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -78,6 +82,10 @@ class Rollout:
         return replace(
             self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
         )
+
+    def after(self, prompt_token_ids: TokenIds) -> Rollout:
+        """The same response after another prompt, to be scored."""
+        return replace(self, prompt_token_ids=prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -86,8 +86,8 @@ def _check_policy(objective: ObjectiveConfig) -> None:
         )
     if objective.policy_loss == "cispo" and objective.dual_clip is not None:
         raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
-    if objective.ratio == "sequence" and objective.combine.kind == "ratio":
-        raise ConfigError("objective.combine.kind=ratio has its own ratio for each token: leave objective.ratio at token")
+    if objective.ratio != "token" and objective.combine.kind == "ratio":
+        raise ConfigError("objective.combine.kind=ratio has a ratio of its own for each token: leave objective.ratio at token")
 
 
 def _check_correction(config: Config) -> None:
@@ -122,12 +122,16 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
     if weight.kind == "constant":
         if weight.normalize:
             raise ConfigError("objective.kd.token_weight.normalize=true has nothing to scale with kind=constant")
+        if weight.over != "response":
+            raise ConfigError("objective.kd.token_weight.over=batch has nothing to choose with kind=constant")
         return
     name = f"objective.kd.token_weight.kind={weight.kind}"
     if not uses_teacher(objective) or objective.combine.kind in ("modulate", "ratio"):
         raise ConfigError(f"{name} weights the tokens of a distillation loss, and there is none: set it to constant")
     if kd.placement == "reward":
         raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
+    if weight.over == "batch" and weight.kind not in ("entropy", "magnitude"):
+        raise ConfigError(f"{name} has no shares of a batch: leave objective.kd.token_weight.over at response")
     if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
         raise ConfigError("objective.kd.token_weight: tokens and share are both set; leave one out")
 
@@ -173,7 +177,7 @@ def _check_control_variate(objective: ObjectiveConfig) -> None:
         ("importance", kd.importance, ("full",)),
         ("importance_level", kd.importance_level, ("token",)),
         ("mask", kd.mask, ("none",)),
-        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "trusted_prefix", "teacher_entropy")),
+        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "teacher_entropy")),
         ("combine.kind", objective.combine.kind, ("add", "reference")),
     ):
         if value not in harmless:
@@ -230,6 +234,8 @@ def _largest(schedule: ScheduleConfig) -> float:
     """An upper bound of the coefficient."""
     if schedule.delta < 0 and schedule.kind in ("linear", *SWITCHES):
         return math.inf
+    if ":" in schedule.kind:
+        return 0.0  # a function of your own keeps its bounds itself
     if schedule.kind in SWITCHES:
         return max(schedule.init, schedule.after, schedule.min)
     return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

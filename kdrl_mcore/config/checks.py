@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     engines_have_own_gpus,
     evaluates,
     learns_from_reward,
+    loads_teacher,
     replays,
     uses_distributed_optimizer,
     uses_teacher,
@@ -23,17 +24,22 @@ from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
     LOGGERS,
+    LORA_MODULES,
     OFFLOAD_MODULES,
     OWN_SCALES,
     RECOMPUTE_MODULES,
     REWARD_KINDS,
     Config,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
     ScheduleConfig,
     SourceConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+    TeacherPromptConfig,
     VllmConfig,
 )
 from kdrl_mcore.errors import ConfigError
@@ -74,6 +80,7 @@ def check_config(config: Config) -> None:
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
             "naming the rank that hangs"
         )
+    _check_lora(config)
     _check_layout(config.parallel)
     _check_activations(config.parallel)
     if config.rollout.engine == "replay" and not config.rollout.path:
@@ -138,6 +145,26 @@ def _check_items(flat: dict[str, Any]) -> None:
                 raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
 
 
+def _check_lora(config: Config) -> None:
+    """Check the adapters' settings; model/lora.py checks them against the model."""
+    lora = config.student.lora
+    if lora.rank == 0:
+        defaults = LoraConfig()
+        for name in ("alpha", "target_modules", "path"):
+            if getattr(lora, name) != getattr(defaults, name):
+                raise ConfigError(f"student.lora.{name} is for adapters: set student.lora.rank > 0, or leave it out")
+        return
+    if not lora.target_modules:
+        raise ConfigError("student.lora.target_modules is empty, so nothing would be trained: name some, or set rank to 0")
+    for name in lora.target_modules:
+        if name not in LORA_MODULES:
+            raise ConfigError(
+                f"student.lora.target_modules: {name} is not one of: {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}"
+            )
+        if lora.target_modules.count(name) > 1:
+            raise ConfigError(f"student.lora.target_modules names {name} twice: leave one out")
+
+
 def _check_layout(parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
@@ -200,8 +227,11 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
         raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
     if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
         raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
-    if schedule.kind == "below" and not schedule.target > 0:
-        raise ConfigError(f"{name}.kind=below needs {name}.target > 0, the KL per token at which it switches")
+    if schedule.kind == "below" and (schedule.target > 0) == (schedule.drop > 0):
+        raise ConfigError(
+            f"{name}.kind=below needs either {name}.target > 0, the KL per token at which it switches, or {name}.drop > 0, by "
+            "how much the KL must fall"
+        )
     if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
         raise ConfigError(
             f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "
@@ -277,7 +307,13 @@ def _check_overlap(config: Config) -> None:
             "teacher.score_while_sampling=true needs an engine that samples this step's responses on separate devices: set "
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
+    if rollout.max_continuations is not None and rollout.partial_tokens is None:
+        raise ConfigError("rollout.max_continuations is for responses in parts: set rollout.partial_tokens, or leave it out")
     if not rollout.steps_ahead:
+        if rollout.partial_tokens is not None:
+            raise ConfigError(
+                "rollout.partial_tokens needs prompts of further steps beside the step's: set rollout.steps_ahead to at least 1"
+            )
         for name, is_set in (("max_age", rollout.max_age is not None), ("unfinished", rollout.unfinished != "wait")):
             if is_set:
                 raise ConfigError(
@@ -289,10 +325,21 @@ def _check_overlap(config: Config) -> None:
             f"rollout.max_age={rollout.max_age} is less than rollout.steps_ahead={rollout.steps_ahead}, the age of responses "
             "that are trained on in order: raise it, or lower steps_ahead"
         )
-    if not engines_have_own_gpus(rollout):
+    if rollout.partial_tokens is not None:
+        if rollout.unfinished != "wait":
+            raise ConfigError(
+                f"rollout.unfinished={rollout.unfinished} is for servers that sample while the student trains; with "
+                "rollout.partial_tokens none does: leave one out"
+            )
+        if rollout.partial_tokens > rollout.max_response_tokens:
+            raise ConfigError(
+                f"rollout.partial_tokens={rollout.partial_tokens} is more than rollout.max_response_tokens="
+                f"{rollout.max_response_tokens}: no response would be continued; lower it"
+            )
+    elif not engines_have_own_gpus(rollout):
         raise ConfigError(
             f"rollout.steps_ahead={rollout.steps_ahead} needs an engine that does not share the training's devices: set "
-            "rollout=vllm and rollout.vllm.placement=server"
+            "rollout=vllm and rollout.vllm.placement=server, or rollout.partial_tokens"
         )
     if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
         raise ConfigError(
@@ -335,8 +382,7 @@ def _check_objective(config: Config) -> None:
             "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
             "(or set objective.alpha.init=0 for plain distillation)"
         )
-    if uses_teacher(objective) and not config.teacher.path:
-        raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
+    _check_teacher(config)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
@@ -344,6 +390,48 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
     check_axes(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, prompt = config.teacher, config.teacher.prompt
+    name = f"teacher.weights={teacher.weights}"
+    if loads_teacher(config) and not teacher.path:
+        raise ConfigError(
+            "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
+            "(teacher.weights), or use objective=grpo"
+        )
+    if teacher.weights != "path":
+        if not uses_teacher(config.objective):
+            raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
+        if teacher.path:
+            raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
+        if prompt.template == "student" and teacher.weights == "present":
+            raise ConfigError(
+                f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
+            )
+        if teacher.parallel != TeacherParallelConfig():
+            raise ConfigError(f"{name} are in the student's layout: leave teacher.parallel alone")
+        if teacher.score_while_sampling:
+            raise ConfigError(f"{name} are scored with between sampling and training: set teacher.score_while_sampling=false")
+    for key, kind, default in (
+        ("decay", "average", TeacherConfig.decay),
+        ("refresh_every", "refreshed", TeacherConfig.refresh_every),
+    ):
+        if getattr(teacher, key) != default and teacher.weights != kind:
+            raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
+    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
+    for key, default in asdict(TeacherPromptConfig()).items():
+        if key not in ("template", *used) and getattr(prompt, key) != default:
+            raise ConfigError(
+                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
+                "leave it out"
+            )
+    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
+        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
+    if prompt.template != "student" and not uses_teacher(config.objective):
+        raise ConfigError(
+            f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
+        )
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
+"""What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
+the teacher's output head)."""
+
+TEACHER = "teacher"
+"""The name of the teacher's prompts in rollouts."""
+
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 
@@ -30,7 +37,9 @@ WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step."""
+    """Whether a coefficient schedule is above zero at some step, as a function of your own may be."""
+    if ":" in schedule.kind:
+        return True
     values = {
         "constant": (schedule.init,),
         **dict.fromkeys(SWITCHES, (schedule.init, schedule.after, schedule.delta and schedule.min, -schedule.delta)),
@@ -47,6 +56,32 @@ def learns_from_reward(objective: ObjectiveConfig) -> bool:
 def uses_teacher(objective: ObjectiveConfig) -> bool:
     """Whether the loss has the distillation term at some step, so that a teacher is loaded."""
     return objective.kind != "sft" and can_be_positive(objective.beta)
+
+
+def teaches_itself(config: Config) -> bool:
+    """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
+    return uses_teacher(config.objective) and config.teacher.weights != "path"
+
+
+def loads_teacher(config: Config) -> bool:
+    """Whether the teacher is a model of its own in this job."""
+    return uses_teacher(config.objective) and not teaches_itself(config)
+
+
+def keeps_earlier_weights(config: Config) -> bool:
+    """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
+    state is: 4 bytes per parameter, divided among its replicas."""
+    return teaches_itself(config) and config.teacher.weights != "present"
+
+
+def reads_own_prompt(config: Config) -> bool:
+    """Whether the teacher reads another prompt than the student."""
+    return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
+
+
+def teacher_prompt_tokens(config: Config) -> int:
+    """The most tokens that the teacher reads before a response."""
+    return (reads_own_prompt(config) and config.teacher.prompt.max_tokens) or config.rollout.max_prompt_tokens
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:
@@ -81,12 +116,24 @@ def needs_teacher_scores(objective: ObjectiveConfig) -> bool:
     return compares_over_vocabulary(objective) and weighs
 
 
+def wanted_scores(objective: ObjectiveConfig) -> frozenset[str]:
+    """What the loss needs of each token that the teacher scores."""
+    if not uses_teacher(objective):
+        return frozenset()
+    kind, values = objective.kd.token_weight.kind, {LOG_PROBS}
+    if kind == "teacher_entropy" or ":" in kind:
+        values.add(ENTROPIES)
+    if not compares_over_vocabulary(objective):
+        return frozenset(values)
+    return frozenset({DISTRIBUTION, *(values if needs_teacher_scores(objective) else ())})
+
+
 def needs_scores(config: Config) -> bool:
     """Whether a setting needs log pi (or the entropy) of whole responses at the weights that an update begins with, so that a
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
     objective, several = config.objective, config.batch.updates_per_step > 1
     return objective.kind != "sft" and (
-        (objective.ratio == "sequence" and several)
+        (objective.ratio != "token" and several)
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
         or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
     )
@@ -191,7 +238,7 @@ def used_models(config: Config) -> dict[str, str]:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     models = {"student": config.student.path}
-    if uses_teacher(config.objective):
+    if loads_teacher(config):
         assert config.teacher.path is not None
         models["teacher"] = config.teacher.path
     return models

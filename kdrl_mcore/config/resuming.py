@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kdrl_mcore.config.checks import flatten
 from kdrl_mcore.config.derived import uses_teacher
-from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
+from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig, TeacherConfig
 
 Effect = Literal["wins", "fixed", "content", "start"]
 """wins: the new value is used, and a log line shows old -> new. fixed: another value is refused. content: another path is
@@ -40,8 +40,13 @@ RULES: dict[str, Rule] = {
     "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
     "model.spec": Rule("wins", "the same weights in other kernels", False),
     "student.path": Rule("content", "the model from which training started"),
+    "student.lora": Rule("fixed", "the adapters are what is trained, and what their checkpoints hold"),
     "teacher": Rule("wins", "its layout and off-load", False),
     "teacher.path": Rule("content", "the model that teaches, if there was a teacher before and is one now"),
+    "teacher.weights": Rule("fixed", "the student's earlier weights are in the checkpoint, or are not"),
+    "teacher.decay": Rule("wins", "the average continues with it"),
+    "teacher.refresh_every": Rule("wins", "counted in updates from the first"),
+    "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
         "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when a key of its own changes"
@@ -171,7 +176,8 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration reads the file."""
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
-        return uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
+        own = flat.get("teacher.weights", TeacherConfig.weights) == "path"
+        return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"
     if key == "rollout.given.path":

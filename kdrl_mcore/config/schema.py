@@ -32,6 +32,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 DEFAULT_RECOMPUTE = ("mlp", "moe")
 OFFLOAD_MODULES = ("qkv_linear", "core_attn", "attn_proj", "mlp", "moe")
 """The parts of a layer whose saved activations can be off-loaded (model/offload.py)."""
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections that can have adapters (model/lora.py)."""
 
 
 @dataclass
@@ -90,10 +92,21 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, which are trained in place of the student's weights (docs/lora.md)."""
+
+    rank: int = key(0, "the rank of each adapter; 0 is off: all weights are trained", range=COUNT_OR_OFF)
+    alpha: float = key(32.0, "adapters are scaled by alpha / rank", range=POSITIVE)
+    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have one, of {', '.join(LORA_MODULES)}")
+    path: str | None = key(None, "a PEFT folder, whose adapters are the start; null: new ones, which change nothing at first")
+
+
+@dataclass
 class StudentConfig:
     """The model that learns."""
 
     path: str | None = key(None, "an HF checkpoint directory, or a hub id: org/name or org/name@revision")
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -106,10 +119,36 @@ class TeacherParallelConfig:
 
 
 @dataclass
+class TeacherPromptConfig:
+    """What the teacher reads before a response, where it is not the student's prompt (docs/teachers.md). Its texts may contain
+    {prompt}, {answer} and the columns of data.columns, such as {solution}."""
+
+    template: str = key(
+        "student",
+        "student (the student's prompt, token by token), chat (the chat template of the teacher's own tokenizer) or plain",
+        choices=("student", "chat", "plain"),
+    )
+    plain_template: str = key("{prompt}", "plain: the text; @FILE takes that of a file")
+    message_template: str = key("{prompt}", "chat: the user's message; or @FILE")
+    system_prompt: str | None = key(None, "chat: instead of the prompt's own; or @FILE")
+    template_arguments: list[str] = key([], "chat: what else the template asks for, such as [enable_thinking=false]")
+    max_tokens: int | None = key(None, "the most tokens of it; null: rollout.max_prompt_tokens", range=COUNT)
+
+
+@dataclass
 class TeacherConfig:
     """The model that only scores."""
 
     path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
+    weights: str = key(
+        "path",
+        "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
+        "average), refreshed (every refresh_every updates) or present",
+        choices=("path", "start", "average", "refreshed", "present"),
+    )
+    decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
+    refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
+    prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
@@ -157,8 +196,9 @@ class ScheduleConfig:
 
     kind: str = key(
         "constant",
-        "constant, linear, cosine, switch, below, plateau or adaptive",
+        "constant, linear, cosine, switch, below, plateau or adaptive; or MODULE:NAME",
         choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
+        takes_functions=True,
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
     min: float = key(0.0, "floor of linear, cosine, adaptive and delta", range=NOT_NEGATIVE)
@@ -168,6 +208,12 @@ class ScheduleConfig:
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
     after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
     target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
+    drop: float = key(
+        0.0, "below: the share by which the KL must fall from the first one measured, instead of target", range=DECAY
+    )
+    ramp: int = key(
+        0, "below: rises linearly to init over so many steps, after which it switches at the latest", range=COUNT_OR_OFF
+    )
     patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
 
@@ -211,13 +257,23 @@ class TokenWeightConfig:
         takes_functions=True,
     )
     share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
+    over: str = key(
+        "response",
+        "entropy and magnitude: what the shares are of, the tokens of each response or all distilled ones of an update (batch)",
+        choices=("response", "batch"),
+    )
     more: float = key(
         0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
     )
     tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
     rate: float = key(
-        1.0, "trusted_prefix: how fast trust falls; teacher_entropy: the same; rising: power of the position", range=POSITIVE
+        1.0,
+        "teacher_entropy: how fast the weight falls; trusted_prefix: by how much the first token counts more than the last",
+        range=POSITIVE,
     )
+    low: float = key(0.25, "rising: weight of the first tokens, that of the last ones is 1", range=Range(0, 1))
+    middle: float = key(0.3, "rising: where in the response it is half-way, as a share of its length", range=Range(0, 1))
+    width: float = key(0.1, "rising: how wide the rise is, as a share of the length", range=POSITIVE)
     solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
     unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
     normalize: bool = key(False, "scale the weights so that their mean over the distilled tokens is 1")
@@ -228,7 +284,10 @@ class DistillationConfig:
     """The reverse KL to the teacher, on the student's own tokens."""
 
     estimator: str = key(
-        "k2", "k1, k2, k3, exact, top_k or top_k_unbiased", choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased")
+        "k2",
+        "k1, k2, k3, exact, top_k or top_k_unbiased; or MODULE:NAME, of the sampled token",
+        choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased"),
+        takes_functions=True,
     )
     divergence: str = key(
         "reverse",
@@ -240,8 +299,9 @@ class DistillationConfig:
         "none",
         "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
         "entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or drawn_trust "
-        "(one of the two, drawn with these probabilities)",
+        "(one of the two, drawn with these probabilities); or MODULE:NAME",
         choices=("none", "entropy", "trust", "drawn_trust"),
+        takes_functions=True,
     )
     mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
     control_variate: bool = key(
@@ -250,8 +310,9 @@ class DistillationConfig:
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
-        "none, response (only incorrect responses) or group (only all-incorrect groups)",
+        "none, response (only incorrect responses) or group (only all-incorrect groups); or MODULE:NAME",
         choices=("none", "response", "group"),
+        takes_functions=True,
     )
     denominator: str = key("all", "tokens the KD loss is averaged over: all, or unmasked", choices=("all", "unmasked"))
     clamp: float | None = key(
@@ -260,8 +321,9 @@ class DistillationConfig:
     importance: str = key(
         "full",
         "weight pi/mu of tokens that other weights sampled: full, truncate (at most importance_bound) or mask (0 outside "
-        "[1/bound, bound])",
+        "[1/bound, bound]); or MODULE:NAME",
         choices=("full", "truncate", "mask"),
+        takes_functions=True,
     )
     importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
     importance_level: str = key(
@@ -291,8 +353,9 @@ class SamplerCorrectionConfig:
 
     kind: str = key(
         "none",
-        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound])",
+        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound]); or MODULE:NAME",
         choices=("none", "truncate", "mask"),
+        takes_functions=True,
     )
     bound: float = key(2.0, "C of truncated importance sampling", range=Range(1, LARGE))
     level: str = key(
@@ -338,7 +401,9 @@ class ObjectiveConfig:
         takes_functions=True,
     )
     ratio: str = key(
-        "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
+        "token",
+        "pi/pi_old of each token, the geometric mean over the sequence (GSPO), or the product over it",
+        choices=("token", "sequence", "product"),
     )
     dual_clip: float | None = key(
         None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
@@ -442,6 +507,15 @@ class RolloutConfig:
         "responses that are not finished at a refit: wait for them, or continue them with the new weights and keep, or "
         "recompute, their KV cache",
         choices=("wait", "keep", "recompute"),
+    )
+    partial_tokens: int | None = key(
+        None,
+        "tokens of a response that are sampled at a time, before the step trains; what has not ended goes on in the next step. "
+        "The prompts of steps_ahead further steps are sampled beside the step's, by any engine. None: whole responses",
+        range=COUNT,
+    )
+    max_continuations: int | None = key(
+        None, "of a response with partial_tokens; the last one goes on to its end. None: no bound", range=COUNT_OR_OFF
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     given: GivenConfig = field(default_factory=GivenConfig)
@@ -560,6 +634,9 @@ class DataConfig:
     plain_template: str = key("{prompt}", "plain: the text around the problem; @FILE reads it from a file")
     message_template: str = key("{prompt}", "chat: the user's message around the problem; or @FILE")
     system_prompt: str | None = key(None, "chat template only; or @FILE")
+    template_arguments: list[str] = key(
+        [], "chat template only: what else it asks for, such as [enable_thinking=false]; in evaluation too"
+    )
     chat_date: str = key("2024-07-26", "the date passed to chat templates that ask for today's, so that prompts stay the same")
     shuffle: bool = key(True, "a new order in each epoch, a function of the seed")
 

@@ -129,7 +129,7 @@ class Setup:
     def distilled(self) -> float:
         """The share of the sampled responses that the teacher scores; with the group mask an upper bound."""
         objective = self.config.objective
-        masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
+        masked = objective.kd.mask in ("response", "group") or objective.combine.kind in TEACH_INCORRECT
         kept = 1 - self.workload.correct if masked else 1.0
         return min(kept, self._with_signal) if teaches_by_advantage(objective) else kept
 

@@ -209,7 +209,7 @@ class TracedLayer:
             )
             packed = chunk.pack_batch(batch)
             shape = (TRACED_TOKENS // layout.replica_alignment, 1, architecture.hidden_size)
-            known = (*chunk.parameters(), packed.cos_SD, packed.sin_SD)
+            known = (*chunk.parameters(), *(factor for pair in packed.rotary for factor in pair))
 
             def run(*, keep: bool) -> tuple[LiveBytes, Tensor, int]:
                 with LiveBytes(known) as live, torch.set_grad_enabled(keep):

@@ -50,7 +50,7 @@ def check_models(config: Config) -> str:
     """Models and tokenizers are complete on every node, and student and teacher share their tokens."""
     models, described = used_models(config), []
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()))
+        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:

@@ -49,7 +49,7 @@ class TrainingBatch:
             normaliser is included.
         correct_N: whether the response is correct; None if the loss does not need it.
         token_weights: a weight of each token's distillation [response tokens] for each response; None where all are 1.
-        sequence_ratios_N: pi / pi_old over the response, for `objective.ratio=sequence`; otherwise None.
+        sequence_ratios_N: pi / pi_old over the response, where `objective.ratio` asks for it; otherwise None.
         sequence_log_ratios_N: log pi_old / mu over the response, for a correction of whole sequences; otherwise None.
         kd_log_ratios_N: log pi / mu over the response, for a correction of distillation by whole sequences; otherwise None.
         ends_masked_N: whether the response's last token is left out of distillation (bool); None if none is.

@@ -33,8 +33,9 @@ def weigh_tokens(
     now = None if scores is None else [log_probs for log_probs, _ in scores]
     sampler = [rollout.sampler_log_probs for rollout in rollouts]
     ratios_N = None
-    if objective.ratio == "sequence" and batch.old_log_probs is not None and now is not None:
-        ratios_N = sequence_log_ratios(now, batch.old_log_probs, "geometric").exp()
+    if objective.ratio != "token" and batch.old_log_probs is not None and now is not None:
+        level = "geometric" if objective.ratio == "sequence" else "sequence"
+        ratios_N = sequence_log_ratios(now, batch.old_log_probs, level).exp()
     correction_N = None
     if correction.kind != "none" and correction.level != "token":
         old = batch.old_log_probs or now
@@ -45,7 +46,7 @@ def weigh_tokens(
         importance_N = sequence_log_ratios(now, sampler, kd.importance_level)
     ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in rollouts]
     draws = None
-    if kd.mix == "drawn_trust":
+    if kd.mix == "drawn_trust" or ":" in kd.mix:
         lengths = enumerate(len(rollout.response_token_ids) for rollout in rollouts)
         draws = [np.random.default_rng([*seeds, i]).random(length, dtype=np.float32) for i, length in lengths]
     return replace(
