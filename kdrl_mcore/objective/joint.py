@@ -280,8 +280,8 @@ def _measured(
 def _measures_of_axes(
     objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, estimated: Estimate, correction_T: Tensor
 ) -> dict[str, Tensor]:
-    """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
-    changed, the divergence's share of a mixture, and the weights of the corrections with their squares."""
+    """Sums that show the effect of the active axes: the tokens that are taught, those whose advantage a rule changed, the
+    divergence's share of a mixture, and the weights of the corrections with their squares."""
     sums: dict[str, Tensor] = {}
     if objective.combine.kind != "add" or batch.token_weights is not None:
         sums["taught_tokens"] = tokens.kd_weights != 0

@@ -37,8 +37,8 @@ def write_rollouts(
     """Write a rollout file atomically: to a temporary file, then renamed.
 
     Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` if the teacher scored
-    the response, `domain` if training has several, `later_versions` if the weights changed during it,
-    `teacher_prompts` if teachers read other prompts, `continuations` if it was continued, and the keys of `extra`.
+    the response, `domain` if training has several, `later_versions` if the weights changed during it, `teacher_prompts` if
+    teachers read other prompts, `continuations` if the response was continued, and the keys of `extra`.
     A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written
     unchanged (`NaN`), for diagnosis; `read_rollouts` refuses them.
 
