@@ -51,6 +51,8 @@ def step_metrics(
         "teacher_tokens": float(scored),
         "teacher_tokens_saved": float(tokens - scored),
     }
+    if beta:
+        metrics["distilled_responses"] = float((scored_N > 0).double().mean())
     if given.any():
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
     metrics |= leak_metrics(sampled)

@@ -56,6 +56,7 @@ METRICS: dict[str, str] = {
     "drift_mean": "mean |sampler - trainer| log-prob per token, nats",
     "drift_max": "largest |sampler - trainer| log-prob, nats",
     "teacher_tokens": "response tokens the teacher scored in this step",
+    "distilled_responses": "share of the step's responses that mask and combination (such as gate) leave to the teacher",
     "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
     "teacher_tokens_dropped": "tokens beside these, scored early for groups that rollout.group_filter then dropped",
     "teacher_text_copied": "share of response tokens copied from what only the teacher reads (runs of 8 tokens and more)",
