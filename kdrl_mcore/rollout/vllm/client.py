@@ -204,7 +204,7 @@ class EngineServer:
         Args:
             version: of the weights that the server has, or had before a refit during which the request was on its way.
             requests: `id`, `prompt_token_ids` and `seed` of each response.
-            sampling: `temperature`, `top_p`, `max_tokens`.
+            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 `top_k` and `min_p`.
 
         Raises:
             ServerFailed: the server failed, made no progress within the generation time-out, or did not send all responses.
