@@ -450,8 +450,7 @@ class VllmConfig:
     )
     extra: list[str] = key(
         [],
-        "further arguments of vLLM's engine (docs/rollout.md), such as [kv_cache_dtype=fp8, max_num_batched_tokens=16384]; "
-        "values in JSON",
+        "further arguments of vLLM's engine (docs/rollout.md), such as ['kv_cache_dtype=fp8']; values in JSON",
     )
     restarts: int = key(3, "of an engine during one batch, before the run stops with a checkpoint", range=COUNT_OR_OFF)
 
