@@ -28,6 +28,7 @@ OWN = frozenset(
         "logprobs_mode",
         "logits_processors",
         "additional_config",
+        "weight_transfer_config",
         "worker_extension_cls",
         "stream_interval",
         "enable_prefix_caching",

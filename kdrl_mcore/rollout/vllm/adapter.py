@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
@@ -164,7 +165,7 @@ class Engine:
             return
 
     async def receive_weights(self, spec: Mapping[str, Any], version: int, unfinished: str) -> list[Any]:
-        """Have every worker receive the weights of a refit (`worker.RefitWorker`). Returns each worker's report.
+        """Have every worker receive the weights of a refit (`transfer.RefitBackend`). Returns each worker's report.
 
         Args:
             unfinished: how unfinished responses go on: `wait`, there are none; `keep`, with the cache that older weights
@@ -175,7 +176,10 @@ class Engine:
         """
         if unfinished != "wait":
             await self._llm.pause_generation(mode="keep", clear_cache=unfinished == "recompute")
-        answers = await self._llm.collective_rpc("try_to_receive_weights", args=(dict(spec),))
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"spec": dict(spec)}))
+        await self._llm.finish_weight_update()
+        answers = await self._llm.collective_rpc("refit_report")
         errors = {answer["error"] for answer in answers if "error" in answer}
         if errors:
             raise RefitError("; ".join(sorted(errors)))
@@ -248,7 +252,8 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are sampled from, at its temperature
         "logits_processors": [f"{__name__}:OnlyTokens"],
         "additional_config": {"num_tokens": settings.vocab_size},
-        "worker_extension_cls": "kdrl_mcore.rollout.vllm.worker.RefitWorker",
+        "weight_transfer_config": {"backend": "kdrl"},  # transfer.BACKEND, which the next line's module registers
+        "worker_extension_cls": "kdrl_mcore.rollout.vllm.transfer.RefitWorker",
         "stream_interval": STREAM_INTERVAL,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
