@@ -360,6 +360,8 @@ def build_sampling_source(
         (config.trainer.seed, 0),
         verify=True,
         part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None

@@ -19,6 +19,7 @@ from kdrl_mcore.config.derived import (
     uses_distributed_optimizer,
     uses_teacher,
 )
+from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
@@ -287,6 +288,9 @@ def _check_loggers(names: Sequence[str]) -> None:
 
 
 def _check_vllm(settings: VllmConfig) -> None:
+    extra_arguments(settings.extra, "rollout.vllm.extra")
+    if settings.extra and settings.servers:
+        raise ConfigError("rollout.vllm.extra is for engines that the run starts: give it to kdrl-serve as --extra")
     if settings.servers and settings.placement != "server":
         raise ConfigError("rollout.vllm.servers needs rollout.vllm.placement=server")
     if settings.servers and settings.replicas not in (0, len(settings.servers)):

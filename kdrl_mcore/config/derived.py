@@ -182,10 +182,11 @@ def samples_with_vllm(config: Config) -> bool:
 
 def is_on_policy(config: Config) -> bool:
     """Whether every update uses the weights that sampled its batch, and the batch was sampled from their whole distribution
-    (with `top_p` the sampler's distribution is only the student's nucleus)."""
+    (with `top_p`, `top_k` or `min_p` the sampler's distribution is only the head of the student's)."""
     rollout = config.rollout
     sampled_now = samples(config) and rollout.steps_ahead == 0
-    return sampled_now and rollout.top_p == 1 and config.batch.updates_per_step == 1
+    whole = rollout.top_p == 1 and rollout.top_k == 0 and rollout.min_p == 0
+    return sampled_now and whole and config.batch.updates_per_step == 1
 
 
 def max_sequence_tokens(rollout: RolloutConfig) -> int:
@@ -298,4 +299,5 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
     }
     if share is not None:
         values["gpu-memory-utilization"] = share
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    extra = [word for argument in rollout.vllm.extra for word in ("--extra", argument)]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + extra

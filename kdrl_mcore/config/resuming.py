@@ -80,7 +80,12 @@ RULES: dict[str, Rule] = {
 }
 """The rule of each key or section; the longest match counts."""
 
-EVALUATED = frozenset({"data.eval", *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "max_prompts"))})
+EVALUATED = frozenset(
+    {
+        "data.eval",
+        *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "top_p", "top_k", "min_p", "max_prompts")),
+    }
+)
 """The keys that determine what an evaluation measures: its results from before and after a change are not compared."""
 
 
