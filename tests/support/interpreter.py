@@ -8,8 +8,8 @@ from typing import Any
 def patch_language_once() -> None:
     """Let the interpreter keep its versions of Triton's operations in place.
 
-    By itself it looks for them in Triton's modules and puts them in place whenever a kernel is launched or calls a function, which
-    takes half of a kernel's time. A process that interprets compiles nothing, so they may stay.
+    By itself it searches Triton's modules and puts them in place whenever a kernel is launched or calls a function, which takes
+    half of a kernel's time. A process that interprets compiles nothing, so they may stay.
     """
     from triton.runtime import interpreter
 
