@@ -20,6 +20,7 @@ from kdrl_mcore.config.derived import (
     longest_response,
     num_given,
     num_updates,
+    reads_own_prompt,
     replays,
     samples,
     teaches_itself,
@@ -162,9 +163,9 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
         domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
         for (source, _), domain in zip(sources, domains, strict=True):
             check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
-            check_teacher_prompts(
-                domain.prompts, str(source.path), teacher_limits(config, vocab_size), longest_response(config)
-            )
+            if reads_own_prompt(config):
+                own_limits = teacher_limits(config, vocab_size)
+                check_teacher_prompts(domain.prompts, str(source.path), own_limits, longest_response(config))
     return TrainingData(tokenizer, vocab_size, limits, domains)
 
 

@@ -12,13 +12,27 @@ import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_benchmark
-from kdrl_mcore.config.derived import longest_response, replays, samples_with_vllm, used_models, uses_given
+from kdrl_mcore.config.derived import (
+    longest_response,
+    reads_own_prompt,
+    replays,
+    samples_with_vllm,
+    used_models,
+    uses_given,
+)
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.files import is_file
 from kdrl_mcore.data.hub import resolve_models
-from kdrl_mcore.data.limits import Limits, check_prompts, check_rollouts
+from kdrl_mcore.data.limits import (
+    Limits,
+    check_prompts,
+    check_rollouts,
+    check_teacher_prompts,
+    check_teacher_rollouts,
+    teacher_limits,
+)
 from kdrl_mcore.data.sources import data_notes, read_domains, training_sources
 from kdrl_mcore.data.stream import Domain
 from kdrl_mcore.data.tokenizers import load_tokenizer
@@ -138,11 +152,15 @@ def check_lengths(config: Config) -> str:
     checked = []
     if replays(config):
         assert config.rollout.path is not None
-        check_rollouts(read_rollouts(config.rollout.path), config.rollout.path, limits)
+        rollouts = read_rollouts(config.rollout.path)
+        check_rollouts(rollouts, config.rollout.path, limits)
+        check_teacher_rollouts(rollouts, config.rollout.path, config, vocab_size)
         checked.append(config.rollout.path)
     elif tokenizer is not None and (config.data.train or config.data.sources):
         for table in read_domains(config, tokenizer):
             check_prompts(table, table.source, limits, longest_response(config))
+            if reads_own_prompt(config):
+                check_teacher_prompts(table, table.source, teacher_limits(config, vocab_size), longest_response(config))
             checked.append(table.source)
     if uses_given(config) and config.rollout.given.path is not None:
         read_given(config.rollout.given.path, limits, most)
