@@ -45,10 +45,11 @@ from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
 from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
+from kdrl_mcore.rollout.partial import Parts
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
@@ -120,9 +121,9 @@ def check_outcome(config: Config) -> None:
         )
     best = config.checkpoint.best
     if best is not None and best not in (names := metric_names(config)):
-        raise ConfigError(f"checkpoint.best={best} is no metric of the evaluations; there are: {', '.join(names)}")
+        raise ConfigError(f"checkpoint.best={best} is not a metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()))
+        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
         return None
     kd, name = config.objective.kd, TEACHER if config.teacher.prompt.template != "student" else None
     if kd.clamp is not None and dist.get_rank() == 0:
-        logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
+        logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.take_teacher_head()
@@ -211,7 +212,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
 
 def masks_stop_token(config: Config) -> bool:
     """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
-    gives the student's next to no probability: its term would teach the student never to stop."""
+    gives the student's end token almost no probability: distilling it would teach the student never to stop."""
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
@@ -226,8 +227,8 @@ def masks_stop_token(config: Config) -> bool:
     if student is None or teacher is None:
         unknown = config.student.path if student is None else config.teacher.path
         logger.warning(
-            "%s: the token that ends a response is distilled; %s has no tokenizer, so whether both models end alike is not "
-            "known: set it to mask if they do not, else to keep",
+            "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
+            "responses with the same token: set it to keep if they do, otherwise to mask",
             *(name, unknown),
         )
     elif differ:
@@ -271,8 +272,9 @@ def _frozen(
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:
     """The verifier on the ranks that verify sampled responses, None on the others. vLLM's responses arrive on rank 0, which
-    verifies them while others are still being sampled; otherwise the replicas' leaders share the work."""
-    in_vllm = config.rollout.engine == "vllm"
+    verifies them while others are still being sampled; otherwise, and for responses in parts, the replicas' leaders share the
+    work."""
+    in_vllm = config.rollout.engine == "vllm" and config.rollout.partial_tokens is None
     verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
     return Verifier(config.reward, reward_kinds(data.domains)) if verifies and samples(config) else None
 
@@ -341,8 +343,8 @@ def build_source(
         responses, cut_off = read_given(rollout.given.path, data.limits, rollout.max_response_tokens)
         domains = [Domain("", responses)]
         if cut_off and dist.get_rank() == 0:
-            logger.warning("%s: %d responses were cut off and are not given", rollout.given.path, cut_off)
-    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # another order than that of the prompts to sample
+            logger.warning("%s: %d responses were cut off and are left out", rollout.given.path, cut_off)
+    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # an order different from that of the prompts to sample
     return BesideGiven(source, given, student, partial(num_given, config))
 
 
@@ -364,12 +366,17 @@ def build_sampling_source(
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     ahead = None
     if rollout.steps_ahead:
-        assert isinstance(engine, VllmEngine)
+        how: FlowingEngine | Parts
+        if rollout.partial_tokens is not None:
+            how = Parts(rollout.partial_tokens, rollout.max_continuations)
+        else:
+            assert isinstance(engine, VllmEngine)
+            how = engine
         ahead = Ahead(
-            engine,
+            how,
             steps=rollout.steps_ahead,
             max_age=rollout.max_age or rollout.steps_ahead,
-            waits=rollout.unfinished == "wait",
+            waits=rollout.partial_tokens is None and rollout.unfinished == "wait",
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )

@@ -42,7 +42,7 @@ class Job:
     """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
-        """Let the teacher score each response to distil once, as far as its token weights reach, and no others. The log-probs
+        """Let the teacher score each response to distil once, up to its last token with a weight, and no others. The log-probs
         of whole responses are also stored in the rollouts, for the step's rollout file.
 
         Args:
@@ -67,7 +67,7 @@ class Job:
             rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
 
     def scored_tokens(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> Tensor:
-        """How many tokens of each response, the first ones, the teacher scores [N]. Not collective."""
+        """How many tokens of each response, from its start, the teacher scores [N]. Not collective."""
         lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.long)
         return scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
 
@@ -99,7 +99,7 @@ class Job:
         return replace(batch, scores=self._present_scores(batch.rollouts)) if needs_scores(self.config) else batch
 
     def weigh_tokens(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with the weights of its tokens in distillation, and what belongs to whole responses. Not collective."""
+        """The batch with its tokens' distillation weights and its quantities of whole responses. Not collective."""
         seeds = (self.config.trainer.seed, self.student.version)
         return weigh_tokens(self.config.objective, batch, self.mask_stop_token, seeds)
 

@@ -79,7 +79,7 @@ class Sources:
     folders: list[Path] = field(default_factory=lambda: [conf_dir()])
 
     def groups(self) -> list[str]:
-        """The groups that take a choice: the default ones, then those that only the user's folders have."""
+        """The groups that have choices: the default ones, then those that only the user's folders have."""
         found = [path.name for folder in self.folders for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))]
         return list(dict.fromkeys([*DEFAULT_GROUPS, *(name for name in found if name not in NO_GROUPS)]))
 
@@ -242,7 +242,7 @@ def _add_folder(sources: Sources, name: str, option: str) -> None:
     for file in files:
         taken = sources.choices(file.parent.name).get(file.stem)
         if taken is not None and not taken.samefile(file):
-            raise ConfigError(f"{file}: {file.parent.name}={file.stem} is there already ({taken}): give the file another name")
+            raise ConfigError(f"{file}: {file.parent.name}={file.stem} already exists ({taken}): give the file another name")
     if folder not in sources.folders:
         sources.folders.append(folder)
 

@@ -25,8 +25,9 @@ from kdrl_mcore.parallel.collect import gather_objects
 
 
 def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-    """This pipeline stage's whole tensors under their HF names, on tensor-parallel rank 0; each rank also yields its own
-    experts. The other tensor-parallel ranks get None in place of the gathered tensors, so that all iterate in step.
+    """This pipeline stage's whole tensors under their HF names, adapters merged into them, on tensor-parallel rank 0; each rank
+    also yields its own experts. The other tensor-parallel ranks get None in place of the gathered tensors, so that all iterate
+    in step.
 
     Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
     iterate. At most one parameter is held in full at a time; a tensor may be a view of it.
@@ -36,7 +37,7 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
         rule = mapped.rule
         if experts_only and not rule.is_expert:
             continue
-        local = mapped.parameter.detach().contiguous()
+        local = mapped.value().contiguous()
         shards, ranks = [local], 1 if rule.is_expert else tensor.size()
         if ranks > 1:
             shards = [torch.empty_like(local) for _ in range(ranks if tensor.rank() == 0 else 0)]
@@ -104,7 +105,7 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
     Raises:
         CheckpointError: on every rank, if any of them cannot write.
     """
-    temporary = Path(_on_rank_0(lambda: str(begin(target, [source], overwrite=True)), target))
+    temporary = Path(on_rank_0(lambda: str(begin(target, [source], overwrite=True)), target))
     written = _write_own(parts, temporary, max_shard_bytes)
     gathered = gather_objects(written)
     errors = [each.error for each in gathered if each.error]
@@ -122,10 +123,10 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    _on_rank_0(complete, target)
+    on_rank_0(complete, target)
 
 
-def _on_rank_0(act: Callable[[], Any], target: str | Path) -> Any:
+def on_rank_0(act: Callable[[], Any], target: str | Path) -> Any:
     """Run an action on rank 0 and return its result on every rank. Collective over the world.
 
     Raises:

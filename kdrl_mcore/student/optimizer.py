@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
@@ -17,6 +18,7 @@ from kdrl_mcore.config import Config, OptimizerConfig, ParallelConfig
 from kdrl_mcore.config.derived import keeps_earlier_weights, uses_distributed_optimizer
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.lora import sum_shared_gradients
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.dtypes import DTYPES
@@ -44,7 +46,7 @@ class Optimizer:
             ConfigError: `optimizer.offload` is set, and there is no GPU.
         """
         settings, distributed = config.optimizer, uses_distributed_optimizer(config)
-        self._config = parts.config
+        self._config, self._tensor = parts.config, parts.groups.tensor
         self._clip_grad, self._weight_decay = settings.clip_grad, settings.weight_decay
         self._distributed = distributed
         self._overlaps_gather = config.parallel.overlap_param_gather
@@ -109,7 +111,7 @@ class Optimizer:
         `no_sync` too but never leaves it, so it would end when its generator is collected, possibly during an update."""
         config, no_sync = self._config, [chunk.no_sync for chunk in self.ddp]
         config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        config.finalize_model_grads_func = _reduce_gradients
+        config.finalize_model_grads_func = partial(_reduce_gradients, self._tensor)
         try:
             yield
         finally:
@@ -260,6 +262,7 @@ def _build_optimizer(
     )
 
 
-def _reduce_gradients(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _reduce_gradients(tensor: dist.ProcessGroup, model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by tokens: the loss is normalised already."""
     finalize_model_grads(model, None, **kwargs)
+    sum_shared_gradients(model, tensor)

@@ -72,5 +72,5 @@ class TeacherHead:
             hidden_DG: the teacher's last hidden states of the first D of the T loss rows.
             sampler_log_probs_T: log mu of the targets; None if the student's present weights sampled them.
         """
-        with_entropy = self._kd.mix == "entropy"
+        with_entropy = self._kd.mix == "entropy" or ":" in self._kd.mix
         return TeacherInputs(hidden_DG, self.weight_VG, divergence_of(self._kd, sampler_log_probs_T), with_entropy)

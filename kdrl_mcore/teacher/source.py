@@ -44,7 +44,7 @@ def as_read(rollouts: Mapping[int, Rollout], name: str | None) -> Mapping[int, R
     """The rollouts behind the prompts that the teacher of this name reads; None: behind their own."""
     if name is None:
         return rollouts
-    return {index: rollout.behind(rollout.teacher_prompts[name]) for index, rollout in rollouts.items()}
+    return {index: rollout.after(rollout.teacher_prompts[name]) for index, rollout in rollouts.items()}
 
 
 def score_with(

@@ -44,7 +44,8 @@ class Settings:
         vocab_size: tokens that exist for both softmaxes; None takes the smaller model's columns.
         top_k, top_k_support, top_k_tail: of the top-k estimators.
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
-        token_weight, share, more, first_tokens, rate, solved, unsolved, normalize: a weight of each distilled token.
+        token_weight, share, more, over, first_tokens, rate, low, middle, width, solved, unsolved, normalize: a weight of each
+            distilled token.
         divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, beside k2 of the
             sampled token. draw_seeds: of the draws of response i, numpy's `default_rng([*draw_seeds, i])`.
         control_variate: k1 and k2 without the expectation of d at the prefix.
@@ -53,7 +54,7 @@ class Settings:
             (mask) its geometric mean.
         correction_level: of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
-        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence.
+        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token, or its mean or product over a sequence.
         entropy_bonus: coefficient of the entropy.
         truncated: drop leaves responses that hit the limit out of the policy loss.
     """
@@ -89,8 +90,12 @@ class Settings:
     token_weight: str = "constant"
     share: float = 0.5
     more: float = 0.1
+    over: str = "response"
     first_tokens: int = 0
     rate: float = 1.0
+    low: float = 0.25
+    middle: float = 0.3
+    width: float = 0.1
     solved: float = 1.0
     unsolved: float = 1.0
     normalize: bool = False

@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 from tests.reference import dense
-from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
 
 TOKENS = 61  # of the tokenizer; the models have more columns
+FAMILIES = ("mistral", "ministral", "seed_oss", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Zoo:
 
     Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, `deep` (8 layers, not
     4), and `no_tokenizer`, which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers:
-    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`.
+    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`. Both: one model of each dense `FAMILIES`.
     """
 
     folder: Path
@@ -82,6 +83,9 @@ def make_zoo(folder: Path) -> Zoo:
         make_qwen2(folder / name, **shape)  # type: ignore[arg-type]
         if "no_tokenizer" not in name:
             assert make_tokenizer(folder / name) == TOKENS
+    for name in FAMILIES:
+        make_model(name, folder / name, seed=7)
+        assert make_tokenizer(folder / name) == TOKENS
     batches: dict[str, dict[str, object]] = {
         "uneven": {},
         "exact_mu": {"noise": 0.0},
