@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdrl_mcore.config import DataConfig, TeacherPromptConfig
-from kdrl_mcore.data.limits import Limits, check_teacher_prompts
+from kdrl_mcore.config import DataConfig, TeacherPromptConfig, load_config
+from kdrl_mcore.data.limits import check_teacher_prompts
 from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.table import PromptTable
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
@@ -19,6 +19,7 @@ from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
 from kdrl_mcore.teacher.leak import RUN, leak_metrics
 from kdrl_mcore.types import Rollout
+from tests.reference.tiny_models import make_qwen2
 from tests.support.tokenizers import byte_level, save_tokenizer
 
 TEMPLATE = (
@@ -98,9 +99,17 @@ def test_what_is_too_long_is_refused_or_dropped(tmp_path: Path, tokenizer: Token
     table = load(tmp_path, tokenizer, prompt, replace(DATA, long_prompts="drop"), most=10)
     assert (len(table), table.dropped, table[0].prompt_id) == (1, 1, "rows-2")
     table = load(tmp_path, tokenizer, prompt)
-    check_teacher_prompts(table, "rows", Limits(300, 40, "the model"), 10)
-    with pytest.raises(DataError, match=r"row 1: .* exceeds the 30 positions of the model"):
-        check_teacher_prompts(table, "rows", Limits(300, 30, "the model"), 10)
+    make_qwen2(tmp_path / "model", vocab_size=300)
+    config = load_config(
+        [
+            *("objective=kdrl", "objective.beta.init=1", f"student.path={tmp_path}/model", "teacher.weights=present"),
+            *("teacher.prompt.template=plain", "rollout.max_response_tokens=480"),
+        ]
+    )
+    check_teacher_prompts(table[1:], "rows", config)
+    with pytest.raises(DataError, match=r"row 1: .* has 22 tokens, and with a response of 495 exceeds the 512 positions"):
+        config.rollout.max_response_tokens = 495
+        check_teacher_prompts(table, "rows", config)
 
 
 def rollout(response: list[int], text: str = "", answer: str = "") -> Rollout:
