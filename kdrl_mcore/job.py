@@ -84,9 +84,13 @@ class Job:
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[TrainingBatch]:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
-        log pi_old is computed here, once."""
+        log pi_old is computed here, once; with `objective.clip_against=sampler` mu takes its place."""
         updates = self.config.batch.updates_per_step
-        old = [log_probs for log_probs, _ in self._present_scores(rollouts)] if updates > 1 else None
+        old: list[TokenFloats] | None = None
+        if self.config.objective.clip_against == "sampler":
+            old = [rollout.sampler_log_probs for rollout in rollouts]
+        elif updates > 1:
+            old = [log_probs for log_probs, _ in self._present_scores(rollouts)]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
 
         def of_all(scores: Mapping[int, TokenFloats]) -> list[TokenFloats | None] | None:

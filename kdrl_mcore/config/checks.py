@@ -341,10 +341,12 @@ def _check_overlap(config: Config) -> None:
             f"rollout.steps_ahead={rollout.steps_ahead} needs an engine that does not share the training's devices: set "
             "rollout=vllm and rollout.vllm.placement=server, or rollout.partial_tokens"
         )
-    if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
+    objective = config.objective
+    corrects = objective.sampler_correction.kind != "none" or objective.clip_against == "sampler"
+    if can_be_positive(objective.alpha) and not corrects:
         raise ConfigError(
             f"rollout.steps_ahead={rollout.steps_ahead} trains on responses of older weights: set "
-            "objective.sampler_correction.kind=truncate or mask"
+            "objective.sampler_correction.kind=truncate or mask, or objective.clip_against=sampler"
         )
 
 

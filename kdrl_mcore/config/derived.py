@@ -133,7 +133,7 @@ def needs_scores(config: Config) -> bool:
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
     objective, several = config.objective, config.batch.updates_per_step > 1
     return objective.kind != "sft" and (
-        (objective.ratio != "token" and several)
+        (objective.ratio != "token" and (several or objective.clip_against == "sampler"))
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
         or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
     )

@@ -405,6 +405,12 @@ class ObjectiveConfig:
         "pi/pi_old of each token, the geometric mean over the sequence (GSPO), or the product over it",
         choices=("token", "sequence", "product"),
     )
+    clip_against: str = key(
+        "old",
+        "what the ratio that is clipped divides pi by: old (pi_old, the student when the step begins; mu is left to "
+        "sampler_correction) or sampler (mu, as the engine reported it; needs sampler_correction.kind=none)",
+        choices=("old", "sampler"),
+    )
     dual_clip: float | None = key(
         None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
     )
@@ -511,11 +517,11 @@ class RolloutConfig:
     partial_tokens: int | None = key(
         None,
         "tokens of a response that are sampled at a time, before the step trains; what has not ended goes on in the next step. "
-        "The prompts of steps_ahead further steps are sampled beside the step's, by any engine. None: whole responses",
+        "The prompts of steps_ahead further steps are sampled beside the step's, by any engine. null: whole responses",
         range=COUNT,
     )
     max_continuations: int | None = key(
-        None, "of a response with partial_tokens; the last one goes on to its end. None: no bound", range=COUNT_OR_OFF
+        None, "of a response with partial_tokens; the last one goes on to its end. null: no bound", range=COUNT_OR_OFF
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     given: GivenConfig = field(default_factory=GivenConfig)

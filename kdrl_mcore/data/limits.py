@@ -43,7 +43,7 @@ def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_re
     """Check that prompts, with the longest response to each and with their targets, are within the limits.
 
     Args:
-        max_response_tokens: of responses that are sampled, and then of targets too; None where none are sampled.
+        max_response_tokens: the limit of sampled responses, which then applies to targets too; None if none are sampled.
 
     Raises:
         DataError: one is not; the message names its row (from 1) and what to change.
@@ -77,7 +77,7 @@ def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_re
 
 
 def check_given_length(where: str, response: TokenIds, max_response_tokens: int) -> None:
-    """Check that a response given beside sampled ones is no longer than these may be.
+    """Check that a response that is given in addition to sampled ones is not longer than their limit.
 
     Raises:
         DataError: it is; the message begins with `where`.

@@ -42,8 +42,8 @@ def k2(d_T: Tensor, w_T: Tensor) -> Tensor:
 
 def k3(d_T: Tensor, w_T: Tensor) -> Tensor:
     """w (exp(d) - 1 - d): value unbiased. On-policy, with w = 1, its gradient (1 - exp(d)) grad log pi is that of the forward
-    KL: 0.73 of the reverse KL's away from that (`test_axes_expectation.py`). Off-policy,
-    with a differentiable w, the gradient is -w d grad log pi, unbiased like k2's."""
+    KL, which differs from the reverse KL's by 0.73 of its norm (`test_axes_expectation.py`). Off-policy, with a differentiable
+    w, the gradient is -w d grad log pi, unbiased like k2's."""
     return w_T * (d_T.expm1() - d_T)
 
 

@@ -33,8 +33,8 @@ class TokenBatch:
         old_log_probs: log pi_old; None while strictly on-policy.
         teacher_log_probs: arbitrary where the response is masked; None where the loss does not use them.
         reference_log_probs: log-probs of the reference model; None without one.
-        correct: 1 where the response is correct, else 0; None if no rule asks.
-        teacher_entropies: of the teacher's distribution, where the settings ask for it.
+        correct: 1 where the response is correct, else 0; None if no rule needs it.
+        teacher_entropies: the entropies of the teacher's distribution, if the settings need them.
         scored: 0 where the teacher did not score a token of a distilled response, or the token is left out, else 1; None if
             there is no such token.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
@@ -68,8 +68,8 @@ class TokenBatch:
         return self.map(lambda value: value[rows])
 
     def without_sampler(self, log_probs: Tensor) -> TokenBatch:
-        """The batch in which present log-probs stand for those of mu and pi_old where a response was given: nothing is clipped,
-        corrected or counted as drift there."""
+        """The batch in which given responses have the present log-probs as those of mu and pi_old, so that nothing in them is
+        clipped, corrected or counted as drift."""
         if self.given is None:
             return self
         given, now = self.given != 0, log_probs.detach()
@@ -93,7 +93,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the losses of the tokens are made of, [T] each.
+    """The quantities from which the losses of the tokens are computed, [T] each.
 
     Attributes:
         log_ratio: d = log T - log pi, with the gradient of log pi; 0 where the teacher did not score the token.
@@ -133,7 +133,7 @@ def joint_loss(
     already contain it.
 
     Args:
-        divergence_T: a differentiable per-token divergence over the vocabulary, of which `estimate` says what becomes.
+        divergence_T: a differentiable per-token divergence over the vocabulary; see `estimate`.
         entropies_T: the student's, differentiable; only for `objective.entropy_bonus`.
 
     Returns:
@@ -207,8 +207,8 @@ def _policy_parts(
 
 
 def _reference_term(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, tokens: _Tokens) -> Tensor | None:
-    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half of
-    distillation, and has its weights: without the teacher's half, a negative coefficient would only drive pi away."""
+    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half
+    of distillation and has the same weights: without the teacher's half, a negative coefficient would only drive pi away."""
     if batch.reference_log_probs is None:
         return None
     form = objective.reference_kl.estimator

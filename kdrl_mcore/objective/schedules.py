@@ -17,13 +17,13 @@ OWN: dict[str, Callable[[int, ScheduleConfig], float]] = {}
 
 @dataclass
 class Record:
-    """The highest of the values seen, and how many since then were not higher."""
+    """The highest value so far, and the number of values since then that were not higher."""
 
     highest: float | None = None
     waited: int = 0
 
     def observe(self, value: float) -> bool:
-        """Take note of a value; returns whether it is higher than all before."""
+        """Record a value; returns whether it is higher than all earlier ones."""
         is_higher = self.highest is None or value > self.highest
         self.highest, self.waited = (value, 0) if is_higher else (self.highest, self.waited + 1)
         return is_higher
@@ -81,7 +81,7 @@ class Coefficient:
             self._adapted = min(max(self._adapted * math.exp(exponent), s.min), s.max)
 
     def observe(self, accuracy: float) -> None:
-        """Take note of an evaluation."""
+        """Record the accuracy of an evaluation."""
         self._accuracy.observe(accuracy)
         if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
             self._switch()
@@ -123,8 +123,8 @@ class Coefficient:
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant, or a linear or cosine decay
-    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, still
-    learns where `min_lr` is 0."""
+    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, has
+    a positive rate even if `min_lr` is 0."""
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":

@@ -36,11 +36,11 @@ def write_rollouts(
 ) -> None:
     """Write a rollout file atomically: to a temporary file, then renamed.
 
-    Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` where the teacher gave
-    them, `domain` where training has several, `later_versions` where the weights changed on the way, `teacher_prompts` where
-    teachers read other prompts, `continuations` where a response was continued, and the keys of `extra`.
-    A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written as
-    such (`NaN`), as evidence; `read_rollouts` refuses them.
+    Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` if the teacher scored
+    the response, `domain` if training has several, `later_versions` if the weights changed during it,
+    `teacher_prompts` if teachers read other prompts, `continuations` if it was continued, and the keys of `extra`.
+    A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written
+    unchanged (`NaN`), for diagnosis; `read_rollouts` refuses them.
 
     Args:
         scores: further lists with one number per response token, by key, which make it a scored file.
@@ -210,7 +210,7 @@ def _teacher_prompts(row: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
 
 
 def _later_versions(row: dict[str, Any], num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """(version, tokens) of the weights that sampled the response's later tokens, if they changed on the way."""
+    """(version, tokens) of the weights that sampled the response's later tokens, if they changed during it."""
     value = row.get("later_versions", [])
     are_pairs = isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair) and pair[1] > 0 for pair in value

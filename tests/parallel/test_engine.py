@@ -22,7 +22,7 @@ from tests.support.sampling import (
     tokens_of,
 )
 from tests.support.training import FAST
-from tests.support.zoo import TOKENS, Zoo
+from tests.support.zoo import FAMILIES, TOKENS, Zoo
 
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),
@@ -36,9 +36,9 @@ LAYOUTS = {
 }
 
 
-def overrides_of(zoo: Zoo, layout: str) -> list[str]:
+def overrides_of(zoo: Zoo, layout: str, model: str = "untied") -> list[str]:
     return [
-        f"student.path={zoo.model('untied')}",
+        f"student.path={zoo.model(model)}",
         "rollout=replay",
         f"rollout.path={zoo.rollouts('one')}",
         "objective=grpo",
@@ -106,6 +106,16 @@ def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, A
             suppress_tokens=beyond,
         )
         assert row["response_token_ids"] == out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_samples_from_its_distribution(family: str, zoo: Zoo, ranks2: RankPool) -> None:
+    """Windows, layers without rotary embedding and scales hold while decoding as well."""
+    layout = "parallel.tensor=2" if FAMILIES.index(family) % 2 else "parallel.pipeline=2"
+    (found, _) = ranks2.run(generate_on_rank, overrides_of(zoo, layout, family), PROMPTS, {"plain": SAMPLINGS["plain"]}, None)
+    model = dense.load_model(zoo.model(family))
+    for row in found["plain"]:
+        assert_close(row["sampler_log_probs"], dense_log_probs(model, row, SAMPLINGS["plain"]["temperature"]))
 
 
 def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[str, list[dict[str, Any]]]) -> None:

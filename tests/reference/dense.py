@@ -55,6 +55,7 @@ class Settings:
         correction_level: of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
         policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token, or its mean or product over a sequence.
+        clip_against: what that ratio divides by: pi_old (old) or mu (sampler).
         entropy_bonus: coefficient of the entropy.
         unshared: token ids that mean something else to the teacher: a response is taught up to the first one.
         truncated: drop leaves responses that hit the limit out of the policy loss.
@@ -114,6 +115,7 @@ class Settings:
     baseline: str = "group"
     policy_loss: str = "clip"
     ratio: str = "token"
+    clip_against: str = "old"
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
     truncated: str = "keep"
@@ -265,6 +267,7 @@ def kdrl_of_models(
     if settings.truncated == "drop":
         rewarded = rewarded & torch.tensor([row.get("finish_reason") != "length" for row in rows])
     before = [each.detach() for each in log_pi] if log_old is None else log_old
+    before = log_mu if settings.clip_against == "sampler" else before
     correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
     d_now = [
         (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()

@@ -46,7 +46,7 @@ def with_config(plan: Plan, change: Callable[[Config], None]) -> Plan:
     return make_plan(make_setup(config, plan.setup.workload, plan.setup.choices, world_size=world_size))
 
 
-def measures(plan: Plan) -> list[Saving]:
+def savings(plan: Plan) -> list[Saving]:
     """Every measure, in the order of docs/planning.md; those of the teacher only if there is one."""
     config = plan.setup.config
     return [
