@@ -21,6 +21,7 @@ from kdrl_mcore.config.derived import (
     longest_response,
     num_given,
     num_updates,
+    reads_scores,
     replays,
     samples,
     teaches_itself,
@@ -57,6 +58,7 @@ from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.recorded import read_recorded
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
 
@@ -154,7 +156,7 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
     """
     on_phase("load tokenizers")
     assert config.student.path is not None
-    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path, added_may_differ=True)
+    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path, added_may_differ=loads_teacher(config))
     unshared = find_unshared(config)
     limits = Limits.of(vocab_size, list(used_models(config).values()))
     if tokenizer is None and not replays(config):
@@ -225,6 +227,9 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     kd, name = config.objective.kd, TEACHER if config.teacher.prompt.template != "student" else None
     if kd.clamp is not None and dist.get_rank() == 0:
         logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
+    if reads_scores(config):
+        assert config.rollout.path is not None
+        return read_recorded(config.rollout.path, config, vocab_size)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.take_teacher_head()
@@ -243,7 +248,7 @@ def masks_stop_token(config: Config) -> bool:
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
-    if teaches_itself(config):
+    if config.teacher.path is None:
         return False
     assert config.student.path is not None and config.teacher.path is not None
     student, teacher = (stop_tokens(path) for path in (config.student.path, config.teacher.path))

@@ -15,6 +15,7 @@ from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import (
     loads_teacher,
     longest_response,
+    reads_scores,
     replays,
     samples_with_vllm,
     used_models,
@@ -51,6 +52,7 @@ from kdrl_mcore.rollout.files import read_rollouts
 from kdrl_mcore.rollout.given import read_given
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.teacher.recorded import read_recorded
 
 
 def check_hub(config: Config) -> str:
@@ -155,6 +157,8 @@ def check_lengths(config: Config) -> str:
         rollouts = read_rollouts(config.rollout.path)
         check_rollouts(rollouts, config.rollout.path, limits)
         check_teacher_rollouts(rollouts, config.rollout.path, config, unshared)
+        if reads_scores(config):
+            read_recorded(config.rollout.path, config, vocab_size)
         checked.append(config.rollout.path)
     elif tokenizer is not None and (config.data.train or config.data.sources):
         for table in read_domains(config, tokenizer):

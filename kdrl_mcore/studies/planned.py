@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_mcore.config import Config, load_config
-from kdrl_mcore.config.derived import training_ranks, loads_teacher
+from kdrl_mcore.config.derived import loads_teacher, training_ranks
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.planning.memory import fit_engine
 from kdrl_mcore.planning.plan import make_plan

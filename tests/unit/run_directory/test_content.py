@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.config.resuming import refused
+from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.run_directory import content
-from kdrl_mcore.run_directory.content import fingerprint, fingerprints, is_same, other_shape
+from kdrl_mcore.run_directory.content import fingerprints, is_same, other_shape
 from tests.reference.tiny_models import make_qwen2, make_tokenizer
 
 
