@@ -70,4 +70,4 @@ def test_what_needs_the_whole_vocabulary_or_the_students_prompt_is_refused(
     rows = other.rows("uneven")
     write_jsonl(tmp_path / "r.jsonl", [{**rows[0], "prompt_token_ids": [7, 8]}])
     (outcome,) = pools[1].run(train_on_rank, [*overrides, f"rollout.path={tmp_path}/r.jsonl"])
-    assert outcome.code == 2 and "line 1: the prompt has token 7" in outcome.stderr, outcome.stderr
+    assert outcome.code == 1 and "line 1: the prompt has token 7" in outcome.stderr, outcome.stderr

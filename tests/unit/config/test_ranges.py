@@ -33,6 +33,7 @@ FITTING = {
     "objective.beta.init": ["teacher.path=t"],
     "teacher.decay": ["objective.beta.init=1", "teacher.weights=average"],
     "teacher.refresh_every": ["objective.beta.init=1", "teacher.weights=refreshed"],
+    "teacher.min_ess": ["objective.beta.init=1", "teacher.weights=recorded", "rollout=replay", "rollout.path=r"],
     "teacher.prompt.max_tokens": ["objective.beta.init=1", "teacher.path=t", "teacher.prompt.template=chat"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],

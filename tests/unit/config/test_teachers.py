@@ -79,3 +79,18 @@ def test_templates_come_from_files_and_go_back_into_one(tmp_path: Path) -> None:
     assert config.teacher.prompt.message_template == "@ {prompt}\nThe answer is {answer}.\n"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("", "set rollout=replay and rollout.path"),
+        ("rollout=replay rollout.path=r objective.kd.estimator=exact", "objective.kd.estimator=exact needs its whole"),
+        ("rollout=replay rollout.path=r objective.kd.control_variate=true", "objective.kd.control_variate=true needs"),
+        ("rollout=replay rollout.path=r teacher.parallel.tensor=2", "leave teacher.parallel alone"),
+    ],
+)
+def test_what_recorded_scores_do_not_have_is_refused(settings: str, told: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(f"teacher.weights=recorded {settings}")
+    assert told in str(raised.value) and "\n" not in str(raised.value)

@@ -99,7 +99,7 @@ def test_what_is_too_long_is_refused_or_dropped(tmp_path: Path, tokenizer: Token
     table = load(tmp_path, tokenizer, prompt, replace(DATA, long_prompts="drop"), most=10)
     assert (len(table), table.dropped, table[0].prompt_id) == (1, 1, "rows-2")
     table = load(tmp_path, tokenizer, prompt)
-    make_qwen2(tmp_path / "model", vocab_size=300)
+    make_qwen2(tmp_path / "model", seed=1, vocab_size=300)
     config = load_config(
         [
             *("objective=kdrl", "objective.beta.init=1", f"student.path={tmp_path}/model", "teacher.weights=present"),
