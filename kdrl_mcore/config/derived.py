@@ -60,12 +60,17 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
 
 def teaches_itself(config: Config) -> bool:
     """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
-    return uses_teacher(config.objective) and config.teacher.weights != "path"
+    return uses_teacher(config.objective) and config.teacher.weights not in ("path", "recorded")
 
 
 def loads_teacher(config: Config) -> bool:
     """Whether the teacher is a model of its own in this job."""
-    return uses_teacher(config.objective) and not teaches_itself(config)
+    return uses_teacher(config.objective) and config.teacher.weights == "path"
+
+
+def reads_scores(config: Config) -> bool:
+    """Whether the teacher's scores are in the rollout file that is replayed."""
+    return uses_teacher(config.objective) and config.teacher.weights == "recorded"
 
 
 def keeps_earlier_weights(config: Config) -> bool:

@@ -56,6 +56,20 @@ def test_an_off_loaded_optimizer_is_gone(pair: Path, paper1: RankPool, tmp_path:
             assert live - sum(kept.values()) < SMALL
 
 
+@pytest.mark.parametrize("offload", [True, False])
+def test_earlier_weights_are_on_the_host_or_take_four_bytes_each(
+    offload: bool, pair: Path, paper1: RankPool, tmp_path: Path
+) -> None:
+    own = ["teacher.path=null", "teacher.weights=average", "objective.kd.estimator=k2", "optimizer.offload=true"]
+    phases = run(paper1, pair, tmp_path, *own, f"teacher.offload={str(offload).lower()}")
+    assert {name for name, *_ in phases} >= {"rollout", "teacher", "train"}
+    for name, live, kept in phases:
+        assert kept["teacher"] == 0
+        if name in ("refit", "rollout"):
+            earlier = 0 if offload else kept["gradients"]  # float32 as well
+            assert abs(live - sum(kept.values()) - earlier) < SMALL
+
+
 def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
     pair: Path,
     paper1: RankPool,
