@@ -22,8 +22,8 @@ from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, n
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
-    LORA_MODULES,
     LOGGERS,
+    LORA_MODULES,
     OFFLOAD_MODULES,
     OWN_SCALES,
     RECOMPUTE_MODULES,

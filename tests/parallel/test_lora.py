@@ -14,6 +14,9 @@ import torch
 
 pytest.importorskip("peft")
 
+from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.torch_dist import read_metadata
+from kdrl_mcore.errors import CheckpointError
 from tests.reference import adapters, dense
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, write_jsonl
 from tests.support import lora
@@ -23,7 +26,7 @@ from tests.support.lora import Adapted, adapt
 from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, play_transformer_engine
-from tests.support.training import FAST, train_on_rank
+from tests.support.training import FAST, metrics_of, train_on_rank
 from tests.support.zoo import Zoo
 
 SP = "parallel.tensor=2 parallel.sequence_parallel=true"
@@ -97,9 +100,7 @@ def test_the_newer_megatron_core(zoo: Zoo, untied: Adapted, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("layout", ["", f"{OVERLAPPED} batch.micro_tokens=40", SP], ids=["dp2", "dp2 overlapped", "tp2 sp"])
-def test_two_steps_of_adam_are_those_of_torch(
-    layout: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
-) -> None:
+def test_two_steps_of_adam_are_those_of_torch(layout: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
     lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-2, 1.5
     model = adapters.load_adapted(untied.student, untied.adapter)
     teacher = dense.load_model(untied.teacher)
@@ -155,6 +156,34 @@ def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools
     torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.timeout(900)  # saves start processes
+def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
+    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    settings = ["optimizer.lr=0.01", "optimizer.adam_eps=1e-3", f"objective.beta.init={SETTINGS.beta}", *FAST]
+
+    def train(run: str, steps: int, every: int, ranks: int, layout: str) -> None:
+        words = [f"run.dir={tmp_path / run}", f"trainer.steps={steps}", f"checkpoint.every={every}", *layout.split()]
+        outcomes = pools[ranks].run(train_on_rank, [*untied.overrides, *settings, *words])
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+
+    train("straight", 4, -1, 2, "parallel.tensor=2")
+    train("parted", 2, 0, 4, f"{SP} batch.micro_tokens=40")
+    saved = tmp_path / "parted" / "checkpoints" / "step_000002"
+    factors = sum(value.numel() for value in adapters.read_factors(untied.adapter).values())
+    names = read_metadata(saved / "weights").state_dict_metadata
+    sizes = {name: described.size.numel() for name, described in names.items() if hasattr(described, "size")}
+    assert sum(sizes.values()) == 4 * factors  # themselves, main weights and two moments
+    assert all(".lora_" in name for name in sizes)
+    with pytest.raises(CheckpointError, match=r"holds adapters alone .* take RUN/hf"):
+        open_weights(saved)
+    train("parted", 4, -1, 2, "parallel.pipeline=2 parallel.virtual_pipeline=2")
+    straight, parted = (metrics_of(tmp_path / run) for run in ("straight", "parted"))
+    for name in ("loss", "grad_norm", "kl", "lr"):
+        assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-4), name
+    assert len({row["loss"] for row in parted}) == 4
+
+
 def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
     zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
 ) -> None:
@@ -171,9 +200,7 @@ def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
         kept = other.found
         assert kept["trained"] == kept["main_weights"] and kept["frozen_gradients"] == 0
         assert kept["trained"] <= kept["buffers"] < kept["trained"] + 1024 < one.found["buffers"]  # padding
-        shared = sum(
-            value.numel() for name, value in adapters.read_factors(untied.adapter).items() if _is_whole(name)
-        )
+        shared = sum(value.numel() for name, value in adapters.read_factors(untied.adapter).items() if _is_whole(name))
         assert sorted(kept["sizes"]) == sorted([*one.found["sizes"], shared])
 
 

@@ -33,7 +33,9 @@ def make_adapter(
 
 def load_adapted(base: Path, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """The model with its adapters, which alone have gradients."""
-    model = PeftModel.from_pretrained(dense.load_model(base, dtype), str(folder), is_trainable=True, autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(
+        dense.load_model(base, dtype), str(folder), is_trainable=True, autocast_adapter_dtype=False
+    )
     return model.to(dtype).eval()
 
 
@@ -43,9 +45,7 @@ def kdrl_of_adapters(
     """The loss of one KDRL update, and the gradient of every factor under the name that a PEFT file has for it."""
     initial = None if reference is None else dense.load_model(reference)
     result = dense.kdrl_of_models(load_adapted(base, folder), dense.load_model(teacher), rows, settings, reference=initial)
-    return result, {
-        name.replace(".default", ""): gradient for name, gradient in result.gradients.items() if "lora_" in name
-    }
+    return result, {name.replace(".default", ""): gradient for name, gradient in result.gradients.items() if "lora_" in name}
 
 
 def merged_weights(base: Path, folder: Path) -> dict[str, Tensor]:
