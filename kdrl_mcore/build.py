@@ -21,6 +21,7 @@ from kdrl_mcore.config.derived import (
     num_updates,
     replays,
     samples,
+    teaches_itself,
     used_models,
     uses_given,
     uses_reference,
@@ -52,6 +53,7 @@ from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.base import FrozenBase
 from kdrl_mcore.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     if dist.get_rank() == 0:
         describe_data(data, evaluation)
     teacher = build_teacher(config, student, data.vocab_size, on_phase)
-    reference = build_reference(config, data.vocab_size, on_phase)
+    reference = build_reference(config, student, data.vocab_size, on_phase)
     on_phase("start engines")
     verifier = build_verifier(config, data, student)
     engine = build_engine(config, data, student, verifier, partial(on_phase, "start engines"), on_progress)
@@ -187,6 +189,10 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if not uses_teacher(config.objective):
         return None
     assert config.teacher.path is not None
+    if teaches_itself(config):
+        if dist.get_rank() == 0:
+            logger.info("the teacher is the student with its adapters off, in the student's layout: no second copy is loaded")
+        return FrozenBase(student.parts)
     on_parameter = partial(on_phase, "load teacher")
     teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter)
     kd = config.objective.kd
@@ -231,11 +237,13 @@ def _listed(tokens: Mapping[int, str]) -> str:
     return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
 
 
-def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
-    """A frozen copy of the initial student, in the student's layout; None if the loss has no reference KL. Collective over the
-    world."""
+def build_reference(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
+    """A frozen copy of the initial student, in the student's layout; if adapters are trained, the model below them, which is no
+    copy. None if the loss has no reference KL. Collective over the world."""
     if not uses_reference(config.objective):
         return None
+    if student.lora is not None:
+        return FrozenBase(student.parts)
     assert config.student.path is not None
     parallel = config.parallel
     settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))

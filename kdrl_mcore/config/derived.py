@@ -92,6 +92,13 @@ def needs_scores(config: Config) -> bool:
     )
 
 
+def teaches_itself(config: Config) -> bool:
+    """Whether the teacher is the student with its adapters off, so that none is loaded. For a divergence over the vocabulary it
+    is loaded all the same, in its own layout."""
+    student, teacher = config.student, config.teacher
+    return student.lora.rank > 0 and student.path == teacher.path and not compares_over_vocabulary(config.objective)
+
+
 def compares_over_vocabulary(objective: ObjectiveConfig) -> bool:
     """Whether the loss compares student and teacher over the vocabulary, so that the student also loads the teacher's head."""
     return uses_teacher(objective) and (objective.kd.estimator in OVER_THE_VOCABULARY or objective.kd.control_variate)

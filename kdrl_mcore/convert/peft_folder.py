@@ -106,8 +106,8 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
 
 @waits_for_others
 def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, target: str | Path) -> None:
-    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: the ranks of the first
-    replica send their factors to rank 0.
+    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: rank 0 gathers the
+    factors from the first replica.
 
     Args:
         base: the frozen model's path, which the folder names.

@@ -1,8 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685): low-rank adapters beside a frozen model's linear layers.
 
 y = x W^T + (alpha / rank) x A^T B^T for each adapted projection, A [rank, in] and B [out, rank]; only A and B are trained. Our
-layers fuse query, key and value, and gate and up. Each projection has factors of its own, with the rows that `peft` has them in;
-a fused layer multiplies all its A's as one matrix, and all its B's as one.
+layers fuse query, key and value, and gate and up. Each projection has factors of its own, the same as `peft` has; a fused layer
+multiplies all its A's as one matrix, and all its B's as one.
 
 Tensor parallelism splits a column-parallel layer's B by rows and a row-parallel layer's A by columns. The other factor is whole
 on every rank, and its gradient is summed over the ranks, once per update (`sum_shared_gradients`). In a pass over the model:
@@ -268,8 +268,8 @@ def factors_by_name(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter, int |
 
 @torch.no_grad()
 def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, seed: int) -> None:
-    """A as `peft` draws it, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws are
-    a function of the seed and the projection's name, equal in every layout. No communication."""
+    """A as in `peft`, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws are a
+    function of the seed and the projection's name, the same in every layout. No communication."""
     for adapter in adapters(chunks):
         for factors in adapter.factors:
             rng = np.random.default_rng([seed, *factors.hf_name.encode()])

@@ -115,10 +115,10 @@ class Student:
             trainable=True,
         )
         load_weights(self.parts, config.student.path, on_parameter)
-        if self.lora is not None and self.lora.path is None:
-            initialise_adapters(self.parts.chunks, self.groups.tensor, config.trainer.seed)
-        elif self.lora is not None:
+        if self.lora is not None and self.lora.path is not None:
             load_adapters(self.parts, self.lora.path, self.lora)
+        elif self.lora is not None:
+            initialise_adapters(self.parts.chunks, self.groups.tensor, config.trainer.seed)
         self.source = str(config_folder(config.student.path))
         self.version = 0  # number of optimizer updates of the weights
         self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0

@@ -18,7 +18,7 @@ from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.torch_dist import read_metadata
 from kdrl_mcore.errors import CheckpointError
 from tests.reference import adapters, dense
-from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, write_jsonl
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
 from tests.support import lora
 from tests.support.agreement import SETTINGS, assert_gradients
 from tests.support.late_weights import OVERLAPPED
@@ -26,7 +26,7 @@ from tests.support.lora import Adapted, adapt
 from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, play_transformer_engine
-from tests.support.training import FAST, metrics_of, train_on_rank
+from tests.support.training import FAST, PROMPTS, QUIET, metrics_of, train_on_rank
 from tests.support.zoo import Zoo
 
 SP = "parallel.tensor=2 parallel.sequence_parallel=true"
@@ -182,6 +182,34 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     for name in ("loss", "grad_norm", "kl", "lr"):
         assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-4), name
     assert len({row["loss"] for row in parted}) == 4
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"], ids=["tp2", "pp2"])
+def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
+    layout: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    itself = replace(untied, teacher=untied.student)
+    settings = replace(SETTINGS, reference=0.2)
+    loaded = lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student)
+    assert loaded == 1
+
+
+def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
+    """The log-probs that it reports are those of `peft`, for the tokens it drew."""
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS[:4]])
+    own = [word for word in untied.overrides if "rollout" not in word and "teacher" not in word]
+    sampling = ["rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12"]
+    words = [f"run.dir={tmp_path / 'run'}", *own, f"data.train={tmp_path / 'train.jsonl'}", *sampling, *QUIET]
+    outcomes = ranks2.run(train_on_rank, [*words, "objective=grpo", "trainer.steps=1", "parallel.tensor=2"])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    model = adapters.load_adapted(untied.student, untied.adapter)
+    rows = read_jsonl(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
+    for row in rows:
+        with torch.no_grad():
+            logits = dense.response_logits(model, row, zoo.vocab_size("untied"), 1.0)
+        wanted = dense.log_prob_of(logits.log_softmax(-1), row)
+        torch.testing.assert_close(torch.tensor(row["sampler_log_probs"]).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert len(rows) == 8
 
 
 def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
