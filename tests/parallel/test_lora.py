@@ -200,7 +200,9 @@ def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ra
     own = [word for word in untied.overrides if "rollout" not in word and "teacher" not in word]
     sampling = ["rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12"]
     words = [f"run.dir={tmp_path / 'run'}", *own, f"data.train={tmp_path / 'train.jsonl'}", *sampling, *QUIET]
-    outcomes = ranks2.run(train_on_rank, [*words, "objective=grpo", "trainer.steps=1", "parallel.tensor=2"])
+    outcomes = ranks2.run(
+        train_on_rank, [*words, "objective=grpo", "data.template=plain", "trainer.steps=1", "parallel.tensor=2"]
+    )
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
     model = adapters.load_adapted(untied.student, untied.adapter)
     rows = read_jsonl(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
