@@ -96,7 +96,7 @@ def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
         )
         raise NumericalError(
             f"self-test: sampler and trainer differ {found}; the worst: {named}; if this is rounding, raise "
-            "rollout.max_log_prob_drift, else do not train"
+            "rollout.max_log_prob_drift; otherwise do not train"
         )
 
 
@@ -158,7 +158,7 @@ def check_head(job: Job, rollouts: Sequence[Rollout]) -> None:
         if not times <= 1.0:
             raise NumericalError(
                 f"self-test: the {what} of the vocabulary-parallel head and of its gathered logits differ by {times:.3g} times "
-                "what rounding can do: the vocabulary-parallel sums are wrong in this layout, do not train"
+                "what rounding can do: the vocabulary-parallel sums are wrong in this layout; do not train"
             )
 
 

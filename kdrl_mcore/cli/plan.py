@@ -35,7 +35,7 @@ WIDTH = 140
 
 
 def main(arguments: list[str]) -> int:
-    """Plan or search; returns the exit code, which is 1 also if the plan does not fit."""
+    """Plan or search; returns the exit code, which is also 1 if the plan does not fit."""
     parser = argparse.ArgumentParser(
         prog="kdrl-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +77,7 @@ def show(console: Console, plan: Plan) -> None:
         f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
     )
     if setup.engine is not None:
-        where = f"on {setup.engine_gpus} GPUs of their own" if setup.engine_gpus else "on the same GPUs in turn"
+        where = f"on {setup.engine_gpus} separate GPUs" if setup.engine_gpus else "on the same GPUs in turn"
         engines = setup.engine.layout
         console.print(f"vLLM: {engines.data} engines of {engines.tensor} GPUs, {where}")
     console.print(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.export import on_rank_0
-from kdrl_mcore.convert.targets import written_aside
+from kdrl_mcore.convert.targets import replacing_folder
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
@@ -119,7 +119,7 @@ def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, targe
 
     def write() -> None:
         size = sum(each.numel() * each.element_size() for each in tensors.values())
-        with written_aside(target, size, [base], overwrite=True) as temporary:
+        with replacing_folder(target, size, [base], overwrite=True) as temporary:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             (temporary / CONFIG).write_text(json.dumps(peft_config(lora, base), indent=2) + "\n")
 

@@ -8,9 +8,11 @@ used.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,19 +83,26 @@ class Tokenizer:
         """The text of these ids on one line, special tokens included; unprintable characters are escaped as in Python."""
         return repr(self._backend.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def chat_text(self, messages: list[dict[str, str]], today: datetime) -> str:
+    def template_asks_for(self, name: str) -> bool:
+        """Whether this word stands in the chat template."""
+        return re.search(rf"\b{re.escape(name)}\b", str(self._backend.chat_template or "")) is not None
+
+    def chat_text(
+        self, messages: list[dict[str, str]], today: datetime, arguments: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """The conversation in the chat template, up to where the assistant's turn begins, special tokens included.
 
         Args:
             today: the date for templates that ask for it, as Llama 3's does: with the real date, the same problems would give
                 different prompts tomorrow.
+            arguments: what else the template asks for, such as `enable_thinking`.
 
         Raises:
             DataError: the template rejects the conversation (for instance because of a system prompt).
         """
         try:
             return self._backend.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, strftime_now=today.strftime
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=today.strftime, **arguments
             )
         except Exception as error:  # a template is a program and can raise anything
             raise DataError(

@@ -1,9 +1,9 @@
 """Megatron-Core's parallel linear layers, with a faster product for the few rows of a decoding step on a CPU.
 
-x @ W^T with M rows reads all of W for 2 FLOP per row and element. MKL is fast at it if the long side of the result, the N
-columns, is the contiguous one of W @ x^T: on two cores of an AMD EPYC (AVX2), float32, 32 rows, weights from memory, 78 ms
+x @ W^T with M rows reads all of W for 2 FLOP per row and element. MKL is faster if the long side of the result is contiguous,
+that is, if it computes W @ x^T [N, M]: on two cores of an AMD EPYC (AVX2), float32, 32 rows, weights from memory, 78 ms
 rather than 114 ms for the layers of a model of 135M parameters, and equal times from about 200 rows on. The result is the same
-but for rounding.
+up to rounding.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def few_rows_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def _transposed_product(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ W^T [..., N] of x [..., K], in memory as [N, ...]: what follows in a layer works element by element, whichever is
-    contiguous."""
+    """x @ W^T [..., N] of x [..., K], stored as [N, ...]: the operations that follow in a layer are element-wise, so
+    either order will do."""
     return torch.mm(weight_NK, x.flatten(0, -2).t()).t().view(*x.shape[:-1], len(weight_NK))
 
 

@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     Attributes:
         rollout: its index in the global batch.
         prompt, response: its numbers of tokens.
-        shared: what it has in common with those whose prompt it may share rows with; None: it shares nothing.
+        shared: a key, equal for all sequences whose prompts may share rows; None if it shares nothing.
     """
 
     rollout: int
@@ -265,9 +265,9 @@ class Segment(NamedTuple):
     """Adjacent rows of the packed sequence: a whole sequence, a shared prompt, or a response to one.
 
     Attributes:
-        rollout: the index of one whose prompt and response these rows, after `prefix`, are; None for the filler.
+        rollout: the index of a rollout whose tokens these rows (after `prefix`) hold; None for the filler.
         start, length: its rows.
-        prefix: the rows of the prompt that comes before them, if that is shared.
+        prefix: the rows of the shared prompt that comes before them, if any.
     """
 
     rollout: int | None
@@ -282,7 +282,7 @@ class Segment(NamedTuple):
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Those of the prefix and its own."""
+        """The rows of the prefix, then its own."""
         return np.concatenate((np.arange(self.prefix.start, self.prefix.stop), np.arange(self.start, self.stop)))
 
 
@@ -361,7 +361,7 @@ def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
 
 
 def is_scored(span: Span, scored: Mapping[int, int] | None) -> bool:
-    """Whether the teacher scored the tokens of a span of `place_rows`, of which it scored all or none."""
+    """Whether the teacher scored the tokens of a span from `place_rows`; it scored all of them or none."""
     return span.stop <= (scored or {}).get(span.rollout, 0)
 
 

@@ -125,6 +125,7 @@ def as_rollouts(
                 answer=prompt.answer,
                 domain=prompt.domain,
                 given=beside_sampled,
+                teacher_prompts=prompt.teacher_prompts,
             )
         )
     return rollouts
@@ -146,5 +147,11 @@ def read_given(path: str | Path, limits: Limits, max_response_tokens: int) -> tu
             whole.append(rollout)
     if not whole:
         raise DataError(f"{path} holds no response that was not cut off: name a file of rollouts that end by themselves")
-    prompts = [Prompt(r.prompt_id, r.prompt, r.prompt_token_ids, r.answer, r.response_token_ids, r.domain) for r in whole]
+    prompts = [
+        Prompt(
+            *(r.prompt_id, r.prompt, r.prompt_token_ids, r.answer, r.response_token_ids, r.domain),
+            teacher_prompts=r.teacher_prompts,
+        )
+        for r in whole
+    ]
     return prompts, len(rollouts) - len(whole)

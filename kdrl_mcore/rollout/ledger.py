@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdrl_mcore.data.stream import Place, PromptStream
-from kdrl_mcore.rollout.files import from_row, to_row
+from kdrl_mcore.rollout.files import FINISH_REASONS, from_row, to_row
 from kdrl_mcore.types import Prompt, Rollout
 
 
@@ -36,12 +36,14 @@ class Entry:
         place: where it stands in the data.
         draw: None while it must be sampled anew, for the step that takes it next.
         rollouts: its responses once all are there, else None.
+        begun: until then its responses so far, some of them unfinished; None before they are begun.
     """
 
     place: Place
     prompt: Prompt
     draw: Draw | None = None
     rollouts: list[Rollout] | None = None
+    begun: list[Rollout] | None = None
 
 
 class Ledger:
@@ -110,7 +112,7 @@ class Ledger:
         """Have every prompt that waits sampled anew, for the steps to come."""
         self.until = 0
         for entry in self.waiting:
-            entry.draw = entry.rollouts = None
+            entry.draw = entry.rollouts = entry.begun = None
 
     def check(self) -> None:
         """Assert that the ledger balances."""
@@ -130,7 +132,8 @@ class Ledger:
             {
                 "place": list(entry.place),
                 "draw": None if entry.draw is None else [entry.draw.step, entry.draw.round, entry.draw.index],
-                "responses": None if entry.rollouts is None else [to_row(rollout) for rollout in entry.rollouts],
+                "responses": _rows(entry.rollouts),
+                "begun": _rows(entry.begun),
             }
             for entry in self.waiting
         ]
@@ -149,8 +152,7 @@ class Ledger:
         for row in ledger["waiting"]:
             name, number = row["place"]
             entry = Entry((name, number), self.prompts.at((name, number)), None if row["draw"] is None else Draw(*row["draw"]))
-            if row["responses"] is not None:
-                entry.rollouts = [replace(from_row(each), columns=entry.prompt.columns) for each in row["responses"]]
+            entry.rollouts, entry.begun = (_responses(row.get(name), entry.prompt) for name in ("responses", "begun"))
             self.waiting.append(entry)
 
     def _load_0_2(self, state: dict[str, Any]) -> None:
@@ -172,6 +174,19 @@ class Ledger:
     def _end(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self.waiting.remove(entry)  # raises if it has come to its end before
+
+
+def _rows(rollouts: Sequence[Rollout] | None) -> list[dict[str, Any]] | None:
+    return None if rollouts is None else [to_row(rollout) for rollout in rollouts]
+
+
+def _responses(rows: Sequence[Any] | None, prompt: Prompt) -> list[Rollout] | None:
+    if rows is None:
+        return None
+    return [
+        replace(from_row(row, (*FINISH_REASONS, "partial")), columns=prompt.columns, teacher_prompts=prompt.teacher_prompts)
+        for row in rows
+    ]
 
 
 def groups_of(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:

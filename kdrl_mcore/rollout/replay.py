@@ -47,6 +47,11 @@ class ReplayedRollouts(RolloutSource):
         if updates > groups:
             raise ConfigError(f"batch.updates_per_step={updates}, but {path} has {groups} groups to share among them: lower it")
 
+    @property
+    def every(self) -> list[Rollout]:
+        """The file's rollouts, one per line."""
+        return self._rollouts
+
     def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutSource`."""
         return list(self._rollouts)

@@ -16,6 +16,7 @@ from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import Choose, FlowingEngine, OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.group_filter import Choice, GroupFilter
 from kdrl_mcore.rollout.ledger import Entry, Ledger
+from kdrl_mcore.rollout.partial import Parts, measures
 from kdrl_mcore.types import Rollout
 
 
@@ -85,7 +86,8 @@ class Ahead:
     """How responses are sampled ahead of the steps that train on them.
 
     Attributes:
-        engine: the engine, which samples while the student trains.
+        how: the engine that samples while the student trains; or how responses are cut, which the engine samples part by part
+            before the student trains.
         steps: how many steps ahead: the prompts that wait when a step trains were drawn for so many steps.
         max_age: the most steps between the weights that sampled a token and the step that trains on it. With as many as
             `steps`, groups are trained on in the order in which their prompts were drawn; with more, complete groups overtake
@@ -95,7 +97,7 @@ class Ahead:
         updates_per_step: optimizer updates of a step.
     """
 
-    engine: FlowingEngine
+    how: FlowingEngine | Parts
     steps: int
     max_age: int
     waits: bool
@@ -130,7 +132,7 @@ class SampledRollouts(RolloutSource):
         self._student, self._sampling, self._ahead = student, sampling, ahead
         self._filter = group_filter
         self._choice: Choice | None = None  # the filter's, of the last step
-        self._ages: dict[str, float] = {}  # of the last step's tokens, where they have any
+        self._measures: dict[str, float] = {}  # of the last step's responses, where they are sampled ahead
         self._submitted: dict[int, Entry] = {}  # what the engine samples ahead, by its ticket
 
     def refit(self) -> None:
@@ -161,9 +163,12 @@ class SampledRollouts(RolloutSource):
                 self.ledger.drop(entries, reason)
         rollouts = self.ledger.train(chosen)
         if ahead is not None:
-            self.ledger.draw_until(min(step + ahead.steps, ahead.last_step), step + 1)
-            self._submit()
-            self._ages = ages(rollouts, self._student.version)
+            self._measures = ages(rollouts, self._student.version)
+            if isinstance(ahead.how, Parts):
+                self._measures |= measures(rollouts, self.ledger.waiting)
+            else:
+                self._draw_ahead(step, ahead)
+                self._submit()
         self.ledger.check()
         self.engine.sleep()
         refuse_stale(rollouts, self._student.version, 0 if ahead is None else ahead.max_age * ahead.updates_per_step)
@@ -179,7 +184,7 @@ class SampledRollouts(RolloutSource):
     @property
     def counts(self) -> dict[str, float]:
         """See `RolloutSource`."""
-        return ({} if self._choice is None else self._choice.counts) | self._ages | self.ledger.counts()
+        return ({} if self._choice is None else self._choice.counts) | self._measures | self.ledger.counts()
 
     @property
     def chosen(self) -> Sequence[int] | None:
@@ -217,8 +222,14 @@ class SampledRollouts(RolloutSource):
         self.ledger.draw_until(step, step)
         if self._ahead is None:
             return self._sample_now(self.ledger.due(step), on_part)
-        overdue = self.ledger.due(step - (self._ahead.max_age - self._ahead.steps))
-        return self._first_complete(self.prompts.batch_size, overdue)
+        if isinstance(self._ahead.how, Parts):
+            self._draw_ahead(step, self._ahead)
+        due = self.ledger.due(step - (self._ahead.max_age - self._ahead.steps))
+        return self._first_complete(self.prompts.batch_size, due)
+
+    def _draw_ahead(self, step: int, ahead: Ahead) -> None:
+        """Draw the prompts of the steps after this one that may be sampled now."""
+        self.ledger.draw_until(min(step + ahead.steps, ahead.last_step), step + 1)
 
     def _further_groups(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Entry]:
         """Further prompts of a step with their verified responses; `before` responses were sampled for it already."""
@@ -237,14 +248,22 @@ class SampledRollouts(RolloutSource):
 
     def _first_complete(self, count: int, due: Sequence[Entry]) -> list[Entry]:
         """Wait for `count` groups: those that are due, then those that are complete first."""
-        self._submit()
-        before = [entry for entry in self.ledger.waiting if entry.rollouts is not None]
+        assert self._ahead is not None
 
         def picked(complete: Sequence[Entry]) -> list[Entry] | None:
             others = [entry for entry in complete if entry not in due]
             if len(complete) - len(others) < len(due) or len(complete) < count:
                 return None
             return [*due, *others][:count]
+
+        if isinstance(self._ahead.how, Parts):
+            while True:  # at least one part, so that every response of the ledger grows in every step
+                self._ahead.how.sample(self.engine, self.ledger.waiting, self._sampling)
+                chosen = picked(self._complete())
+                if chosen is not None:
+                    return chosen
+        self._submit()
+        before = self._complete()
 
         def choose(tickets: Sequence[int]) -> list[int] | None:
             chosen = picked([*before, *(self._submitted[ticket] for ticket in tickets if ticket in self._submitted)])
@@ -256,23 +275,26 @@ class SampledRollouts(RolloutSource):
         assert chosen is not None
         return chosen
 
+    def _complete(self) -> list[Entry]:
+        return [entry for entry in self.ledger.waiting if entry.rollouts is not None]
+
     def _submit(self) -> None:
         """Have the engine sample what waits without responses, in the order in which it was drawn."""
-        assert self._ahead is not None
+        assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
         begun = set(self._submitted.values())
         missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]
         for _, together in groupby(missing, key=_key_of):
             entries = list(together)
             indices = [entry.draw.index for entry in entries if entry.draw is not None]
             prompts = [entry.prompt for entry in entries]
-            tickets = self._ahead.engine.submit(prompts, self._sampling_of(entries[0]), indices)
+            tickets = self._ahead.how.submit(prompts, self._sampling_of(entries[0]), indices)
             self._submitted.update(zip(tickets, entries, strict=True))
 
     def _take_out(self, choose: Choose) -> list[Entry]:
         """Take complete groups from the engine. Returns their prompts."""
-        assert self._ahead is not None
+        assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
         taken = []
-        for ticket, rollouts in self._ahead.engine.collect(choose).items():
+        for ticket, rollouts in self._ahead.how.collect(choose).items():
             entry = self._submitted.pop(ticket)
             entry.rollouts = rollouts
             taken.append(entry)
@@ -294,7 +316,8 @@ class SampledRollouts(RolloutSource):
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
         """The replicas' leaders share the groups, unless the engine has verified them already."""
-        if not self.engine.verifies:
+        in_parts = self._ahead is not None and isinstance(self._ahead.how, Parts)
+        if in_parts or not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)
 
     def _sampling_of(self, entry: Entry) -> Sampling:

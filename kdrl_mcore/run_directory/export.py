@@ -1,7 +1,8 @@
 """`RUN/hf`, where a run exports its student.
 
-A run replaces only what it can tell to be its own export (`convert.targets`). An export that was copied with the run directory
-or added to since, or that a version wrote which did not mark its exports, is set aside; anything else there is refused.
+A run replaces only an export that it recognises as its own (`convert.targets`). An export that was copied with the run
+directory, has been changed since, or was written by a version that did not mark its exports is set aside. Anything else there
+is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def check_export(run_dir: Path, models: Sequence[str | Path], *, adapters: bool 
         adapters: it exports adapters, too.
 
     Raises:
-        ModelError: something else than an export of this run is in the place, or is one of the models.
+        ModelError: something other than an export of this run is there, or the export is one of the models.
     """
     if not _is_to_be_set_aside(run_dir):
         check_target(run_dir / EXPORT, models, overwrite=True)

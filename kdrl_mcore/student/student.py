@@ -50,8 +50,8 @@ class MicroBatch:
         sampler_log_probs_T: log mu of the loss rows; None if the student's present weights sampled them.
         teacher_hidden_DG: the teacher's hidden states of the first D loss rows, in host memory; None unless the loss compares
             student and teacher over the vocabulary.
-        given_T: which loss rows are of given responses (bool); None without any. They are left out of what is measured of the
-            student's own.
+        given_T: which loss rows belong to given responses (bool); None without any. Measures of the student's own responses
+            leave them out.
     """
 
     packed: PackedBatch
@@ -125,6 +125,11 @@ class Student:
         self._dtype = config.model.dtype
         self.is_float32 = DTYPES[self._dtype] == torch.float32
         self.teacher_head: TeacherHead | None = None
+        self._kd = config.objective.kd
+        # Then the teacher's head is the student's own, and no copy of it is needed.
+        self._teaches_at_once = (
+            config.teacher.weights == "present" and config.batch.updates_per_step == 1
+        ) or self.lora is not None  # whose head is frozen
         self._head_time = Stopwatch()
         self.optimizer = Optimizer(self.parts, config)
 
@@ -139,8 +144,24 @@ class Student:
             ConfigError: see `TeacherHead`.
         """
         if self.groups.is_last_stage:
-            chunk = self.parts.chunks[-1]
-            self.teacher_head = TeacherHead(path, chunk.shard, self._dtype, kd)
+            self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
+
+    @torch.no_grad()
+    def take_teacher_head(self) -> None:
+        """Make this rank's columns of the student's own head, with its weights of this moment, the teacher's. Does nothing
+        except on the last stage. No communication.
+
+        Raises:
+            ConfigError: see `TeacherHead`.
+        """
+        if not self.groups.is_last_stage:
+            return
+        chunk = self.parts.chunks[-1]
+        weight_VH = chunk.head_weight().detach()[: chunk.shard.real_columns]
+        if self.teacher_head is None:
+            self.teacher_head = TeacherHead(weight_VH if self._teaches_at_once else weight_VH.clone(), chunk.shard, self._kd)
+        elif not self._teaches_at_once:
+            self.teacher_head.weight_VG.copy_(weight_VH)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:
         """One optimizer step on the global batch. Collective over the world.
@@ -163,6 +184,7 @@ class Student:
         else:
             self.optimizer.step(lr, grad_norm)
             self.version += 1
+            self.optimizer.follow(self.version)
         self.optimizer.gather_weights()
         self.optimizer.leave_device()
         return UpdateResult(sums, maxima, grad_norm, lr, skipped, head_seconds)

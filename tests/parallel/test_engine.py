@@ -47,8 +47,8 @@ def overrides_of(zoo: Zoo, layout: str) -> list[str]:
     ]
 
 
-def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, Any]]]:
-    results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS)
+def generate(pool: RankPool, zoo: Zoo, layout: str, parts: tuple[int, int] | None = None) -> dict[str, list[dict[str, Any]]]:
+    results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS, parts)
     for other in results[1:]:  # every rank holds all of them
         assert tokens_of(other) == tokens_of(results[0])
     return results[0]
@@ -156,3 +156,20 @@ def test_products_of_few_rows_with_a_large_weight_sample_the_same_tokens(
 def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
     with torch.no_grad():
         return dense.log_prob_of(dense.response_logits(model, row, TOKENS, temperature).log_softmax(-1), row)
+
+
+@pytest.mark.parametrize(("parts", "layout"), [((6, 9), "dp2"), ((1, 3), "tp2 sp"), ((7, 1), "small waves, tp1")])
+def test_under_constant_weights_a_response_in_parts_is_the_whole_one(
+    parts: tuple[int, int], layout: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Begun at different times, with different lengths so far, in one batch with those that are only begun."""
+    (tokens, most), (ranks, layout) = parts, LAYOUTS[layout]
+    result = generate(pools[ranks], zoo, layout, parts)
+    assert tokens_of(result) == tokens_of(alone)
+    for name in SAMPLINGS:
+        for row, whole in zip(result[name], alone[name], strict=True):
+            assert {key: row[key] for key in ("group_id", "prompt_token_ids", "finish_reason")} == {
+                key: whole[key] for key in ("group_id", "prompt_token_ids", "finish_reason")
+            }
+            assert_close(row["sampler_log_probs"], whole["sampler_log_probs"])
+            assert row["continuations"] == min(most, (len(row["response_token_ids"]) - 1) // tokens)

@@ -184,14 +184,17 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     assert len({row["loss"] for row in parted}) == 4
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(
+    "layout, estimator",
+    [("parallel.tensor=2", "k2"), ("parallel.pipeline=2", "k2"), (SP, "exact")],
+    ids=["tp2", "pp2", "exact"],
+)
 def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
-    layout: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+    layout: str, estimator: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    itself = replace(untied, teacher=untied.student)
-    settings = replace(SETTINGS, reference=0.2)
-    loaded = lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student)
-    assert loaded == 1
+    settings = replace(SETTINGS, reference=0.2, estimator=estimator)
+    itself = replace(untied, teacher=None)
+    assert lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student) == 1
 
 
 def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ RANK, ALPHA = 4, 6.0
 
 @dataclass(frozen=True)
 class Adapted:
-    """A student with random adapters, a teacher, and rollouts."""
+    """A student with random adapters, a teacher (None: the student without them), and rollouts."""
 
     student: Path
     adapter: Path
-    teacher: Path
+    teacher: Path | None
     rollouts: Path
     modules: Sequence[str] = MODULES
 
@@ -36,7 +36,7 @@ class Adapted:
             f"student.lora.rank={RANK}",
             f"student.lora.alpha={ALPHA}",
             f"student.lora.target_modules=[{','.join(self.modules)}]",
-            f"teacher.path={self.teacher}",
+            "teacher.weights=base" if self.teacher is None else f"teacher.path={self.teacher}",
             "rollout=replay",
             f"rollout.path={self.rollouts}",
         ]
@@ -60,7 +60,7 @@ def check(
     """One update: loss, log-probs of every token, the gradient of every factor and its norm are those of `peft`. Returns how
     many models a rank has loaded."""
     expected, gradients = adapters.kdrl_of_adapters(
-        adapted.student, adapted.adapter, adapted.teacher, rows, settings, reference
+        adapted.student, adapted.adapter, adapted.teacher or adapted.student, rows, settings, reference
     )
     overrides = [f"run.dir={run}", *adapted.overrides, *objective_overrides(settings), *PROBE, *FAST, *layout.split()]
     outcomes = pool.run(score_and_count_models_on_rank, overrides)

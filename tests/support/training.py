@@ -54,8 +54,12 @@ OBJECTIVE_KEYS = {
     "token_weight": "objective.kd.token_weight.kind",
     "share": "objective.kd.token_weight.share",
     "more": "objective.kd.token_weight.more",
+    "over": "objective.kd.token_weight.over",
     "first_tokens": "objective.kd.token_weight.tokens",
     "rate": "objective.kd.token_weight.rate",
+    "low": "objective.kd.token_weight.low",
+    "middle": "objective.kd.token_weight.middle",
+    "width": "objective.kd.token_weight.width",
     "solved": "objective.kd.token_weight.solved",
     "unsolved": "objective.kd.token_weight.unsolved",
     "normalize": "objective.kd.token_weight.normalize",
@@ -131,7 +135,10 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         rollouts = job.source.rollouts(1)
         scored = score_rollouts(job.student.parts, rollouts, **settings)
         found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
-        found["teacher"] = job.teacher.score(rollouts, **settings) if job.teacher is not None else []
+        found["teacher"] = []
+        if job.teacher is not None:
+            scores = job.teacher.scores_of(dict(enumerate(rollouts)), frozenset({"log_probs"}), **settings)
+            found["teacher"] = [scores.log_probs[index] for index in range(len(rollouts))]
         run(trainer)
 
     with patch.object(Trainer, "run", score_then_run):

@@ -132,8 +132,8 @@ class _Process:
         if self._process.poll() is None:
             if not self._warned:
                 logger.warning(
-                    "%s did not take all metrics within %.0f s of the run's end: python -m kdrl_mcore.monitoring.loggers %s %s "
-                    "sends what is missing",
+                    "%s did not accept all metrics within %.0f s of the run's end: python -m kdrl_mcore.monitoring.loggers %s "
+                    "%s sends what is missing",
                     *(self._name, CLOSE_SECONDS, self._run_dir, self._name),
                 )
                 self._warned = True
