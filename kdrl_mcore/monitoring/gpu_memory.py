@@ -92,7 +92,7 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
 
     Args:
         student: a `Student`, or None before there is one.
-        others: models that only score, by name; each may be None.
+        others: models that only score, by name; each may be None, or the student itself.
     """
     alive: dict[str, int] = {}
     if student is not None:
@@ -103,9 +103,10 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
         alive["optimizer"] = _bytes_on_gpu(
             tensor for tensor in state_tensors(student.optimizer.megatron) if _storage(tensor) not in weights
         )
+    own = [] if student is None else student.parts.chunks
     for name, model in others.items():
-        if model is not None:
-            alive[f"{name}'s weights"] = _bytes_on_gpu(model.parts.parameters())
+        if model is not None and model.chunks is not own:
+            alive[f"{name}'s weights"] = _bytes_on_gpu(weight for chunk in model.chunks for weight in chunk.parameters())
     return alive
 
 
