@@ -197,6 +197,21 @@ def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
     assert lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student) == 1
 
 
+def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
+    """Earlier weights are earlier adapters: as the run begins, the teacher is the student, and the first loss has no gradient."""
+    words = [word for word in untied.overrides if "teacher" not in word]
+    settings = [
+        "objective.alpha.init=0",
+        "objective.beta.init=1",
+        "teacher.weights=start",
+        "optimizer.lr=0.01",
+        "trainer.steps=2",
+    ]
+    outcomes = ranks2.run(train_on_rank, [f"run.dir={tmp_path / 'run'}", *words, *settings, "optimizer.name=sgd", *FAST])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert all(metrics["grad_norm"] < 1e-4 for metrics in metrics_of(tmp_path / "run"))
+
+
 def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
     """The log-probs that it reports are those of `peft`, for the tokens it drew."""
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS[:4]])

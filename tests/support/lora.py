@@ -42,7 +42,7 @@ class Adapted:
         ]
 
 
-def adapt(folder: Path, student: Path, teacher: Path, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
+def adapt(folder: Path, student: Path, teacher: Path | None, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
     """Write random adapters for a student into a folder."""
     adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules)
     return Adapted(student, folder, teacher, rollouts, modules)
