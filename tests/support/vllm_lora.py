@@ -1,5 +1,5 @@
-"""`python -m tests.support.vllm_lora MODEL ADAPTER RANK`: vLLM samples with an adapter; prints the tokens that follow `PROMPT` and
-their log-probs as JSON."""
+"""`python -m tests.support.vllm_lora MODEL ADAPTER RANK`: vLLM samples with an adapter. Prints, as JSON, the tokens that follow
+`PROMPT` and their log-probs."""
 
 from __future__ import annotations
 

@@ -42,4 +42,4 @@ def test_only_adapters_have_gradients_and_state() -> None:
     (whole,) = full.setup.student.shard.stages
     assert not full.fits and whole.parameters == stage.parameters - stage.adapters
     with_reference = plan_of("lora_70b", "objective.reference_kl.coefficient=0.01")
-    assert with_reference.ranks[0].peak == plan.memory[0].peak  # it is the student without its adapters
+    assert with_reference.memory[0].peak == plan.memory[0].peak  # it is the student without its adapters
