@@ -56,6 +56,7 @@ from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.teacher.recorded import read_recorded
@@ -84,7 +85,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     if dist.get_rank() == 0:
         describe_data(data, evaluation)
     teacher = build_teacher(config, student, data.vocab_size, on_phase)
-    reference = build_reference(config, data.vocab_size, on_phase)
+    reference = build_reference(config, student, data.vocab_size, on_phase)
     on_phase("start engines")
     verifier = build_verifier(config, data, student)
     engine = build_engine(config, data, student, verifier, partial(on_phase, "start engines"), on_progress)
@@ -233,7 +234,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.take_teacher_head()
-        return SelfTeacher(student, name)
+        return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
     teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
@@ -278,11 +279,13 @@ def _listed(tokens: Mapping[int, str]) -> str:
     return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
 
 
-def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
-    """A frozen copy of the initial student, in the student's layout; None if the loss has no reference KL. Collective over the
-    world."""
+def build_reference(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | FrozenBase | None:
+    """A frozen copy of the initial student, in the student's layout; if adapters are trained, the model below them, which is no
+    copy. None if the loss has no reference KL. Collective over the world."""
     if not uses_reference(config.objective):
         return None
+    if student.lora is not None:
+        return FrozenBase(student)
     assert config.student.path is not None
     parallel = config.parallel
     settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))

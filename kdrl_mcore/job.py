@@ -18,6 +18,7 @@ from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.rollout.engine import RolloutEngine
 from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
+from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.teacher.scores import TeacherScores
@@ -33,7 +34,7 @@ class Job:
     config: Config
     student: Student
     teacher: ScoreSource | None
-    reference: Teacher | None
+    reference: Teacher | FrozenBase | None
     source: RolloutSource
     engine: RolloutEngine | None
     evaluation: Evaluation | None
@@ -128,5 +129,5 @@ class Job:
         rollout, batch = self.config.rollout, self.config.batch
         return score_rollouts(self.student.parts, rollouts, temperature=rollout.temperature, micro_tokens=batch.micro_tokens)
 
-    def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
+    def _score(self, model: Teacher | FrozenBase, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)

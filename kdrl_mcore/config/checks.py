@@ -415,6 +415,8 @@ def _check_teacher(config: Config) -> None:
             raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
         if teacher.path and teaches_itself(config):
             raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
+        if teacher.weights == "base" and config.student.lora.rank == 0:
+            raise ConfigError(f"{name} are those below adapters, and student.lora.rank=0 has none: set it, or other weights")
         if prompt.template == "student" and teacher.weights == "present":
             raise ConfigError(
                 f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"

@@ -111,8 +111,8 @@ def _read(word: str) -> Override:
 
 
 def _with_letters_quoted(name: str, text: str) -> str:
-    """The override. Its value is put in quotes if it is plain text but for letters beyond ASCII, as in `/home/jörg/läufe`: Hydra's
-    grammar does not know them."""
+    """The override, its value in quotes if it is plain text with letters beyond ASCII, as in `/home/jörg/läufe`, which Hydra's
+    grammar does not know."""
     if not text.isascii() and re.fullmatch(r"[\w/.:+@%\- ]+", text):
         return override(name, text.strip())
     return f"{name}={text}"

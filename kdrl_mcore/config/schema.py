@@ -143,8 +143,9 @@ class TeacherConfig:
     weights: str = key(
         "path",
         "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates) or present; or recorded: its scores are in the file of rollout.path",
-        choices=("path", "start", "average", "refreshed", "present", "recorded"),
+        "average), refreshed (every refresh_every updates), present, or base (without the adapters of student.lora); or "
+        "recorded: its scores are in the file of rollout.path",
+        choices=("path", "start", "average", "refreshed", "present", "base", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
     refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)

@@ -92,7 +92,7 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
 
     Args:
         student: a `Student`, or None before there is one.
-        others: models that only score, by name; each may be None.
+        others: models that only score, by name; each may be None, or the student itself.
     """
     alive: dict[str, int] = {}
     own: set[int] = set()

@@ -147,22 +147,22 @@ def _state(setup: Setup, stage: int) -> list[Item]:
     student, settings = setup.student, setup.config.optimizer
     held = student.shard.stages[stage]
     distributed = uses_distributed_optimizer(setup.config)
-    shared = _share_of_replicas(setup, stage) if distributed else held.parameters
+    shared = _share_of_replicas(setup, stage) if distributed else held.trained
     on_gloo = distributed and not setup.cluster.memory_gib
-    reduced = max(held.parameters - held.experts, held.experts) if on_gloo else 0
+    reduced = max(held.trained - held.trained_experts, held.trained_experts) if on_gloo else 0
     return [
         Item("weights", held.parameters * student.element),
-        Item("gradients", held.parameters * 4),
+        Item("gradients", held.trained * 4),
         Item("optimizer", shared * _state_of_a_weight(setup), ("update",) if settings.offload else ()),
         Item(GLOO_COPY, reduced * 4, ("update",)),
     ]
 
 
 def _share_of_replicas(setup: Setup, stage: int) -> float:
-    """A rank's parameters divided by the number of replicas that hold the same ones; experts have other replicas."""
+    """A rank's trained parameters divided by the number of replicas that hold the same ones; experts have other replicas."""
     layout, held = setup.student.layout, setup.student.shard.stages[stage]
-    experts = held.experts / (layout.world_size // layout.pipeline // layout.expert)
-    return (held.parameters - held.experts) / (layout.data * layout.context) + experts
+    experts = held.trained_experts / (layout.world_size // layout.pipeline // layout.expert)
+    return (held.trained - held.trained_experts) / (layout.data * layout.context) + experts
 
 
 def _state_of_a_weight(setup: Setup) -> int:
@@ -254,7 +254,8 @@ def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: 
     gathered = tokens * hidden * model.element if layout.sequence_parallel else 0
     if not train:
         return chunk + gathered
-    d_weight = columns * hidden * (4 + (2 if model.element == 2 else 0))
+    trained = not model.shard.stages[-1].adapters
+    d_weight = columns * hidden * (4 + (2 if model.element == 2 else 0)) if trained else 0
     return chunk + gathered + d_weight + 2 * tokens * hidden * model.element
 
 
@@ -271,7 +272,7 @@ def _teacher(setup: Setup) -> list[Item]:
         elif not (setup.config.teacher.offload and setup.cluster.memory_gib):
             items.append(Item("earlier weights", earlier_bytes(setup)))
         items.append(Item("teacher's activations", _scoring(teacher, setup.teacher_packing, setup), ("teacher",)))
-    if setup.reference:
+    if setup.reference and not setup.student.shard.stages[0].adapters:  # otherwise it is the student without them
         student = setup.student
         items.append(Item("reference", max(stage.parameters for stage in student.shard.stages) * student.element))
         if setup.config.teacher.offload:

@@ -146,21 +146,21 @@ def _training(setup: Setup) -> Seconds:
     packed, student, rates = setup.update_packing, setup.student, Rates(setup.cluster)
     layout, settings = student.layout, setup.config.optimizer
     passes = pipeline_pass(setup, student, packed, _loss_tokens(setup, packed.tokens), train=True)
-    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
+    stage = max(student.shard.stages, key=lambda stage: stage.trained)
     copies, stride = layout.data * layout.context, layout.tensor
     distributed = uses_distributed_optimizer(setup.config)
-    reduce = rates.ring(4 * stage.parameters, copies, stride) * (1 if distributed else 2)
+    reduce = rates.ring(4 * stage.trained, copies, stride) * (1 if distributed else 2)
     if setup.config.parallel.overlap_grad_reduce:
         # Only the last micro-batch's backward pass can hide it.
         backward = layer_backward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
-    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    gather = rates.ring(student.element * stage.trained, copies, stride) if distributed else 0.0
     if setup.config.parallel.overlap_param_gather:
         # Only the next update's first forward pass can hide it; what follows the last update of a step reads the weights.
         followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
         forward = layer_forward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
-    held = stage.parameters / (copies if distributed else 1)
+    held = stage.trained / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     update = Seconds()
     update[NETWORK] = reduce + gather
@@ -213,7 +213,7 @@ def _score_with_student(setup: Setup) -> Seconds:
 
 def _move_reference(setup: Setup) -> Seconds:
     seconds = Seconds()
-    if setup.config.teacher.offload:
+    if setup.config.teacher.offload and not setup.student.shard.stages[0].adapters:
         largest = max(stage.parameters for stage in setup.student.shard.stages)
         seconds[HOST] = Rates(setup.cluster).host(largest * setup.student.element)
     return seconds

@@ -45,9 +45,9 @@ class Placed:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of the whole model, vocabulary padding included."""
+        """The number of parameters of the whole model, vocabulary padding included, without adapters."""
         architecture, layout = self.architecture, self.layout
-        shared = sum(stage.parameters - stage.experts for stage in self.shard.stages) * layout.tensor
+        shared = sum(stage.parameters - stage.experts - stage.adapters for stage in self.shard.stages) * layout.tensor
         experts = sum(stage.experts for stage in self.shard.stages) * layout.expert
         doubled = self.shard.stages[-1].head * layout.tensor if architecture.tied_embeddings and layout.pipeline > 1 else 0
         return shared + experts - doubled
@@ -213,6 +213,7 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
         ConfigError: a model is not found, or the student does not have a part that is to be recomputed or off-loaded.
     """
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
+    lora = config.student.lora
     Activations.of(parallel).check(read_architecture(student), transformer_engine=asks_for_transformer_engine(config.model))
     requests = {
         "student": ShardRequest(
@@ -226,6 +227,8 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
             parallel.sequence_parallel,
             recomputed=tuple(parallel.recompute_modules) if parallel.recompute == "selective" else (),
             offloaded=tuple(parallel.offload_activations),
+            lora_rank=lora.rank,
+            lora_modules=tuple(lora.target_modules) if lora.rank else (),
         )
     }
     if loads_teacher(config):

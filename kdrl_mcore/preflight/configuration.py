@@ -23,6 +23,7 @@ from kdrl_mcore.config.derived import (
 )
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
+from kdrl_mcore.convert.peft_folder import check_peft_folder
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.files import is_file
 from kdrl_mcore.data.hub import resolve_models
@@ -42,6 +43,7 @@ from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.lora import check_lora
 from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.layout import student_layout, teacher_layout
@@ -66,6 +68,10 @@ def check_models(config: Config) -> str:
     models, described = used_models(config), []
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
+    if (lora := config.student.lora).rank:
+        check_lora(lora, read_architecture(models["student"]), config.parallel.tensor)
+        if lora.path is not None:
+            check_peft_folder(lora.path, lora)
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:

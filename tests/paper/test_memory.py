@@ -93,9 +93,9 @@ def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
     assert awake[-1][2]["optimizer"] > 0
 
 
-def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Path) -> None:
-    """In one layout: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
-    layout = "tensor, sequence, bfloat16"
+@pytest.mark.parametrize("layout", ["tensor, sequence, bfloat16", "adapters, tensor, sequence, recompute, bfloat16"])
+def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, tmp_path: Path) -> None:
+    """In two layouts: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
     model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=2048)
     settings, config = configure(layout, model, TOKENS)
     config.cluster.memory_gib = 80

@@ -21,6 +21,7 @@ TYPES = key_types()
 NUMERIC = [name for name, types in TYPES.items() if {int, float} & set(types)]
 IN_PARTS = ["rollout.steps_ahead=1", "objective.sampler_correction.kind=truncate"]
 FITTING = {
+    "student.lora.alpha": ["student.lora.rank=8"],
     "parallel.virtual_pipeline": ["parallel.pipeline=2"],
     "parallel.bucket_size": ["parallel.overlap_grad_reduce=true"],
     "trainer.hang_timeout": [f"trainer.distributed_timeout_minutes={366 * 1440}"],

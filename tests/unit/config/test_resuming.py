@@ -34,6 +34,7 @@ def test_what_makes_another_experiment() -> None:
         *(f"student.lora.{name}" for name in ("rank", "alpha", "target_modules", "path")),
         *(key for key in DEFAULTS if key.startswith("data.") and key != "data.eval"),
         *("rollout.path", "rollout.given.path"),
+        *(key for key in DEFAULTS if key.startswith("student.lora.")),
     }
     for prefix in ("parallel.", "objective.beta.", "optimizer.adam", "checkpoint.every", "logging.", "cluster.", "eval."):
         assert {rule_of(key).effect for key in DEFAULTS if key.startswith(prefix)} == {"wins"}, prefix
