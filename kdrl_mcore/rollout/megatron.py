@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.model.decoding import decode, has_own_layers, pack_weights, unpack_weights
-from kdrl_mcore.model.gpt import LanguageModel, ModelParts
+from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single

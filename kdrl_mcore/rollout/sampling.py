@@ -89,7 +89,7 @@ def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple
 
 
 class _Masses:
-    """Unnormalised probabilities [N, V], float32 or float64, with a search in float64 for the column where their running sum passes a number.
+    """Unnormalised probabilities [N, V], with a search, in float64, for the column where their running sum passes a number.
 
     torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
     so on; the search down the levels needs the running sums of only one block per level, which are small matrix products. This
