@@ -1,5 +1,5 @@
-"""`python tools/bench.py generate`: the embedded engine beside `transformers` and vLLM, on the same prompts and lengths, and the
-matrix products alone, one after the other."""
+"""`python tools/bench.py generate`: the embedded engine, `transformers` and vLLM on the same prompts and lengths, and the matrix
+products alone, one after the other."""
 
 from __future__ import annotations
 
@@ -59,21 +59,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine and number of sequences: seconds of each whole generation, and of each that ends with its first token."""
+    """One engine and number of sequences: seconds of each whole generation, and of each that ends with its first token; and the
+    same of CPU time, the better measure on a busy machine with `--threads 1` (of several threads it includes waiting)."""
 
     engine: str
     sequences: int
     all: list[float]
     first: list[float]
-
-    @property
-    def seconds(self) -> float:
-        """The median of whole generations."""
-        return median(self.all)
+    all_cpu: list[float]
+    first_cpu: list[float]
 
     def step(self, tokens: int) -> float:
         """Seconds of a decoding step: what the tokens after the first take."""
-        return (self.seconds - median(self.first)) / max(1, tokens - 1)
+        return (median(self.all) - median(self.first)) / max(1, tokens - 1)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -166,14 +164,25 @@ def measure(engine: str, folder: Path, work: Generation) -> list[Measured]:
     if done.returncode:
         raise KdrlError(f"{engine} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     times = json.loads(done.stdout.strip().splitlines()[-1])
-    return [Measured(engine, int(count), found["all"], found["first"]) for count, found in times.items()]
+    return [Measured(engine, int(count), **found) for count, found in times.items()]
 
 
 def table(title: str, work: Generation, measured: list[Measured]) -> Table:
     """Medians, and ratios to the bare products."""
     title += f": {work.tokens} tokens after {work.prompt_tokens}, {work.threads} thread{'s' if work.threads > 1 else ''}"
     result = Table(title=title, title_justify="left")
-    for name in ("sequences", "", "tokens/s", "whole", "/ products", "first token", "a step", "/ products"):
+    for name in (
+        "sequences",
+        "",
+        "tokens/s",
+        "whole",
+        "/ products",
+        "first token",
+        "a step",
+        "/ products",
+        "CPU",
+        "/ products",
+    ):
         result.add_column(name, justify="right" if name else "left")
     bare = {one.sequences: one for one in measured if one.engine == "products"}
     for one in sorted(measured, key=lambda one: one.sequences):
@@ -181,11 +190,13 @@ def table(title: str, work: Generation, measured: list[Measured]) -> Table:
         result.add_row(
             str(one.sequences),
             one.engine,
-            f"{one.sequences * work.tokens / one.seconds:.0f}",
-            f"{one.seconds:.2f} s",
-            "-" if floor is None else f"{one.seconds / floor.seconds:.2f}",
+            f"{one.sequences * work.tokens / median(one.all):.0f}",
+            f"{median(one.all):.2f} s",
+            "-" if floor is None else f"{median(one.all) / median(floor.all):.2f}",
             f"{median(one.first):.2f} s",
             f"{1000 * one.step(work.tokens):.1f} ms",
             "-" if floor is None else f"{one.step(work.tokens) / floor.step(work.tokens):.2f}",
+            f"{median(one.all_cpu):.2f} s",
+            "-" if floor is None else f"{median(one.all_cpu) / median(floor.all_cpu):.2f}",
         )
     return result

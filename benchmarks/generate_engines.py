@@ -1,7 +1,7 @@
 """The engines of `tools/bench.py generate`, one process each: `python -m benchmarks.generate_engines ENGINE FOLDER`.
 
 `FOLDER/work.json` says what is generated. The last line is a JSON object: for every number of sequences the seconds of each
-repeat of a whole generation, and of one that ends with its first token.
+repeat of a whole generation, and of one that ends with its first token, each by the clock and of CPU time.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def main(engine: str, folder: Path) -> None:
     for sequences in work["sequences"]:
         prompts = random.integers(100, work["vocab"] - 100, (sequences, work["prompt_tokens"])).tolist()
         generate(prompts, 2)
-        found: dict[str, list[float]] = {"all": [], "first": []}
+        found: dict[str, list[float]] = {"all": [], "first": [], "all_cpu": [], "first_cpu": []}
         for _ in range(work["repeats"]):
             for name, tokens in (("first", 1), ("all", work["tokens"])):
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 count = generate(prompts, tokens)
                 found[name].append(time.perf_counter() - start)
+                found[f"{name}_cpu"].append(time.process_time() - cpu_start)
                 assert count == sequences * tokens, f"{engine} generated {count} tokens instead of {sequences * tokens}"
         times[str(sequences)] = found
     print(json.dumps(times), flush=True)
