@@ -1,5 +1,5 @@
-"""`python tools/bench.py generate`: the embedded engine, `transformers` and vLLM on the same prompts and lengths, and the matrix
-products alone, one after the other."""
+"""`python tools/bench.py generate`: the embedded engine, `transformers` and vLLM on the same prompts and lengths, and the bare
+matrix products, one after the other."""
 
 from __future__ import annotations
 

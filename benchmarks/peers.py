@@ -64,7 +64,7 @@ class Measured:
 
     Attributes:
         step: seconds of each step.
-        phases: seconds of generation, teacher and training of each step, where the peer shows them.
+        phases: seconds of generation, teacher and training of each step, if the peer reports them.
         peak_bytes: the largest resident set of its process.
     """
 
@@ -85,9 +85,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "peers",
         help="a step beside TRL and a plain PyTorch loop",
         description="Whole GRPO steps (with --teacher: with a KL term to the teacher) of this trainer, of TRL and "
-        "of a plain loop with transformers, each in a process of its own, one after the other, on CPU. A copy of the student "
+        "of a plain loop with transformers, each in a separate process, one after the other, on CPU. A copy of the student "
         "whose stop token is never sampled makes all responses equally long. "
-        f"TRL {TRL} is installed in an environment of its own.",
+        f"TRL {TRL} is installed in a separate environment.",
         formatter_class=Defaults,
     )
     parser.add_argument("--student", required=True, help="HF folder of the model that is trained")
@@ -99,8 +99,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="type of the weights")
     parser.add_argument("--micro-tokens", type=int, default=1024, help="this trainer's batch.micro_tokens")
-    parser.add_argument("--environment", type=Path, default=Path("runs/bench/peers"), help="where TRL is, or will be installed")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="who is measured")
+    parser.add_argument(
+        "--environment", type=Path, default=Path("runs/bench/peers"), help="environment in which TRL is, or will be, installed"
+    )
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="the peers to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
 
 
@@ -147,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def endless(source: Path, target: Path) -> Path:
-    """A copy of a model's folder (large files as links) whose stop token is one that the model never samples.
+    """A copy of a model's folder (large files as links) whose stop token the model never samples.
 
     Raises:
         ConfigError: the folder has no tokenizer, or its tokenizer has no special token to spare.
@@ -155,7 +157,7 @@ def endless(source: Path, target: Path) -> Path:
     from transformers import AutoTokenizer
 
     if not (source / "config.json").is_file():
-        raise ConfigError(f"--student: {source} is no HF folder")
+        raise ConfigError(f"--student: {source} is not an HF folder")
     tokenizer = AutoTokenizer.from_pretrained(source)
     used = (tokenizer.chat_template or "") + str([tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token])
     spare = [(number, str(token)) for number, token in tokenizer.added_tokens_decoder.items() if str(token) not in used]
@@ -181,7 +183,7 @@ def endless(source: Path, target: Path) -> Path:
 
 
 def install(folder: Path, announce: Callable[[str], None]) -> str:
-    """Make TRL's environment, unless it is there; returns its Python.
+    """Make TRL's environment, unless it exists; returns its Python.
 
     Raises:
         KdrlError: pip failed.

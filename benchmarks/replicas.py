@@ -101,7 +101,7 @@ def _measure_on_rank(folder: Path, repeats: int) -> Updates:
     from kdrl_mcore.iteration import compute_advantages, mask_responses, weigh_responses
     from kdrl_mcore.student.student import Student
     from kdrl_mcore.student.update import update
-    from kdrl_mcore.teacher.teacher import TeacherScores
+    from kdrl_mcore.teacher.scores import TeacherScores
 
     settings = [
         *("experiment=tiny_cpu", "objective=kdrl", "optimizer.lr=0", "eval.every=-1", "reward.workers=1"),

@@ -146,7 +146,7 @@ def measure(folder: Path, correct: float, repeats: int) -> dict[str, Times]:
     from kdrl_mcore.iteration import compute_advantages, mask_responses, weigh_responses
     from kdrl_mcore.model.scoring import score_rollouts
     from kdrl_mcore.student.update import update
-    from kdrl_mcore.teacher.teacher import TeacherScores
+    from kdrl_mcore.teacher.scores import TeacherScores
 
     settings = [
         *("experiment=tiny_cpu", "objective=kdrl_response_mask", f"objective.beta.init={BETA}", "optimizer.lr=0"),

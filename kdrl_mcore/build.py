@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.config import Config, TeacherConfig, TeacherParallelConfig
 from kdrl_mcore.config.derived import (
+    TEACHER,
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
@@ -21,12 +22,13 @@ from kdrl_mcore.config.derived import (
     num_updates,
     replays,
     samples,
+    teaches_itself,
     used_models,
     uses_given,
     uses_reference,
     uses_teacher,
 )
-from kdrl_mcore.data.limits import Limits, check_prompts
+from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts, teacher_limits
 from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
@@ -42,16 +44,19 @@ from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.engine import RolloutEngine, Sampling
+from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
 from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
+from kdrl_mcore.rollout.partial import Parts
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -115,9 +120,9 @@ def check_outcome(config: Config) -> None:
         )
     best = config.checkpoint.best
     if best is not None and best not in (names := metric_names(config)):
-        raise ConfigError(f"checkpoint.best={best} is no metric of the evaluations; there are: {', '.join(names)}")
+        raise ConfigError(f"checkpoint.best={best} is not a metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()))
+        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,9 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
         domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
         for (source, _), domain in zip(sources, domains, strict=True):
             check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
+            check_teacher_prompts(
+                domain.prompts, str(source.path), teacher_limits(config, vocab_size), longest_response(config)
+            )
     return TrainingData(tokenizer, vocab_size, limits, domains)
 
 
@@ -181,17 +189,21 @@ def describe_data(data: TrainingData, evaluation: Evaluation | None) -> None:
         logger.info("%s", describe_prompt(prompts[0][0], data.tokenizer))
 
 
-def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
+def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> ScoreSource | None:
     """The teacher, or None if the loss has no distillation term. If the loss compares both models over the vocabulary, the
     student also loads the teacher's head. Collective over the world."""
     if not uses_teacher(config.objective):
         return None
+    kd, name = config.objective.kd, TEACHER if config.teacher.prompt.template != "student" else None
+    if kd.clamp is not None and dist.get_rank() == 0:
+        logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
+    if teaches_itself(config):
+        if compares_over_vocabulary(config.objective):
+            student.take_teacher_head()
+        return SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
-    teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter)
-    kd = config.objective.kd
-    if kd.clamp is not None and dist.get_rank() == 0:
-        logger.warning("objective.kd.clamp=%g: tokens whose log-ratio is larger learn nothing", kd.clamp)
+    teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
     if compares_over_vocabulary(config.objective):
         student.load_teacher_head(config.teacher.path, kd)
     return teacher
@@ -199,10 +211,12 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
 
 def masks_stop_token(config: Config) -> bool:
     """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
-    gives the student's next to no probability: its term would teach the student never to stop."""
+    gives the student's end token almost no probability: distilling it would teach the student never to stop."""
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
+    if teaches_itself(config):
+        return False
     assert config.student.path is not None and config.teacher.path is not None
     student, teacher = (stop_tokens(path) for path in (config.student.path, config.teacher.path))
     differ = student is not None and teacher is not None and student.keys() != teacher.keys()
@@ -212,8 +226,8 @@ def masks_stop_token(config: Config) -> bool:
     if student is None or teacher is None:
         unknown = config.student.path if student is None else config.teacher.path
         logger.warning(
-            "%s: the token that ends a response is distilled; %s has no tokenizer, so whether both models end alike is not "
-            "known: set it to mask if they do not, else to keep",
+            "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
+            "responses with the same token: set it to keep if they do, otherwise to mask",
             *(name, unknown),
         )
     elif differ:
@@ -243,15 +257,23 @@ def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teach
     return _frozen(config.student.path, settings, config, vocab_size, on_parameter)
 
 
-def _frozen(path: str, settings: TeacherConfig, config: Config, vocab_size: int, on_parameter: Callable[[], None]) -> Teacher:
-    share_prompts = config.batch.share_prompts
-    return Teacher(path, settings, config.model, dist.get_world_size(), vocab_size, on_parameter, share_prompts=share_prompts)
+def _frozen(
+    path: str,
+    settings: TeacherConfig,
+    config: Config,
+    vocab_size: int,
+    on_parameter: Callable[[], None],
+    name: str | None = None,
+) -> Teacher:
+    size, share = dist.get_world_size(), config.batch.share_prompts
+    return Teacher(path, settings, config.model, size, vocab_size, on_parameter, share_prompts=share, name=name)
 
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:
     """The verifier on the ranks that verify sampled responses, None on the others. vLLM's responses arrive on rank 0, which
-    verifies them while others are still being sampled; otherwise the replicas' leaders share the work."""
-    in_vllm = config.rollout.engine == "vllm"
+    verifies them while others are still being sampled; otherwise, and for responses in parts, the replicas' leaders share the
+    work."""
+    in_vllm = config.rollout.engine == "vllm" and config.rollout.partial_tokens is None
     verifies = dist.get_rank() == 0 if in_vllm else student.groups.is_replica_leader
     return Verifier(config.reward, reward_kinds(data.domains)) if verifies and samples(config) else None
 
@@ -308,6 +330,7 @@ def build_source(
     if replays(config):
         assert rollout.path is not None
         source = ReplayedRollouts(rollout.path, data.limits, config.batch.updates_per_step)
+        check_teacher_rollouts(source.every, rollout.path, config, data.vocab_size)
     else:
         assert engine is not None
         prompts = PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle)
@@ -319,8 +342,8 @@ def build_source(
         responses, cut_off = read_given(rollout.given.path, data.limits, rollout.max_response_tokens)
         domains = [Domain("", responses)]
         if cut_off and dist.get_rank() == 0:
-            logger.warning("%s: %d responses were cut off and are not given", rollout.given.path, cut_off)
-    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # another order than that of the prompts to sample
+            logger.warning("%s: %d responses were cut off and are left out", rollout.given.path, cut_off)
+    given = PromptStream.of(domains, 1, seed + 1, shuffle)  # an order different from that of the prompts to sample
     return BesideGiven(source, given, student, partial(num_given, config))
 
 
@@ -342,12 +365,17 @@ def build_sampling_source(
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     ahead = None
     if rollout.steps_ahead:
-        assert isinstance(engine, VllmEngine)
+        how: FlowingEngine | Parts
+        if rollout.partial_tokens is not None:
+            how = Parts(rollout.partial_tokens, rollout.max_continuations)
+        else:
+            assert isinstance(engine, VllmEngine)
+            how = engine
         ahead = Ahead(
-            engine,
+            how,
             steps=rollout.steps_ahead,
             max_age=rollout.max_age or rollout.steps_ahead,
-            waits=rollout.unfinished == "wait",
+            waits=rollout.partial_tokens is None and rollout.unfinished == "wait",
             last_step=config.trainer.steps,
             updates_per_step=config.batch.updates_per_step,
         )

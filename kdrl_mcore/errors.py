@@ -37,7 +37,8 @@ class RewardError(KdrlError):
 
 
 class NumericalError(KdrlError):
-    """Loss, gradient or log-probs were NaN or infinite in too many consecutive updates, or an update made the weights so."""
+    """Loss, gradient or log-probs were NaN or infinite in too many consecutive updates, or an update made weights NaN or
+    infinite."""
 
 
 class GpuMemoryError(KdrlError):

@@ -24,7 +24,7 @@ from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.step_metrics import step_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.update import advance_schedules, update
-from kdrl_mcore.teacher.teacher import TeacherScores
+from kdrl_mcore.teacher.scores import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
@@ -68,8 +68,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
 
 
 def mask_responses(objective: ObjectiveConfig, rollouts: Sequence[Rollout], beta: float) -> Tensor:
-    """Which responses are distilled [N]: those that the reward-guided mask keeps and those that were given, and none while beta
-    is zero."""
+    """Which responses are distilled [N]: given ones and those that the reward-guided mask keeps; none while beta is zero."""
     correct_N, group_ids_N = _column(rollouts, "correct").bool(), _column(rollouts, "group_id").long()
     if beta == 0:
         return torch.zeros(len(rollouts), dtype=torch.bool)
@@ -84,8 +83,8 @@ def compute_advantages(
     objective: ObjectiveConfig, batch: TrainingBatch, alpha: float, beta: float, mask_stop_token: bool = False
 ) -> Tensor:
     """The group-relative advantage A_i of each response [N]; zero while alpha is zero, and for responses that were given. With
-    `objective.kd.placement=reward` the reward is r_i + beta * sum_t (log T - log pi), without the token that ends the response
-    if that is masked."""
+    `objective.kd.placement=reward` the reward is r_i + beta * sum_t (log T - log pi); the sum leaves out a masked stop
+    token."""
     rewards_N, group_ids_N = _column(batch.rollouts, "reward").double(), _column(batch.rollouts, "group_id").long()
     if alpha == 0:
         return torch.zeros_like(rewards_N)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import compares_over_vocabulary, is_on_policy, needs_scores, needs_teacher_scores
+from kdrl_mcore.config.derived import is_on_policy, needs_scores, wanted_scores
 from kdrl_mcore.evaluation.evaluate import Evaluation
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.schedules import Coefficient
@@ -20,7 +19,9 @@ from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
-from kdrl_mcore.teacher.teacher import Teacher, TeacherScores
+from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.source import ScoreSource
+from kdrl_mcore.teacher.teacher import Teacher
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
@@ -30,7 +31,7 @@ class Job:
 
     config: Config
     student: Student
-    teacher: Teacher | None
+    teacher: ScoreSource | None
     reference: Teacher | None
     source: RolloutSource
     engine: RolloutEngine | None
@@ -41,7 +42,7 @@ class Job:
     """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
-        """Let the teacher score each response to distil once, as far as its token weights reach, and no others. The log-probs
+        """Let the teacher score each response to distil once, up to its last token with a weight, and no others. The log-probs
         of whole responses are also stored in the rollouts, for the step's rollout file.
 
         Args:
@@ -59,30 +60,26 @@ class Job:
         if wanted:
             assert self.teacher is not None
             temperature, micro_tokens = self.config.rollout.temperature, self.config.batch.micro_tokens
-            if compares_over_vocabulary(objective):
-                hidden, scored = self.teacher.hidden_states(
-                    wanted, temperature=temperature, micro_tokens=micro_tokens, with_scores=needs_teacher_scores(objective)
-                )
-                scores.hidden = hidden.joined(scores.hidden)
-            else:
-                scored = self.teacher.scores(list(wanted.values()), temperature=temperature, micro_tokens=micro_tokens)
-            for index, (log_probs, entropies) in zip(wanted, scored, strict=False):
-                missing = (0, len(rollouts[index].response_token_ids) - len(log_probs))
-                scores.log_probs[index], scores.entropies[index] = np.pad(log_probs, missing), np.pad(entropies, missing)
-            scores.scored |= {index: len(rollout.response_token_ids) for index, rollout in wanted.items()}
+            kinds = wanted_scores(objective)
+            found = self.teacher.scores_of(wanted, kinds, temperature=temperature, micro_tokens=micro_tokens)
+            scores.add(found, {index: len(rollouts[index].response_token_ids) for index in wanted})
         for (index, rollout), tokens in zip(rollouts.items(), lengths, strict=True):
             rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
 
     def scored_tokens(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> Tensor:
-        """How many tokens of each response, the first ones, the teacher scores [N]. Not collective."""
+        """How many tokens of each response, from its start, the teacher scores [N]. Not collective."""
         lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.long)
         return scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[TrainingBatch]:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
-        log pi_old is computed here, once."""
+        log pi_old is computed here, once; with `objective.clip_against=sampler` mu takes its place."""
         updates = self.config.batch.updates_per_step
-        old = [log_probs for log_probs, _ in self._present_scores(rollouts)] if updates > 1 else None
+        old: list[TokenFloats] | None = None
+        if self.config.objective.clip_against == "sampler":
+            old = [rollout.sampler_log_probs for rollout in rollouts]
+        elif updates > 1:
+            old = [log_probs for log_probs, _ in self._present_scores(rollouts)]
         reference = None if self.reference is None else self._score(self.reference, rollouts)
 
         def of_all(scores: Mapping[int, TokenFloats]) -> list[TokenFloats | None] | None:
@@ -106,7 +103,7 @@ class Job:
         return replace(batch, scores=self._present_scores(batch.rollouts)) if needs_scores(self.config) else batch
 
     def weigh_tokens(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with the weights of its tokens in distillation, and what belongs to whole responses. Not collective."""
+        """The batch with its tokens' distillation weights and its quantities of whole responses. Not collective."""
         seeds = (self.config.trainer.seed, self.student.version)
         return weigh_tokens(self.config.objective, batch, self.mask_stop_token, seeds)
 

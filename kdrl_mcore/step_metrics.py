@@ -15,6 +15,7 @@ from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
+from kdrl_mcore.teacher.leak import leak_metrics
 from kdrl_mcore.types import Rollout
 
 MEASURES: dict[str, Callable[[Sequence[Rollout]], float]] = {
@@ -52,6 +53,7 @@ def step_metrics(
     }
     if given.any():
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
+    metrics |= leak_metrics(sampled)
     return {**metrics, **domain_metrics(sampled, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
 
 
@@ -86,7 +88,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         for name, value in update.sums.items():
             sums[name] = sums.get(name, 0.0) + value
     tokens, distilled, given = (sums.get(name, 0.0) for name in ("tokens", "distilled_tokens", "given_tokens"))
-    # Given responses have no sampler, and are not the student's own: neither drift nor clipping, entropy and KL are theirs.
+    # Given responses were not sampled: they have no drift, and do not count for clipping, entropy and KL.
     own, own_distilled = tokens - given, max(0.0, distilled - given)
     metrics: dict[str, float] = {
         name: sums[name] / len(updates) for name in ("loss", "policy_loss", "kd_loss", "reference_loss") if name in sums
@@ -97,6 +99,8 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         "drift": ("drift_mean", own),
         "taught_tokens": ("taught_share", tokens),
         "gated_tokens": ("gated_share", own),
+        "mixed_tokens": ("mixed_share", distilled),
+        "kd_cut_tokens": ("kd_cut_share", distilled),
         "corrected_tokens": ("corrected_share", own),
         "kl_k1": ("kl", own_distilled),
         "kl_k2": ("kl_k2", own_distilled),
@@ -104,7 +108,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         "kl_full": ("kl_full", distilled),
     }
     metrics.update({new: sums[name] / counted for name, (new, counted) in means.items() if name in sums and counted})
-    for weights, counted, others in (("correction", own, given), ("kd_importance", distilled, 0.0)):  # others weigh 1
+    for weights, counted, others in (("correction", own, given), ("kd_importance", distilled, 0.0)):  # others have weight 1
         if weights in sums:
             total, squares = sums[weights] - others, sums[f"{weights}_squared"] - others
             metrics[f"{weights}_ess"] = effective_share(total, squares, counted)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
 from kdrl_mcore.convert.export import export_hf
+from kdrl_mcore.convert.peft_folder import export_adapters
 from kdrl_mcore.errors import EngineError, NumericalError, RewardError, StorageError
 from kdrl_mcore.evaluation.evaluate import summarize
 from kdrl_mcore.evaluation.generations import Generations
@@ -38,6 +39,7 @@ from kdrl_mcore.resilience.interrupt import StopRequest
 from kdrl_mcore.resilience.watchdog import Watchdog, slow_ranks
 from kdrl_mcore.rollout.files import write_rollouts
 from kdrl_mcore.run_directory.directory import RunDirectory
+from kdrl_mcore.run_directory.export import ADAPTER_EXPORT
 from kdrl_mcore.run_directory.start import Start
 from kdrl_mcore.self_test import run_self_test
 from kdrl_mcore.student.student import Student
@@ -48,12 +50,12 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs a job for `trainer.steps` steps, from the checkpoint it starts with if there is one."""
+    """Runs a job for `trainer.steps` steps, starting from a checkpoint if there is one."""
 
     def __init__(
         self, job: Job, directory: RunDirectory, start: Start, stop: StopRequest, watchdog: Watchdog, fault: FaultInjector
     ) -> None:
-        """Collective over the world (the rest of an interrupted checkpoint is removed).
+        """Collective over the world (an interrupted checkpoint is removed).
 
         Args:
             directory, start: where the run writes, and where it begins.
@@ -81,9 +83,9 @@ class Trainer:
         self._alerts = AlertWatch(thresholds=alert_thresholds(self.config))
         settings = self.config.checkpoint
         self._checkpoints = CheckpointWriter(self.run_dir / "checkpoints", settings.keep, asynchronous=settings.asynchronous)
-        models = (job.student, job.teacher, job.reference)
-        student, teacher, reference = (model.parts.chunks if model is not None else [] for model in models)
-        for chunk in (*student, *teacher, *reference):
+        student, reference = job.student.parts.chunks, [] if job.reference is None else job.reference.chunks
+        teacher = [] if job.teacher is None else job.teacher.chunks
+        for chunk in {*student, *teacher, *reference}:
             chunk.register_forward_pre_hook(watchdog.mark)
         self._profiler = StepProfiler(self.config.trainer.profile, self.run_dir, dist.get_rank())
         self._fault = fault
@@ -155,7 +157,7 @@ class Trainer:
         return False
 
     def _ends_early(self, step: int) -> bool:
-        """Whether accuracy has not risen for `trainer.stop_after` evaluations, which is then said."""
+        """Whether accuracy has not risen for `trainer.stop_after` evaluations; if so, logs it."""
         patience = self.config.trainer.stop_after
         if not patience or self._accuracy.waited < patience:
             return False
@@ -344,7 +346,9 @@ class Trainer:
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
         bad = state["bad_updates"]
-        self._bad_updates = bad if bad < self.config.trainer.max_bad_updates else 0  # those ended the run; it has new tries
+        self._bad_updates = (
+            bad if bad < self.config.trainer.max_bad_updates else 0
+        )  # the faults ended the run, which may now try again
         records = {name: Record(**of) for name, of in state.get("records", {}).items() if name not in start.restarted}
         self._accuracy, self._best = (records.get(name, Record()) for name in ("accuracy", "best"))  # none in those of 0.2
         self._alerts.load_state_dict(state["alerts"])
@@ -362,16 +366,19 @@ def writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"cannot write {error.filename or run_dir}: {error.strerror or error}; checkpoints made before are whole: "
+            f"cannot write {error.filename or run_dir}: {error.strerror or error}; earlier checkpoints are intact: "
             "free disk space or repair the file system, then start the same command again"
         ) from error
 
 
 def export_student(student: Student, directory: RunDirectory, start: Start, step: int) -> None:
-    """Write the student after `step` to `RUN/hf`. Collective over the world."""
+    """Write the student after `step` to `RUN/hf`, and its adapters, if they are what was trained, to `RUN/adapter`. Collective
+    over the world."""
     student.wait_for_weights()
     with writing(directory.path):
         export_hf(student.parts, student.source, directory.path / "hf")
+        if student.lora is not None:
+            export_adapters(student.parts, student.lora, student.source, directory.path / ADAPTER_EXPORT)
         if dist.get_rank() == 0:
             directory.exported(start, step)
 

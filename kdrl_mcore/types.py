@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "partial"]
 TokenIds = NDArray[np.int64]
 TokenFloats = NDArray[np.float32]
 
@@ -19,9 +19,9 @@ class Prompt:
     """One problem, ready for sampling.
 
     `token_ids` is the templated prompt [prompt tokens]; `answer` is the reference answer that the verifier compares with.
-    `target` holds the token ids of the given response (end-of-sequence included) where the run uses them, else None.
-    `domain` is the name of the prompt's source where training has several, else empty; `columns` are the row's values of
-    `data.columns`, which rewards may use.
+    `target` holds the token ids of the given response (end-of-sequence included) if the run uses it, otherwise None.
+    `domain` is the name of the prompt's source if training has several, otherwise empty; `columns` are the row's values of
+    `data.columns`, which rewards may use. `teacher_prompts` holds what teachers read instead of the prompt, by their names.
     """
 
     prompt_id: str
@@ -31,6 +31,7 @@ class Prompt:
     target: TokenIds | None = None
     domain: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,12 +39,13 @@ class Rollout:
     """One response to one prompt, with the results of the sampler, the verifier and the teacher.
 
     The responses to one prompt share a `group_id`. `sampler_log_probs` [response tokens] is log mu(o_t|s_t) at the
-    sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t) likewise, None where the
-    teacher did not score the response. `weight_version` counts the optimizer updates that the weights had received which
-    sampled the first token; where they changed on the way, `later_versions` has (version, tokens) of each of the later ones.
-    The end-of-sequence token, if sampled, is the last response token. `domain` and `columns` are the prompt's; rollout
-    files keep the domain but not the columns. `given` marks a response that was not sampled but stands beside sampled ones
-    (`rollout.given`): it has no sampler and no verdict, and takes part in distillation alone. Rollout files hold none.
+    sampling temperature, as the sampler itself reports it; `teacher_log_probs` is log T(o_t|s_t), None if the teacher did
+    not score the response. `weight_version` is the number of optimizer updates behind the weights that sampled the first token;
+    if the weights changed during the response, `later_versions` has (version, tokens) for each later version.
+    A response that waits to be continued has the finish reason "partial" (only in the ledger); `continuations` counts how often
+    it was continued. The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and
+    `teacher_prompts` are the prompt's; rollout files do not keep the columns. `given` marks a response that was not sampled
+    (`rollout.given`): it has no sampler and no verdict, and takes part only in distillation. Rollout files hold none.
     """
 
     prompt_id: str
@@ -64,6 +66,8 @@ class Rollout:
     columns: Mapping[str, Any] = field(default_factory=dict)
     given: bool = False
     later_versions: tuple[tuple[int, int], ...] = ()
+    teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
+    continuations: int = 0
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -72,14 +76,18 @@ class Rollout:
         return ((self.weight_version, len(self.response_token_ids) - later), *self.later_versions)
 
     def with_response(self, tokens: int) -> Rollout:
-        """The same rollout with only the first tokens of its response, to be scored; itself if these are all."""
+        """The same rollout with only the first `tokens` tokens of its response; the rollout itself if it has no more."""
         if tokens == len(self.response_token_ids):
             return self
         return replace(
             self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
         )
 
+    def after(self, prompt_token_ids: TokenIds) -> Rollout:
+        """The same response after another prompt, to be scored."""
+        return replace(self, prompt_token_ids=prompt_token_ids)
+
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together: what the trainer processes for this rollout."""
+        """The number of prompt and response tokens together."""
         return len(self.prompt_token_ids) + len(self.response_token_ids)

@@ -32,7 +32,8 @@ WEIGHTS_DIR = "weights"
 MODEL_DIR = "model"  # the HF config and tokenizer, so that a checkpoint can be exported without the model it came from
 LATEST = "latest"
 BEST = "best"
-"""Link to the checkpoint of the best evaluation (`checkpoint.best`), which is never deleted while it is that."""
+"""Link to the checkpoint of the best evaluation (`checkpoint.best`), which is not deleted as long as no evaluation is
+better."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def find_checkpoint(directory: Path, resume: str, lineage: Lineage | None = None
 
 
 def _check_is_one(path: Path) -> None:
-    """Raise CheckpointError if the path that a user named is not there, or is a folder of checkpoints."""
+    """Raise CheckpointError if the path that a user named does not exist, or is a folder of checkpoints."""
     if not path.exists():
         raise CheckpointError(f"checkpoint.resume={path} does not exist: it is auto, never or the path of a checkpoint")
     for folder in (path, path / "checkpoints"):

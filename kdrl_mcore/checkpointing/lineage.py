@@ -64,7 +64,7 @@ def new_lineage() -> Lineage:
 
 
 def from_json(value: Any) -> Lineage:
-    """The lineage from the result of `as_json`; where there is none, that of `EARLIER`."""
+    """The lineage from the result of `as_json`, or if there is none, from `EARLIER`."""
     return Lineage(tuple((str(name), until) for name, until in value)) if value else Lineage()
 
 

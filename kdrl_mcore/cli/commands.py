@@ -70,10 +70,10 @@ def _on_ranks(name: str) -> int:
     if ranks is None or {"-h", "--help"} & set(arguments):
         return _run(f"kdrl_mcore.cli.{name}")
     if not ranks.isdecimal() or int(ranks) == 0:
-        print(f"error: {RANKS}={ranks}: how many ranks to start on this machine, at least 1", file=sys.stderr)
+        print(f"error: {RANKS}={ranks} must be the number of ranks to start on this machine, at least 1", file=sys.stderr)
         return 2
     if "RANK" in os.environ:
-        print(f"error: {RANKS} starts ranks, and this is one that torchrun or SLURM started: leave it out", file=sys.stderr)
+        print(f"error: {RANKS} starts ranks, but torchrun or SLURM has already started them: leave it out", file=sys.stderr)
         return 2
     from kdrl_mcore.cli.ranks import launch
 

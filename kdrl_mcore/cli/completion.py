@@ -16,7 +16,7 @@ _kdrl_keys="{keys}"
 _kdrl() {{
   local line=${{COMP_LINE:0:COMP_POINT}} word key IFS=$' \\t\\n'
   word=${{line##*[[:space:]]}}
-  if [[ $word == *=* ]]; then # the shell takes what follows = for a word of its own, unless told otherwise
+  if [[ $word == *=* ]]; then # by default the shell treats what follows = as a separate word
     key=${{word%%=*}}
     COMPREPLY=($(compgen -W "${{_kdrl_choices[$key]-}}" -- "${{word#*=}}"))
     [[ $COMP_WORDBREAKS == *=* ]] || COMPREPLY=("${{COMPREPLY[@]/#/$key=}}")
@@ -39,7 +39,7 @@ def completion(shell: str) -> str:
         ConfigError: the shell is not bash.
     """
     if shell != "bash":
-        raise ConfigError(f"--completion {shell}: there is one for bash")
+        raise ConfigError(f"--completion {shell} is not supported: use bash")
     sources = Sources()
     choices: dict[str, tuple[str, ...]] = {group: tuple(sources.choices(group)) for group in sources.groups()}
     keys = [key for key in documented_keys() if "[]" not in key.name]

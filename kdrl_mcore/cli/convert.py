@@ -85,14 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, required=True, help="the HF directory to write")
     export.add_argument("--max-shard-size", type=_size, default="5GB", help="largest file, such as 5GB (default: %(default)s)")
     export.add_argument("--push", metavar="ORG/NAME", help="upload the HF directory to this model repository of the hub")
-    export.add_argument("--private", action="store_true", help="with --push: only you see it, where it does not exist yet")
+    export.add_argument(
+        "--private", action="store_true", help="with --push: create the repository as private, if it does not exist"
+    )
     check = commands.add_parser("verify", help="compare every tensor, byte for byte; exit 1 on any difference")
     check.add_argument("--hf", type=Path, required=True, help="an HF model directory with safetensors")
     check.add_argument("--checkpoint", type=Path, required=True, help="a converted or a training checkpoint")
     for command in (into, export):
         command.add_argument("--overwrite", action="store_true", help="replace an output that this tool wrote before")
     for command in (into, export, check):
-        command.add_argument("--threads", type=int, help="that read and write (default: twice the cores, at most 8)")
+        command.add_argument("--threads", type=int, help="number of threads (default: twice the cores, at most 8)")
     return parser
 
 

@@ -210,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Options(
         prog="kdrl-evaluate",
         description="Evaluate a model: avg@k with its 95 % interval, pass@k, maj@k, greedy, response length, share cut off.",
-        epilog="Any key of the training configuration may follow as KEY=VALUE, and --config is read below the options, which "
-        "leave what they do not name as it is there; docs/evaluation.md explains the numbers.",
+        epilog="Any key of the training configuration may follow as KEY=VALUE, and the options take precedence over the "
+        "file of --config; docs/evaluation.md explains the numbers.",
     )
     parser.add_argument(
         "--model",
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pipeline-parallel", type=int, help=f"default: {config.parallel.pipeline}")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"default: {config.model.dtype}")
     parser.add_argument("--seed", type=int, help=f"of the sampled responses (default: {config.trainer.seed})")
-    parser.add_argument("--block", type=int, default=BLOCK, help="prompts sampled in one go (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=BLOCK, help="prompts sampled at a time (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, help="folder of responses and metrics (default: a folder of the model's own in runs/evaluation)"
     )

@@ -1,7 +1,7 @@
 """Starts ranks on one machine, for `--ranks N`, with torchrun's agent.
 
-It differs from torchrun itself in two ways, for users at a terminal: signals are passed on to the ranks, which may take their
-time to save and end; and a rank prints its own error, without a report around it.
+It differs from torchrun itself in two ways, for users at a terminal: signals are passed on to the ranks, which have as much
+time as they need to save and end; and a rank prints its own error, without a report around it.
 """
 
 from __future__ import annotations

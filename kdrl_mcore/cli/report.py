@@ -38,16 +38,14 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory (run.dir of the training)")
     parser.add_argument("--output", type=Path, required=True, help="file to write: .html (everything) or .png (curves)")
-    parser.add_argument(
-        "--main-panels", action="store_true", help=".png: the six panels that matter most, not all that there are"
-    )
+    parser.add_argument("--main-panels", action="store_true", help=".png: only the six main panels")
     parser.add_argument(
         "--watch",
         type=float,
         nargs="?",
         const=WATCH_SECONDS,
         metavar="SECONDS",
-        help=f"write the page anew every so many seconds (default: {WATCH_SECONDS:g}) until all runs are at their last step",
+        help=f"rewrite the page every so many seconds (default: {WATCH_SECONDS:g}) until all runs have reached their last step",
     )
     options = parser.parse_args(arguments)
     try:

@@ -80,7 +80,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("input", "compare"):
         given = getattr(options, name)
         if options.model is not None and given is not None and given.exists() and options.output.resolve() == given.resolve():
-            raise ConfigError(f"--output is the file of --{name}, whose scores would be lost: name another one")
+            raise ConfigError(f"--output is also the file of --{name}, whose scores would be lost: name another one")
     if options.compare is not None and not options.compare.is_file():  # checked before the scoring, not after
         raise DataError(f"{options.compare} does not exist: name a scored file or a rollout file (JSONL)")
     if options.tolerance is not None and options.compare is None:

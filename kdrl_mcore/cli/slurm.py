@@ -21,7 +21,7 @@ from kdrl_mcore.config import slurm_dir
 from kdrl_mcore.errors import DataError, KdrlError
 
 INTERPRETER = "interpreter"
-"""The file with the path of the Python; its presence also shows the scripts that they are not in a checkout."""
+"""The file with the path of the Python. From its presence the scripts also know that they are not in a checkout."""
 RECORD = ".kdrl-slurm.json"
 """The record of what was written: the SHA-256 of each file, by name."""
 

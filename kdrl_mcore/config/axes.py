@@ -1,4 +1,4 @@
-"""Which values of the objective's axes go together (docs/method.md, "What combines"): each refusal in one line."""
+"""Which values of the objective's axes can be combined (docs/method.md, "What combines"), with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
 
 OF_LOG_RATIO = ("relu", "modulate", "ratio")
-"""The rules of `objective.combine` that put the teacher's log-prob of the sampled token in place of a divergence."""
+"""The rules of `objective.combine` that use the teacher's log-prob of the sampled token instead of a divergence."""
 
 
 def check_axes(config: Config) -> None:
-    """Refuse values of the objective that contradict each other, or one that has no effect beside another.
+    """Refuse values of the objective that contradict each other, or that have no effect in combination.
 
     Raises:
         ConfigError: the message names both keys.
@@ -46,22 +46,22 @@ def _check_combine(config: Config) -> None:
     if not uses_teacher(objective):
         raise ConfigError(f"{name} combines reward and teacher, but objective.beta is never positive: use combine.kind=add")
     if objective.kd.placement != "loss":
-        raise ConfigError(f"{name} says itself where distillation enters: leave objective.kd.placement at loss")
+        raise ConfigError(f"{name} itself determines where distillation enters: leave objective.kd.placement at loss")
     if kind in OF_LOG_RATIO and objective.kd.estimator in OVER_THE_VOCABULARY:
         raise ConfigError(
-            f"{name} uses the teacher's log-prob of the sampled token, objective.kd.estimator={objective.kd.estimator} has "
-            "none: set it to k1 or k2"
+            f"{name} uses the teacher's log-prob of the sampled token, which objective.kd.estimator="
+            f"{objective.kd.estimator} does not have: set it to k1 or k2"
         )
     if kind in ("modulate", "ratio"):
         if _largest(objective.beta) > 1:
             raise ConfigError(f"{name} needs objective.beta between 0 and 1: it is the teacher's share of the coefficient")
         if not learns_from_reward(objective):
-            raise ConfigError(f"{name} has the policy loss alone, but objective.alpha is never positive")
+            raise ConfigError(f"{name} has only a policy loss, but objective.alpha is never positive")
         if config.logging.gradient_split_every:
-            raise ConfigError(f"{name} has a single loss: logging.gradient_split_every has nothing to split, set it to 0")
+            raise ConfigError(f"{name} has a single loss: logging.gradient_split_every has nothing to split; set it to 0")
     if kind == "relu":
         if objective.kd.estimator == "k3":
-            raise ConfigError(f"{name} weighs the log-ratio of the sampled token: set objective.kd.estimator to k1 or k2")
+            raise ConfigError(f"{name} weights the log-ratio of the sampled token: set objective.kd.estimator to k1 or k2")
         if objective.combine.signal == "advantage" and not learns_from_reward(objective):
             raise ConfigError(f"{name} with combine.signal=advantage needs advantages: set objective.alpha.init above 0")
         if objective.combine.signal == "correct" and learns_from_reward(objective):
@@ -82,23 +82,28 @@ def _check_combine(config: Config) -> None:
 def _check_policy(objective: ObjectiveConfig) -> None:
     if not objective.normalize_by_std and objective.baseline != "group":
         raise ConfigError(
-            f"objective.normalize_by_std=false belongs to baseline=group; baseline={objective.baseline} has no use for it"
+            f"objective.normalize_by_std=false belongs to baseline=group and has no effect with baseline={objective.baseline}"
         )
     if objective.policy_loss == "cispo" and objective.dual_clip is not None:
         raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
-    if objective.ratio == "sequence" and objective.combine.kind == "ratio":
+    if objective.ratio != "token" and objective.combine.kind == "ratio":
         raise ConfigError("objective.combine.kind=ratio has a ratio of its own for each token: leave objective.ratio at token")
 
 
 def _check_correction(config: Config) -> None:
     correction, kd = config.objective.sampler_correction, config.objective.kd
+    if config.objective.clip_against == "sampler" and correction.kind != "none":
+        raise ConfigError(
+            f"objective.clip_against=sampler has pi/mu in the ratio, objective.sampler_correction.kind={correction.kind} would "
+            "correct for mu again: set it to none"
+        )
     if correction.level != "token" and correction.kind == "none":
         raise ConfigError(
             f"objective.sampler_correction.level={correction.level} needs sampler_correction.kind=truncate or mask"
         )
     if correction.level == "geometric" and correction.kind == "truncate":
         raise ConfigError(
-            "objective.sampler_correction: a geometric mean is no weight of a sequence: set kind=mask, or level=sequence"
+            "objective.sampler_correction: a geometric mean cannot weight a sequence: set kind=mask, or level=sequence"
         )
     if not bounds_importance(kd):
         return
@@ -107,12 +112,12 @@ def _check_correction(config: Config) -> None:
     if is_on_policy(config):
         raise ConfigError(f"{name} changes pi/mu, which is 1 where every update trains on its own samples: {leave}")
     if kd.estimator in OVER_THE_VOCABULARY and kd.mix == "none":
-        raise ConfigError(f"{name} weighs sampled tokens, objective.kd.estimator={kd.estimator} has none to weigh: {leave}")
+        raise ConfigError(f"{name} weights sampled tokens, which objective.kd.estimator={kd.estimator} does not have: {leave}")
     if kd.placement != "loss" or config.objective.combine.kind in ("modulate", "ratio"):
-        raise ConfigError(f"{name} weighs a distillation loss, and there is none (see kd.placement, combine.kind): {leave}")
+        raise ConfigError(f"{name} weights a distillation loss, and there is none (see kd.placement, combine.kind): {leave}")
     if kd.importance_level == "geometric" and kd.importance != "mask":
         raise ConfigError(
-            "objective.kd.importance_level=geometric: a geometric mean is no weight of a sequence: set importance=mask, or "
+            "objective.kd.importance_level=geometric: a geometric mean cannot weight a sequence: set importance=mask, or "
             "importance_level=sequence"
         )
 
@@ -122,14 +127,18 @@ def _check_token_weight(objective: ObjectiveConfig) -> None:
     if weight.kind == "constant":
         if weight.normalize:
             raise ConfigError("objective.kd.token_weight.normalize=true has nothing to scale with kind=constant")
+        if weight.over != "response":
+            raise ConfigError("objective.kd.token_weight.over=batch has nothing to choose with kind=constant")
         return
     name = f"objective.kd.token_weight.kind={weight.kind}"
     if not uses_teacher(objective) or objective.combine.kind in ("modulate", "ratio"):
-        raise ConfigError(f"{name} weighs the tokens of a distillation loss, and there is none: set it to constant")
+        raise ConfigError(f"{name} weights the tokens of a distillation loss, and there is none: set it to constant")
     if kd.placement == "reward":
         raise ConfigError(f"{name} does not reach objective.kd.placement=reward, which sums over the response")
+    if weight.over == "batch" and weight.kind not in ("entropy", "magnitude"):
+        raise ConfigError(f"{name} has no shares of a batch: leave objective.kd.token_weight.over at response")
     if weight.kind == "prefix" and weight.tokens and weight.share != 0.5:
-        raise ConfigError("objective.kd.token_weight: tokens and share are both set: leave one out")
+        raise ConfigError("objective.kd.token_weight: tokens and share are both set; leave one out")
 
 
 def _check_divergence(objective: ObjectiveConfig) -> None:
@@ -152,13 +161,13 @@ def _check_divergence(objective: ObjectiveConfig) -> None:
         )
     if kd.estimator == "top_k" and kd.divergence == "forward" and (kd.top_k_support, kd.top_k_tail) == ("student", "truncate"):
         raise ConfigError(
-            "objective.kd.top_k_tail=truncate of a forward KL on the student's set is no divergence: set "
+            "objective.kd.top_k_tail=truncate of a forward KL on the student's set is not a divergence: set "
             "objective.kd.top_k_support=teacher, or the tail to bucket"
         )
 
 
 def _check_control_variate(objective: ObjectiveConfig) -> None:
-    """A baseline leaves the expected gradient alone only where nothing that multiplies it has seen the sampled token."""
+    """A baseline leaves the expected gradient unchanged only if no factor that multiplies it depends on the sampled token."""
     kd = objective.kd
     if not kd.control_variate:
         return
@@ -173,7 +182,7 @@ def _check_control_variate(objective: ObjectiveConfig) -> None:
         ("importance", kd.importance, ("full",)),
         ("importance_level", kd.importance_level, ("token",)),
         ("mask", kd.mask, ("none",)),
-        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "trusted_prefix", "teacher_entropy")),
+        ("token_weight.kind", kd.token_weight.kind, ("constant", "prefix", "rising", "teacher_entropy")),
         ("combine.kind", objective.combine.kind, ("add", "reference")),
     ):
         if value not in harmless:
@@ -191,9 +200,7 @@ def _check_group_filter(config: Config) -> None:
     if not samples(config):
         raise ConfigError(f"{name} samples further prompts, and this run samples none: set it to 0")
     if not learns_from_reward(objective):
-        raise ConfigError(
-            f"{name} looks for groups that rewards can tell apart, but objective.alpha is never positive: set it to 0"
-        )
+        raise ConfigError(f"{name} looks for groups whose rewards differ, but objective.alpha is never positive: set it to 0")
     if settings.others == "teach" and not uses_teacher(objective):
         raise ConfigError("rollout.group_filter.others=teach needs a teacher: set objective.beta above 0, or others=drop")
 
@@ -208,26 +215,32 @@ def _check_given(config: Config) -> None:
     if not uses_teacher(objective):
         raise ConfigError(f"{name} distils given responses, but objective.beta is never positive: set it to 0")
     if replays(config) and given.path is None:
-        raise ConfigError(f"{name} takes responses from the training data, and rollout=replay has none: set rollout.given.path")
+        raise ConfigError(
+            f"{name} takes responses from the training data, which rollout=replay does not read: set rollout.given.path"
+        )
     if kd.estimator not in ("exact", "top_k") or kd.mix != "none":
         now = f"estimator={kd.estimator}" if kd.mix == "none" else f"mix={kd.mix}"
         raise ConfigError(
-            f"{name} needs a divergence that no sampling enters, objective.kd.{now} weighs the sampled token: set "
+            f"{name} needs a divergence that does not depend on sampling, and objective.kd.{now} does: set "
             "objective.kd.estimator=exact or top_k, and kd.mix=none"
         )
     if objective.combine.kind not in ("add", "gate"):
         raise ConfigError(
             f"{name} has responses without a verdict or an advantage, which objective.combine.kind={objective.combine.kind} "
-            "asks for: set it to add or gate"
+            "needs: set it to add or gate"
         )
     if kd.token_weight.kind == "pass_rate":
-        raise ConfigError(f"{name} has responses without a verdict: objective.kd.token_weight.kind=pass_rate weighs by it")
+        raise ConfigError(
+            f"{name} has responses without a verdict, which objective.kd.token_weight.kind=pass_rate needs: change one"
+        )
 
 
 def _largest(schedule: ScheduleConfig) -> float:
     """An upper bound of the coefficient."""
     if schedule.delta < 0 and schedule.kind in ("linear", *SWITCHES):
         return math.inf
+    if ":" in schedule.kind:
+        return 0.0  # a function of your own keeps its bounds itself
     if schedule.kind in SWITCHES:
         return max(schedule.init, schedule.after, schedule.min)
     return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

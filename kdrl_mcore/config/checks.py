@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     engines_have_own_gpus,
     evaluates,
     learns_from_reward,
+    loads_teacher,
     replays,
     uses_distributed_optimizer,
     uses_teacher,
@@ -23,23 +24,28 @@ from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
     LOGGERS,
+    LORA_MODULES,
     OFFLOAD_MODULES,
     OWN_SCALES,
     RECOMPUTE_MODULES,
     REWARD_KINDS,
     Config,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
     ScheduleConfig,
     SourceConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+    TeacherPromptConfig,
     VllmConfig,
 )
 from kdrl_mcore.errors import ConfigError
 
 MAY_BE_EMPTY = ("cluster.name",)
-"""Keys whose text may be empty; for all others an empty text is taken for a forgotten value."""
+"""Keys whose text may be empty; for all others an empty text counts as a forgotten value."""
 
 RECOMPUTED_PARTS = {
     "core_attn": ("core_attn",),
@@ -48,7 +54,7 @@ RECOMPUTED_PARTS = {
     "moe": ("moe",),
     "moe_act": ("moe",),
 }
-"""The parts that can be off-loaded in which a recomputed module lies."""
+"""For each recomputed module, the off-loadable parts that contain it."""
 
 
 def check_config(config: Config) -> None:
@@ -72,8 +78,9 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"trainer.hang_timeout={config.trainer.hang_timeout:g} must be 0 (off) or shorter than "
             f"trainer.distributed_timeout_minutes={config.trainer.distributed_timeout_minutes}, which ends the job without "
-            "telling who hangs"
+            "naming the rank that hangs"
         )
+    _check_lora(config)
     _check_layout(config.parallel)
     _check_activations(config.parallel)
     if config.rollout.engine == "replay" and not config.rollout.path:
@@ -138,6 +145,26 @@ def _check_items(flat: dict[str, Any]) -> None:
                 raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
 
 
+def _check_lora(config: Config) -> None:
+    """Check the adapters' settings; model/lora.py checks them against the model."""
+    lora = config.student.lora
+    if lora.rank == 0:
+        defaults = LoraConfig()
+        for name in ("alpha", "target_modules", "path"):
+            if getattr(lora, name) != getattr(defaults, name):
+                raise ConfigError(f"student.lora.{name} is for adapters: set student.lora.rank > 0, or leave it out")
+        return
+    if not lora.target_modules:
+        raise ConfigError("student.lora.target_modules is empty, so nothing would be trained: name some, or set rank to 0")
+    for name in lora.target_modules:
+        if name not in LORA_MODULES:
+            raise ConfigError(
+                f"student.lora.target_modules: {name} is not one of: {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}"
+            )
+        if lora.target_modules.count(name) > 1:
+            raise ConfigError(f"student.lora.target_modules names {name} twice: leave one out")
+
+
 def _check_layout(parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and parallel.tensor == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
@@ -149,7 +176,7 @@ def _check_layout(parallel: ParallelConfig) -> None:
 
 
 def _check_activations(parallel: ParallelConfig) -> None:
-    """Check what is recomputed and what is off-loaded; model/activations.py checks it against the model."""
+    """Check which activations are recomputed and off-loaded; model/activations.py checks them against the model."""
     recomputed, offloaded = parallel.recompute_modules, parallel.offload_activations
     for key, names, known in (
         ("recompute_modules", recomputed, RECOMPUTE_MODULES),
@@ -162,7 +189,7 @@ def _check_activations(parallel: ParallelConfig) -> None:
                 raise ConfigError(f"parallel.{key} names {name} twice: leave one out")
     if "attn_proj" in offloaded and "core_attn" not in offloaded:
         raise ConfigError(
-            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which keeps it, too: name both"
+            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which also keeps it: name both"
         )
     if parallel.recompute != "selective":
         if sorted(recomputed) != sorted(DEFAULT_RECOMPUTE):
@@ -176,13 +203,13 @@ def _check_activations(parallel: ParallelConfig) -> None:
     if not recomputed:
         raise ConfigError("parallel.recompute=selective with no parallel.recompute_modules: name some, or set it to none")
     if "moe" in recomputed and "moe_act" in recomputed:
-        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act, leave one out")
+        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act; leave one out")
     for module, parts in RECOMPUTED_PARTS.items():
         both = [part for part in offloaded if module in recomputed and part in parts]
         if both:
             raise ConfigError(
                 f"parallel.recompute_modules has {module} and parallel.offload_activations has {both[0]}, which covers it: "
-                "what is recomputed is not kept, so leave one out"
+                "recomputed activations are not kept, so leave one out"
             )
 
 
@@ -200,8 +227,11 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
         raise ConfigError(f"{name}.kind={schedule.kind} needs {name}.steps > 0, the step at which it ends")
     if schedule.kind == "adaptive" and not (schedule.target > 0 and schedule.init > 0):
         raise ConfigError(f"{name}.kind=adaptive needs {name}.target > 0 (the KL per token to hold) and {name}.init > 0")
-    if schedule.kind == "below" and not schedule.target > 0:
-        raise ConfigError(f"{name}.kind=below needs {name}.target > 0, the KL per token at which it switches")
+    if schedule.kind == "below" and (schedule.target > 0) == (schedule.drop > 0):
+        raise ConfigError(
+            f"{name}.kind=below needs either {name}.target > 0, the KL per token at which it switches, or {name}.drop > 0, by "
+            "how much the KL must fall"
+        )
     if schedule.kind == "adaptive" and not schedule.min <= schedule.init <= schedule.max:
         raise ConfigError(
             f"{name}.init={schedule.init:g} must lie between {name}.min={schedule.min:g} and {name}.max={schedule.max:g}, the "
@@ -210,7 +240,7 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
 
 
 def _check_plateaus(config: Config) -> None:
-    """Check what follows the evaluations on the way."""
+    """Check the settings that depend on evaluations during training."""
     on_the_way = evaluates(config) and config.eval.every > 0
     for key, is_set in (
         ("trainer.stop_after", config.trainer.stop_after > 0),
@@ -270,14 +300,20 @@ def _check_vllm(settings: VllmConfig) -> None:
 
 
 def _check_overlap(config: Config) -> None:
-    """Check what may overlap with the sampling of servers."""
+    """Check the settings for work that overlaps with the servers' sampling."""
     rollout = config.rollout
     if config.teacher.score_while_sampling and (not engines_have_own_gpus(rollout) or rollout.steps_ahead):
         raise ConfigError(
-            "teacher.score_while_sampling=true needs an engine that samples this step's responses on devices of its own: set "
+            "teacher.score_while_sampling=true needs an engine that samples this step's responses on separate devices: set "
             "rollout=vllm, rollout.vllm.placement=server and rollout.steps_ahead=0"
         )
+    if rollout.max_continuations is not None and rollout.partial_tokens is None:
+        raise ConfigError("rollout.max_continuations is for responses in parts: set rollout.partial_tokens, or leave it out")
     if not rollout.steps_ahead:
+        if rollout.partial_tokens is not None:
+            raise ConfigError(
+                "rollout.partial_tokens needs prompts of further steps beside the step's: set rollout.steps_ahead to at least 1"
+            )
         for name, is_set in (("max_age", rollout.max_age is not None), ("unfinished", rollout.unfinished != "wait")):
             if is_set:
                 raise ConfigError(
@@ -289,15 +325,28 @@ def _check_overlap(config: Config) -> None:
             f"rollout.max_age={rollout.max_age} is less than rollout.steps_ahead={rollout.steps_ahead}, the age of responses "
             "that are trained on in order: raise it, or lower steps_ahead"
         )
-    if not engines_have_own_gpus(rollout):
+    if rollout.partial_tokens is not None:
+        if rollout.unfinished != "wait":
+            raise ConfigError(
+                f"rollout.unfinished={rollout.unfinished} is for servers that sample while the student trains; with "
+                "rollout.partial_tokens none does: leave one out"
+            )
+        if rollout.partial_tokens > rollout.max_response_tokens:
+            raise ConfigError(
+                f"rollout.partial_tokens={rollout.partial_tokens} is more than rollout.max_response_tokens="
+                f"{rollout.max_response_tokens}: no response would be continued; lower it"
+            )
+    elif not engines_have_own_gpus(rollout):
         raise ConfigError(
             f"rollout.steps_ahead={rollout.steps_ahead} needs an engine that does not share the training's devices: set "
-            "rollout=vllm and rollout.vllm.placement=server"
+            "rollout=vllm and rollout.vllm.placement=server, or rollout.partial_tokens"
         )
-    if can_be_positive(config.objective.alpha) and config.objective.sampler_correction.kind == "none":
+    objective = config.objective
+    corrects = objective.sampler_correction.kind != "none" or objective.clip_against == "sampler"
+    if can_be_positive(objective.alpha) and not corrects:
         raise ConfigError(
             f"rollout.steps_ahead={rollout.steps_ahead} trains on responses of older weights: set "
-            "objective.sampler_correction.kind=truncate or mask"
+            "objective.sampler_correction.kind=truncate or mask, or objective.clip_against=sampler"
         )
 
 
@@ -322,19 +371,20 @@ def _check_objective(config: Config) -> None:
     if updates > config.rollout.prompts_per_step and not replays(config):
         raise ConfigError(
             f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
-            "update needs a prompt of its own"
+            "update needs at least one prompt"
         )
     if objective.kind == "sft":
         if config.rollout.given.share or config.rollout.given.path:
-            raise ConfigError("rollout.given stands beside sampled responses, objective=sft has given ones alone: leave it out")
+            raise ConfigError(
+                "rollout.given adds given responses to sampled ones, but objective=sft trains only on given ones: leave it out"
+            )
         return
     if learns_from_reward(objective) and not replays(config) and config.rollout.responses_per_prompt == 1:
         raise ConfigError(
             "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
             "(or set objective.alpha.init=0 for plain distillation)"
         )
-    if uses_teacher(objective) and not config.teacher.path:
-        raise ConfigError("objective.beta is positive but teacher.path is not set: name the teacher, or use objective=grpo")
+    _check_teacher(config)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
@@ -342,6 +392,48 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
     check_axes(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, prompt = config.teacher, config.teacher.prompt
+    name = f"teacher.weights={teacher.weights}"
+    if loads_teacher(config) and not teacher.path:
+        raise ConfigError(
+            "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
+            "(teacher.weights), or use objective=grpo"
+        )
+    if teacher.weights != "path":
+        if not uses_teacher(config.objective):
+            raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
+        if teacher.path:
+            raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
+        if prompt.template == "student" and teacher.weights == "present":
+            raise ConfigError(
+                f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
+            )
+        if teacher.parallel != TeacherParallelConfig():
+            raise ConfigError(f"{name} are in the student's layout: leave teacher.parallel alone")
+        if teacher.score_while_sampling:
+            raise ConfigError(f"{name} are scored with between sampling and training: set teacher.score_while_sampling=false")
+    for key, kind, default in (
+        ("decay", "average", TeacherConfig.decay),
+        ("refresh_every", "refreshed", TeacherConfig.refresh_every),
+    ):
+        if getattr(teacher, key) != default and teacher.weights != kind:
+            raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
+    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
+    for key, default in asdict(TeacherPromptConfig()).items():
+        if key not in ("template", *used) and getattr(prompt, key) != default:
+            raise ConfigError(
+                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
+                "leave it out"
+            )
+    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
+        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
+    if prompt.template != "student" and not uses_teacher(config.objective):
+        raise ConfigError(
+            f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
+        )
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -19,18 +19,27 @@ from kdrl_mcore.errors import ConfigError
 OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
+LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
+"""What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
+the teacher's output head)."""
+
+TEACHER = "teacher"
+"""The name of the teacher's prompts in rollouts."""
+
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
 
 SWITCHES = ("switch", "below", "plateau")
-"""The schedules that go from `init` to `after` at once."""
+"""The schedules that change from `init` to `after` in one step."""
 
 WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 """The rules of `objective.kd.token_weight` that compare both models' scores of whole responses."""
 
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step."""
+    """Whether a coefficient schedule is above zero at some step, as a function of your own may be."""
+    if ":" in schedule.kind:
+        return True
     values = {
         "constant": (schedule.init,),
         **dict.fromkeys(SWITCHES, (schedule.init, schedule.after, schedule.delta and schedule.min, -schedule.delta)),
@@ -49,6 +58,32 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
     return objective.kind != "sft" and can_be_positive(objective.beta)
 
 
+def teaches_itself(config: Config) -> bool:
+    """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
+    return uses_teacher(config.objective) and config.teacher.weights != "path"
+
+
+def loads_teacher(config: Config) -> bool:
+    """Whether the teacher is a model of its own in this job."""
+    return uses_teacher(config.objective) and not teaches_itself(config)
+
+
+def keeps_earlier_weights(config: Config) -> bool:
+    """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
+    state is: 4 bytes per parameter, divided among its replicas."""
+    return teaches_itself(config) and config.teacher.weights != "present"
+
+
+def reads_own_prompt(config: Config) -> bool:
+    """Whether the teacher reads another prompt than the student."""
+    return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
+
+
+def teacher_prompt_tokens(config: Config) -> int:
+    """The most tokens that the teacher reads before a response."""
+    return (reads_own_prompt(config) and config.teacher.prompt.max_tokens) or config.rollout.max_prompt_tokens
+
+
 def uses_reference(objective: ObjectiveConfig) -> bool:
     """Whether the loss has a KL to the initial student, which is then loaded as the reference."""
     extrapolates = objective.combine.kind == "reference" and objective.combine.extrapolation != 1
@@ -56,29 +91,41 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
 
 
 def teaches_by_advantage(objective: ObjectiveConfig) -> bool:
-    """Whether the rule of `objective.combine` makes nothing of the teacher where the advantage is 0, so that it need not score
-    groups of equal rewards."""
+    """Whether the rule of `objective.combine` ignores the teacher where the advantage is 0, so that the teacher need not score
+    groups with equal rewards."""
     combine = objective.combine
     return combine.kind in ("modulate", "ratio") or (combine.kind == "relu" and combine.signal == "advantage")
 
 
 def weighs_by_scores(objective: ObjectiveConfig) -> bool:
-    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a function of
-    your own may."""
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses; a function of your
+    own may do so."""
     kind = objective.kd.token_weight.kind
     return kind in WEIGHTS_OF_SCORES or ":" in kind
 
 
 def bounds_importance(kd: DistillationConfig) -> bool:
-    """Whether the weights of distillation differ from each token's own pi / mu."""
+    """Whether the importance weights of distillation are anything but each token's pi / mu."""
     return kd.importance != "full" or kd.importance_level != "token"
 
 
 def needs_teacher_scores(objective: ObjectiveConfig) -> bool:
-    """Whether a divergence over the vocabulary goes with token weights that need the teacher's log-probs or entropies of whole
-    responses, so that the teacher's pass also runs its own head: 2 G V FLOP per token, G its hidden size."""
+    """Whether a divergence over the vocabulary is combined with token weights that need the teacher's log-probs or entropies of
+    whole responses, so that the teacher's pass also runs its output head: 2 G V FLOP per token, G its hidden size."""
     weighs = weighs_by_scores(objective) or objective.kd.token_weight.kind == "teacher_entropy"
     return compares_over_vocabulary(objective) and weighs
+
+
+def wanted_scores(objective: ObjectiveConfig) -> frozenset[str]:
+    """What the loss needs of each token that the teacher scores."""
+    if not uses_teacher(objective):
+        return frozenset()
+    kind, values = objective.kd.token_weight.kind, {LOG_PROBS}
+    if kind == "teacher_entropy" or ":" in kind:
+        values.add(ENTROPIES)
+    if not compares_over_vocabulary(objective):
+        return frozenset(values)
+    return frozenset({DISTRIBUTION, *(values if needs_teacher_scores(objective) else ())})
 
 
 def needs_scores(config: Config) -> bool:
@@ -86,7 +133,7 @@ def needs_scores(config: Config) -> bool:
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
     objective, several = config.objective, config.batch.updates_per_step > 1
     return objective.kind != "sft" and (
-        (objective.ratio == "sequence" and several)
+        (objective.ratio != "token" and (several or objective.clip_against == "sampler"))
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
         or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
     )
@@ -108,12 +155,12 @@ def samples(config: Config) -> bool:
 
 
 def longest_response(config: Config) -> int | None:
-    """The tokens that a response may have beside a prompt that is sampled; None where none is sampled."""
+    """The most tokens of a sampled response; None if no responses are sampled."""
     return config.rollout.max_response_tokens if samples(config) else None
 
 
 def uses_given(config: Config) -> bool:
-    """Whether a step distils given responses beside the others."""
+    """Whether a step distils given responses in addition to the others."""
     return config.objective.kind != "sft" and config.rollout.given.share > 0
 
 
@@ -123,7 +170,7 @@ def reads_responses(config: Config) -> bool:
 
 
 def num_given(config: Config, others: int) -> int:
-    """How many given responses stand beside `others`, so that they are `rollout.given.share` of all."""
+    """The number of given responses that, added to `others`, make up `rollout.given.share` of all."""
     share = config.rollout.given.share
     return round(others * share / (1 - share)) if uses_given(config) else 0
 
@@ -191,7 +238,7 @@ def used_models(config: Config) -> dict[str, str]:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     models = {"student": config.student.path}
-    if uses_teacher(config.objective):
+    if loads_teacher(config):
         assert config.teacher.path is not None
         models["teacher"] = config.teacher.path
     return models
@@ -247,7 +294,7 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
         "tensor": rollout.vllm.tensor,
         "kv-cache-gib": rollout.vllm.kv_cache_gib,
         "seed": config.trainer.seed,
-        "load-format": "dummy",  # a refit brings the weights; until then the server refuses to sample
+        "load-format": "dummy",  # the weights come with a refit; until then the server refuses to sample
     }
     if share is not None:
         values["gpu-memory-utilization"] = share

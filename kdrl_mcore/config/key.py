@@ -14,8 +14,8 @@ _META = "key"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """A key's meaning; its allowed values if it is a choice, and whether MODULE:NAME, a function of your own, is one too; its
-    range if it is a number (for a list, that of each item)."""
+    """A key's meaning; its allowed values if it is a choice, and whether it may also be MODULE:NAME, a function of your own;
+    its range if it is a number (for a list, that of each item)."""
 
     meaning: str
     choices: tuple[str, ...]

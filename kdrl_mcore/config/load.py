@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ PATHS = (
 )
 """Keys whose value may begin with `~`, the user's home folder."""
 TEMPLATES = ("plain_template", "message_template", "system_prompt")
-"""Keys of `data` whose text may come from a file: `@FILE`."""
+"""Keys of `data` and `teacher.prompt` whose text may come from a file: `@FILE`."""
 
 
 def conf_dir() -> Path:
@@ -78,7 +79,7 @@ class Sources:
     folders: list[Path] = field(default_factory=lambda: [conf_dir()])
 
     def groups(self) -> list[str]:
-        """The groups that take a choice: the default ones, then those that only the user's folders have."""
+        """The groups that have choices: the default ones, then those that only the user's folders have."""
         found = [path.name for folder in self.folders for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))]
         return list(dict.fromkeys([*DEFAULT_GROUPS, *(name for name in found if name not in NO_GROUPS)]))
 
@@ -153,9 +154,9 @@ def load_config(arguments: Sequence[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML; `--config` reads it back as the same configuration."""
     tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    for name in TEMPLATES:
-        if (tree["data"][name] or "").startswith("@"):
-            tree["data"][name] = f"@{tree['data'][name]}"
+    for section, name in itertools.product((tree["data"], tree["teacher"]["prompt"]), TEMPLATES):
+        if (section[name] or "").startswith("@"):
+            section[name] = f"@{section[name]}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a report may be reading the file of a run that resumes
     temporary.write_text(OmegaConf.to_yaml(_without_interpolations(tree)))
     temporary.replace(path)
@@ -241,7 +242,7 @@ def _add_folder(sources: Sources, name: str, option: str) -> None:
     for file in files:
         taken = sources.choices(file.parent.name).get(file.stem)
         if taken is not None and not taken.samefile(file):
-            raise ConfigError(f"{file}: {file.parent.name}={file.stem} is there already ({taken}): give the file another name")
+            raise ConfigError(f"{file}: {file.parent.name}={file.stem} already exists ({taken}): give the file another name")
     if folder not in sources.folders:
         sources.folders.append(folder)
 
@@ -352,8 +353,10 @@ def _keys_of(file: Path, group: str) -> set[str]:
 
 def _read_templates(config: Config) -> None:
     """Replace `@FILE` by the file's text, unchanged; `@@` stands for a text that begins with `@`."""
-    for name in TEMPLATES:
-        text = getattr(config.data, name)
+    for (key, section), name in itertools.product(
+        (("data", config.data), ("teacher.prompt", config.teacher.prompt)), TEMPLATES
+    ):
+        text = getattr(section, name)
         if text is None or not text.startswith("@"):
             continue
         path = Path(text[1:]).expanduser()
@@ -362,9 +365,9 @@ def _read_templates(config: Config) -> None:
         except (OSError, UnicodeDecodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
-                f"data.{name}={text}: {path} cannot be read ({cause}); write @@ for a text that begins with @"
+                f"{key}.{name}={text}: {path} cannot be read ({cause}); write @@ for a text that begins with @"
             ) from error
-        setattr(config.data, name, content)
+        setattr(section, name, content)
 
 
 def _expand_homes(config: Config) -> None:

@@ -85,7 +85,7 @@ def check_key(name: str, groups: Sequence[str] = (), where: str = "") -> None:
     if general in _PLAIN or name in SECTIONS or general.replace("terms.", "terms[].") in KEY_TYPES:
         return
     near = nearest(name, [*_PLAIN, *SECTIONS, *groups])
-    own = "" if near or "." in name or where else "; a group of your own comes with --config-dir DIR"
+    own = "" if near or "." in name or where else "; name the folder of a group of your own with --config-dir DIR"
     raise ConfigError(f"{where}unknown configuration key '{_shown(name)}'{near}{own}")
 
 
@@ -94,18 +94,18 @@ def _read(word: str) -> Override:
     try:
         parsed = OverridesParser.create().parse_override(word)
     except HydraException as error:
-        cause = f"the value cannot be read as it stands ({str(error).splitlines()[0]})"
+        cause = f"the value cannot be parsed ({str(error).splitlines()[0]})"
         raise ConfigError(f"{_shown(word)}: {cause}: {_quote_it(name, text)}") from error
     if parsed.is_sweep_override():
         types = KEY_TYPES.get(name, ())
         advice = (
-            f"a list stands in brackets: {_in_shell(f'{name}=[{text}]')}"
+            f"a list is written in brackets: {_in_shell(f'{name}=[{text}]')}"
             if list in types
             else f"if it is a text, {_quote_it(name, text)}"
             if str in types
             else "kdrl-study runs through many"
         )
-        raise ConfigError(f"{_shown(word)}: one value is wanted, not several to choose from: {advice}")
+        raise ConfigError(f"{_shown(word)}: this key takes one value, not several to choose from: {advice}")
     return Override(word, name, parsed.value())
 
 
@@ -129,9 +129,9 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
     if value is None and types and type(None) not in types:
         raise ConfigError(f"{_shown(word)}: this key needs a value")
     if str in types and isinstance(value, (dict, list)):
-        raise ConfigError(f"{_shown(word)}: a string is wanted: {_quote_it(name, word.split('=', 1)[-1])}")
+        raise ConfigError(f"{_shown(word)}: this key takes a string: {_quote_it(name, word.split('=', 1)[-1])}")
     if list in types and isinstance(value, str):
-        raise ConfigError(f"{_shown(word)}: a list is wanted: write {_in_shell(f'{name}=[{value}]')}")
+        raise ConfigError(f"{_shown(word)}: this key takes a list: write {_in_shell(f'{name}=[{value}]')}")
     try:
         OmegaConf.update(config, name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:

@@ -2,7 +2,7 @@
 
 A resumed run is the same experiment. How fast it learns, how its losses are weighted, and where and how often it runs and
 writes may change; the new values are used. What it learns from must not change: another student, teacher, data set, task or
-seed makes another experiment, which needs its own run directory.
+seed makes it another experiment, which needs its own run directory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kdrl_mcore.config.checks import flatten
 from kdrl_mcore.config.derived import uses_teacher
-from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
+from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig, TeacherConfig
 
 Effect = Literal["wins", "fixed", "content", "start"]
 """wins: the new value is used, and a log line shows old -> new. fixed: another value is refused. content: another path is
@@ -39,44 +39,49 @@ RULES: dict[str, Rule] = {
     "trainer.seed": Rule("fixed", "data order and sampling are functions of it"),
     "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
     "model.spec": Rule("wins", "the same weights in other kernels", False),
-    "student.path": Rule("content", "the model that the weights began as"),
+    "student.path": Rule("content", "the model from which training started"),
+    "student.lora": Rule("fixed", "the adapters are what is trained, and what their checkpoints hold"),
     "teacher": Rule("wins", "its layout and off-load", False),
-    "teacher.path": Rule("content", "the model that teaches, where one taught before and one teaches now"),
+    "teacher.path": Rule("content", "the model that teaches, if there was a teacher before and is one now"),
+    "teacher.weights": Rule("fixed", "the student's earlier weights are in the checkpoint, or are not"),
+    "teacher.decay": Rule("wins", "the average continues with it"),
+    "teacher.refresh_every": Rule("wins", "counted in updates from the first"),
+    "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
         "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when a key of its own changes"
     ),
     "objective.kind": Rule("fixed", "KDRL and supervised fine-tuning are two experiments"),
-    "rollout": Rule("wins", "sampling; responses that were sampled ahead with other settings are sampled anew"),
+    "rollout": Rule("wins", "sampling; responses that were sampled ahead with other settings are sampled again"),
     "rollout.engine": Rule("wins", "megatron or vllm; from or to replay is refused", False),
-    "rollout.max_sequences": Rule("wins", "how many are decoded at once", False),
+    "rollout.max_sequences": Rule("wins", "how many responses are decoded at once", False),
     "rollout.vllm": Rule("wins", "vLLM's engines", False),
     "rollout.path": Rule("content", "the rollouts that are replayed are the data"),
-    "rollout.given.share": Rule("wins", "how many given responses stand beside the sampled ones"),
+    "rollout.given.share": Rule("wins", "how many given responses are added to the sampled ones"),
     "rollout.given.path": Rule("content", "the given responses are data"),
     "reward": Rule("wins", "rewards, bonuses and limits"),
-    "reward.kind": Rule("fixed", "it says what is correct"),
-    "data": Rule("fixed", "columns and templates make the prompts"),
+    "reward.kind": Rule("fixed", "it decides which responses are correct"),
+    "data": Rule("fixed", "columns and templates determine the prompts"),
     "data.train": Rule("content", "the prompts that are trained on"),
-    "data.sources": Rule("fixed", "the prompts that are trained on, and what is in their files"),
-    "data.eval": Rule("wins", "evaluation changes nothing that is learned"),
+    "data.sources": Rule("fixed", "the prompts that are trained on, and the content of their files"),
+    "data.eval": Rule("wins", "nothing is learned from it"),
     "eval": Rule("wins", "the same"),
     "batch.micro_tokens": Rule("wins", "the size of a micro-batch", False),
     "batch.share_prompts": Rule("wins", "how a micro-batch is packed", False),
-    "batch.updates_per_step": Rule("wins", "updates of the steps that follow"),
+    "batch.updates_per_step": Rule("wins", "updates of later steps"),
     "optimizer": Rule("wins", "rates, their schedule, decay and clipping"),
-    "optimizer.offload": Rule("wins", "where its state lies", False),
-    "optimizer.name": Rule("fixed", "the state of one is not that of the other"),
-    "checkpoint": Rule("wins", "how often, how many, how", False),
-    "checkpoint.resume": Rule("start", "where this start begins"),
-    "logging": Rule("wins", "what is shown and kept", False),
+    "optimizer.offload": Rule("wins", "where its state is kept", False),
+    "optimizer.name": Rule("fixed", "optimizers have different states"),
+    "checkpoint": Rule("wins", "how often checkpoints are written, how many are kept, and how", False),
+    "checkpoint.resume": Rule("start", "the checkpoint from which this start resumes"),
+    "logging": Rule("wins", "what is displayed and logged", False),
     "fault": Rule("start", "a rehearsal"),
     "cluster": Rule("wins", "the machine", False),
 }
 """The rule of each key or section; the longest match counts."""
 
 EVALUATED = frozenset({"data.eval", *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "max_prompts"))})
-"""The keys that decide what an evaluation's numbers are about: numbers from before and after a change are not compared."""
+"""The keys that determine what an evaluation measures: its results from before and after a change are not compared."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,8 @@ def refused(
 
 
 def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """What begins anew because a key of its own differs: the schedules `alpha` and `beta`, `accuracy` (the record of
-    eval/accuracy, where what is evaluated differs) and `best` (that of `checkpoint.best`, likewise)."""
+    """The names of what restarts because one of its keys differs: the schedules `alpha` and `beta`, `accuracy` (the record of
+    eval/accuracy, if the evaluation differs) and `best` (the record of `checkpoint.best`, likewise)."""
     differ = [change.key for change in changes(old, new)]
     schedules = {key.split(".")[1] for key in differ if key.startswith(("objective.alpha.", "objective.beta."))}
     records = {"accuracy", "best"} if EVALUATED.intersection(differ) else {"best"} if "checkpoint.best" in differ else set()
@@ -154,9 +159,9 @@ def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
 def markdown() -> str:
     """The rules as a Markdown table."""
     effects = {
-        "wins": "the new value is taken",
+        "wins": "the new value is used",
         "fixed": "refused",
-        "content": "another path with the same content is taken, another content refused",
+        "content": "another path with the same content is accepted, other content is refused",
         "start": "not compared",
     }
     rows = [f"| `{key}{'' if _is_key(key) else '.*'}` | {effects[rule.effect]} | {rule.why} |" for key, rule in RULES.items()]
@@ -171,7 +176,8 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration reads the file."""
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
-        return uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
+        own = flat.get("teacher.weights", TeacherConfig.weights) == "path"
+        return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"
     if key == "rollout.given.path":

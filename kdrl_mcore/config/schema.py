@@ -32,6 +32,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 DEFAULT_RECOMPUTE = ("mlp", "moe")
 OFFLOAD_MODULES = ("qkv_linear", "core_attn", "attn_proj", "mlp", "moe")
 """The parts of a layer whose saved activations can be off-loaded (model/offload.py)."""
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections that can have adapters (model/lora.py)."""
 
 
 @dataclass
@@ -54,8 +56,12 @@ class TrainerConfig:
     """Length and reproducibility of the run."""
 
     steps: int = key(100, "training steps (one rollout batch each); 0 only evaluates, once", range=COUNT_OR_OFF)
-    seed: int = key(1, "keys data order, sampling and evaluation: every draw is a function of (seed, step, sample)", range=SEED)
-    self_test: bool = key(True, "seconds at the start: sampler and trainer agree, and the vocabulary-parallel sums are right")
+    seed: int = key(
+        1, "determines data order, sampling and evaluation: every draw is a function of (seed, step, sample)", range=SEED
+    )
+    self_test: bool = key(
+        True, "check at the start, in seconds, that sampler and trainer agree and that vocabulary-parallel sums are right"
+    )
     deterministic: bool = key(False, "deterministic kernels: the same run gives the same bits")
     max_bad_updates: int = key(3, "abort after this many updates in a row skipped for NaN or Inf", range=COUNT)
     distributed_timeout_minutes: int = key(30, "a collective that hangs longer ends the job", range=Range(1, YEAR / 60))
@@ -86,15 +92,26 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, which are trained in place of the student's weights (docs/lora.md)."""
+
+    rank: int = key(0, "the rank of each adapter; 0 is off: all weights are trained", range=COUNT_OR_OFF)
+    alpha: float = key(32.0, "adapters are scaled by alpha / rank", range=POSITIVE)
+    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have one, of {', '.join(LORA_MODULES)}")
+    path: str | None = key(None, "a PEFT folder, whose adapters are the start; null: new ones, which change nothing at first")
+
+
+@dataclass
 class StudentConfig:
     """The model that learns."""
 
     path: str | None = key(None, "an HF checkpoint directory, or a hub id: org/name or org/name@revision")
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
 class TeacherParallelConfig:
-    """The teacher's own layout over the same ranks; its data-parallel size is what is left over."""
+    """The teacher's own layout over the same ranks; its data-parallel size follows from the other sizes."""
 
     tensor: int = key(1, "ranks that split each of its layers", range=DEGREE)
     pipeline: int = key(1, "stages of its layers", range=DEGREE)
@@ -102,10 +119,36 @@ class TeacherParallelConfig:
 
 
 @dataclass
+class TeacherPromptConfig:
+    """What the teacher reads before a response, where it is not the student's prompt (docs/teachers.md). Its texts may contain
+    {prompt}, {answer} and the columns of data.columns, such as {solution}."""
+
+    template: str = key(
+        "student",
+        "student (the student's prompt, token by token), chat (the chat template of the teacher's own tokenizer) or plain",
+        choices=("student", "chat", "plain"),
+    )
+    plain_template: str = key("{prompt}", "plain: the text; @FILE takes that of a file")
+    message_template: str = key("{prompt}", "chat: the user's message; or @FILE")
+    system_prompt: str | None = key(None, "chat: instead of the prompt's own; or @FILE")
+    template_arguments: list[str] = key([], "chat: what else the template asks for, such as [enable_thinking=false]")
+    max_tokens: int | None = key(None, "the most tokens of it; null: rollout.max_prompt_tokens", range=COUNT)
+
+
+@dataclass
 class TeacherConfig:
     """The model that only scores."""
 
     path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
+    weights: str = key(
+        "path",
+        "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
+        "average), refreshed (every refresh_every updates) or present",
+        choices=("path", "start", "average", "refreshed", "present"),
+    )
+    decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
+    refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
+    prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
@@ -133,7 +176,7 @@ class ParallelConfig:
     )
     offload_activations: list[str] = key(
         [],
-        "parts of a layer whose activations wait in host memory for the backward pass (CUDA only), of "
+        "parts of a layer whose activations are held in host memory until the backward pass (CUDA only), of "
         f"{', '.join(OFFLOAD_MODULES)}",
     )
     offload_min_elements: int = key(2**20, "smaller tensors are not off-loaded", range=COUNT_OR_OFF)
@@ -143,7 +186,7 @@ class ParallelConfig:
         False, "gather the updated weights during the next forward pass (distributed_optimizer only)"
     )
     bucket_size: int | None = key(
-        None, "weights that are reduced or gathered together where overlapped; null: Megatron's choice", range=COUNT
+        None, "number of weights that are reduced or gathered together, with overlap; null: Megatron's choice", range=COUNT
     )
 
 
@@ -153,8 +196,9 @@ class ScheduleConfig:
 
     kind: str = key(
         "constant",
-        "constant, linear, cosine, switch, below, plateau or adaptive",
+        "constant, linear, cosine, switch, below, plateau or adaptive; or MODULE:NAME",
         choices=("constant", "linear", "cosine", "switch", "below", "plateau", "adaptive"),
+        takes_functions=True,
     )
     init: float = key(0.0, "value at step 0", range=NOT_NEGATIVE)
     min: float = key(0.0, "floor of linear, cosine, adaptive and delta", range=NOT_NEGATIVE)
@@ -164,6 +208,12 @@ class ScheduleConfig:
     steps: int = key(0, "cosine: length of the descent; switch: the step at which it switches", range=COUNT_OR_OFF)
     after: float = key(0.0, "switch, below and plateau: value from then on", range=NOT_NEGATIVE)
     target: float = key(0.0, "adaptive: the KL per token to hold; below: that at which it switches", range=NOT_NEGATIVE)
+    drop: float = key(
+        0.0, "below: the share by which the KL must fall from the first one measured, instead of target", range=DECAY
+    )
+    ramp: int = key(
+        0, "below: rises linearly to init over so many steps, after which it switches at the latest", range=COUNT_OR_OFF
+    )
     patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
 
@@ -195,7 +245,7 @@ class CombineConfig:
 
 @dataclass
 class TokenWeightConfig:
-    """A weight of each token's distillation (docs/method.md, "Which tokens are taught")."""
+    """A weight for each token's distillation (docs/method.md, "Which tokens are taught")."""
 
     kind: str = key(
         "constant",
@@ -207,13 +257,23 @@ class TokenWeightConfig:
         takes_functions=True,
     )
     share: float = key(0.5, "entropy, magnitude and prefix: the share of a response's tokens that are taught", range=SHARE)
+    over: str = key(
+        "response",
+        "entropy and magnitude: what the shares are of, the tokens of each response or all distilled ones of an update (batch)",
+        choices=("response", "batch"),
+    )
     more: float = key(
         0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
     )
     tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
     rate: float = key(
-        1.0, "trusted_prefix: how fast trust falls; teacher_entropy: the same; rising: power of the position", range=POSITIVE
+        1.0,
+        "teacher_entropy: how fast the weight falls; trusted_prefix: by how much the first token counts more than the last",
+        range=POSITIVE,
     )
+    low: float = key(0.25, "rising: weight of the first tokens, that of the last ones is 1", range=Range(0, 1))
+    middle: float = key(0.3, "rising: where in the response it is half-way, as a share of its length", range=Range(0, 1))
+    width: float = key(0.1, "rising: how wide the rise is, as a share of the length", range=POSITIVE)
     solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
     unsolved: float = key(1.0, "pass_rate: b", range=NOT_NEGATIVE)
     normalize: bool = key(False, "scale the weights so that their mean over the distilled tokens is 1")
@@ -224,7 +284,10 @@ class DistillationConfig:
     """The reverse KL to the teacher, on the student's own tokens."""
 
     estimator: str = key(
-        "k2", "k1, k2, k3, exact, top_k or top_k_unbiased", choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased")
+        "k2",
+        "k1, k2, k3, exact, top_k or top_k_unbiased; or MODULE:NAME, of the sampled token",
+        choices=("k1", "k2", "k3", "exact", "top_k", "top_k_unbiased"),
+        takes_functions=True,
     )
     divergence: str = key(
         "reverse",
@@ -236,8 +299,9 @@ class DistillationConfig:
         "none",
         "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
         "entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or drawn_trust "
-        "(one of the two, drawn with these probabilities)",
+        "(one of the two, drawn with these probabilities); or MODULE:NAME",
         choices=("none", "entropy", "trust", "drawn_trust"),
+        takes_functions=True,
     )
     mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
     control_variate: bool = key(
@@ -246,21 +310,25 @@ class DistillationConfig:
     placement: str = key("loss", "loss, advantage or reward", choices=("loss", "advantage", "reward"))
     mask: str = key(
         "none",
-        "none, response (only incorrect responses) or group (only all-incorrect groups)",
+        "none, response (only incorrect responses) or group (only all-incorrect groups); or MODULE:NAME",
         choices=("none", "response", "group"),
+        takes_functions=True,
     )
     denominator: str = key("all", "tokens the KD loss is averaged over: all, or unmasked", choices=("all", "unmasked"))
-    clamp: float | None = key(None, "clamp of |log T - log pi|; None leaves every gradient alive", range=POSITIVE)
+    clamp: float | None = key(
+        None, "clamp of |log T - log pi|; null: none, so that no token loses its gradient", range=POSITIVE
+    )
     importance: str = key(
         "full",
         "weight pi/mu of tokens that other weights sampled: full, truncate (at most importance_bound) or mask (0 outside "
-        "[1/bound, bound])",
+        "[1/bound, bound]); or MODULE:NAME",
         choices=("full", "truncate", "mask"),
+        takes_functions=True,
     )
     importance_bound: float = key(2.0, "see importance", range=Range(1, LARGE))
     importance_level: str = key(
         "token",
-        "whose pi/mu: each token's, the product over the sequence, or its geometric mean (mask only, which keeps each token's)",
+        "which pi/mu: each token's, the product over the sequence, or its geometric mean (mask only, which keeps each token's)",
         choices=("token", "sequence", "geometric"),
     )
     token_weight: TokenWeightConfig = field(default_factory=TokenWeightConfig)
@@ -285,13 +353,14 @@ class SamplerCorrectionConfig:
 
     kind: str = key(
         "none",
-        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound])",
+        "none, truncate (weight min(pi_old/mu, bound)) or mask (drop tokens outside [1/bound, bound]); or MODULE:NAME",
         choices=("none", "truncate", "mask"),
+        takes_functions=True,
     )
     bound: float = key(2.0, "C of truncated importance sampling", range=Range(1, LARGE))
     level: str = key(
         "token",
-        "whose pi_old/mu: each token's, the product over the sequence, or its geometric mean (mask only)",
+        "which pi_old/mu: each token's, the product over the sequence, or its geometric mean (mask only)",
         choices=("token", "sequence", "geometric"),
     )
 
@@ -332,14 +401,24 @@ class ObjectiveConfig:
         takes_functions=True,
     )
     ratio: str = key(
-        "token", "pi/pi_old of each token, or the geometric mean over the sequence (GSPO)", choices=("token", "sequence")
+        "token",
+        "pi/pi_old of each token, the geometric mean over the sequence (GSPO), or the product over it",
+        choices=("token", "sequence", "product"),
+    )
+    clip_against: str = key(
+        "old",
+        "what the ratio that is clipped divides pi by: old (pi_old, the student when the step begins; mu is left to "
+        "sampler_correction) or sampler (mu, as the engine reported it; needs sampler_correction.kind=none)",
+        choices=("old", "sampler"),
     )
     dual_clip: float | None = key(
         None, "clip: bound of the ratio where the advantage is negative; null: none", range=Range(1, LARGE, low_is_open=True)
     )
     entropy_bonus: float = key(0.0, "coefficient of the student's entropy, which is maximised", range=NOT_NEGATIVE)
     truncated: str = key(
-        "keep", "responses that their limit cut off: keep, or drop from the policy loss (DAPO)", choices=("keep", "drop")
+        "keep",
+        "responses that were cut off at their limit: keep, or drop from the policy loss (DAPO)",
+        choices=("keep", "drop"),
     )
     clip_low: float = key(0.2, "the policy ratio is clipped to [1 - clip_low, 1 + clip_high]", range=Range(0, 1))
     clip_high: float = key(0.2, "see clip_low", range=NOT_NEGATIVE)
@@ -360,14 +439,14 @@ class VllmConfig:
     replicas: int = key(0, "engines; 0 takes as many as the ranks' GPUs hold (colocated) or 1 (server)", range=Range(0, 2**20))
     servers: list[str] = key([], "host:port of running servers; their token comes in KDRL_ENGINE_TOKEN")
     gpu_memory_utilization: float | None = key(
-        None, "share of each GPU for an engine; None takes what training leaves, or 0.85", range=SHARE
+        None, "share of each GPU for an engine; null: what training leaves, or 0.85", range=SHARE
     )
     kv_cache_gib: float = key(1.0, "KV cache of an engine on CPU", range=POSITIVE)
     startup_timeout: float = key(1200.0, "seconds until an engine must answer", range=SECONDS)
     generation_timeout: float = key(300.0, "seconds without a sign of progress after which an engine hangs", range=SECONDS)
     refit_timeout: float = key(600.0, "seconds for all weights", range=SECONDS)
     refit_bucket_mib: int = key(
-        256, "weights travel in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)
+        256, "weights are sent in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)
     )
     restarts: int = key(3, "of an engine during one batch, before the run stops with a checkpoint", range=COUNT_OR_OFF)
 
@@ -390,11 +469,11 @@ class GroupFilterConfig:
 
 @dataclass
 class GivenConfig:
-    """Given responses beside the sampled ones of a step, for distillation over the vocabulary (GKD)."""
+    """Given responses in addition to the sampled ones of a step, for distillation over the vocabulary (GKD)."""
 
     share: float = key(
         0.0,
-        "their share of a step's responses, beside those to prompts_per_step prompts; 0 is off",
+        "their share of a step's responses, in addition to those to prompts_per_step prompts; 0 is off",
         range=Range(0, 1, high_is_open=True),
     )
     path: str | None = key(None, "a rollout file (JSONL) to take them from; null: data.response_key of the training data")
@@ -416,24 +495,33 @@ class RolloutConfig:
     top_p: float = key(1.0, "1.0 is off; the log-probs are then those of the truncated distribution", range=SHARE)
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)
     max_log_prob_drift: float | None = key(
-        None, "largest |sampler - trainer| log-prob that is rounding; None goes by model.dtype", range=POSITIVE
+        None, "largest |sampler - trainer| log-prob that counts as rounding; null: by model.dtype", range=POSITIVE
     )
     steps_ahead: int = key(
         0,
-        "how many steps ahead responses are sampled while others are trained on (rollout.vllm.placement=server); 0 is off",
+        "how many steps ahead responses are sampled during training (rollout.vllm.placement=server); 0 is off",
         range=Range(0, 1000),
     )
     max_age: int | None = key(
         None,
-        "most steps between the weights of a token and its training; None: steps_ahead, prompts keep their order; more lets "
-        "complete groups overtake others",
+        "most steps between the weights that sampled a token and its training; null: steps_ahead, in the order of the prompts; "
+        "a larger value lets complete groups overtake others",
         range=COUNT,
     )
     unfinished: str = key(
         "wait",
-        "responses that are not finished at a refit: wait for them, or let them go on under the new weights and keep, or "
+        "responses that are not finished at a refit: wait for them, or continue them with the new weights and keep, or "
         "recompute, their KV cache",
         choices=("wait", "keep", "recompute"),
+    )
+    partial_tokens: int | None = key(
+        None,
+        "tokens of a response that are sampled at a time, before the step trains; what has not ended goes on in the next step. "
+        "The prompts of steps_ahead further steps are sampled beside the step's, by any engine. null: whole responses",
+        range=COUNT,
+    )
+    max_continuations: int | None = key(
+        None, "of a response with partial_tokens; the last one goes on to its end. null: no bound", range=COUNT_OR_OFF
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     given: GivenConfig = field(default_factory=GivenConfig)
@@ -452,10 +540,10 @@ class RewardTermConfig:
 
 @dataclass
 class RemoteRewardConfig:
-    """`remote_model`: a reward model behind HTTP (docs/rewards.md has the protocol)."""
+    """`remote_model`: a reward model that is reached over HTTP (docs/rewards.md has the protocol)."""
 
     url: str | None = key(None, "where responses are posted as JSON")
-    token_variable: str | None = key(None, "environment variable with the bearer token; None sends none")
+    token_variable: str | None = key(None, "environment variable with the bearer token; null: none is sent")
     timeout: float = key(60.0, "seconds for one request", range=SECONDS)
     attempts: int = key(5, "tries of one request before the run stops with an error", range=COUNT)
     batch_size: int = key(64, "responses in one request", range=COUNT)
@@ -486,10 +574,12 @@ class RewardConfig:
     )
     threshold: float = key(
         1.0,
-        "a response is correct where the verifier's score reaches this; other rewards play no part",
+        "a response is correct if the verifier's score reaches this value, whatever its other rewards",
         range=SIGNED,  # reward models have their own scales
     )
-    accept_truncated: bool = key(True, "whether a response that its limit cut off may be correct; false gives it the score 0")
+    accept_truncated: bool = key(
+        True, "whether a response that was cut off at its limit may be correct; false gives it the score 0"
+    )
     format_bonus: float = key(
         0.0, r"added when the response ends properly and holds exactly one \\boxed{} answer", range=SIGNED
     )
@@ -532,14 +622,14 @@ class DataConfig:
     subset: str | None = key(None, 'for a hub id of several subsets (its "configuration")')
     prompt_key: str = key("prompt", "column of the problem: a text, or chat messages; a.b is b in the column a")
     answer_key: str = key("answer", "column of the reference answer")
-    context_key: str | None = key(None, "column of a text that stands before the problem where it is not empty")
+    context_key: str | None = key(None, "column of a text that comes before the problem, if it is not empty")
     choices_key: str | None = key(
         None, "column of a list of choices, shown as A, B, ...; the answer is one's number from 0 or text"
     )
     response_key: str = key("response", "sft and rollout.given: the given response")
     columns: list[str] = key([], "further columns, which rewards get (docs/rewards.md)")
     prompt_pattern: str | None = key(
-        None, "regular expression with one group, the problem, where the column has more around it"
+        None, "regular expression with one group, the problem, if the column contains more than the problem"
     )
     long_prompts: str = key(
         "refuse",
@@ -547,10 +637,13 @@ class DataConfig:
         choices=("refuse", "drop"),
     )
     template: str = key("chat", "chat (the tokenizer's chat template) or plain (`plain_template`)", choices=("chat", "plain"))
-    plain_template: str = key("{prompt}", "plain: where the problem stands in the text; @FILE takes the text of a file")
-    message_template: str = key("{prompt}", "chat: where the problem stands in the user's message; or @FILE")
+    plain_template: str = key("{prompt}", "plain: the text around the problem; @FILE reads it from a file")
+    message_template: str = key("{prompt}", "chat: the user's message around the problem; or @FILE")
     system_prompt: str | None = key(None, "chat template only; or @FILE")
-    chat_date: str = key("2024-07-26", "the date that chat templates get that ask for today's, so that prompts stay the same")
+    template_arguments: list[str] = key(
+        [], "chat template only: what else it asks for, such as [enable_thinking=false]; in evaluation too"
+    )
+    chat_date: str = key("2024-07-26", "the date passed to chat templates that ask for today's, so that prompts stay the same")
     shuffle: bool = key(True, "a new order in each epoch, a function of the seed")
 
 
@@ -566,7 +659,7 @@ class EvalConfig:
     temperature: float = key(1.0, "of the sampled responses", range=Range(1e-3, 1e3, also=(0,)))
     max_prompts: int = key(0, "of each benchmark; 0 takes all", range=COUNT_OR_OFF)
     block: int = key(
-        0, "prompts sampled in one go, the unit that an interrupted kdrl-evaluate resumes by; 0 takes all", range=COUNT_OR_OFF
+        0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0 takes all", range=COUNT_OR_OFF
     )
 
 
@@ -579,10 +672,10 @@ class BenchmarkConfig:
     split: str = key("test", "of a hub id")
     prompt_key: str = key("problem", "column of the problem")
     answer_key: str = key("answer", "column of the reference answer")
-    context_key: str | None = key(None, "column of a text that stands before the problem where it is not empty")
+    context_key: str | None = key(None, "column of a text that comes before the problem, if it is not empty")
     choices_key: str | None = key(None, "column of a list of choices")
     prompt_pattern: str | None = key(None, "regular expression with one group, the problem")
-    reward: str | None = key(None, "kind of the verifier; None takes the run's")
+    reward: str | None = key(None, "kind of the verifier; null: the run's")
 
 
 @dataclass
@@ -606,7 +699,7 @@ class OptimizerConfig:
         "constant", "of the learning rate: constant, linear or cosine", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = key(0, "linear warm-up of the learning rate", range=COUNT_OR_OFF)
-    min_lr: float = key(0.0, "where linear and cosine end, when the run's updates are made", range=NOT_NEGATIVE)
+    min_lr: float = key(0.0, "value of linear and cosine at the run's last update", range=NOT_NEGATIVE)
     weight_decay: float = key(0.0, "decoupled (AdamW), of matrices only: not of norms and biases", range=NOT_NEGATIVE)
     clip_grad: float = key(1.0, "global gradient norm; 0 is off", range=NOT_NEGATIVE)
     adam_beta1: float = key(0.9, "decay of the first moment", range=DECAY)
@@ -625,7 +718,9 @@ class CheckpointConfig:
 
     every: int = key(0, "steps between checkpoints; 0 saves at the end and by time only, -1 never", range=EVERY)
     every_minutes: float = key(
-        30.0, "a step that ends so long after the last checkpoint was begun is saved too; 0 is off", range=Range(0, YEAR / 60)
+        30.0,
+        "minutes after which a step is saved too, counted from the beginning of the last checkpoint; 0 is off",
+        range=Range(0, YEAR / 60),
     )
     resume: str = key("auto", "auto (the run's latest), never, or a checkpoint path")
     keep: int = key(2, "newest checkpoints kept; 0 keeps all", range=COUNT_OR_OFF)
@@ -642,13 +737,13 @@ class LoggingConfig:
     """What the run displays and stores."""
 
     progress: bool = key(True, "live display on rank 0")
-    tensorboard: bool | None = key(None, "true adds tensorboard to the loggers, false leaves it out; null is as they say")
+    tensorboard: bool | None = key(None, "true adds tensorboard to the loggers, false leaves it out; null changes nothing")
     loggers: list[str] = key(["tensorboard"], "also wandb, mlflow, trackio, or MODULE:NAME")
     project: str = key("kdrl", "of the loggers that have projects (MLflow's experiment)")
     run_name: str | None = key(None, "of the run in its loggers; null: its folder below runs/, or the name of run.dir")
     rollouts: bool = key(True, "write rollouts/step_*.jsonl")
     gradient_split_every: int = key(
-        0, "updates between looks at both gradients' norms and cosine (two more backward passes)", range=COUNT_OR_OFF
+        0, "updates between measurements of both gradients' norms and cosine (two more backward passes)", range=COUNT_OR_OFF
     )
 
 
@@ -662,7 +757,7 @@ class FaultConfig:
         choices=("none", "fail", "hang", "slow", "kill", "stop", "full_disk", "out_of_memory", "nan"),
     )
     rank: int = key(0, "the rank it strikes", range=COUNT_OR_OFF)
-    step: int = key(1, "the step in which it strikes; slow lasts from there on", range=COUNT_OR_OFF)
+    step: int = key(1, "the step in which it strikes; slow lasts from this step on", range=COUNT_OR_OFF)
     phase: str = key(
         "train",
         'at whose beginning: rollout, ...; "load student" is in step 0, update after the optimizer\'s step',

@@ -20,8 +20,8 @@ NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, err
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A tensor's bytes in a file."""
+class StoredTensor:
+    """Where a file holds a tensor, and its shape and dtype."""
 
     path: Path
     offset: int
@@ -84,23 +84,23 @@ class Files:
                 raise ModelError(f"{path} is cut short: it ends before byte {offset + len(buffer)}")
             done += count
 
-    def read_rows(self, extent: Extent, start: int, count: int) -> Tensor:
+    def read_rows(self, stored: StoredTensor, start: int, count: int) -> Tensor:
         """`count` rows of a stored tensor, in its dtype."""
-        data = torch.empty(count * extent.row_bytes, dtype=torch.uint8)
-        self.read_into(data.numpy().data, extent.path, extent.offset + start * extent.row_bytes)
-        return data.view(extent.dtype).view(count, *extent.shape[1:])
+        data = torch.empty(count * stored.row_bytes, dtype=torch.uint8)
+        self.read_into(data.numpy().data, stored.path, stored.offset + start * stored.row_bytes)
+        return data.view(stored.dtype).view(count, *stored.shape[1:])
 
-    def read_block(self, extent: Extent, start: int, count: int, column: int, columns: int) -> Tensor:
+    def read_block(self, stored: StoredTensor, start: int, count: int, column: int, columns: int) -> Tensor:
         """`columns` columns of `count` rows of a stored matrix. Reads nothing else."""
-        if columns == extent.shape[1]:
-            return self.read_rows(extent, start, count)
-        width, size = columns * extent.dtype.itemsize, extent.dtype.itemsize
+        if columns == stored.shape[1]:
+            return self.read_rows(stored, start, count)
+        width, size = columns * stored.dtype.itemsize, stored.dtype.itemsize
         data = torch.empty(count * width, dtype=torch.uint8)
         view = data.numpy().data
         for row in range(count):
-            offset = extent.offset + (start + row) * extent.row_bytes + column * size
-            self.read_into(view[row * width : (row + 1) * width], extent.path, offset)
-        return data.view(extent.dtype).view(count, columns)
+            offset = stored.offset + (start + row) * stored.row_bytes + column * size
+            self.read_into(view[row * width : (row + 1) * width], stored.path, offset)
+        return data.view(stored.dtype).view(count, columns)
 
     def copy(self, source: ByteRange, target: int, offset: int) -> None:
         """Copy bytes to an offset of another file (a descriptor) within the kernel.

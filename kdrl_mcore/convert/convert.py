@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kdrl_mcore.convert.byte_ranges import NO_KERNEL_COPY, ByteRange, Extent, num_elements, raw_bytes, write_at
+from kdrl_mcore.convert.byte_ranges import NO_KERNEL_COPY, ByteRange, StoredTensor, num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.folders import RELEASE, TRACKER, open_weights, torch_dist_folder
 from kdrl_mcore.convert.hf_files import (
     HFWeights,
@@ -23,7 +23,7 @@ from kdrl_mcore.convert.hf_files import (
     write_config,
     write_index,
 )
-from kdrl_mcore.convert.targets import check_target, written_aside
+from kdrl_mcore.convert.targets import check_target, replacing_folder
 from kdrl_mcore.convert.torch_dist_writer import TorchDistWriter
 from kdrl_mcore.convert.weight_map import Weights, check_names, global_tensors
 from kdrl_mcore.errors import CheckpointError, ModelError
@@ -44,7 +44,7 @@ class Copy:
     name: str
     start: int
     rows: int
-    target: Extent
+    target: StoredTensor
     target_row: int
 
 
@@ -78,18 +78,18 @@ def import_hf(
             raise ModelError(f"{hf} mixes {' and '.join(sorted(map(str, found)))}: choose one with --dtype")
         to = dtype or found.pop()
         total = sum(num_elements(tensor.shape) for tensor in tensors) * to.itemsize
-        with written_aside(output, total, [hf], overwrite=overwrite) as temporary:
+        with replacing_folder(output, total, [hf], overwrite=overwrite) as temporary:
             writer = TorchDistWriter(temporary / RELEASE)
             copies = []
             for tensor in tensors:
                 # Megatron stores gate and up in separate chunks, and query, key and value interleaved in one.
                 bounds = [0, tensor.hf_shapes[0][0], tensor.shape[0]] if len(tensor.hf_names) == 2 else [0, tensor.shape[0]]
                 for low, high in pairwise(bounds):
-                    extent = writer.place(tensor, low, high - low, to)
+                    target = writer.place(tensor, low, high - low, to)
                     copies += [
-                        Copy(piece.hf, piece.hf_start, piece.length, extent, piece.start - low)
-                        for piece in tensor.pieces
-                        if low <= piece.start < high
+                        Copy(tensor_slice.hf, tensor_slice.hf_start, tensor_slice.length, target, tensor_slice.start - low)
+                        for tensor_slice in tensor.slices
+                        if low <= tensor_slice.start < high
                     ]
             writer.place_extra_states(architecture)
             writer.end_layout()
@@ -130,11 +130,11 @@ def export_hf_folder(
         tensors = {name: (weights.shape(name), weights.dtype(name)) for name in names}
         shards = split_into_shards(tensors, max_shard_bytes)
         total = sum(num_elements(shape) * dtype.itemsize for shape, dtype in tensors.values())
-        with written_aside(output, total, [checkpoint], overwrite=overwrite) as temporary:
+        with replacing_folder(output, total, [checkpoint], overwrite=overwrite) as temporary:
             copies = []
             for number, shard in enumerate(shards, 1):
-                extents = lay_out(temporary / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
-                copies += [Copy(name, 0, extent.shape[0], extent, 0) for name, extent in extents.items()]
+                laid_out = lay_out(temporary / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
+                copies += [Copy(name, 0, target.shape[0], target, 0) for name, target in laid_out.items()]
             copy_all(weights, copies, start(total), threads)
             write_index(temporary, shards, total)
             dtypes = {weights.dtype(name) for name in names}

@@ -17,7 +17,7 @@ from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
 from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
 from kdrl_mcore.convert.targets import begin, put_in_place
-from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, pieces
+from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, tensor_slices
 from kdrl_mcore.errors import CheckpointError, KdrlError
 from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
@@ -25,8 +25,9 @@ from kdrl_mcore.parallel.collect import gather_objects
 
 
 def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
-    """This pipeline stage's whole tensors under their HF names, on tensor-parallel rank 0; each rank also yields its own
-    experts. The other tensor-parallel ranks get None in place of the gathered tensors, so that all iterate in step.
+    """This pipeline stage's whole tensors under their HF names, adapters merged into them, on tensor-parallel rank 0; each rank
+    also yields its own experts. The other tensor-parallel ranks get None in place of the gathered tensors, so that all iterate
+    in step.
 
     Collectives: one gather over the tensor-parallel group per parameter (none with `experts_only`), so all its ranks must
     iterate. At most one parameter is held in full at a time; a tensor may be a view of it.
@@ -36,7 +37,7 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
         rule = mapped.rule
         if experts_only and not rule.is_expert:
             continue
-        local = mapped.parameter.detach().contiguous()
+        local = mapped.value().contiguous()
         shards, ranks = [local], 1 if rule.is_expert else tensor.size()
         if ranks > 1:
             shards = [torch.empty_like(local) for _ in range(ranks if tensor.rank() == 0 else 0)]
@@ -46,12 +47,12 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
                 continue
         size = local.shape[1 if rule.kind == "row" else 0]
         found = [
-            (piece, shard.narrow(piece.dim, piece.start, piece.length))
+            (tensor_slice, shard.narrow(tensor_slice.dim, tensor_slice.start, tensor_slice.length))
             for rank, shard in enumerate(shards)
-            for piece in pieces(rule, mapped.hf_names, architecture, rank, ranks, size)
+            for tensor_slice in tensor_slices(rule, mapped.hf_names, architecture, rank, ranks, size)
         ]
         for name, shape in zip(mapped.hf_names, hf_shapes(rule, architecture), strict=True):
-            yield name, _join([(piece, part) for piece, part in found if piece.hf == name], shape)
+            yield name, _join([(tensor_slice, part) for tensor_slice, part in found if tensor_slice.hf == name], shape)
 
 
 def _join(found: Sequence[tuple[TensorSlice, Tensor]], shape: tuple[int, ...]) -> Tensor:
@@ -59,8 +60,8 @@ def _join(found: Sequence[tuple[TensorSlice, Tensor]], shape: tuple[int, ...]) -
     if len(found) == 1 and found[0][1].shape == shape:
         return found[0][1]
     whole = found[0][1].new_empty(shape)
-    for piece, part in found:
-        whole.narrow(piece.dim, piece.hf_start, piece.length).copy_(part)
+    for tensor_slice, part in found:
+        whole.narrow(tensor_slice.dim, tensor_slice.hf_start, tensor_slice.length).copy_(part)
     return whole
 
 
@@ -104,7 +105,7 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
     Raises:
         CheckpointError: on every rank, if any of them cannot write.
     """
-    temporary = Path(_on_rank_0(lambda: str(begin(target, [source], overwrite=True)), target))
+    temporary = Path(on_rank_0(lambda: str(begin(target, [source], overwrite=True)), target))
     written = _write_own(parts, temporary, max_shard_bytes)
     gathered = gather_objects(written)
     errors = [each.error for each in gathered if each.error]
@@ -122,10 +123,10 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    _on_rank_0(complete, target)
+    on_rank_0(complete, target)
 
 
-def _on_rank_0(act: Callable[[], Any], target: str | Path) -> Any:
+def on_rank_0(act: Callable[[], Any], target: str | Path) -> Any:
     """Run an action on rank 0 and return its result on every rank. Collective over the world.
 
     Raises:
@@ -147,10 +148,10 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
     """Write the tensors that this rank owns. All ranks of the first replica take part in its gathers."""
     first_replica, owned, result = parts.groups.replicas.rank() == 0, owned_tensors(parts), _Written()
     try:
-        places = {}
+        laid_out = {}
         for number, shard in enumerate(split_into_shards(owned, max_shard_bytes) if owned else []):
             file = f"rank{dist.get_rank()}-{number}.safetensors"
-            places.update(lay_out(folder / file, {name: owned[name] for name in shard}))
+            laid_out.update(lay_out(folder / file, {name: owned[name] for name in shard}))
             result.files.append((file, shard))
     except OSError as error:
         result.error = str(error)
@@ -161,8 +162,8 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
         if name in owned and result.error is None:
             assert tensor is not None
             try:
-                with places[name].path.open("r+b", buffering=0) as opened:
-                    write_at(opened, raw_bytes(tensor.cpu()), places[name].offset)
+                with laid_out[name].path.open("r+b", buffering=0) as opened:
+                    write_at(opened, raw_bytes(tensor.cpu()), laid_out[name].offset)
             except OSError as error:
                 result.error = str(error)  # keep gathering: the other ranks wait for this one
     return result

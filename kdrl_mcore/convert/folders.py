@@ -19,14 +19,14 @@ def torch_dist_folder(path: str | Path) -> Path | None:
     """The torch_dist folder of a converted model or a training checkpoint, or None for an HF folder.
 
     Raises:
-        CheckpointError: the folder points to an iteration that is not there.
+        CheckpointError: the folder points to an iteration that does not exist.
     """
     path = Path(path)
     if (path / TRACKER).is_file():
         which = (path / TRACKER).read_text().strip()
         folder = path / (RELEASE if which == RELEASE else f"iter_{int(which):07d}" if which.isdigit() else which)
         if not folder.is_dir():
-            raise CheckpointError(f"{path / TRACKER} names {which}, which is not there: the checkpoint is incomplete")
+            raise CheckpointError(f"{path / TRACKER} names {which}, which does not exist: the checkpoint is incomplete")
         return folder
     for folder in (path, path / "weights"):
         if (folder / METADATA).is_file():

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdrl_mcore.convert.byte_ranges import ByteRange, Extent, Files, num_elements
+from kdrl_mcore.convert.byte_ranges import ByteRange, Files, StoredTensor, num_elements
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.parallel.dtypes import SAFETENSORS_DTYPES
 
@@ -57,25 +57,25 @@ class HFWeights:
                     )
                 if shards := sorted(self.path.glob("model-*.safetensors")):
                     raise ModelError(f"{self.path} holds {shards[0].name}, but not {INDEX}: copy it from the original model")
-                raise ModelError(f"{self.path} has no weights: neither model.safetensors nor {INDEX} is there")
+                raise ModelError(f"{self.path} has no weights: it holds neither model.safetensors nor {INDEX}")
         _refuse_rivals(self.path, names)
-        self._extents: dict[str, Extent] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         for name in names:
             if not (self.path / name).is_file():
-                raise ModelError(f"{index} names {name}, which is not there: the checkpoint is incomplete")
+                raise ModelError(f"{index} names {name}, which does not exist: the checkpoint is incomplete")
             found = _read_header(self.path / name)
-            for twice in found.keys() & self._extents.keys():
+            for twice in found.keys() & self._tensors.keys():
                 raise ModelError(
-                    f"{self.path}: both {self._extents[twice].path.name} and {name} hold {twice}: remove one of them"
+                    f"{self.path}: both {self._tensors[twice].path.name} and {name} hold {twice}: remove one of them"
                 )
-            self._extents.update(found)
+            self._tensors.update(found)
         for name, file in (named or {}).items():
-            if name not in self._extents or self._extents[name].path.name != file:
+            if name not in self._tensors or self._tensors[name].path.name != file:
                 raise ModelError(f"{index} says that {name} is in {file}, which does not hold it")
-        self.names = frozenset(self._extents)
-        unlisted = sorted(set(self._extents) - set(named)) if named else []
+        self.names = frozenset(self._tensors)
+        unlisted = sorted(set(self._tensors) - set(named)) if named else []
         if unlisted:
-            raise ModelError(f"{self._extents[unlisted[0]].path} holds {unlisted[0]}, which {INDEX} does not name")
+            raise ModelError(f"{self._tensors[unlisted[0]].path} holds {unlisted[0]}, which {INDEX} does not name")
 
     def read(self, name: str, start: int, length: int, dim: int = 0) -> Tensor:
         """`length` rows (dim 0) or columns (dim 1) of a tensor, in the file's dtype.
@@ -83,28 +83,28 @@ class HFWeights:
         Raises:
             ModelError: no such tensor.
         """
-        extent = self._extent(name)
+        stored = self._locate(name)
         if dim == 0:
-            return self.files.read_rows(extent, start, length)
-        return self.files.read_block(extent, 0, extent.shape[0], start, length)
+            return self.files.read_rows(stored, start, length)
+        return self.files.read_block(stored, 0, stored.shape[0], start, length)
 
     def ranges(self, name: str, start: int, length: int) -> list[ByteRange]:
         """Where the bytes of these rows lie."""
-        extent = self._extent(name)
-        return [ByteRange(extent.path, extent.offset + start * extent.row_bytes, length * extent.row_bytes)]
+        stored = self._locate(name)
+        return [ByteRange(stored.path, stored.offset + start * stored.row_bytes, length * stored.row_bytes)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return self._extent(name).shape
+        return self._locate(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor."""
-        return self._extent(name).dtype
+        return self._locate(name).dtype
 
-    def _extent(self, name: str) -> Extent:
-        if name not in self._extents:
+    def _locate(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
             raise ModelError(f"{self.path} has no tensor {name}")
-        return self._extents[name]
+        return self._tensors[name]
 
     def __enter__(self) -> HFWeights:
         return self
@@ -156,7 +156,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return named
 
 
-def _read_header(path: Path) -> dict[str, Extent]:
+def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors file lies (https://huggingface.co/docs/safetensors: eight bytes with the header's
     length, the header in JSON, the data)."""
     try:
@@ -174,7 +174,9 @@ def _read_header(path: Path) -> dict[str, Extent]:
                 f"{path}: {name} is {entry['dtype']}, and only {', '.join(SAFETENSORS_DTYPES)} weights are supported"
             )
     return {
-        name: Extent(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
+        name: StoredTensor(
+            path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]]
+        )
         for name, entry in header.items()
     }
 
@@ -202,7 +204,7 @@ def shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def lay_out(path: Path, tensors: Described) -> dict[str, Extent]:
+def lay_out(path: Path, tensors: Described) -> dict[str, StoredTensor]:
     """Write a safetensors file's header and extend the file to its final length; the tensors' bytes are filled in later."""
     dtype_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     entries: dict = {"__metadata__": {"format": "pt"}}
@@ -218,7 +220,8 @@ def lay_out(path: Path, tensors: Described) -> dict[str, Extent]:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(begin + at)
     return {
-        name: Extent(path, begin + entries[name]["data_offsets"][0], shape, dtype) for name, (shape, dtype) in tensors.items()
+        name: StoredTensor(path, begin + entries[name]["data_offsets"][0], shape, dtype)
+        for name, (shape, dtype) in tensors.items()
     }
 
 

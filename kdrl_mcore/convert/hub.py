@@ -96,7 +96,7 @@ def make_repository(repo: str, *, private: bool) -> None:
 
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         raise ModelError(f"--push {repo} is not the id of a repository: write org/name")
-    with _errors(f"{repo} cannot be made"):
+    with _errors(f"{repo} cannot be created"):
         create_repo(repo, private=private, exist_ok=True)
 
 
@@ -120,17 +120,18 @@ def _errors(what: str) -> Iterator[None]:
         raise ModelError(f"{what}, and on {where} it is gated: accept its terms there, and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"{what}, and {where} has none of this name that you may see: check the name, or set HF_TOKEN (hf auth login)"
+            f"{what}, and {where} has no repository of this name that you may read: check the name, or set HF_TOKEN (hf auth "
+            "login)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{what}, and {where} has no such revision of it") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        cache = f"{constants.HF_HUB_CACHE} does not hold it (whole)"
+        cache = f"{constants.HF_HUB_CACHE} does not hold all of it"
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{where} cannot be reached"
         raise ModelError(f"{what}; {why}, and {cache}: download it where there is a network (hf download)") from error
     except errors.HfHubHTTPError as error:
         raise ModelError(f"{what}: {where} says {' '.join(str(error).split())}") from error
-    except Exception as error:  # of the network library or the file system
+    except Exception as error:  # the network library and the file system raise their own
         raise ModelError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from kdrl_mcore.convert.weight_map import TensorSlice, pieces
+from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
 from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.model.lora import ADAPTER, Adapter
 from kdrl_mcore.parallel.layout import ModelGroups
 
 # Transformer Engine fuses each norm into the linear layer that follows it and keeps the norm's weight there.
@@ -23,17 +24,27 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class MappedParameter:
-    """One parameter of this rank and the HF slices it holds; rows that no slice covers are vocabulary padding."""
+    """One parameter of this rank and the HF slices it holds; rows that no slice covers are vocabulary padding.
+
+    Attributes:
+        adapter: what LoRA adds to it, if anything.
+    """
 
     name: str
     parameter: nn.Parameter
     rule: WeightRule
     hf_names: tuple[str, ...]
-    pieces: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
+    adapter: Adapter | None = None
+
+    def value(self) -> Tensor:
+        """The parameter without gradient, with its adapter merged into it."""
+        own = self.parameter.detach()
+        return own if self.adapter is None else self.adapter.merged(own)
 
 
 def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups) -> Iterator[MappedParameter]:
-    """Every parameter of a model chunk with its HF slices.
+    """Every parameter of a model chunk with its HF slices; those of adapters come with the weights they belong to.
 
     Raises:
         ModelError: the weight map does not have a parameter.
@@ -41,6 +52,8 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
     by_name = {rule.megatron: rule for rule in rules}
     tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
     for name, parameter in chunk.named_parameters():
+        if f".{ADAPTER}." in name:
+            continue
         layer, expert, generic = _generic_name(chunk, name, groups)
         if tied_copy and generic == "output_layer.weight":
             generic = "embedding.word_embeddings.weight"
@@ -55,8 +68,14 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
             parameter,
             rule,
             hf_names,
-            tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
+            tuple(tensor_slices(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
+            _adapter_of(chunk, name),
         )
+
+
+def _adapter_of(chunk: LanguageModel, name: str) -> Adapter | None:
+    module, _, last = name.rpartition(".")
+    return getattr(chunk.get_submodule(module), ADAPTER, None) if last == "weight" else None
 
 
 def _generic_name(chunk: LanguageModel, name: str, groups: ModelGroups) -> tuple[int, int, str]:

@@ -59,7 +59,7 @@ def is_own(folder: Path) -> bool:
 
 
 @contextmanager
-def written_aside(
+def replacing_folder(
     target: str | Path, num_bytes: int, sources: Sequence[str | Path] = (), *, overwrite: bool = False
 ) -> Iterator[Path]:
     """A temporary folder to write into, renamed to `target` when the block succeeds and removed when it fails.

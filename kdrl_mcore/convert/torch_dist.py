@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
-from kdrl_mcore.convert.byte_ranges import ByteRange, Extent, Files, num_elements
+from kdrl_mcore.convert.byte_ranges import ByteRange, Files, StoredTensor, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor, global_tensors
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
@@ -149,10 +149,10 @@ class TorchDistWeights:
         column, columns = (start, length) if dim == 1 else (0, num_elements(shape[1:]))
         first, end = (0, shape[0]) if dim == 1 else (start, start + length)
         parts = []
-        for piece in sorted(tensor.pieces, key=lambda piece: piece.hf_start):
-            low, high = max(first, piece.hf_start), min(end, piece.hf_start + piece.length)
-            if piece.hf == name and low < high:
-                parts.append(self._block(tensor, piece.start + low - piece.hf_start, high - low, column, columns))
+        for tensor_slice in sorted(tensor.slices, key=lambda tensor_slice: tensor_slice.hf_start):
+            low, high = max(first, tensor_slice.hf_start), min(end, tensor_slice.hf_start + tensor_slice.length)
+            if tensor_slice.hf == name and low < high:
+                parts.append(self._block(tensor, tensor_slice.start + low - tensor_slice.hf_start, high - low, column, columns))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if len(shape) > 1 else whole.squeeze(1)
 
@@ -161,11 +161,11 @@ class TorchDistWeights:
         tensor, _ = self._tensor(name)
         lead, result, found = len(tensor.grid), [], 0
         columns = num_elements(tensor.shape[1:])
-        for piece in sorted(tensor.pieces, key=lambda piece: piece.hf_start):
-            low, high = max(start, piece.hf_start), min(start + length, piece.hf_start + piece.length)
-            if piece.hf != name or low >= high:
+        for tensor_slice in sorted(tensor.slices, key=lambda tensor_slice: tensor_slice.hf_start):
+            low, high = max(start, tensor_slice.hf_start), min(start + length, tensor_slice.hf_start + tensor_slice.length)
+            if tensor_slice.hf != name or low >= high:
                 continue
-            first = piece.start + low - piece.hf_start
+            first = tensor_slice.start + low - tensor_slice.hf_start
             for offsets, sizes in sorted(self._chunks[tensor.key, tensor.position]):
                 begin, rows = offsets[lead], sizes[lead]
                 top, bottom = max(first, begin), min(first + high - low, begin + rows)
@@ -173,9 +173,9 @@ class TorchDistWeights:
                     continue
                 if num_elements(sizes[lead + 1 :]) != columns:
                     return None
-                extent = self._extent(tensor.key, offsets, sizes, (rows, columns))
-                at, size = extent.offset + (top - begin) * extent.row_bytes, (bottom - top) * extent.row_bytes
-                result.append(ByteRange(extent.path, at, size))
+                chunk = self._locate(tensor.key, offsets, sizes, (rows, columns))
+                at, size = chunk.offset + (top - begin) * chunk.row_bytes, (bottom - top) * chunk.row_bytes
+                result.append(ByteRange(chunk.path, at, size))
                 found += bottom - top
         return result if found == length else None
 
@@ -188,28 +188,28 @@ class TorchDistWeights:
             begin, end = max(column, left), min(column + columns, left + width)
             if low >= high or begin >= end:
                 continue
-            extent = self._extent(tensor.key, offsets, sizes, (rows, width))
-            part = self.files.read_block(extent, low - first, high - low, begin - left, end - begin)
+            chunk = self._locate(tensor.key, offsets, sizes, (rows, width))
+            part = self.files.read_block(chunk, low - first, high - low, begin - left, end - begin)
             found += part.numel()
             if part.shape == (count, columns):
                 return part
             if result is None:
-                result = torch.empty(count, columns, dtype=extent.dtype)
+                result = torch.empty(count, columns, dtype=chunk.dtype)
             result[low - start : high - start, begin - column : end - column] = part
         if result is None or found != count * columns:
             raise CheckpointError(f"{self.path} does not hold all of {tensor.key} {list(tensor.position)}")
         return result
 
-    def _extent(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> Extent:
+    def _locate(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> StoredTensor:
         stored = self._storage.get(MetadataIndex(key, torch.Size(offsets)))
         if stored is None:
             raise CheckpointError(f"{self.path}/{METADATA} does not locate {key} {list(offsets)}: the checkpoint is damaged")
         path = self.path / stored.relative_path
         if Path(stored.relative_path).name != stored.relative_path or not path.is_file():
-            raise CheckpointError(f"{self.path} is incomplete: {stored.relative_path}, which holds {key}, is not there")
+            raise CheckpointError(f"{self.path} is incomplete: {stored.relative_path}, which holds {key}, does not exist")
         dtype = self._tensors[key].properties.dtype
         offset = self._archives.data_offset(self.files, path, stored.offset, stored.length, sizes, dtype)
-        return Extent(path, offset, shape, dtype)
+        return StoredTensor(path, offset, shape, dtype)
 
     def _tensor(self, name: str) -> tuple[GlobalTensor, int]:
         if name not in self._of:

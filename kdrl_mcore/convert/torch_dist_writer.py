@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 
-from kdrl_mcore.convert.byte_ranges import Extent, num_elements
+from kdrl_mcore.convert.byte_ranges import StoredTensor, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor
 from kdrl_mcore.model.families.base import Architecture
 
@@ -91,7 +91,7 @@ class TorchDistWriter:
         self._number = 0
         self._open: list[io.BufferedWriter] = []
 
-    def place(self, tensor: GlobalTensor, start: int, rows: int, dtype: torch.dtype) -> Extent:
+    def place(self, tensor: GlobalTensor, start: int, rows: int, dtype: torch.dtype) -> StoredTensor:
         """Lay out one chunk, which is some rows of a tensor. Returns where its bytes belong."""
         sizes = (*(1 for _ in tensor.grid), rows, *tensor.shape[1:])
         offsets = (*tensor.position, start, *(0 for _ in tensor.shape[1:]))
@@ -112,7 +112,7 @@ class TorchDistWriter:
             )
         self._metadata[tensor.key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
         self._add(MetadataIndex(tensor.key, torch.Size(offsets)), file, begin)
-        return Extent(Path(file.name), data, (rows, *tensor.shape[1:]), dtype)
+        return StoredTensor(Path(file.name), data, (rows, *tensor.shape[1:]), dtype)
 
     def place_extra_states(self, architecture: Architecture) -> None:
         """Add an empty `_extra_state` for every module that may ask for one; all share the same bytes."""

@@ -61,20 +61,24 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
     ffn = architecture.experts.ffn_hidden_size if rule.is_expert and architecture.experts else architecture.ffn_hidden_size
     rows_or_columns: dict[str, list[tuple[int, ...]]] = {
         "vocabulary": [(architecture.vocab_size, hidden)],
-        "gate_up": [(ffn, hidden)] * 2,
+        "gate_up": [(ffn, hidden)] * 2 if len(rule.hf) == 2 else [(2 * ffn, hidden)],
     }
     if rule.kind in rows_or_columns:
         return rows_or_columns[rule.kind]
     if rule.megatron.endswith("mlp.router.weight") and architecture.experts:
         return [(architecture.experts.count, hidden)]
     if rule.kind == "qkv":
-        return [(rows,) if rule.megatron.endswith("bias") else (rows, hidden) for rows in (query, kv, kv)]
+        heights = (query, kv, kv) if len(rule.hf) == 3 else (query + 2 * kv,)
+        return [(rows,) if rule.megatron.endswith("bias") else (rows, hidden) for rows in heights]
     if rule.kind == "row":
         return [(hidden, query if "linear_proj" in rule.megatron else ffn)]
-    return [(head if "_layernorm" in rule.megatron and "self_attention" in rule.megatron else hidden,)]
+    if rule.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        width = query if "q_layernorm" in rule.megatron else kv
+        return [(width if architecture.qk_norm_of_all_heads else head,)]
+    return [(hidden,)]
 
 
-def pieces(
+def tensor_slices(
     rule: WeightRule, hf_names: tuple[str, ...], architecture: Architecture, rank: int, ranks: int, shard_size: int
 ) -> list[TensorSlice]:
     """The slices that make up the shard of tensor-parallel rank `rank` of `ranks`.
@@ -88,22 +92,26 @@ def pieces(
     if rule.kind == "row":
         return [TensorSlice(hf_names[0], rank * shard_size, 0, shard_size, 1)]
     if rule.kind == "gate_up":
-        share = shapes[0][0] // ranks
-        return [TensorSlice(name, rank * share, index * share, share, 0) for index, name in enumerate(hf_names)]
+        half = sum(shape[0] for shape in shapes) // 2
+        share = half // ranks
+        sources = [(hf_names[0], 0), (hf_names[1], 0) if len(hf_names) == 2 else (hf_names[0], half)]
+        return [TensorSlice(name, first + rank * share, index * share, share, 0) for index, (name, first) in enumerate(sources)]
     if rule.kind in ("column", "vocabulary"):
         begin = rank * shard_size
         length = max(0, min(shard_size, shapes[0][0] - begin))
         return [TensorSlice(hf_names[0], begin, 0, length, 0)] if length else []
     # qkv: the full matrix stacks, group by group, the group's queries, its key and its value; the shard is a range of its rows.
     head, groups = architecture.head_dim, architecture.num_key_value_heads
+    query, kv = architecture.num_attention_heads * head, groups * head
+    starts = (0, 0, 0) if len(hf_names) == 3 else (0, query, query + kv)  # of query, key and value in their HF tensors
     widths = (architecture.num_attention_heads // groups * head, head, head)
     begin, end, row = rank * shard_size, (rank + 1) * shard_size, 0
     result = []
     for group in range(groups):
-        for name, width in zip(hf_names, widths, strict=True):
+        for name, first, width in zip(hf_names * (3 // len(hf_names)), starts, widths, strict=True):
             low, high = max(row, begin), min(row + width, end)
             if low < high:
-                result.append(TensorSlice(name, group * width + low - row, low - begin, high - low, 0))
+                result.append(TensorSlice(name, first + group * width + low - row, low - begin, high - low, 0))
             row += width
     return result
 
@@ -118,7 +126,7 @@ class GlobalTensor:
         grid: the sizes of the leading axes.
         shape: the shape without the leading axes.
         hf_names, hf_shapes: the HF tensors it is made of.
-        pieces: where the rows of each HF tensor lie in it.
+        slices: where the rows of each HF tensor lie in it.
     """
 
     key: str
@@ -127,7 +135,7 @@ class GlobalTensor:
     shape: tuple[int, ...]
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
-    pieces: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
 
 
 def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Iterator[GlobalTensor]:
@@ -142,8 +150,10 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
             rows = sum(shape[0] for shape in shapes)
             for expert in range(count) if rule.is_expert else (0,):
                 names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
-                single = len(names) == 1  # then the Megatron tensor is the HF tensor
-                whole = [TensorSlice(names[0], 0, 0, rows, 0)] if single else pieces(rule, names, architecture, 0, 1, rows)
+                single = len(names) == 1 and rule.kind != "qkv"  # then the Megatron tensor is the HF tensor
+                whole = [TensorSlice(names[0], 0, 0, rows, 0)]
+                if not single:
+                    whole = tensor_slices(rule, names, architecture, 0, 1, rows)
                 yield GlobalTensor(
                     key=_checkpoint_key(rule, architecture),
                     position=(layer, expert)[: layered + rule.is_expert],
@@ -151,7 +161,7 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
                     shape=(rows, *shapes[0][1:]),
                     hf_names=names,
                     hf_shapes=shapes,
-                    pieces=tuple(whole),
+                    slices=tuple(whole),
                 )
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from kdrl_mcore.config import DataConfig
-from kdrl_mcore.data.columns import FieldReader, Fields, Messages, as_json, conversation
+from kdrl_mcore.config import DataConfig, TeacherPromptConfig
+from kdrl_mcore.data.columns import FieldReader, Fields, as_json, conversation
 from kdrl_mcore.data.files import name_of, read_rows
 from kdrl_mcore.data.rows import Row
 from kdrl_mcore.data.table import PromptTable, schema
+from kdrl_mcore.data.templates import Template
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.errors import ConfigError, DataError
-from kdrl_mcore.types import Prompt
+from kdrl_mcore.errors import DataError
+from kdrl_mcore.types import Prompt, TokenIds
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +40,7 @@ def load_prompts(
     needs_answers: bool = True,
     domain: str = "",
     long_prompts: str | None = None,
+    teachers: Mapping[str, TeacherPrompts] = MappingProxyType({}),
     on_chunk: Callable[[], None] = lambda: None,
 ) -> PromptTable:
     """Every row of a data set as a `Prompt`, in order. A `prompt_id` is the data set's name and the row's number (from 1).
@@ -54,6 +57,7 @@ def load_prompts(
         needs_answers: every row must have an answer; supervised fine-tuning needs none.
         domain: see `Prompt`.
         long_prompts: see `data.long_prompts`; None if dropping prompts is not an option.
+        teachers: by name, the teachers that read prompts of their own (`Prompt.teacher_prompts`).
         on_chunk: called after each chunk of rows.
 
     Raises:
@@ -65,27 +69,21 @@ def load_prompts(
 
     reader = FieldReader(source, data, with_targets, needs_answers)
     rows = read_rows(source, reader.wanted, data.split, data.subset)
-    template = _Template(source, data, tokenizer)
-    plain, dropped = data.template == "plain", 0
-    end = tokenizer.eos_id if plain or tokenizer.turn_end_id is None else tokenizer.turn_end_id
+    template, dropped = Template(source, data, tokenizer, chat_date=data.chat_date), 0
+    end = tokenizer.eos_id if template.is_plain or tokenizer.turn_end_id is None else tokenizer.turn_end_id
     chunks: list[pa.Table] = []
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
         fields = [reader.read(row) for row in chunk]
-        texts = [template.fill(row, each.messages) for row, each in zip(chunk, fields, strict=True)]
-        ids = tokenizer.encode_prompts(texts) if plain else tokenizer.encode(texts, special_tokens=False)
-        kept = [i for i in range(len(chunk)) if 0 < len(ids[i]) <= max_prompt_tokens]
-        if len(kept) < len(chunk):
-            first = next(i for i in range(len(chunk)) if not 0 < len(ids[i]) <= max_prompt_tokens)
-            if long_prompts != "drop" or not all(map(len, ids)):
-                drop = ", or set data.long_prompts=drop" if long_prompts else ""
-                raise DataError(
-                    f"{source} {chunk[first].where}: the prompt has {len(ids[first])} tokens, but must have 1 to "
-                    f"{max_prompt_tokens}: raise rollout.max_prompt_tokens or remove the row{drop}"
-                )
-            dropped += len(chunk) - len(kept)
+        texts = [template.fill(row, each) for row, each in zip(chunk, fields, strict=True)]
+        ids = template.encode(texts)
+        views = {name: each.of(source, data, chunk, fields) for name, each in teachers.items()}
+        limits = [("the prompt", ids, max_prompt_tokens, "rollout.max_prompt_tokens")]
+        limits += [(f"what {name} reads", views[name], each.max_tokens, each.limit_key) for name, each in teachers.items()]
+        kept = _short_enough(source, chunk, limits, long_prompts)
+        dropped += len(chunk) - len(kept)
         targets = [None] * len(chunk) if not with_targets else _targets(fields, tokenizer, end)
         last = chunk[-1]
-        chunks.append(_table([(chunk[i], fields[i], texts[i], ids[i], targets[i]) for i in kept]))
+        chunks.append(_table([(chunk[i], fields[i], texts[i], ids[i], targets[i]) for i in kept], views, kept))
         on_chunk()
     if not chunks:
         raise DataError(f"{source} has no rows")
@@ -96,6 +94,53 @@ def load_prompts(
             f"all {dropped} prompts of {source} have over {max_prompt_tokens} tokens: raise rollout.max_prompt_tokens"
         )
     return PromptTable(source, name_of(source), domain, table, dropped)
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """What a teacher reads before a response instead of the student's prompt.
+
+    Attributes:
+        settings: its template.
+        section: where that is in the configuration.
+        tokenizer: the teacher's own.
+        max_tokens, limit_key: the most tokens that it may have, and the key that says so.
+    """
+
+    settings: TeacherPromptConfig
+    section: str
+    tokenizer: Tokenizer
+    max_tokens: int
+    limit_key: str
+
+    def of(self, source: str, data: DataConfig, rows: Sequence[Row], fields: Sequence[Fields]) -> list[TokenIds]:
+        """The token ids for these rows.
+
+        Raises:
+            ConfigError, DataError: see `Template`.
+        """
+        settings = {"section": self.section, "chat_date": data.chat_date, "columns": data.columns}
+        template = Template(source, self.settings, self.tokenizer, **settings)  # type: ignore[arg-type]
+        return template.encode([template.fill(row, each) for row, each in zip(rows, fields, strict=True)])
+
+
+def _short_enough(
+    source: str, rows: Sequence[Row], limits: Sequence[tuple[str, Sequence[TokenIds], int, str]], long_prompts: str | None
+) -> list[int]:
+    """The rows that are within all limits, each (what it limits, its token ids, the most of them, its key)."""
+    kept = set(range(len(rows)))
+    for what, ids, most, key in limits:
+        for i, each in enumerate(ids):
+            if 0 < len(each) <= most:
+                continue
+            if long_prompts != "drop" or not len(each):
+                drop = ", or set data.long_prompts=drop" if long_prompts else ""
+                raise DataError(
+                    f"{source} {rows[i].where}: {what} has {len(each)} tokens, but must have 1 to {most}: raise {key} or "
+                    f"remove the row{drop}"
+                )
+            kept.discard(i)
+    return sorted(kept)
 
 
 def _targets(fields: Sequence[Fields], tokenizer: Tokenizer, end: int) -> list:
@@ -110,7 +155,11 @@ def describe_prompt(prompt: Prompt, tokenizer: Tokenizer) -> str:
     return f"the first prompt, {prompt.prompt_id}, decoded from its {len(prompt.token_ids)} tokens: {shown}"
 
 
-def _table(prompts: Sequence[tuple[Row, Fields, str, np.ndarray, np.ndarray | None]]) -> pa.Table:
+def _table(
+    prompts: Sequence[tuple[Row, Fields, str, np.ndarray, np.ndarray | None]],
+    views: Mapping[str, Sequence[TokenIds]],
+    kept: Sequence[int],
+) -> pa.Table:
     import pyarrow as pa
 
     columns = {
@@ -121,6 +170,7 @@ def _table(prompts: Sequence[tuple[Row, Fields, str, np.ndarray, np.ndarray | No
         "target": [None if target is None else target.astype(np.int32) for *_, target in prompts],
         "columns": [as_json(fields.columns) if fields.columns else None for _, fields, *_ in prompts],
         "question": [question_hash(conversation(fields.messages)) for _, fields, *_ in prompts],
+        "teacher_prompts": [[(name, ids[i].astype(np.int32)) for name, ids in views.items()] for i in kept],
     }
     return pa.table({name: pa.array(values, schema().field(name).type) for name, values in columns.items()}, schema=schema())
 
@@ -128,39 +178,3 @@ def _table(prompts: Sequence[tuple[Row, Fields, str, np.ndarray, np.ndarray | No
 def question_hash(question: str) -> int:
     """A hash that is equal for questions that differ only in white space and capital letters."""
     return xxhash.xxh3_64_intdigest(" ".join(question.split()).casefold().encode())
-
-
-class _Template:
-    """The chat template with its messages, or the plain template, of one data set."""
-
-    def __init__(self, source: str, data: DataConfig, tokenizer: Tokenizer) -> None:
-        self._source, self._data, self._tokenizer = source, data, tokenizer
-        self._today = _date(data.chat_date)
-        if data.template == "plain" and data.system_prompt is not None:
-            raise ConfigError("data.system_prompt needs data.template=chat: for plain, write it into data.plain_template")
-        if data.template != "plain" and not tokenizer.has_chat_template:
-            raise DataError(f"{tokenizer.path} has no chat template, which {source} needs: set data.template=plain")
-        key = "plain_template" if data.template == "plain" else "message_template"
-        self._text: str = getattr(data, key)
-        if "{prompt}" not in self._text:
-            raise ConfigError(f"data.{key}={self._text!r} lacks {{prompt}}, which stands for the prompt: add it")
-
-    def fill(self, row: Row, messages: Messages) -> str:
-        *before, last = messages
-        text = self._text.replace("{prompt}", last["content"])
-        if self._data.template == "plain":
-            if before:
-                raise DataError(
-                    f"{self._source} {row.where}: the prompt has {len(messages)} messages, but data.template=plain takes only "
-                    "one: set data.template=chat"
-                )
-            return text
-        system = [] if self._data.system_prompt is None else [{"role": "system", "content": self._data.system_prompt}]
-        return self._tokenizer.chat_text([*system, *before, {"role": last["role"], "content": text}], self._today)
-
-
-def _date(text: str) -> datetime:
-    try:
-        return datetime.strptime(text, "%Y-%m-%d")
-    except ValueError as error:
-        raise ConfigError(f"data.chat_date={text} is not a date: write it as 2024-07-26") from error

@@ -9,13 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from kdrl_mcore.config import Config, DataConfig, SourceConfig, domain_name
-from kdrl_mcore.config.derived import reads_responses
-from kdrl_mcore.data.prompts import load_prompts
+from kdrl_mcore.config.derived import TEACHER, reads_own_prompt, reads_responses, teacher_prompt_tokens, used_models
+from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.sharing import once_per_node
 from kdrl_mcore.data.stream import Domain
 from kdrl_mcore.data.table import PromptTable
-from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import config_folder
 from kdrl_mcore.reward.golds import check_columns, check_golds
 from kdrl_mcore.types import Prompt
 
@@ -48,7 +49,7 @@ def read_domains(
     config: Config, tokenizer: Tokenizer, on_chunk: Callable[[], None] = lambda: None, *, all_golds: bool = False
 ) -> list[PromptTable]:
     """The prompts of `load_domains`, read by this process without communication."""
-    tables = []
+    tables, teachers = [], _teacher_prompts(config, tokenizer)
     sft = config.objective.kind == "sft"
     for source, data in training_sources(config):
         kind, domain = source.reward or config.reward.kind, domain_name(source) if config.data.sources else ""
@@ -64,12 +65,27 @@ def read_domains(
             needs_answers=not sft,
             domain=domain,
             long_prompts=data.long_prompts,
+            teachers=teachers,
             on_chunk=on_chunk,
         )
         if not sft:
             check_golds(table, str(source.path), kind, config.reward, everything=all_golds)
         tables.append(table)
     return tables
+
+
+def _teacher_prompts(config: Config, tokenizer: Tokenizer) -> dict[str, TeacherPrompts]:
+    """What the teacher reads instead of the student's prompts; empty where it reads these.
+
+    Args:
+        tokenizer: the student's.
+    """
+    if not reads_own_prompt(config):
+        return {}
+    prompt, path = config.teacher.prompt, used_models(config).get("teacher")
+    own = tokenizer if path is None else load_tokenizer(config_folder(path))
+    key = "rollout.max_prompt_tokens" if prompt.max_tokens is None else "teacher.prompt.max_tokens"
+    return {TEACHER: TeacherPrompts(prompt, "teacher.prompt", own, teacher_prompt_tokens(config), key)}
 
 
 def training_sources(config: Config) -> list[tuple[SourceConfig, DataConfig]]:

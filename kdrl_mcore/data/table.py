@@ -32,6 +32,7 @@ def schema() -> pa.Schema:
             "target": ids,
             "columns": pa.large_string(),
             "question": pa.uint64(),
+            "teacher_prompts": pa.map_(pa.string(), ids),
         }
     )
 
@@ -88,6 +89,7 @@ class PromptTable(Sequence[Prompt]):
             target,
             self.domain,
             {} if columns is None else json.loads(columns),
+            {name: np.array(ids, dtype=np.int64) for name, ids in value["teacher_prompts"].as_py()},
         )
 
     def answers(self) -> Iterator[tuple[int, str]]:

@@ -32,14 +32,14 @@ def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) ->
                 f"{path} has {size} rows, and {student} ends its responses with token {end} ({tokenizer.tokens.get(end)!r}): "
                 "resize the model's embeddings to its tokenizer, or use the tokenizer that it was trained with"
             )
-    sizes.append(tokenizer.vocabulary_size)
+    sizes.append(tokenizer.vocab_size)
     if teacher and _has_tokenizer(teacher):
         sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(config_folder(teacher))))
     return tokenizer, min(sizes)
 
 
 def stop_tokens(path: str | Path) -> dict[int, str] | None:
-    """The tokens that end a model's responses, by their ids; None if the model has no tokenizer, so that nothing is known.
+    """The tokens that end a model's responses, by their ids; None if the model has no tokenizer.
 
     Raises:
         DataError: the tokenizer cannot be read.

@@ -81,7 +81,7 @@ class Evaluation:
         self, engine: RolloutEngine, generations: Generations | None = None, advance: Advance = lambda name, count: None
     ) -> list[Result]:
         """Sample and verify the responses to every prompt of every benchmark, with the same random draws at every call, so that
-        two evaluations differ by the weights alone. Collective over the world.
+        two evaluations differ only by the weights. Collective over the world.
 
         Args:
             generations: on rank 0, stores the responses and finds finished blocks; None on the other ranks, and if the
@@ -135,7 +135,7 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
 
     For a benchmark with K samples: `avg@K` with `_stderr` and the ends of its interval, `_low` and `_high`; `pass@k`; `maj@K`
     if the verifier compares answers; `greedy` with `eval.greedy`; `response_length` in tokens and `truncated`, the share of
-    responses that hit the limit; `verifier_timeouts`, the share that the verifier gave up on, if there are any. Over all
+    responses that hit the limit; `verifier_timeouts`, the share whose verification took too long, if there are any. Over all
     benchmarks, the means; there avg@K is called `eval/accuracy`, and greedy `eval/greedy_accuracy`, both with standard error
     and interval. `evaluation.metrics` defines each.
     """

@@ -1,4 +1,4 @@
-"""What the backward pass finds of a layer's activations: all of them, some, or none but its input."""
+"""Which of a layer's activations are kept for the backward pass, which are recomputed, and which are off-loaded to the host."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families.base import Architecture
 
 OTHER_KIND = {"mlp": "moe", "moe": "mlp"}
-"""A layer has one of the two, so a list may name both."""
+"""Every layer has one of the two, so a list may name both: the other one is ignored."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What is recomputed in the backward pass, and what waits for it in host memory.
+    """Which activations are recomputed in the backward pass, and which are held in host memory until then.
 
     Attributes:
         recompute: none, selective (`modules` of each layer) or full (each layer from its input).
-        modules: `core_attn` recomputes attention without its projections (kernels of flash attention keep little else than
+        modules: `core_attn` recomputes attention without its projections (kernels of flash attention keep little more than
             their inputs, but under context parallelism also the keys and values of all ranks). `layernorm` recomputes the norms
-            before attention and MLP. `mlp` and `moe` recompute the MLP or the experts whole, `moe_act` only the experts'
+            before attention and MLP. `mlp` and `moe` recompute the whole MLP or all experts, `moe_act` only the experts'
             activation function.
         offload: parts of a layer (see offload.py).
         min_elements: smaller tensors are not off-loaded.
@@ -34,18 +34,18 @@ class Activations:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Activations:
-        """As the configuration of the student's layout has it."""
+        """The choices of the student's `parallel` configuration."""
         modules = tuple(parallel.recompute_modules) if parallel.recompute == "selective" else ()
         return cls(parallel.recompute, modules, tuple(parallel.offload_activations), parallel.offload_min_elements)
 
     def check(self, architecture: Architecture, *, transformer_engine: bool | None) -> None:
-        """Refuse names that do nothing in this model.
+        """Refuse names that have no effect in this model.
 
         Args:
-            transformer_engine: whether the layers are Transformer Engine's; None where that is not known.
+            transformer_engine: whether the layers are Transformer Engine's; None if that is not known.
 
         Raises:
-            ConfigError: a name does nothing here.
+            ConfigError: a name has no effect.
         """
         _check_kind("recompute_modules", self.modules, architecture)
         _check_kind("offload_activations", self.offload, architecture)

@@ -7,7 +7,8 @@ heads and K key/value heads of this tensor-parallel rank, D head dimension, F to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kdrl_mcore.model import varlen
+from kdrl_mcore.model.rope import RotaryFrequencies
 from kdrl_mcore.model.varlen import Stretch, VarlenAttention
 from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.packing import SequenceRun
@@ -34,7 +36,8 @@ class PackedSequences(PackedSeqParams):
     """What attention needs to know about a packed micro-batch; a superset of what Transformer Engine's kernels take.
 
     Attributes:
-        cos_SD, sin_SD: rotary factors of every token, [S, 1, D/2].
+        rotary: for each rotary embedding of the model, the cosines and sines of every token, both [S, 1, D/2] (of the rotated
+            dimensions).
         runs: which tokens attend to which.
         varlen: the kernel that handles a whole stretch of runs in one call, where there is one.
         stretches: the stretches, one per call of that kernel.
@@ -43,8 +46,7 @@ class PackedSequences(PackedSeqParams):
         cache: while generating, the keys and values so far.
     """
 
-    cos_SD: Tensor = field(default_factory=lambda: torch.empty(0))
-    sin_SD: Tensor = field(default_factory=lambda: torch.empty(0))
+    rotary: tuple[tuple[Tensor, Tensor], ...] = ()
     runs: tuple[SequenceRun, ...] = ()
     varlen: VarlenAttention | None = None
     stretches: tuple[Stretch, ...] = ()
@@ -56,26 +58,27 @@ class PackedSequences(PackedSeqParams):
 def pack_attention(
     runs: tuple[SequenceRun, ...],
     positions_S: Tensor,
-    inverse_frequencies: Tensor,
+    frequencies: Sequence[RotaryFrequencies],
     dtype: torch.dtype,
+    head_dim: int,
     context: ContextShard | None = None,
-    rotary_scale: float = 1.0,
     key_rows: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> PackedSequences:
     """Describe packed sequences to attention. On CUDA the host does not wait for the device.
 
     Args:
-        inverse_frequencies: [D/2], float32.
+        frequencies: those of each rotary embedding of the model.
         dtype: dtype of the activations; rotary angles are computed in float32.
-        rotary_scale: multiplies the rotary factors of queries and keys (yarn).
         cache: will store the keys and values of these sequences or, while decoding, holds all that they attend to.
     """
-    angles = positions_S.float()[:, None, None] * inverse_frequencies
+    rotary = []
+    for each in frequencies:
+        angles = positions_S.float()[:, None, None] * each.inverse
+        rotary.append(((angles.cos() * each.scale).to(dtype), (angles.sin() * each.scale).to(dtype)))
     packed = PackedSequences(
         qkv_format="thd",
-        cos_SD=(angles.cos() * rotary_scale).to(dtype),
-        sin_SD=(angles.sin() * rotary_scale).to(dtype),
+        rotary=tuple(rotary),
         runs=runs,
         context=context,
         key_rows=key_rows,
@@ -83,7 +86,7 @@ def pack_attention(
     )
     if cache is not None and cache.decoding:
         return packed
-    packed.varlen = varlen.find_varlen(positions_S.device, dtype, 2 * len(inverse_frequencies))
+    packed.varlen = varlen.find_varlen(positions_S.device, dtype, head_dim)
     packed.stretches = varlen.stretches(runs)
     if context is None and key_rows is None:  # all sequences are whole, as Transformer Engine's attention requires
         (whole,) = packed.stretches
@@ -93,8 +96,9 @@ def pack_attention(
 
 
 def apply_rotary(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotate each head's two halves by its token's angles (the half-split convention of Llama and Qwen). Only `x_SHD` gets a
-    gradient, and nothing is kept for it but the angles."""
+    """Rotate each head's two halves by its token's angles (the half-split convention of Llama and Qwen), or the two halves of
+    its first dimensions where there are angles for these only. Only `x_SHD` gets a gradient, and nothing is kept for it but the
+    angles."""
     rotated: Tensor = _Rotary.apply(x_SHD, cos_SD, sin_SD)
     return rotated
 
@@ -116,7 +120,10 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     rotated = torch.empty_like(x_SHD, memory_format=torch.contiguous_format)
-    (first, second), (first_out, second_out) = x_SHD.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    width = 2 * cos_SD.size(-1)
+    if width < x_SHD.size(-1):
+        rotated[..., width:] = x_SHD[..., width:]
+    (first, second), (first_out, second_out) = x_SHD[..., :width].chunk(2, dim=-1), rotated[..., :width].chunk(2, dim=-1)
     torch.mul(first, cos_SD, out=first_out).sub_(second * sin_SD)
     torch.mul(second, cos_SD, out=second_out).add_(first * sin_SD)
     return rotated
@@ -130,6 +137,15 @@ class PackedSelfAttention(SelfAttention):
     tensor-parallel group, with a reduce-scatter in the backward pass).
     """
 
+    def __init__(self, *args: Any, rotary: int | None = 0, window: int | None = None, **kwargs: Any) -> None:
+        """Args:
+        rotary: which of the model's rotary embeddings this layer has; None for none.
+        window: the keys that a query sees, its own included; None for all up to its own.
+        args, kwargs: Megatron's own.
+        """
+        super().__init__(*args, **kwargs)
+        self.rotary, self.window = rotary, window
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -137,10 +153,12 @@ class PackedSelfAttention(SelfAttention):
         packed: PackedSequences = kwargs["packed_seq_params"]
         mixed, _ = self.linear_qkv(hidden_states)
         query, key, value = self._split(mixed)
-        query = apply_rotary(query, packed.cos_SD, packed.sin_SD)
-        key = apply_rotary(key, packed.cos_SD, packed.sin_SD)
+        if self.rotary is not None:
+            cos, sin = packed.rotary[self.rotary]
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if packed.cache is not None and packed.cache.decoding:
-            context = packed.cache.attend(self.layer_number, query, key, value)
+            scale = self.config.softmax_scale
+            context = packed.cache.attend(self.layer_number, query, key, value, scale=scale, window=self.window)
         else:
             if packed.cache is not None:
                 packed.cache.fill(self.layer_number, key, value)
@@ -162,8 +180,10 @@ class PackedSelfAttention(SelfAttention):
         our own linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
         assert packed.cache is not None
         query, key, value = self._split(self.linear_qkv.product(hidden_SH))
-        query, key = (_rotate(x, packed.cos_SD, packed.sin_SD) for x in (query, key))
-        return packed.cache.attend(self.layer_number, query, key, value).flatten(1)
+        if self.rotary is not None:
+            query, key = (_rotate(x, *packed.rotary[self.rotary]) for x in (query, key))
+        scale = self.config.softmax_scale
+        return packed.cache.attend(self.layer_number, query, key, value, scale=scale, window=self.window).flatten(1)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The QKV projection's result [S, ..., columns of this rank] -> query [S, N, D], key and value [S, K, D] of this rank's
@@ -196,13 +216,15 @@ class PackedDotProductAttention(nn.Module):
     With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way the inputs are
     views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first, because
     a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of a
-    prompt that responses share are copied for each response, as they would be computed for each otherwise; in the backward pass
-    their gradients add up.
+    prompt that responses share are copied for each response, as if each response had its own prompt; in the backward pass their
+    gradients add up.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, window: int | None = None, **_: object
+    ) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.window = softmax_scale, window
 
     def forward(
         self,
@@ -238,29 +260,48 @@ class PackedDotProductAttention(nn.Module):
                     for x in (key_FKD, value_FKD)
                 )
             parts = zip(query_SND.split(rows), keys, values, packed.runs, strict=True)
-            outputs = [_attend_to_run(query, key, value, run, scale) for query, key, value, run in parts]
+            outputs = [_attend_to_run(query, key, value, run, scale, self.window) for query, key, value, run in parts]
         else:
             outputs = []
             for each in packed.stretches:
                 key, value = _rows(key_FKD, each.keys), _rows(value_FKD, each.keys)
-                outputs.append(packed.varlen(_rows(query_SND, each.queries), key, value, each, scale))
+                outputs.append(packed.varlen(_rows(query_SND, each.queries), key, value, each, scale, self.window))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_to_run(query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor, run: SequenceRun, scale: float | None) -> Tensor:
+def _attend_to_run(
+    query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor, run: SequenceRun, scale: float | None, window: int | None
+) -> Tensor:
     query = query_SND.unflatten(0, (run.count, run.length)).transpose(1, 2)
     key, value = (x.unflatten(0, (run.count, run.key_length)).transpose(1, 2) for x in (key_SKD, value_SKD))
-    square = run.length == run.key_length
-    context = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if square else causal_lower_right(run.length, run.key_length),
-        is_causal=square,
-        scale=scale,
-        enable_gqa=query.size(1) != key.size(1),
-    )
+    gqa = query.size(1) != key.size(1)
+    if window is not None and window < run.key_length:
+        context = _attend_in_windows(query, key, value, window, scale=scale, enable_gqa=gqa)
+    else:
+        square = run.length == run.key_length
+        mask = None if square else causal_lower_right(run.length, run.key_length)
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=gqa
+        )
     return context.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_in_windows(query: Tensor, key: Tensor, value: Tensor, window: int, **settings: Any) -> Tensor:
+    """Attention of the last queries [B, N, S, D] of sequences with keys [B, K, F, D], each to the `window` keys up to its own.
+
+    Blocks of `window` queries meet the keys that any of them sees: two windows at most, whatever the length of a sequence.
+    """
+    earlier = key.size(2) - query.size(2)  # keys before the first query's own
+    outputs = []
+    for start in range(0, query.size(2), window):
+        block = query[:, :, start : start + window]
+        first, stop = max(0, earlier + start - window + 1), earlier + start + block.size(2)
+        queries_at = torch.arange(earlier + start, stop, device=query.device)[:, None]
+        keys_at = torch.arange(first, stop, device=query.device)
+        seen = (keys_at <= queries_at) & (keys_at > queries_at - window)
+        keys, values = key[:, :, first:stop], value[:, :, first:stop]
+        outputs.append(F.scaled_dot_product_attention(block, keys, values, attn_mask=seen, **settings))
+    return torch.cat(outputs, dim=2)
 
 
 def _rows(x_SHD: Tensor, rows: slice) -> Tensor:

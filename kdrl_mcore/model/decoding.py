@@ -14,18 +14,20 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdrl_mcore.model.attention import PackedSequences
 from kdrl_mcore.model.gpt import LanguageModel
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel, pack
+from kdrl_mcore.model.lora import ADAPTER
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.layout import ModelGroups
 
 
-def has_own_layers(chunk: LanguageModel) -> bool:
-    """Whether `decode` can run this chunk: its linear layers are ours and not Transformer Engine's."""
-    return all(isinstance(layer.self_attention.linear_qkv, ColumnParallel) for layer in chunk.decoder.layers)
+def can_decode(chunk: LanguageModel) -> bool:
+    """Whether `decode` computes this chunk: its linear layers are ours, not Transformer Engine's, and have no adapters."""
+    linear_layers = [layer.self_attention.linear_qkv for layer in chunk.decoder.layers]
+    adapted = any(hasattr(module, ADAPTER) for module in chunk.decoder.modules())
+    return not adapted and all(isinstance(each, ColumnParallel) for each in linear_layers)
 
 
 def decode(
@@ -34,7 +36,7 @@ def decode(
     """One token of each sequence through this chunk, without gradients.
 
     Args:
-        hidden_NH: what the chunk before returned, overwritten; None for the first.
+        hidden_NH: what the chunk before returned; None for the first.
         packed: the positions, and the cache, which must be decoding.
 
     Returns:
@@ -45,22 +47,27 @@ def decode(
         embedded: Tensor = chunk.embedding(input_ids=tokens_N[None], position_ids=None)
         hidden_NH = _whole(embedded.squeeze(1), groups)
     for layer in chunk.decoder.layers:
-        context = layer.self_attention.decode(layer.input_layernorm(hidden_NH), packed)
-        hidden_NH += _sum(layer.self_attention.linear_proj.product(context), groups)
-        hidden_NH += _feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden_NH), groups)
-    norm = chunk.decoder.final_layernorm
-    return hidden_NH if norm is None else norm(hidden_NH)
+        attention, mlp = layer.self_attention, layer.mlp
+        context = attention.decode(layer.input_layernorm(hidden_NH), packed)
+        output = _sum(attention.linear_proj.product(context), groups)
+        hidden_NH = layer.self_attn_bda(False, False)((output, attention.linear_proj.bias), hidden_NH, 0.0)
+        branch = _feed_forward(mlp, layer.pre_mlp_layernorm(hidden_NH), groups)
+        hidden_NH = layer.mlp_bda(False, False)(branch, hidden_NH, 0.0)
+    if chunk.decoder.final_layernorm is not None:
+        hidden_NH = chunk.decoder.final_layernorm(hidden_NH)
+    return chunk._postprocess(hidden_NH)
 
 
-def _feed_forward(mlp: Any, x_NH: Tensor, groups: ModelGroups) -> Tensor:
-    """The MLP, or the module with its experts, of which each rank under sequence parallelism routes its own rows."""
+def _feed_forward(mlp: Any, x_NH: Tensor, groups: ModelGroups) -> tuple[Tensor, Tensor | None]:
+    """Output, and the bias to be added, of the MLP, or of the module with its experts, of which each rank under sequence
+    parallelism routes its own rows."""
     if hasattr(mlp, "linear_fc1"):
         gate, up = mlp.linear_fc1.product(x_NH).chunk(2, dim=-1)
-        return _sum(mlp.linear_fc2.product(F.silu(gate).mul_(up)), groups)
+        return _sum(mlp.linear_fc2.product(mlp.config.activation_func(gate).mul_(up)), groups), mlp.linear_fc2.bias
     if groups.layout.sequence_parallel:
         x_NH = x_NH.chunk(groups.tensor.size())[groups.tensor.rank()]
-    output, _ = mlp(x_NH[:, None])
-    return _whole(output.squeeze(1), groups)
+    output, bias = mlp(x_NH[:, None])
+    return _whole(output.squeeze(1), groups), bias
 
 
 def _sum(x_NH: Tensor, groups: ModelGroups) -> Tensor:

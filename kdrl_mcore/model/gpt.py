@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,20 +12,23 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdrl_mcore.config import ModelConfig
+from kdrl_mcore.config import LoraConfig, ModelConfig
 from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
+from kdrl_mcore.model.layer import AllHeadsNorm, NormsAfterLayer, scaled_add
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel, product
+from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.offload import ActivationOffload
-from kdrl_mcore.model.rope import inverse_frequencies
+from kdrl_mcore.model.rope import RotaryFrequencies, rotary_frequencies
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.context import ContextShard
 from kdrl_mcore.parallel.dtypes import DTYPES
@@ -48,7 +51,7 @@ class LanguageModel(GPTModel):
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
-    inverse_frequencies: Tensor
+    frequencies: tuple[RotaryFrequencies, ...]
     packed_head: Tensor | None = None
     _head_pre_hook: Callable[[], None] | None = None
 
@@ -77,8 +80,8 @@ class LanguageModel(GPTModel):
         key_rows: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> PackedSequences:
-        scale, dtype = self.architecture.rope.attention_factor, self.config.params_dtype
-        return pack_attention(runs, positions_S, self.inverse_frequencies, dtype, context, scale, key_rows, cache)
+        head_dim, dtype = self.architecture.head_dim, self.config.params_dtype
+        return pack_attention(runs, positions_S, self.frequencies, dtype, head_dim, context, key_rows, cache)
 
     def run_batch(self, batch: PackedBatch) -> Tensor:
         """`run` on a micro-batch."""
@@ -86,7 +89,7 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied). It is read outside its
-        module, so no hook of that module runs, but that of `register_head_pre_hook`."""
+        module, so no hook of that module runs except the one from `register_head_pre_hook`."""
         if self._head_pre_hook is not None:
             self._head_pre_hook()
         return (
@@ -98,11 +101,13 @@ class LanguageModel(GPTModel):
         return product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
 
     def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
-        """Have `hook` called each time before the weight of the output head is read."""
+        """Register a function that is called each time before the weight of the output head is read."""
         self._head_pre_hook = hook
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return hidden_states
+        """Hidden states take the scale of the logits, so that whoever multiplies them with the head has the model's logits."""
+        scale = self.architecture.logit_scale
+        return hidden_states * scale if self.post_process and scale != 1 else hidden_states
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ def build_model(
     vocab_size: int,
     activations: Activations = KEEP_ALL,
     share_prompts: bool = False,
+    lora: LoraConfig | None = None,
     trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
@@ -153,10 +159,11 @@ def build_model(
         vocab_size: the number of real tokens; no softmax includes the columns beyond it.
         activations: what the backward pass recomputes and what waits for it in host memory.
         share_prompts: see `ModelParts`; it takes our attention instead of Transformer Engine's.
+        lora: the adapters, of which alone the gradients are computed; None for a model without.
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
-        ConfigError: the layout, or what is to be recomputed or off-loaded, does not fit the architecture.
+        ConfigError: the layout does not fit the architecture, or an activation to recompute or off-load does not exist in it.
     """
     check_layout(architecture, groups.layout, trainable=trainable)
     activations.check(architecture, transformer_engine=uses_transformer_engine(model))
@@ -169,7 +176,9 @@ def build_model(
         last = groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1
         chunk = LanguageModel(
             config=config,
-            transformer_layer_spec=_block_spec(model, architecture, config, groups, vp_stage, share_prompts=share_prompts),
+            transformer_layer_spec=_block_spec(
+                model, architecture, config, groups, vp_stage, share_prompts=share_prompts, separate_norms=lora is not None
+            ),
             vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
             max_sequence_length=architecture.max_positions,
             pre_process=first,
@@ -182,13 +191,19 @@ def build_model(
         chunk.architecture = architecture
         chunk.shard = vocab_shard(architecture, groups, vocab_size)
         chunk.context_group = groups.context if layout.context > 1 else None
-        chunk.inverse_frequencies = inverse_frequencies(architecture.rope, architecture.head_dim, device())
+        chunk.frequencies = tuple(
+            rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings
+        )
+        if first and architecture.embedding_scale != 1:
+            _scale_output(chunk.embedding, architecture.embedding_scale)
         chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
         for parameter in expert_parameters(chunk):
             # Megatron sets this only where expert-parallel size > 1. Here the ranks of a tensor-parallel group hold whole
             # experts too, so experts' gradients are always summed over the expert-data-parallel group.
             parameter.allreduce = False  # type: ignore[attr-defined]
+        if lora is not None:
+            add_adapters(chunk, lora, groups)
         chunks.append(chunk.to(device()))
     if activations.offload and torch.cuda.is_available():
         offload = ActivationOffload(activations.min_elements)
@@ -197,11 +212,23 @@ def build_model(
     return ModelParts(chunks, config, architecture, groups, share_prompts)
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh}
+
+
+def _scale_output(embedding: nn.Module, scale: float) -> None:
+    """Have the embeddings multiplied by `scale`, rounded to their dtype as in `transformers`."""
+    embedding.register_forward_hook(lambda module, inputs, output: output * torch.tensor(scale, dtype=output.dtype).item())
+
+
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether the layers are made of Transformer Engine's modules here.
+    """Whether the layers consist of Transformer Engine's modules.
 
     Raises:
-        ConfigError: the configuration asks for Transformer Engine, which cannot be used here.
+        ConfigError: the configuration asks for Transformer Engine, which cannot be used in this process.
     """
     asked = asks_for_transformer_engine(model)
     if asked is False:
@@ -248,14 +275,16 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
-        qk_layernorm=architecture.qk_norm,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        qk_layernorm=architecture.qk_norm,  # whose gradients Megatron sums over tensor-parallel ranks
+        softmax_scale=architecture.attention_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[architecture.activation],
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=torch.cuda.is_available() and architecture.activation == "silu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -290,9 +319,14 @@ def _block_spec(
     vp_stage: int | None,
     *,
     share_prompts: bool,
+    separate_norms: bool,
 ) -> TransformerBlockSubmodules:
     """This chunk's layers: Megatron's with our packed attention and, without Transformer Engine, our norm, core attention
-    and linear layers."""
+    and linear layers.
+
+    Args:
+        separate_norms: Transformer Engine's linear layers do not contain the norms before them, whose outputs adapters need.
+    """
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
         use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
@@ -304,6 +338,8 @@ def _block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         final_norm = TENorm
+        if separate_norms:
+            mcore.separate_norms(layer, architecture.experts is not None)
     else:
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -312,13 +348,41 @@ def _block_spec(
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if architecture.qk_norm_of_all_heads:
+        attention.submodules.q_layernorm, attention.submodules.k_layernorm = (
+            ModuleSpec(module=AllHeadsNorm, params={"heads": heads, "tp_group": groups.tensor})
+            for heads in (architecture.num_attention_heads, architecture.num_key_value_heads)
+        )
+    if architecture.residual_scale != 1:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_add(architecture.residual_scale)
+    if architecture.norms != "before":
+        layer.module = NormsAfterLayer
+    if architecture.norms == "after":
+        mcore.drop_norms_before(layer, use_transformer_engine=use_te)
     # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
     # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper of it has no causal mask
     # for fewer queries than keys, which responses to a shared prompt have.
-    if not use_te or groups.layout.context > 1 or config.params_dtype == torch.float32 or share_prompts:
+    float32 = config.params_dtype == torch.float32
+    if not use_te or groups.layout.context > 1 or float32 or share_prompts or architecture.has_windows:
         attention.submodules.core_attention = PackedDotProductAttention
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
+    pp_rank = groups.pipeline.rank()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [_with_attention(layer, architecture, number) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) -> ModuleSpec:
+    """A layer's spec with the window and the rotary embedding of layer `number` of the whole model."""
+    sees = architecture.attention(number)
+    rotary = None if sees.rope is None else architecture.rotary_embeddings.index(sees.rope)
+    attention = layer.submodules.self_attention
+    submodules = attention.submodules
+    if sees.window is not None:
+        windowed = ModuleSpec(module=submodules.core_attention, params={"window": sees.window})
+        submodules = replace(submodules, core_attention=windowed)
+    attention = replace(attention, submodules=submodules, params={**attention.params, "rotary": rotary, "window": sees.window})
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool) -> None:
@@ -340,5 +404,10 @@ def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool)
                 f"the model's {name} ({size}) cannot be divided by {by}: change the tensor, expert or pipeline parallel size"
             )
     kv, tensor = architecture.num_key_value_heads, layout.tensor
+    if architecture.qk_norm_of_all_heads and tensor > kv:
+        raise ConfigError(
+            f"{architecture.family} normalises keys over all heads, so tensor parallel size {tensor} may be at most its {kv} "
+            "key/value heads"
+        )
     if kv % tensor and tensor % kv:
         raise ConfigError(f"{kv} key/value heads do not fit tensor parallel size {tensor}: one must divide the other")

@@ -3,8 +3,8 @@
 Prompts are right-aligned: the column after the longest prompt holds the first response token of every slot, so a decoding step
 writes one column for all slots. Columns before a short prompt are masked out.
 
-The cache grows by an eighth of its length at a time and so takes few sizes. On GPUs attention covers all of it, with future
-columns masked out too: over thousands of steps kernels then see few shapes, all of them aligned.
+The cache grows by an eighth of its length at a time, so it has few different sizes. On GPUs attention covers all of it, with
+future columns masked out too: over thousands of steps kernels then see few shapes, all of them aligned.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class KVCache:
     """
 
     def __init__(
-        self, prompt_lengths: Sequence[int], responses_per_prompt: int, max_response: int, *, few_shapes: bool
+        self, prompt_lengths: Sequence[int], responses: int | Sequence[int], max_response: int, *, few_shapes: bool
     ) -> None:
         """Args:
-        prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses_per_prompt` for each.
-        responses_per_prompt: responses that share the keys and values of one forward pass over their prompt.
+        prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses` for each.
+        responses: how many share the keys and values of one forward pass over their prompt, of each or of all prompts.
         max_response: the most columns that decoding can need.
         few_shapes: attend to all allocated columns rather than only to those written.
         """
@@ -49,13 +49,13 @@ class KVCache:
         self._few_shapes = few_shapes
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
-        lengths = torch.tensor(prompt_lengths)
+        lengths, copies = torch.tensor(prompt_lengths), torch.tensor(responses)
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns) - (self.columns - lengths)[:, None]
-        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(responses_per_prompt, dim=0)
+        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(copies, dim=0)
         self._prompt_rows = to_device(rows)  # [slots, columns]
         # Added to the scores: attention would convert a boolean mask to this at every call.
-        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(responses_per_prompt, dim=0)
+        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
         self._bias = F.pad(to_device(bias), (0, self._capacity() - self.columns), value=-torch.inf)
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
@@ -71,8 +71,18 @@ class KVCache:
         self.decoding = True
         self._bias[:, self.columns] = 0.0
 
-    def attend(self, layer: int, query_SND: Tensor, key_SKD: Tensor, value_SKD: Tensor) -> Tensor:
-        """Store the new token's key and value for every slot, and attend to it and everything before: [S, N, D] -> [S, N, D].
+    def attend(
+        self,
+        layer: int,
+        query_SND: Tensor,
+        key_SKD: Tensor,
+        value_SKD: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Store the new token's key and value for every slot, and attend to it and everything before, or the last `window`
+        tokens of it: [S, N, D] -> [S, N, D].
 
         Rows beyond the slots (token alignment) get zeros.
         """
@@ -82,9 +92,12 @@ class KVCache:
         heads, kv_heads, width = query_SND.size(1), key_SKD.size(1), query_SND.size(2)
         # The query heads that share a key/value head take the axis of the query's time steps.
         query = query_SND[:slots].reshape(slots, kv_heads, heads // kv_heads, width)
-        seen = capacity if self._few_shapes else self.columns + 1
-        keys, values = (store[layer][:, :, :seen] for store in (self._keys, self._values))
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._bias[:, None, None, :seen])
+        # A slot's tokens lie in adjacent columns, so all slots have the same window.
+        first = 0 if window is None else max(0, self.columns + 1 - window)
+        stop = min(capacity, window or capacity) if self._few_shapes and not first else self.columns + 1
+        keys, values = (store[layer][:, :, first:stop] for store in (self._keys, self._values))
+        bias = self._bias[:, first:stop].contiguous()  # kernels on GPUs need it aligned
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias[:, None, None], scale=scale)
         context = context.reshape(slots, heads, width)
         filler = query_SND.size(0) - slots
         return F.pad(context, (0, 0, 0, 0, 0, filler)) if filler else context

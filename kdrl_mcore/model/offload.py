@@ -1,11 +1,11 @@
-"""Activation off-load: what parts of a layer keep for the backward pass waits for it in pinned host memory.
+"""Activation off-load: parts of a layer hold their activations for the backward pass in pinned host memory.
 
-While one layer computes, what the layer before it has kept is on its way to the host; in the backward pass what the next layer
-needs is on its way back. Both copies have a stream of their own, and no kernel waits for one unless PCIe is the slower.
+While one layer computes, the activations of the previous layer are copied to the host; in the backward pass those of the next
+layer are copied back. Each direction has a separate stream, and kernels wait for a copy only if PCIe is slower than the layers.
 
-Megatron-Core has such a mechanism (`fine_grained_activation_offloading`), whose names are used here. It replays the order of
-the first update's micro-batches and keeps a pinned buffer for every shape that it meets; here every update has other
-micro-batches, of other lengths, and the same model also scores and samples between updates.
+Megatron-Core has such a mechanism (`fine_grained_activation_offloading`), and `parallel.offload_activations` uses its names. It
+replays the order of the first update's micro-batches and keeps a pinned buffer for every shape. Here micro-batches and their
+lengths differ in every update, and the same model also scores and samples between updates.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.platform import device
 
 IN_FLIGHT = 1
-"""Layers whose activations are on their way to the host while another one computes."""
+"""The number of layers whose activations are being copied to the host while another layer computes."""
 
 
 def offloaded_modules(layer: Any, names: Iterable[str]) -> Iterator[nn.Module]:
-    """The modules of Megatron-Core's transformer layer that the names of `parallel.offload_activations` stand for. The norm
-    before a part belongs to it, as it lies inside the part where Transformer Engine's layers are used."""
+    """The modules of Megatron-Core's transformer layer that the names in `parallel.offload_activations` refer to. The norm
+    before a part belongs to it, because Transformer Engine's layers contain that norm."""
     attention = layer.self_attention
     of_name = {
         "qkv_linear": (layer.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.k_layernorm),
@@ -45,19 +45,19 @@ def offloaded_modules(layer: Any, names: Iterable[str]) -> Iterator[nn.Module]:
 
 
 class Streams:
-    """The streams of the two copies. Of the device, whose own stream is the current one of whoever computes."""
+    """The two streams in which activations are copied."""
 
     def __init__(self) -> None:
         self.to_host, self.to_device = torch.cuda.Stream(), torch.cuda.Stream()
 
 
 class Kept:
-    """Memory that autograd has saved, perhaps for several tensors: on the device, on the host, or both.
+    """Memory that autograd has saved for one or several tensors: on the device, on the host, or on both.
 
     Attributes:
-        source: what was saved, until it is known to have arrived on the host.
+        source: the saved memory, until the copy to the host is known to be complete.
         host: its copy in pinned memory.
-        device: the copy back, from the fetch to the last use.
+        device: the copy back on the device, from the fetch to the last use.
         uses: how many saved tensors have not been used yet.
     """
 
@@ -69,14 +69,12 @@ class Kept:
 
 
 class LayerActivations:
-    """What one layer has off-loaded of one micro-batch."""
+    """The off-loaded activations of one layer for one micro-batch."""
 
     def __init__(self, streams: Streams, earlier: LayerActivations | None, waiting: Waiting) -> None:
-        """Nothing yet.
-
-        Args:
-            earlier: the same of the layer before it, whose backward pass is the next; None for the first layer.
-            waiting: the chunk's micro-batches.
+        """Args:
+        earlier: the activations of the previous layer, whose backward pass comes next; None for the first layer.
+        waiting: the chunk's micro-batches.
         """
         self._streams, self._earlier, self._waiting = streams, earlier, waiting
         self._kept: dict[tuple[Any, ...], Kept] = {}
@@ -85,7 +83,7 @@ class LayerActivations:
         self.in_backward = False
 
     def keep(self, tensor: Tensor) -> Saved:
-        """Begin to copy a saved tensor to the host. Memory that is saved again, in whatever shape, is not copied again."""
+        """Begin to copy a saved tensor to the host. Memory that is saved twice, in whatever shape, is copied once."""
         source, strides = tensor.detach(), None
         if source.numel() * source.element_size() == source.untyped_storage().nbytes():
             strides = source.stride()
@@ -103,7 +101,7 @@ class LayerActivations:
         return Saved(self, kept, tensor.shape, strides)
 
     def leave_device(self) -> None:
-        """Free the memory for what is computed from here on. For that the device waits for the copies; the host does not."""
+        """Free the memory on the device for later computation. The device waits for the copies; the host does not."""
         if self.in_backward:
             return
         torch.cuda.current_stream().wait_event(self._copied)
@@ -112,7 +110,7 @@ class LayerActivations:
         self._on_device = False
 
     def fetch(self) -> None:
-        """Begin to copy everything back, unless it still is on the device or on its way."""
+        """Begin to copy everything back, unless it is still on the device or already being copied."""
         if self._on_device:
             return
         self._on_device = True
@@ -127,11 +125,11 @@ class LayerActivations:
         self._arrived.record(self._streams.to_device)
 
     def use(self, kept: Kept) -> Tensor:
-        """What was kept, for the backward pass of this layer. The first use fetches what the next layer needs, too."""
+        """Return saved memory to the backward pass of this layer. The first use also fetches what the next layer needs."""
         if not self.in_backward:
             self.fetch()
             self.in_backward = True
-            for event in (self._copied, self._arrived):  # what never left may be freed once it is copied
+            for event in (self._copied, self._arrived):  # memory that was not freed may be, once its copy is complete
                 torch.cuda.current_stream().wait_event(event)
             following = self._earlier or self._waiting.next()
             if following is not None:
@@ -149,7 +147,7 @@ class Saved:
     """What autograd holds in place of a tensor.
 
     Attributes:
-        strides: those of a tensor that fills its memory, which is kept as it lies; None for a part of other memory.
+        strides: the strides of a tensor that fills its memory, which is copied in memory order; None for a part of a storage.
     """
 
     layer: LayerActivations
@@ -158,24 +156,24 @@ class Saved:
     strides: tuple[int, ...] | None
 
     def tensor(self) -> Tensor:
-        """The tensor again; autograd asks once."""
+        """The tensor; autograd asks for it once."""
         memory = self.layer.use(self.kept)
         return memory if self.strides is None else memory.as_strided(self.shape, self.strides)
 
 
 class Waiting:
-    """The micro-batches of a model chunk whose backward passes have not begun. They come in the order of the forward passes.
-    Each is known by its last layer, with which its backward pass begins."""
+    """The micro-batches of a model chunk whose backward passes have not begun, in the order of their forward passes. Each is
+    represented by its last layer, where its backward pass begins."""
 
     def __init__(self) -> None:
         self._last_layers: deque[weakref.ref[LayerActivations]] = deque()
 
     def add(self, last: LayerActivations) -> None:
-        """A forward pass has ended."""
+        """Add a micro-batch whose forward pass has ended."""
         self._last_layers.append(weakref.ref(last))
 
     def next(self) -> LayerActivations | None:
-        """The last layer of the first of them."""
+        """The last layer of the first micro-batch."""
         while self._last_layers:
             last = self._last_layers[0]()
             if last is not None and not last.in_backward:
@@ -185,13 +183,11 @@ class Waiting:
 
 
 class ActivationOffload:
-    """Moves the activations of one model's layers, on CUDA. It acts in forward passes that autograd records."""
+    """Off-loads the activations of one model's layers on CUDA, in forward passes that autograd records."""
 
     def __init__(self, min_elements: int) -> None:
-        """Layers are attached next.
-
-        Args:
-            min_elements: smaller tensors stay on the device.
+        """Args:
+        min_elements: smaller tensors stay on the device.
         """
         self._min_elements = min_elements
         self._streams = Streams()
@@ -201,7 +197,7 @@ class ActivationOffload:
         self._hooks = ExitStack()
 
     def attach(self, layers: Sequence[Any], names: Sequence[str]) -> None:
-        """Off-load what the named parts of these layers keep.
+        """Off-load the activations of the named parts of these layers.
 
         Args:
             layers: the layers of one model chunk, in order.

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kdrl_mcore.model.families.rope import Rope
+
+
+@dataclass(frozen=True)
+class RotaryFrequencies:
+    """One rotary embedding of a model.
+
+    Attributes:
+        inverse: the angle per position of each pair of rotated dimensions, float32.
+        scale: multiplies cosine and sine (yarn).
+    """
+
+    inverse: Tensor
+    scale: float
+
+
+def rotary_frequencies(rope: Rope, head_dim: int, device: torch.device) -> RotaryFrequencies:
+    """The frequencies of a rotary embedding for heads of `head_dim` dimensions, of which it may rotate a share."""
+    return RotaryFrequencies(inverse_frequencies(rope, int(head_dim * rope.share), device), rope.attention_factor)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:

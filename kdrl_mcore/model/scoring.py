@@ -36,7 +36,7 @@ def score_rollouts(
     context-parallel ones, then `gather_from_replicas`. Every rank of the world must call it with the same rollouts.
 
     Args:
-        on_hidden: also called with what `run_forward` gives to `collect`, for each micro-batch.
+        on_hidden: also called for each micro-batch, with the same arguments as `collect` of `run_forward`.
     """
     if not rollouts:
         return []
@@ -55,7 +55,7 @@ def score_rollouts(
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
         )
-        # Results stay on the device until all are there, so the host can go on to the next micro-batch.
+        # Results stay on the device until all are there, so the host can continue with the next micro-batch.
         return [(batch.spans, torch.stack(tuple(values)).float())]
 
     mine: list[tuple[Span, Any]] = []

@@ -41,13 +41,15 @@ class Stretch:
 
 
 class VarlenAttention(Protocol):
-    """(queries [Q, N, D], keys [F, K, D], values [F, K, D], their stretch, scale) -> [Q, N, D]."""
+    """(queries [Q, N, D], keys [F, K, D], values [F, K, D], their stretch, scale, keys that a query sees) -> [Q, N, D]."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor: ...
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None, window: int | None
+    ) -> Tensor: ...
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, head_dimension: int) -> VarlenAttention | None:
-    """The kernel for such queries, torch's in preference to flash-attn's; None where there is none: on CPU, in float32, and for
+    """The kernel for such queries, torch's in preference to flash-attn's; None if there is none: on CPU, in float32, and for
     heads or GPUs that FlashAttention does not support."""
     fits = head_dimension % _HEAD_MULTIPLE == 0 and head_dimension <= _LARGEST_HEAD
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not fits:
@@ -66,7 +68,7 @@ def _torch_varlen() -> VarlenAttention | None:
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None, window: int | None) -> Tensor:
         output = varlen_attn(
             query,
             key,
@@ -76,13 +78,18 @@ def _torch_varlen() -> VarlenAttention | None:
             stretch.longest_query,
             stretch.longest_key,
             scale=scale,
-            window_size=(-1, 0),  # any number of keys before a query's own, none after it
+            window_size=(_keys_before(window), 0),  # none after a query's own
             enable_gqa=True,
         )
         assert isinstance(output, Tensor)  # a tuple only with `return_aux`
         return output
 
     return attend
+
+
+def _keys_before(window: int | None) -> int:
+    """How many keys before its own a query sees, as kernels count them: -1 for all."""
+    return -1 if window is None else window - 1
 
 
 def _flash_attn_varlen() -> VarlenAttention | None:
@@ -94,7 +101,7 @@ def _flash_attn_varlen() -> VarlenAttention | None:
     if "deterministic" not in inspect.signature(flash_attn_varlen_func).parameters:
         return None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float | None, window: int | None) -> Tensor:
         output: Tensor = flash_attn_varlen_func(
             query,
             key,
@@ -105,6 +112,7 @@ def _flash_attn_varlen() -> VarlenAttention | None:
             stretch.longest_key,
             softmax_scale=scale,
             causal=True,
+            window_size=(_keys_before(window), 0),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return output

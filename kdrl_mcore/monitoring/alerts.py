@@ -138,7 +138,7 @@ def sampler_drift(history: History, thresholds: AlertThresholds = DEFAULT_THRESH
 
 
 def few_effective_tokens(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """The weights that correct for another sampler rest on few tokens: it is too far from the student."""
+    """A few tokens carry most of the weight of an importance correction: the sampler is too far from the student."""
     names = {"correction_ess": "objective.sampler_correction", "kd_importance_ess": "objective.kd.importance"}
     lowest = {key: means[-1] for name, key in names.items() if (means := _window_means(history, name, thresholds.window))}
     key = min(lowest, key=lambda each: lowest[each], default=None)
@@ -152,7 +152,7 @@ def few_effective_tokens(history: History, thresholds: AlertThresholds = DEFAULT
 
 
 def nothing_taught(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """The rules that weigh tokens leave the teacher next to nothing."""
+    """Mask, combination and token weights leave almost nothing to distil."""
     means = _window_means(history, "taught_share", thresholds.window)
     if not thresholds.distilled or not means or means[-1] >= thresholds.taught:
         return None
@@ -163,7 +163,7 @@ def nothing_taught(history: History, thresholds: AlertThresholds = DEFAULT_THRES
 
 
 def few_signals(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
-    """Most prompts are too easy or too hard, so that the group filter samples much for little."""
+    """Most prompts are too easy or too hard, so the group filter drops most of what is sampled."""
     means = _window_means(history, "signal_share", thresholds.window)
     if not (thresholds.sampled and thresholds.rewarded) or not means or means[-1] >= thresholds.signal:
         return None

@@ -62,4 +62,4 @@ class StepProfiler:
         self._trace.export_chrome_trace(str(unfinished))
         self._trace = None
         unfinished.replace(path)
-        logger.info("step %d: profile in %s", step, path)
+        logger.info("step %d: wrote the profile to %s", step, path)

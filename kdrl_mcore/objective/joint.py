@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.config import DistillationConfig, ObjectiveConfig
-from kdrl_mcore.config.derived import bounds_importance
-from kdrl_mcore.objective import token_weights
+from kdrl_mcore.config.derived import OVER_THE_VOCABULARY
 from kdrl_mcore.objective.combine import RULES, Signals, anchor, reference_coefficient
 from kdrl_mcore.objective.correction import bounded_importance, sampler_correction
 from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_ratio, on_policy_weight
 from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
-from kdrl_mcore.objective.policy import POLICY_LOSSES, policy_ratio
+from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class TokenBatch:
         old_log_probs: log pi_old; None while strictly on-policy.
         teacher_log_probs: arbitrary where the response is masked; None where the loss does not use them.
         reference_log_probs: log-probs of the reference model; None without one.
-        correct: 1 where the response is correct, else 0; None if no rule asks.
-        teacher_entropies: of the teacher's distribution, where the settings ask for it.
+        correct: 1 where the response is correct, else 0; None if no rule needs it.
+        teacher_entropies: the entropies of the teacher's distribution, if the settings need them.
         scored: 0 where the teacher did not score a token of a distilled response, or the token is left out, else 1; None if
             there is no such token.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
         draws: a number drawn from [0, 1) for each token, where `objective.kd.mix` draws; otherwise None.
-        sequence_ratios: pi / pi_old over the response (`objective.ratio=sequence`); None where each token has its own.
+        sequence_ratios: pi / pi_old over the response (`objective.ratio`); None where each token has its own.
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
         kd_log_ratios: log pi / mu over the response (`objective.kd.importance_level`), likewise.
         given: 1 where the response was given, else 0; None without any (`without_sampler`).
@@ -69,8 +68,8 @@ class TokenBatch:
         return self.map(lambda value: value[rows])
 
     def without_sampler(self, log_probs: Tensor) -> TokenBatch:
-        """The batch in which present log-probs stand for those of mu and pi_old where a response was given: nothing is clipped,
-        corrected or counted as drift there."""
+        """The batch in which given responses have the present log-probs as those of mu and pi_old, so that nothing in them is
+        clipped, corrected or counted as drift."""
         if self.given is None:
             return self
         given, now = self.given != 0, log_probs.detach()
@@ -94,11 +93,12 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the losses of the tokens are made of, [T] each.
+    """The quantities from which the losses of the tokens are computed, [T] each.
 
     Attributes:
         log_ratio: d = log T - log pi, with the gradient of log pi; 0 where the teacher did not score the token.
         importance: w = pi / mu, within the bounds of `objective.kd.importance`.
+        cut: where these bounds changed it (bool); None if there are none.
         teacher_log_probs: log pi where the teacher did not score the token.
         distilled: whether the token is distilled (bool).
         coefficients: a of the policy loss, of `objective.combine`.
@@ -108,6 +108,7 @@ class _Tokens:
 
     log_ratio: Tensor
     importance: Tensor
+    cut: Tensor | None
     teacher_log_probs: Tensor
     distilled: Tensor
     coefficients: Tensor
@@ -132,7 +133,7 @@ def joint_loss(
     already contain it.
 
     Args:
-        divergence_T: a differentiable per-token divergence over the vocabulary, of which `estimate` says what becomes.
+        divergence_T: a differentiable per-token divergence over the vocabulary; see `estimate`.
         entropies_T: the student's, differentiable; only for `objective.entropy_bonus`.
 
     Returns:
@@ -140,58 +141,41 @@ def joint_loss(
         maximum of. The sums policy_loss, kd_loss and reference_loss are weighted, so they add up to the batch's values;
         kl_k1, kl_k2 and kl_k3, present only without `divergence_T`, are plain sums over the distilled tokens.
     """
-    kd = objective.kd
     tokens = _compare(log_probs_T, batch, objective, beta)
-    estimated = estimate(kd, tokens.log_ratio, tokens.importance, divergence_T, batch)
+    estimated = estimate(objective.kd, tokens.log_ratio, tokens.importance, divergence_T, batch)
+    policy_loss, rho_T, correction_T = _policy_parts(log_probs_T, batch, objective, tokens, beta)
+    reference_T = _reference_term(log_probs_T, batch, objective, tokens)
 
     advantages_T = alpha * tokens.coefficients * batch.policy_weights
-    if kd.placement == "advantage":
+    if objective.kd.placement == "advantage":
         advantages_T = advantages_T + beta * estimated.coefficient * tokens.kd_weights
-    old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
-    anchor_T = anchor(objective.combine, beta, old_T, tokens.teacher_log_probs, tokens.distilled)
-    rho_T = policy_ratio(log_probs_T, anchor_T, batch.sequence_ratios)
-    policy_loss = find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
     policy_T, clipped_T = policy_loss(rho_T, log_probs_T, advantages_T, objective)
-    correction_T = sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction, batch.sequence_log_ratios)
     loss_T = policy_T * correction_T
-
-    kd_T = torch.where(tokens.distilled, estimated.whole, 0.0) * tokens.kd_weights
-    if kd.placement == "loss" and beta:
-        loss_T = loss_T + beta * kd_T
-    elif kd.placement == "advantage" and estimated.over_vocabulary is not None:  # the sampled part is in the advantage
-        loss_T = loss_T + beta * torch.where(tokens.distilled, estimated.over_vocabulary, 0.0) * tokens.kd_weights
+    if beta and estimated.in_loss is not None:
+        loss_T = loss_T + beta * (torch.where(tokens.distilled, estimated.in_loss, 0.0) * tokens.kd_weights)
     if objective.entropy_bonus and entropies_T is not None:
         loss_T = loss_T - objective.entropy_bonus * entropies_T * batch.policy_weights
-    reference_T = _reference_term(log_probs_T, batch, objective, tokens)
     if reference_T is not None:
         loss_T = loss_T + reference_coefficient(objective.combine, objective.reference_kl.coefficient, beta) * reference_T
 
-    drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     unweighted_T = policy_loss(rho_T, log_probs_T, tokens.coefficients, objective)[0]
     sums = {
         "policy_loss": unweighted_T * correction_T * batch.policy_weights,
-        "kd_loss": kd_T,
-        "distilled_tokens": tokens.distilled,
+        "kd_loss": torch.where(tokens.distilled, estimated.whole, 0.0) * tokens.kd_weights,
         "clipped_tokens": clipped_T,
-        "drift": drift_T,
-        "tokens": torch.ones_like(log_probs_T),
         **({} if reference_T is None else {"reference_loss": reference_T}),
         **(sampled_divergences(tokens.log_ratio) if divergence_T is None else {}),
-        **_measures_of_weights(objective, batch, tokens, correction_T),
+        **_measures_of_axes(objective, batch, tokens, estimated, correction_T),
     }
-    return (
-        loss_T,
-        {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
-        {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
-    )
+    return loss_T, *_measured(sums, log_probs_T, batch, tokens)
 
 
 def _compare(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, beta: float) -> _Tokens:
     """Compare student, teacher and sampler on each token, and combine the teacher's signal with the reward's."""
     kd = objective.kd
-    w_T = _weight(log_probs_T, batch, kd.estimator)
+    w_T, cut_T = _weight(log_probs_T, batch, kd.estimator), None
     if not batch.on_policy:
-        w_T = bounded_importance(w_T, log_probs_T, kd, batch.kd_log_ratios)
+        w_T, cut_T = bounded_importance(w_T, log_probs_T, kd, batch.kd_log_ratios)
     distilled_T = of_response_T = batch.distillation_weights != 0
     if batch.scored is not None:
         distilled_T = of_response_T & (batch.scored != 0)
@@ -206,12 +190,25 @@ def _compare(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig,
     coefficients_T, kd_weight_T = combine(signals, objective.combine, beta)
     taught_T = batch.distillation_weights if batch.token_weights is None else batch.distillation_weights * batch.token_weights
     weights_T = taught_T if kd_weight_T is None else taught_T * kd_weight_T
-    return _Tokens(d_T, w_T, teacher_T, distilled_T, coefficients_T, taught_T, weights_T)
+    return _Tokens(d_T, w_T, cut_T, teacher_T, distilled_T, coefficients_T, taught_T, weights_T)
+
+
+def _policy_parts(
+    log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, tokens: _Tokens, beta: float
+) -> tuple[PolicyLoss, Tensor, Tensor]:
+    """The form of the policy loss, its ratio [T], and the correction of the tokens for their sampler [T]."""
+    old_T = log_probs_T.detach() if batch.old_log_probs is None else batch.old_log_probs
+    anchor_T = anchor(objective.combine, beta, old_T, tokens.teacher_log_probs, tokens.distilled)
+    return (
+        find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES),
+        policy_ratio(log_probs_T, anchor_T, batch.sequence_ratios),
+        sampler_correction(old_T, batch.sampler_log_probs, objective.sampler_correction, batch.sequence_log_ratios),
+    )
 
 
 def _reference_term(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, tokens: _Tokens) -> Tensor | None:
-    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half of
-    distillation, and has its weights: without the teacher's half, a negative coefficient would only drive pi away."""
+    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half
+    of distillation and has the same weights: without the teacher's half, a negative coefficient would only drive pi away."""
     if batch.reference_log_probs is None:
         return None
     form = objective.reference_kl.estimator
@@ -219,7 +216,7 @@ def _reference_term(log_probs_T: Tensor, batch: TokenBatch, objective: Objective
     if objective.combine.kind == "reference":
         weights_T = tokens.taught_weights
         if not batch.on_policy:
-            w_T = bounded_importance(w_T, log_probs_T, objective.kd, batch.kd_log_ratios)
+            w_T, _ = bounded_importance(w_T, log_probs_T, objective.kd, batch.kd_log_ratios)
     return ESTIMATORS[form](batch.reference_log_probs - log_probs_T, w_T) * weights_T
 
 
@@ -230,12 +227,14 @@ class Estimate:
     Attributes:
         whole: the term itself.
         coefficient: what `objective.kd.placement=advantage` adds to the advantage for the sampled part of it (detached).
-        over_vocabulary: the part that is a divergence over the vocabulary; None if all of it is sampled.
+        in_loss: the part that `placement` leaves in the loss: all of it, what is not sampled, or None.
+        mixed: the share of the divergence over the vocabulary in a mixture (`objective.kd.mix`); None without one.
     """
 
     whole: Tensor
     coefficient: Tensor
-    over_vocabulary: Tensor | None = None
+    in_loss: Tensor | None
+    mixed: Tensor | None = None
 
 
 def estimate(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Tensor | None, batch: TokenBatch) -> Estimate:
@@ -250,25 +249,39 @@ def estimate(kd: DistillationConfig, d_T: Tensor, w_T: Tensor, divergence_T: Ten
         d_T, w_T: log T - log pi and pi / mu.
         divergence_T: differentiable; None if the teacher scored no token of the batch over the vocabulary.
     """
-    if divergence_T is None:
-        if kd.estimator in ESTIMATORS:
-            return Estimate(ESTIMATORS[kd.estimator](d_T, w_T), d_T.detach())
-        return Estimate(torch.zeros_like(d_T), d_T.detach())  # no token of the whole batch is distilled
-    if kd.estimator in ESTIMATORS:
-        centred_T = d_T + divergence_T.detach()
-        return Estimate(ESTIMATORS[kd.estimator](centred_T, w_T), centred_T.detach())
+    in_loss = kd.placement == "loss"
+    if kd.estimator not in OVER_THE_VOCABULARY:
+        centred_T = d_T if divergence_T is None else d_T + divergence_T.detach()
+        sampled_T = find_function("objective.kd.estimator", kd.estimator, ESTIMATORS)(centred_T, w_T)
+        return Estimate(sampled_T, centred_T.detach(), sampled_T if in_loss else None)
+    if divergence_T is None:  # no token of the whole batch is distilled
+        return Estimate(torch.zeros_like(d_T), d_T.detach(), None)
     if kd.mix == "none":
         return Estimate(divergence_T, d_T.detach(), divergence_T)
-    sampled_share_T, share_T = MIXES[kd.mix](d_T.detach(), batch.teacher_entropies, batch.draws, kd)
+    mix = find_function("objective.kd.mix", kd.mix, MIXES)
+    sampled_share_T, share_T = mix(d_T.detach(), batch.teacher_entropies, batch.draws, kd)
     part_T = share_T * divergence_T
-    return Estimate(sampled_share_T * ESTIMATORS["k2"](d_T, w_T) + part_T, sampled_share_T * d_T.detach(), part_T)
+    whole_T = sampled_share_T * ESTIMATORS["k2"](d_T, w_T) + part_T
+    return Estimate(whole_T, sampled_share_T * d_T.detach(), whole_T if in_loss else part_T, share_T)
 
 
-def _measures_of_weights(
-    objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, correction_T: Tensor
+def _measured(
+    sums: dict[str, Tensor], log_probs_T: Tensor, batch: TokenBatch, tokens: _Tokens
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The sums over the tokens, those of every loss among them, and the maxima."""
+    drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
+    sums = sums | {"distilled_tokens": tokens.distilled, "drift": drift_T, "tokens": torch.ones_like(log_probs_T)}
+    return (
+        {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
+        {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
+    )
+
+
+def _measures_of_axes(
+    objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, estimated: Estimate, correction_T: Tensor
 ) -> dict[str, Tensor]:
     """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
-    changed, and the weights of the corrections with their squares."""
+    changed, the divergence's share of a mixture, and the weights of the corrections with their squares."""
     sums: dict[str, Tensor] = {}
     if objective.combine.kind != "add" or batch.token_weights is not None:
         sums["taught_tokens"] = tokens.kd_weights != 0
@@ -276,9 +289,12 @@ def _measures_of_weights(
         sums["gated_tokens"] = tokens.coefficients != batch.advantages
     if objective.sampler_correction.kind != "none":
         sums |= {"correction": correction_T, "correction_squared": correction_T.square(), "corrected_tokens": correction_T != 1}
-    if not batch.on_policy and bounds_importance(objective.kd):
+    if estimated.mixed is not None:
+        sums["mixed_tokens"] = torch.where(tokens.distilled, estimated.mixed, 0.0)
+    if tokens.cut is not None:
         weights_T = torch.where(tokens.distilled, tokens.importance.detach(), 0.0)
         sums |= {"kd_importance": weights_T, "kd_importance_squared": weights_T.square()}
+        sums["kd_cut_tokens"] = tokens.distilled & tokens.cut
     return sums
 
 
@@ -288,9 +304,21 @@ def check_functions(objective: ObjectiveConfig) -> None:
     Raises:
         ConfigError: one cannot be loaded.
     """
-    find_function("objective.combine.kind", objective.combine.kind, RULES)
-    find_function("objective.policy_loss", objective.policy_loss, POLICY_LOSSES)
-    find_function("objective.kd.token_weight.kind", objective.kd.token_weight.kind, token_weights.RULES)
+    kd = objective.kd
+    for key, name in (
+        ("combine.kind", objective.combine.kind),
+        ("policy_loss", objective.policy_loss),
+        ("sampler_correction.kind", objective.sampler_correction.kind),
+        ("kd.token_weight.kind", kd.token_weight.kind),
+        ("kd.estimator", kd.estimator),
+        ("kd.mix", kd.mix),
+        ("kd.importance", kd.importance),
+        ("kd.mask", kd.mask),
+        ("alpha.kind", objective.alpha.kind),
+        ("beta.kind", objective.beta.kind),
+    ):
+        if ":" in name:
+            find_function(f"objective.{key}", name, {})
 
 
 def sampled_divergences(d_T: Tensor) -> dict[str, Tensor]:

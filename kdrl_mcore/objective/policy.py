@@ -1,4 +1,4 @@
-"""The policy loss: the ratio pi / pi_old, and what is made of it and the advantage.
+"""The policy loss: the ratio pi / pi_old, and the losses that are computed from it and the advantage.
 
 T response tokens of a micro-batch.
 """
@@ -18,11 +18,12 @@ def policy_ratio(log_probs_T: Tensor, old_log_probs_T: Tensor | None, sequence_r
 
     Args:
         old_log_probs_T: log pi_old; without it the batch is strictly on-policy, and rho is 1 in value.
-        sequence_ratios_T: the geometric mean S of rho over each token's response, which replaces the value: sg(S) pi / sg(pi),
-            since S itself has no gradient here (GSPO, arXiv 2507.18071).
+        sequence_ratios_T: S, the geometric mean of rho over each token's response (GSPO, arXiv 2507.18071) or the product,
+            which replaces the value: sg(S) pi / sg(pi), since S itself has no gradient here.
 
     Where pi has moved far from pi_old (by up to 4.4 for a token), an unclipped rho biases the policy gradient by 0.52 of its
-    norm, S by 0.37 (`test_sequences_expectation.py`): the prefixes stay pi_old's. Clipping costs more.
+    norm, the geometric mean by 0.37 (`test_sequences_expectation.py`): the prefixes stay pi_old's. The product has no bias, if
+    every response is weighed alike (`sequence_sum_norm`). Clipping costs more.
     """
     if sequence_ratios_T is not None:
         return sequence_ratios_T * (log_probs_T - log_probs_T.detach()).exp()
@@ -51,8 +52,7 @@ def cispo(rho_T: Tensor, log_probs_T: Tensor, advantages_T: Tensor, objective: O
     return -rho_T.detach().clamp(max=bound) * advantages_T * log_probs_T, rho_T.detach() > bound
 
 
-POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]] = {
-    "clip": clip,
-    "cispo": cispo,
-}
-"""The policy losses by the names of `objective.policy_loss`: (rho, log pi, A, settings) -> (loss, where it was clipped)."""
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]
+"""(rho, log pi, A, settings) -> (loss, where it was clipped); all [T]."""
+POLICY_LOSSES: dict[str, PolicyLoss] = {"clip": clip, "cispo": cispo}
+"""The policy losses by the names of `objective.policy_loss`."""

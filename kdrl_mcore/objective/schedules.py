@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_mcore.config import OptimizerConfig, ScheduleConfig
 from kdrl_mcore.config.derived import SWITCHES
+from kdrl_mcore.objective.functions import find_function
+
+OWN: dict[str, Callable[[int, ScheduleConfig], float]] = {}
+"""What a function of your own, MODULE:NAME, is: (optimizer step, settings) -> coefficient."""
 
 
 @dataclass
 class Record:
-    """The highest of the values seen, and how many since then were not higher."""
+    """The highest value so far, and the number of values since then that were not higher."""
 
     highest: float | None = None
     waited: int = 0
 
     def observe(self, value: float) -> bool:
-        """Take note of a value; returns whether it is higher than all before."""
+        """Record a value; returns whether it is higher than all earlier ones."""
         is_higher = self.highest is None or value > self.highest
         self.highest, self.waited = (value, 0) if is_higher else (self.highest, self.waited + 1)
         return is_higher
@@ -29,9 +34,11 @@ class Coefficient:
 
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
-    below: init until the measured KL per token is at most `target`, then `after`. plateau: init until `patience` evaluations
-        in a row have brought no higher accuracy, then `after`. Neither switches back.
+    below: init until the measured KL per token is at most `target`, or (1 - `drop`) of the first one, then `after`. With `ramp`
+        it rises to init in so many steps, and then switches at the latest. plateau: init until `patience` evaluations in a row
+        have brought no higher accuracy, then `after`. Neither switches back.
     From the step s on in which one of these three has switched, it is max(after - delta (t - s), min) if `delta` is set.
+    MODULE:NAME: what this function of the step and the settings returns.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
 
@@ -42,6 +49,7 @@ class Coefficient:
         self._adapted = schedule.init
         self._switched_at: int | None = None
         """The step from which `below` or `plateau` have switched."""
+        self._first_kl: float | None = None
         self._accuracy = Record()
 
     @property
@@ -55,15 +63,17 @@ class Coefficient:
         if s.kind in SWITCHES:
             since = s.steps if s.kind == "switch" else self._switched_at
             if since is None or t < since:
-                return s.init
+                return s.init * min((t + 1) / s.ramp, 1.0) if s.ramp else s.init
             return max(s.after - s.delta * (t - since), s.min) if s.delta else s.after
-        return self._adapted if s.kind == "adaptive" else s.init
+        if s.kind == "adaptive":
+            return self._adapted
+        return s.init if s.kind == "constant" else find_function("the kind of a schedule", s.kind, OWN)(t, s)
 
     def advance(self, kl_per_token: float | None) -> None:
         """Advance by one optimizer step. `kl_per_token` is the KL to the teacher that the step measured, if any."""
         self._step += 1
         s = self._schedule
-        if s.kind == "below" and kl_per_token is not None and kl_per_token <= s.target:
+        if s.kind == "below" and self._is_low(kl_per_token):
             self._switch()
         if s.kind == "adaptive" and kl_per_token is not None:
             # The exponent is bounded so that one wild measurement cannot overflow.
@@ -71,10 +81,18 @@ class Coefficient:
             self._adapted = min(max(self._adapted * math.exp(exponent), s.min), s.max)
 
     def observe(self, accuracy: float) -> None:
-        """Take note of an evaluation."""
+        """Record the accuracy of an evaluation."""
         self._accuracy.observe(accuracy)
         if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
             self._switch()
+
+    def _is_low(self, kl_per_token: float | None) -> bool:
+        """Whether `below` switches after this step."""
+        s = self._schedule
+        if self._first_kl is None:
+            self._first_kl = kl_per_token
+        highest = (1 - s.drop) * self._first_kl if s.drop and self._first_kl is not None else s.target
+        return (kl_per_token is not None and kl_per_token <= highest) or 0 < s.ramp <= self._step
 
     def _switch(self) -> None:
         if self._switched_at is None:
@@ -86,25 +104,27 @@ class Coefficient:
             "step": self._step,
             "adapted": self._adapted,
             "switched_at": self._switched_at,
+            "first_kl": self._first_kl,
             "accuracy": asdict(self._accuracy),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False, measures_anew: bool = False) -> None:
         """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
         that follows measurements starts again at `init`. With `measures_anew`, for when evaluations have, the accuracies so far
-        are forgotten. A checkpoint may be from before a schedule had `switched_at`."""
+        are forgotten. A checkpoint may be from before a schedule had `switched_at` or `first_kl`."""
         self._step = int(state["step"])
         if restart:
             return
         self._adapted, self._switched_at = float(state["adapted"]), state.get("switched_at")
+        self._first_kl = state.get("first_kl")
         if not measures_anew:
             self._accuracy = Record(**state.get("accuracy", {}))
 
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant, or a linear or cosine decay
-    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, still
-    learns where `min_lr` is 0."""
+    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, has
+    a positive rate even if `min_lr` is 0."""
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":

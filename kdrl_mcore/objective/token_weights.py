@@ -1,7 +1,7 @@
 """Which tokens of a response are taught, and how much: a weight of each token's distillation.
 
-A share is one of a response's tokens, so that a weight depends on its response alone (and `pass_rate` on its group): every
-layout gives the same. T tokens of a response, N responses.
+A share is one of a response's tokens, or of the whole update's, over every rank and micro-batch: every layout gives the same.
+T tokens of a response, N responses.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from kdrl_mcore.types import TokenFloats
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """What a rule knows of a response.
+    """The inputs of a rule for one response.
 
     Attributes:
         tokens: T.
         pass_rate: the share of correct responses in its group.
         log_ratio, entropy: d = log T - log pi and the student's entropy [T]; None unless the rule is one of
             `config.derived.WEIGHTS_OF_SCORES`.
-        teacher_entropy: the teacher's [T]; None unless the rule asks for it.
+        teacher_entropy: the teacher's entropy [T]; None unless the rule needs it.
     """
 
     tokens: int
@@ -67,23 +67,27 @@ def prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats
 
 
 def rising(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
-    """((t + 1) / T)^rate: later tokens count more, as their states are the student's own. After arXiv 2605.21605."""
-    return (((np.arange(response.tokens) + 1) / max(response.tokens, 1)) ** settings.rate).astype(np.float32)
+    """low + (1 - low) sigmoid((x - middle) / width), x = (t + 1/2) / T the position: early tokens decide between ways that may
+    all be right, later ones carry one out. PW-OPSD, arXiv 2605.21606."""
+    position = (np.arange(response.tokens) + 0.5) / max(response.tokens, 1)
+    risen = 0.5 * (1 + np.tanh((position - settings.middle) / (2 * settings.width)))  # the sigmoid, without overflow
+    return (settings.low + (1 - settings.low) * risen).astype(np.float32)
 
 
 def pass_rate(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
-    """p^solved (1 - p)^unsolved, p the group's share of correct responses: most where it succeeds now and then. PACED,
+    """p^solved (1 - p)^unsolved, p the group's share of correct responses: largest if it is sometimes solved. PACED,
     arXiv 2603.11178."""
     p = response.pass_rate
     return np.full(response.tokens, p**settings.solved * (1 - p) ** settings.unsolved, np.float32)
 
 
 def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
-    """exp(-rate * mean |d| of the tokens before): the teacher is trusted while the prefix is one of its own. Our reconstruction
-    of IW-OPD, arXiv 2606.22600, which accumulates the discrepancy of the prefix."""
+    """1 + rate (1 - s), s the share of the response's sum of |d| that lies in the tokens before: the teacher is trusted while
+    the prefix is one that it might have written. IW-OPD, arXiv 2606.22600."""
     assert response.log_ratio is not None
-    before = np.concatenate([[0.0], np.cumsum(np.abs(response.log_ratio.astype(np.float64)))[:-1]])[: response.tokens]
-    return np.exp(-settings.rate * before / np.maximum(np.arange(response.tokens), 1)).astype(np.float32)
+    size = np.abs(response.log_ratio.astype(np.float64))
+    before = np.cumsum(size) - size
+    return (1 + settings.rate * (1 - before / max(size.sum(), 1e-8))).astype(np.float32)
 
 
 def teacher_entropy(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
@@ -93,7 +97,9 @@ def teacher_entropy(response: ResponseScores, settings: TokenWeightConfig) -> To
     return np.exp(-settings.rate * response.teacher_entropy.astype(np.float64)).astype(np.float32)
 
 
-RULES: dict[str, Callable[[ResponseScores, TokenWeightConfig], TokenFloats]] = {
+Rule = Callable[[ResponseScores, TokenWeightConfig], TokenFloats]
+Weights = list[TokenFloats | None]
+RULES: dict[str, Rule] = {
     rule.__name__: rule for rule in (constant, entropy, magnitude, prefix, rising, pass_rate, trusted_prefix, teacher_entropy)
 }
 """The rules by the names of `objective.kd.token_weight.kind`."""
@@ -101,7 +107,7 @@ RULES: dict[str, Callable[[ResponseScores, TokenWeightConfig], TokenFloats]] = {
 
 def token_weights(
     responses: Sequence[ResponseScores | None], settings: TokenWeightConfig, ends_masked: Sequence[bool]
-) -> list[TokenFloats | None]:
+) -> Weights:
     """The weight of each token of each response [T]; None for responses that are not distilled.
 
     Args:
@@ -109,7 +115,10 @@ def token_weights(
         ends_masked: whether the weight of a response's last token, its stop token, is 0.
     """
     rule = find_function("objective.kd.token_weight.kind", settings.kind, RULES)
-    weights = [None if response is None else rule(response, settings) for response in responses]
+    if settings.over == "batch":
+        weights = _weights_of_batch(rule, responses, settings)
+    else:
+        weights = [None if response is None else rule(response, settings) for response in responses]
     for weight, masked in zip(weights, ends_masked, strict=True):
         if weight is not None and masked and len(weight):
             weight[-1] = 0.0
@@ -121,9 +130,21 @@ def token_weights(
     return weights
 
 
+def _weights_of_batch(rule: Rule, responses: Sequence[ResponseScores | None], settings: TokenWeightConfig) -> Weights:
+    """What the rule makes of the tokens of all responses, as if they were those of one."""
+    taught = [response for response in responses if response is not None]
+    if not taught:
+        return [None for _ in responses]
+    log_ratios, entropies = ([getattr(each, name) for each in taught] for name in ("log_ratio", "entropy"))
+    lengths = [response.tokens for response in taught]
+    joined = rule(ResponseScores(sum(lengths), 0.0, np.concatenate(log_ratios), np.concatenate(entropies)), settings)
+    parts = iter(np.split(joined, np.cumsum(lengths)[:-1]))
+    return [None if response is None else next(parts) for response in responses]
+
+
 def scored_tokens(settings: TokenWeightConfig, lengths_N: Tensor, distil_N: Tensor) -> Tensor:
-    """How many tokens of each response, the first ones, the teacher must score [N]: what the rule leaves out at a response's
-    end costs the teacher nothing. 0 for responses that are not distilled.
+    """How many tokens of each response, from its start, the teacher must score [N]: tokens that the rule leaves out at the end
+    of a response cost the teacher nothing. 0 for responses that are not distilled.
 
     Args:
         lengths_N: response tokens.
@@ -136,7 +157,7 @@ def scored_tokens(settings: TokenWeightConfig, lengths_N: Tensor, distil_N: Tens
 
 
 def _taught_prefix(settings: TokenWeightConfig, tokens: int) -> int:
-    """The number of tokens that `prefix` teaches, at most `tokens` of which exist."""
+    """The number of tokens that `prefix` teaches in a response of `tokens` tokens."""
     return settings.tokens or _count(settings.share, tokens)
 
 

@@ -33,7 +33,8 @@ def group_of(ranks: Sequence[int], timeout: Any = None) -> dist.ProcessGroup | N
         return dist.group.WORLD
     if key not in _made:
         mine, alone = dist.get_rank() in key, len(key) == 1
-        # A rank makes its group of one alone, under a name that does not depend on how many groups the others have made.
+        # A rank makes the group that contains only itself without the others. Its name does not depend on how many groups the
+        # others have made.
         made = dist.new_group(key, timeout=timeout, use_local_synchronization=alone) if mine or not alone else None
         _made[key] = made if mine else None
     return _made[key]

@@ -146,7 +146,7 @@ def create_student_groups(layout: Layout) -> ModelGroups:
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
-            create_gloo_process_groups=False,  # they would serve to gather the optimizer's state, which nothing does here
+            create_gloo_process_groups=False,  # only gathering the optimizer's state would need them
         )
     # Nothing draws random numbers (no dropout), but sequence parallelism and recomputation need the generators to exist.
     model_parallel_cuda_manual_seed(0)

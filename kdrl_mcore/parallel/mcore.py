@@ -74,6 +74,26 @@ def feed_forward_submodules(layer: Any, has_experts: bool) -> Any:
     return _submodules(submodules.experts) if has_experts else submodules
 
 
+def separate_norms(layer: Any, has_experts: bool) -> None:
+    """Replace the layers of Transformer Engine's spec that are a norm and a linear layer in one by one of each."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.submodules.input_layernorm = TENorm
+    layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if not has_experts:  # before which the norm is separate anyway
+        layer.submodules.pre_mlp_layernorm = TENorm
+        feed_forward_submodules(layer, has_experts).linear_fc1 = TEColumnParallelLinear
+
+
+def drop_norms_before(layer: Any, *, use_transformer_engine: bool) -> None:
+    """Take the norms before attention and MLP out of a dense layer's spec."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    if use_transformer_engine:
+        separate_norms(layer, has_experts=False)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+
+
 def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # 0.19, 0.16
 
@@ -90,11 +110,11 @@ def _recompute_without_fp8() -> None:
 
 @contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Let Transformer Engine's layers, where they can be used, keep hold of their weights during a forward pass: autograd's
-    hooks for saved tensors give a weight back without its `main_grad` and the marks that DDP relies on.
+    """Inside this context Transformer Engine's layers, if they can be used, keep references to their weights during a forward
+    pass: autograd's hooks for saved tensors return a weight without its `main_grad` and the attributes that DDP relies on.
 
-    The layers ask Transformer Engine whether its own off-load is on. Megatron-Core sets the same mark for its off-load, but
-    from 2.10 on Transformer Engine heeds it only if it has also been told to use its first form.
+    The layers keep them if Transformer Engine's own off-load is on. Megatron-Core sets the same flag for its off-load, but from
+    2.10 on Transformer Engine respects it only if its first version of off-load is selected, too.
     """
     if why_no_transformer_engine() is not None:
         yield
@@ -159,6 +179,17 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=dimension, stride=1)
 
 
+def leave_out_collectives(linear: Any) -> None:
+    """Have a column- or row-parallel linear layer only multiply, as the layers of experts do: its caller gathers or copies the
+    input, and reduces the output. Megatron-Core's layers have a mark for that, Transformer Engine's a mode."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+        linear.explicit_expert_comm = True
+    else:
+        linear.parallel_mode, linear.sequence_parallel = None, False
+
+
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """Make Transformer Engine's linear layers add each weight's gradient to its `main_grad` (from DDP) within the matrix
     product, rather than pass it to autograd in the weight's dtype.
@@ -199,6 +230,15 @@ def clip_gradients(optimizer: Any, max_norm: float, total_norm: float) -> None:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=total_norm)
+
+
+def copy_to_model(optimizer: Any) -> None:
+    """Copy the float32 weights that the optimizer updates to the model's, where these are others. A distributed optimizer
+    copies only its share; a gather must follow."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        copy = getattr(part, "_copy_main_params_to_model_params", None)
+        if copy is not None and not getattr(part, "is_stub_optimizer", False):
+            copy()
 
 
 def finish_param_gather(chunk: Any) -> None:

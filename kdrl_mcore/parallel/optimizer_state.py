@@ -13,12 +13,12 @@ An optimizer that is not distributed uses a few different names, and so does a c
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ OPTIMIZER, OPTIMIZER_TENSORS = "optimizer", "optimizer_tensors"
 """Keys of a student's sharded state: the whole optimizer, for saving, and its tensors only, for loading."""
 
 _NAME = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<weight>.+)")
+
+EARLIER = "earlier"
+"""Key of the weights that the student keeps beside its present ones, where it does, in what is saved."""
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size along each dimension."""
@@ -54,6 +57,61 @@ def blocks_of_range(shape: tuple[int, ...], start: int, end: int) -> list[Block]
         *(((first - 1, *offset), (1, *size)) for offset, size in head),
         *whole,
         *(((last, *offset), (1, *size)) for offset, size in tail),
+    ]
+
+
+class HeldWeight(NamedTuple):
+    """A weight that this rank's optimizer updates.
+
+    Attributes:
+        parameter: the model's.
+        weight: its elements [start, end) in float32, which the optimizer updates.
+        is_share: other replicas hold other elements.
+    """
+
+    parameter: Tensor
+    weight: Tensor
+    start: int
+    end: int
+    is_share: bool
+
+
+def held_weights(optimizer: Any) -> Iterator[HeldWeight]:
+    """Every weight that this rank's optimizer updates, in the same order at each call."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        if isinstance(part, DistributedOptimizer):
+            for parameter, place in _ranges(part):
+                yield HeldWeight(parameter, _main(part, parameter), place.start, place.end, True)
+            continue
+        of_copy = {
+            copy: parameter
+            for parameters, copies in zip(
+                getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
+            )
+            for parameter, copy in zip(parameters, copies, strict=True)
+        }
+        for group in part.param_groups:
+            for weight in group["params"]:
+                yield HeldWeight(of_copy.get(weight, weight), weight, 0, weight.numel(), False)
+
+
+def sharded_blocks(model: Mapping[str, Any], values: Iterable[tuple[HeldWeight, Tensor]], state: str) -> list[Any]:
+    """Further values of a rank's weights as sharded tensors of the optimizer's state, which are views of them.
+
+    Args:
+        model: the sharded tensors of the model.
+        values: each weight with one number per element of it.
+        state: the name of these values.
+    """
+    described = _described(model)
+    return [
+        block
+        for held, each in values
+        for block in _blocks(described[held.parameter], f"optimizer.state.{state}", each, *held[2:])
     ]
 
 
@@ -134,16 +192,12 @@ def _share(
 ) -> dict[int, Any]:
     """The blocks of this rank's flat ranges as Megatron-Core's sharded tensors, which are views of the state, both for saving
     and for loading."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT
-    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-    described = {sharded.data: sharded for sharded in nested_values(extract_sharded_tensors_and_factories(model)[0])}
+    described = _described(model)
     share: dict[int, Any] = {}
-    ranges = [ranges for buffer in part.gbuf_ranges for buckets in buffer.values() for ranges in buckets]
-    for parameter, places in (item for each in ranges for item in each["param_map"].items()):
+    for parameter, held in _ranges(part):
         assert parameter in described, KEEP_VARS_HINT
-        held = places["param"]
         state = part._get_main_param_and_optimizer_states(parameter)
         share[len(share)] = {
             name: list(_blocks(described[parameter], f"optimizer.state.{name}", values, held.start, held.end))
@@ -153,16 +207,42 @@ def _share(
     return share
 
 
-def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int) -> Iterator[Any]:
-    """The elements [start, end) of a parameter, whose state is `values` [end - start], as sharded tensors."""
+def _described(model: Mapping[str, Any]) -> dict[Tensor, Any]:
+    """The sharded tensor of each parameter."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    return {sharded.data: sharded for sharded in nested_values(extract_sharded_tensors_and_factories(model)[0])}
+
+
+def _ranges(part: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Each parameter of a distributed optimizer that has elements on this rank, and their range."""
+    for buffer in part.gbuf_ranges:
+        for ranges in (ranges for buckets in buffer.values() for ranges in buckets):
+            for parameter, places in ranges["param_map"].items():
+                yield parameter, places["param"]
+
+
+def _main(part: Any, parameter: Tensor) -> Tensor:
+    """This rank's float32 elements of a parameter, which a distributed optimizer updates."""
+    group, place = part.model_param_group_index_map[parameter]
+    return part.optimizer.param_groups[group]["params"][place]
+
+
+def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int, is_share: bool = True) -> Iterator[Any]:
+    """The elements [start, end) of a parameter, whose state is `values` [end - start], as sharded tensors.
+
+    Args:
+        is_share: the data-parallel ranks have different elements.
+    """
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    values = values.detach()
-    for piece, place in _pieces(sharded, f"{prefix}.{sharded.key}"):
-        first, last = max(start, place), min(end, place + prod(piece.local_shape))
+    values = values.detach().view(-1)
+    for piece, begin in _saved_as(sharded, f"{prefix}.{sharded.key}"):
+        first, last = max(start, begin), min(end, begin + prod(piece.local_shape))
         done = first - start
         outer = (1,) * piece.prepend_axis_num
-        for offset, size in blocks_of_range(tuple(piece.local_shape), first - place, last - place):
+        for offset, size in blocks_of_range(tuple(piece.local_shape), first - begin, last - begin):
             data = values[done : done + prod(size)].view(*outer, *size)
             done += prod(size)
             yield ShardedTensor(
@@ -173,12 +253,12 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int) -> 
                 global_shape=piece.global_shape,
                 global_offset=tuple(map(sum, zip(piece.global_offset, (*(0 for _ in outer), *offset), strict=True))),
                 axis_fragmentations=None,  # blocks differ in size
-                replica_id=(*sharded.replica_id[:2], 0),  # the last is the data-parallel rank; each has different blocks
+                replica_id=(*sharded.replica_id[:2], 0 if is_share else sharded.replica_id[2]),  # the data-parallel rank
                 allow_shape_mismatch=piece.allow_shape_mismatch,
             )
 
 
-def _pieces(sharded: Any, key: str) -> list[tuple[Any, int]]:
+def _saved_as(sharded: Any, key: str) -> list[tuple[Any, int]]:
     """The sharded tensors that a parameter is saved as, and where each begins in the parameter's memory."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

@@ -202,8 +202,8 @@ class _NoStream:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Megatron-Core wraps its fused functions, which only CUDA calls (model/gpt.py), in `torch.compile` when it is imported. To
-    wrap them imports torch's compiler, which takes longer than Megatron-Core itself."""
+    """Import Megatron-Core with `torch.compile` disabled. It compiles its fused functions, which are used only on CUDA
+    (model/gpt.py), on import, and importing torch's compiler takes longer than importing Megatron-Core itself."""
     compile_, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         import megatron.core  # noqa: F401

@@ -1,4 +1,4 @@
-"""Bytes of live tensors, counted from outside: in a fake world they are the plan, in a real one the measurement."""
+"""Bytes of live tensors, counted as they are allocated: in a fake world they are the plan, in a real one a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LiveBytes(TorchDispatchMode):
     """Tracks the storages that operations inside `with LiveBytes() as live:` allocate, until each is freed.
 
     Memory that an operation allocates and frees internally (a kernel's scratch space) is not counted. Storages that are resized
-    (Megatron-Core empties the outputs of norms that it recomputes) count as they then are.
+    (Megatron-Core empties the outputs of norms that it recomputes) count with their new size.
 
     Attributes:
         now: bytes that were allocated inside the context and are alive.

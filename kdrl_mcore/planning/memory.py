@@ -30,9 +30,9 @@ ENGINE_WORK = 1.5 * GIB
 LEAST_SHARE = 0.05
 """The smallest share of a GPU that is planned for an engine; if less is left, the plan does not fit."""
 LAYERS_MOVING = 2
-"""Layers whose off-loaded activations are on the GPU at once: one that computes, and one of which they are on their way."""
+"""The number of layers whose off-loaded activations are on the GPU at once: one computes, and one is being copied."""
 ATTENTION = ("qkv_linear", "core_attn", "attn_proj")
-"""The parts of a layer that are off-loaded where the plan chooses: attention keeps few bytes for the time that it computes."""
+"""The parts of a layer that the planner off-loads by its own choice: attention saves few bytes for the time that it takes."""
 GLOO_COPY = "gloo's copy"
 """The kind of memory that gloo's reduce-scatter allocates internally, which is no tensor of ours."""
 PHASES = ("rollout", "teacher", "head", "backward", "update")

@@ -56,7 +56,7 @@ def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Cand
                 _keep_faster(found, plan)
             else:
                 too_large.append((plan, variant))
-    # To keep fewer activations takes no less time: only layouts that could be among the best are planned again.
+    # Keeping fewer activations never takes less time, so only layouts that could be among the best are planned again.
     too_large = [(plan, variant) for plan, variant in too_large if _may_be_among(found, plan, best)]
     smaller = [list(_with_less_memory(variant)) for _, variant in too_large]
     try_shards([request for variants in smaller for variant in variants for request in _requests(variant)])

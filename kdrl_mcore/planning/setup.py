@@ -114,14 +114,14 @@ class Setup:
 
     @property
     def samplings(self) -> int:
-        """How often a step samples `prompts_per_step` prompts, where groups without signal are replaced: what it takes if every
-        response is correct with the workload's probability, on its own. Problems differ, so it is a lower bound."""
+        """How many times a step samples `prompts_per_step` prompts, if groups without signal are replaced. It assumes that
+        every response is correct independently, with the workload's probability. Problems differ, so this is a lower bound."""
         needed = math.ceil(1 / max(self._with_signal, 1e-6) - 1e-9)
         return min(needed, 1 + self.config.rollout.group_filter.rounds)
 
     @property
     def _with_signal(self) -> float:
-        """The share of the groups with correct and incorrect responses, likewise."""
+        """The share of the groups with correct and incorrect responses, under the same assumption."""
         size, correct = self.config.rollout.responses_per_prompt, self.workload.correct
         return 1 - correct**size - (1 - correct) ** size
 
@@ -129,13 +129,13 @@ class Setup:
     def distilled(self) -> float:
         """The share of the sampled responses that the teacher scores; with the group mask an upper bound."""
         objective = self.config.objective
-        masked = objective.kd.mask != "none" or objective.combine.kind in TEACH_INCORRECT
+        masked = objective.kd.mask in ("response", "group") or objective.combine.kind in TEACH_INCORRECT
         kept = 1 - self.workload.correct if masked else 1.0
         return min(kept, self._with_signal) if teaches_by_advantage(objective) else kept
 
     @cached_property
     def trained(self) -> Workload:
-        """The sampled responses of a step and those given beside them, which are taken to be as long."""
+        """The sampled responses of a step and its given ones, which are assumed to be equally long."""
         sampled = self.workload.responses
         return replace(self.workload, responses=sampled + num_given(self.config, sampled))
 
@@ -156,8 +156,8 @@ class Setup:
 
     @cached_property
     def teacher_packing(self) -> Packing:
-        """The packing of the teacher's pass over the responses that the mask keeps, and the given ones, as far as their token
-        weights reach."""
+        """The packing of the teacher's pass over the given responses and those that the mask keeps, up to the last token with a
+        weight."""
         assert self.teacher is not None
         lengths_N = torch.from_numpy(self.trained.lengths_N)
         scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, torch.ones_like(lengths_N, dtype=torch.bool))
@@ -202,7 +202,7 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
     "engine".
 
     Raises:
-        ConfigError: a model is not found, or what is to be recomputed or off-loaded does not exist in the student.
+        ConfigError: a model is not found, or the student does not have a part that is to be recomputed or off-loaded.
     """
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
     Activations.of(parallel).check(read_architecture(student), transformer_engine=asks_for_transformer_engine(config.model))

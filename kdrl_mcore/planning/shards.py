@@ -54,9 +54,9 @@ class Stage:
     Attributes:
         layers: the number of transformer layers.
         parameters: parameters of all kinds.
-        experts: those of them in experts, which are replicated over fewer ranks.
-        layer_matrices: the weights in one layer that a token is multiplied with: all matrices, but only the experts to which it
-            is routed.
+        experts: the parameters among them that belong to experts, which are replicated over fewer ranks.
+        layer_matrices: the weights in one layer by which a token is multiplied: all matrices, but only those experts to which
+            it is routed.
         embedding, head: the input embedding and the output head; a tied one counts where it is used.
     """
 
@@ -73,11 +73,11 @@ class LayerMemory:
     """The bytes of one layer per token on this rank, traced through the real layer. All include the layer's input.
 
     Attributes:
-        input: the input alone, which is all that a recomputed layer keeps.
-        saved: what is kept for the backward pass on the device.
+        input: only the input, all that a recomputed layer keeps.
+        saved: the bytes kept for the backward pass on the device.
         forward: the peak of live bytes during a forward pass that keeps nothing.
-        backward: the peak of live bytes during the forward and backward pass, less what is off-loaded.
-        host: what is off-loaded.
+        backward: the peak of live bytes during the forward and backward pass, without off-loaded bytes.
+        host: the off-loaded bytes.
     """
 
     input: float

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kdrl_mcore.planning.measures import measures
 from kdrl_mcore.planning.memory import PHASES, engine_share
 from kdrl_mcore.planning.plan import Plan
+from kdrl_mcore.planning.savings import savings
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
@@ -55,6 +55,6 @@ def to_json(plan: Plan) -> bytes:
     """The summary and the saving of each measure, as the content of a JSON file."""
     saved = [
         {"name": each.name, "key": each.key, "on": each.on, "seconds": each.seconds, "bytes": each.bytes}
-        for each in measures(plan)
+        for each in savings(plan)
     ]
     return (json.dumps({**summarise(plan), "measures": saved}, indent=1) + "\n").encode()

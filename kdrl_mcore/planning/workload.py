@@ -1,4 +1,4 @@
-"""The work of a step as far as the configuration does not determine it: the lengths and the correctness of responses."""
+"""The work of a step that the configuration does not determine: the lengths and the correctness of responses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Workload:
         return float(((totals**2).sum() - spared) / self.rows(sharing) / 2)
 
     def _spared(self, sharing: int) -> int:
-        """The number of prompts that need no rows of their own."""
+        """The number of prompts that share the rows of another one."""
         return self.responses - -(-self.responses // sharing)
 
     def share(self, parts: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  
 TRACED_TOKENS = 1024
 """The tokens of the traced micro-batch on one rank: so many that memory which does not grow with them is negligible."""
 FEW = 32
-"""Saved tensors with fewer elements per token are taken for too small to be off-loaded."""
+"""Saved tensors with fewer elements per token count as too small to be off-loaded."""
 
 
 def fake_process_groups() -> None:
@@ -92,7 +92,7 @@ def build_shard(request: ShardRequest) -> Shard:
 
 
 def _layer_memory(architecture: Architecture, request: ShardRequest) -> LayerMemory:
-    """What one layer keeps. What is off-loaded lies in other parts of it than what is recomputed."""
+    """The memory of one layer. Off-loaded activations belong to other parts of the layer than recomputed ones."""
     traced = TracedLayer(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel)
     memory = _trace(traced, _as_dense(request.recomputed))
     if "moe_act" in request.recomputed:  # what the activation function returns is not kept
@@ -159,8 +159,8 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
 
 
 def _active_expert_elements(architecture: Architecture, layout: Layout) -> int:
-    """The expert weights that a token is multiplied with in one layer, as one rank's share: tensor-parallel ranks, which split
-    the other matrices, process different tokens in the experts."""
+    """One rank's share of the expert weights by which a token is multiplied in one layer: tensor-parallel ranks split the other
+    matrices, but process different tokens in the experts."""
     assert architecture.experts is not None
     of_one = 3 * architecture.hidden_size * architecture.experts.ffn_hidden_size
     return architecture.experts.per_token * of_one // layout.tensor
@@ -182,8 +182,8 @@ class TracedLayer:
 
     @contextlib.contextmanager
     def build(self, recomputed: tuple[str, ...] = ()) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """The layer on tensors without memory, and a function that runs it forward, keeping what the backward pass needs or
-        nothing: `run(keep)` gives the live bytes, the output and the bytes of the input."""
+        """The layer on tensors without memory, and a function that runs it forward, keeping either what the backward pass needs
+        or nothing: `run(keep)` returns the live bytes, the output and the bytes of the input."""
         architecture, mixture = self.architecture, self.architecture.experts
         if mixture is not None:
             width = mixture.per_token * mixture.ffn_hidden_size
@@ -209,7 +209,7 @@ class TracedLayer:
             )
             packed = chunk.pack_batch(batch)
             shape = (TRACED_TOKENS // layout.replica_alignment, 1, architecture.hidden_size)
-            known = (*chunk.parameters(), packed.cos_SD, packed.sin_SD)
+            known = (*chunk.parameters(), *(factor for pair in packed.rotary for factor in pair))
 
             def run(*, keep: bool) -> tuple[LiveBytes, Tensor, int]:
                 with LiveBytes(known) as live, torch.set_grad_enabled(keep):
@@ -239,8 +239,8 @@ def _trace(traced: TracedLayer, recomputed: tuple[str, ...]) -> LayerMemory:
 
 @cache
 def _trace_off_load(traced: TracedLayer, offloaded: tuple[str, ...]) -> tuple[float, float]:
-    """Of what the layer saves, the bytes per token that leave the device, and those that the host then holds. A view that is
-    off-loaded frees the memory around it, too, if nothing else needs that."""
+    """The bytes per token of the layer's saved activations that leave the device, and those that the host then holds.
+    Off-loading a view also frees the rest of its storage, if nothing else needs it."""
     with traced.build() as (layer, run):
         run(keep=False)  # Megatron-Core's buffer for gathered activations stays
         kept = []
@@ -254,8 +254,8 @@ def _trace_off_load(traced: TracedLayer, offloaded: tuple[str, ...]) -> tuple[fl
 
 @contextlib.contextmanager
 def _dropping(layer: nn.Module, names: tuple[str, ...]) -> Iterator[list[int]]:
-    """Keep nothing of what these parts of the layer save, so that no backward pass can follow; yields the bytes of each memory
-    that is saved. The conditions are those of `model/offload.py`, with `FEW` in place of the smallest number of elements."""
+    """Drop everything that these parts of the layer save, so that no backward pass can follow; yields the bytes of each saved
+    storage. The conditions are those of `model/offload.py`, with `FEW` in place of the smallest number of elements."""
     weights = {parameter.untyped_storage() for parameter in layer.parameters()}
     seen: weakref.WeakKeyDictionary[torch.UntypedStorage, set[object]] = weakref.WeakKeyDictionary()
     dropped: list[int] = []
@@ -272,7 +272,7 @@ def _dropping(layer: nn.Module, names: tuple[str, ...]) -> Iterator[list[int]]:
         return None
 
     def restore(_: object) -> Tensor:
-        raise AssertionError("what is dropped cannot be used")
+        raise AssertionError("a dropped tensor cannot be used")
 
     for module in offloaded_modules(layer, names):
         hooks = saved_tensors_hooks(save, restore)

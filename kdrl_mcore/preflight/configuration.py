@@ -50,7 +50,7 @@ def check_models(config: Config) -> str:
     """Models and tokenizers are complete on every node, and student and teacher share their tokens."""
     models, described = used_models(config), []
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()))
+        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:
@@ -64,7 +64,7 @@ def check_models(config: Config) -> str:
 
 
 def check_layout(config: Config) -> str:
-    """Both layouts fit the number of ranks and the models, and the student has what is to be recomputed or off-loaded."""
+    """Both layouts fit the number of ranks and the models, and the student has the parts to recompute or off-load."""
     # Megatron-Core reads torch.cuda when it is imported, so it is imported only here, after the platform is set up.
     from kdrl_mcore.model.gpt import check_layout as check_fit
     from kdrl_mcore.model.gpt import uses_transformer_engine
@@ -101,13 +101,13 @@ def check_engines(config: Config) -> str:
 
 
 def check_data(config: Config) -> str:
-    """Files of prompts and rollouts exist on every node (any other name is taken for a hub id). All prompts to train or
+    """Files of prompts and rollouts exist on every node (any other name counts as a hub id). All prompts to train or
     evaluate on are read as in training, once on each node, and their verifiers accept each of the reference answers."""
     sources = [str(source.path) for source, _ in training_sources(config)] if config.data.train or config.data.sources else []
     named = [path for path in (*sources, config.data.eval, config.rollout.path, config.rollout.given.path) if path]
     for path in named:
         if is_file(path) and not Path(path).is_file():
-            raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node sees")
+            raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node can read")
     if not named:
         raise ConfigError("neither data.train nor rollout.path is set: name the prompts, or a rollout file")
     if os.environ.get("LOCAL_RANK", "0") != "0":

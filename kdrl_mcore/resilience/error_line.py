@@ -1,7 +1,7 @@
-"""The one line that tells a user what is wrong: printed once, by the first rank that fails, as the last output of the run.
+"""The one line that says what is wrong: printed once, by the first rank that fails, as the last output of the run.
 
 torchrun writes a report of some 40 lines when a rank has failed, after all ranks have ended. A process that outlives them
-therefore prints the line while torchrun ends: torchrun's store then closes its connections, a while before torchrun is gone and
+therefore prints the line while torchrun ends: torchrun's store then closes its connections, shortly before torchrun exits and
 the shell continues. The report itself also shows the line, from the file that torchrun names for it.
 """
 

@@ -25,7 +25,7 @@ UPDATE = "update"
 
 
 class InjectedFault(RuntimeError):
-    """Stands for an unforeseen error."""
+    """Simulates an unforeseen error."""
 
 
 class FaultInjector:

@@ -63,7 +63,7 @@ def ranks_of_groups() -> dict[str, list[int]]:
 def _warn_unreadable() -> None:
     logger.warning(
         "NCCL's flight recorder cannot be read (TORCH_FR_BUFFER_SIZE is 0, or torch's format is new): hanging and slow ranks "
-        "can be found only by their Python frames, which on CUDA show every rank at work"
+        "can be found only by their Python frames, in which on CUDA every rank appears to be working"
     )
 
 

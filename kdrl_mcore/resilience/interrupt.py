@@ -1,5 +1,5 @@
 """Signals that ask the run to stop: SIGTERM (a preemption, `timeout`, torchrun), SIGUSR1 (a scheduler's warning before the time
-limit), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone).
+limit), SIGINT (Ctrl-C) and SIGHUP (the terminal was closed).
 
 A signal only sets a flag. The training loop checks it between two steps, where all ranks agree on it, save and end. Terminals
 and schedulers send these signals to every process, so the processes that a rank starts must survive them.
@@ -30,7 +30,7 @@ MOMENT_SECONDS = 1.0
 LISTENER_SECONDS = 5.0
 """How long to wait for the thread that listens; it may be writing to a terminal that does not answer."""
 REST_SECONDS = 0.05
-"""Thousands of times what a thread needs to let go of an object."""
+"""Thousands of times as long as a thread needs to release its objects."""
 _PR_SET_PDEATHSIG = 1
 _NO_MORE = 0  # no signal has this number
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.types import Rollout, TokenFloats
 
-FINISH_REASONS = ("stop", "length")
+FINISH_REASONS: tuple[str, ...] = ("stop", "length")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "prompt_id": (str, int),
     "group_id": int,
@@ -36,10 +36,11 @@ def write_rollouts(
 ) -> None:
     """Write a rollout file atomically: to a temporary file, then renamed.
 
-    Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` where the teacher gave
-    them, `domain` where training has several, `later_versions` where the weights changed on the way, and the keys of `extra`.
-    A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written as
-    such (`NaN`), as evidence; `read_rollouts` refuses them.
+    Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` if the teacher scored
+    the response, `domain` if training has several, `later_versions` if the weights changed during it,
+    `teacher_prompts` if teachers read other prompts, `continuations` if it was continued, and the keys of `extra`.
+    A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written
+    unchanged (`NaN`), for diagnosis; `read_rollouts` refuses them.
 
     Args:
         scores: further lists with one number per response token, by key, which make it a scored file.
@@ -136,14 +137,18 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
         row["domain"] = rollout.domain
     if rollout.later_versions:
         row["later_versions"] = [list(each) for each in rollout.later_versions]
+    if rollout.teacher_prompts:
+        row["teacher_prompts"] = {name: ids.tolist() for name, ids in rollout.teacher_prompts.items()}
+    if rollout.continuations:
+        row["continuations"] = rollout.continuations
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
     return row | {key: float(value) for key, value in rollout.extra.items()}
 
 
-def from_row(row: Any) -> Rollout:
-    """The rollout from the result of `to_row`."""
+def from_row(row: Any, finish_reasons: Sequence[str] = FINISH_REASONS) -> Rollout:
+    """The rollout from the result of `to_row`, with one of these finish reasons."""
     if not isinstance(row, dict):
         raise _BadRow("is not a JSON object: write one response per line")
     for key, kind in _TYPES.items():
@@ -155,8 +160,10 @@ def from_row(row: Any) -> Rollout:
     for key in _TEXTS:
         if not isinstance(row.get(key, ""), str):
             raise _BadRow(f"'{key}' is {_shorten(row[key])}, it must be text")
-    if row["finish_reason"] not in FINISH_REASONS:
-        raise _BadRow(f"'finish_reason' is {_shorten(row['finish_reason'])}, it must be one of {', '.join(FINISH_REASONS)}")
+    if row["finish_reason"] not in finish_reasons:
+        raise _BadRow(f"'finish_reason' is {_shorten(row['finish_reason'])}, it must be one of {', '.join(finish_reasons)}")
+    if type(row.get("continuations", 0)) is not int or row.get("continuations", 0) < 0:
+        raise _BadRow(f"'continuations' is {_shorten(row['continuations'])}, it must be an integer from 0")
     if not _is_number(row["reward"]) or not math.isfinite(row["reward"]):
         raise _BadRow(f"'reward' is {_shorten(row['reward'])}, it must be finite")
     response = _token_ids(row, "response_token_ids")
@@ -172,7 +179,13 @@ def from_row(row: Any) -> Rollout:
         correct=row["correct"],
         **{key: row.get(key, "") for key in _TEXTS},
         later_versions=_later_versions(row, len(response)),
-        extra={key: float(value) for key, value in row.items() if key not in _TYPES and _is_number(value)},
+        teacher_prompts=_teacher_prompts(row),
+        continuations=row.get("continuations", 0),
+        extra={
+            key: float(value)
+            for key, value in row.items()
+            if key not in _TYPES and key != "continuations" and _is_number(value)
+        },
     )
 
 
@@ -188,8 +201,16 @@ def _scores(row: dict[str, Any], num_tokens: int) -> dict[str, TokenFloats]:
     }
 
 
+def _teacher_prompts(row: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    """What teachers read instead of the prompt, by their names."""
+    prompts = row.get("teacher_prompts", {})
+    if not isinstance(prompts, dict) or not all(isinstance(ids, list) for ids in prompts.values()):
+        raise _BadRow(f"'teacher_prompts' is {_shorten(prompts)}, it must hold a list of token ids for each teacher")
+    return {name: _token_ids({f"teacher_prompts.{name}": ids}, f"teacher_prompts.{name}") for name, ids in prompts.items()}
+
+
 def _later_versions(row: dict[str, Any], num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """(version, tokens) of the weights that sampled the response's later tokens, if they changed on the way."""
+    """(version, tokens) of the weights that sampled the response's later tokens, if they changed during it."""
     value = row.get("later_versions", [])
     are_pairs = isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(type(each) is int for each in pair) and pair[1] > 0 for pair in value

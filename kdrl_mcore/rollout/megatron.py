@@ -3,8 +3,7 @@ or a refit."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.model.decoding import decode, has_own_layers, pack_weights, unpack_weights
+from kdrl_mcore.model.decoding import can_decode, decode, pack_weights, unpack_weights
 from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import SequenceRun, pack, partition
 from kdrl_mcore.parallel.platform import device, to_device
-from kdrl_mcore.rollout.engine import OnPart, Sampling, Weights
+from kdrl_mcore.rollout.engine import OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
 
@@ -41,16 +40,16 @@ class MegatronEngine:
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
-    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, except
-    where experts are distributed over several of them: all then take as many steps as the longest, so that none waits for
-    another's experts.
+    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, unless
+    experts are distributed over several of them: then all take as many steps as the longest, so that none waits for another's
+    experts.
     """
 
     verifies = False
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
         """Args:
-        weight_version: returns how many updates the student's weights have seen.
+        weight_version: returns the number of updates that the student's weights have received.
         """
         self._parts = parts
         self._tokenizer = tokenizer
@@ -58,7 +57,7 @@ class MegatronEngine:
         self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size), stop_ids).to(device())
         self._max_sequences = max_sequences
         self._weight_version = weight_version
-        self._own_layers = all(has_own_layers(chunk) for chunk in parts.chunks)
+        self._directly = all(can_decode(chunk) for chunk in parts.chunks)
 
     def refit(self, student: Weights) -> None:
         """Nothing to do, because the engine samples with the student itself."""
@@ -69,22 +68,28 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing to do."""
 
-    @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
         """See `RolloutEngine`; this engine does not verify. Collective over the world."""
+        count, limit = sampling.responses_per_prompt, sampling.max_response_tokens
+        requests = [Request(prompt, sampling.key, i * count, count, limit) for i, prompt in enumerate(prompts)]
+        return self.sample(requests, sampling)
+
+    @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine`. Collective over the world."""
         groups = self._parts.groups
         for chunk in self._parts.chunks:
             chunk.eval()
-        mine = partition([len(prompt.token_ids) for prompt in prompts], groups.replicas.size())[groups.replicas.rank()]
-        wave = max(1, self._max_sequences // sampling.responses_per_prompt)
-        rollouts: list[tuple[int, Rollout]] = []
+        loads = [request.count * len(request.token_ids) for request in requests]
+        mine = partition(loads, groups.replicas.size())[groups.replicas.rank()]
+        waves = self._waves([requests[i].count for i in mine])
+        rollouts: list[tuple[tuple[int, int], Rollout]] = []
         try:
-            for number in range(self._most(math.ceil(len(mine) / wave))):
-                indices = mine[number * wave : (number + 1) * wave]
-                if indices:
-                    rollouts += self._generate_wave([prompts[i] for i in indices], indices, sampling)
+            for number in range(self._most(len(waves))):
+                if number < len(waves):
+                    rollouts += self._sample_wave({mine[place]: requests[mine[place]] for place in waves[number]}, sampling)
                 else:  # so that the other replicas can use this one's experts
-                    self._generate_wave(list(prompts[:1]), [0], replace(sampling, responses_per_prompt=1))
+                    self._sample_wave({0: replace(requests[0], count=1)}, sampling)
         finally:
             unpack_weights(self._parts.chunks)
         for chunk in self._parts.chunks:
@@ -92,9 +97,21 @@ class MegatronEngine:
         gathered = sorted(gather_from_replicas(groups, rollouts), key=lambda item: item[0])
         return [rollout for _, rollout in gathered]
 
+    def _waves(self, counts: Sequence[int]) -> list[list[int]]:
+        """The places of the requests that are decoded at once, given the numbers of their responses."""
+        waves: list[list[int]] = []
+        room = 0
+        for place, count in enumerate(counts):
+            if count > room:
+                waves.append([])
+                room = max(count, self._max_sequences)
+            waves[-1].append(place)
+            room -= count
+        return waves
+
     def _most(self, count: int) -> int:
-        """The largest count of the replicas that share experts with this one, in a collective over the replicas; `count` itself
-        where none does."""
+        """The largest count among the replicas that share experts with this one; `count` itself if there are none. Collective
+        over these replicas."""
         return self._own_and_most(torch.tensor(count))[1]
 
     def _own_and_most(self, count: Tensor) -> tuple[int, int]:
@@ -106,34 +123,37 @@ class MegatronEngine:
         own, most = counts.tolist()
         return own, most
 
-    def _generate_wave(self, prompts: list[Prompt], indices: list[int], sampling: Sampling) -> list[tuple[int, Rollout]]:
-        """(index in the global batch, rollout) of each response to these prompts."""
-        responses_per_prompt, limit = sampling.responses_per_prompt, sampling.max_response_tokens
+    def _sample_wave(self, wave: Mapping[int, Request], sampling: Sampling) -> list[tuple[tuple[int, int], Rollout]]:
+        """((place of its request, its number there), rollout) of each response to these requests, by place."""
         alignment, where = self._parts.groups.layout.replica_alignment, device()
-        packed = pack([(i, prompt.token_ids, _NO_IDS) for i, prompt in enumerate(prompts)], alignment).on_device()
-        order = packed.order
-        lengths = torch.tensor([len(prompts[i].token_ids) for i in order])
-        indices = [indices[i] * responses_per_prompt + number for i in order for number in range(responses_per_prompt)]
-        random = to_device(uniforms(sampling.key, indices, limit))
-        cache = KVCache(lengths.tolist(), responses_per_prompt, limit, few_shapes=where.type == "cuda")
+        packed = pack([(place, each.token_ids, _NO_IDS) for place, each in wave.items()], alignment).on_device()
+        requests = [wave[place] for place in packed.order]
+        copies = torch.tensor([request.count for request in requests])
+        lengths = torch.tensor([len(request.token_ids) for request in requests])
+        limits = torch.tensor([request.tokens for request in requests]).repeat_interleave(copies)
+        limit = int(limits.max())
+        random = to_device(torch.cat([_draws(request, limit) for request in requests]))
+        cache = KVCache(lengths.tolist(), copies.tolist(), limit, few_shapes=where.type == "cuda")
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
-        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(responses_per_prompt))
+        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
-        if (
-            limit >= _WORTH_PACKING
-        ):  # not before a forward pass: until then weights may still be on their way from other replicas
+        if limit >= _WORTH_PACKING:  # after a forward pass: before it, weights may still be on their way from other replicas
             pack_weights(self._parts.chunks)
 
-        slots = torch.arange(len(indices), device=where)  # the response of each cache slot
-        positions = to_device(lengths.repeat_interleave(responses_per_prompt))
-        tokens = torch.full((len(indices), limit), _NO_TOKEN, device=where)
-        log_probs = torch.zeros(len(indices), limit, device=where)
-        running = torch.ones(len(indices), dtype=torch.bool, device=where)  # by slot
+        count = len(limits)
+        slots = torch.arange(count, device=where)  # the response of each cache slot
+        positions = to_device(lengths.repeat_interleave(copies))
+        tokens = torch.full((count, limit), _NO_TOKEN, device=where)
+        log_probs = torch.zeros(count, limit, device=where)
+        running = torch.ones(count, dtype=torch.bool, device=where)  # by slot
+        ends_before = to_device(limits) if limits.min() < limit else None  # of some the limit is lower
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
             tokens[slots, step], log_probs[slots, step] = token, log_prob
             running &= ~self._is_stop[token]
+            if ends_before is not None:
+                running &= ends_before[slots] > step + 1
             if step == limit - 1:
                 break
             if (step + 1) % _STEPS_BETWEEN_LOOKS[where.type] == 0:
@@ -149,9 +169,15 @@ class MegatronEngine:
             last_hidden = self._decode(token, positions, cache)
             cache.advance()
             positions = positions + 1
-        return self._rollouts(
-            [prompts[i] for i in order], indices, responses_per_prompt, tokens.cpu().numpy(), log_probs.cpu().numpy()
-        )
+        indices = [
+            (place, number) for place, request in zip(packed.order, requests, strict=True) for number in range(request.count)
+        ]
+        parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy())
+        to_text, most = self._tokenizer.decode_response, sampling.max_response_tokens
+        return [
+            (index, with_beginning(wave[index[0]], replace(part, group_id=index[0]), most, to_text))
+            for index, part in zip(indices, parts, strict=True)
+        ]
 
     def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """The next token and its log-prob for every slot, sampled on the last stage and broadcast over the pipeline group."""
@@ -186,7 +212,7 @@ class MegatronEngine:
         """
         groups, parts = self._parts.groups, self._parts
         stages, stage = groups.pipeline.size(), groups.pipeline.rank()
-        whole = cache.decoding and self._own_layers  # whether this rank has all rows under sequence parallelism, too
+        whole = cache.decoding and self._directly  # whether this rank has all rows under sequence parallelism, too
         rows = len(tokens_S) if whole else len(tokens_S) // groups.layout.replica_alignment
         hidden: Tensor | None = None
         for number, chunk in enumerate(parts.chunks):
@@ -211,35 +237,38 @@ class MegatronEngine:
         return hidden
 
     def _rollouts(
-        self,
-        prompts: list[Prompt],
-        indices: list[int],
-        responses_per_prompt: int,
-        tokens: NDArray[np.int64],
-        log_probs: NDArray[np.float32],
-    ) -> list[tuple[int, Rollout]]:
-        """Cut each row of sampled tokens [responses, limit] after its first stop token."""
-        is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids))
+        self, requests: list[Request], limits: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float32]
+    ) -> list[Rollout]:
+        """Cut each row of sampled tokens [responses, most tokens] after its first stop token or at its limit."""
+        is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids)) & (np.arange(tokens.shape[1]) < limits[:, None])
         stopped = np.asarray(is_end.any(axis=1))
-        counts = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1])
+        counts = np.where(stopped, is_end.argmax(axis=1) + 1, limits)
         version = self._weight_version()
+        prompts = [request.prompt for request in requests for _ in range(request.count)]
         result = []
-        for slot, (index, count, stop) in enumerate(zip(indices, counts, stopped, strict=True)):
-            prompt = prompts[slot // responses_per_prompt]
+        for slot, (prompt, count, stop) in enumerate(zip(prompts, counts, stopped, strict=True)):
             ids = tokens[slot, :count].copy()
-            rollout = Rollout(
-                prompt_id=prompt.prompt_id,
-                group_id=index // responses_per_prompt,
-                prompt_token_ids=prompt.token_ids,
-                response_token_ids=ids,
-                sampler_log_probs=log_probs[slot, :count].copy(),
-                finish_reason="stop" if stop else "length",
-                weight_version=version,
-                prompt=prompt.text,
-                response=self._tokenizer.decode_response(ids),
-                answer=prompt.answer,
-                domain=prompt.domain,
-                columns=prompt.columns,
+            result.append(
+                Rollout(
+                    prompt_id=prompt.prompt_id,
+                    group_id=0,  # the caller's
+                    prompt_token_ids=prompt.token_ids,
+                    response_token_ids=ids,
+                    sampler_log_probs=log_probs[slot, :count].copy(),
+                    finish_reason="stop" if stop else "length",
+                    weight_version=version,
+                    prompt=prompt.text,
+                    response=self._tokenizer.decode_response(ids),
+                    answer=prompt.answer,
+                    domain=prompt.domain,
+                    columns=prompt.columns,
+                    teacher_prompts=prompt.teacher_prompts,
+                )
             )
-            result.append((index, rollout))
         return result
+
+
+def _draws(request: Request, tokens: int) -> Tensor:
+    """The uniform numbers of a request's responses [responses, tokens], from the first token that is sampled now."""
+    numbers = list(range(request.first, request.first + request.count))
+    return uniforms(request.key, numbers, request.position + tokens)[:, request.position :]

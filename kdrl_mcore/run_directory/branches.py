@@ -1,7 +1,7 @@
-"""A run directory's metrics, rollouts and evaluations are those of one branch; those of a branch that is left move away.
+"""A run directory holds the metrics, rollouts and evaluations of one branch; when the run leaves a branch, its files move away.
 
-`RUN/left/BRANCH/` keeps what a branch had when another one began: all of its metrics, and the files of the steps that the new
-branch does not share with it. Returning to one of its checkpoints restores them.
+`RUN/left/BRANCH/` keeps the files of a branch from the time when another one began: all of its metrics, and the files of the
+steps that the new branch does not share with it. Returning to one of its checkpoints restores them.
 """
 
 from __future__ import annotations

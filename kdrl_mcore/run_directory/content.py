@@ -77,7 +77,7 @@ def is_same(key: str, old: str | None, new: str | None, saved: Mapping[str, str]
 
 
 def other_shape(checkpoint: Path, student: str) -> str | None:
-    """How the student's architecture or tokenizer differs from a checkpoint's; None where they agree, or the checkpoint has no
+    """How the student's architecture or tokenizer differs from a checkpoint's; None if they agree or the checkpoint has no
     record of them.
 
     Raises:

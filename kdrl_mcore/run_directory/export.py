@@ -1,7 +1,8 @@
 """`RUN/hf`, where a run exports its student.
 
-A run replaces only what it can tell to be its own export (`convert.targets`). An export that was copied with the run directory
-or added to since, or that a version wrote which did not mark its exports, is set aside; anything else there is refused.
+A run replaces only an export that it recognises as its own (`convert.targets`). An export that was copied with the run
+directory, has been changed since, or was written by a version that did not mark its exports is set aside. Anything else there
+is refused.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from kdrl_mcore.run_directory.branches import LEFT
 from kdrl_mcore.run_directory.record import read_record
 
 EXPORT = "hf"
+ADAPTER_EXPORT = "adapter"
+"""The adapters alone, as a PEFT folder, where a run trains adapters."""
 
 
-def check_export(run_dir: Path, models: Sequence[str | Path]) -> None:
+def check_export(run_dir: Path, models: Sequence[str | Path], *, adapters: bool = False) -> None:
     """Check, before a run begins, that it may export.
 
     Args:
         models: the model folders that the run reads.
+        adapters: it exports adapters, too.
 
     Raises:
-        ModelError: something else than an export of this run is in the place, or is one of the models.
+        ModelError: something other than an export of this run is there, or the export is one of the models.
     """
     if not _is_to_be_set_aside(run_dir):
         check_target(run_dir / EXPORT, models, overwrite=True)
+    if adapters:
+        check_target(run_dir / ADAPTER_EXPORT, models, overwrite=True)
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -1,9 +1,9 @@
 """One run at a time in a run directory, on any file system that several machines share.
 
 The lock is a small file that names its owner: machine, process and SLURM job. A thread of the owner touches it every `BEAT`
-seconds. A dead owner loses it: a process of the same machine is looked up; for one of another machine the file is watched, and
-the lock is free if nobody touches it for `SILENCE` seconds; and when a SLURM job starts again, its earlier start is over.
-Kernel locks would not suffice: cluster file systems are often mounted without them, and child processes inherit them.
+seconds. A dead owner loses it. An owner on the same machine is looked up by its process id; for one on another machine the file
+is watched, and the lock is free if nobody touches it for `SILENCE` seconds; if a SLURM job starts again, its earlier start is
+over. Kernel locks would not suffice: cluster file systems are often mounted without them, and child processes inherit them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class RunLock:
         owner = read_owner(self.path)
         if owner is not None and owner.token != self.me.token:
             raise StorageError(
-                f"{self.path.parent} was taken over by {owner} because this run gave no sign of life: it ends here"
+                f"{self.path.parent} was taken over by {owner} because this run showed no activity: it ends here"
             )
 
     def _take(self) -> None:
@@ -141,8 +141,8 @@ class RunLock:
                         self.path.unlink(missing_ok=True)
                 elif is_alive(owner, self.path, self.me):
                     raise StorageError(
-                        f"{self.path.parent} is in use by {owner}: end that run or wait for its end, or set another run.dir "
-                        f"(if it is certainly gone, remove {self.path})"
+                        f"{self.path.parent} is in use by {owner}: end that run, wait until it ends, or set another run.dir "
+                        f"(if it has certainly ended, remove {self.path})"
                     )
                 else:
                     self._remove_dead(owner, mine)

@@ -38,7 +38,7 @@ class Start:
         lineage: the run's lineage from here on.
         source: the checkpoint's lineage; None if the checkpoint is in another run directory.
         changes: a line for each key that differs from the checkpoint's, old -> new.
-        restarted: what begins anew because its settings have changed (`config.resuming.restarted`).
+        restarted: the names of what restarts because its settings have changed (`config.resuming.restarted`).
         resamples: whether responses that were sampled ahead must be sampled again.
         fingerprints: fingerprints of the student, the teacher and the data.
         is_complete: whether no step is left.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Shape, Span, is_scored, pack, place_rows, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import Shape, Span, is_scored, lay_out_rows, pack, plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -39,20 +39,20 @@ class TrainingBatch:
         teacher_log_probs: log T [response tokens] of each response, None where the teacher did not score it.
         teacher_entropies: the teacher's entropies likewise, where the token weights ask for them.
         teacher_hidden: the teacher's hidden states, for a divergence over the vocabulary.
-        scored_N: the number of tokens, the first ones, of each response that the teacher scored; None if it scored whole
-            responses.
-        old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
+        scored_N: how many tokens of each response, from its start, the teacher scored; None if it scored whole responses.
+        old_log_probs: log pi_old [response tokens] of each response (or log mu, see `objective.clip_against`), or None if
+            strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
         scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
             responses before the update (`config.derived.needs_scores`).
         advantages_N: group-relative advantages.
         policy_weights_N, distillation_weights_N: the weight of each token of a response in the two global losses; the
             normaliser is included.
-        correct_N: whether the response is correct; None if the loss does not ask.
+        correct_N: whether the response is correct; None if the loss does not need it.
         token_weights: a weight of each token's distillation [response tokens] for each response; None where all are 1.
-        sequence_ratios_N: pi / pi_old over the response, for `objective.ratio=sequence`; otherwise None.
+        sequence_ratios_N: pi / pi_old over the response, where `objective.ratio` asks for it; otherwise None.
         sequence_log_ratios_N: log pi_old / mu over the response, for a correction of whole sequences; otherwise None.
-        kd_log_ratios_N: log pi / mu over the response, for one of distillation; otherwise None.
+        kd_log_ratios_N: log pi / mu over the response, for a correction of distillation by whole sequences; otherwise None.
         ends_masked_N: whether the response's last token is left out of distillation (bool); None if none is.
         draws: numbers from [0, 1) [response tokens] for each response, where `objective.kd.mix` draws; otherwise None.
     """
@@ -123,7 +123,7 @@ class TrainingBatch:
         )
 
     def scored(self) -> dict[int, int]:
-        """How many tokens of each distilled response, the first ones, the teacher scored."""
+        """How many tokens of each distilled response, from its start, the teacher scored."""
         distilled = self.distil_N.nonzero().squeeze(1).tolist()
         if self.scored_N is None:
             return {i: len(self.rollouts[i].response_token_ids) for i in distilled}
@@ -254,10 +254,10 @@ def _deliver(
     wanted: dict[int, list[Span]] = {}
     for data, shapes in enumerate(shapes_of_rank):
         for context in range(layout.context):
-            places = place_rows(
+            packed = lay_out_rows(
                 shapes, layout.token_alignment, scored=scored, context_rank=context, context_size=layout.context
             )
-            spans = [span for span, _ in places.spans if is_scored(span, scored)]
+            spans = [span for span, _ in packed.spans if is_scored(span, scored)]
             wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
     states = hidden.deliver(wanted)
     if not groups.is_last_stage:

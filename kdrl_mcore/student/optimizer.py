@@ -9,19 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
 
 from kdrl_mcore.config import Config, OptimizerConfig, ParallelConfig
-from kdrl_mcore.config.derived import uses_distributed_optimizer
+from kdrl_mcore.config.derived import keeps_earlier_weights, uses_distributed_optimizer
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.lora import sum_shared_gradients
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
 from kdrl_mcore.parallel.dtypes import DTYPES
+from kdrl_mcore.parallel.earlier_weights import EarlierWeights
 from kdrl_mcore.parallel.host_state import HostState
-from kdrl_mcore.parallel.optimizer_state import OPTIMIZER, OPTIMIZER_TENSORS, held_shares, saved_step, sharded_tensors
+from kdrl_mcore.parallel.optimizer_state import EARLIER, OPTIMIZER, OPTIMIZER_TENSORS, held_shares, saved_step, sharded_tensors
 
 
 class Optimizer:
@@ -43,8 +46,9 @@ class Optimizer:
             ConfigError: `optimizer.offload` is set, and there is no GPU.
         """
         settings, distributed = config.optimizer, uses_distributed_optimizer(config)
-        self._config = parts.config
+        self._config, self._tensor = parts.config, parts.groups.tensor
         self._clip_grad, self._weight_decay = settings.clip_grad, settings.weight_decay
+        self._distributed = distributed
         self._overlaps_gather = config.parallel.overlap_param_gather
         self._finite: Tensor | None = None  # whether this rank's updated weights are finite, on the device
         self.ddp = _wrap_in_ddp(parts, config.parallel, distributed=distributed)
@@ -60,6 +64,11 @@ class Optimizer:
         if settings.offload and not torch.cuda.is_available():
             raise ConfigError("optimizer.offload=true needs a GPU: without one the state is in host memory anyway")
         self._host_state = HostState(self.megatron) if settings.offload else None
+        self._teacher = config.teacher
+        self._saves_earlier = config.teacher.weights in ("average", "refreshed")  # those of the start are read again
+        self._earlier = None
+        if keeps_earlier_weights(config):
+            self._earlier = EarlierWeights(self.megatron, on_host=config.teacher.offload)
 
     def zero_grad(self) -> None:
         """Zero the gradients. Called before the first micro-batch."""
@@ -68,12 +77,41 @@ class Optimizer:
         self.megatron.zero_grad()
 
     @contextmanager
+    def earlier_weights(self) -> Iterator[None]:
+        """Inside this context the model has the weights of `teacher.weights`; afterwards it has the present ones again.
+        Collective over the data-parallel group."""
+        if self._earlier is None:
+            yield
+            return
+        self.wait_for_weights()
+        if self._host_state is not None:
+            self._host_state.enter()
+        with self._earlier.in_place(self._gather_now):
+            yield
+        self.leave_device()
+
+    def follow(self, updates: int) -> None:
+        """Let the earlier weights follow an update, the `updates`-th. No communication."""
+        if self._earlier is not None and self._teacher.weights == "average":
+            self._earlier.average(self._teacher.decay)
+        elif self._earlier is not None and self._teacher.weights == "refreshed" and updates % self._teacher.refresh_every == 0:
+            self._earlier.take()
+
+    def _gather_now(self) -> None:
+        """Gather the weights that other replicas hold, and wait for them."""
+        self.gather_weights()
+        self.wait_for_weights()
+        if self._distributed and not self._overlaps_gather:
+            for chunk in self.ddp:
+                chunk.start_param_sync()
+
+    @contextmanager
     def reducing_gradients(self) -> Iterator[None]:
         """Let the schedule reduce gradients after the last micro-batch. For training only: a forward-only schedule enters
         `no_sync` too but never leaves it, so it would end when its generator is collected, possibly during an update."""
         config, no_sync = self._config, [chunk.no_sync for chunk in self.ddp]
         config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        config.finalize_model_grads_func = _reduce_gradients
+        config.finalize_model_grads_func = partial(_reduce_gradients, self._tensor)
         try:
             yield
         finally:
@@ -143,7 +181,10 @@ class Optimizer:
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         with held_shares(self.megatron):
             state = self.megatron.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-        return {OPTIMIZER_TENSORS: sharded_tensors(state)} if loading else {OPTIMIZER: state}
+        earlier = [] if self._earlier is None or not self._saves_earlier else self._earlier.sharded(weights)
+        if loading:
+            return {OPTIMIZER_TENSORS: [*sharded_tensors(state), *earlier]}
+        return {OPTIMIZER: state, **({EARLIER: dict(enumerate(earlier))} if earlier else {})}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Finish loading a checkpoint whose tensors were loaded in place. Of its scalars only the step count is used; all
@@ -221,6 +262,7 @@ def _build_optimizer(
     )
 
 
-def _reduce_gradients(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _reduce_gradients(tensor: dist.ProcessGroup, model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by tokens: the loss is normalised already."""
     finalize_model_grads(model, None, **kwargs)
+    sum_shared_gradients(model, tensor)

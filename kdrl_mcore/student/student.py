@@ -16,9 +16,11 @@ from torch import Tensor
 
 from kdrl_mcore.config import Config, DistillationConfig
 from kdrl_mcore.convert.load import load_weights
+from kdrl_mcore.convert.peft_folder import load_adapters
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
+from kdrl_mcore.model.lora import initialise_adapters
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -48,8 +50,8 @@ class MicroBatch:
         sampler_log_probs_T: log mu of the loss rows; None if the student's present weights sampled them.
         teacher_hidden_DG: the teacher's hidden states of the first D loss rows, in host memory; None unless the loss compares
             student and teacher over the vocabulary.
-        given_T: which loss rows are of given responses (bool); None without any. They are left out of what is measured of the
-            student's own.
+        given_T: which loss rows belong to given responses (bool); None without any. Measures of the student's own responses
+            leave them out.
     """
 
     packed: PackedBatch
@@ -82,7 +84,11 @@ class UpdateResult:
 
 
 class Student:
-    """The learning model of one rank."""
+    """The learning model of one rank.
+
+    Attributes:
+        lora: the settings of the adapters, if they are what is trained, beside frozen weights.
+    """
 
     def __init__(
         self, config: Config, world_size: int, vocab_size: int, on_parameter: Callable[[], None] = lambda: None
@@ -97,6 +103,7 @@ class Student:
         layout = student_layout(world_size, parallel)
         assert config.student.path is not None
         self.groups = create_student_groups(layout)
+        self.lora = config.student.lora if config.student.lora.rank else None
         self.parts: ModelParts = build_model(
             read_architecture(config.student.path),
             config.model,
@@ -104,15 +111,23 @@ class Student:
             vocab_size=vocab_size,
             activations=Activations.of(parallel),
             share_prompts=config.batch.share_prompts,
+            lora=self.lora,
             trainable=True,
         )
         load_weights(self.parts, config.student.path, on_parameter)
+        if self.lora is not None and self.lora.path is not None:
+            load_adapters(self.parts, self.lora.path, self.lora)
+        elif self.lora is not None:
+            initialise_adapters(self.parts.chunks, self.groups.tensor, config.trainer.seed)
         self.source = str(config_folder(config.student.path))
         self.version = 0  # number of optimizer updates of the weights
         self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
         self._dtype = config.model.dtype
         self.is_float32 = DTYPES[self._dtype] == torch.float32
         self.teacher_head: TeacherHead | None = None
+        self._kd = config.objective.kd
+        # Then the teacher's head is the student's own, and no copy of it is needed.
+        self._teaches_at_once = config.teacher.weights == "present" and config.batch.updates_per_step == 1
         self._head_time = Stopwatch()
         self.optimizer = Optimizer(self.parts, config)
 
@@ -127,8 +142,24 @@ class Student:
             ConfigError: see `TeacherHead`.
         """
         if self.groups.is_last_stage:
-            chunk = self.parts.chunks[-1]
-            self.teacher_head = TeacherHead(path, chunk.shard, self._dtype, kd)
+            self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
+
+    @torch.no_grad()
+    def take_teacher_head(self) -> None:
+        """Make this rank's columns of the student's own head, with its weights of this moment, the teacher's. Does nothing
+        except on the last stage. No communication.
+
+        Raises:
+            ConfigError: see `TeacherHead`.
+        """
+        if not self.groups.is_last_stage:
+            return
+        chunk = self.parts.chunks[-1]
+        weight_VH = chunk.head_weight().detach()[: chunk.shard.real_columns]
+        if self.teacher_head is None:
+            self.teacher_head = TeacherHead(weight_VH if self._teaches_at_once else weight_VH.clone(), chunk.shard, self._kd)
+        elif not self._teaches_at_once:
+            self.teacher_head.weight_VG.copy_(weight_VH)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:
         """One optimizer step on the global batch. Collective over the world.
@@ -151,6 +182,7 @@ class Student:
         else:
             self.optimizer.step(lr, grad_norm)
             self.version += 1
+            self.optimizer.follow(self.version)
         self.optimizer.gather_weights()
         self.optimizer.leave_device()
         return UpdateResult(sums, maxima, grad_norm, lr, skipped, head_seconds)

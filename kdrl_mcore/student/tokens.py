@@ -1,4 +1,4 @@
-"""What an update knows of whole responses and spreads over their tokens: verdicts, weights of distillation, sequence ratios,
+"""Quantities of whole responses that an update needs for each token: verdicts, distillation weights, sequence ratios and random
 draws."""
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from kdrl_mcore.types import Rollout, TokenFloats
 def weigh_tokens(
     objective: ObjectiveConfig, batch: TrainingBatch, mask_stop_token: bool, seeds: Sequence[int]
 ) -> TrainingBatch:
-    """The batch with what is known of whole responses: verdicts, the weight of each token's distillation, the ratios of
-    sequences, and the draws of a mixture.
+    """The batch with its quantities of whole responses: verdicts, the weight of each token's distillation, sequence ratios, and
+    the random draws of a mixture.
 
     Args:
         mask_stop_token: whether the token that ends a response is left out of distillation.
-        seeds: of the draws, which are those of numpy's `default_rng([*seeds, i])` for response i of the batch: the same in
-            every layout, and again after a resume.
+        seeds: the draws for response i of the batch come from numpy's `default_rng([*seeds, i])`, so they are the same in every
+            layout and after a resume.
     """
     scores, rollouts, correction, kd = batch.scores, batch.rollouts, objective.sampler_correction, objective.kd
     now = None if scores is None else [log_probs for log_probs, _ in scores]
     sampler = [rollout.sampler_log_probs for rollout in rollouts]
     ratios_N = None
-    if objective.ratio == "sequence" and batch.old_log_probs is not None and now is not None:
-        ratios_N = sequence_log_ratios(now, batch.old_log_probs, "geometric").exp()
+    if objective.ratio != "token" and batch.old_log_probs is not None and now is not None:
+        level = "geometric" if objective.ratio == "sequence" else "sequence"
+        ratios_N = sequence_log_ratios(now, batch.old_log_probs, level).exp()
     correction_N = None
     if correction.kind != "none" and correction.level != "token":
         old = batch.old_log_probs or now
@@ -45,7 +46,7 @@ def weigh_tokens(
         importance_N = sequence_log_ratios(now, sampler, kd.importance_level)
     ends = [mask_stop_token and rollout.finish_reason == "stop" for rollout in rollouts]
     draws = None
-    if kd.mix == "drawn_trust":
+    if kd.mix == "drawn_trust" or ":" in kd.mix:
         lengths = enumerate(len(rollout.response_token_ids) for rollout in rollouts)
         draws = [np.random.default_rng([*seeds, i]).random(length, dtype=np.float32) for i, length in lengths]
     return replace(
@@ -89,7 +90,7 @@ def _token_weights(
             log_probs, entropy = batch.scores[index]
             log_ratio = log_teacher - log_probs
             if ends[index]:
-                log_ratio[-1:] = 0.0  # no share is spent on it
+                log_ratio[-1:] = 0.0  # it takes up no share
         responses.append(ResponseScores(len(rollout.response_token_ids), passed, log_ratio, entropy, teacher_entropies[index]))
     return token_weights(responses, settings, ends)
 

@@ -58,8 +58,8 @@ def intervals(settings: Mapping[str, Sequence[Rows]], measure: Statistic) -> dic
 
 
 def table(settings: Mapping[str, Sequence[Rows]]) -> list[list[str]]:
-    """A header, then for each setting the number of finished seeds and the key statistics with their intervals. After the
-    accuracy come those of each benchmark, where there are several, and at equal time, where it was measured on the way."""
+    """A header, then for each setting the number of finished seeds and the key statistics with their intervals. The accuracy
+    is followed by those of each benchmark, if there are several, and at equal time, if it was measured during training."""
     accuracy, *others = (measure for measure in STATISTICS if measure.is_key)
     columns = [accuracy, *_statistics_of([rows for runs in settings.values() for rows in runs]), *others]
     cells = [intervals(settings, measure) for measure in columns]

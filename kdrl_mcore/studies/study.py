@@ -88,8 +88,8 @@ def find_study(name: str) -> Path:
 
 
 def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
-    """The runs of a study: every setting with the first seed before any with the second, so that an interrupted grid stays
-    fair.
+    """The runs of a study: every setting with the first seed before any with the second, so that an interrupted grid
+    compares equal numbers of seeds.
 
     Args:
         arguments: `key=value` from the command line: `OWN_KEYS`, keys of the base file, or overrides of every run.

@@ -207,7 +207,7 @@ def benchmark_statistics(runs: Iterable[Rows]) -> list[Statistic]:
 
 
 def equal_time_statistics(runs: Iterable[Rows]) -> list[Statistic]:
-    """Held-out accuracy at equal training time, where runs were evaluated on the way: that of the last evaluation within the
+    """Held-out accuracy at equal training time, if runs were evaluated during training: from the last evaluation within the
     time (the sum of `time/step`, without evaluations and checkpoints) that the fastest run took."""
     runs = list(runs)
     trained = [seconds for rows in runs if (seconds := total("time/step")(rows))]

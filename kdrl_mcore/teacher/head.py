@@ -48,16 +48,22 @@ def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) ->
 class TeacherHead:
     """This rank's columns of the teacher's head, in the student's vocab-parallel layout, which need not be the teacher's."""
 
-    def __init__(self, path: str, shard: VocabShard, dtype: str, kd: DistillationConfig) -> None:
-        """Read the columns from the teacher's directory.
+    def __init__(self, weight_VG: Tensor, shard: VocabShard, kd: DistillationConfig) -> None:
+        """Args:
+            weight_VG: this rank's columns.
 
         Raises:
             ConfigError: `objective.kd.top_k` exceeds the vocabulary.
         """
         if kd.estimator in ("top_k", "top_k_unbiased") and not 1 <= kd.top_k <= shard.size:
             raise ConfigError(f"objective.kd.top_k={kd.top_k} must be between 1 and the {shard.size} tokens of the vocabulary")
-        self.weight_VG = load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device())
+        self.weight_VG = weight_VG
         self._kd = kd
+
+    @staticmethod
+    def read(path: str, shard: VocabShard, dtype: str, kd: DistillationConfig) -> TeacherHead:
+        """The columns from the teacher's directory. Raises as the constructor does."""
+        return TeacherHead(load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device()), shard, kd)
 
     def inputs(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor | None) -> TeacherInputs:
         """The teacher's side of `fused_head` for one micro-batch. No communication.
@@ -66,5 +72,5 @@ class TeacherHead:
             hidden_DG: the teacher's last hidden states of the first D of the T loss rows.
             sampler_log_probs_T: log mu of the targets; None if the student's present weights sampled them.
         """
-        with_entropy = self._kd.mix == "entropy"
+        with_entropy = self._kd.mix == "entropy" or ":" in self._kd.mix
         return TeacherInputs(hidden_DG, self.weight_VG, divergence_of(self._kd, sampler_log_probs_T), with_entropy)

@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda hf: edit_tensors(hf, mix_dtypes),
         "mixes torch.bfloat16 and torch.float32: choose one with --dtype",
     ),
-    "absent file": (hide_a_file, f"{INDEX} names model-00001.*not there"),
+    "absent file": (hide_a_file, f"{INDEX} names model-00001.*does not exist"),
     "misplaced tensor": (misplace_a_tensor, f"{INDEX} says that model.embed_tokens.weight is in"),
     "index that is no JSON": (lambda hf: (hf / INDEX).write_text("{"), f"{INDEX} is not a valid index"),
     "file elsewhere": (
@@ -160,11 +160,11 @@ def spoil_pickle(folder: Path) -> None:
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated file": (lambda c: os.truncate(c / "release" / "__0_0.distcp", 5000), "damaged or cut short|is cut short"),
-    "absent file": (lambda c: (c / "release" / "__0_0.distcp").unlink(), "__0_0.distcp, which holds .* is not there"),
+    "absent file": (lambda c: (c / "release" / "__0_0.distcp").unlink(), "__0_0.distcp, which holds .* does not exist"),
     "no metadata": (lambda c: (c / "release" / ".metadata").unlink(), "it has no .metadata"),
     "metadata cut short": (lambda c: os.truncate(c / "release" / ".metadata", 500), ".metadata is damaged"),
     "metadata that would run code": (spoil_pickle, ".metadata is damaged, or is not checkpoint metadata: it names"),
-    "no such iteration": (lambda c: (c / "latest_checkpointed_iteration.txt").write_text("7"), "names 7, which is not there"),
+    "no such iteration": (lambda c: (c / "latest_checkpointed_iteration.txt").write_text("7"), "names 7, which does not exist"),
     "another shape": (lambda c: change_config(c, intermediate_size=80), "has shape .*, but its config.json gives"),
     "more layers": (lambda c: change_config(c, num_hidden_layers=5), "has shape|has no tensor|does not hold"),
 }

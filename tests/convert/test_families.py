@@ -15,6 +15,7 @@ from kdrl_mcore.model.families import FAMILIES, read_architecture
 from tests.reference.dense import load_model
 from tests.reference.tiny_models import make_model
 from tests.support import conversion_ranks
+from tests.support.config_keys import IGNORED, effects, markdown
 from tests.support.ranks import RankPool
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -26,6 +27,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3 linear": ("qwen3", {"rope_parameters": LINEAR}),
     "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "mistral without window": ("mistral", {"sliding_window": None}),
+    "ministral": ("ministral", {}),
+    "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}),
+    "seed_oss": ("seed_oss", {}),
+    "smollm3": ("smollm3", {}),
+    "phi3": ("phi3", {}),
+    "phi3 windows": ("phi3", {"sliding_window": 20, "num_key_value_heads": 4}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "gemma3": ("gemma3", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe unnormalized": ("qwen3_moe", {"norm_topk_prob": False, "rope_parameters": YARN}),
 }
@@ -102,8 +115,17 @@ def test_a_yarn_model_differs_from_the_plain_one(models: dict[str, Path]) -> Non
 @pytest.mark.parametrize(
     "family, change, says",
     [
-        ("qwen2", {"use_sliding_window": True}, "sliding-window"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding-window"),
+        ("llama", {"use_sliding_window": True}, "sliding-window"),
+        ("qwen3_moe", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding-window"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "sliding_window=None"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "each of 4 layers"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "each of 4 layers"),
+        ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "each of 4 layers"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+        ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "partial_rotary_factor=1.5"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
         ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
         ("qwen2", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
@@ -137,6 +159,16 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(models: dict[str, Pat
     parameters["type"] = parameters.pop("rope_type")
     (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": parameters}))
     assert read_architecture(tmp_path) == read_architecture(models["llama"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_key_of_a_config_is_used_or_refused_or_known_to_make_no_difference(models: dict[str, Path]) -> None:
+    """And the page says so: `config_keys.markdown` is its table."""
+    found = {name: effects(models[name]) for name in sorted(family for family, settings in MODELS.values() if not settings)}
+    known = {key for keys in IGNORED.values() for key in keys}
+    for family, keys in found.items():
+        assert {key for key, effect in keys.items() if effect == "ignored"} <= known, family
+    assert markdown(found) in (Path(__file__).parents[2] / "docs" / "families.md").read_text(), markdown(found)
 
 
 def test_every_family_has_a_model_above() -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
-from kdrl_mcore.convert.targets import MARK, check_target, written_aside
+from kdrl_mcore.convert.targets import MARK, check_target, replacing_folder
 from kdrl_mcore.errors import ModelError
 from tests.reference.tiny_models import make_model
 from tests.support.hf_folders import quiet
@@ -76,7 +76,7 @@ def below_a_file(folder: Path) -> Path:
 
 def a_written(folder: Path, name: str = "mine") -> Path:
     """A folder that this program wrote."""
-    with written_aside(folder / name, 0) as aside:
+    with replacing_folder(folder / name, 0) as aside:
         (aside / "config.json").write_text("{}")
         (aside / "release").mkdir()
         (aside / "release" / "weights").write_text("converted")
@@ -258,7 +258,7 @@ def test_an_interrupted_one_leaves_the_old(moment: str, tmp_path: Path, monkeypa
         done.append(source)
         replace(source, destination)
 
-    with pytest.raises(Killed), written_aside(target, 0, overwrite=True) as aside:
+    with pytest.raises(Killed), replacing_folder(target, 0, overwrite=True) as aside:
         (aside / "config.json").write_text("new")
         if moment == "while it is written":
             raise Killed
@@ -272,19 +272,19 @@ def test_one_that_was_killed_between_the_renames_is_found_again(tmp_path: Path) 
     target = a_written(tmp_path)
     before = contents(target)
     target.rename(tmp_path / ".mine.old")
-    with pytest.raises(ModelError, match="add --overwrite"), written_aside(target, 0):
+    with pytest.raises(ModelError, match="add --overwrite"), replacing_folder(target, 0):
         pass
     assert contents(target) == before
     (tmp_path / ".mine.partial").mkdir()  # and what it had begun is cleared away
     (tmp_path / ".mine.partial" / MARK).write_text("{}")
-    with written_aside(target, 0, overwrite=True) as aside:
+    with replacing_folder(target, 0, overwrite=True) as aside:
         assert [path.name for path in aside.iterdir()] == [MARK]
         (aside / "config.json").write_text("new")
     assert contents(target)["config.json"] == b"new" and [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_what_comes_meanwhile_is_not_lost(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds thesis[.]txt"), written_aside(tmp_path / "mine", 0):
+    with pytest.raises(ModelError, match=r"holds thesis[.]txt"), replacing_folder(tmp_path / "mine", 0):
         a_note(tmp_path)
     assert contents(tmp_path) == {"mine/thesis.txt": b"irreplaceable"}
 

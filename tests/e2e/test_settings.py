@@ -105,7 +105,7 @@ def test_a_best_checkpoint_by_no_metric_is_refused_before_anything_is_loaded(
     settings = ("objective=sft", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "eval.greedy=false", "checkpoint.every=1")
     outcome = run(ranks1, zoo, tmp_path, *settings, f"checkpoint.best={name}", "student.path=nowhere/at/all")
     assert outcome.code == 2 and outcome.stderr.count("\n") == 1
-    assert f"checkpoint.best={name} is no metric of the evaluations; there are: eval/accuracy, " in outcome.stderr
+    assert f"checkpoint.best={name} is not a metric of the evaluations; there are: eval/accuracy, " in outcome.stderr
 
 
 def test_half_of_the_responses_are_given(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.reference.tiny_models import read_jsonl
 from tests.support import resuming
 from tests.support.ranks import RankPool
 from tests.support.training import steps_of
@@ -103,3 +105,30 @@ def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(
     assert name in line, line
     checkpoints = tmp_path / "checkpoints"
     assert ranks2.run(resuming.find, str(checkpoints)) == [f"{checkpoints}/step_000003"] * 2
+
+
+def test_unfinished_responses_are_in_the_checkpoint_bit_for_bit(job: list[str], ranks2: RankPool, tmp_path: Path) -> None:
+    """Partial rollouts: stopped twice, once with a crash."""
+    parts = ["rollout.partial_tokens=3", "rollout.steps_ahead=2", "rollout.max_age=4", "rollout.max_continuations=2"]
+    correction = ["objective.sampler_correction.kind=truncate"]
+    overrides = [*job, *parts, *correction, "trainer.steps=8"]
+    whole, stopped = [*overrides, f"run.dir={tmp_path}/whole"], [*overrides, f"run.dir={tmp_path}/stopped"]
+    assert [code for code, _ in ranks2.run(resuming.train, whole, timeout=300)] == [0, 0]
+    assert [code for code, _ in ranks2.run(resuming.train, stopped, partial(resuming.told_to_stop, 4))] == [0, 0]
+    state = json.loads((tmp_path / "stopped/checkpoints/latest/trainer_state.json").read_text())
+    begun = [rollout for entry in state["ledger"]["waiting"] for rollout in entry["begun"] or ()]
+    assert "partial" in {rollout["finish_reason"] for rollout in begun}
+    assert [code for code, _ in ranks2.run(resuming.train, stopped, partial(resuming.in_an_update, 3))] == [None, None]
+    assert [code for code, _ in ranks2.run(resuming.train, stopped, timeout=300)] == [0, 0]
+
+    steps = steps_of(tmp_path / "whole")
+    assert steps_of(tmp_path / "stopped") == steps
+    for step in range(1, 9):
+        assert resuming.tokens(tmp_path / "stopped", step) == resuming.tokens(tmp_path / "whole", step)
+    rows = [row for step in range(1, 9) for row in read_jsonl(tmp_path / "whole/rollouts" / f"step_{step:06d}.jsonl")]
+    assert max(row.get("continuations", 0) for row in rows) == 2 and any("later_versions" in row for row in rows)
+    assert all(row["token_age_max"] <= 4 and row["drift_mean"] < 1 for row in steps)
+    assert steps[-1]["prompts_trained"] == 24 and steps[-1]["prompts_waiting"] == steps[-1]["responses_unfinished"] == 0
+    assert max(row["continued_share"] for row in steps) > 0.3 and max(row["responses_unfinished"] for row in steps) > 0
+    export = "hf/model.safetensors"
+    assert (tmp_path / "whole" / export).read_bytes() == (tmp_path / "stopped" / export).read_bytes()

@@ -22,7 +22,7 @@ from tests.support.sampling import (
     tokens_of,
 )
 from tests.support.training import FAST
-from tests.support.zoo import TOKENS, Zoo
+from tests.support.zoo import FAMILIES, TOKENS, Zoo
 
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),
@@ -36,9 +36,9 @@ LAYOUTS = {
 }
 
 
-def overrides_of(zoo: Zoo, layout: str) -> list[str]:
+def overrides_of(zoo: Zoo, layout: str, model: str = "untied") -> list[str]:
     return [
-        f"student.path={zoo.model('untied')}",
+        f"student.path={zoo.model(model)}",
         "rollout=replay",
         f"rollout.path={zoo.rollouts('one')}",
         "objective=grpo",
@@ -47,8 +47,8 @@ def overrides_of(zoo: Zoo, layout: str) -> list[str]:
     ]
 
 
-def generate(pool: RankPool, zoo: Zoo, layout: str) -> dict[str, list[dict[str, Any]]]:
-    results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS)
+def generate(pool: RankPool, zoo: Zoo, layout: str, parts: tuple[int, int] | None = None) -> dict[str, list[dict[str, Any]]]:
+    results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS, parts)
     for other in results[1:]:  # every rank holds all of them
         assert tokens_of(other) == tokens_of(results[0])
     return results[0]
@@ -108,6 +108,16 @@ def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, A
         assert row["response_token_ids"] == out[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_samples_from_its_distribution(family: str, zoo: Zoo, ranks2: RankPool) -> None:
+    """Windows, layers without rotary embedding and scales hold while decoding as well."""
+    layout = "parallel.tensor=2" if FAMILIES.index(family) % 2 else "parallel.pipeline=2"
+    (found, _) = ranks2.run(generate_on_rank, overrides_of(zoo, layout, family), PROMPTS, {"plain": SAMPLINGS["plain"]}, None)
+    model = dense.load_model(zoo.model(family))
+    for row in found["plain"]:
+        assert_close(row["sampler_log_probs"], dense_log_probs(model, row, SAMPLINGS["plain"]["temperature"]))
+
+
 def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[str, list[dict[str, Any]]]) -> None:
     for name, rows in alone.items():
         assert [row["prompt_token_ids"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(COPIES)]
@@ -157,3 +167,20 @@ def test_products_with_packed_weights_sample_the_same_tokens(
 def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
     with torch.no_grad():
         return dense.log_prob_of(dense.response_logits(model, row, TOKENS, temperature).log_softmax(-1), row)
+
+
+@pytest.mark.parametrize(("parts", "layout"), [((6, 9), "dp2"), ((1, 3), "tp2 sp"), ((7, 1), "small waves, tp1")])
+def test_under_constant_weights_a_response_in_parts_is_the_whole_one(
+    parts: tuple[int, int], layout: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Begun at different times, with different lengths so far, in one batch with those that are only begun."""
+    (tokens, most), (ranks, layout) = parts, LAYOUTS[layout]
+    result = generate(pools[ranks], zoo, layout, parts)
+    assert tokens_of(result) == tokens_of(alone)
+    for name in SAMPLINGS:
+        for row, whole in zip(result[name], alone[name], strict=True):
+            assert {key: row[key] for key in ("group_id", "prompt_token_ids", "finish_reason")} == {
+                key: whole[key] for key in ("group_id", "prompt_token_ids", "finish_reason")
+            }
+            assert_close(row["sampler_log_probs"], whole["sampler_log_probs"])
+            assert row["continuations"] == min(most, (len(row["response_token_ids"]) - 1) // tokens)

@@ -52,6 +52,12 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu of the verdict": ("tp2", {"combine": "relu", "alpha": 0.0, "estimator": "k1"}),
     "modulate, upper bound": ("pp2", {"combine": "modulate", "bounds": "upper", "modulate_clip": 0.05}),
     "entropy, normalised": ("cp2", {"token_weight": "entropy", "normalize": True, "mask": "response"}),
+    "entropies of the batch": (
+        "cp2",
+        {"token_weight": "entropy", "over": "batch", "share": 0.3, "more": 0.4, "mask": "response", "stop_token": "mask"},
+    ),
+    "magnitudes of the batch, pipelined": ("pp2", {"token_weight": "magnitude", "over": "batch", "normalize": True}),
+    "magnitudes of the batch, on data ranks": ("dp2", {"token_weight": "magnitude", "over": "batch", "share": 0.2}),
     "magnitude of an exact divergence": ("pp2", {"token_weight": "magnitude", "estimator": "exact", "normalize": True}),
     "teacher's entropy, normalised": (
         "tp2",
@@ -95,6 +101,11 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bounded importance": ("tp2", {"importance": "truncate", "importance_bound": 1.05}),
     "importance of the sequence": ("cp2", {"importance_level": "sequence", "estimator": "k1"}),
     "sequence correction, masked": ("cp2", {"correction": "mask", "correction_level": "sequence", "correction_bound": 1.3}),
+    "ratio to the sampler": ("tp2", {"clip_against": "sampler", "clip_low": 0.05, "clip_high": 0.05}),
+    "sequence ratio to the sampler": (
+        "cp2",
+        {"clip_against": "sampler", "ratio": "sequence", "clip_low": 0.01, "clip_high": 0.01},
+    ),
     "signed reference, some of it taught": (
         "dp2",
         {"combine": "reference", "reference_estimator": "k2", "mask": "response", "stop_token": "mask"},
@@ -159,6 +170,17 @@ def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[i
 LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence ratio": ("tp2", {"ratio": "sequence", "aggregation": "sequence_mean", "clip_low": 0.003, "clip_high": 0.003}),
     "sequence ratio, cispo": ("dp2", {"ratio": "sequence", "policy_loss": "cispo", "clip_high": 0.002}),
+    "ratio to the sampler": ("pp2", {"clip_against": "sampler", "clip_low": 0.05, "clip_high": 0.05}),
+    "product ratio": (
+        "cp2",
+        {
+            "ratio": "product",
+            "aggregation": "sequence_sum_norm",
+            "max_response_tokens": 20,
+            "clip_low": 0.05,
+            "clip_high": 0.02,
+        },
+    ),
     "dual clip": ("tp2", {"dual_clip": 1.01, "clip_low": 0.05, "clip_high": 0.005}),
     "cispo": ("pp2", {"policy_loss": "cispo", "clip_high": 0.01}),
     "ratio": ("cp2", {"combine": "ratio", "clip_low": 0.05, "clip_high": 0.05}),

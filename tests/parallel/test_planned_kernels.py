@@ -54,7 +54,7 @@ def count_kernels(path: str) -> float:
         layer.register_forward_pre_hook(lambda *_: setattr(kernels, "where", "layer"))
         layer.register_forward_hook(lambda *_: setattr(kernels, "where", "outside"))
     engine = MegatronEngine(parts, load_tokenizer(path), 8, lambda: 0)
-    engine._own_layers = False  # as with Transformer Engine's layers
+    engine._directly = False  # as with Transformer Engine's layers
     engine._is_stop = torch.zeros_like(engine._is_stop)
     prompts = [Prompt(prompt_id="p", text="1+1=", token_ids=np.array([5, 6, 7, 8]), answer="2")]
     counts = []

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from tests.reference import forms
 
 Row = dict[str, Any]
-"""One line of a rollout file; with `given`, a response that was not sampled."""
+"""One line of a rollout file, with `teacher_prompts` where the teacher reads another prompt; with `given`, a response that was
+not sampled."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Settings:
         vocab_size: tokens that exist for both softmaxes; None takes the smaller model's columns.
         top_k, top_k_support, top_k_tail: of the top-k estimators.
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
-        token_weight, share, more, first_tokens, rate, solved, unsolved, normalize: a weight of each distilled token.
+        token_weight, share, more, over, first_tokens, rate, low, middle, width, solved, unsolved, normalize: a weight of each
+            distilled token.
         divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, beside k2 of the
             sampled token. draw_seeds: of the draws of response i, numpy's `default_rng([*draw_seeds, i])`.
         control_variate: k1 and k2 without the expectation of d at the prefix.
@@ -52,7 +54,8 @@ class Settings:
             (mask) its geometric mean.
         correction_level: of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
-        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token or a sequence.
+        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token, or its mean or product over a sequence.
+        clip_against: what that ratio divides by: pi_old (old) or mu (sampler).
         entropy_bonus: coefficient of the entropy.
         truncated: drop leaves responses that hit the limit out of the policy loss.
     """
@@ -88,8 +91,12 @@ class Settings:
     token_weight: str = "constant"
     share: float = 0.5
     more: float = 0.1
+    over: str = "response"
     first_tokens: int = 0
     rate: float = 1.0
+    low: float = 0.25
+    middle: float = 0.3
+    width: float = 0.1
     solved: float = 1.0
     unsolved: float = 1.0
     normalize: bool = False
@@ -107,6 +114,7 @@ class Settings:
     baseline: str = "group"
     policy_loss: str = "clip"
     ratio: str = "token"
+    clip_against: str = "old"
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
     truncated: str = "keep"
@@ -160,6 +168,11 @@ def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -
     prompt, response = row["prompt_token_ids"], row["response_token_ids"]
     logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1, :vocab_size] / temperature
+
+
+def as_teacher_reads(row: Row) -> Row:
+    """The row with the prompt that the teacher reads, where it is another one."""
+    return {**row, "prompt_token_ids": row.get("teacher_prompts", {}).get("teacher", row["prompt_token_ids"])}
 
 
 def log_prob_of(log_p_T_V: Tensor, row: Row) -> Tensor:
@@ -216,7 +229,8 @@ def kdrl_of_models(
     log_q: list[Tensor] = []
     if teacher is not None:
         with torch.no_grad():
-            log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in rows]
+            read = [as_teacher_reads(row) for row in rows]
+            log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in read]
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 
@@ -245,6 +259,7 @@ def kdrl_of_models(
     if settings.truncated == "drop":
         rewarded = rewarded & torch.tensor([row.get("finish_reason") != "length" for row in rows])
     before = [each.detach() for each in log_pi] if log_old is None else log_old
+    before = log_mu if settings.clip_against == "sampler" else before
     correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
     d_now = [
         (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,9 @@ def compared_with(
 def policy_term(log_pi_T: Tensor, log_old_T: Tensor, a_T: Tensor, settings: Any) -> Tensor:
     """The policy loss of each token [T]."""
     rho_T = (log_pi_T - log_old_T).exp()
-    if settings.ratio == "sequence":
-        whole = (log_pi_T - log_old_T).detach().mean().exp()
+    if settings.ratio != "token":
+        log_rho_T = (log_pi_T - log_old_T).detach()
+        whole = (log_rho_T.mean() if settings.ratio == "sequence" else log_rho_T.sum()).exp()
         rho_T = whole * (log_pi_T - log_pi_T.detach()).exp()
     if settings.policy_loss == "cispo":
         return -torch.minimum(rho_T.detach(), torch.tensor(1 + settings.clip_high)) * a_T * log_pi_T
@@ -97,11 +99,21 @@ def token_weights(
 ) -> list[Tensor]:
     """The weight of each token's distillation [T], per response."""
     weights = []
+    ranked_together: list[Tensor] = []
+    if settings.over == "batch":
+        taught_rows = [i for i in range(len(rows)) if distilled[i]]
+        row = {"response_token_ids": [0] * sum(len(d[i]) for i in taught_rows)}
+        alone = replace(settings, over="response", normalize=False)
+        joined = [torch.cat([each[i] for i in taught_rows]) for each in (d, entropies)]
+        (whole,) = token_weights(joined[:1], joined[1:], torch.ones(1, dtype=torch.bool), [row], alone)
+        ranked_together = list(whole.split([len(d[i]) for i in taught_rows]))
     for i, row in enumerate(rows):
         tokens = len(d[i])
         u = torch.ones_like(d[i])
         size, H = d[i].abs(), entropies[i]
-        if settings.token_weight == "entropy":
+        if settings.over == "batch":
+            u = ranked_together.pop(0) if distilled[i] else u
+        elif settings.token_weight == "entropy":
             ranked = sorted(range(tokens), key=lambda t: (-float(H[t]), t))
             first = math.ceil(settings.share * tokens - 1e-9)
             left = sorted(ranked[first:], key=lambda t: (-float(size[t]), t))
@@ -116,15 +128,14 @@ def token_weights(
             first = settings.first_tokens or math.ceil(settings.share * tokens - 1e-9)
             u = torch.tensor([float(t < first) for t in range(tokens)], dtype=d[i].dtype)
         elif settings.token_weight == "rising":
-            u = torch.tensor([((t + 1) / tokens) ** settings.rate for t in range(tokens)], dtype=d[i].dtype)
+            at = [((t + 0.5) / tokens - settings.middle) / settings.width for t in range(tokens)]
+            u = settings.low + (1 - settings.low) * torch.sigmoid(torch.tensor(at, dtype=d[i].dtype))
         elif settings.token_weight == "pass_rate":
             group = [other["correct"] for other in rows if other["group_id"] == row["group_id"]]
             p = sum(group) / len(group)
             u = torch.full_like(d[i], p**settings.solved * (1 - p) ** settings.unsolved)
         elif settings.token_weight == "trusted_prefix":
-            u = torch.stack(
-                [torch.exp(-settings.rate * size[:t].mean()) if t else torch.ones(()).to(size) for t in range(tokens)]
-            )
+            u = torch.stack([1 + settings.rate * (1 - size[:t].sum() / size.sum()) for t in range(tokens)])
         elif settings.token_weight == "teacher_entropy":
             u = torch.exp(-settings.rate * H)
         taught = before_end(row, settings)

@@ -12,7 +12,22 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 from tests.reference.dense import Row, load_model, log_prob_of, response_logits
 
@@ -67,8 +82,8 @@ def make_model(
     max_shard_size: str = "5GB",
     **settings: Any,
 ) -> Path:
-    """Write a random checkpoint of another family and return its directory: `qwen3` (a head dimension that is not hidden /
-    heads), `llama` (llama3 rope scaling) or `qwen3_moe` (8 experts, 2 per token).
+    """Write a random checkpoint of a family and return its directory, with what is particular to the family: `qwen3` has a head
+    dimension that is not hidden / heads, `llama` llama3 rope scaling, `qwen3_moe` 8 experts, 2 per token.
 
     Args:
         settings: HF config values that replace the defaults.
@@ -93,10 +108,34 @@ def make_model(
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
+    alternating = ["sliding_attention", "full_attention"] * 2
+    late = ["sliding_attention"] * 3 + ["full_attention"]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    scaled_where_full = {
+        "full_attention": {**yarn, "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
     classes: dict[str, tuple[Any, dict]] = {
         "qwen2": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 32}),
         "llama": (LlamaConfig, {"rope_parameters": llama3}),
+        "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": 12}),
+        "ministral": (MinistralConfig, {"head_dim": 16, "sliding_window": 9, "layer_types": alternating}),
+        "seed_oss": (SeedOssConfig, {"head_dim": 32}),
+        "smollm3": (SmolLM3Config, {}),
+        "granite": (
+            GraniteConfig,
+            {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.4,
+                "attention_multiplier": 0.1,
+                "logits_scaling": 5.0,
+            },
+        ),
+        "olmo2": (Olmo2Config, {}),
+        "olmo3": (Olmo3Config, {"sliding_window": 7, "rope_parameters": scaled_where_full}),
+        "gemma3": (Gemma3TextConfig, {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 6, "layer_types": late}),
+        "phi3": (Phi3Config, {"partial_rotary_factor": 0.75}),
         "qwen3_moe": (
             Qwen3MoeConfig,
             {

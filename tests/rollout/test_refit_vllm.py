@@ -216,6 +216,30 @@ def test_steps_ahead_with_weights_in_flight_lose_and_double_nothing(
     assert all("eval/accuracy" in row for row in (rows[2], rows[5]))
 
 
+def test_partial_rollouts_go_on_under_the_next_weights(
+    server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """The dense model with the weights of a response's versions gives its tokens the log-probs that vLLM reported."""
+    ahead = ("rollout.steps_ahead=1", "rollout.max_age=3", "rollout.partial_tokens=9", "rollout.max_continuations=2")
+    sizes = (
+        "rollout.max_response_tokens=44",
+        "trainer.steps=5",
+        "data.shuffle=false",
+        "optimizer.lr=0",
+        "trainer.self_test=false",
+    )
+    train(ranks2, models, tmp_path, server, *ahead, *sizes)
+    steps, rows = rollouts_of(tmp_path), metrics_of(tmp_path)
+    assert Counter(line["prompt_id"] for step in steps for line in step) == {f"prompts-{i + 1}": 4 for i in range(20)}
+    lines = [line for step in steps for line in step]
+    for line in lines:
+        assert line.get("continuations", 0) == min(2, (len(line["response_token_ids"]) - 1) // 9)
+        assert line["finish_reason"] == ("stop" if line["response_token_ids"][-1] == 0 else "length")
+    assert sum("later_versions" in line for line in lines) > 5
+    assert all(row["drift_max"] < 1e-3 for row in rows), "with lr 0 the weights of all versions are the same"
+    assert rows[-1]["prompts_trained"] == 20 and rows[-1]["responses_unfinished"] == 0
+
+
 def test_the_tool_evaluates_with_vllm_as_with_the_embedded_engine(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:

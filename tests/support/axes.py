@@ -117,7 +117,7 @@ CASES = (
     "pp2 two-updates gate prefix forward-top-k dual-clip geometric-mask stop-masked sequence-mean bonus",
     "cp2 two-updates relu magnitude of-sequence truncate kd-geometric group-mask stop-masked sequence-sum bonus",
     "dp2 trusted-prefix drawn-trust cispo of-sequence kd-sequence response-mask dropped bonus",
-    "pp2 two-updates sign pass-rate drawn-trust batch geometric-mask kd-sequence stop-masked sequence-mean",
+    "two-updates sign pass-rate drawn-trust batch geometric-mask kd-sequence stop-masked sequence-mean",
     (
         "dp2 two-updates gate entropy exact cispo "
         "of-sequence undivided sequence-truncate group-mask stop-masked sequence-mean bonus"
@@ -155,10 +155,10 @@ CASES = (
     "ratio dual-clip leave-one-out response-mask stop-masked sequence-sum",
     "sp in-reward of-sequence leave-one-out sequence-sum bonus",
     "sp modulate undivided geometric-mask group-mask dropped sequence-mean",
-    "sp trusted-prefix centred in-advantage of-sequence leave-one-out sequence-truncate dropped sequence-sum",
-    "pp2 centred in-advantage leave-one-out dropped sequence-mean bonus",
-    "sign jsd dual-clip of-sequence sequence-truncate group-mask stop-masked",
-    "two-updates pass-rate in-advantage cispo undivided stop-masked sequence-sum",
+    "sp trusted-prefix in-advantage of-sequence leave-one-out sequence-truncate dropped sequence-sum",
+    "sp centred in-advantage leave-one-out dropped sequence-mean bonus",
+    "pp2 sign jsd dual-clip of-sequence sequence-truncate group-mask stop-masked",
+    "pp2 two-updates pass-rate in-advantage cispo undivided stop-masked sequence-sum",
     "pp2 two-updates relu dual-clip of-sequence leave-one-out kd-sequence response-mask stop-masked sequence-sum bonus",
     (
         "two-updates relu prefix dual-clip of-sequence leave-one-out "

@@ -120,7 +120,7 @@ def told_to_stop(call: int) -> Any:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return _instead(MegatronEngine, "generate", call, tell)
+    return _instead(MegatronEngine, "sample", call, tell)
 
 
 @contextmanager

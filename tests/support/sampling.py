@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,8 +22,14 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For each sampling: the responses, and the log-probs that the trainer gives them."""
+def generate_on_rank(
+    overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]], parts: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """For each sampling: the responses, and the log-probs that the trainer gives them.
+
+    Args:
+        parts: sample so many tokens at a time, with at most so many continuations.
+    """
     from kdrl_mcore.config import load_config
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -37,8 +44,8 @@ def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: 
     asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
     result = {}
     for name, how in samplings.items():
-        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=COPIES, key=(1, 0, 1), **how)
-        rollouts = job.engine.generate(asked, sampling)
+        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=COPIES, key=(1, 0, 7), **how)
+        rollouts = job.engine.generate(asked, sampling) if parts is None else in_parts(job.engine, asked, sampling, *parts)
         scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
         result[name] = [
             {
@@ -48,11 +55,25 @@ def generate_on_rank(overrides: list[str], prompts: list[list[int]], samplings: 
                 "response_token_ids": rollout.response_token_ids.tolist(),
                 "sampler_log_probs": rollout.sampler_log_probs,
                 "finish_reason": rollout.finish_reason,
+                "continuations": rollout.continuations,
                 "trainer_log_probs": log_probs,
             }
             for rollout, (log_probs, _) in zip(rollouts, scored, strict=True)
         ]
     return result
+
+
+def in_parts(engine: Any, prompts: list[Any], sampling: Any, tokens: int, continuations: int) -> list[Any]:
+    """Every other prompt is begun a part later."""
+    from kdrl_mcore.rollout.ledger import Draw, Entry
+    from kdrl_mcore.rollout.partial import Parts
+
+    entries = [Entry(("", i), prompt, Draw(7, 0, i)) for i, prompt in enumerate(prompts)]
+    parts, begun = Parts(tokens, continuations), entries[::2]
+    while any(entry.rollouts is None for entry in entries):
+        parts.sample(engine, begun, replace(sampling, key=sampling.key[:-1]))
+        begun = entries
+    return [replace(rollout, group_id=i) for i, entry in enumerate(entries) for rollout in entry.rollouts or ()]
 
 
 def generate_with_packed_weights(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdrl_mcore.data.stream import PromptStream
-from kdrl_mcore.rollout.engine import Choose, Sampling
+from kdrl_mcore.rollout.engine import Choose, Request, Sampling, with_beginning
 from kdrl_mcore.rollout.given import GivenResponses
 from kdrl_mcore.rollout.ledger import groups_of
 from kdrl_mcore.rollout.source import Ahead, SampledRollouts
@@ -50,6 +50,23 @@ class Engine:
         chosen = next((each for end in range(len(complete) + 1) if (each := choose(complete[:end])) is not None), None)
         assert chosen is not None, "waits for ever"
         return {ticket: self.complete.pop(ticket) for ticket in chosen}
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Responses of lengths that follow from the draws; a token's log-prob is minus the version of its weights."""
+        result = []
+        for group, request in enumerate(requests):
+            for number in range(request.first, request.first + request.count):
+                whole = 1 + hash((request.key, number)) % sampling.max_response_tokens
+                tokens = min(request.tokens, whole - request.position)
+                ids = np.arange(request.position, request.position + tokens)
+                log_probs = np.full(tokens, -self.version, np.float32)
+                ends = request.position + tokens == whole and whole < sampling.max_response_tokens
+                part = Rollout(
+                    *(request.prompt.prompt_id, group, request.token_ids, ids, log_probs),
+                    *("stop" if ends else "length", self.version),
+                )
+                result.append(with_beginning(request, part, sampling.max_response_tokens, lambda ids: ""))
+        return result
 
     def sleep(self) -> None:
         pass

@@ -54,8 +54,12 @@ OBJECTIVE_KEYS = {
     "token_weight": "objective.kd.token_weight.kind",
     "share": "objective.kd.token_weight.share",
     "more": "objective.kd.token_weight.more",
+    "over": "objective.kd.token_weight.over",
     "first_tokens": "objective.kd.token_weight.tokens",
     "rate": "objective.kd.token_weight.rate",
+    "low": "objective.kd.token_weight.low",
+    "middle": "objective.kd.token_weight.middle",
+    "width": "objective.kd.token_weight.width",
     "solved": "objective.kd.token_weight.solved",
     "unsolved": "objective.kd.token_weight.unsolved",
     "normalize": "objective.kd.token_weight.normalize",
@@ -72,6 +76,7 @@ OBJECTIVE_KEYS = {
     "baseline": "objective.baseline",
     "policy_loss": "objective.policy_loss",
     "ratio": "objective.ratio",
+    "clip_against": "objective.clip_against",
     "dual_clip": "objective.dual_clip",
     "entropy_bonus": "objective.entropy_bonus",
     "truncated": "objective.truncated",
@@ -131,7 +136,10 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         rollouts = job.source.rollouts(1)
         scored = score_rollouts(job.student.parts, rollouts, **settings)
         found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
-        found["teacher"] = job.teacher.score(rollouts, **settings) if job.teacher is not None else []
+        found["teacher"] = []
+        if job.teacher is not None:
+            scores = job.teacher.scores_of(dict(enumerate(rollouts)), frozenset({"log_probs"}), **settings)
+            found["teacher"] = [scores.log_probs[index] for index in range(len(rollouts))]
         run(trainer)
 
     with patch.object(Trainer, "run", score_then_run):
@@ -151,7 +159,7 @@ def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         rollouts = replay(source, step)
         if on_part is not None:
             for group in sorted({rollout.group_id for rollout in rollouts})[:0:-1]:
-                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+                on_part({index: rollout for index, rollout in enumerate(rollouts) if rollout.group_id == group})
         return rollouts
 
     with patch.object(ReplayedRollouts, "rollouts", replay_in_parts):
@@ -179,7 +187,7 @@ def train_scoring_early_on_rank(overrides: Sequence[str]) -> Outcome:
         if on_part is not None:
             sources[0]._verify(rollouts)
             for group in sorted({rollout.group_id for rollout in rollouts})[::-1]:
-                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+                on_part({index: rollout for index, rollout in enumerate(rollouts) if rollout.group_id == group})
         return rollouts
 
     with patch.object(MegatronEngine, "generate", generate_in_parts), patch.object(SampledRollouts, "__init__", keep):

@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 from tests.reference import dense
-from tests.reference.tiny_models import make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
 
 TOKENS = 61  # of the tokenizer; the models have more columns
+FAMILIES = ("mistral", "ministral", "seed_oss", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Zoo:
 
     Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, `deep` (8 layers, not
     4), and `no_tokenizer`, which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers:
-    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`.
+    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`. Both: one model of each dense `FAMILIES`.
     """
 
     folder: Path
@@ -30,7 +31,8 @@ class Zoo:
         """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
         others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
         behind 40), `all_correct` (every reward and verdict the
-        same, so that GRPO and a response mask leave nothing), `given` (6 that ended by themselves, some of them correct)."""
+        same, so that GRPO and a response mask leave nothing), `privileged` (`uneven`, with longer prompts for the
+        teacher), `given` (6 that ended by themselves, some of them correct)."""
         return self.folder / f"{name}.jsonl"
 
     def rows(self, name: str) -> list[dense.Row]:
@@ -61,6 +63,11 @@ def _reference(
     return dense.kdrl(student, teacher, [*_rows(rollouts), *beside], settings)
 
 
+def _longer(row: dense.Row) -> list[int]:
+    """A prompt that knows more: other tokens before the same ones, another number of them for each group."""
+    return [*range(3, 6 + 4 * row["group_id"]), *row["prompt_token_ids"]]
+
+
 def make_zoo(folder: Path) -> Zoo:
     """Write all models and rollouts into `folder`."""
     shapes = {
@@ -76,6 +83,9 @@ def make_zoo(folder: Path) -> Zoo:
         make_qwen2(folder / name, **shape)  # type: ignore[arg-type]
         if "no_tokenizer" not in name:
             assert make_tokenizer(folder / name) == TOKENS
+    for name in FAMILIES:
+        make_model(name, folder / name, seed=7)
+        assert make_tokenizer(folder / name) == TOKENS
     batches: dict[str, dict[str, object]] = {
         "uneven": {},
         "exact_mu": {"noise": 0.0},
@@ -92,4 +102,6 @@ def make_zoo(folder: Path) -> Zoo:
         if name == "given":
             rows = [{**row, "finish_reason": "stop"} for row in rows]
         write_jsonl(folder / f"{name}.jsonl", rows)
+        if name == "uneven":
+            write_jsonl(folder / "privileged.jsonl", [{**row, "teacher_prompts": {"teacher": _longer(row)}} for row in rows])
     return Zoo(folder)

@@ -1,4 +1,4 @@
-"""Model families: one file for each, with the meaning of its HF config and the map of its weights."""
+"""Model families, one file each: how to read its HF config, and the map of its weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,39 @@ import json
 from pathlib import Path
 
 from kdrl_mcore.errors import ModelError
-from kdrl_mcore.model.families import llama, qwen2, qwen3, qwen3_moe
+from kdrl_mcore.model.families import (
+    gemma3,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
 from kdrl_mcore.model.families.base import Architecture, Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.hf_architecture: module.FAMILY for module in (llama, qwen2, qwen3, qwen3_moe)}
+_MODULES = (
+    gemma3,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+)
+FAMILIES: dict[str, Family] = {module.FAMILY.hf_architecture: module.FAMILY for module in _MODULES}
 """The supported families by the name in an HF config's `architectures`."""
 
 

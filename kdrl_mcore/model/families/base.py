@@ -3,8 +3,8 @@ loading and refit)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kdrl_mcore.errors import ModelError
@@ -20,9 +20,9 @@ class WeightRule:
     `{layer}` stands for the global layer number, `{expert}` for the global expert number.
 
     Kinds: `replicated`: whole on every tensor-parallel rank. `column`: split along the first dimension. `row`: split along the
-    second. `vocabulary`: padded, then split along the first. `qkv` (query, key, value): interleaved by key/value head, then
-    split along the first. `gate_up` (gate, up): every rank holds its share of both, gate first. Experts are never split:
-    expert-parallel ranks hold whole ones.
+    second. `vocabulary`: padded, then split along the first. `qkv` (query, key, value; one HF tensor each, or all in one):
+    interleaved by key/value head, then split along the first. `gate_up` (gate, up; likewise): every rank holds its share of
+    both, gate first. Experts are never split: expert-parallel ranks hold whole ones.
     """
 
     megatron: str
@@ -53,8 +53,34 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """What the attention of one layer sees, and how it knows positions.
+
+    Attributes:
+        window: the keys that a query sees, its own included; None for all keys up to its own.
+        rope: the rotary embedding; None for a layer without one.
+    """
+
+    window: int | None
+    rope: Rope | None
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """The shape of one model, read from its HF config."""
+    """The shape of one model, read from its HF config.
+
+    Attributes:
+        qk_norm: queries and keys are normalised, each head by itself.
+        qk_norm_of_all_heads: they are normalised over all heads of a token together.
+        layers: the attention of each layer, where not all layers see everything with the same `rope`; otherwise empty.
+        norms: where a layer's norms stand: before attention and MLP, after them, or both.
+        zero_centered_norms: norms multiply by 1 + weight.
+        activation: of the MLP's gate.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies what attention and MLP add to the residual stream.
+        attention_scale: multiplies the products of queries and keys; None for 1 / sqrt(head_dim).
+        logit_scale: multiplies the logits.
+    """
 
     family: str
     num_layers: int
@@ -71,6 +97,29 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: Experts | None = None
+    qk_norm_of_all_heads: bool = False
+    layers: tuple[LayerAttention, ...] = ()
+    norms: Literal["before", "after", "around"] = "before"
+    zero_centered_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+
+    def attention(self, layer: int) -> LayerAttention:
+        """The attention of a layer by its number in the whole model, from 0."""
+        return self.layers[layer] if self.layers else LayerAttention(None, self.rope)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer's attention sees only a window."""
+        return any(layer.window is not None for layer in self.layers)
+
+    @property
+    def rotary_embeddings(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None)) or (self.rope,)
 
     @property
     def context_length(self) -> int:
@@ -132,18 +181,24 @@ _CHANGES_OUTPUTS: dict[str, object] = {
 a supported family, but whoever wrote one meant a different model, and vLLM honours some."""
 
 
-def dense_architecture(hf: dict, path: str, family: str, **fields: object) -> Architecture:
-    """The architecture from the fields that all Llama-like families share; `fields` adds to them or overrides them.
+def dense_architecture(hf: dict, path: str, family: str, *, reads: Collection[str] = (), **fields: object) -> Architecture:
+    """The architecture from the fields that all Llama-like families share.
+
+    Args:
+        reads: keys that mean something in this family, which reads them itself; in others they are refused.
+        fields: fields of the architecture, in addition to the shared ones or instead of them.
 
     Raises:
         ModelError: a field is missing, or the config has sliding-window attention, another activation or unknown rope scaling.
     """
-    if hf.get("use_sliding_window") or any(kind != "full_attention" for kind in hf.get("layer_types") or []):
+    windows = hf.get("use_sliding_window") or any(kind != "full_attention" for kind in hf.get("layer_types") or [])
+    if windows and "layer_types" not in reads:
         raise ModelError(f"{path}/config.json: sliding-window attention (use_sliding_window, layer_types) is not supported")
     for key in ("quantization_config", "compression_config"):
         if hf.get(key):
             raise ModelError(f"{path}/config.json: quantized weights ({key}) are not supported")
-    refuse(hf, path, hidden_act="silu", attention_dropout=0.0, mlp_bias=False, pretraining_tp=1, **_CHANGES_OUTPUTS)
+    supported = {"hidden_act": "silu", "attention_dropout": 0.0, "mlp_bias": False, "pretraining_tp": 1, **_CHANGES_OUTPUTS}
+    refuse(hf, path, **{key: value for key, value in supported.items() if key not in reads})
     values: dict = {
         "family": family,
         "num_layers": hf.get("num_hidden_layers"),
@@ -165,7 +220,49 @@ def dense_architecture(hf: dict, path: str, family: str, **fields: object) -> Ar
             raise ModelError(f"{path}/config.json has no valid {key}: it does not describe a {family}")
     if not isinstance(values["tied_embeddings"], bool) or not is_number(values["norm_epsilon"]):
         raise ModelError(f"{path}/config.json: tie_word_embeddings must be true or false, and rms_norm_eps a number")
-    return Architecture(**{"rope": read_rope(hf, path), **values})
+    if "rope" not in values:
+        values["rope"] = read_rope(hf, path)
+    return Architecture(**values)
+
+
+def with_windows(
+    hf: dict, path: str, architecture: Architecture, window: object, slides: Callable[[int], bool]
+) -> Architecture:
+    """The architecture with a sliding window in some layers.
+
+    Args:
+        window: the config's `sliding_window`, or the family's default.
+        slides: whether a layer (from 0) has it, where the config has no `layer_types`.
+
+    Raises:
+        ModelError: `layer_types` are not one known kind for each layer, or the window of a layer that has one is not a size.
+    """
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if slides(layer) else "full_attention" for layer in range(architecture.num_layers)]
+    if len(kinds) != architecture.num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"{path}/config.json: layer_types must be full_attention or sliding_attention for each of "
+            f"{architecture.num_layers} layers"
+        )
+    if "sliding_attention" not in kinds:
+        return architecture
+    if not is_size(window):
+        raise ModelError(f"{path}/config.json: layers have sliding_attention, so sliding_window={window} must be a size")
+    layers = [
+        replace(architecture.attention(layer), window=window if kind == "sliding_attention" else None)
+        for layer, kind in enumerate(kinds)
+    ]
+    return replace(architecture, layers=tuple(layers))
+
+
+def with_late_windows(hf: dict, path: str, architecture: Architecture) -> Architecture:
+    """The architecture of Qwen2 or Qwen3, where `use_sliding_window` gives layers from `max_window_layers` on a window."""
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    first = hf.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ModelError(f"{path}/config.json: max_window_layers={first} must be a number of layers")
+    return with_windows(hf, path, architecture, window, lambda layer: window is not None and layer >= first)
 
 
 _SIZES = {
@@ -181,40 +278,63 @@ _SIZES = {
 """Fields of an architecture that must be positive integers, with their names in the config."""
 
 
-def attention_rules(architecture: Architecture) -> list[WeightRule]:
-    """The weight map of everything but the MLPs, shared by the Llama-like families."""
+_NORMS = {
+    "before": {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+    "after": {
+        "post_self_attn_layernorm": "post_attention_layernorm",
+        "post_mlp_layernorm": "post_feedforward_layernorm",
+    },
+    "around": {
+        "input_layernorm": "input_layernorm",
+        "post_self_attn_layernorm": "post_attention_layernorm",
+        "pre_mlp_layernorm": "pre_feedforward_layernorm",
+        "post_mlp_layernorm": "post_feedforward_layernorm",
+    },
+}
+"""A layer's norms and their names in HF checkpoints, by where they stand."""
+
+
+def attention_rules(architecture: Architecture, *, fused: bool = False) -> list[WeightRule]:
+    """The weight map of everything but the MLPs, shared by the Llama-like families.
+
+    Args:
+        fused: query, key and value are stored as one tensor.
+    """
     attention, layer = "model.layers.{layer}.self_attn.", "decoder.layers.{layer}."
+    qkv = tuple(f"{attention}{name}_proj.weight" for name in (["qkv"] if fused else "qkv"))
     rules = [
         WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
-        WeightRule(layer + "input_layernorm.weight", ("model.layers.{layer}.input_layernorm.weight",), "replicated"),
-        WeightRule(
-            layer + "self_attention.linear_qkv.weight",
-            tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
-            "qkv",
-        ),
+        WeightRule(layer + "self_attention.linear_qkv.weight", qkv, "qkv"),
         WeightRule(layer + "self_attention.linear_proj.weight", (f"{attention}o_proj.weight",), "row"),
-        WeightRule(layer + "pre_mlp_layernorm.weight", ("model.layers.{layer}.post_attention_layernorm.weight",), "replicated"),
         WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     ]
+    for megatron, hf in _NORMS[architecture.norms].items():
+        rules.append(WeightRule(f"{layer}{megatron}.weight", (f"model.layers.{{layer}}.{hf}.weight",), "replicated"))
     if architecture.qkv_bias:
         names = tuple(f"{attention}{name}_proj.bias" for name in ("q", "k", "v"))
         rules.append(WeightRule(layer + "self_attention.linear_qkv.bias", names, "qkv"))
-    if architecture.qk_norm:
+    if architecture.qk_norm or architecture.qk_norm_of_all_heads:
+        kind: Kind = "column" if architecture.qk_norm_of_all_heads else "replicated"
         for name in ("q", "k"):
             rules.append(
-                WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), "replicated")
+                WeightRule(f"{layer}self_attention.{name}_layernorm.weight", (f"{attention}{name}_norm.weight",), kind)
             )
     if not architecture.tied_embeddings:
         rules.append(WeightRule("output_layer.weight", ("lm_head.weight",), "vocabulary"))
     return rules
 
 
-def dense_decoder_rules(architecture: Architecture) -> list[WeightRule]:
-    """The weight map shared by the dense Llama-like families."""
+def dense_decoder_rules(architecture: Architecture, *, fused: bool = False) -> list[WeightRule]:
+    """The weight map shared by the dense Llama-like families.
+
+    Args:
+        fused: query, key and value are stored as one tensor, and so are gate and up.
+    """
     mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
+    gate_up = tuple(f"{mlp}{name}_proj.weight" for name in (["gate_up"] if fused else ["gate", "up"]))
     return [
-        *attention_rules(architecture),
-        WeightRule(layer + "linear_fc1.weight", (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), "gate_up"),
+        *attention_rules(architecture, fused=fused),
+        WeightRule(layer + "linear_fc1.weight", gate_up, "gate_up"),
         WeightRule(layer + "linear_fc2.weight", (f"{mlp}down_proj.weight",), "row"),
     ]
 

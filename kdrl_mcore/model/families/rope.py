@@ -21,6 +21,7 @@ class Rope:
         low, high: llama3's low and high frequency factor; yarn's beta_slow and beta_fast.
         attention_factor: yarn's scale of cosine and sine.
         truncate: yarn: round the range of interpolated dimensions outwards to whole dimensions.
+        share: the share of each head's dimensions, from the first, that is rotated.
     """
 
     theta: float
@@ -31,6 +32,7 @@ class Rope:
     high: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    share: float = 1.0
 
 
 def refuse(hf: dict, path: str, **supported: object) -> None:
@@ -76,16 +78,30 @@ _NUMBERS = (
 _KNOWN = {*_NUMBERS, "rope_type", "truncate", "partial_rotary_factor", "finetuned"}
 
 
-def read_rope(hf: dict, path: str) -> Rope:
+def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: bool = False) -> Rope:
     """The rotary embedding, from the old (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`) form of an HF config.
+
+    Args:
+        default_theta: the family's base, where the config has none.
+        partial: the family knows `partial_rotary_factor`, the share of each head that is rotated.
 
     Raises:
         ModelError: two places contradict each other, or the scaling is not supported or lacks a parameter.
     """
     where = f"{path}/config.json"
-    given = _settings(hf, where)
+    given = {"rope_theta": default_theta, **_settings(hf, where)}
     kind = given["rope_type"]
-    refuse({**hf, **given}, path, partial_rotary_factor=1.0)
+    shares = [each["partial_rotary_factor"] for each in (given, hf) if each.get("partial_rotary_factor") is not None]
+    if len(set(shares)) > 1:
+        raise ModelError(
+            f"{where}: partial_rotary_factor={shares[0]}, but {shares[1]} outside of it: remove the one that is wrong"
+        )
+    share = shares[0] if shares else None
+    if not partial:
+        refuse({"partial_rotary_factor": share}, path, partial_rotary_factor=1.0)
+    share = 1.0 if share is None else share
+    if not is_number(share) or not 0 < share <= 1:
+        raise ModelError(f"{where}: partial_rotary_factor={share} must be above 0 and at most 1")
     if kind not in _NEEDED:
         raise ModelError(f"{where}: rope scaling '{kind}' is not supported ({', '.join(_NEEDED)} are)")
     for key in _NEEDED[kind]:
@@ -95,9 +111,9 @@ def read_rope(hf: dict, path: str) -> Rope:
     if theta <= 1 or factor <= 0:
         raise ModelError(f"{where}: rope_theta={theta:g} must be above 1, and factor={factor:g} above 0")
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta, share=share)
     if kind == "linear":
-        return Rope(theta, kind, factor)
+        return Rope(theta, kind, factor, share=share)
     original = given.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
     if not is_size(original):
         raise ModelError(f"{where}: rope scaling '{kind}' has no original_max_position_embeddings")
@@ -108,13 +124,45 @@ def read_rope(hf: dict, path: str) -> Rope:
     if low >= high:
         raise ModelError(f"{where}: rope scaling '{kind}' goes from {low:g} to {high:g}: the second must be the larger")
     if kind == "llama3":
-        return Rope(theta, kind, factor, original, low, high)
+        return Rope(theta, kind, factor, original, low, high, share=share)
     scale = _yarn_attention_factor(given, factor)
-    return Rope(theta, kind, factor, original, low, high, scale, truncate=given.get("truncate", True))
+    return Rope(theta, kind, factor, original, low, high, scale, truncate=given.get("truncate", True), share=share)
+
+
+def read_rope_of_kinds(
+    hf: dict, path: str, *, default_theta: float, default_sliding_theta: float, sliding_theta: str | None = None
+) -> tuple[Rope, Rope]:
+    """The rotary embeddings of layers with full and with sliding attention.
+
+    The new form of `rope_parameters` has one set for each. In the old one `rope_theta` and `rope_scaling` are those of full
+    attention only.
+
+    Args:
+        sliding_theta: the key of sliding attention's base in the old form.
+
+    Raises:
+        ModelError: as `read_rope`, or only one kind has parameters.
+    """
+    given, kinds = hf.get("rope_parameters"), {"full_attention", "sliding_attention"}
+    if isinstance(given, dict) and kinds & given.keys():
+        if given.keys() != kinds:
+            raise ModelError(
+                f"{path}/config.json: rope_parameters must be of full_attention and sliding_attention, and no other"
+            )
+        outside = {key: hf[key] for key in ("rope_theta", "rope_scaling", sliding_theta) if key and hf.get(key) is not None}
+        if outside:
+            raise ModelError(
+                f"{path}/config.json: {next(iter(outside))} beside rope_parameters of each kind: remove one of them"
+            )
+        full, sliding = ({**hf, "rope_parameters": given[kind]} for kind in ("full_attention", "sliding_attention"))
+    else:
+        full = hf
+        sliding = {"rope_theta": hf.get(sliding_theta) if sliding_theta else None}
+    return read_rope(full, path, default_theta=default_theta), read_rope(sliding, path, default_theta=default_sliding_theta)
 
 
 def _settings(hf: dict, where: str) -> dict[str, Any]:
-    """All rotary settings of the config, each once, with `rope_type` and `rope_theta`.
+    """All rotary settings of the config, each once, with `rope_type`.
 
     `transformers` silently prefers one place over another (`rope_scaling` over `rope_parameters`, the theta inside over the one
     outside, the original positions outside over those inside); vLLM and older versions prefer others. Where two places
@@ -141,7 +189,6 @@ def _one_form(hf: dict, given: Any, where: str) -> dict[str, Any]:
     for key in outside:
         if hf.get(key) is not None and settings.setdefault(key, hf[key]) != hf[key]:
             raise ModelError(f"{where}: {key}={settings[key]}, but {hf[key]} outside of it: remove the one that is wrong")
-    settings.setdefault("rope_theta", 10000.0)
     for key in settings:
         if key not in _KNOWN:
             raise ModelError(f"{where}: {key} is not supported")

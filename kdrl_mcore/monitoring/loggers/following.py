@@ -109,7 +109,7 @@ class Follower:
         if self._warn is not None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._warn(
-                f"{self.name} takes no metrics ({reason}); {METRICS_FILE} has every step: python -m "
+                f"{self.name} accepts no metrics ({reason}); {METRICS_FILE} has every step: python -m "
                 f"kdrl_mcore.monitoring.loggers {self._run_dir} {self.name} sends what is missing later"
             )
             self._warn = None

@@ -10,7 +10,7 @@ import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.dispatch import Complete, Dispatch, ExpectedLengths, Failure, Response, Submitted
-from kdrl_mcore.rollout.engine import Choose, OnPart, Sampling, Weights
+from kdrl_mcore.rollout.engine import Choose, OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.refit.refit import send_weights
 from kdrl_mcore.rollout.vllm.client import ServerFailed
 from kdrl_mcore.rollout.vllm.placement import Replicas
@@ -82,7 +82,7 @@ class VllmEngine:
                 self._work.dispatch.renew(student.version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutEngine`. What was submitted before goes on meanwhile.
+        """See `RolloutEngine`. Earlier submissions continue meanwhile.
 
         Raises:
             EngineError: on all ranks, if a server cannot be brought back, refuses a request or has stale weights.
@@ -101,20 +101,43 @@ class VllmEngine:
         Raises:
             EngineError: on all ranks, if the servers have stale weights.
         """
+        tickets = self._new_tickets(len(prompts))
+        numbers = range(len(prompts)) if indices is None else indices
+        self._submit([Submitted(*each, sampling) for each in zip(tickets, prompts, numbers, strict=True)])
+        return tickets
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine`. vLLM reads the response so far as a part of the prompt.
+
+        Raises:
+            EngineError: see `generate`.
+        """
+        tickets = self._new_tickets(len(requests))
+        self._submit([_submitted(*each, sampling) for each in zip(tickets, requests, strict=True)])
+        wanted, decode = set(tickets), self._tokenizer.decode_response
+        groups = self._collect(lambda complete: tickets if wanted <= set(complete) else None, None)
+        return [
+            with_beginning(request, replace(part, group_id=place), sampling.max_response_tokens, decode)
+            for place, (ticket, request) in enumerate(zip(tickets, requests, strict=True))
+            for part in groups[ticket]
+        ]
+
+    def _new_tickets(self, count: int) -> list[int]:
+        tickets = list(range(self._tickets, self._tickets + count))
+        self._tickets += count
+        self._unfinished.update(tickets)
+        return tickets
+
+    def _submit(self, submitted: Sequence[Submitted]) -> None:
         assert self._student is not None
         if self._version != self._student.version:
             raise EngineError(
                 f"the engines have weight version {self._version}, the student {self._student.version}: refit first"
             )
-        tickets = list(range(self._tickets, self._tickets + len(prompts)))
-        self._tickets += len(prompts)
-        self._unfinished.update(tickets)
-        if prompts and dist.get_rank() == 0:
+        if submitted and dist.get_rank() == 0:
             if self._work is None:
                 self._work = _Work(self, self._version)
-            numbers = range(len(prompts)) if indices is None else indices
-            self._work.submit([Submitted(*each, sampling) for each in zip(tickets, prompts, numbers, strict=True)])
-        return tickets
+            self._work.submit(submitted)
 
     def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
         """See `FlowingEngine`. A server that failed meanwhile gets the student's current weights.
@@ -181,11 +204,11 @@ class VllmEngine:
                 self._restarts[index] += 1
                 if self._restarts[index] > self._settings.restarts:
                     raise EngineError(
-                        f"vLLM engine {index} failed {self._restarts[index]} times and is given up (last: {reason}): see "
-                        f"{self._replicas.servers[index].log}, then start the same command again"
+                        f"vLLM engine {index} failed {self._restarts[index]} times and is not started again (last: {reason}): "
+                        f"see {self._replicas.servers[index].log}, then start the same command again"
                     )
                 if dist.get_rank() == 0:
-                    logger.warning("vLLM engine %d is started again: %s", index, reason)
+                    logger.warning("vLLM engine %d is being restarted: %s", index, reason)
             restarted.update(failures)
             failures = self._replicas.restart(list(failures)) or self._refit(indices, self._student)
             if not failures:
@@ -236,9 +259,16 @@ class VllmEngine:
         return self._replicas.failures(check, indices)
 
 
+def _submitted(ticket: int, request: Request, sampling: Sampling) -> Submitted:
+    """What the dispatch samples for a request."""
+    key = request.key if request.begun is None else (*request.key, request.position)  # other draws than those before
+    own = replace(sampling, max_response_tokens=request.tokens, responses_per_prompt=request.count, key=key)
+    return Submitted(ticket, replace(request.prompt, token_ids=request.token_ids), request.first // request.count, own)
+
+
 @dataclass(frozen=True)
 class _Parts:
-    """What `generate` hands out while others are sampled: groups of these tickets, at least so many tokens at a time."""
+    """The parts that `generate` passes on while other groups are sampled: groups of these tickets, with a minimum of tokens."""
 
     tickets: Sequence[int]
     tokens: int
@@ -249,13 +279,13 @@ class _Parts:
     def next(self, complete: Mapping[int, list[Rollout]]) -> _Part | None:
         """The next part, if there are enough tokens for one."""
         part: dict[int, Rollout] = {}
-        groups = [place for place, ticket in enumerate(self.tickets) if ticket in complete and ticket not in self.announced]
-        for place in groups:
-            first = place * self.responses_per_prompt
-            part |= {first + number: rollout for number, rollout in enumerate(complete[self.tickets[place]])}
+        groups = [index for index, ticket in enumerate(self.tickets) if ticket in complete and ticket not in self.announced]
+        for index in groups:
+            first = index * self.responses_per_prompt
+            part |= {first + number: rollout for number, rollout in enumerate(complete[self.tickets[index]])}
         if not part or sum(rollout.num_tokens for rollout in part.values()) < self.tokens:
             return None
-        self.announced.update(self.tickets[place] for place in groups)
+        self.announced.update(self.tickets[index] for index in groups)
         return _Part(part)
 
 
@@ -286,7 +316,7 @@ class _Work:
         self.dispatch.submit(prompts)
 
     def next_event(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]] | _Part | Any:
-        """The groups to take out, as soon as there are enough; else a part, or what `Dispatch.next_event` returns."""
+        """The groups to take out, once there are enough; otherwise a part, or the result of `Dispatch.next_event`."""
         while True:
             chosen = choose(list(self._complete))
             if chosen is not None:
@@ -332,6 +362,7 @@ class _Work:
             answer=prompt.answer,
             domain=prompt.domain,
             columns=prompt.columns,
+            teacher_prompts=prompt.teacher_prompts,
         )
         self._arrived.put((ticket, number, rollout))
 

@@ -96,6 +96,8 @@ CURVES: tuple[Curve, ...] = (
     Curve("teacher_saved", "Tokens kept from the teacher", "%", TEACHING, of=_teacher_saved),
     Curve("taught_share", "Tokens that are distilled", "%", TEACHING),
     Curve("gated_share", "Tokens whose advantage the teacher changed", "%", TEACHING),
+    Curve("mixed_share", "Distillation over the vocabulary in a mixture", "%", TEACHING),
+    Curve("kd_cut_share", "Tokens whose weight pi/mu is cut", "%", TEACHING),
     Curve("kd_importance_ess", "Effective sample size, distillation", "%", TEACHING),
     Curve("grad_norm_policy", "Gradient norm, policy part", "", TEACHING),
     Curve("grad_norm_kd", "Gradient norm, distillation part", "", TEACHING),

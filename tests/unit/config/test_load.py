@@ -68,7 +68,7 @@ def test_override_gives_a_key_any_text(text: str) -> None:
         ("optimizer={learning_rate: 1}", "unknown configuration key 'optimizer.learning_rate'"),
         ("objective.kd={masks: group}", "unknown configuration key 'objective.kd.masks'; did you mean 'objective.kd.mask'?"),
         ("reward.terms=[{kind: format, wieght: 1}]", "'wieght'"),
-        ("pairs=small", "a group of your own comes with --config-dir"),
+        ("pairs=small", "the folder of a group of your own with --config-dir"),
         ("objective=null", "objective=null: objective needs a choice; there are: cispo, dapo"),
         ("rollout=null", "there are: megatron, replay, vllm"),
         ("reward=", "reward needs a choice"),
@@ -85,7 +85,7 @@ def test_override_gives_a_key_any_text(text: str) -> None:
         ("optimizer.lr=fast", "optimizer.lr=fast: "),
         ("optimizer.lr=1e-3,2e-3", "kdrl-study"),
         ("eval.benchmarks=aime24", "write 'eval.benchmarks=[aime24]'"),
-        ("data.plain_template={prompt: x}", "a string is wanted"),
+        ("data.plain_template={prompt: x}", "this key takes a string"),
         ("student.path=${nowhere}", "student.path"),
         ("data.plain_template='${{x}} {prompt}'", "write \\${"),
         ("hydra.run.dir=x", "only hydra.searchpath"),
@@ -246,4 +246,4 @@ def test_a_mistake_beside_ones_own_folder_is_told_as_without(word: str, expected
 
 def test_a_name_that_is_taken_is_refused(own: Path) -> None:
     (own / "experiment" / "tiny_cpu.yaml").write_text("# @package _global_\n")
-    assert "experiment=tiny_cpu is there already" in refused("--config-dir", str(own))
+    assert "experiment=tiny_cpu already exists" in refused("--config-dir", str(own))

@@ -19,6 +19,7 @@ from kdrl_mcore.errors import ConfigError
 
 TYPES = key_types()
 NUMERIC = [name for name, types in TYPES.items() if {int, float} & set(types)]
+IN_PARTS = ["rollout.steps_ahead=1", "objective.sampler_correction.kind=truncate"]
 FITTING = {
     "parallel.virtual_pipeline": ["parallel.pipeline=2"],
     "parallel.bucket_size": ["parallel.overlap_grad_reduce=true"],
@@ -27,6 +28,8 @@ FITTING = {
     "rollout.responses_per_prompt": ["objective.alpha.init=0"],
     "rollout.steps_ahead": ["rollout=vllm", "rollout.vllm.placement=server"],
     "rollout.max_age": ["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=1"],
+    "rollout.partial_tokens": [*IN_PARTS, "rollout.max_response_tokens=1000000000"],
+    "rollout.max_continuations": [*IN_PARTS, "rollout.partial_tokens=1"],
     "objective.beta.init": ["teacher.path=t"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],

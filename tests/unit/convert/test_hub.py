@@ -71,7 +71,7 @@ def test_what_was_downloaded_is_there_without_a_network(hub: HubServer, model: P
     hub.asked.clear()
     with use_hub(hub.address, tmp_path / "cache", offline=True):
         assert find_commit(HubId("org/tiny")) == commit and download(HubId("org/tiny", commit)) == folder
-        said = r"org/other is not a folder here; HF_HUB_OFFLINE is set, and .*cache does not hold it"
+        said = r"org/other is not a folder here; HF_HUB_OFFLINE is set, and .*cache does not hold all of it"
         with pytest.raises(ModelError, match=said):
             find_commit(HubId("org/other"))
     assert hub.asked == []
@@ -80,7 +80,7 @@ def test_what_was_downloaded_is_there_without_a_network(hub: HubServer, model: P
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("org/nothing", "none of this name that you may see"),
+        ("org/nothing", "no repository of this name that you may read"),
         ("org/tiny@v9", "no such revision"),
         ("org/gated", "gated: accept its terms"),
         ("org/pickled", "has no safetensors"),
@@ -122,7 +122,7 @@ def test_an_export_is_pushed(hub: HubServer, model: Path, tmp_path: Path, capsys
     assert (folder / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("repository", "said"), [("mine", "write org/name"), ("org/closed", "org/closed cannot be made")])
+@pytest.mark.parametrize(("repository", "said"), [("mine", "write org/name"), ("org/closed", "org/closed cannot be created")])
 def test_a_push_that_is_refused_is_refused_before_the_export(
     repository: str, said: str, hub: HubServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ def test_a_tokenizer_that_agrees_is_taken(tmp_path: Path) -> None:
     (ids,) = tokenizer.encode([PROBE], special_tokens=False)
     assert len(ids) == len(PROBE.encode())
     assert tokenizer.decode_response(ids) == PROBE
-    assert tokenizer.vocabulary_size == 257
+    assert tokenizer.vocab_size == 257
     assert (tokenizer.eos_id, tokenizer.eos_ids) == (256, {256})
     assert not tokenizer.has_chat_template
 
@@ -98,7 +98,7 @@ def test_a_token_that_transformers_invents_is_left_out(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "m", byte_level(), tokenizer_class="Qwen2Tokenizer")
     assert len(AutoTokenizer.from_pretrained(folder)) == 258, "the trap this test is about is gone"
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.vocabulary_size == 257
+    assert tokenizer.vocab_size == 257
     assert max(tokenizer.encode(["<|endoftext|>"], special_tokens=False)[0]) < 256
 
 

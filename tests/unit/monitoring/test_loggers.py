@@ -203,7 +203,7 @@ def test_a_service_that_never_answers_and_one_that_dies_cost_a_line_each(
     assert len((run / METRICS_FILE).read_text().splitlines()) == 19
     dying, stuck = (record.getMessage() for record in caplog.records)
     assert DYING in dying and "exit code 3" in dying
-    assert STUCK in stuck and "did not take all metrics" in stuck and f"loggers {run} {STUCK}" in stuck
+    assert STUCK in stuck and "did not accept all metrics" in stuck and f"loggers {run} {STUCK}" in stuck
 
 
 TRAINING = """
@@ -347,7 +347,7 @@ def test_mlflow_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = new_run(tmp_path)
     write(run, 1)
     follower = Follower(run, "mlflow", 0, (warnings := list[str]()).append)
-    assert not follower.send() and "mlflow takes no metrics" in warnings[0] and "\n" not in warnings[0]
+    assert not follower.send() and "mlflow accepts no metrics" in warnings[0] and "\n" not in warnings[0]
 
 
 def test_wandb_offline(tmp_path: Path) -> None:

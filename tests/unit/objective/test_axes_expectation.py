@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_mcore.config import CombineConfig, load_config
+from kdrl_mcore.config import CombineConfig, DistillationConfig, load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.objective.combine import Signals
 from kdrl_mcore.objective.joint import TokenBatch, check_functions, joint_loss
@@ -24,7 +24,7 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0], dtype=torch.float64)
 CORRECT = torch.tensor([1, 0, 1, 0, 0])
 
 
-def token_losses(
+def evaluate(
     settings: str,
     *,
     on_policy: bool = True,
@@ -34,8 +34,8 @@ def token_losses(
     shares_NV: Tensor | None = None,
     divergence: Callable[[Tensor], Tensor] | None = None,
     **more: Any,
-) -> tuple[Tensor, Tensor]:
-    """(the loss of each token, the logits it depends on).
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(the loss of each token, the sums that are measured, the logits that they depend on).
 
     Args:
         shares_NV: each token's share of the loss; mu unless given.
@@ -63,18 +63,19 @@ def token_losses(
         **more,
     )
     divergence_T = None if divergence is None else spread(divergence(log_pi_NV))
-    return joint_loss(log_pi_NV.flatten(), batch, objective, alpha, beta, divergence_T)[0], z
+    loss, sums, _ = joint_loss(log_pi_NV.flatten(), batch, objective, alpha, beta, divergence_T)
+    return loss, sums, z
 
 
 def gradient(settings: str, **more: Any) -> Tensor:
     """The expected gradient [N, V] in the logits."""
-    loss, z = token_losses(settings, **more)
+    loss, _, z = evaluate(settings, **more)
     return torch.autograd.grad(loss.sum(), z)[0]
 
 
 def variance(settings: str, *, on_policy: bool = True, **more: Any) -> float:
     """Of the gradient of one sampled token, summed over prefixes and logits."""
-    loss, z = token_losses(settings, on_policy=on_policy, shares_NV=torch.ones(N, V, dtype=torch.float64), **more)
+    loss, _, z = evaluate(settings, on_policy=on_policy, shares_NV=torch.ones(N, V, dtype=torch.float64), **more)
     each = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in loss]).view(N, V, N, V)
     own_NVV = torch.stack([each[n, :, n] for n in range(N)])  # of prefix n, by the sampled token
     mu_NV1 = (PI if on_policy else MU)[:, :, None]
@@ -235,7 +236,7 @@ def drawn_variance(settings: str) -> float:
     for draw in (0.0, 1.0):
         draws = torch.full((N * V,), draw, dtype=torch.float64)
         shares = torch.ones(N, V, dtype=torch.float64)
-        loss, z = token_losses(settings, alpha=0.0, divergence=forward_kl, draws=draws, shares_NV=shares)
+        loss, _, z = evaluate(settings, alpha=0.0, divergence=forward_kl, draws=draws, shares_NV=shares)
         each = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in loss]).view(N, V, N, V)
         both.append(torch.stack([each[n, :, n] for n in range(N)]))
     weighed = [(PI[:, :, None] * chance, own_NVV) for chance, own_NVV in zip(chances, both, strict=True)]
@@ -302,10 +303,66 @@ def test_a_rule_of_ones_own_is_one_of_the_axis() -> None:
     torch.testing.assert_close(gradient(f"objective.combine.kind={name}"), expected)
 
 
-@pytest.mark.parametrize("key", ["combine.kind", "policy_loss", "kd.token_weight.kind"])
+def half_of_the_log_ratio(d_T: Tensor, w_T: Tensor) -> Tensor:
+    return -0.5 * w_T * d_T.detach()
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_so_is_an_estimator_of_ones_own(on_policy: bool) -> None:
+    """w carries the gradient of log pi, on-policy too."""
+    settings = f"objective.kd.estimator={__name__}:half_of_the_log_ratio"
+    found = gradient(settings, alpha=0.0, on_policy=on_policy)
+    torch.testing.assert_close(found, 0.5 * reverse_kl_gradient())
+
+
+def a_quarter_of_each(d_T: Tensor, entropies_T: Tensor, draws_T: Tensor, kd: DistillationConfig) -> tuple[Tensor, Tensor]:
+    return torch.full_like(d_T, 0.25), torch.full_like(d_T, 0.75)
+
+
+def test_so_is_a_mixture() -> None:
+    z = Z.clone().requires_grad_()
+    forward = torch.autograd.grad(forward_kl(z.log_softmax(1)).sum(), z)[0]
+    found = gradient(f"{FORWARD} objective.kd.mix={__name__}:a_quarter_of_each", divergence=forward_kl, alpha=0.0)
+    torch.testing.assert_close(found, 0.25 * reverse_kl_gradient() + 0.75 * forward)
+
+
+def root(ratio_T: Tensor, bound: float) -> Tensor:
+    return ratio_T.sqrt().clamp(max=bound)
+
+
+def test_so_are_corrections_of_both_terms() -> None:
+    name = f"{__name__}:root"
+    settings = f"objective.sampler_correction.kind={name} objective.sampler_correction.bound=1.2"
+    w, old = (PI / MU).sqrt(), {"old_log_probs": Z.log_softmax(1).flatten()}
+    torch.testing.assert_close(
+        gradient(f"objective=grpo {settings}", on_policy=False, beta=0.0, **old),
+        of_coefficients(w.clamp(max=1.2) * ADVANTAGES[:, None], MU),
+    )
+    settings = f"objective.kd.importance={name} objective.kd.importance_bound=1.3"
+    torch.testing.assert_close(gradient(settings, on_policy=False, alpha=0.0), of_coefficients(w.clamp(max=1.3) * D, MU))
+
+
+def test_the_tokens_that_bounds_cut_and_a_mixture_replaces_are_counted() -> None:
+    cut = (PI / MU > 1.2).sum()
+    bounded = "objective.kd.importance=truncate objective.kd.importance_bound=1.2"
+    assert evaluate(bounded, on_policy=False)[1]["kd_cut_tokens"] == cut > 0
+    assert "kd_cut_tokens" not in evaluate("", on_policy=False)[1]
+    mixed = evaluate(f"{FORWARD} objective.kd.mix=trust", divergence=forward_kl)[1]["mixed_tokens"]
+    torch.testing.assert_close(mixed, (1 - TRUST).sum().float())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("combine.kind", "policy_loss", "sampler_correction.kind", "kd.token_weight.kind", "kd.estimator", "kd.mask"),
+        *("kd.mix", "kd.importance", "alpha.kind", "beta.kind"),
+    ],
+)
 def test_a_function_that_cannot_be_loaded_is_told(key: str) -> None:
+    forward = ["objective.kd.estimator=exact", "objective.kd.divergence=forward"] if key == "kd.mix" else []
+    replay = ["rollout=replay", "rollout.path=r"]
     objective = load_config(
-        ["objective=kdrl", "student.path=s", "teacher.path=t", f"objective.{key}=os.path:nowhere"]
+        ["objective=kdrl", "student.path=s", "teacher.path=t", *replay, *forward, f"objective.{key}=os.path:nowhere"]
     ).objective
     with pytest.raises(ConfigError, match=rf"objective\.{key}=os\.path:nowhere cannot be loaded"):
         check_functions(objective)

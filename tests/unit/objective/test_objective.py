@@ -156,6 +156,38 @@ def test_a_coefficient_may_fall_once_it_has_switched() -> None:
     assert values == [0.0, 1.0, 0.75]
 
 
+def test_a_coefficient_rises_until_the_kl_has_fallen_by_a_share_and_then_falls() -> None:
+    """SAF-OPD, resumed at every step."""
+    schedule = ScheduleConfig(kind="below", init=0.1, after=0.1, ramp=4, drop=0.2, delta=0.02)
+
+    def follow(kls: list[float | None]) -> list[float]:
+        coefficient, values = Coefficient(schedule), []
+        for kl in kls:
+            values.append(coefficient.value)
+            coefficient.advance(kl)
+            state = json.loads(json.dumps(coefficient.state_dict()))
+            coefficient = Coefficient(schedule)
+            coefficient.load_state_dict(state)
+        return values
+
+    assert follow([1.0, 0.7, 0.9, 0.9]) == pytest.approx([0.025, 0.05, 0.1, 0.08])
+    assert follow([1.0] * 7) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06])  # at the latest after the rise
+
+
+def in_steps_of_three(step: int, schedule: ScheduleConfig) -> float:
+    return schedule.init / (1 + step // 3)
+
+
+def test_a_schedule_and_a_mask_may_be_ones_own() -> None:
+    assert values(ScheduleConfig(kind=f"{__name__}:in_steps_of_three", init=1.0), [None] * 4) == [1.0, 1.0, 1.0, 0.5, 0.5]
+    kept = distillation_mask(torch.tensor([True, False, True]), torch.tensor([0, 0, 1]), f"{__name__}:correct_ones")
+    assert kept.tolist() == [True, False, True]
+
+
+def correct_ones(correct_N: torch.Tensor, group_ids_N: torch.Tensor) -> torch.Tensor:
+    return correct_N
+
+
 def test_a_plateau_is_remembered_in_a_checkpoint() -> None:
     schedule = ScheduleConfig(kind="plateau", init=1.0, after=0.0, patience=2)
     first, second = Coefficient(schedule), Coefficient(schedule)

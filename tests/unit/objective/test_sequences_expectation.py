@@ -137,13 +137,16 @@ RATIOS = {
     "objective.ratio=sequence": 0.368,
     "objective.policy_loss=cispo": 0.52,
     "objective.ratio=sequence objective.policy_loss=cispo": 0.368,
+    "objective.ratio=product": 0,
 }
 
 
 @pytest.mark.parametrize("settings", RATIOS)
 def test_the_bias_of_a_ratio_to_the_old_policy_before_it_is_clipped(settings: str) -> None:
     """mu is pi_old, and no bound is reached."""
-    more = {"sequence_ratios": (PI_NL - MU_NL).mean(1).exp()} if "sequence" in settings else {}
+    log_ratios_NL, more = PI_NL - MU_NL, dict[str, Tensor]()
+    if "ratio=sequence" in settings or "product" in settings:
+        more = {"sequence_ratios": (log_ratios_NL.sum(1) if "product" in settings else log_ratios_NL.mean(1)).exp()}
     wide = "objective=grpo objective.clip_low=1 objective.clip_high=1e6"
     found = gradient(f"{wide} {settings}", alpha=1.0, beta=0.0, old_log_probs=MU_NL, **more)
     assert bias(found, policy_gradient()) == pytest.approx(RATIOS[settings], abs=0.002)

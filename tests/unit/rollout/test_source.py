@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.engine import Sampling
-from kdrl_mcore.rollout.source import refuse_stale
+from kdrl_mcore.rollout.files import to_row
+from kdrl_mcore.rollout.partial import Parts
+from kdrl_mcore.rollout.source import Ahead, SampledRollouts, refuse_stale
 from kdrl_mcore.types import Rollout
-from tests.support.sources import make, run, through_json
+from tests.support.sources import PROMPTS, make, run, through_json
 
 
 def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> None:
@@ -23,7 +26,7 @@ def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> No
 def test_a_stale_response_is_refused() -> None:
     rollouts = [Rollout("p7", 2, np.array([3]), np.array([4]), np.zeros(1), "stop", version) for version in (4, 3)]
     refuse_stale(rollouts, version=4, allowed=1)
-    with pytest.raises(EngineError, match=r"prompt p7 was sampled with weights of version 3, the student has version 4"):
+    with pytest.raises(EngineError, match=r"prompt p7 was sampled with weights of version 3, but the student has version 4"):
         refuse_stale(rollouts, version=4, allowed=0)
 
 
@@ -139,3 +142,60 @@ def test_first_rollouts_leave_the_source_where_it_stands() -> None:
     looked_at = source.first(3, Sampling(1.0, 1.0, 4, 1, (7, 2)))
     assert [each.prompt_id for each in looked_at] == ["p0", "p1", "p2"]
     assert run(source, [1]) == run(make(0), [1])
+
+
+LONGEST, PART = 12, 4
+
+
+def in_parts(steps_ahead: int, max_age: int, most: int | None, steps: int) -> Any:
+    source, stream = make(0), PromptStream(PROMPTS, 2, 0, shuffle=False)
+    ahead = Ahead(Parts(PART, most), steps_ahead, max_age, False, steps, 1)
+    sampling = Sampling(1.0, 1.0, LONGEST, 3, (7, 0))
+    return SampledRollouts(source.engine, source._student, stream, None, sampling, ahead=ahead)
+
+
+@pytest.mark.parametrize(("steps_ahead", "max_age", "most"), [(1, 1, None), (1, 2, 0), (2, 5, 1), (3, 4, None)])
+def test_a_response_goes_on_in_later_steps_and_through_checkpoints(
+    steps_ahead: int, max_age: int, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt is trained on once, with responses that lack no token, each with the version that sampled it; a run that
+    resumes at every step does the same."""
+    monkeypatch.setattr(SampledRollouts, "_verify", lambda *_: None)
+    steps, whole = 10, in_parts(steps_ahead, max_age, most, 10)
+    source, trained, continued = in_parts(steps_ahead, max_age, most, 10), [], []
+    for step in range(1, steps + 1):
+        for each in (whole, source):
+            each._student.version = step - 1
+            each.refit()
+        rollouts = whole.rollouts(step)
+        assert list(map(to_row, source.rollouts(step))) == list(map(to_row, rollouts))
+        assert whole.counts == source.counts and whole.counts["token_age_max"] <= max_age
+        for rollout in rollouts:
+            versions = [version for version, count in rollout.versions for _ in range(count)]
+            assert (-rollout.sampler_log_probs).tolist() == versions == sorted(versions)
+            assert rollout.response_token_ids.tolist() == list(range(len(versions)))
+            assert (rollout.finish_reason == "length") is (len(versions) == LONGEST)
+            assert rollout.continuations == min((len(versions) - 1) // PART, LONGEST if most is None else most)
+        trained += [rollout.prompt_id for rollout in rollouts]
+        continued.append(whole.counts["continued_share"])
+        state = through_json(source.state_dict())
+        source = in_parts(steps_ahead, max_age, most, 10)
+        source.load_state_dict(state)
+    assert sorted(trained) == sorted(prompt.prompt_id for prompt in PROMPTS for _ in range(3))
+    assert whole.counts["prompts_waiting"] == whole.counts["responses_unfinished"] == 0
+    assert (max(continued) > 0) is (most != 0)
+
+
+def test_responses_in_parts_are_begun_anew_with_other_settings_or_by_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SampledRollouts, "_verify", lambda *_: None)
+    stopped = in_parts(2, 4, None, 10)
+    stopped.refit()
+    stopped.rollouts(1)
+    state = through_json(stopped.state_dict())
+    assert any(entry["begun"] for entry in state["ledger"]["waiting"])
+    for resumed in (in_parts(2, 4, None, 10), make(2, last_step=10), make(0, last_step=10)):
+        resumed.load_state_dict(state, resamples=True)
+        assert all(entry.begun is None for entry in resumed.ledger.waiting)
+        resumed.refit()
+        assert [len(resumed.rollouts(step)) > 0 for step in range(2, 11)] == [True] * 9
+        assert resumed.counts["prompts_trained"] == 20 and resumed.counts["prompts_waiting"] == 0

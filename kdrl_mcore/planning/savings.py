@@ -20,8 +20,8 @@ class Saving:
 
     Attributes:
         key: the key that switches it; empty if it is always on or always off.
-        seconds, bytes: what it saves of an iteration and of the peak: without it minus with it, all else as planned. None if
-            it is not available.
+        seconds, bytes: how much time of an iteration, and how much of the peak, it saves with everything else as planned; None
+            if it is not available.
         note: why it is not available, or an explanation of the figures.
     """
 
@@ -45,7 +45,7 @@ def with_config(plan: Plan, change: Callable[[Config], None]) -> Plan:
     return make_plan(make_setup(config, plan.setup.workload, plan.setup.choices, world_size=world_size))
 
 
-def measures(plan: Plan) -> list[Saving]:
+def savings(plan: Plan) -> list[Saving]:
     """Every measure, in the order of docs/planning.md; those of the teacher only if there is one."""
     config = plan.setup.config
     return [
@@ -62,14 +62,14 @@ def measures(plan: Plan) -> list[Saving]:
 
 
 def _recompute(plan: Plan) -> Saving:
-    """Compared with keeping every activation that is not off-loaded; where it is off, the selective form is weighed."""
+    """Compared with keeping every activation that is not off-loaded; if it is off, selective recompute is compared."""
     recompute = plan.setup.config.parallel.recompute
     values = ("selective" if recompute == "none" else recompute, "none")
     return _switch(plan, "recompute", "parallel.recompute", recompute != "none", values)
 
 
 def _activation_offload(plan: Plan) -> Saving:
-    """Compared with keeping them on the GPU; where it is off, that of attention is weighed."""
+    """Compared with keeping activations on the GPU; if it is off, the saving is that of off-loading attention."""
     parallel = plan.setup.config.parallel
     name, key, on = "activation off-load", "parallel.offload_activations", bool(parallel.offload_activations)
     if parallel.recompute == "full" or (not on and parallel.recompute == "selective" and not leaves_attention(parallel)):

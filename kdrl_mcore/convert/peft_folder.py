@@ -1,0 +1,191 @@
+"""Adapters as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`), which `peft` and vLLM load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdrl_mcore.config import LoraConfig
+from kdrl_mcore.convert.export import on_rank_0
+from kdrl_mcore.convert.targets import replacing_folder
+from kdrl_mcore.errors import ModelError
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.lora import PLACES, adapters
+from kdrl_mcore.resilience.waiting import waits_for_others
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "layers_to_transform": (None, []),
+    "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
+}
+"""Settings of PEFT that change what an adapter computes, and the values at which they do not."""
+
+
+@dataclass(frozen=True)
+class FactorSlice:
+    """One factor of a projection on this rank.
+
+    Attributes:
+        name: its name in a PEFT file.
+        parameter: this rank's share.
+        dim: the dimension that tensor-parallel ranks split; None if each holds it whole.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    dim: int | None
+
+
+def factor_slices(parts: ModelParts) -> Iterator[FactorSlice]:
+    """Every factor of this rank's adapters."""
+    for adapter in adapters(parts.chunks):
+        for factors in adapter.factors:
+            name = f"{_PREFIX}{factors.hf_name}.lora_"
+            yield FactorSlice(f"{name}A.weight", factors.a, 1 if factors.is_row else None)
+            yield FactorSlice(f"{name}B.weight", factors.b, None if factors.is_row else 0)
+
+
+def factor_names(architecture: Architecture, lora: LoraConfig) -> list[str]:
+    """The names of all the factors of a model, layer by layer."""
+    return [
+        f"{_PREFIX}model.layers.{layer}.{place.hf}.{projection}.lora_{factor}.weight"
+        for layer in range(architecture.num_layers)
+        for place in PLACES
+        for projection in place.projections
+        if projection in lora.target_modules
+        for factor in "AB"
+    ]
+
+
+@torch.no_grad()
+def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig) -> None:
+    """Fill this rank's adapters from a PEFT folder, cast to the model's dtype. No communication.
+
+    Raises:
+        ModelError: the folder is not one of these adapters for this model, or is damaged.
+    """
+    check_peft_folder(folder, lora)
+    path, tensor = Path(folder) / WEIGHTS, parts.groups.tensor
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, expected = set(file.keys()), set(factor_names(parts.architecture, lora))
+            for names, problem in ((expected - found, "has no"), (found - expected, "has, beside student.lora's factors,")):
+                if names:
+                    raise ModelError(
+                        f"{path} {problem} {min(names)} ({len(names)} in all): set student.lora.target_modules to its modules"
+                    )
+            for factor in factor_slices(parts):
+                stored = file.get_slice(factor.name)
+                shape, local = tuple(stored.get_shape()), factor.parameter.shape
+                ranks = [1 if dim != factor.dim else tensor.size() for dim in range(2)]
+                whole = tuple(size * times for size, times in zip(local, ranks, strict=True))
+                if shape != whole:
+                    raise ModelError(f"{path}: {factor.name} has shape {shape}, but the model and its rank give {whole}")
+                starts = [tensor.rank() * size if times > 1 else 0 for size, times in zip(local, ranks, strict=True)]
+                rows, columns = (slice(start, start + size) for start, size in zip(starts, local, strict=True))
+                factor.parameter.copy_(stored[rows, columns])
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
+    """Check that a folder's adapters compute what `student.lora` does.
+
+    Raises:
+        ModelError: it has no readable adapter_config.json, or another rank, alpha or kind of adapter.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"student.lora.path={folder} is no PEFT folder: {CONFIG} cannot be read ({error})") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: only adapters of peft_type LORA can be trained")
+    for key, allowed in _NEUTRAL.items():
+        if key in settings and settings[key] not in allowed:
+            raise ModelError(f"{path}: {key}={settings[key]!r} is not supported, only {allowed[0]!r}")
+    for key, ours, value in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
+        if settings.get(key) != value:
+            raise ModelError(f"{path} has {key}={settings.get(key)}, but student.lora.{ours}={value:g}: set it to the folder's")
+
+
+@waits_for_others
+def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, target: str | Path) -> None:
+    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: the ranks of the
+    first replica send their factors to rank 0.
+
+    Args:
+        base: the frozen model's path, which the folder names.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 cannot write.
+    """
+    tensors = gather_factors(parts)
+
+    def write() -> None:
+        size = sum(each.numel() * each.element_size() for each in tensors.values())
+        with replacing_folder(target, size, [base], overwrite=True) as temporary:
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / CONFIG).write_text(json.dumps(peft_config(lora, base), indent=2) + "\n")
+
+    on_rank_0(write, target)
+
+
+def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
+    """The whole factors in host memory by their names in a PEFT file, on rank 0; empty on the others. Collective over the
+    world."""
+    mine = [
+        (factor.name, factor.dim, parts.groups.tensor.rank(), factor.parameter.detach().cpu())
+        for factor in factor_slices(parts)
+        if parts.groups.replicas.rank() == 0 and (factor.dim is not None or parts.groups.tensor.rank() == 0)
+    ]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0)
+    shares: dict[str, list[tuple[int, int | None, Tensor]]] = {}
+    for name, dim, rank, share in (each for part in everyone or () for each in part):
+        shares.setdefault(name, []).append((rank, dim, share))
+    return {name: _joined(parts) for name, parts in shares.items()}
+
+
+def _joined(shares: list[tuple[int, int | None, Tensor]]) -> Tensor:
+    ordered, dim = sorted(shares, key=lambda share: share[0]), shares[0][1]
+    return torch.cat([share for _, _, share in ordered], dim=dim or 0).contiguous()
+
+
+def peft_config(lora: LoraConfig, base: str | Path) -> dict[str, Any]:
+    """The contents of adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(lora.target_modules),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }

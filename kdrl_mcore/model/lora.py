@@ -1,0 +1,295 @@
+"""LoRA (https://arxiv.org/abs/2106.09685): low-rank adapters beside a frozen model's linear layers.
+
+y = x W^T + (alpha / rank) x A^T B^T for each adapted projection, A [rank, in] and B [out, rank]; only A and B are trained. Our
+layers fuse query, key and value, and gate and up. Each projection has factors of its own, with the rows that `peft` has them
+in; a fused layer multiplies all its A's as one matrix, and all its B's as one.
+
+Tensor parallelism splits a column-parallel layer's B by rows and a row-parallel layer's A by columns. The other factor is whole
+on every rank, and its gradient is summed over the ranks, once per update (`sum_shared_gradients`). In a pass over the model:
+
+- a row-parallel layer (o_proj, down_proj) adds its adapter before its own all-reduce or reduce-scatter: nothing else is
+  communicated;
+- a column-parallel layer (q_proj, k_proj, v_proj, gate_proj, up_proj) without sequence parallelism adds the adapter's gradient
+  of the input before its own all-reduce: nothing else is communicated;
+- with sequence parallelism such a layer computes x A^T from this rank's tokens, then gathers it: `rank` values per token and
+  projection, beside its own gather of the hidden size, and as much in a reduce-scatter of the backward pass. In return the
+  adapter keeps this rank's tokens for the backward pass, not those of all ranks.
+
+S tokens, K inputs and N outputs of a layer on this rank, R rank, P adapted projections of the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdrl_mcore.config import LoraConfig
+from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.parallel import mcore
+from kdrl_mcore.parallel.layout import ModelGroups
+
+ADAPTER = "lora"
+"""The name of an adapter among the submodules of its linear layer."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer that can be adapted.
+
+    Attributes:
+        path: its name in Megatron-Core's transformer layer.
+        projections: the projections that it consists of.
+        is_row: it is row-parallel; otherwise column-parallel.
+        hf: the module of an HF layer that holds the projections.
+    """
+
+    path: str
+    projections: tuple[str, ...]
+    is_row: bool
+    hf: str
+
+
+PLACES = (
+    Place("self_attention.linear_qkv", ("q_proj", "k_proj", "v_proj"), False, "self_attn"),
+    Place("self_attention.linear_proj", ("o_proj",), True, "self_attn"),
+    Place("mlp.linear_fc1", ("gate_proj", "up_proj"), False, "mlp"),
+    Place("mlp.linear_fc2", ("down_proj",), True, "mlp"),
+)
+
+
+class Factors(nn.Module):
+    """A and B of one projection, this rank's share.
+
+    Attributes:
+        a: [R, K], split by columns in a row-parallel layer.
+        b: [rows, R], split by rows in a column-parallel layer.
+        inputs, outputs: the sizes of the whole projection.
+        hf_name: the projection's name in the HF model.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, inputs: int, outputs: int, hf_name: str, *, is_row: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.inputs, self.outputs, self.hf_name, self.is_row = inputs, outputs, hf_name, is_row
+        split = self.a if is_row else self.b
+        set_tensor_model_parallel_attributes(tensor=split, is_parallel=True, dim=1 if is_row else 0, stride=1)
+
+    @property
+    def shared(self) -> nn.Parameter:
+        """The factor that tensor-parallel ranks hold whole, each with a part of its gradient."""
+        return self.b if self.is_row else self.a
+
+
+class Adapter(nn.Module):
+    """The adapters of one linear layer, beside it.
+
+    Attributes:
+        enabled: off, the layer is the frozen model's.
+    """
+
+    def __init__(
+        self, linear: Any, place: Place, layer: int, lora: LoraConfig, architecture: Architecture, groups: ModelGroups
+    ) -> None:
+        """Attach uninitialised adapters to the layer, and take over its collectives where that saves some.
+
+        Args:
+            linear: Megatron-Core's layer, our own or Transformer Engine's.
+            layer: the number of the transformer layer.
+        """
+        super().__init__()
+        self.scale, self.enabled = lora.alpha / lora.rank, True
+        self._group, self._is_row = groups.tensor, place.is_row
+        self._splits_tokens = groups.layout.sequence_parallel
+        weight: Tensor = linear.weight
+        ranks, outputs = groups.tensor.size(), weight.size(0)
+        rows = {name: each for name, each in _rows_of(place, architecture, outputs).items() if name in lora.target_modules}
+        for name, own in rows.items():
+            factors = Factors(
+                weight.new_empty(lora.rank, weight.size(1)),
+                weight.new_empty(len(own), lora.rank),
+                weight.size(1) * (ranks if place.is_row else 1),
+                len(own) * (1 if place.is_row else ranks),
+                f"model.layers.{layer}.{place.hf}.{name}",
+                is_row=place.is_row,
+            )
+            self.add_module(name, factors)
+        self._shape = (outputs, len(rows), lora.rank)
+        place_of_row = [torch.tensor(own) for own in rows.values()]
+        projection_of_row = [torch.full((len(own),), index) for index, own in enumerate(rows.values())]
+        whole = len(rows) == 1 and len(place_of_row[0]) == outputs
+        self._rows = None if whole else (torch.cat(place_of_row), torch.cat(projection_of_row))
+        self._attach(linear)
+
+    @property
+    def factors(self) -> list[Factors]:
+        """The factors of each projection, in the order of their rows in the layer."""
+        return [module for module in self.children() if isinstance(module, Factors)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """scale * x A^T B^T, [S, ..., K] -> [S, ..., N]; for a row-parallel layer this rank's term of the sum.
+
+        With sequence parallelism a column-parallel layer gathers x A^T over the tensor-parallel group.
+        """
+        low = F.linear(x, self._all_a()) * self.scale
+        if self._splits_tokens and not self._is_row:
+            low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self._group)
+        return F.linear(low, self._all_b())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + scale * B A [N, K] in the type of W, rounded once."""
+        product = weight.float().addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale)
+        return product.to(weight.dtype)
+
+    def _all_a(self) -> Tensor:
+        """[P R, K]"""
+        factors = self.factors
+        return factors[0].a if len(factors) == 1 else torch.cat([each.a for each in factors])
+
+    def _all_b(self) -> Tensor:
+        """[N, P R]: each row has its projection's values in its projection's columns, and zeros elsewhere."""
+        values = torch.cat([each.b for each in self.factors])
+        if self._rows is None:
+            return values
+        self._rows = tuple(each.to(values.device) for each in self._rows)  # type: ignore[assignment]
+        return values.new_zeros(self._shape).index_put(self._rows, values).flatten(1)
+
+    def _attach(self, linear: Any) -> None:
+        setattr(linear, ADAPTER, self)
+        if self._group.size() > 1 and (self._is_row or not self._splits_tokens):
+            mcore.leave_out_collectives(linear)
+            if not self._is_row:
+                linear.register_forward_pre_hook(self._share_input)
+        linear.register_forward_hook(self._add)
+
+    def _share_input(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of the layer and of its adapter are all-reduced as one."""
+        return (copy_to_tensor_model_parallel_region(args[0], group=self._group), *args[1:])
+
+    def _add(self, _: nn.Module, args: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        output, bias = outputs
+        if self.enabled:
+            output = output + self(args[0])
+        if self._is_row and self._group.size() > 1:
+            reduce = (
+                reduce_scatter_to_sequence_parallel_region if self._splits_tokens else reduce_from_tensor_model_parallel_region
+            )
+            output = reduce(output.contiguous(), group=self._group)
+        return output, bias
+
+
+def _rows_of(place: Place, architecture: Architecture, outputs: int) -> dict[str, list[int]]:
+    """The rows of each projection in this rank's layer of `outputs` rows."""
+    rows = np.arange(outputs)
+    if len(place.projections) == 1:
+        parts = [rows]
+    elif len(place.projections) == 2:
+        parts = np.split(rows, 2)
+    else:  # group by group: its queries, its key, its value
+        head = architecture.head_dim
+        queries = architecture.num_attention_heads // architecture.num_key_value_heads * head
+        parts = np.split(rows.reshape(-1, queries + 2 * head), [queries, queries + head], axis=1)
+    return {name: part.flatten().tolist() for name, part in zip(place.projections, parts, strict=True)}
+
+
+def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> None:
+    """Raise ConfigError if the architecture cannot have these adapters on `tensor` tensor-parallel ranks."""
+    of_mlp = [name for place in PLACES[2:] for name in place.projections if name in lora.target_modules]
+    if architecture.experts is not None and of_mlp:
+        raise ConfigError(
+            f"student.lora.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
+            "name only q_proj, k_proj, v_proj and o_proj"
+        )
+    if architecture.num_key_value_heads % tensor and {*PLACES[0].projections} & {*lora.target_modules}:
+        raise ConfigError(
+            f"student.lora cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
+            f"parallel.tensor={tensor}, which must divide them: lower it, or name other target_modules"
+        )
+    size = min(architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim)
+    if lora.rank > size:
+        raise ConfigError(
+            f"student.lora.rank={lora.rank} is more than the {size} rows of the smallest projection: there it would train more "
+            "weights than the projection has"
+        )
+
+
+def add_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
+    """Freeze a model chunk and give its layers uninitialised adapters.
+
+    Raises:
+        ConfigError: see `check_lora`.
+    """
+    check_lora(lora, chunk.architecture, groups.tensor.size())
+    chunk.requires_grad_(False)
+    for layer in chunk.decoder.layers:
+        for place in PLACES:
+            if {*place.projections} & {*lora.target_modules}:
+                Adapter(layer.get_submodule(place.path), place, layer.layer_number - 1, lora, chunk.architecture, groups)
+    if chunk.pre_process:
+        # What a layer recomputes is differentiated only if the layer's input is.
+        chunk.embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+    return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
+
+
+def adapters(chunks: Iterable[nn.Module]) -> Iterator[Adapter]:
+    """Every adapter of some model chunks."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, Adapter))
+
+
+@torch.no_grad()
+def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, seed: int) -> None:
+    """A as `peft` draws it, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws
+    are a function of the seed and the projection's name, equal in every layout. No communication."""
+    for adapter in adapters(chunks):
+        for factors in adapter.factors:
+            rng = np.random.default_rng([seed, *factors.hf_name.encode()])
+            bound, columns = 1 / math.sqrt(factors.inputs), factors.a.size(1)
+            whole = rng.uniform(-bound, bound, (factors.a.size(0), factors.inputs))
+            start = tensor.rank() * columns if factors.is_row else 0
+            factors.a.copy_(torch.from_numpy(whole[:, start : start + columns]))
+            factors.b.zero_()
+
+
+@contextmanager
+def without_adapters(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside this context the model is the frozen one."""
+    found = list(adapters(chunks))
+    for adapter in found:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.enabled = True
+
+
+def sum_shared_gradients(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup) -> None:
+    """Sum the main gradients of the factors that tensor-parallel ranks hold whole: each rank has the part that comes from its
+    outputs, its inputs, or its tokens. One all-reduce over the tensor-parallel group."""
+    shared = [factors.shared.main_grad for adapter in adapters(chunks) for factors in adapter.factors]  # type: ignore[attr-defined]
+    if tensor.size() == 1 or not shared:
+        return
+    whole = torch.cat([gradient.flatten() for gradient in shared])
+    dist.all_reduce(whole, group=tensor)
+    for gradient, part in zip(shared, whole.split([each.numel() for each in shared]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,78 @@
+"""Partial rollouts: a step samples at most so many tokens of a response, and what has not ended goes on in the next step, under
+the weights of that time (Kimi k1.5, arXiv 2501.12599). No step then waits for the longest responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kdrl_mcore.rollout.engine import Request, RolloutEngine, Sampling
+from kdrl_mcore.rollout.ledger import Entry
+from kdrl_mcore.types import Rollout
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How responses are cut.
+
+    Attributes:
+        tokens: the most that are sampled of a response at a time.
+        max_continuations: of a response; the last one goes on to its end. None: no bound.
+    """
+
+    tokens: int
+    max_continuations: int | None
+
+    def sample(self, engine: RolloutEngine, entries: Sequence[Entry], sampling: Sampling) -> None:
+        """Sample the next part of every unfinished response to these prompts, together. Collective over the world.
+
+        Args:
+            sampling: its key is what the keys of the prompts' draws begin with.
+        """
+        asked = [(entry, number, request) for entry in entries for number, request in self._requests(entry, sampling)]
+        requests = [request for _, _, request in asked]
+        rollouts = iter(engine.sample(requests, replace(sampling, verify=False, part_tokens=0)) if requests else ())
+        for entry, number, request in asked:
+            parts = [next(rollouts) for _ in range(request.count)]
+            if entry.begun is None:
+                entry.begun = parts
+            else:
+                entry.begun[number] = parts[0]
+        for entry in entries:
+            if entry.begun is not None and not any(map(is_unfinished, entry.begun)):
+                entry.rollouts, entry.begun = entry.begun, None
+
+    def _requests(self, entry: Entry, sampling: Sampling) -> list[tuple[int, Request]]:
+        """(number of the first response in its group, request) for what is missing of a group."""
+        if entry.rollouts is not None:
+            return []
+        assert entry.draw is not None
+        key, count, limit = (*sampling.key, *entry.draw.key), sampling.responses_per_prompt, sampling.max_response_tokens
+        first = entry.draw.index * count
+        if entry.begun is None:
+            tokens = limit if self.max_continuations == 0 else min(self.tokens, limit)
+            return [(0, Request(entry.prompt, key, first, count, tokens))]
+        found = []
+        for number, begun in enumerate(entry.begun):
+            if is_unfinished(begun):
+                left = limit - len(begun.response_token_ids)
+                is_last = self.max_continuations is not None and begun.continuations + 1 >= self.max_continuations
+                tokens = left if is_last else min(self.tokens, left)
+                found.append((number, Request(entry.prompt, key, first + number, 1, tokens, begun)))
+        return found
+
+
+def is_unfinished(rollout: Rollout) -> bool:
+    """Whether a response waits to be continued."""
+    return rollout.finish_reason == "partial"
+
+
+def measures(trained: Sequence[Rollout], waiting: Sequence[Entry]) -> dict[str, float]:
+    """How many of a batch's responses were continued and how often, and how many unfinished ones wait, as metrics."""
+    continued = [rollout.continuations for rollout in trained if rollout.continuations]
+    unfinished = sum(is_unfinished(rollout) for entry in waiting for rollout in entry.begun or ())
+    return {
+        "continued_share": len(continued) / len(trained),
+        "continuations": sum(continued) / max(1, len(continued)),
+        "responses_unfinished": float(unfinished),
+    }

@@ -1,0 +1,41 @@
+"""The student as its own teacher: its present or earlier weights, which read another prompt (arXiv 2601.18734, 2601.19897,
+2601.20802)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kdrl_mcore.config.derived import DISTRIBUTION
+from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.source import as_read, score_with
+from kdrl_mcore.types import Rollout
+
+
+class SelfTeacher:
+    """Scores given tokens with the student's own layers, in which earlier weights take the place of the present ones."""
+
+    def __init__(self, student: Student, name: str | None) -> None:
+        """Args:
+        name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
+        """
+        self._student, self._name = student, name
+
+    @property
+    def chunks(self) -> Sequence[LanguageModel]:
+        """The student's models of this rank."""
+        return self._student.parts.chunks
+
+    def scores_of(
+        self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
+    ) -> TeacherScores:
+        """See `ScoreSource`. The teacher's head for a divergence over the vocabulary is taken from the same weights."""
+        parts = self._student.parts
+        with self._student.optimizer.earlier_weights():
+            scores = score_with(
+                parts, as_read(rollouts, self._name), wanted, temperature=temperature, micro_tokens=micro_tokens
+            )
+            if DISTRIBUTION in wanted:
+                self._student.take_teacher_head()
+        return scores

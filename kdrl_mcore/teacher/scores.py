@@ -1,0 +1,61 @@
+"""What a teacher says of a rollout batch, and what kinds of scores there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kdrl_mcore.teacher.hidden_states import HiddenStates
+from kdrl_mcore.types import TokenFloats
+
+
+@dataclass
+class TeacherScores:
+    """The teacher's scores of a rollout batch so far, by each response's index in the batch.
+
+    Attributes:
+        scored: the number of tokens scored of each response.
+        dropped_tokens: further ones, whose responses the batch lost afterwards.
+        log_probs, entropies: log T of the sampled tokens and the entropies of T [response tokens], 0 for tokens that were not
+            scored.
+        hidden: the last hidden states, for a divergence over the vocabulary; then log-probs and entropies are there only
+            if token weights need them.
+    """
+
+    scored: dict[int, int] = field(default_factory=dict)
+    dropped_tokens: int = 0
+    log_probs: dict[int, TokenFloats] = field(default_factory=dict)
+    entropies: dict[int, TokenFloats] = field(default_factory=dict)
+    hidden: HiddenStates | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of response tokens scored."""
+        return sum(self.scored.values())
+
+    def add(self, scores: TeacherScores, lengths: Mapping[int, int]) -> None:
+        """Add scores of further responses.
+
+        Args:
+            lengths: the number of tokens of each response, which may be more than were scored.
+        """
+        for mine, new in ((self.log_probs, scores.log_probs), (self.entropies, scores.entropies)):
+            mine.update({index: np.pad(values, (0, lengths[index] - len(values))) for index, values in new.items()})
+        if scores.hidden is not None:
+            self.hidden = scores.hidden.joined(self.hidden)
+        self.scored |= scores.scored
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drop the scores of all responses but these; those at `places[i]` become those of response i."""
+        log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden
+        self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
+        self.entropies = {index: entropies[place] for index, place in enumerate(places) if place in entropies}
+        self.hidden = None if hidden is None else hidden.select(places)
+        before = self.tokens
+        self.scored = {index: self.scored[place] for index, place in enumerate(places) if place in self.scored}
+        self.dropped_tokens = before - self.tokens
+
+    def __contains__(self, place: int) -> bool:
+        return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)

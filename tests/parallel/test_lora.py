@@ -1,0 +1,178 @@
+"""A student trained by LoRA computes what `peft` computes in one dense process: loss, log-probs of every token, and the
+gradient of every factor, in every kind of layout; the merged student is the unmerged one. Frozen weights have neither gradients
+nor optimizer state, and adapters add no all-reduce to a pass over the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from tests.reference import adapters, dense
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, write_jsonl
+from tests.support import lora
+from tests.support.agreement import SETTINGS, assert_gradients
+from tests.support.late_weights import OVERLAPPED
+from tests.support.lora import Adapted, adapt
+from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
+from tests.support.ranks import RankPool
+from tests.support.te_ranks import STUBS, play_transformer_engine
+from tests.support.training import FAST, train_on_rank
+from tests.support.zoo import Zoo
+
+SP = "parallel.tensor=2 parallel.sequence_parallel=true"
+LAYOUTS = {
+    "tp2": (2, "parallel.tensor=2"),
+    "tp2 sp": (2, f"{SP} batch.micro_tokens=40"),
+    "cp2": (2, "parallel.context=2"),
+    "dp2": (2, "batch.micro_tokens=40"),
+    "pp2 recomputed": (2, "parallel.pipeline=2 parallel.recompute=full batch.micro_tokens=40"),
+    "tp2 pp2": (4, "parallel.tensor=2 parallel.pipeline=2 batch.micro_tokens=40"),
+    "tp2 pp2 interleaved sp": (4, f"{SP} parallel.pipeline=2 parallel.virtual_pipeline=2"),
+    "tp2 sp, MLP recomputed": (2, f"{SP} parallel.recompute=selective"),
+}
+EXPERTS = {"ep2": (2, "parallel.expert=2"), "tp2 sp ep2": (2, f"{SP} parallel.expert=2")}
+
+
+@pytest.fixture(scope="module")
+def untied(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    return adapt(tmp_path_factory.mktemp("untied"), *_models(zoo, "untied"))
+
+
+def _models(zoo: Zoo, student: str) -> tuple[Path, Path, Path]:
+    return zoo.model(student), zoo.model("teacher"), zoo.rollouts("uneven")
+
+
+@pytest.mark.parametrize("ranks, layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_loss_log_probs_and_gradients_are_those_of_peft(
+    ranks: int, layout: str, zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    lora.check(untied, zoo.rows("uneven"), SETTINGS, pools[ranks], layout, tmp_path / "run")
+
+
+def test_tied_embeddings_are_frozen_on_both_stages(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    modules = ("q_proj", "v_proj", "up_proj")  # parts of fused layers
+    tied = adapt(tmp_path / "adapter", *_models(zoo, "tied"), modules)
+    lora.check(tied, zoo.rows("uneven"), SETTINGS, pools[2], "parallel.pipeline=2", tmp_path / "run")
+
+
+@pytest.mark.parametrize("ranks, layout", EXPERTS.values(), ids=list(EXPERTS))
+def test_attention_beside_experts(ranks: int, layout: str, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+    teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+    rows = make_rollouts(student, seed=13)
+    rollouts = write_jsonl(tmp_path / "rollouts.jsonl", rows)
+    experts = adapt(tmp_path / "adapter", student, teacher, rollouts, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    settings = replace(SETTINGS, vocab_size=64)
+    lora.check(experts, rows, settings, pools[ranks], layout, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def te_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2, import_first=[STUBS], prepare=play_transformer_engine)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", SP, "parallel.context=2"], ids=["tp2", "tp2 sp", "cp2"])
+def test_transformer_engines_layers(layout: str, zoo: Zoo, untied: Adapted, te_ranks: RankPool, tmp_path: Path) -> None:
+    te = f"{layout} model.spec=transformer_engine"
+    lora.check(untied, zoo.rows("uneven"), SETTINGS, te_ranks, te, tmp_path / "run")
+
+
+@needs_newer_core
+def test_the_newer_megatron_core(zoo: Zoo, untied: Adapted, tmp_path: Path) -> None:
+    pool = RankPool(2, import_first=[str(BESIDE)])
+    try:
+        lora.check(untied, zoo.rows("uneven"), SETTINGS, pool, SP, tmp_path / "run")
+        assert_newer(pool)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("layout", ["", f"{OVERLAPPED} batch.micro_tokens=40", SP], ids=["dp2", "dp2 overlapped", "tp2 sp"])
+def test_two_steps_of_adam_are_those_of_torch(layout: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
+    lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-2, 1.5
+    model = adapters.load_adapted(untied.student, untied.adapter)
+    teacher = dense.load_model(untied.teacher)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=lr, betas=betas, eps=epsilon, weight_decay=decay)
+    for _ in range(2):
+        dense.kdrl_of_models(model, teacher, zoo.rows("uneven"), SETTINGS)
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        adam.step()
+    run = tmp_path / "run"
+    overrides = [
+        f"run.dir={run}",
+        *untied.overrides,
+        f"objective.beta.init={SETTINGS.beta}",
+        *FAST,
+        "trainer.steps=2",
+        f"optimizer.lr={lr}",
+        f"optimizer.weight_decay={decay}",
+        f"optimizer.adam_beta1={betas[0]}",
+        f"optimizer.adam_beta2={betas[1]}",
+        f"optimizer.adam_eps={epsilon}",
+        f"optimizer.clip_grad={clip}",
+        *layout.split(),
+    ]
+    outcomes = ranks2.run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    before, after = adapters.read_factors(untied.adapter), adapters.read_factors(run / "adapter")
+    wanted = {name.replace(".default", ""): value for name, value in model.named_parameters() if "lora_" in name}
+    assert_gradients(
+        {name: after[name].double() - before[name].double() for name in before},
+        {name: wanted[name].detach() - before[name].double() for name in before},
+    )
+
+
+def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    """Factors that come and go without an update keep their bytes."""
+    layout = f"{SP} parallel.pipeline=2"
+    overrides = [f"run.dir={tmp_path / 'run'}", *untied.overrides, "optimizer.lr=0", *FAST, "trainer.steps=1", *layout.split()]
+    outcomes = pools[4].run(train_on_rank, overrides)
+    assert [outcome.code for outcome in outcomes] == [0] * 4, outcomes[0].stderr
+    before, after = adapters.read_factors(untied.adapter), adapters.read_factors(tmp_path / "run" / "adapter")
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    wanted, merged = adapters.merged_weights(untied.student, untied.adapter), read_hf_weights(tmp_path / "run" / "hf")
+    assert wanted.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight.double(), wanted[name], rtol=2e-7, atol=1e-7)
+    with torch.no_grad():
+        tokens = torch.arange(1, 9)[None]
+        pair = [
+            dense.load_model(tmp_path / "run" / "hf")(tokens).logits,
+            adapters.load_adapted(untied.student, tmp_path / "run" / "adapter")(tokens).logits,
+        ]
+    torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-5)
+
+
+def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
+    zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Without sequence parallelism the tensor-parallel group has one all-reduce more in an update, of the gradients of the
+    factors that its ranks hold whole."""
+    words = [*FAST, "trainer.steps=1", "parallel.tensor=2", "checkpoint.export_hf=false", "batch.micro_tokens=100000"]
+    plain = [word for word in untied.overrides if "lora" not in word]
+    full, adapted = (
+        ranks2.run(lora.all_reduces_on_rank, [f"run.dir={tmp_path / name}", *overrides, *words])
+        for name, overrides in (("full", plain), ("adapted", untied.overrides))
+    )
+    for one, other in zip(full, adapted, strict=True):
+        assert one.code == other.code == 0, other.stderr
+        kept = other.found
+        assert kept["trained"] == kept["main_weights"] and kept["frozen_gradients"] == 0
+        assert kept["trained"] <= kept["buffers"] < kept["trained"] + 1024 < one.found["buffers"]  # padding
+        shared = sum(value.numel() for name, value in adapters.read_factors(untied.adapter).items() if _is_whole(name))
+        assert sorted(kept["sizes"]) == sorted([*one.found["sizes"], shared])
+
+
+def _is_whole(name: str) -> bool:
+    """Whether tensor-parallel ranks hold the factor whole."""
+    return ("lora_B" in name) == ("o_proj" in name or "down_proj" in name)
