@@ -111,8 +111,8 @@ def _read(word: str) -> Override:
 
 
 def _with_letters_quoted(name: str, text: str) -> str:
-    """The override. Its value is put in quotes if it is plain text but for letters beyond ASCII, as in `/home/jörg/läufe`: Hydra's
-    grammar does not know them."""
+    """The override. If its value is plain text but for letters beyond ASCII, as in `/home/jörg/läufe`, it is put in quotes, as
+    Hydra's grammar does not know such letters."""
     if not text.isascii() and re.fullmatch(r"[\w/.:+@%\- ]+", text):
         return override(name, text.strip())
     return f"{name}={text}"
