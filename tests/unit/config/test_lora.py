@@ -1,4 +1,4 @@
-"""What cannot be trained by LoRA is refused in one line: by the configuration, by the model, and by the folder to start from."""
+"""What LoRA cannot train is refused in one line: by the configuration, by the model, and by the folder to start from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
         (["student.lora.rank=8", "student.lora.target_modules=[q_proj,q_proj]"], "names q_proj twice"),
         (
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
-            "qproj is not one of: q_proj, .* did you mean 'q_proj'",
+            "qproj is not one of: .* did you mean 'q_proj'",
         ),
         (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0 has none"),
     ],
