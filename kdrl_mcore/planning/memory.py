@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from kdrl_mcore.config import Config, ParallelConfig
-from kdrl_mcore.config.derived import compares_over_vocabulary, max_sequence_tokens, samples, uses_distributed_optimizer
+from kdrl_mcore.config.derived import (
+    compares_over_vocabulary,
+    keeps_earlier_weights,
+    max_sequence_tokens,
+    samples,
+    teaches_itself,
+    uses_distributed_optimizer,
+)
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.setup import Placed, Setup, make_setup
 from kdrl_mcore.planning.workload import Packing, workload_of
@@ -166,7 +173,18 @@ def _state_of_a_weight(setup: Setup) -> int:
 def checkpoint_bytes(setup: Setup) -> float:
     """The bytes that a rank of the fullest stage saves: its share of weights and optimizer state, distributed or not."""
     shares = [_share_of_replicas(setup, stage) for stage in range(setup.student.layout.pipeline)]
-    return max(shares) * (setup.student.element + _state_of_a_weight(setup))
+    saved = earlier_bytes(setup) if setup.config.teacher.weights != "start" else 0.0
+    return max(shares) * (setup.student.element + _state_of_a_weight(setup)) + saved
+
+
+def earlier_bytes(setup: Setup) -> float:
+    """The bytes of a rank's share of the student's earlier weights, in float32, on the fullest stage; 0 where it keeps none."""
+    if not keeps_earlier_weights(setup.config):
+        return 0.0
+    stages = range(setup.student.layout.pipeline)
+    sharded = uses_distributed_optimizer(setup.config)
+    shares = (_share_of_replicas(setup, stage) if sharded else setup.student.shard.stages[stage].parameters for stage in stages)
+    return 4 * max(shares)
 
 
 def _activations(setup: Setup, stage: int) -> list[Item]:
@@ -191,7 +209,8 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
         if exact:
             assert setup.teacher is not None
             columns, width = student.shard.columns, setup.teacher.architecture.hidden_size
-            items.append(Item("teacher head", columns * width * student.element))
+            shared = setup.config.teacher.weights == "present" and setup.updates == 1  # then it is the student's own head
+            items.append(Item("teacher head", 0 if shared else columns * width * student.element))
     return items
 
 
@@ -248,7 +267,10 @@ def _teacher(setup: Setup) -> list[Item]:
     if setup.teacher is not None:
         teacher = setup.teacher
         largest = max(stage.parameters for stage in teacher.shard.stages) * teacher.element
-        items.append(Item("teacher", largest, phases))
+        if not teaches_itself(setup.config):
+            items.append(Item("teacher", largest, phases))
+        elif not (setup.config.teacher.offload and setup.cluster.memory_gib):
+            items.append(Item("earlier weights", earlier_bytes(setup)))
         items.append(Item("teacher's activations", _scoring(teacher, setup.teacher_packing, setup), ("teacher",)))
     if setup.reference and not setup.student.shard.stages[0].adapters:  # otherwise it is the student without them
         student = setup.student

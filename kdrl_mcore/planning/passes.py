@@ -186,13 +186,13 @@ def _embedded_generation(setup: Setup) -> Seconds:
     """Waves of `max_sequences`, each as long as its longest response; pipeline stages work one after another."""
     model, rollout = setup.student, setup.config.rollout
     lengths = setup.workload.share(model.layout.data * model.layout.context)
-    copies = rollout.responses_per_prompt
-    wave = max(1, rollout.max_sequences // copies) * copies
+    responses = rollout.responses_per_prompt
+    wave = max(1, rollout.max_sequences // responses) * responses
     seconds = Seconds()
     count = -(-len(lengths) // wave)
     for first in range(count):
         seconds += _decode(setup, model, lengths[first::count], embedded=True)
-    return seconds + _prefill(setup, model, len(lengths) / copies)
+    return seconds + _prefill(setup, model, len(lengths) / responses)
 
 
 def _engine_generation(setup: Setup) -> Generation:

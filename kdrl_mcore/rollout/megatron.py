@@ -38,16 +38,16 @@ class MegatronEngine:
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
-    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, except
-    where experts are distributed over several of them: all then take as many steps as the longest, so that none waits for
-    another's experts.
+    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, unless
+    experts are distributed over several of them: then all take as many steps as the longest, so that none waits for another's
+    experts.
     """
 
     verifies = False
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
         """Args:
-        weight_version: returns how many updates the student's weights have seen.
+        weight_version: returns the number of updates that the student's weights have received.
         """
         self._parts = parts
         self._tokenizer = tokenizer
@@ -104,8 +104,8 @@ class MegatronEngine:
         return waves
 
     def _most(self, count: int) -> int:
-        """The largest count of the replicas that share experts with this one, in a collective over the replicas; `count` itself
-        where none does."""
+        """The largest count among the replicas that share experts with this one; `count` itself if there are none. Collective
+        over these replicas."""
         return self._own_and_most(torch.tensor(count))[1]
 
     def _own_and_most(self, count: Tensor) -> tuple[int, int]:
@@ -177,7 +177,8 @@ class MegatronEngine:
         sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
             logits = few_rows_product(hidden, chunk.head_weight()).float()
-            sampled = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
+            how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+            sampled = sample(logits, uniform_N, chunk.shard, *how)
         if groups.pipeline.size() > 1:
             shape = (2, len(uniform_N))
             answer = (

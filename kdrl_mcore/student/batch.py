@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Shape, Span, is_scored, pack, place_rows, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import Shape, Span, is_scored, lay_out_rows, pack, plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -40,7 +40,8 @@ class TrainingBatch:
         teacher_entropies: the teacher's entropies likewise, where the token weights ask for them.
         teacher_hidden: the teacher's hidden states, for a divergence over the vocabulary.
         scored_N: how many tokens of each response, from its start, the teacher scored; None if it scored whole responses.
-        old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
+        old_log_probs: log pi_old [response tokens] of each response (or log mu, see `objective.clip_against`), or None if
+            strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
         scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
             responses before the update (`config.derived.needs_scores`).
@@ -253,10 +254,10 @@ def _deliver(
     wanted: dict[int, list[Span]] = {}
     for data, shapes in enumerate(shapes_of_rank):
         for context in range(layout.context):
-            places = place_rows(
+            packed = lay_out_rows(
                 shapes, layout.token_alignment, scored=scored, context_rank=context, context_size=layout.context
             )
-            spans = [span for span, _ in places.spans if is_scored(span, scored)]
+            spans = [span for span, _ in packed.spans if is_scored(span, scored)]
             wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
     states = hidden.deliver(wanted)
     if not groups.is_last_stage:

@@ -30,11 +30,13 @@ def receiver() -> Iterator[Process]:
     [
         (2, "qwen2", {"tensor": 2}, {"vocab_size": 67}),
         (2, "qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
+        (2, "phi3", {"tensor": 2}, {}),
+        (2, "olmo2", {"tensor": 2}, {}),
         (2, "qwen3_moe", {"expert": 2}, {}),
         (2, "qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
         (4, "qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 2, "sequence_parallel": True}, {"vocab_size": 67}),
     ],
-    ids=["tp2-padded", "pp2-tied", "ep2", "tp2-ep2", "tp2-pp2-ep2-padded"],
+    ids=["tp2-padded", "pp2-tied", "tp2-fused", "tp2-norm", "ep2", "tp2-ep2", "tp2-pp2-ep2-padded"],
 )
 def test_every_worker_gets_the_bytes(
     ranks: int,

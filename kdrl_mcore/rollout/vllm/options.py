@@ -1,5 +1,5 @@
-"""The options of an engine server. They are apart from the server because importing vLLM takes many seconds, and
-`kdrl-serve --help` does not need it."""
+"""The options of an engine server, in a separate module because importing vLLM takes many seconds and `kdrl-serve --help` does
+not need it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "seed": (1, "the engine's seed; each request has its own"),
     "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
     "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
-    "load_format": ("auto", "auto, or dummy if a refit brings the weights"),
+    "load_format": ("auto", "auto, or dummy if the weights come with a refit"),
 }
 """The options that are fields of `adapter.EngineSettings`: default and help."""
 
@@ -37,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
     result.add_argument(
         "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
+    )
+    result.add_argument(
+        "--extra",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further argument of vLLM's engine; may be repeated",
     )
     for name, (default, text) in FLAGS.items():
         result.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")

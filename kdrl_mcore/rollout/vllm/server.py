@@ -1,4 +1,5 @@
-"""An engine server: vLLM in separate processes behind a small HTTP interface, so that a killed engine kills no training rank.
+"""An engine server: vLLM in separate processes behind a small HTTP interface, so that a killed engine does not end a training
+rank.
 
     kdrl-serve --run-dir RUN --index 0 --model HF_DIR [options]
 
@@ -26,15 +27,16 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
+from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.resilience.interrupt import block_ignored_stop_signals
-from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, end_group_with
+from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, check_extra, end_group_with
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, write_address
 from kdrl_mcore.rollout.vllm.options import FLAGS, parser
 
-_SIGN_SECONDS = 1.0  # between two signs of progress in a stream
+_SIGN_SECONDS = 1.0  # between two reports of progress in a stream
 
 
 class SampleRequest(TypedDict):
@@ -54,8 +56,8 @@ class GenerateBody(TypedDict):
 
 
 class WeightsBody(TypedDict):
-    """The body of /weights; `spec` describes where the engine's workers find the refit's writers, `unfinished` how responses
-    go on that are not finished (`Engine.receive_weights`)."""
+    """The body of /weights; `spec` describes where the engine's workers find the refit's writers, `unfinished` how unfinished
+    responses continue (`Engine.receive_weights`)."""
 
     version: int
     spec: dict[str, Any]
@@ -69,9 +71,9 @@ class _Served:
     Attributes:
         usable: whether the weights can be used: not while asleep, during a refit, or after one that failed.
         version: the version of the engine's weights; None for those of the model directory, or for unusable ones.
-        replaced: the version before, if responses go on when weights change: a request that names it was on its way then.
-        changing: whether new weights are on their way, and responses wait for them.
-        parts: how many parts of responses the engine has made since it started.
+        replaced: the previous version, if responses continue when weights change: requests sent before the change name it.
+        changing: whether new weights are being received, and responses wait for them.
+        parts: the number of parts of responses that the engine has produced since it started.
     """
 
     usable: bool
@@ -119,7 +121,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
             if not 0 < len(each["prompt_token_ids"]) <= limit:
                 length = len(each["prompt_token_ids"])
                 raise HTTPException(
-                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                    400, f"request {each['id']}: a prompt of {length} tokens, but only 1 to {limit} leave room for a response"
                 )
         return StreamingResponse(stream(body), media_type="application/x-ndjson")
 
@@ -264,11 +266,14 @@ async def _announce(
 def _settings(options: argparse.Namespace) -> EngineSettings:
     if not Path(options.model).is_dir():
         raise ConfigError(f"--model {options.model} is not a folder: name an HF model directory")
+    extra = extra_arguments(options.extra, "--extra")
+    check_extra(extra, "--extra")
     tokenizer = load_tokenizer(options.model)
     return EngineSettings(
         model=options.model,
-        vocab_size=options.vocab_size or tokenizer.vocabulary_size,
+        vocab_size=options.vocab_size or tokenizer.vocab_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
+        extra=extra,
         **{name: getattr(options, name) for name in FLAGS}
         | {"max_model_len": min(options.max_model_len, read_architecture(options.model).context_length)},
     )
