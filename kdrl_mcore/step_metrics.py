@@ -12,6 +12,7 @@ from kdrl_mcore.config import ClusterConfig
 from kdrl_mcore.evaluation.metrics import standard_error
 from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.lora import adapters
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
@@ -149,7 +150,7 @@ def utilization(student: ModelParts, rollouts: Sequence[Rollout], seconds: float
         sequences += [(response, response, prompt) for prompt, response in shapes]
     else:
         sequences = [(prompt + response, response, 0) for prompt, response in shapes]
-    flop = training_flop(student.architecture, sequences)
+    flop = training_flop(student.architecture, sequences, frozen=any(True for _ in adapters(student.chunks)))
     tflops = flop / seconds / dist.get_world_size() / 1e12
     peak = peak_tflops(cluster)
     return {"time/tflops": tflops, "time/mfu": tflops / peak} if peak else {"time/tflops": tflops}

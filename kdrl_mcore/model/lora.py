@@ -42,6 +42,7 @@ from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import ModelGroups
@@ -217,6 +218,15 @@ def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> Non
             f"student.lora.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
             "name only q_proj, k_proj, v_proj and o_proj"
         )
+    names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
+    for place in PLACES:
+        asked = [name for name in place.projections if name in lora.target_modules]
+        own = tuple(f"model.layers.{{layer}}.{place.hf}.{name}.weight" for name in place.projections)
+        if asked and names.get(f"decoder.layers.{{layer}}.{place.path}.weight") != own:
+            raise ConfigError(
+                f"student.lora.target_modules: {architecture.family} has no {asked[0]} of its own, so `peft` could not load "
+                "its adapter: leave it out"
+            )
     if architecture.num_key_value_heads % tensor and {*PLACES[0].projections} & {*lora.target_modules}:
         raise ConfigError(
             f"student.lora cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "

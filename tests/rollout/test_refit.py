@@ -72,5 +72,16 @@ def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
         receiver.close()
 
 
+def test_adapters_arrive_merged(ranks2: RankPool, receiver: Process, tmp_path: Path) -> None:
+    """To the byte as the run's export has them, and not as the frozen weights."""
+    hf, exported = make_model("qwen2", tmp_path / "hf", seed=6), tmp_path / "exported"
+    results = ranks2.run(refit_ranks.refit_adapted, str(hf), {"tensor": 2}, receiver.port, str(exported))
+    assert_holds(receiver, exported, tmp_path)
+    assert len({result["digest"] for result in results}) == 1
+    frozen, merged = all_tensors(hf), all_tensors(exported)
+    changed = {name for name in merged if not merged[name].equal(frozen[name])}
+    assert changed == {name for name in merged if name.endswith("_proj.weight")}
+
+
 def _refit(path: str, layout: dict[str, Any], ports: dict[int, list[int]], settings: dict[str, Any]) -> dict[str, Any]:
     return refit_ranks.refit(path, layout, ports, **settings)

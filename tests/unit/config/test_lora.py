@@ -13,6 +13,7 @@ from kdrl_mcore.convert.peft_folder import check_peft_folder, peft_config
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.lora import check_lora
+from tests.reference.tiny_models import make_model
 from tests.support import ROOT
 
 SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
@@ -28,7 +29,7 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
         (["student.lora.rank=8", "student.lora.target_modules=[q_proj,q_proj]"], "names q_proj twice"),
         (
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
-            "qproj is not one of: q_proj, .* did you mean 'q_proj'",
+            "qproj is not one of: .* did you mean 'q_proj'",
         ),
         (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0 has none"),
     ],
@@ -50,6 +51,13 @@ def test_the_configuration_refuses(words: list[str], message: str) -> None:
 def test_the_model_refuses(settings: dict[str, Any], model: str, tensor: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_lora(LoraConfig(**settings), read_architecture(SHAPES / model), tensor)
+
+
+def test_a_fused_projection_has_no_adapter_of_its_parts(tmp_path: Path) -> None:
+    phi = read_architecture(make_model("phi3", tmp_path, seed=1))
+    with pytest.raises(ConfigError, match="Phi3ForCausalLM has no q_proj of its own"):
+        check_lora(LoraConfig(rank=4), phi, 1)
+    check_lora(LoraConfig(rank=4, target_modules=["o_proj", "down_proj"]), phi, 1)
 
 
 def test_attention_beside_experts_and_other_projections_are_not_refused() -> None:
