@@ -156,8 +156,8 @@ class Adapter(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """W + scale * B A [N, K] in the type of W, rounded once."""
-        product = weight.float().addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale)
-        return product.to(weight.dtype)
+        own = weight.to(torch.float32, copy=True)  # the weight stays as it is
+        return own.addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale).to(weight.dtype)
 
     def _all_a(self) -> Tensor:
         """[P R, K]"""
