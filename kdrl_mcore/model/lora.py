@@ -154,6 +154,7 @@ class Adapter(nn.Module):
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self._group)
         return F.linear(low, self._all_b())
 
+    @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """W + scale * B A [N, K] in the type of W, rounded once."""
         own = weight.to(torch.float32, copy=True)  # the weight stays as it is
