@@ -352,7 +352,10 @@ def _choose_over(composed: DictConfig, choice: Override, sources: Sources) -> No
     about = {name for file in sources.choices(choice.name).values() for name in _keys_of(file, choice.name)}
     for name in sorted(about & defaults.keys()):
         apply(composed, name, defaults[name], choice.word)
-    preset: Any = OmegaConf.to_container(compose(f"{choice.name}/{choice.value}", overrides=[sources.search_path()]))
+    # Not as the primary config: Hydra does not look for that in the user's folders.
+    preset: Any = OmegaConf.to_container(
+        compose(overrides=[sources.search_path(), f"+{override(choice.name, str(choice.value))}"])
+    )
     for name, value in flatten(preset).items():
         check_key(name, where=f"{choice.word}: ")
         apply(composed, name, value, choice.word)

@@ -163,7 +163,8 @@ class PackedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[S (/tp under sequence parallelism), 1, H] -> (the same shape, bias). Needs `packed_seq_params`."""
         packed: PackedSequences = kwargs["packed_seq_params"]
-        query, key, value = self._project(hidden_states)
+        mixed, _ = self.linear_qkv(hidden_states)
+        query, key, value = self._split(mixed)
         if self.rotary is not None:
             cos, sin = packed.rotary[self.rotary]
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
@@ -186,9 +187,19 @@ class PackedSelfAttention(SelfAttention):
             )
         return self.linear_proj(context.reshape(context.size(0), 1, -1))
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [S, N, D], key and value [S, K, D] of this rank's heads."""
-        mixed, _ = self.linear_qkv(hidden_states)
+    def decode(self, hidden_SH: Tensor, packed: PackedSequences) -> Tensor:
+        """The same up to the output projection, for one new token of every sequence in the cache, without gradients and with
+        our own linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
+        assert packed.cache is not None
+        query, key, value = self._split(self.linear_qkv.product(hidden_SH))
+        if self.rotary is not None:
+            query, key = (_rotate(x, *packed.rotary[self.rotary]) for x in (query, key))
+        scale = self.config.softmax_scale
+        return packed.cache.attend(self.layer_number, query, key, value, scale=scale, window=self.window).flatten(1)
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The QKV projection's result [S, ..., columns of this rank] -> query [S, N, D], key and value [S, K, D] of this rank's
+        heads."""
         head, groups, ranks = self.hidden_size_per_attention_head, self.config.num_query_groups, self.pg_collection.tp.size()
         queries_per_group = self.config.num_attention_heads // groups
         ranks_per_group = max(1, ranks // groups)

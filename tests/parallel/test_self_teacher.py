@@ -216,3 +216,20 @@ def test_a_sampled_run_reads_the_answer(zoo: Zoo, pools: dict[int, RankPool], tm
     assert first["kl_full"] > 0 and second["drift_mean"] < 1e-5 and first["teacher_text_copied"] >= 0
     written = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
     assert all(len(row["teacher_prompts"]["teacher"]) > 2 * len(row["prompt_token_ids"]) for row in written)
+
+
+@pytest.mark.parametrize("layout", ["", "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"])
+def test_earlier_weights_leave_no_trace(layout: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    """In bfloat16: with a coefficient too small to change a bit, the run is the one without a teacher."""
+    exported = []
+    for name, teacher in (("none", []), ("average", ["teacher.weights=average", "objective.beta.init=1e-38"])):
+        overrides = [
+            *(f"run.dir={tmp_path}/{name}", f"student.path={zoo.model('untied')}", "rollout=replay"),
+            *(f"rollout.path={zoo.rollouts('uneven')}", "objective=grpo", "model.dtype=bfloat16", "trainer.steps=3"),
+            *("optimizer.lr=0.01", *teacher, *FAST, *layout.split()),
+        ]
+        outcomes = pools[2].run(train_on_rank, overrides)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        exported.append(read_hf_weights(tmp_path / name / "hf"))
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+    assert metrics_of(tmp_path / "average")[-1]["teacher_tokens"] > 0

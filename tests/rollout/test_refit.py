@@ -60,7 +60,8 @@ def test_every_worker_gets_the_bytes(
 def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
     """CUDA IPC on paper, both ends: a worker on another GPU than the rank that serves it would be refused."""
     hf = make_model("qwen3_moe", tmp_path / "hf", seed=6)
-    ranks, receiver = RankPool(2, prepare=paper_cuda.install, backend="cpu:gloo,cuda:nccl"), Process(2, "cuda")
+    gpus = {"preload": paper_cuda.import_training, "prepare": paper_cuda.choose_gpu, "backend": "cpu:gloo,cuda:nccl"}
+    ranks, receiver = RankPool(2, **gpus), Process(2, "cuda")
     try:
         layout = {"tensor": 2, "expert": 2, "sequence_parallel": True}
         results = ranks.run(_refit, str(hf), layout, {0: [receiver.port]}, {})

@@ -233,6 +233,16 @@ def test_choices_of_ones_own_stand_beside_the_packages(own: Path) -> None:
     assert load_config([searched, "experiment=first"]).optimizer.lr == 7e-4
 
 
+def test_choices_of_ones_own_folder_count_over_a_file_of_keys(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("student: {path: from_file}\nreward: {threshold: 0.25}\ntrainer: {steps: 3}\n")
+    words = ["--config", str(tmp_path / "keys.yaml"), "--config-dir", str(own), "teacher.path=t"]
+    alone, chosen = load_config(words), load_config([*words, "pair=small", "reward=mine"])
+    plain = load_config(["--config-dir", str(own), "pair=small", "reward=mine"])
+    assert alone.student.path == "from_file" and chosen.trainer.steps == 3
+    assert (chosen.student.path, chosen.reward.kind) == (plain.student.path, plain.reward.kind)
+    assert chosen.reward.kind != alone.reward.kind
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [

@@ -362,11 +362,11 @@ def test_a_student_that_teaches_itself_loads_no_teacher() -> None:
         "teacher.offload=false",
     ]
     plan, present = planned(*own), planned(*own[:-1], "teacher.weights=present", "teacher.prompt.template=chat")
-    items = {item.name: item.bytes for item in plan.memory[0].items}
+    items = {item.kind: item.bytes for item in plan.memory[0].items}
     setup = plan.setup
-    stage, layout = setup.student.shard.stages[0], setup.student.layout
-    assert "teacher" not in items and items["earlier weights"] == 4 * stage.parameters / (layout.data * layout.context)
-    assert "earlier weights" not in {item.name for item in present.memory[0].items}
+    largest, layout = max(stage.parameters for stage in setup.student.shard.stages), setup.student.layout
+    assert "teacher" not in items and items["earlier weights"] == 4 * largest / (layout.data * layout.context)
+    assert "earlier weights" not in {item.kind for item in present.memory[0].items}
     assert plan.phase("teacher").total > present.phase("teacher").total > 0
     tokens = load_config(RUN).rollout.max_prompt_tokens
     longer = planned(
