@@ -127,8 +127,8 @@ def checkpoint_dirs(directory: Path) -> list[Path]:
 
 
 def set_link(link: Path, target: str | None) -> None:
-    """Make `latest` or `best` name another checkpoint, or none. If a folder is in its place, as in a copy that followed links, it
-    moves to `NAME_copy_N`."""
+    """Make `latest` or `best` name another checkpoint, or none. If a folder is in its place, as in a copy that followed links,
+    it moves to `NAME_copy_N`."""
     if link.is_dir() and not link.is_symlink():
         os.replace(link, next(path for n in count(1) if not (path := link.with_name(f"{link.name}_copy_{n}")).exists()))
     if target is None:
