@@ -92,6 +92,11 @@ def _check_policy(objective: ObjectiveConfig) -> None:
 
 def _check_correction(config: Config) -> None:
     correction, kd = config.objective.sampler_correction, config.objective.kd
+    if config.objective.clip_against == "sampler" and correction.kind != "none":
+        raise ConfigError(
+            f"objective.clip_against=sampler has pi/mu in the ratio, objective.sampler_correction.kind={correction.kind} would "
+            "correct for mu again: set it to none"
+        )
     if correction.level != "token" and correction.kind == "none":
         raise ConfigError(
             f"objective.sampler_correction.level={correction.level} needs sampler_correction.kind=truncate or mask"

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,20 @@ def save_config(config: Config, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a report may be reading the file of a run that resumes
     temporary.write_text(OmegaConf.to_yaml(_without_interpolations(tree)))
     temporary.replace(path)
+
+
+def load_saved(flat: Mapping[str, Any]) -> Config:
+    """The configuration of a run directory, perhaps of another version, from its flat keys. Keys that this version does not
+    have are left out, values that it does not take are replaced by the defaults, and nothing is checked."""
+    defaults = flatten(asdict(Config()))
+    config = OmegaConf.structured(Config)
+    for name in defaults.keys() & flat.keys():
+        if flat[name] != defaults[name] and "${" not in str(flat[name]):
+            with suppress(OmegaConfBaseException):
+                OmegaConf.update(config, name, flat[name])
+    loaded = OmegaConf.to_object(config)
+    assert isinstance(loaded, Config)
+    return loaded
 
 
 def load_benchmark(name: str) -> BenchmarkConfig:

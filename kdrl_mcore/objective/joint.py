@@ -22,6 +22,9 @@ from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
 
+MAX_LOG_RATIO = 20.0
+"""log pi/mu above which the measured effective sample size counts a token no more heavily, so that squares stay finite."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -271,6 +274,9 @@ def _measured(
     """The sums over the tokens, those of every loss among them, and the maxima."""
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = sums | {"distilled_tokens": tokens.distilled, "drift": drift_T, "tokens": torch.ones_like(log_probs_T)}
+    if not batch.on_policy:
+        ratio_T = (log_probs_T.detach() - batch.sampler_log_probs).clamp(max=MAX_LOG_RATIO).exp()
+        sums |= {"ratio": ratio_T, "ratio_squared": ratio_T.square()}
     return (
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},

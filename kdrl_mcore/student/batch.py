@@ -40,7 +40,8 @@ class TrainingBatch:
         teacher_entropies: the teacher's entropies likewise, where the token weights ask for them.
         teacher_hidden: the teacher's hidden states, for a divergence over the vocabulary.
         scored_N: how many tokens of each response, from its start, the teacher scored; None if it scored whole responses.
-        old_log_probs: log pi_old [response tokens] of each response, or None if strictly on-policy.
+        old_log_probs: log pi_old [response tokens] of each response (or log mu, see `objective.clip_against`), or None if
+            strictly on-policy.
         reference_log_probs: log pi_ref [response tokens] of each response, or None without a reference KL.
         scores: log pi and entropy [response tokens] of each response at the present weights, where a setting needs whole
             responses before the update (`config.derived.needs_scores`).

@@ -114,7 +114,7 @@ def test_unfinished_responses_are_in_the_checkpoint_bit_for_bit(job: list[str], 
     overrides = [*job, *parts, *correction, "trainer.steps=8"]
     whole, stopped = [*overrides, f"run.dir={tmp_path}/whole"], [*overrides, f"run.dir={tmp_path}/stopped"]
     assert [code for code, _ in ranks2.run(resuming.train, whole, timeout=300)] == [0, 0]
-    assert [code for code, _ in ranks2.run(resuming.train, stopped, partial(resuming.told_to_stop, 2))] == [0, 0]
+    assert [code for code, _ in ranks2.run(resuming.train, stopped, partial(resuming.told_to_stop, 4))] == [0, 0]
     state = json.loads((tmp_path / "stopped/checkpoints/latest/trainer_state.json").read_text())
     begun = [rollout for entry in state["ledger"]["waiting"] for rollout in entry["begun"] or ()]
     assert "partial" in {rollout["finish_reason"] for rollout in begun}

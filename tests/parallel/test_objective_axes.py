@@ -101,6 +101,11 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bounded importance": ("tp2", {"importance": "truncate", "importance_bound": 1.05}),
     "importance of the sequence": ("cp2", {"importance_level": "sequence", "estimator": "k1"}),
     "sequence correction, masked": ("cp2", {"correction": "mask", "correction_level": "sequence", "correction_bound": 1.3}),
+    "ratio to the sampler": ("tp2", {"clip_against": "sampler", "clip_low": 0.05, "clip_high": 0.05}),
+    "sequence ratio to the sampler": (
+        "cp2",
+        {"clip_against": "sampler", "ratio": "sequence", "clip_low": 0.01, "clip_high": 0.01},
+    ),
     "signed reference, some of it taught": (
         "dp2",
         {"combine": "reference", "reference_estimator": "k2", "mask": "response", "stop_token": "mask"},
@@ -165,6 +170,7 @@ def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[i
 LATER_UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence ratio": ("tp2", {"ratio": "sequence", "aggregation": "sequence_mean", "clip_low": 0.003, "clip_high": 0.003}),
     "sequence ratio, cispo": ("dp2", {"ratio": "sequence", "policy_loss": "cispo", "clip_high": 0.002}),
+    "ratio to the sampler": ("pp2", {"clip_against": "sampler", "clip_low": 0.05, "clip_high": 0.05}),
     "product ratio": (
         "cp2",
         {

@@ -76,6 +76,7 @@ OBJECTIVE_KEYS = {
     "baseline": "objective.baseline",
     "policy_loss": "objective.policy_loss",
     "ratio": "objective.ratio",
+    "clip_against": "objective.clip_against",
     "dual_clip": "objective.dual_clip",
     "entropy_bonus": "objective.entropy_bonus",
     "truncated": "objective.truncated",

@@ -41,6 +41,7 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         ("objective.reference_kl.coefficient=-0.1", "objective.reference_kl.coefficient=-0.1 must be at least 0"),
         ("objective.policy_loss=cispo objective.dual_clip=3", "leave one out"),
         ("objective.dual_clip=1", "greater than 1"),
+        ("objective.clip_against=sampler objective.sampler_correction.kind=mask", "correct for mu again: set it to none"),
         (f"objective.ratio=sequence {COMBINE}.kind=ratio", "leave objective.ratio at token"),
         (f"objective.ratio=product {COMBINE}.kind=ratio", "leave objective.ratio at token"),
         ("objective.sampler_correction.level=sequence", "needs sampler_correction.kind"),
