@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import overload
 
+from kdrl_mcore.monitoring.metrics import bounded
+
 History = Sequence[Mapping[str, float]]
 """The metrics of the steps so far, oldest first."""
 
@@ -291,7 +293,7 @@ class AlertWatch:
 
 
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(metrics[name])}
+    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(bounded(metrics[name]))}
 
 
 def _window_means(history: History, name: str, window: int) -> list[float]:

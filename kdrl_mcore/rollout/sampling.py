@@ -6,6 +6,8 @@ step and its position in the batch, and not on the layout or on which other sequ
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,29 +30,40 @@ def uniforms(key: tuple[int, ...], sequences: list[int], tokens: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_NV: Tensor,
+    uniform_N: Tensor,
+    shard: VocabShard,
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Sample one token per row.
 
     Args:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
         temperature: divides the logits; 0 takes the most likely token, with its log-prob in the unscaled distribution.
-        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are those of that
-            distribution.
+        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p.
+        top_k: above 0, sample among so many of the likeliest.
+        min_p: above 0, sample among tokens with at least this share of the likeliest one's probability. As in vLLM, min_p comes
+            first, then top_k, then top_p of what is left. Log-probs are those of the truncated distribution.
 
     Returns:
         (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
-        numbers per row and one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
+        numbers per row and one SUM all-reduce of two; where the distribution is truncated an all-gather of the logits instead.
     """
-    if temperature > 0:
+    if temperature not in (0, 1):
         logits_NV /= temperature
     if shard.real_columns < logits_NV.size(1):
         logits_NV[:, shard.real_columns :] = _MASKED
-    if top_p < 1 and temperature > 0:
-        return _sample_nucleus(_gather_columns(logits_NV, shard), uniform_N, top_p)
-    peak_N = logits_NV.amax(dim=1).double()
-    # Each rank scales by its own peak: in float64 the rounding error is far too small to change a token.
+    if temperature > 0 and (top_p < 1 or top_k > 0 or min_p > 0):
+        return _sample_truncated(_gather_columns(logits_NV, shard), uniform_N, top_p, top_k, min_p)
+    peak_N = logits_NV.amax(dim=1)
+    # Each rank scales by its own peak. Rounding in float32, as that of the logits, changes a token once in millions.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
+    peak_N = peak_N.double()
     peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, masses.total_N)), shard).unbind(dim=1)
     top_N = peak_RN.amax(dim=0)
     scale_RN = (peak_RN - top_N).exp()
@@ -74,9 +87,16 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
     return answer[0].long(), answer[1].float()
 
 
-def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample within the nucleus (https://arxiv.org/abs/1904.09751) of whole rows of logits."""
+def _sample_truncated(logits_NV: Tensor, uniform_N: Tensor, top_p: float, top_k: int, min_p: float) -> tuple[Tensor, Tensor]:
+    """Sample among the likeliest tokens of whole rows of logits: the nucleus (https://arxiv.org/abs/1904.09751) of the top_k
+    likeliest and of those that min_p (https://arxiv.org/abs/2407.01082) keeps."""
     log_probs, order = logits_NV.double().log_softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    if min_p > 0:
+        log_probs = log_probs.masked_fill(log_probs < log_probs[:, :1] + math.log(min_p), -math.inf)
+    if top_k > 0:
+        log_probs[:, top_k:] = -math.inf
+    if min_p > 0 or top_k > 0:
+        log_probs = log_probs.log_softmax(dim=1)
     masses = _Masses(log_probs.exp())
     # The nucleus ends with the first token at which the sum is no longer below top_p.
     below = torch.full_like(uniform_N, np.nextafter(top_p, 0.0), device=log_probs.device)
@@ -88,7 +108,7 @@ def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple
 
 
 class _Masses:
-    """Unnormalised probabilities [N, V], with a search for the column where their running sum passes a number.
+    """Unnormalised probabilities [N, V], with a search, in float64, for the column where their running sum passes a number.
 
     torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
     so on; the search down the levels needs the running sums of only one block per level, which are small matrix products. This
@@ -104,7 +124,7 @@ class _Masses:
                 mass_NV = F.pad(mass_NV, (0, -columns % _BLOCK))
             level = mass_NV.view(rows, -1, min(_BLOCK, columns))
             self._levels.insert(0, level)
-            mass_NV = level.sum(dim=2)
+            mass_NV = level.sum(dim=2).double()
             if mass_NV.size(1) == 1:
                 break
         self.total_N = mass_NV.squeeze(1)
@@ -114,7 +134,7 @@ class _Masses:
         rows_N = torch.arange(len(target_N), device=target_N.device)
         index_N, before_N = torch.zeros_like(rows_N), torch.zeros_like(target_N)
         for level in self._levels:
-            inside_N, more_N = _locate(level[rows_N, index_N], target_N - before_N)
+            inside_N, more_N = _locate(level[rows_N, index_N].double(), target_N - before_N)
             index_N, before_N = index_N * level.size(2) + inside_N, before_N + more_N
         return index_N, before_N
 

@@ -81,6 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "parent": parent.pid,
         "max-model-len": MAX_MODEL_LEN,
         "kv-cache-gib": 0.1,
+        "extra": "block_size=64",
     }
     command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm.server"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -99,6 +100,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def model(served: Served) -> Any:
     return dense.load_model(served.model)
+
+
+def test_log_probs_are_those_of_the_same_head_of_the_distribution_as_the_embedded_engine_draws_from(
+    served: Served, model: Any
+) -> None:
+    how = {"temperature": 1.2, "top_p": 0.9, "top_k": 12, "min_p": 0.02}
+    for prompt, line in zip(PROMPTS, served.generate(PROMPTS, range(len(PROMPTS)), **how), strict=True):
+        row = {"prompt_token_ids": prompt, "response_token_ids": line["token_ids"]}
+        with torch.no_grad():
+            probs_TV = dense.response_logits(model, row, TOKENS, how["temperature"]).softmax(-1)
+        for probs, token, log_prob in zip(probs_TV, line["token_ids"], line["log_probs"], strict=True):
+            sorted_probs, order = probs.sort(descending=True)
+            kept = int((sorted_probs >= how["min_p"] * sorted_probs[0])[: int(how["top_k"])].sum())
+            sums = (sorted_probs[:kept] / sorted_probs[:kept].sum()).cumsum(0)
+            kept = int((sums < how["top_p"]).sum()) + 1
+            assert token in order[:kept].tolist()
+            assert log_prob == pytest.approx(float((probs[token] / sorted_probs[:kept].sum()).log()), abs=2e-4)
 
 
 def test_greedy_tokens_of_an_exported_checkpoint_are_those_of_transformers(served: Served) -> None:

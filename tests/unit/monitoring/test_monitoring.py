@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdrl_mcore.config import load_config, save_config
+from kdrl_mcore.config import load_config, load_saved, save_config
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.monitoring import progress as progress_module
 from kdrl_mcore.monitoring.alerts import (
@@ -24,9 +24,10 @@ from kdrl_mcore.monitoring.alerts import (
     check_alerts,
 )
 from kdrl_mcore.monitoring.clock import Clock
-from kdrl_mcore.monitoring.drift import alert_thresholds, check_drift, thresholds_of_run
+from kdrl_mcore.monitoring.drift import alert_thresholds, check_drift
 from kdrl_mcore.monitoring.metrics import METRICS_FILE, MetricsLog, read_metrics
 from kdrl_mcore.monitoring.progress import Progress, key_numbers
+from kdrl_mcore.studies.study import read_config
 
 
 def lines(run_dir: Path) -> list[str]:
@@ -267,7 +268,22 @@ def test_a_run_has_the_alerts_that_can_apply_to_it(kind: str, tmp_path: Path) ->
     thresholds = alert_thresholds(config)
     assert {alert.name for late in SIGNATURES.values() for alert in check_alerts(history(late), thresholds)} == expected
     save_config(config, tmp_path / "config.yaml")
-    assert thresholds_of_run(tmp_path) == thresholds and thresholds_of_run(tmp_path / "nowhere") == DEFAULT_THRESHOLDS
+    saved = read_config(tmp_path)
+    assert alert_thresholds(load_saved(saved)) == thresholds
+    other = {"model.old_key": 1, "trainer.steps": "many", "eval.every": "${no.such}", "data.sources": [{"x": 1}]}
+    assert alert_thresholds(load_saved(saved | other)) == thresholds  # of another version
+
+
+def test_a_number_too_large_to_add_up_counts_as_infinite(tmp_path: Path) -> None:
+    """A reward of one's own may be one. Nothing stops, and the alerts are those of the other steps."""
+    watch = AlertWatch()
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 30):
+            row = {"reward": 1e308 if step in (12, 13) else 0.5, "kl": -1e200 if step == 4 else 0.01}
+            assert watch.observe(row) == []
+            log.write(step, row)
+    rewards = [row["reward"] for row in read_metrics(tmp_path)]
+    assert rewards[11] == rewards[12] == math.inf and rewards[13] == 0.5
 
 
 def test_what_an_alert_advises_is_there_to_be_changed() -> None:
