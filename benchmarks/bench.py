@@ -1,6 +1,7 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head, `convert`
 compares checkpoint conversion and `refit` a refit with a plain copy, `step` compares KDRL with GRPO, `memory` the memory of
-ranks with the plan, and `peers` a whole step with TRL's and a plain loop's."""
+ranks with the plan, `peers` a whole step with TRL's and a plain loop's, and `generate` the embedded engine with transformers
+and vLLM."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import convert as bench_convert
+from benchmarks import generate as bench_generate
 from benchmarks import memory as bench_memory
 from benchmarks import peers as bench_peers
 from benchmarks import refit as bench_refit
@@ -41,6 +43,7 @@ MATERIALISED_COPIES = {
     "jensen_shannon": 15,
     "top_k_bucket": 8,
     "top_k_corrected": 7,
+    "top_k_jsd": 8,
     "eopd": 7,
 }
 """The number of float32 [T, V] tensors that the materialised variant holds; used to check the memory before it runs."""
@@ -95,6 +98,7 @@ def main(arguments: list[str]) -> int:
     bench_step.add_parser(commands)
     bench_memory.add_parser(commands)
     bench_peers.add_parser(commands)
+    bench_generate.add_parser(commands)
     options = parser.parse_args(arguments)
     runs = {
         "vocab-parallel": vocab_parallel,
@@ -103,6 +107,7 @@ def main(arguments: list[str]) -> int:
         "step": bench_step.run,
         "memory": bench_memory.run,
         "peers": bench_peers.run,
+        "generate": bench_generate.run,
     }
     try:
         runs[options.command](options)

@@ -76,9 +76,9 @@ def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
         micro_tokens=job.config.batch.micro_tokens,
     )
     differences = [
-        (abs(float(sampler) - float(trainer)), rollout, place, float(sampler), float(trainer))
+        (abs(float(sampler) - float(trainer)), rollout, token, float(sampler), float(trainer))
         for rollout, (log_probs, _) in zip(rollouts, scored, strict=True)
-        for place, (sampler, trainer) in enumerate(zip(rollout.sampler_log_probs, log_probs, strict=True))
+        for token, (sampler, trainer) in enumerate(zip(rollout.sampler_log_probs, log_probs, strict=True))
     ]
     if each_token_counts(job.config):
         bound = drift_bound(job.config)
@@ -90,9 +90,9 @@ def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
     if found:
         worst = sorted(differences, key=lambda each: -math.inf if math.isnan(each[0]) else -each[0])[:NAMED_TOKENS]
         named = "; ".join(
-            f"prompt {rollout.prompt_id}, response token {place} (id {int(rollout.response_token_ids[place])}): sampler "
+            f"prompt {rollout.prompt_id}, response token {token} (id {int(rollout.response_token_ids[token])}): sampler "
             f"{sampler:.5f}, trainer {trainer:.5f}"
-            for _, rollout, place, sampler, trainer in worst
+            for _, rollout, token, sampler, trainer in worst
         )
         raise NumericalError(
             f"self-test: sampler and trainer differ {found}; the worst: {named}; if this is rounding, raise "

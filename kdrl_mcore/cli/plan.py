@@ -21,9 +21,9 @@ from rich.table import Table
 from kdrl_mcore.config import add_config_options, config_arguments, load_config
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.planning.advice import advise
-from kdrl_mcore.planning.measures import Saving, measures
 from kdrl_mcore.planning.memory import GIB, PHASES
 from kdrl_mcore.planning.plan import Plan, make_plan
+from kdrl_mcore.planning.savings import Saving, savings
 from kdrl_mcore.planning.search import Candidate, search
 from kdrl_mcore.planning.setup import make_setup
 from kdrl_mcore.planning.summary import to_json
@@ -98,7 +98,7 @@ def show(console: Console, plan: Plan) -> None:
         f"{plan.seconds:.1f} s per iteration, {plan.tokens_per_gpu_second:.0f} tokens/s/GPU; {setup.config.trainer.steps} "
         f"iterations: {plan.gpu_hours:.0f} GPU-hours, {plan.cost:.0f} USD"
     )
-    console.print(_measures_table(measures(plan)))
+    console.print(_savings_table(savings(plan)))
     for line in advise(plan):
         console.print(escape(line))  # lists of modules are in brackets
 
@@ -135,7 +135,7 @@ def _time_table(plan: Plan) -> Table:
     return table
 
 
-def _measures_table(rows: list[Saving]) -> Table:
+def _savings_table(rows: list[Saving]) -> Table:
     table = Table(title="What each measure saves here, of an iteration and of the peak", title_justify="left")
     for name in ("measure", "switched by", "is", "time", "memory", "note"):
         table.add_column(name, justify="right" if name in ("time", "memory") else "left")

@@ -60,18 +60,23 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
 
 def teaches_itself(config: Config) -> bool:
     """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
-    return uses_teacher(config.objective) and config.teacher.weights != "path"
+    return uses_teacher(config.objective) and config.teacher.weights not in ("path", "recorded")
 
 
 def loads_teacher(config: Config) -> bool:
     """Whether the teacher is a model of its own in this job."""
-    return uses_teacher(config.objective) and not teaches_itself(config)
+    return uses_teacher(config.objective) and config.teacher.weights == "path"
+
+
+def reads_scores(config: Config) -> bool:
+    """Whether the teacher's scores are in the rollout file that is replayed."""
+    return uses_teacher(config.objective) and config.teacher.weights == "recorded"
 
 
 def keeps_earlier_weights(config: Config) -> bool:
     """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
     state is: 4 bytes per parameter, divided among its replicas."""
-    return teaches_itself(config) and config.teacher.weights != "present"
+    return teaches_itself(config) and config.teacher.weights not in ("present", "base")
 
 
 def reads_own_prompt(config: Config) -> bool:

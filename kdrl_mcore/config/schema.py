@@ -143,11 +143,17 @@ class TeacherConfig:
     weights: str = key(
         "path",
         "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates) or present",
-        choices=("path", "start", "average", "refreshed", "present"),
+        "average), refreshed (every refresh_every updates), present, or base (without the adapters of student.lora); or "
+        "recorded: its scores are in the file of rollout.path",
+        choices=("path", "start", "average", "refreshed", "present", "base", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
     refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
+    min_ess: float = key(
+        0.1,
+        "recorded: the run ends when the effective sample size of pi/mu is a smaller share of the tokens; 0 is off",
+        range=Range(0, 1),
+    )
     prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")

@@ -87,9 +87,9 @@ def import_hf(
                 for low, high in pairwise(bounds):
                     target = writer.place(tensor, low, high - low, to)
                     copies += [
-                        Copy(piece.hf, piece.hf_start, piece.length, target, piece.start - low)
-                        for piece in tensor.pieces
-                        if low <= piece.start < high
+                        Copy(tensor_slice.hf, tensor_slice.hf_start, tensor_slice.length, target, tensor_slice.start - low)
+                        for tensor_slice in tensor.slices
+                        if low <= tensor_slice.start < high
                     ]
             writer.place_extra_states(architecture)
             writer.end_layout()

@@ -17,7 +17,7 @@ from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
 from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
 from kdrl_mcore.convert.targets import begin, put_in_place
-from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, pieces
+from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, tensor_slices
 from kdrl_mcore.errors import CheckpointError, KdrlError
 from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.gpt import ModelParts
@@ -47,12 +47,12 @@ def hf_tensors(parts: ModelParts, *, experts_only: bool = False) -> Iterator[tup
                 continue
         size = local.shape[1 if rule.kind == "row" else 0]
         found = [
-            (piece, shard.narrow(piece.dim, piece.start, piece.length))
+            (tensor_slice, shard.narrow(tensor_slice.dim, tensor_slice.start, tensor_slice.length))
             for rank, shard in enumerate(shards)
-            for piece in pieces(rule, mapped.hf_names, architecture, rank, ranks, size)
+            for tensor_slice in tensor_slices(rule, mapped.hf_names, architecture, rank, ranks, size)
         ]
         for name, shape in zip(mapped.hf_names, hf_shapes(rule, architecture), strict=True):
-            yield name, _join([(piece, part) for piece, part in found if piece.hf == name], shape)
+            yield name, _join([(tensor_slice, part) for tensor_slice, part in found if tensor_slice.hf == name], shape)
 
 
 def _join(found: Sequence[tuple[TensorSlice, Tensor]], shape: tuple[int, ...]) -> Tensor:
@@ -60,8 +60,8 @@ def _join(found: Sequence[tuple[TensorSlice, Tensor]], shape: tuple[int, ...]) -
     if len(found) == 1 and found[0][1].shape == shape:
         return found[0][1]
     whole = found[0][1].new_empty(shape)
-    for piece, part in found:
-        whole.narrow(piece.dim, piece.hf_start, piece.length).copy_(part)
+    for tensor_slice, part in found:
+        whole.narrow(tensor_slice.dim, tensor_slice.hf_start, tensor_slice.length).copy_(part)
     return whole
 
 
@@ -148,10 +148,10 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
     """Write the tensors that this rank owns. All ranks of the first replica take part in its gathers."""
     first_replica, owned, result = parts.groups.replicas.rank() == 0, owned_tensors(parts), _Written()
     try:
-        places = {}
+        laid_out = {}
         for number, shard in enumerate(split_into_shards(owned, max_shard_bytes) if owned else []):
             file = f"rank{dist.get_rank()}-{number}.safetensors"
-            places.update(lay_out(folder / file, {name: owned[name] for name in shard}))
+            laid_out.update(lay_out(folder / file, {name: owned[name] for name in shard}))
             result.files.append((file, shard))
     except OSError as error:
         result.error = str(error)
@@ -162,8 +162,8 @@ def _write_own(parts: ModelParts, folder: Path, max_shard_bytes: int) -> _Writte
         if name in owned and result.error is None:
             assert tensor is not None
             try:
-                with places[name].path.open("r+b", buffering=0) as opened:
-                    write_at(opened, raw_bytes(tensor.cpu()), places[name].offset)
+                with laid_out[name].path.open("r+b", buffering=0) as opened:
+                    write_at(opened, raw_bytes(tensor.cpu()), laid_out[name].offset)
             except OSError as error:
                 result.error = str(error)  # keep gathering: the other ranks wait for this one
     return result

@@ -39,10 +39,10 @@ def load_weights(parts: ModelParts, path: str | Path, on_parameter: Callable[[],
             for mapped in map_chunk(chunk, rules, parts.groups):
                 on_parameter()
                 covered = 0
-                for piece in mapped.pieces:
-                    source = weights.read(piece.hf, piece.hf_start, piece.length, piece.dim)
-                    mapped.parameter.narrow(piece.dim, piece.start, piece.length).copy_(source)
-                    covered += piece.length
+                for tensor_slice in mapped.slices:
+                    source = weights.read(tensor_slice.hf, tensor_slice.hf_start, tensor_slice.length, tensor_slice.dim)
+                    mapped.parameter.narrow(tensor_slice.dim, tensor_slice.start, tensor_slice.length).copy_(source)
+                    covered += tensor_slice.length
                 if mapped.rule.kind == "vocabulary":
                     mapped.parameter[covered:].zero_()
 

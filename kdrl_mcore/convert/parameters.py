@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kdrl_mcore.convert.weight_map import TensorSlice, pieces
+from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
 from kdrl_mcore.model.gpt import LanguageModel
@@ -34,7 +34,7 @@ class MappedParameter:
     parameter: nn.Parameter
     rule: WeightRule
     hf_names: tuple[str, ...]
-    pieces: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
     adapter: Adapter | None = None
 
     def value(self) -> Tensor:
@@ -68,7 +68,7 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
             parameter,
             rule,
             hf_names,
-            tuple(pieces(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
+            tuple(tensor_slices(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
             _adapter_of(chunk, name),
         )
 

@@ -149,10 +149,10 @@ class TorchDistWeights:
         column, columns = (start, length) if dim == 1 else (0, num_elements(shape[1:]))
         first, end = (0, shape[0]) if dim == 1 else (start, start + length)
         parts = []
-        for piece in sorted(tensor.pieces, key=lambda piece: piece.hf_start):
-            low, high = max(first, piece.hf_start), min(end, piece.hf_start + piece.length)
-            if piece.hf == name and low < high:
-                parts.append(self._block(tensor, piece.start + low - piece.hf_start, high - low, column, columns))
+        for tensor_slice in sorted(tensor.slices, key=lambda tensor_slice: tensor_slice.hf_start):
+            low, high = max(first, tensor_slice.hf_start), min(end, tensor_slice.hf_start + tensor_slice.length)
+            if tensor_slice.hf == name and low < high:
+                parts.append(self._block(tensor, tensor_slice.start + low - tensor_slice.hf_start, high - low, column, columns))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if len(shape) > 1 else whole.squeeze(1)
 
@@ -161,11 +161,11 @@ class TorchDistWeights:
         tensor, _ = self._tensor(name)
         lead, result, found = len(tensor.grid), [], 0
         columns = num_elements(tensor.shape[1:])
-        for piece in sorted(tensor.pieces, key=lambda piece: piece.hf_start):
-            low, high = max(start, piece.hf_start), min(start + length, piece.hf_start + piece.length)
-            if piece.hf != name or low >= high:
+        for tensor_slice in sorted(tensor.slices, key=lambda tensor_slice: tensor_slice.hf_start):
+            low, high = max(start, tensor_slice.hf_start), min(start + length, tensor_slice.hf_start + tensor_slice.length)
+            if tensor_slice.hf != name or low >= high:
                 continue
-            first = piece.start + low - piece.hf_start
+            first = tensor_slice.start + low - tensor_slice.hf_start
             for offsets, sizes in sorted(self._chunks[tensor.key, tensor.position]):
                 begin, rows = offsets[lead], sizes[lead]
                 top, bottom = max(first, begin), min(first + high - low, begin + rows)

@@ -78,7 +78,7 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
     return [(hidden,)]
 
 
-def pieces(
+def tensor_slices(
     rule: WeightRule, hf_names: tuple[str, ...], architecture: Architecture, rank: int, ranks: int, shard_size: int
 ) -> list[TensorSlice]:
     """The slices that make up the shard of tensor-parallel rank `rank` of `ranks`.
@@ -126,7 +126,7 @@ class GlobalTensor:
         grid: the sizes of the leading axes.
         shape: the shape without the leading axes.
         hf_names, hf_shapes: the HF tensors it is made of.
-        pieces: where the rows of each HF tensor lie in it.
+        slices: where the rows of each HF tensor lie in it.
     """
 
     key: str
@@ -135,7 +135,7 @@ class GlobalTensor:
     shape: tuple[int, ...]
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
-    pieces: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
 
 
 def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Iterator[GlobalTensor]:
@@ -151,7 +151,9 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
             for expert in range(count) if rule.is_expert else (0,):
                 names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
                 single = len(names) == 1 and rule.kind != "qkv"  # then the Megatron tensor is the HF tensor
-                whole = [TensorSlice(names[0], 0, 0, rows, 0)] if single else pieces(rule, names, architecture, 0, 1, rows)
+                whole = [TensorSlice(names[0], 0, 0, rows, 0)]
+                if not single:
+                    whole = tensor_slices(rule, names, architecture, 0, 1, rows)
                 yield GlobalTensor(
                     key=_checkpoint_key(rule, architecture),
                     position=(layer, expert)[: layered + rule.is_expert],
@@ -159,7 +161,7 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
                     shape=(rows, *shapes[0][1:]),
                     hf_names=names,
                     hf_shapes=shapes,
-                    pieces=tuple(whole),
+                    slices=tuple(whole),
                 )
 
 

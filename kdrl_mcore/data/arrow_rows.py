@@ -89,11 +89,11 @@ def hub_rows(source: str, wanted: Sequence[str], split: str, subset: str | None)
     Raises:
         DataError: it cannot be loaded or read, for any reason.
     """
-    import datasets  # takes a second, which runs that read files should not have to wait
+    import datasets  # its import takes a second, which runs that read files should not wait for
 
     name, _, revision = source.partition("@")
     pinned = {"revision": revision} if revision else {}
-    with _quietly(f"{source} (no such file, so taken for a hub id, split {split})"):
+    with _quietly(f"{source} (no such file, so read as a hub id, split {split})"):
         table: datasets.Dataset = datasets.load_dataset(name, subset, split=split, **pinned)
         if revision:
             _check_commit(table, source, revision)
@@ -103,7 +103,7 @@ def hub_rows(source: str, wanted: Sequence[str], split: str, subset: str | None)
 
 
 def _check_commit(table: datasets.Dataset, source: str, revision: str) -> None:
-    """Raise DataError where `datasets`, which has not reached the hub, has taken another commit from its cache."""
+    """Raise DataError if `datasets` could not reach the hub and has used another commit from its cache."""
     import datasets
 
     commit = next((Path(file["filename"]).parent.name for file in table.cache_files), "")

@@ -195,7 +195,7 @@ class FieldReader:
                 return found.pop()
             if found:
                 raise DataError(
-                    f"{self._source} {row.where}: '{self._data.answer_key}' is {_shown(value)}, which may be each of the "
+                    f"{self._source} {row.where}: '{self._data.answer_key}' is {_shown(value)}, which could mean each of the "
                     f"choices {', '.join(sorted(found))}: write the number of the choice from 0"
                 )
         raise DataError(

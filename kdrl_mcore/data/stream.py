@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.types import Prompt
 
-Place = tuple[str, int]
-"""Where a prompt stands: the name of its domain, and its number among the prompts that the domain gives, from 0 on and epoch
-after epoch."""
+Position = tuple[str, int]
+"""The position of a prompt: the name of its domain, and its number among the prompts drawn from the domain, which counts from 0
+on through all epochs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Domain:
 class PromptStream:
     """Batches of prompts, epoch after epoch, from one data set or from several domains.
 
-    A domain's order in an epoch is a function of (seed, epoch, its name) alone. Every epoch contains each of its prompts once,
+    A domain's order in an epoch is a function only of (seed, epoch, its name). Every epoch contains each of its prompts once,
     and a batch that reaches the end of an epoch continues with the next one. Domains take turns by their weights: for each
     prompt, every domain's credit grows by its share, and the domain with the most credit provides the prompt and pays 1. So
     the number of prompts from a domain is its share of all to within one, in each batch and over the run. The whole state of
@@ -71,8 +71,8 @@ class PromptStream:
         """The next `batch_size` prompts, or the next `count`."""
         return [prompt for _, prompt in self.draw(self._batch_size if count is None else count)]
 
-    def draw(self, count: int) -> list[tuple[Place, Prompt]]:
-        """The next `count` prompts, each with its place."""
+    def draw(self, count: int) -> list[tuple[Position, Prompt]]:
+        """The next `count` prompts, each with its position."""
         drawn = []
         for _ in range(count):
             order = self._next_domain()
@@ -80,17 +80,17 @@ class PromptStream:
             order.given += 1
         return drawn
 
-    def at(self, place: Place) -> Prompt:
-        """The prompt that stands there; the stream does not advance.
+    def at(self, position: Position) -> Prompt:
+        """The prompt at this position; the stream does not advance.
 
         Raises:
             DataError: there is no such domain.
         """
-        name, number = place
+        name, number = position
         for order in self._domains:
             if order.domain.name == name:
                 return order.prompt(number)
-        raise DataError(f"the run trains on {_listed([order.domain.name for order in self._domains])}, and not on {name}")
+        raise DataError(f"the run trains on {_listed([order.domain.name for order in self._domains])}, not on {name}")
 
     def _next_domain(self) -> _DomainOrder:
         if len(self._domains) == 1:
@@ -124,7 +124,7 @@ class PromptStream:
         Raises:
             DataError: the state belongs to other data sets, or to one of another size.
         """
-        advice = "resume with the same data, or start anew with checkpoint.resume=never"
+        advice = "resume with the same data, or start over with checkpoint.resume=never"
         alone = len(self._domains) == 1
         saved = state.get("domains", {} if not alone else {self._domains[0].domain.name: state})
         names = [order.domain.name for order in self._domains]
@@ -143,7 +143,7 @@ class PromptStream:
 
 
 class _DomainOrder:
-    """One domain, the number of prompts drawn from it, and the order of the epoch that was last asked for."""
+    """One domain, the number of prompts drawn from it, and the order of the latest epoch."""
 
     def __init__(self, domain: Domain, alone: bool, seed: int, shuffle: bool) -> None:
         self.domain, self.given = domain, 0

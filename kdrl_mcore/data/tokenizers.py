@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -41,7 +41,8 @@ class Tokenizer:
         turn_end_id: the token with which the chat template ends an assistant's turn; None without a template or such a token.
         bos_id: the beginning of sequence, if there is one.
         tokens: the token of each id.
-        vocabulary_size: the largest token id, added tokens included, plus 1. The model may have more columns (padding).
+        added_ids: the ids of added tokens, such as those that begin and end turns.
+        vocab_size: the largest token id, added tokens included, plus 1. The model may have more columns (padding).
         has_chat_template: whether `chat_text` can be used.
     """
 
@@ -59,9 +60,10 @@ class Tokenizer:
         self.eos_id: int = backend.eos_token_id if backend.eos_token_id is not None else min(eos_ids)
         self.eos_ids = eos_ids if self.turn_end_id is None else eos_ids | {self.turn_end_id}
         self.tokens: dict[int, str] = {index: token for token, index in backend.get_vocab().items()}
-        self.vocabulary_size = max(self.tokens) + 1
+        self.added_ids = frozenset(backend.get_added_vocab().values())
+        self.vocab_size = max(self.tokens) + 1
         self.has_chat_template = bool(backend.chat_template)
-        self._num_behind = _num_behind(backend)
+        self._num_appended = _num_appended(backend)
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenIds]:
         """Token ids of each text; with `special_tokens`, including those that the tokenizer adds, such as a beginning of
@@ -72,11 +74,11 @@ class Tokenizer:
         return [np.asarray(row, dtype=np.int64) for row in rows]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of plain prompts with the special tokens that the tokenizer puts before a text. Those that it puts behind
-        one, such as an end of sequence (`add_eos_token`), are left out: the response follows. A text that already begins with
-        the beginning of sequence, as rendered chats do, gets no second one."""
+        """Token ids of plain prompts with the special tokens that the tokenizer puts before a text. Those that it puts after
+        one, such as an end of sequence (`add_eos_token`), are left out, because the response follows. A text that already
+        begins with the beginning of sequence, as rendered chats do, gets no second one."""
         rows = self.encode(texts, special_tokens=True)
-        rows = [row[: len(row) - self._num_behind] for row in rows]
+        rows = [row[: len(row) - self._num_appended] for row in rows]
         return [row[1:] if self.bos_id is not None and (row[:2] == self.bos_id).sum() == 2 else row for row in rows]
 
     def show(self, token_ids: Sequence[int] | TokenIds) -> str:
@@ -181,11 +183,11 @@ def eos_token_ids(path: str | Path, tokenizer_eos: int | None) -> frozenset[int]
     return frozenset(ids)
 
 
-def _num_behind(backend: Any) -> int:
-    """The number of special tokens that the tokenizer puts behind a text."""
+def _num_appended(backend: Any) -> int:
+    """The number of special tokens that the tokenizer puts after a text."""
     bare, whole = (backend("1", add_special_tokens=special)["input_ids"] for special in (False, True))
-    places = range(len(whole) - len(bare), -1, -1)
-    return next((len(whole) - len(bare) - place for place in places if whole[place : place + len(bare)] == bare), 0)
+    starts = range(len(whole) - len(bare), -1, -1)
+    return next((len(whole) - len(bare) - start for start in starts if whole[start : start + len(bare)] == bare), 0)
 
 
 def _turn_end(backend: Any) -> int | None:
@@ -205,7 +207,18 @@ def _turn_end(backend: Any) -> int | None:
     return ids[0] if ids and ids[0] in backend.get_added_vocab().values() else None
 
 
-def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
+def different_added_tokens(student: Tokenizer, teacher: Tokenizer) -> frozenset[int]:
+    """The ids, of those that both vocabularies have, at which the two have different added tokens (or only one has any)."""
+    ids = (student.added_ids | teacher.added_ids) & set(range(min(student.vocab_size, teacher.vocab_size)))
+    return frozenset(
+        index
+        for index in ids
+        if student.tokens.get(index) != teacher.tokens.get(index)
+        and all(index in side.added_ids or index not in side.tokens for side in (student, teacher))
+    )
+
+
+def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, but: Collection[int] = ()) -> int:
     """Check that both tokenizers have the same token at every shared id, and return the number of ids that they share.
 
     The shared ids are those below the size of the smaller vocabulary: there, a token that differs or that only one tokenizer
@@ -213,14 +226,17 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
     softmaxes; but the student must be able to end its responses without them. Both tokenizers must also split `PROBE` into
     the same tokens, or the teacher would score text in a form that it has never seen.
 
+    Args:
+        but: ids at which the tokens may differ.
+
     Raises:
         DataError: the tokenizers differ; the message names the first difference.
     """
-    shared = min(student.vocabulary_size, teacher.vocabulary_size)
+    shared = min(student.vocab_size, teacher.vocab_size)
     advice = "distillation compares token by token: use a teacher of the student's model family"
     for index in range(shared):
         mine, other = student.tokens.get(index), teacher.tokens.get(index)
-        if mine != other:
+        if mine != other and index not in but:
             names = [f"{side.path} has {_name(token)}" for side, token in ((student, mine), (teacher, other))]
             raise DataError(f"student and teacher have different tokenizers: at id {index}, {' and '.join(names)}; {advice}")
     if min(student.eos_ids) >= shared:
@@ -229,14 +245,14 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
             f"the student ends with token {end} ({_name(student.tokens.get(end))}), which the teacher lacks; {advice}"
         )
     encoded = [side.encode([PROBE], special_tokens=False)[0].tolist() for side in (student, teacher)]
-    place = _first_mismatch(*encoded)
-    if place is not None:
+    first = _first_mismatch(*encoded)
+    if first is not None:
         mine, other = (
-            _name(side.tokens.get(ids[place]) if place < len(ids) else None)
+            _name(side.tokens.get(ids[first]) if first < len(ids) else None)
             for side, ids in zip((student, teacher), encoded, strict=True)
         )
         raise DataError(
-            f"student and teacher tokenize the same text differently: token {place} is {mine} and {other}; {advice}"
+            f"student and teacher tokenize the same text differently: token {first} is {mine} and {other}; {advice}"
         )
     return shared
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kdrl_mcore.model import varlen
+from kdrl_mcore.model.layer import AllHeadsNorm
 from kdrl_mcore.model.rope import RotaryFrequencies
 from kdrl_mcore.model.varlen import Stretch, VarlenAttention
 from kdrl_mcore.parallel.context import ContextShard
@@ -137,21 +138,33 @@ class PackedSelfAttention(SelfAttention):
     tensor-parallel group, with a reduce-scatter in the backward pass).
     """
 
-    def __init__(self, *args: Any, rotary: int | None = 0, window: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rotary: int | None = 0,
+        window: int | None = None,
+        norm_of_all_heads: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Args:
         rotary: which of the model's rotary embeddings this layer has; None for none.
         window: the keys that a query sees, its own included; None for all up to its own.
+        norm_of_all_heads: queries and keys are normalised over all heads of a token, which Megatron's spec does not have.
         args, kwargs: Megatron's own.
         """
         super().__init__(*args, **kwargs)
         self.rotary, self.window = rotary, window
+        if norm_of_all_heads:
+            self.q_layernorm = AllHeadsNorm(self.config, self.config.num_attention_heads, self.pg_collection.tp)
+            self.k_layernorm = AllHeadsNorm(self.config, self.config.num_query_groups, self.pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[S (/tp under sequence parallelism), 1, H] -> (the same shape, bias). Needs `packed_seq_params`."""
         packed: PackedSequences = kwargs["packed_seq_params"]
-        query, key, value = self._project(hidden_states)
+        mixed, _ = self.linear_qkv(hidden_states)
+        query, key, value = self._split(mixed)
         if self.rotary is not None:
             cos, sin = packed.rotary[self.rotary]
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
@@ -174,9 +187,19 @@ class PackedSelfAttention(SelfAttention):
             )
         return self.linear_proj(context.reshape(context.size(0), 1, -1))
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [S, N, D], key and value [S, K, D] of this rank's heads."""
-        mixed, _ = self.linear_qkv(hidden_states)
+    def decode(self, hidden_SH: Tensor, packed: PackedSequences) -> Tensor:
+        """The same up to the output projection, for one new token of every sequence in the cache, without gradients and with
+        our own linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
+        assert packed.cache is not None
+        query, key, value = self._split(self.linear_qkv.product(hidden_SH))
+        if self.rotary is not None:
+            query, key = (_rotate(x, *packed.rotary[self.rotary]) for x in (query, key))
+        scale = self.config.softmax_scale
+        return packed.cache.attend(self.layer_number, query, key, value, scale=scale, window=self.window).flatten(1)
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The QKV projection's result [S, ..., columns of this rank] -> query [S, N, D], key and value [S, K, D] of this rank's
+        heads."""
         head, groups, ranks = self.hidden_size_per_attention_head, self.config.num_query_groups, self.pg_collection.tp.size()
         queries_per_group = self.config.num_attention_heads // groups
         ranks_per_group = max(1, ranks // groups)

@@ -23,8 +23,8 @@ from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
-from kdrl_mcore.model.layer import AllHeadsNorm, NormsAfterLayer, scaled_add
-from kdrl_mcore.model.linear import ColumnParallel, RowParallel
+from kdrl_mcore.model.layer import NormsAfterLayer, scaled_add
+from kdrl_mcore.model.linear import ColumnParallel, RowParallel, product
 from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.norm import RMSNorm
 from kdrl_mcore.model.offload import ActivationOffload
@@ -43,12 +43,16 @@ class LanguageModel(GPTModel):
 
     The last stage returns the normalised hidden states [S (/tp under sequence parallelism), 1, H], other stages the input of
     the next one.
+
+    Attributes:
+        packed_head: while it generates, the output head from `linear.pack`.
     """
 
     architecture: Architecture
     shard: VocabShard
     context_group: dist.ProcessGroup | None
     frequencies: tuple[RotaryFrequencies, ...]
+    packed_head: Tensor | None = None
     _head_pre_hook: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
@@ -91,6 +95,10 @@ class LanguageModel(GPTModel):
         return (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, H] -> this rank's columns of the logits [N, V/tp], without gradients."""
+        return product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
 
     def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
         """Register a function that is called each time before the weight of the output head is read."""
@@ -340,11 +348,6 @@ def _block_spec(
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    if architecture.qk_norm_of_all_heads:
-        attention.submodules.q_layernorm, attention.submodules.k_layernorm = (
-            ModuleSpec(module=AllHeadsNorm, params={"heads": heads, "tp_group": groups.tensor})
-            for heads in (architecture.num_attention_heads, architecture.num_key_value_heads)
-        )
     if architecture.residual_scale != 1:
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_add(architecture.residual_scale)
     if architecture.norms != "before":
@@ -373,7 +376,8 @@ def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) 
     if sees.window is not None:
         windowed = ModuleSpec(module=submodules.core_attention, params={"window": sees.window})
         submodules = replace(submodules, core_attention=windowed)
-    attention = replace(attention, submodules=submodules, params={**attention.params, "rotary": rotary, "window": sees.window})
+    params = {"rotary": rotary, "window": sees.window, "norm_of_all_heads": architecture.qk_norm_of_all_heads}
+    attention = replace(attention, submodules=submodules, params={**attention.params, **params})
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 

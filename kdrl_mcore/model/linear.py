@@ -1,9 +1,8 @@
-"""Megatron-Core's parallel linear layers, with a faster product for the few rows of a decoding step on a CPU.
+"""Products with a weight without gradients, and Megatron-Core's parallel linear layers with them.
 
-x @ W^T with M rows reads all of W for 2 FLOP per row and element. MKL is faster if the long side of the result is contiguous,
-that is, if it computes W @ x^T [N, M]: on two cores of an AMD EPYC (AVX2), float32, 32 rows, weights from memory, 78 ms
-rather than 114 ms for the layers of a model of 135M parameters, and equal times from about 200 rows on. The result is the same
-up to rounding.
+On a CPU, oneDNN computes them rather than MKL, which is slower on AMD's processors; and while a model generates, each large
+weight has a copy in the order in which oneDNN's kernels read it: with the few rows of a decoding step, reading the weight takes
+most of the time. Measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -16,43 +15,54 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
-_MOST_ROWS = 128
 _LEAST_ELEMENTS = 2**17
-"""Smaller weights stay in the cache of a core (512 KiB and more), where both products are equally fast."""
-_BLOCK_COLUMNS = 2048
-"""Columns of a block of `few_rows_product`: 256 KiB with 32 rows, transposed while they are in the cache."""
+"""Smaller weights stay in the cache of a core (512 KiB and more), where all products are equally fast."""
+_TYPICAL_ROWS = 32
+"""What a packed weight is ordered for. It is as fast with any other number of rows up to 128."""
 
 
-def has_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether W @ x^T is the faster product for x [..., K] and W [N, K]: without gradients, in float32, on a CPU."""
+def pack(weight_NK: Tensor) -> Tensor | None:
+    """A copy of the weight for `product`, in the order in which oneDNN reads it; None where there is nothing to gain."""
+    if not _is_onednns(weight_NK) or (weight_NK.dtype != torch.float32 and not _has_bfloat16()):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), _TYPICAL_ROWS)
+    return packed
+
+
+def product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x @ W^T + b [..., N] of x [..., K], without gradients; W as it is or from `pack`."""
+    if weight_NK.is_mkldnn or (weight_NK.dtype == torch.float32 and _is_onednns(weight_NK)):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
+        return result
+    # In two dimensions: with more, torch may multiply with a copy of the weight for each of the first one.
+    return F.linear(x.flatten(0, -2), weight_NK, bias_N).view(*x.shape[:-1], len(weight_NK))
+
+
+def _is_onednns(weight_NK: Tensor) -> bool:
+    """Whether oneDNN, called directly, is the faster one for this weight. torch itself calls it in bfloat16."""
     return (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() <= _MOST_ROWS * x.size(-1)
-        and weight.numel() >= _LEAST_ELEMENTS
+        weight_NK.device.type == "cpu"
+        and weight_NK.dtype in (torch.float32, torch.bfloat16)
+        and weight_NK.numel() >= _LEAST_ELEMENTS
+        and torch.backends.mkldnn.is_available()
     )
 
 
-def few_rows_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ W^T [M, N], contiguous."""
-    if not has_few_rows(x_MK, weight_NK):
-        return x_MK @ weight_NK.t()
-    result = x_MK.new_empty(len(x_MK), len(weight_NK))
-    for rows, columns in zip(weight_NK.split(_BLOCK_COLUMNS), result.split(_BLOCK_COLUMNS, dim=1), strict=True):
-        columns.copy_(torch.mm(rows, x_MK.t()).t())
-    return result
-
-
-def _transposed_product(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ W^T [..., N] of x [..., K], stored as [N, ...]: the operations that follow in a layer are element-wise, so
-    either order will do."""
-    return torch.mm(weight_NK, x.flatten(0, -2).t()).t().view(*x.shape[:-1], len(weight_NK))
+def _has_bfloat16() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 class ColumnParallel(ColumnParallelLinear):
-    """Megatron-Core's layer, with `_transposed_product` where it is faster. Then it also skips what only gradients need."""
+    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need.
+
+    Attributes:
+        packed: while a model generates, the weight from `pack`.
+    """
+
+    packed: Tensor | None = None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -62,30 +72,42 @@ class ColumnParallel(ColumnParallelLinear):
         Under sequence parallelism, an all-gather over the tensor-parallel group.
         """
         own = weight is None and not self.gather_output and not runtime_gather_output
-        if not (own and has_few_rows(input_, self.weight)):
+        if torch.is_grad_enabled() or not own or input_.device.type != "cpu":
             return super().forward(input_, weight, runtime_gather_output)
         if self.sequence_parallel and not self.explicit_expert_comm:
             input_ = gather_from_sequence_parallel_region(input_, group=self.tp_group)
-        product = _transposed_product(input_, self.weight)
-        if self.bias is None or self.skip_bias_add:
-            return product, self.bias
-        return product + self.bias, None
+        if self.skip_bias_add:
+            return self.product(input_, with_bias=False), self.bias
+        return self.product(input_), None
+
+    def product(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        """This rank's columns of the result, of all rows: without collectives and without gradients."""
+        return product(x, self.weight if self.packed is None else self.packed, self.bias if with_bias else None)
 
 
 class RowParallel(RowParallelLinear):
-    """Megatron-Core's layer, with `_transposed_product` where it is faster. Then it also skips what only gradients need."""
+    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need.
+
+    Attributes:
+        packed: while a model generates, the weight from `pack`.
+    """
+
+    packed: Tensor | None = None
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, ..., K of this rank] -> ([S, ..., N], the bias if the caller is to add it).
 
         A SUM all-reduce over the tensor-parallel group, or under sequence parallelism a reduce-scatter.
         """
-        if not (self.input_is_parallel and self.bias is None and has_few_rows(input_, self.weight)):
+        if torch.is_grad_enabled() or not self.input_is_parallel or self.bias is not None or input_.device.type != "cpu":
             return super().forward(input_)
-        product = _transposed_product(input_, self.weight)
+        result = self.product(input_)
         if self.explicit_expert_comm or self.input_size_per_partition == self.input_size:
-            return product, None
-        product = product.contiguous()  # Megatron-Core's collectives need it
+            return result, None
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(product, group=self.tp_group), None
-        return reduce_from_tensor_model_parallel_region(product, group=self.tp_group), None
+            return reduce_scatter_to_sequence_parallel_region(result, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(result, group=self.tp_group), None
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's term of the result, without bias: without collectives and without gradients."""
+        return product(x, self.weight if self.packed is None else self.packed)

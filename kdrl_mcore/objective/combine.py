@@ -20,7 +20,7 @@ from kdrl_mcore.config import CombineConfig
 
 @dataclass(frozen=True)
 class Signals:
-    """What a rule knows of each token, [T] each; none of it has a gradient.
+    """The inputs of a rule for each token, [T] each, without gradients.
 
     Attributes:
         advantages: A of the token's response.
@@ -51,8 +51,8 @@ def add(signals: Signals, settings: CombineConfig, beta: float) -> Pair:
 
 
 def gate(signals: Signals, settings: CombineConfig, beta: float) -> Pair:
-    """((1 - z) A, z), z = 1 where the response is incorrect and distilled: SRPO, arXiv 2604.02288. An incorrect response from
-    which the mask keeps the teacher is left to the policy loss."""
+    """((1 - z) A, z), z = 1 where the response is incorrect and distilled: SRPO, arXiv 2604.02288. An incorrect response
+    that the mask excludes keeps its policy loss."""
     gated_T = signals.distilled & ~signals.correct
     return torch.where(gated_T, 0.0, signals.advantages), gated_T.to(signals.log_ratio)
 
@@ -65,15 +65,15 @@ def sign(signals: Signals, settings: CombineConfig, beta: float) -> Pair:
 
 
 def relu(signals: Signals, settings: CombineConfig, beta: float) -> Pair:
-    """(0, 1[s d > 0]): the teacher is heard where it agrees with the verdict, so log pi has the coefficient s relu(s d). OPDVR,
-    arXiv 2608.24696; with the sign of A for s GRPD, in which a group of equal rewards learns nothing."""
+    """(0, 1[s d > 0]): the teacher counts where it agrees with the verdict, so log pi has the coefficient s relu(s d). OPDVR,
+    arXiv 2608.24696. With the sign of A as s it is GRPD, in which groups of equal rewards have no gradient."""
     agrees_T = signals.log_ratio * signals.sign(settings.signal) > 0
     return torch.zeros_like(signals.advantages), agrees_T.to(signals.log_ratio)
 
 
 def modulate(signals: Signals, settings: CombineConfig, beta: float) -> Pair:
     """(m A, 0), m = (1 - beta) + beta clip(exp(sign(A) d), 1 - clip, 1 + clip): RLSD, arXiv 2604.03128, beta annealed to 0. The
-    paper prints the clip with both bounds and with the upper one alone (`bounds`)."""
+    paper has the clip with both bounds and with only the upper one (`bounds`)."""
     m_T = (signals.advantages.sign() * signals.log_ratio).exp()
     m_T = m_T.clamp(0.0 if settings.bounds == "upper" else 1 - settings.clip, 1 + settings.clip)
     return ((1 - beta) + beta * m_T) * signals.advantages, torch.zeros_like(signals.log_ratio)

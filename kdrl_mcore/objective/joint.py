@@ -22,6 +22,9 @@ from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
 
+MAX_LOG_RATIO = 20.0
+"""log pi/mu above which the measured effective sample size counts a token no more heavily, so that squares stay finite."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -33,8 +36,8 @@ class TokenBatch:
         old_log_probs: log pi_old; None while strictly on-policy.
         teacher_log_probs: arbitrary where the response is masked; None where the loss does not use them.
         reference_log_probs: log-probs of the reference model; None without one.
-        correct: 1 where the response is correct, else 0; None if no rule asks.
-        teacher_entropies: of the teacher's distribution, where the settings ask for it.
+        correct: 1 where the response is correct, else 0; None if no rule needs it.
+        teacher_entropies: the entropies of the teacher's distribution, if the settings need them.
         scored: 0 where the teacher did not score a token of a distilled response, or the token is left out, else 1; None if
             there is no such token.
         token_weights: the weight of the token's distillation (`token_weights.py`); None where it is 1.
@@ -68,8 +71,8 @@ class TokenBatch:
         return self.map(lambda value: value[rows])
 
     def without_sampler(self, log_probs: Tensor) -> TokenBatch:
-        """The batch in which present log-probs stand for those of mu and pi_old where a response was given: nothing is clipped,
-        corrected or counted as drift there."""
+        """The batch in which given responses have the present log-probs as those of mu and pi_old, so that nothing in them is
+        clipped, corrected or counted as drift."""
         if self.given is None:
             return self
         given, now = self.given != 0, log_probs.detach()
@@ -93,7 +96,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What the losses of the tokens are made of, [T] each.
+    """The quantities from which the losses of the tokens are computed, [T] each.
 
     Attributes:
         log_ratio: d = log T - log pi, with the gradient of log pi; 0 where the teacher did not score the token.
@@ -133,7 +136,7 @@ def joint_loss(
     already contain it.
 
     Args:
-        divergence_T: a differentiable per-token divergence over the vocabulary, of which `estimate` says what becomes.
+        divergence_T: a differentiable per-token divergence over the vocabulary; see `estimate`.
         entropies_T: the student's, differentiable; only for `objective.entropy_bonus`.
 
     Returns:
@@ -207,8 +210,8 @@ def _policy_parts(
 
 
 def _reference_term(log_probs_T: Tensor, batch: TokenBatch, objective: ObjectiveConfig, tokens: _Tokens) -> Tensor | None:
-    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half of
-    distillation, and has its weights: without the teacher's half, a negative coefficient would only drive pi away."""
+    """The weighted KL to the initial student [T], None without one. With `combine.kind=reference` it is one half
+    of distillation and has the same weights: without the teacher's half, a negative coefficient would only drive pi away."""
     if batch.reference_log_probs is None:
         return None
     form = objective.reference_kl.estimator
@@ -271,6 +274,9 @@ def _measured(
     """The sums over the tokens, those of every loss among them, and the maxima."""
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = sums | {"distilled_tokens": tokens.distilled, "drift": drift_T, "tokens": torch.ones_like(log_probs_T)}
+    if not batch.on_policy:
+        ratio_T = (log_probs_T.detach() - batch.sampler_log_probs).clamp(max=MAX_LOG_RATIO).exp()
+        sums |= {"ratio": ratio_T, "ratio_squared": ratio_T.square()}
     return (
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
@@ -280,8 +286,8 @@ def _measured(
 def _measures_of_axes(
     objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, estimated: Estimate, correction_T: Tensor
 ) -> dict[str, Tensor]:
-    """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
-    changed, the divergence's share of a mixture, and the weights of the corrections with their squares."""
+    """Sums that show the effect of the active axes: the tokens that are taught, those whose advantage a rule changed, the
+    divergence's share of a mixture, and the weights of the corrections with their squares."""
     sums: dict[str, Tensor] = {}
     if objective.combine.kind != "add" or batch.token_weights is not None:
         sums["taught_tokens"] = tokens.kd_weights != 0

@@ -1,4 +1,4 @@
-"""The policy loss: the ratio pi / pi_old, and what is made of it and the advantage.
+"""The policy loss: the ratio pi / pi_old, and the losses that are computed from it and the advantage.
 
 T response tokens of a micro-batch.
 """

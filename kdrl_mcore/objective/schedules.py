@@ -17,13 +17,13 @@ OWN: dict[str, Callable[[int, ScheduleConfig], float]] = {}
 
 @dataclass
 class Record:
-    """The highest of the values seen, and how many since then were not higher."""
+    """The highest value so far, and the number of values since then that were not higher."""
 
     highest: float | None = None
     waited: int = 0
 
     def observe(self, value: float) -> bool:
-        """Take note of a value; returns whether it is higher than all before."""
+        """Record a value; returns whether it is higher than all earlier ones."""
         is_higher = self.highest is None or value > self.highest
         self.highest, self.waited = (value, 0) if is_higher else (self.highest, self.waited + 1)
         return is_higher
@@ -35,9 +35,9 @@ class Coefficient:
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
     below: init until the measured KL per token is at most `target`, or (1 - `drop`) of the first one, then `after`. With `ramp`
-        it rises to init in so many steps, and then switches at the latest. plateau: init until `patience` evaluations in a row
-        have brought no higher accuracy, then `after`. Neither switches back.
-    From the step s on in which one of these three has switched, it is max(after - delta (t - s), min) if `delta` is set.
+        it rises to init within so many steps, and switches at their end at the latest. plateau: init until `patience`
+        evaluations in a row have brought no higher accuracy, then `after`. Neither switches back.
+    If `delta` is set, the coefficient is max(after - delta (t - s), min) once one of these three has switched at step s.
     MODULE:NAME: what this function of the step and the settings returns.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
@@ -81,7 +81,7 @@ class Coefficient:
             self._adapted = min(max(self._adapted * math.exp(exponent), s.min), s.max)
 
     def observe(self, accuracy: float) -> None:
-        """Take note of an evaluation."""
+        """Record the accuracy of an evaluation."""
         self._accuracy.observe(accuracy)
         if self._schedule.kind == "plateau" and self._accuracy.waited >= self._schedule.patience:
             self._switch()
@@ -109,9 +109,9 @@ class Coefficient:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False, measures_anew: bool = False) -> None:
-        """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
-        that follows measurements starts again at `init`. With `measures_anew`, for when evaluations have, the accuracies so far
-        are forgotten. A checkpoint may be from before a schedule had `switched_at` or `first_kl`."""
+        """Resume at the checkpoint's step. With `restart` (the schedule's settings have changed), a coefficient that follows
+        measurements starts again at `init`. With `measures_anew` (the evaluation has changed), earlier accuracies are
+        forgotten. A checkpoint of an earlier version has no `switched_at` or `first_kl`."""
         self._step = int(state["step"])
         if restart:
             return
@@ -123,8 +123,8 @@ class Coefficient:
 
 def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then constant, or a linear or cosine decay
-    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, still
-    learns where `min_lr` is 0."""
+    from `lr` to `min_lr`. The decay would reach `min_lr` at step `total_steps`, so the last step, `total_steps - 1`, has
+    a positive rate even if `min_lr` is 0."""
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":

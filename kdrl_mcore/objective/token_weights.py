@@ -1,7 +1,7 @@
 """Which tokens of a response are taught, and how much: a weight of each token's distillation.
 
-A share is one of a response's tokens, or of the whole update's, over every rank and micro-batch: every layout gives the same.
-T tokens of a response, N responses.
+A share is a share of the tokens of one response, or of the whole update over all ranks and micro-batches, so weights are the
+same in every layout. T tokens of a response, N responses.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from kdrl_mcore.types import TokenFloats
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """What a rule knows of a response.
+    """The inputs of a rule for one response.
 
     Attributes:
         tokens: T.
         pass_rate: the share of correct responses in its group.
         log_ratio, entropy: d = log T - log pi and the student's entropy [T]; None unless the rule is one of
             `config.derived.WEIGHTS_OF_SCORES`.
-        teacher_entropy: the teacher's [T]; None unless the rule asks for it.
+        teacher_entropy: the teacher's entropy [T]; None unless the rule needs it.
     """
 
     tokens: int
@@ -75,7 +75,7 @@ def rising(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats
 
 
 def pass_rate(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
-    """p^solved (1 - p)^unsolved, p the group's share of correct responses: most where it succeeds now and then. PACED,
+    """p^solved (1 - p)^unsolved, p the group's share of correct responses: largest if it is sometimes solved. PACED,
     arXiv 2603.11178."""
     p = response.pass_rate
     return np.full(response.tokens, p**settings.solved * (1 - p) ** settings.unsolved, np.float32)
@@ -83,7 +83,7 @@ def pass_rate(response: ResponseScores, settings: TokenWeightConfig) -> TokenFlo
 
 def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
     """1 + rate (1 - s), s the share of the response's sum of |d| that lies in the tokens before: the teacher is trusted while
-    the prefix is one that it might have written. IW-OPD, arXiv 2606.22600."""
+    it might have written the prefix itself. IW-OPD, arXiv 2606.22600."""
     assert response.log_ratio is not None
     size = np.abs(response.log_ratio.astype(np.float64))
     before = np.cumsum(size) - size
@@ -131,7 +131,7 @@ def token_weights(
 
 
 def _weights_of_batch(rule: Rule, responses: Sequence[ResponseScores | None], settings: TokenWeightConfig) -> Weights:
-    """What the rule makes of the tokens of all responses, as if they were those of one."""
+    """The rule's weights for the tokens of all responses, treated as one response."""
     taught = [response for response in responses if response is not None]
     if not taught:
         return [None for _ in responses]
@@ -143,8 +143,8 @@ def _weights_of_batch(rule: Rule, responses: Sequence[ResponseScores | None], se
 
 
 def scored_tokens(settings: TokenWeightConfig, lengths_N: Tensor, distil_N: Tensor) -> Tensor:
-    """How many tokens of each response, the first ones, the teacher must score [N]: what the rule leaves out at a response's
-    end costs the teacher nothing. 0 for responses that are not distilled.
+    """How many tokens of each response, from its start, the teacher must score [N]: tokens that the rule leaves out at the end
+    of a response cost the teacher nothing. 0 for responses that are not distilled.
 
     Args:
         lengths_N: response tokens.
@@ -157,7 +157,7 @@ def scored_tokens(settings: TokenWeightConfig, lengths_N: Tensor, distil_N: Tens
 
 
 def _taught_prefix(settings: TokenWeightConfig, tokens: int) -> int:
-    """The number of tokens that `prefix` teaches, at most `tokens` of which exist."""
+    """The number of tokens that `prefix` teaches in a response of `tokens` tokens."""
     return settings.tokens or _count(settings.share, tokens)
 
 

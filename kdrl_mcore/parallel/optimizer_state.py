@@ -238,11 +238,11 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int, is_
     from megatron.core.dist_checkpointing import ShardedTensor
 
     values = values.detach().view(-1)
-    for piece, place in _pieces(sharded, f"{prefix}.{sharded.key}"):
-        first, last = max(start, place), min(end, place + prod(piece.local_shape))
+    for piece, begin in _saved_as(sharded, f"{prefix}.{sharded.key}"):
+        first, last = max(start, begin), min(end, begin + prod(piece.local_shape))
         done = first - start
         outer = (1,) * piece.prepend_axis_num
-        for offset, size in blocks_of_range(tuple(piece.local_shape), first - place, last - place):
+        for offset, size in blocks_of_range(tuple(piece.local_shape), first - begin, last - begin):
             data = values[done : done + prod(size)].view(*outer, *size)
             done += prod(size)
             yield ShardedTensor(
@@ -258,7 +258,7 @@ def _blocks(sharded: Any, prefix: str, values: Tensor, start: int, end: int, is_
             )
 
 
-def _pieces(sharded: Any, key: str) -> list[tuple[Any, int]]:
+def _saved_as(sharded: Any, key: str) -> list[tuple[Any, int]]:
     """The sharded tensors that a parameter is saved as, and where each begins in the parameter's memory."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

@@ -225,7 +225,7 @@ def pack(
         scored: how many tokens, the first ones, of a response the teacher scored, by index; their loss rows come first.
     """
     by_index = {index: (prompt, response) for index, prompt, response in sequences}
-    rows = place_rows(
+    rows = lay_out_rows(
         shapes_of(sequences, share_prompts=share_prompts),
         alignment,
         scored=scored,
@@ -287,7 +287,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Places:
+class PackedRows:
     """Where a micro-batch's tokens lie.
 
     Attributes:
@@ -307,33 +307,33 @@ class Places:
         return self.segments[-1].stop
 
 
-def place_rows(
+def lay_out_rows(
     shapes: Sequence[Shape],
     alignment: int,
     *,
     scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
-) -> Places:
+) -> PackedRows:
     """Where `pack` puts sequences of these shapes."""
     segments, order = _segments(shapes)
     total = segments[-1].stop if segments else 0
     filler = -total % alignment if total else alignment
     if filler:
         segments.append(Segment(None, total, filler))
-    place = np.full(total + filler, -1)  # this rank's row for each row of the packed sequence; -1: on another rank
-    mine = _context_rows(len(place), context_rank, context_size)
-    place[mine] = np.arange(len(mine))
+    own_row = np.full(total + filler, -1)  # this rank's row for each row of the packed sequence; -1: on another rank
+    mine = _context_rows(len(own_row), context_rank, context_size)
+    own_row[mine] = np.arange(len(mine))
     last = {segment.rollout: segment for segment in segments}  # of each rollout: the segment with its response
     spans: list[tuple[Span, NDArray[np.int64]]] = []
     for index, prompt, response, _ in order:
-        predictors = place[last[index].rows[prompt - 1 : prompt - 1 + response]]
+        predictors = own_row[last[index].rows[prompt - 1 : prompt - 1 + response]]
         for start, stop in _stretches(predictors >= 0):
             cut = min(max((scored or {}).get(index, 0), start), stop)
-            pieces = [(begin, end) for begin, end in ((start, cut), (cut, stop)) if begin < end]
-            spans += [(Span(index, begin, end), predictors[begin:end]) for begin, end in pieces]
+            parts = [(begin, end) for begin, end in ((start, cut), (cut, stop)) if begin < end]
+            spans += [(Span(index, begin, end), predictors[begin:end]) for begin, end in parts]
     spans.sort(key=lambda placed: not is_scored(placed[0], scored))
-    return Places(tuple(shape.rollout for shape in order), tuple(segments), tuple(spans))
+    return PackedRows(tuple(shape.rollout for shape in order), tuple(segments), tuple(spans))
 
 
 def num_rows(shapes: Sequence[Shape]) -> int:
@@ -361,7 +361,7 @@ def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
 
 
 def is_scored(span: Span, scored: Mapping[int, int] | None) -> bool:
-    """Whether the teacher scored the tokens of a span from `place_rows`; it scored all of them or none."""
+    """Whether the teacher scored the tokens of a span from `lay_out_rows`; it scored all of them or none."""
     return span.stop <= (scored or {}).get(span.rollout, 0)
 
 

@@ -9,9 +9,9 @@ from kdrl_mcore.config import Config
 from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import Activations
-from kdrl_mcore.planning.measures import with_config
 from kdrl_mcore.planning.memory import ATTENTION, GIB, engine_share, fitting_share, leaves_attention
 from kdrl_mcore.planning.plan import Plan
+from kdrl_mcore.planning.savings import with_config
 from kdrl_mcore.planning.setup import Setup, shard_requests
 from kdrl_mcore.planning.shards import ShardRequest, try_shards
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kdrl_mcore.planning.measures import measures
 from kdrl_mcore.planning.memory import PHASES, engine_share
 from kdrl_mcore.planning.plan import Plan
+from kdrl_mcore.planning.savings import savings
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
@@ -16,7 +16,9 @@ def summarise(plan: Plan) -> dict[str, Any]:
     config, student, teacher = setup.config, setup.student, setup.teacher
     return {
         "student": {"path": config.student.path, "parameters": student.parameters},
-        "teacher": None if teacher is None else {"path": config.teacher.path, "parameters": teacher.parameters},
+        "teacher": None
+        if teacher is None
+        else {"path": config.teacher.path or config.student.path, "parameters": teacher.parameters},
         "cluster": setup.cluster.name,
         "gpus": setup.gpus,
         "server_gpus": setup.engine_gpus,
@@ -55,6 +57,6 @@ def to_json(plan: Plan) -> bytes:
     """The summary and the saving of each measure, as the content of a JSON file."""
     saved = [
         {"name": each.name, "key": each.key, "on": each.on, "seconds": each.seconds, "bytes": each.bytes}
-        for each in measures(plan)
+        for each in savings(plan)
     ]
     return (json.dumps({**summarise(plan), "measures": saved}, indent=1) + "\n").encode()

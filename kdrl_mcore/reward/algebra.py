@@ -52,8 +52,8 @@ def equal_formulas(reference: str, answer: str) -> bool:
 
 
 def near(formula: str, decimal: Number) -> bool | None:
-    """Whether a decimal is the value of a constant formula, truncated or rounded to the decimal's last place; None if it
-    is no constant."""
+    """Whether a decimal is the value of a constant formula, truncated or rounded to the decimal's last place; None if
+    the formula is not a constant."""
     if (plain := number(formula)) is not None:
         return agree(plain, decimal)
     found = expression(formula)
@@ -160,7 +160,7 @@ def _equal_at_points(left: Any, right: Any) -> bool:
     """Whether two formulas agree at two values of their variables, as far as both are defined there."""
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     for start in (7, 23):
-        point = {symbol: sympy.Rational(start + 6 * place, 11 + place) for place, symbol in enumerate(symbols)}
+        point = {symbol: sympy.Rational(start + 6 * index, 11 + index) for index, symbol in enumerate(symbols)}
         one, other = (sympy.N(each.xreplace(point), DIGITS) for each in (left, right))
         has_values = one.is_number and other.is_number and one.is_finite and other.is_finite
         if has_values and abs(one - other) > (abs(one) + abs(other)) / 10**12:

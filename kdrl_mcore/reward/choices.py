@@ -72,7 +72,7 @@ def choice_of(response: str) -> str | None:
     boxed = boxed_answer(part)
     if boxed is None and "\\boxed{" in part:
         return None
-    found = (chosen(boxed or ""), _told(_tagged(part)), _told(part), chosen(boxed_answer(response) or ""))
+    found = (chosen(boxed or ""), _stated(_tagged(part)), _stated(part), chosen(boxed_answer(response) or ""))
     return next((letters for letters in found if letters is not None), None) or None
 
 
@@ -83,7 +83,7 @@ def _tagged(text: str) -> str:
     return text[pairs[-1][0].end() : pairs[-1][1].start()] if pairs else ""
 
 
-def _told(text: str) -> str | None:
+def _stated(text: str) -> str | None:
     """The choice that a text states, or that it, its last line or its first line is as a whole; empty if it states two."""
     stated = [*_STATED.finditer(_plain(text))]
     if stated:

@@ -87,7 +87,7 @@ def _figures(first: str, second: str) -> tuple[str, str]:
 @lru_cache(maxsize=512)
 def _read(text: str, *, is_answer: bool = False) -> tuple[Form, ...]:
     """Every reading of a text; for `\\frac{1}{3} \\approx 0.33` those of both sides, if the decimal is the truncated or rounded
-    value. An answer in which it is not is false, and has no reading."""
+    value. An answer whose decimal is not that value is false, and has no reading."""
     exact, *rounded = (side.strip() for side in split(text, _APPROXIMATELY))
     if not rounded:
         return tuple(readings(text))
@@ -407,7 +407,7 @@ CURRENCIES = frozenset({"dollar", "euro", "pound", "yen", "yuan", "rupee", "cent
 
 
 def _in_cents(first: Value, second: Value) -> bool | None:
-    """The verdict if both values name a currency and it is not the same: 75 cents are 0.75 dollars, and no other two agree."""
+    """The verdict if both values name a currency and the two differ: 75 cents are 0.75 dollars, and no other two agree."""
     one, other = (({*value.before, *value.after} & CURRENCIES) for value in (first, second))
     if not one or not other or one == other:
         return None

@@ -13,7 +13,7 @@ from kdrl_mcore.reward.notation import normalise
 from kdrl_mcore.reward.numbers import agree, read_number
 
 MAX_WORDS = 4
-"""The most words after "the answer is" that are taken for the answer, without looking further."""
+"""The most words after "the answer is" that count as the answer without further search."""
 _WHEREVER = (LatexExtractionConfig(), ExprExtractionConfig())
 _FORMULA = re.compile(r"\$|\\\(|\\\[")
 _SAYS = re.compile(r"\banswers?\b[*_]*(?:\s*:|\s+(?:is|are|would be|must be)\b\s*:?)[*_]*[ \t]*(?=[^\s:])", re.IGNORECASE)

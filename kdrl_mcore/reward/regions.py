@@ -99,7 +99,7 @@ def _end(form: Form) -> Any | None:
 
 
 def _interval(low: Any | None, high: Any | None, left_open: bool, right_open: bool) -> Region | None:
-    """The interval; None where the ends are no numbers or the wrong way round, as those of a point (3, 1) are."""
+    """The interval; None if the ends are not numbers or are not in order, like those of a point (3, 1)."""
     if low is None or high is None or bool(low > high):
         return None
     return None, sympy.Interval(low, high, left_open, right_open)
@@ -162,7 +162,7 @@ def _builder(inside: str) -> Region | None:
     parts = split(inside, re.compile(r"\||(?<!\d):"))
     if len(parts) != 2:
         return None
-    declared, condition = (_set(part) if place or _MEMBER.search(part) else None for place, part in enumerate(parts))
+    declared, condition = (_set(part) if index or _MEMBER.search(part) else None for index, part in enumerate(parts))
     if condition is None:
         return None
     return (condition[0], sympy.Intersection(condition[1], declared[1])) if declared else condition
@@ -172,22 +172,22 @@ def _inequality(text: str) -> Region | None:
     """A chain of one variable and constants, such as `-2 \\le x < 1`."""
     signs = [match[0] for match in _ORDER.finditer(text) if nesting(text)[match.start()] == 0]
     sides = [side.strip() for side in split(text, _ORDER)]
-    names = [place for place, side in enumerate(sides) if _NAME.fullmatch(side) and expression(side) is not None]
-    names = [place for place in names if getattr(expression(sides[place]), "free_symbols", None)]
+    names = [index for index, side in enumerate(sides) if _NAME.fullmatch(side) and expression(side) is not None]
+    names = [index for index in names if getattr(expression(sides[index]), "free_symbols", None)]
     if len(sides) == 2 and (size := _ABSOLUTE.fullmatch(sides[0])) and signs[0] in ("<", "\\le"):  # |x| < 2
         return _inequality(f"-({sides[1]}) {signs[0]} {size[1]} {signs[0]} {sides[1]}")
     if len(names) != 1 or len(sides) > 3:
         return None
-    (place,) = names
+    (name,) = names
     found: Any = sympy.S.Reals
     for index, sign in enumerate(signs):
-        if place not in (index, index + 1):
+        if name not in (index, index + 1):
             return None
-        value = _end(read(sides[index + 1] if place == index else sides[index]))
+        value = _end(read(sides[index + 1] if name == index else sides[index]))
         if value is None:
             return None
-        found = sympy.Intersection(found, _half_line(sign, value, left=place == index))
-    return sides[place], found
+        found = sympy.Intersection(found, _half_line(sign, value, left=name == index))
+    return sides[name], found
 
 
 def _half_line(sign: str, value: Any, left: bool) -> Any:

@@ -30,7 +30,7 @@ ANYWHERE = "kdrl_mcore.reward.extraction:equivalent_anywhere"
 """The functions that the workers run for `math_verify`, depending on `reward.extract`."""
 
 TRIED_FIRST = 8
-"""The number of answers compared with a reference before it is given up if none of these comparisons worked."""
+"""The number of answers compared with a reference before it is dropped, if none of these comparisons worked."""
 
 MAX_WORDS = 20
 """A reference with more words is a text, not an answer."""
@@ -92,7 +92,7 @@ class MathVerify(AnswerReward):
 
     def _compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool | Unjudged]:
         """The verdicts of the workers. If none of the first few answers could be compared with a reference, it is compared with
-        "0": if that fails too, the reference is at fault, and the rest of its pairs are given up."""
+        "0": if that fails too, the reference is at fault, and its remaining pairs are not compared."""
         self.undecided = set()
         first, rest, seen = list[tuple[str, str]](), list[tuple[str, str]](), Counter[str]()
         for pair in dict.fromkeys(pairs):

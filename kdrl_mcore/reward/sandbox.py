@@ -98,7 +98,7 @@ def _become_nobody() -> None:
 
 def _refuse_sockets(event: str, _: object) -> None:
     if event.startswith("socket."):
-        raise PermissionError("the network is off")
+        raise PermissionError("the network is disabled")
 
 
 def feed(text: str) -> None:

@@ -17,7 +17,7 @@ Scored = Sequence[tuple[Rollout, dict[str, TokenFloats]]]
 @dataclass(frozen=True)
 class TokenDifference:
     """A token on which the files differ: its response (the line, from 1), its index in the response, both values, and the
-    absolute difference, which is infinite where only one of the two is a number."""
+    absolute difference, which is infinite if only one of the two is a number."""
 
     line: int
     prompt_id: str
@@ -71,7 +71,7 @@ def compare_scores(left: Scored, right: Scored, num_worst: int = 5) -> list[Scor
 
 
 def _compare(left: Scored, right: Scored, names: tuple[str, ...], num_worst: int) -> ScoreComparison | None:
-    """One kind of score, over the responses that have it in both files; None where there are none."""
+    """One kind of score, over the responses that have it in both files; None if there are none."""
     pairs = enumerate(zip(left, right, strict=True))
     both = [line for line, ((_, mine), (_, other)) in pairs if names[0] in mine and names[1] in other]
     if not both:

@@ -1,9 +1,9 @@
 """Distribute prompts over several engine servers by the expected length of their responses, and keep every response exactly
-once whatever fails.
+once, whatever fails.
 
 The work is cut into assignments: one prompt with some or all of its responses, which share the prompt's KV cache. Of prompts
-that were submitted together the longest go out first, each to the server with the fewest expected tokens left. A server takes
-no more responses than it decodes at once; the remaining assignments wait for a free server.
+that were submitted together, the longest are sent first, each to the server with the fewest expected tokens left. A server
+takes no more responses than it decodes at once; the remaining assignments wait for a free server.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Submitted:
 
     Attributes:
         ticket: identifies it; never used twice.
-        index: its number among the prompts of its draw, from which, with the sampling's key, its responses' seeds follow.
+        index: its number among the prompts of its draw; with the sampling's key it determines the seeds of the responses.
     """
 
     ticket: int
@@ -77,7 +77,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Failure:
-    """A server failed, and gets no more work until `Dispatch.bring_back`. `life` counts how often it had been brought back."""
+    """A server failed, and gets no more work until `Dispatch.bring_back`. `life` is how many times it had been brought back."""
 
     index: int
     reason: str
@@ -86,15 +86,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Complete:
-    """All responses to a prompt are there, in order."""
+    """All responses to a prompt, in order."""
 
     ticket: int
     rollouts: list[Rollout]
 
 
 Event = Failure | BaseException | Complete | Literal["waiting"]
-"""What can happen while responses are sampled: a server failed; an exception ended the sampling; a group is complete; nothing
-happened for a while."""
+"""The events of sampling: a server failed; an exception ended the sampling; a group is complete; nothing happened for a
+while."""
 
 
 class ExpectedLengths:
@@ -162,8 +162,8 @@ class Dispatch:
         on_finished: Callable[[Response], None],
     ) -> None:
         """Args:
-        version: the version of the servers' weights. Every token must come from this one, or from one that was announced by
-            `expect` after its response was begun.
+        version: the version of the servers' weights. Every token must come from this version, or from one that `expect`
+            announced after the response was begun.
         max_sequences: responses that one server decodes at once.
         on_finished: called in the dispatch thread, once for each response.
         """
@@ -208,15 +208,15 @@ class Dispatch:
                 event = self._events.get(timeout=seconds)
             except queue.Empty:
                 return "waiting"
-            if not isinstance(event, Failure) or event.life == self._lives[event.index]:  # else it has been brought back since
+            if not isinstance(event, Failure) or event.life == self._lives[event.index]:  # else it was brought back
                 return event
 
     def expect(self, version: int) -> None:
-        """Servers will get weights of this version; responses may go on under them."""
+        """Servers will get weights of this version, and responses may continue with them."""
         self._newest = max(self._newest, version)
 
     def renew(self, version: int) -> None:
-        """All servers that work have weights of this version now."""
+        """All working servers now have weights of this version."""
 
         def set_version() -> None:
             for lane in self._lanes:
@@ -233,7 +233,7 @@ class Dispatch:
 
         def give() -> None:
             lane = self._lanes[index]
-            for task in lane.work.values():  # of the process that was
+            for task in lane.work.values():  # of the earlier process
                 task.cancel()
             lane.version, lane.up, lane.life = version, True, life
             self._changed.set()
@@ -378,7 +378,7 @@ class Dispatch:
 
 
 def _is_order_of(versions: Versions, oldest: int, newest: int) -> bool:
-    """Whether the versions grow, from `oldest` or later to `newest` or earlier."""
+    """Whether the versions are ascending and lie between `oldest` and `newest`."""
     named = [version for version, _ in versions]
     return None not in named and named == sorted(set(named)) and bool(named) and oldest <= named[0] and named[-1] <= newest
 

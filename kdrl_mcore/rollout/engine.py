@@ -18,9 +18,9 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        key: makes the draws of each call different.
+        key: the random key of the call, so that each call draws different numbers.
         verify: also verify the responses, if the engine can (`RolloutEngine.verifies`).
-        part_tokens: the least tokens of a part for `OnPart`; 0: never call it.
+        part_tokens: the smallest number of tokens in a part for `OnPart`; 0: never call it.
         top_p, top_k, min_p: which of the likeliest tokens are drawn (`sampling.sample`); log-probs are those of the truncated
             distribution.
     """
@@ -145,30 +145,30 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """End all that the engine started. Not collective, so that it can be called after an error."""
+        """End everything that the engine started. Not collective, so that it can be called after an error."""
         ...
 
 
 Choose = Callable[[Sequence[int]], Sequence[int] | None]
-"""Takes the tickets whose responses are all there, in the order in which they were completed, and returns those to take out
-now, or None to wait for more. It is asked on rank 0, again after each further one."""
+"""Called with the tickets whose responses are complete, in the order of completion; returns those to take out now, or None to
+wait for more. Called on rank 0, again after each further completion."""
 
 
 class FlowingEngine(RolloutEngine, Protocol):
-    """An engine that samples while the ranks do other work. A refit may come at any time: the engine's setting says how
-    unfinished responses go on."""
+    """An engine that samples while the ranks do other work. A refit may come at any time: a setting of the engine determines
+    how unfinished responses continue."""
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, indices: Sequence[int] | None = None) -> list[int]:
         """Begin to sample, after what was submitted before. Returns a ticket for each prompt, the same on every rank. No
         communication among ranks; every rank passes the same.
 
         Args:
-            indices: each prompt's number among those that share the sampling's key, from which its draws follow; by default
-                its place in `prompts`.
+            indices: each prompt's number among those that share the sampling's key, which determines its draws; by default its
+                index in `prompts`.
         """
         ...
 
     def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
-        """Take out groups that are complete, and verified, as `choose` says; in its order, on every rank. Collective over the
+        """Take out the complete and verified groups that `choose` returns, in its order, on every rank. Collective over the
         world."""
         ...

@@ -1,5 +1,6 @@
-"""Given responses: alone, for supervised fine-tuning, or beside those of another source, the off-policy share of GKD (arXiv
-2306.13649). They come from a column of the training data or from a rollout file, in an order that is a function of the seed."""
+"""Given responses: alone, for supervised fine-tuning, or in addition to those of another source, as the off-policy share of GKD
+(arXiv 2306.13649). They come from a column of the training data or from a rollout file, in an order that the seed
+determines."""
 
 from __future__ import annotations
 
@@ -42,13 +43,13 @@ class GivenResponses(RolloutSource):
 
 
 class BesideGiven(RolloutSource):
-    """The rollouts of another source, and after them, so that they keep their places, given responses, each a group of its own.
-    The next of these are drawn at every step, also where the others were sampled steps ahead or are replayed."""
+    """The rollouts of another source, followed by given responses (so that the others keep their indices), each a separate
+    group. At every step the next given responses are drawn, even if the others were sampled steps ahead or are replayed."""
 
     def __init__(self, source: RolloutSource, given: PromptStream, student: Weights, num_given: Callable[[int], int]) -> None:
         """Args:
         given: prompts with their responses.
-        num_given: how many stand beside so many others.
+        num_given: the number of given responses for a number of others.
         """
         self._source, self._given, self._student, self._num_given = source, given, student, num_given
         self.samples = source.samples
@@ -65,11 +66,11 @@ class BesideGiven(RolloutSource):
         return self._source.first(count, sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `RolloutSource`. Beside the other source's state the cursor of the given responses."""
+        """See `RolloutSource`: the other source's state and the cursor of the given responses."""
         return {**self._source.state_dict(), "given": self._given.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
-        """See `RolloutSource`. A run that had none before begins with the first ones."""
+        """See `RolloutSource`. A run that had no given responses before begins with the first ones."""
         self._source.load_state_dict(state, resamples=resamples)
         if state.get("given") is not None:
             self._given.load_state_dict(state["given"])
@@ -108,7 +109,7 @@ class BesideGiven(RolloutSource):
 def as_rollouts(
     prompts: Sequence[Prompt], version: int, first_group: int = 0, *, beside_sampled: bool = False
 ) -> list[Rollout]:
-    """The given responses to prompts as rollouts that nobody sampled: each a group of its own, log mu = 0, no verdict."""
+    """The given responses to prompts as rollouts that were not sampled: each a separate group, log mu = 0, no verdict."""
     rollouts = []
     for group, prompt in enumerate(prompts, start=first_group):
         assert prompt.target is not None
@@ -132,8 +133,8 @@ def as_rollouts(
 
 
 def read_given(path: str | Path, limits: Limits, max_response_tokens: int) -> tuple[list[Prompt], int]:
-    """The prompts of a rollout file with their responses, and how many were left out: those that were cut off, whose last token
-    does not end an answer.
+    """The prompts of a rollout file with their responses, and the number of responses left out because they were cut off, so
+    that their last token ends no answer.
 
     Raises:
         DataError: the file is missing or damaged, has no whole response, or a line exceeds the limits.

@@ -1,5 +1,5 @@
-"""Groups without signal: where every response of a prompt is correct, or none is, rewards say nothing about the policy. A step
-then samples further prompts until it has enough groups with both (the dynamic sampling of DAPO, arXiv 2503.14476)."""
+"""Groups without signal: if all responses to a prompt are correct, or none is, their rewards contain no information about the
+policy. A step then samples further prompts until enough groups have both (the dynamic sampling of DAPO, arXiv 2503.14476)."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Choice:
 
     Attributes:
         chosen: the prompts, in order.
-        places: of each of their responses, its place among all that were sampled for the step, in the order of sampling.
+        indices: the index of each of their responses among all that were sampled for the step, in the order of sampling.
         dropped: the other prompts, by reason.
-        counts: what it took, as metrics.
+        counts: metrics of the sampling that was needed.
     """
 
     chosen: list[Entry]
-    places: list[int]
+    indices: list[int]
     dropped: dict[str, list[Entry]]
     counts: dict[str, float]
 
 
 @dataclass(frozen=True)
 class GroupFilter:
-    """What a step trains on.
+    """The rule that chooses the groups of a step.
 
     Attributes:
-        wanted: the groups of a step.
-        rounds: how often a step may sample `wanted` further prompts.
-        teaches_others: groups without signal stay in the batch beside the others, where a teacher can use them.
+        wanted: the number of groups of a step.
+        rounds: how many times a step may sample `wanted` further prompts.
+        teaches_others: whether groups without signal stay in the batch too, for a teacher.
     """
 
     wanted: int
@@ -52,7 +52,7 @@ class GroupFilter:
 
         Args:
             first: prompts with verified responses.
-            sample: further ones; takes the number of the round, from 1, and how many responses were sampled before.
+            sample: samples further prompts; called with the number of the round, from 1, and the number of responses so far.
         """
         entries, rounds = list(first), 0
         while sum(map(_has_signal, entries)) < self.wanted and rounds < self.rounds:
@@ -62,13 +62,13 @@ class GroupFilter:
         others = [entry for entry in entries if not _has_signal(entry)]
         kept = len(others) if self.teaches_others else max(0, self.wanted - len(good))
         chosen = good[: self.wanted] + others[:kept]
-        places: dict[Entry, range] = {}
+        indices: dict[Entry, range] = {}
         for entry in entries:
-            first_place = sum(map(len, places.values()))
-            places[entry] = range(first_place, first_place + len(_responses(entry)))
+            begin = sum(map(len, indices.values()))
+            indices[entry] = range(begin, begin + len(_responses(entry)))
         return Choice(
             chosen,
-            [place for entry in chosen for place in places[entry]],
+            [index for entry in chosen for index in indices[entry]],
             {NO_SIGNAL: others[kept:], SURPLUS: good[self.wanted :]},
             {
                 "resampling_rounds": float(rounds),
@@ -78,15 +78,15 @@ class GroupFilter:
         )
 
     def worth_scoring(self, part: Mapping[int, Rollout]) -> dict[int, Rollout]:
-        """Those of some whole groups that a teacher may score before all are sampled: groups that are sure to be dropped, or
-        will stay only where too few others are found, wait."""
+        """The responses in some whole groups that a teacher may score before all are sampled. Groups that will be dropped, or
+        will stay only if too few others are found, wait."""
         if self.teaches_others:
             return dict(part)
         by_group: dict[int, list[int]] = {}
-        for place, rollout in part.items():
-            by_group.setdefault(rollout.group_id, []).append(place)
-        kept = [places for places in by_group.values() if has_signal([part[place] for place in places])]
-        return {place: part[place] for places in kept for place in places}
+        for index, rollout in part.items():
+            by_group.setdefault(rollout.group_id, []).append(index)
+        kept = [indices for indices in by_group.values() if has_signal([part[index] for index in indices])]
+        return {index: part[index] for indices in kept for index in indices}
 
 
 def has_signal(group: Sequence[Rollout]) -> bool:

@@ -1,5 +1,5 @@
-"""The ledger of prompts. A prompt is drawn, sampled, verified, and then trained or dropped for a stated reason: one of these
-two, once. Whatever order prompts are sampled in, this is the only place that knows which of them have come to their end."""
+"""The ledger of prompts. A prompt is drawn, sampled, verified, and then either trained on or dropped for a stated reason,
+exactly once. In whatever order prompts are sampled, only the ledger records which are done."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdrl_mcore.data.stream import Place, PromptStream
+from kdrl_mcore.data.stream import Position, PromptStream
 from kdrl_mcore.rollout.files import FINISH_REASONS, from_row, to_row
 from kdrl_mcore.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What the draws of a prompt's responses follow from: the step that it was drawn for, the number of the further round of
-    that step (0 for its first prompts), and its index among the prompts of that round."""
+    """What determines the random draws of a prompt's responses: the step for which it was drawn, the number of the step's
+    further round (0 for its first prompts), and its index among the prompts of that round."""
 
     step: int
     round: int
@@ -24,22 +24,22 @@ class Draw:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """What the random numbers of this round's prompts have in common."""
+        """The part of the random key that this round's prompts share."""
         return (self.step, self.round) if self.round else (self.step,)
 
 
 @dataclass(eq=False)
 class Entry:
-    """A prompt from its draw to its end.
+    """A prompt from its draw until it is trained on or dropped.
 
     Attributes:
-        place: where it stands in the data.
-        draw: None while it must be sampled anew, for the step that takes it next.
-        rollouts: its responses once all are there, else None.
-        begun: until then its responses so far, some of them unfinished; None before they are begun.
+        position: its position in the data.
+        draw: None if it must be sampled again, for the step that takes it next.
+        rollouts: its responses once all have been sampled, otherwise None.
+        begun: its responses so far, some of them unfinished, until all have been sampled; None before the first.
     """
 
-    place: Place
+    position: Position
     prompt: Prompt
     draw: Draw | None = None
     rollouts: list[Rollout] | None = None
@@ -47,7 +47,7 @@ class Entry:
 
 
 class Ledger:
-    """Every prompt that a run has drawn: those that wait for their end, and counts of the others.
+    """Every prompt that a run has drawn: the waiting ones, and counts of those that were trained on or dropped.
 
     Every rank keeps the same ledger; nothing is communicated.
     """
@@ -68,7 +68,7 @@ class Ledger:
         return self.prompts.given
 
     def draw(self, step: int, round: int = 0) -> list[Entry]:
-        """Prompts for a step: those that must be sampled anew come first, the stream gives the others."""
+        """Prompts for a step: first those that must be sampled again, then new ones from the stream."""
         entries = [entry for entry in self.waiting if entry.draw is None][: self.prompts.batch_size]
         fresh = [Entry(*drawn) for drawn in self.prompts.draw(self.prompts.batch_size - len(entries))]
         self.waiting += fresh
@@ -79,22 +79,23 @@ class Ledger:
         return entries
 
     def draw_until(self, step: int, first: int) -> None:
-        """Draw prompts for each step up to this one, from `first` on, unless they were drawn before."""
+        """Draw prompts for each step from `first` up to this one, unless they have been drawn."""
         for each in range(max(self.until + 1, first), step + 1):
             self.draw(each)
 
     def due(self, step: int) -> list[Entry]:
-        """The prompts that wait and were drawn for this step or for one before."""
+        """The waiting prompts that were drawn for this step or an earlier one."""
         return [entry for entry in self.waiting if entry.draw is not None and entry.draw.step <= step]
 
     def sampled(self, entries: Sequence[Entry], rollouts: Iterable[Rollout]) -> list[Entry]:
-        """Enter the responses to prompts that were sampled together, in whose order they are numbered. Returns the entries."""
+        """Record the responses to prompts that were sampled together, numbered in the order of the prompts. Returns the
+        entries."""
         for entry, group in zip(entries, groups_of(rollouts), strict=True):
             entry.rollouts = group
         return list(entries)
 
     def train(self, entries: Sequence[Entry]) -> list[Rollout]:
-        """End prompts by training on their responses, which are returned, the groups numbered in this order."""
+        """Count prompts as trained on; returns their responses, with the groups numbered in this order."""
         self._end(entries)
         self.trained += len(entries)
         return [
@@ -104,12 +105,12 @@ class Ledger:
         ]
 
     def drop(self, entries: Sequence[Entry], reason: str) -> None:
-        """End prompts without training on them."""
+        """Count prompts as dropped."""
         self._end(entries)
         self.dropped[reason] += len(entries)
 
     def forget_responses(self) -> None:
-        """Have every prompt that waits sampled anew, for the steps to come."""
+        """Drop the responses of all waiting prompts, which are then sampled again for later steps."""
         self.until = 0
         for entry in self.waiting:
             entry.draw = entry.rollouts = entry.begun = None
@@ -126,11 +127,11 @@ class Ledger:
         return {f"prompts_{name}": float(count) for name, count in counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON: the cursor of the prompts, the counts, and the prompts that wait with their responses as
-        lines of a rollout file."""
+        """The state for a checkpoint, as JSON: the cursor of the prompts, the counts, and the waiting prompts with their
+        responses as lines of a rollout file."""
         waiting = [
             {
-                "place": list(entry.place),
+                "place": list(entry.position),
                 "draw": None if entry.draw is None else [entry.draw.step, entry.draw.round, entry.draw.index],
                 "responses": _rows(entry.rollouts),
                 "begun": _rows(entry.begun),
@@ -141,7 +142,7 @@ class Ledger:
         return {"prompts": self.prompts.state_dict(), "ledger": {**counts, "waiting": waiting}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; also from one of version 0.2, which knew of no counts."""
+        """Continue from a `state_dict`, also from one of version 0.2, which had no counts."""
         if "ledger" not in state:
             self._load_0_2(state)
             return
@@ -156,8 +157,8 @@ class Ledger:
             self.waiting.append(entry)
 
     def _load_0_2(self, state: dict[str, Any]) -> None:
-        """The cursor, and with it the complete responses to the next step's prompts or none. A checkpoint of replayed rollouts
-        has no cursor."""
+        """Load the cursor and, if there are any, the complete responses to the next step's prompts. A checkpoint of replayed
+        rollouts has no cursor."""
         cursor, pending, self.waiting = state["prompts"], state.get("pending"), []
         if cursor is None:
             return
@@ -166,14 +167,14 @@ class Ledger:
             self.until = state["step"] + 1
             before = {**cursor, "given": cursor["given"] - len(groups)}
             self.prompts.load_state_dict(state.get("prompts_before_pending") or before)
-            for index, (place, prompt) in enumerate(self.prompts.draw(len(groups))):
-                self.waiting.append(Entry(place, prompt, Draw(self.until, 0, index), groups[index]))
+            for index, (position, prompt) in enumerate(self.prompts.draw(len(groups))):
+                self.waiting.append(Entry(position, prompt, Draw(self.until, 0, index), groups[index]))
         self.prompts.load_state_dict(cursor)
         self.trained = self.drawn - len(self.waiting)
 
     def _end(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self.waiting.remove(entry)  # raises if it has come to its end before
+            self.waiting.remove(entry)  # raises if it is done already
 
 
 def _rows(rollouts: Sequence[Rollout] | None) -> list[dict[str, Any]] | None:
@@ -190,7 +191,7 @@ def _responses(rows: Sequence[Any] | None, prompt: Prompt) -> list[Rollout] | No
 
 
 def groups_of(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
-    """The responses of each group, in the order in which the groups come."""
+    """The responses of each group, in the order of the groups."""
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group_id, []).append(rollout)

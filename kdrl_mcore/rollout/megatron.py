@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.model.gpt import LanguageModel, ModelParts
+from kdrl_mcore.model.decoding import can_decode, decode, pack_weights, unpack_weights
+from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
-from kdrl_mcore.model.linear import few_rows_product
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.packing import SequenceRun, pack, partition
@@ -28,6 +28,8 @@ from kdrl_mcore.types import Prompt, Rollout
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NO_TOKEN = -1
 _COMPACT_BELOW = 0.75  # share of the batch that is still running
+_WORTH_PACKING = 16
+"""Tokens of a response from which copies of the weights (`pack_weights`) save more time than it takes to make them."""
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Decoding steps between two checks for finished responses, by kind of device. On CUDA the host waits for the device at each
 check; the superfluous decoding in between, of at most 15 tokens after the longest response, costs less."""
@@ -38,16 +40,16 @@ class MegatronEngine:
 
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
-    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, except
-    where experts are distributed over several of them: all then take as many steps as the longest, so that none waits for
-    another's experts.
+    finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, unless
+    experts are distributed over several of them: then all take as many steps as the longest, so that none waits for another's
+    experts.
     """
 
     verifies = False
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, max_sequences: int, weight_version: Callable[[], int]) -> None:
         """Args:
-        weight_version: returns how many updates the student's weights have seen.
+        weight_version: returns the number of updates that the student's weights have received.
         """
         self._parts = parts
         self._tokenizer = tokenizer
@@ -55,6 +57,7 @@ class MegatronEngine:
         self._is_stop = torch.isin(torch.arange(parts.chunks[-1].shard.size), stop_ids).to(device())
         self._max_sequences = max_sequences
         self._weight_version = weight_version
+        self._directly = all(can_decode(chunk) for chunk in parts.chunks)
 
     def refit(self, student: Weights) -> None:
         """Nothing to do, because the engine samples with the student itself."""
@@ -81,11 +84,14 @@ class MegatronEngine:
         mine = partition(loads, groups.replicas.size())[groups.replicas.rank()]
         waves = self._waves([requests[i].count for i in mine])
         rollouts: list[tuple[tuple[int, int], Rollout]] = []
-        for number in range(self._most(len(waves))):
-            if number < len(waves):
-                rollouts += self._sample_wave({mine[place]: requests[mine[place]] for place in waves[number]}, sampling)
-            else:  # so that the other replicas can use this one's experts
-                self._sample_wave({0: replace(requests[0], count=1)}, sampling)
+        try:
+            for number in range(self._most(len(waves))):
+                if number < len(waves):
+                    rollouts += self._sample_wave({mine[place]: requests[mine[place]] for place in waves[number]}, sampling)
+                else:  # so that the other replicas can use this one's experts
+                    self._sample_wave({0: replace(requests[0], count=1)}, sampling)
+        finally:
+            unpack_weights(self._parts.chunks)
         for chunk in self._parts.chunks:
             chunk.train()
         gathered = sorted(gather_from_replicas(groups, rollouts), key=lambda item: item[0])
@@ -104,8 +110,8 @@ class MegatronEngine:
         return waves
 
     def _most(self, count: int) -> int:
-        """The largest count of the replicas that share experts with this one, in a collective over the replicas; `count` itself
-        where none does."""
+        """The largest count among the replicas that share experts with this one; `count` itself if there are none. Collective
+        over these replicas."""
         return self._own_and_most(torch.tensor(count))[1]
 
     def _own_and_most(self, count: Tensor) -> tuple[int, int]:
@@ -132,6 +138,8 @@ class MegatronEngine:
         ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
+        if limit >= _WORTH_PACKING:  # after a forward pass: before it, weights may still be on their way from other replicas
+            pack_weights(self._parts.chunks)
 
         count = len(limits)
         slots = torch.arange(count, device=where)  # the response of each cache slot
@@ -165,9 +173,9 @@ class MegatronEngine:
             (place, number) for place, request in zip(packed.order, requests, strict=True) for number in range(request.count)
         ]
         parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy())
-        decode, most = self._tokenizer.decode_response, sampling.max_response_tokens
+        to_text, most = self._tokenizer.decode_response, sampling.max_response_tokens
         return [
-            (index, with_beginning(wave[index[0]], replace(part, group_id=index[0]), most, decode))
+            (index, with_beginning(wave[index[0]], replace(part, group_id=index[0]), most, to_text))
             for index, part in zip(indices, parts, strict=True)
         ]
 
@@ -176,7 +184,7 @@ class MegatronEngine:
         groups, chunk = self._parts.groups, self._parts.chunks[-1]
         sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
-            logits = few_rows_product(hidden, chunk.head_weight()).float()
+            logits = chunk.logits(hidden).float()
             how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
             sampled = sample(logits, uniform_N, chunk.shard, *how)
         if groups.pipeline.size() > 1:
@@ -205,36 +213,29 @@ class MegatronEngine:
         """
         groups, parts = self._parts.groups, self._parts
         stages, stage = groups.pipeline.size(), groups.pipeline.rank()
-        rows = len(tokens_S) // groups.layout.replica_alignment
+        whole = cache.decoding and self._directly  # whether this rank has all rows under sequence parallelism, too
+        rows = len(tokens_S) if whole else len(tokens_S) // groups.layout.replica_alignment
         hidden: Tensor | None = None
         for number, chunk in enumerate(parts.chunks):
             if not chunk.pre_process:
-                hidden = torch.empty(rows, 1, parts.config.hidden_size, dtype=parts.config.params_dtype, device=device())
+                hidden = torch.empty(rows, parts.config.hidden_size, dtype=parts.config.params_dtype, device=device())
                 dist.recv(hidden, dist.get_global_rank(groups.pipeline, (stage - 1) % stages), group=groups.pipeline)
-            hidden = self._run(chunk, tokens_S, positions_S, runs, cache, hidden)
+            packed = chunk.pack(runs, positions_S, cache)
+            if whole:
+                hidden = decode(chunk, groups, tokens_S, hidden, packed)
+            else:
+                chunk.set_input_tensor(None if hidden is None else hidden[:, None])
+                hidden = chunk.run(tokens_S, positions_S, packed).squeeze(1)
             if not (stage == stages - 1 and number == len(parts.chunks) - 1):
                 dist.send(hidden, dist.get_global_rank(groups.pipeline, (stage + 1) % stages), group=groups.pipeline)
         if not groups.is_last_stage:
             return None
         assert hidden is not None
-        hidden = hidden.squeeze(1)
-        if groups.layout.sequence_parallel:
-            whole = hidden.new_empty(len(tokens_S), hidden.size(1))
-            all_gather_single(whole, hidden.contiguous(), group=groups.tensor)
-            return whole
+        if groups.layout.sequence_parallel and not whole:
+            gathered = hidden.new_empty(len(tokens_S), hidden.size(1))
+            all_gather_single(gathered, hidden.contiguous(), group=groups.tensor)
+            return gathered
         return hidden
-
-    def _run(
-        self,
-        chunk: LanguageModel,
-        tokens_S: Tensor,
-        positions_S: Tensor,
-        runs: tuple[SequenceRun, ...],
-        cache: KVCache,
-        hidden: Tensor | None,
-    ) -> Tensor:
-        chunk.set_input_tensor(hidden)
-        return chunk.run(tokens_S, positions_S, chunk.pack(runs, positions_S, cache))
 
     def _rollouts(
         self, requests: list[Request], limits: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float32]

@@ -37,10 +37,10 @@ class ReplayedRollouts(RolloutSource):
         for line, rollout in enumerate(self._rollouts, start=1):
             outside = (rollout.sampler_log_probs < low) | (rollout.sampler_log_probs > high)
             if outside.any():
-                place = int(outside.argmax())
+                token = int(outside.argmax())
                 raise DataError(
-                    f"{path} line {line}: the sampler's log-prob of response token {place} is "
-                    f"{rollout.sampler_log_probs[place]:g}, those of sampled tokens lie between {low:g} and 0: write natural "
+                    f"{path} line {line}: the sampler's log-prob of response token {token} is "
+                    f"{rollout.sampler_log_probs[token]:g}, those of sampled tokens lie between {low:g} and 0: write natural "
                     "logarithms of the sampler's own probabilities, or remove the line"
                 )
         groups = len({rollout.group_id for rollout in self._rollouts})

@@ -54,15 +54,16 @@ def sample(
         (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
         numbers per row and one SUM all-reduce of two; where the distribution is truncated an all-gather of the logits instead.
     """
-    if temperature > 0:
+    if temperature not in (0, 1):
         logits_NV /= temperature
     if shard.real_columns < logits_NV.size(1):
         logits_NV[:, shard.real_columns :] = _MASKED
     if temperature > 0 and (top_p < 1 or top_k > 0 or min_p > 0):
         return _sample_truncated(_gather_columns(logits_NV, shard), uniform_N, top_p, top_k, min_p)
-    peak_N = logits_NV.amax(dim=1).double()
-    # Each rank scales by its own peak: in float64 the rounding error is far too small to change a token.
+    peak_N = logits_NV.amax(dim=1)
+    # Each rank scales by its own peak. Rounding in float32, as that of the logits, changes a token once in millions.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
+    peak_N = peak_N.double()
     peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, masses.total_N)), shard).unbind(dim=1)
     top_N = peak_RN.amax(dim=0)
     scale_RN = (peak_RN - top_N).exp()
@@ -107,7 +108,7 @@ def _sample_truncated(logits_NV: Tensor, uniform_N: Tensor, top_p: float, top_k:
 
 
 class _Masses:
-    """Unnormalised probabilities [N, V], with a search for the column where their running sum passes a number.
+    """Unnormalised probabilities [N, V], with a search, in float64, for the column where their running sum passes a number.
 
     torch has no deterministic prefix sum of floats on CUDA. Here masses are summed by blocks, these sums by blocks again, and
     so on; the search down the levels needs the running sums of only one block per level, which are small matrix products. This
@@ -123,7 +124,7 @@ class _Masses:
                 mass_NV = F.pad(mass_NV, (0, -columns % _BLOCK))
             level = mass_NV.view(rows, -1, min(_BLOCK, columns))
             self._levels.insert(0, level)
-            mass_NV = level.sum(dim=2)
+            mass_NV = level.sum(dim=2).double()
             if mass_NV.size(1) == 1:
                 break
         self.total_N = mass_NV.squeeze(1)
@@ -133,7 +134,7 @@ class _Masses:
         rows_N = torch.arange(len(target_N), device=target_N.device)
         index_N, before_N = torch.zeros_like(rows_N), torch.zeros_like(target_N)
         for level in self._levels:
-            inside_N, more_N = _locate(level[rows_N, index_N], target_N - before_N)
+            inside_N, more_N = _locate(level[rows_N, index_N].double(), target_N - before_N)
             index_N, before_N = index_N * level.size(2) + inside_N, before_N + more_N
         return index_N, before_N
 

@@ -21,11 +21,11 @@ from kdrl_mcore.types import Rollout
 
 
 class RolloutSource(ABC):
-    """Provides the rollouts of each step. Methods are collective over the world unless documented otherwise. The methods that
-    are not abstract do nothing for sources that sample nothing."""
+    """Provides the rollouts of each step. Methods are collective over the world unless documented otherwise. Those that are not
+    abstract do nothing in sources that sample nothing."""
 
     samples = False
-    """Whether an engine samples them with the student's weights, so that its log-probs must match the trainer's."""
+    """Whether an engine samples the rollouts with the student's weights, so that its log-probs must match the trainer's."""
 
     @abstractmethod
     def rollouts(self, step: int, on_part: OnPart | None = None) -> list[Rollout]:
@@ -43,7 +43,7 @@ class RolloutSource(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The source's state for a checkpoint: the cursor of the prompts, and the ledger where there is one. Not collective."""
+        """The source's state for a checkpoint: the cursor of the prompts and, if there is one, the ledger. Not collective."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], *, resamples: bool = False) -> None:
@@ -61,21 +61,21 @@ class RolloutSource(ABC):
 
     @property
     def chosen(self) -> Sequence[int] | None:
-        """The place of each of the last step's rollouts among all that were sampled for it, by which `on_part` was given them;
-        None where all were taken, in order."""
+        """The index of each of the last step's rollouts among all that were sampled for it, which is also its key in the parts
+        of `on_part`; None if all were used, in order."""
         return None
 
     def refit(self) -> None:  # noqa: B027
-        """Give the engine the student's present weights, so that the next step is sampled with them."""
+        """Send the student's current weights to the engine, so that the next step is sampled with them."""
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027
-        """Set the reward and the correctness of each rollout, unless they were given with it."""
+        """Set the reward and the correctness of each rollout, unless it already has them."""
 
     def prepare_refit(self) -> None:  # noqa: B027
-        """Wait for the responses that must not go on under other weights, before the engine gets them."""
+        """Before the engine gets new weights, wait for the responses that must not continue with them."""
 
     def finish(self) -> None:  # noqa: B027
-        """Wait for the responses being sampled ahead, so that a checkpoint can hold them."""
+        """Wait for the responses that are being sampled ahead, so that a checkpoint can contain them."""
 
     def close(self) -> None:  # noqa: B027
         """End the verifier's processes. Not collective."""
@@ -86,13 +86,13 @@ class Ahead:
     """How responses are sampled ahead of the steps that train on them.
 
     Attributes:
-        how: the engine that samples while the student trains; or how responses are cut, which the engine samples part by part
-            before the student trains.
-        steps: how many steps ahead: the prompts that wait when a step trains were drawn for so many steps.
-        max_age: the most steps between the weights that sampled a token and the step that trains on it. With as many as
-            `steps`, groups are trained on in the order in which their prompts were drawn; with more, complete groups overtake
+        how: the engine that samples while the student trains; or how responses are cut into parts, which the engine samples
+            one by one before the student trains.
+        steps: for how many later steps prompts have been drawn while a step trains.
+        max_age: the most steps between the weights that sampled a token and the step that trains on it. If it equals `steps`,
+            groups are trained on in the order in which their prompts were drawn; if it is larger, complete groups overtake
             others until those are due.
-        waits: whether a refit waits for unfinished responses; else they go on under the new weights.
+        waits: whether a refit waits for unfinished responses; otherwise they continue with the new weights.
         last_step: the run's last step, after which nothing is drawn.
         updates_per_step: optimizer updates of a step.
     """
@@ -106,8 +106,8 @@ class Ahead:
 
 
 class SampledRollouts(RolloutSource):
-    """Samples each step's responses with the student's weights: its present ones, or steps ahead. The ledger knows which
-    prompts are drawn, and which of them wait for their end."""
+    """Samples each step's responses with the student's weights, when the step begins or steps ahead. The ledger records which
+    prompts have been drawn, and which of them are waiting."""
 
     samples = True
 
@@ -123,8 +123,8 @@ class SampledRollouts(RolloutSource):
     ) -> None:
         """Args:
         verifier: the verifier on the ranks that verify, None on the others.
-        sampling: the settings of every step; the step's number is appended to their key, and that of a further round.
-        group_filter: None takes the groups as they are sampled.
+        sampling: the settings of every step; the numbers of the step and of a further round are appended to their key.
+        group_filter: None uses all sampled groups.
         ahead: None samples a step's responses when it begins.
         """
         self.engine, self.prompts, self.verifier = engine, prompts, verifier
@@ -189,10 +189,10 @@ class SampledRollouts(RolloutSource):
     @property
     def chosen(self) -> Sequence[int] | None:
         """See `RolloutSource`."""
-        return None if self._choice is None else self._choice.places
+        return None if self._choice is None else self._choice.indices
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
-        """See `RolloutSource`. Done already where groups are filtered."""
+        """See `RolloutSource`. Does nothing if groups are filtered, which has verified them."""
         if self._filter is None:
             self._verify(rollouts)
 
@@ -232,7 +232,8 @@ class SampledRollouts(RolloutSource):
         self.ledger.draw_until(min(step + ahead.steps, ahead.last_step), step + 1)
 
     def _further_groups(self, step: int, on_part: OnPart | None, number: int, before: int) -> list[Entry]:
-        """Further prompts of a step with their verified responses; `before` responses were sampled for it already."""
+        """Further prompts of a step with their verified responses; `before` is the number of responses sampled for it so
+        far."""
         entries = self.ledger.draw(step, number)
         if self._ahead is None:
             self._sample_now(entries, self._scoring(on_part, before))
@@ -242,7 +243,7 @@ class SampledRollouts(RolloutSource):
         return entries
 
     def _sample_now(self, entries: list[Entry], on_part: OnPart | None) -> list[Entry]:
-        """Have the engine sample the responses to prompts that were drawn together."""
+        """Sample the responses to prompts that were drawn together."""
         prompts, sampling = [entry.prompt for entry in entries], self._sampling_of(entries[0])
         return self.ledger.sampled(entries, self.engine.generate(prompts, sampling, on_part))
 
@@ -279,7 +280,7 @@ class SampledRollouts(RolloutSource):
         return [entry for entry in self.ledger.waiting if entry.rollouts is not None]
 
     def _submit(self) -> None:
-        """Have the engine sample what waits without responses, in the order in which it was drawn."""
+        """Submit the waiting prompts without responses to the engine, in the order in which they were drawn."""
         assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
         begun = set(self._submitted.values())
         missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]
@@ -301,7 +302,7 @@ class SampledRollouts(RolloutSource):
         return taken
 
     def _scoring(self, on_part: OnPart | None, before: int) -> OnPart | None:
-        """`on_part` of those groups of a round that the filter may keep, by their places among all that are sampled for the
+        """`on_part` for those groups of a round that the filter may keep, by their indices among all that are sampled for the
         step."""
         group_filter = self._filter
         if on_part is None or group_filter is None:
@@ -310,7 +311,7 @@ class SampledRollouts(RolloutSource):
         def score(part: Mapping[int, Rollout]) -> None:
             worth = group_filter.worth_scoring(part)
             if worth:
-                on_part({before + place: rollout for place, rollout in worth.items()})
+                on_part({before + index: rollout for index, rollout in worth.items()})
 
         return score
 
@@ -330,8 +331,8 @@ def _key_of(entry: Entry) -> tuple[int, ...]:
 
 
 def ages(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """The mean and the largest age of the tokens of a batch, as metrics: by how many updates the weights that sampled them are
-    older than `version`."""
+    """The mean and the largest age of the tokens of a batch, as metrics. The age is the number of updates by which the weights
+    that sampled a token are older than `version`."""
     counted = [(version - each, tokens) for rollout in rollouts for each, tokens in rollout.versions]
     mean = sum(age * tokens for age, tokens in counted) / sum(tokens for _, tokens in counted)
     return {"token_age": mean, "token_age_max": float(max(age for age, _ in counted))}
@@ -346,7 +347,7 @@ def refuse_stale(rollouts: Sequence[Rollout], version: int, allowed: int) -> Non
     oldest = min(rollouts, key=lambda rollout: rollout.weight_version, default=None)
     if oldest is not None and version - oldest.weight_version > allowed:
         raise EngineError(
-            f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, the student "
-            f"has version {version}: rollout.steps_ahead and rollout.max_age allow {allowed} updates between them; the engine "
-            "was not refitted"
+            f"a response to prompt {oldest.prompt_id} was sampled with weights of version {oldest.weight_version}, but the "
+            f"student has version {version}: rollout.steps_ahead and rollout.max_age allow {allowed} updates between them; the "
+            "engine was not refitted"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Shape, Span, is_scored, pack, place_rows, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import Shape, Span, is_scored, lay_out_rows, pack, plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates
@@ -254,10 +254,10 @@ def _deliver(
     wanted: dict[int, list[Span]] = {}
     for data, shapes in enumerate(shapes_of_rank):
         for context in range(layout.context):
-            places = place_rows(
+            packed = lay_out_rows(
                 shapes, layout.token_alignment, scored=scored, context_rank=context, context_size=layout.context
             )
-            spans = [span for span, _ in places.spans if is_scored(span, scored)]
+            spans = [span for span, _ in packed.spans if is_scored(span, scored)]
             wanted[layout.rank(pipeline=last, data=data, context=context)] = spans
     states = hidden.deliver(wanted)
     if not groups.is_last_stage:

@@ -35,11 +35,11 @@ class HiddenStates:
 
     def select(self, indices: Sequence[int]) -> HiddenStates:
         """The states of these rollouts, renumbered by their position in `indices`."""
-        places = {index: place for place, index in enumerate(indices) if index in self.owner}
+        positions = {index: position for position, index in enumerate(indices) if index in self.owner}
         return replace(
             self,
-            owner={place: self.owner[index] for index, place in places.items()},
-            local={place: self.local[index] for index, place in places.items() if index in self.local},
+            owner={position: self.owner[index] for index, position in positions.items()},
+            local={position: self.local[index] for index, position in positions.items() if index in self.local},
         )
 
     def joined(self, others: HiddenStates | None) -> HiddenStates:

@@ -25,7 +25,7 @@ from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
 @dataclass(frozen=True)
 class HeadTokens:
-    """What is known of each token of a chunk when its loss is computed: [C] each, in nats, the same on every rank.
+    """The inputs of a token's loss, for each token of a chunk: [C] each, in nats, the same on every rank.
 
     Attributes:
         log_probs: log p of the target under the student.
@@ -49,7 +49,8 @@ TokenLoss = Callable[[HeadTokens, slice], Tensor]
 divergences."""
 
 Kernels = Literal["auto", "torch", "triton"]
-"""What computes a chunk: `auto` is Triton's kernels on CUDA if triton is installed and no type is float64, otherwise torch."""
+"""The implementation that computes a chunk: `auto` is Triton's kernels on CUDA if triton is installed and no type is float64,
+otherwise torch."""
 
 
 def logits_memory(

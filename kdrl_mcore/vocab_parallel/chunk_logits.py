@@ -25,7 +25,7 @@ FILLED_COLUMNS = 32
 Model = Literal["student", "teacher"]
 
 Comparison = Literal["reverse", "forward", "mixture"]
-"""What c_v, the part of a divergence's derivative in which the models are compared column by column, is: `reverse`
+"""The definition of c_v, the part of a divergence's derivative that compares the models column by column: `reverse`
 e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(m_v / p_v), with p, q the distributions and m = beta q + (1 - beta) p."""
 
 
@@ -36,8 +36,8 @@ class LogitsTerms:
     Attributes:
         comparison_row_C: the factor of c_v, see `Comparison`.
         one_hot: (ids_CK, values_CK): global token ids, distinct within a row.
-        one_hot_row_C: what stands in place of row_C in the columns ids_CK; None if it is the same there. At most one of a
-            chunk's terms has it.
+        one_hot_row_C: replaces row_C in the columns ids_CK; None if it is the same there. At most one of a chunk's terms has
+            it.
     """
 
     row_C: Tensor
@@ -83,7 +83,7 @@ class ChunkLogits(ABC):
 
         Args:
             comparison: how this chunk's models will be compared over the vocabulary.
-            teacher_entropy: whether `totals` is to give what the teacher's entropy needs.
+            teacher_entropy: whether `totals` returns what the teacher's entropy needs.
         """
 
     @abstractmethod
@@ -142,7 +142,7 @@ class ChunkLogits(ABC):
 
 
 def one_hot_row(term: LogitsTerms) -> Tensor:
-    """What stands for `row_C` in the columns of any of the terms' `one_hot`."""
+    """The value that replaces `row_C` in the columns of a term's `one_hot`."""
     return term.row_C if term.one_hot_row_C is None else term.one_hot_row_C
 
 

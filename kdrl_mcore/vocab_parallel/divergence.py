@@ -42,7 +42,7 @@ class ChunkDivergence(ABC):
     """This rank's numbers that are to be summed over the ranks, if any."""
 
     def second_sums_KC(self, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor | None:
-        """This rank's further numbers to be summed over the ranks, where they need the distributions themselves, or None. No
+        """This rank's further numbers to be summed over the ranks, if they need the distributions themselves, or None. No
         communication.
 
         Args:
@@ -69,7 +69,7 @@ class Divergence(ABC):
     """A comparison of the student's distribution p of a token with the teacher's, q.
 
     Attributes:
-        comparison: what the chunk's logits are to provide of each column, if anything.
+        comparison: the quantity that the chunk's logits provide for each column, if any.
     """
 
     comparison: ClassVar[Comparison] = "reverse"

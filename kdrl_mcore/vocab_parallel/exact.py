@@ -25,7 +25,7 @@ def check_beta(beta: float) -> None:
     if not LEAST_BETA <= beta <= 1.0 - LEAST_BETA:
         raise ValueError(
             f"beta is {beta}: it must be between {LEAST_BETA:g} and 1 - {LEAST_BETA:g}, as the divergence vanishes at both "
-            "ends; at 0 the forward KL is meant, at 1 the reverse KL"
+            "ends; use the forward KL instead of 0, and the reverse KL instead of 1"
         )
 
 

@@ -37,12 +37,13 @@ between measures: not negative, with a gradient that vanishes where p = q on S;
 `bucket`: together they count as one more token, with p_out = sum_{v not in S} p_v and q_out likewise; a mass below the smallest
 normal number of the statistics' type is replaced by that number.
 
-All are biased, but for `TopKUnbiased`: docs/method.md has a table of how far each gradient is from that over the vocabulary.
+All except `TopKUnbiased` are biased: docs/method.md has a table of how much each gradient differs from that over the
+    vocabulary.
 """
 
 LEAST_DIVISOR = 2**20
 """A mass outside S below so many of the smallest normal numbers is not divided by: the quotient could overflow, and its tokens'
-probabilities are as good as 0."""
+probabilities are practically 0."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class TopKForwardKL(SeparableDivergence):
         super().__post_init__()
         if self.support == "student" and self.tail == "truncate":
             raise ValueError(
-                "a forward KL truncated to the student's support is no divergence, as the student can lower it by choosing the "
-                "support: use the tail bucket or renormalize, or the teacher's support"
+                "a forward KL truncated to the student's support is not a divergence, as the student can lower it by its "
+                "choice of the support: use the tail bucket or renormalize, or the teacher's support"
             )
 
     def terms(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -190,8 +191,9 @@ class TopKJensenShannon(SeparableDivergence):
     """sum_v (beta q_v log(q_v / m_v) + (1 - beta) p_v log(p_v / m_v)) with m = beta q + (1 - beta) p, in nats, over a support
     instead of the vocabulary: the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
-    No term is negative, so with every tail it is 0 just where p = q on the support (with `bucket` and `renormalize`: where what
-    is made of them is), and its gradient vanishes there. Costs no second round of sums, unlike `JensenShannon`.
+    No term is negative, so with every tail it is 0 exactly if p = q on the support (with `bucket` and `renormalize`: if the
+    resulting distributions are equal), and its gradient vanishes there. Unlike `JensenShannon` it needs no second round of
+    sums.
 
     Raises:
         ValueError: as for `SeparableDivergence`, or beta is not between 0 and 1, or nearer to them than `exact.LEAST_BETA`.
@@ -235,7 +237,7 @@ class TopKUnbiased(TopKDivergence):
 
 
 class _OnSupport(ChunkDivergence):
-    """The leaf is log p of the supports, [C, K], and where it is needed that of the mass outside, [C, K + 1].
+    """The leaf is log p of the supports, [C, K], with that of the mass outside, if needed, [C, K + 1].
 
     d log p_out / dz_v = 1[v not in S] p_v / p_out - p_v.
     """

@@ -1,6 +1,6 @@
 """A chunk's logits in plain torch: the reference, used on CPU and as the fallback on CUDA.
 
-What cannot be computed in place is computed for a few rows at a time, so that no further [C, V] is needed.
+Results that cannot be computed in place are computed for a few rows at a time, so that no further [C, V] is needed.
 
 C rows of a chunk, V vocabulary columns of this rank, K numbers (or tokens) per row, H hidden.
 """
@@ -133,7 +133,8 @@ class TorchLogits(ChunkLogits):
         assert self._teacher_CV is not None
         if self._exp_CV.size(1) == 0:
             return self._exp_CV.new_zeros(2, len(self._exp_CV))
-        # Other ranks' tokens stand at a column that may also be an own one: there the smaller value counts, then the larger.
+        # Tokens of other ranks point to column 0, which may also be one of this rank's: the smaller value counts, then the
+        # larger.
         lowered_CK = torch.where(own_CK, MASKED, torch.inf).to(self._exp_CV.dtype)
         teacher_C = self._teacher_CV.scatter_reduce_(1, column_CK, lowered_CK, "amin").exp_().sum(dim=1)
         kept_CK = torch.where(own_CK, self._exp_CV.gather(1, column_CK), 0.0)

@@ -169,7 +169,7 @@ class TritonLogits(ChunkLogits):
         spread = []
         for ids_CK, values_CK in (term.one_hot for term in terms if term.one_hot is not None):
             own_CK, column_CK = shard.locate(ids_CK)
-            assert not compares, "a divergence on a support compares nothing outside of it"
+            assert not compares, "a divergence on a support compares nothing outside it"
             z_CK, _ = self.at(column_CK)
             factor_CK = inside_C[:, None] + product_C[:, None] * z_CK
             at_target_CK = torch.where(ids_CK == ids_C[:, None], g_C[:, None], 0.0)

@@ -15,6 +15,7 @@ from kdrl_mcore.model.families import FAMILIES, read_architecture
 from tests.reference.dense import load_model
 from tests.reference.tiny_models import make_model
 from tests.support import conversion_ranks
+from tests.support.config_keys import IGNORED, effects, markdown
 from tests.support.ranks import RankPool
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -158,6 +159,16 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(models: dict[str, Pat
     parameters["type"] = parameters.pop("rope_type")
     (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": parameters}))
     assert read_architecture(tmp_path) == read_architecture(models["llama"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_key_of_a_config_is_used_or_refused_or_known_to_make_no_difference(models: dict[str, Path]) -> None:
+    """And the page says so: `config_keys.markdown` is its table."""
+    found = {name: effects(models[name]) for name in sorted(family for family, settings in MODELS.values() if not settings)}
+    known = {key for keys in IGNORED.values() for key in keys}
+    for family, keys in found.items():
+        assert {key for key, effect in keys.items() if effect == "ignored"} <= known, family
+    assert markdown(found) in (Path(__file__).parents[2] / "docs" / "families.md").read_text(), markdown(found)
 
 
 def test_every_family_has_a_model_above() -> None:

@@ -1,4 +1,4 @@
-"""The planner's kernels of a layer are those that the embedded engine launches for each token."""
+"""The planner's kernels of a layer are those that its modules launch for each token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Kernels(TorchDispatchMode):
 
 
 def count_kernels(path: str) -> float:
-    """Kernels of one layer for one decoded token of every sequence."""
+    """Kernels of one layer for one decoded token of every sequence, through the modules that training has, too."""
     from kdrl_mcore.data.tokenizers import load_tokenizer
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.rollout.megatron import MegatronEngine
@@ -54,6 +54,7 @@ def count_kernels(path: str) -> float:
         layer.register_forward_pre_hook(lambda *_: setattr(kernels, "where", "layer"))
         layer.register_forward_hook(lambda *_: setattr(kernels, "where", "outside"))
     engine = MegatronEngine(parts, load_tokenizer(path), 8, lambda: 0)
+    engine._directly = False  # as with Transformer Engine's layers
     engine._is_stop = torch.zeros_like(engine._is_stop)
     prompts = [Prompt(prompt_id="p", text="1+1=", token_ids=np.array([5, 6, 7, 8]), answer="2")]
     counts = []

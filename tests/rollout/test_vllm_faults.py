@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_killed_engine_is_started_again_in_every_phase(run: Run) -> None:
     for engine, step in ((1, 2), (0, 3), (1, 4)):
         assert f"killed engine {engine} in step {step}\n" in run.stderr, run.stderr
-    assert run.stderr.count("is started again") == 6  # one of them in vain
+    assert run.stderr.count("is being restarted") == 6  # one of them in vain
     assert [row["step"] for row in metrics_of(run.folder)] == [1, 2, 3, 4]
 
 
@@ -88,7 +88,7 @@ def test_an_engine_that_hangs_is_found_within_its_time_out(run: Run) -> None:
     for engine, step in ((1, 3), (0, 4)):
         assert f"engine {engine} hangs in step {step}\n" in run.stderr, run.stderr
     # While it generated: its server answered, and told of no progress.
-    assert re.search(r"engine 1 is started again: engine 1 at \S+: no progress within the time-out", run.stderr)
+    assert re.search(r"engine 1 is being restarted: engine 1 at \S+: no progress within the time-out", run.stderr)
     # In the refit.
     assert re.search(r"refit to version 3 failed on rank 0, at (the end|\S+\.weight): engine 0: it does not answer", run.stderr)
 
@@ -119,7 +119,7 @@ def test_verification_on_the_way_is_that_of_afterwards(run: Run) -> None:
 def test_an_engine_that_cannot_come_back_ends_the_run_with_one_line_and_a_checkpoint(run: Run) -> None:
     assert run.code != 0
     errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "vLLM engine 0 failed 2 times and is given up" in errors[0], run.stderr
+    assert len(errors) == 1 and "vLLM engine 0 failed 2 times and is not started again" in errors[0], run.stderr
     assert "--model /nowhere is not a folder" in errors[0]
     assert (run.folder / "checkpoints" / "latest").resolve().name == "step_000004"
 

@@ -24,6 +24,7 @@ from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
 from tests.reference import dense
+from tests.reference.tiny_models import write_jsonl
 from tests.support.ranks import RankPool
 from tests.support.training import Outcome, metrics_of, train_on_rank
 from tests.support.vllm_models import QUIET_ENGINE, make_prompts, make_student, needs_vllm
@@ -212,14 +213,13 @@ def train_with_servers_on_rank(overrides: Sequence[str], environment: Mapping[st
     return train_on_rank(overrides)
 
 
-def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
-    """Each step's weights are sent to the server; trainer and sampler agree after each of them."""
+def trained(served: Served, ranks1: RankPool, tmp_path: Path, *more: str) -> list[dict[str, float]]:
+    """The metrics of three steps with the running server."""
     run = tmp_path / "run"
     overrides = [
         "rollout=vllm",
         "rollout.vllm.placement=server",
         f"rollout.vllm.servers=[{served.server.address}]",
-        "objective=kd_rkl",
         f"student.path={served.model}",
         f"teacher.path={make_teacher(tmp_path / 'teacher')}",
         f"data.train={make_prompts(tmp_path / 'train.jsonl')}",
@@ -233,16 +233,33 @@ def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, t
         "logging.progress=false",
         "logging.tensorboard=false",
         "checkpoint.every=-1",
+        *more,
     ]
     token = {TOKEN_VARIABLE: str(served.server.token)}
     (outcome,) = ranks1.run(train_with_servers_on_rank, overrides, token, timeout=300)
     assert outcome.code == 0, outcome.stderr
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3]
+    return rows
+
+
+def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
+    """Each step's weights are sent to the server; trainer and sampler agree after each of them."""
+    rows = trained(served, ranks1, tmp_path, "objective=kd_rkl")
     assert all(row["grad_norm"] > 0 and row["drift_max"] < 1e-3 for row in rows)
     assert served.server.health() == {"version": 2, "usable": True}  # those that sampled step 3
     with pytest.raises(EngineError, match="the engine has 2"):
         served.generate([[5]], [0], version=1)
+
+
+def test_half_of_a_batch_may_be_given_and_the_other_sampled(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
+    """GKD: the given ones have no sampler, so that neither drift nor the sampler correction is measured on them."""
+    rows = [{"prompt": f"{a}+{a % 7}=", "answer": str(a), "response": f"{a}{a % 7}" * 2} for a in range(10, 30)]
+    write_jsonl(tmp_path / "answered.jsonl", rows)
+    metrics = trained(served, ranks1, tmp_path, "objective=gkd", f"data.train={tmp_path / 'answered.jsonl'}")
+    for row in metrics:
+        assert row["given_responses"] == 8 and row["samples"] == 16  # beside 4 prompts with 2 responses each
+        assert row["grad_norm"] > 0 and row["drift_max"] < 1e-3 and row["kl_full"] > 0
 
 
 def make_teacher(path: Path) -> Path:

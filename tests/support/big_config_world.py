@@ -85,11 +85,11 @@ def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
     return {
         "replica": parts.groups.data.rank(),
         "parameters": sum(parameter.numel() for parameter in parts.parameters()),
-        "pieces": [
-            (piece.hf, piece.dim, piece.hf_start, piece.length)
+        "slices": [
+            (each.hf, each.dim, each.hf_start, each.length)
             for chunk in parts.chunks
             for mapped in map_chunk(chunk, rules, parts.groups)
-            for piece in mapped.pieces
+            for each in mapped.slices
         ],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,20 +77,27 @@ def in_parts(engine: Any, prompts: list[Any], sampling: Any, tokens: int, contin
     return [replace(rollout, group_id=i) for i, entry in enumerate(entries) for rollout in entry.rollouts or ()]
 
 
-def generate_with_transposed_products(
+def generate_with_packed_weights(
     overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Any], int]:
-    """`generate_on_rank` as if every weight were a large one, and the number of layers' products that were taken transposed."""
+) -> tuple[dict[str, Any], int, int]:
+    """`generate_on_rank` as if every weight were a large one: what it samples, how many weights got a copy in each generation,
+    and how many copies are left."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    from kdrl_mcore.model import linear
+    from kdrl_mcore.model import decoding, linear
 
-    with (
-        mock.patch.object(linear, "_LEAST_ELEMENTS", 0),
-        mock.patch.object(linear, "_transposed_product", wraps=linear._transposed_product) as product,
-    ):
-        return generate_on_rank(overrides, prompts, samplings), product.call_count
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def pack(weight: torch.Tensor) -> torch.Tensor | None:
+        packed = linear.pack(weight)
+        assert packed is not None and packed.is_mkldnn
+        alive.append(weakref.ref(packed))
+        return packed
+
+    with mock.patch.object(linear, "_LEAST_ELEMENTS", 0), mock.patch.object(decoding, "pack", pack):
+        result = generate_on_rank(overrides, prompts, samplings)
+    return result, len(alive) // len(samplings), sum(packed() is not None for packed in alive)
 
 
 def tokens_of(result: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[int]]]:

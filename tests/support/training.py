@@ -159,7 +159,7 @@ def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         rollouts = replay(source, step)
         if on_part is not None:
             for group in sorted({rollout.group_id for rollout in rollouts})[:0:-1]:
-                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+                on_part({index: rollout for index, rollout in enumerate(rollouts) if rollout.group_id == group})
         return rollouts
 
     with patch.object(ReplayedRollouts, "rollouts", replay_in_parts):
@@ -187,7 +187,7 @@ def train_scoring_early_on_rank(overrides: Sequence[str]) -> Outcome:
         if on_part is not None:
             sources[0]._verify(rollouts)
             for group in sorted({rollout.group_id for rollout in rollouts})[::-1]:
-                on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+                on_part({index: rollout for index, rollout in enumerate(rollouts) if rollout.group_id == group})
         return rollouts
 
     with patch.object(MegatronEngine, "generate", generate_in_parts), patch.object(SampledRollouts, "__init__", keep):

@@ -91,7 +91,12 @@ def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: b
     where = f"{path}/config.json"
     given = {"rope_theta": default_theta, **_settings(hf, where)}
     kind = given["rope_type"]
-    share = {**hf, **given}.get("partial_rotary_factor")
+    shares = [each["partial_rotary_factor"] for each in (given, hf) if each.get("partial_rotary_factor") is not None]
+    if len(set(shares)) > 1:
+        raise ModelError(
+            f"{where}: partial_rotary_factor={shares[0]}, but {shares[1]} outside of it: remove the one that is wrong"
+        )
+    share = shares[0] if shares else None
     if not partial:
         refuse({"partial_rotary_factor": share}, path, partial_rotary_factor=1.0)
     share = 1.0 if share is None else share

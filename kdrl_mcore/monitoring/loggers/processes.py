@@ -77,14 +77,14 @@ class _Process:
         log = run_dir / FOLDER / f"{name.replace(':', '.')}.log"
         self._log = log
         self._warned = False
-        place = [str(run_dir), name, "--follow", "--step", str(step)]
+        options = [str(run_dir), name, "--follow", "--step", str(step)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process: subprocess.Popen[bytes] | None = None
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file, children_ignore_stop_signals():
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "kdrl_mcore.monitoring.loggers", *place],
+                    [sys.executable, "-m", "kdrl_mcore.monitoring.loggers", *options],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,

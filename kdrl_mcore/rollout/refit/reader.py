@@ -25,7 +25,7 @@ class WeightReader:
             rank, ranks: this worker's rank in its server, and the number of workers.
 
         Raises:
-            RefitError: nobody listens at the address, or no writer serves this worker.
+            RefitError: no writer listens at the address, or none serves this worker.
         """
         self.result: dict = {}
         self._rank = rank
@@ -76,12 +76,12 @@ class WeightReader:
         sums: dict[str, str] = {}
         partial: dict[str, tuple[Tensor, int]] = {}  # an incomplete tensor's bytes, and how many have arrived
         num_bytes = number = 0
-        while "pieces" in (message := self._channel.receive()):
-            pieces = message["pieces"]
-            self._place = pieces[0][0]
-            data = self._receiver.take(message["slot"], pieces[-1][2] + pieces[-1][3])
+        while "entries" in (message := self._channel.receive()):
+            entries = message["entries"]
+            self._place = entries[0][0]
+            data = self._receiver.take(message["slot"], entries[-1][2] + entries[-1][3])
             whole = []
-            for name, start, offset, length in pieces:
+            for name, start, offset, length in entries:
                 if name not in table:
                     raise RefitError(f"tensor {name} was not announced")
                 expected = _num_bytes(*table[name])

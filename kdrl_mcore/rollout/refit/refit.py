@@ -47,7 +47,7 @@ class RefitResult:
     """The result of a refit.
 
     Attributes:
-        version: the number of updates the sent weights have seen.
+        version: the number of updates that the sent weights have received.
         num_bytes, num_tensors: the size of the model, counted once.
         seconds: the duration on this rank.
         digest: the digest of all tensors, which every worker of every engine has confirmed.
@@ -75,7 +75,7 @@ def send_weights(
 
     Args:
         servers: the engines that this rank drives; most ranks have none, and at most one if they are colocated.
-        version: the number of updates these weights have seen.
+        version: the number of updates that these weights have received.
         timeout: seconds until the refit fails on every rank.
         colocated: an engine runs on the host of the rank that drives it, and on CUDA on the GPUs of that rank and the
             `workers` - 1 ranks after it, one worker on each. The weights then go through memory, from each of these ranks to
@@ -259,8 +259,8 @@ def _num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def _run_within(timeout: float, function: Callable[[], RefitResult]) -> RefitResult | None:
-    """Run a function in a thread; when the time is over, abandon the thread and return None. Collectives in which it hangs thus
-    need no time-out of their own."""
+    """Run a function in a thread; at the time-out abandon the thread and return None. So the collectives in which it may hang
+    need no separate time-out."""
     outcome: list[RefitResult | BaseException] = []
     index = torch.cuda.current_device() if device().type == "cuda" else None
 
@@ -284,8 +284,8 @@ def _run_within(timeout: float, function: Callable[[], RefitResult]) -> RefitRes
 
 
 def _silent_ranks(call: int, place: str) -> str:
-    """Which ranks do not even report that their time is over, and what this one waited for. Uses the process group's store,
-    which needs no other rank."""
+    """The ranks that do not even report their time-out, and what this rank waited for. Uses the process group's store, which
+    needs no other rank."""
     store = dist.PrefixStore(f"kdrl_mcore/refit/{call}", dist.distributed_c10d._get_default_store())
     store.set(str(dist.get_rank()), "late")
     give_up = time.monotonic() + _SILENCE

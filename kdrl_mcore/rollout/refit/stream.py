@@ -26,7 +26,7 @@ _CHECKSUM_WORDS = 2**22
 
 @dataclass(frozen=True)
 class BucketEntry:
-    """Bytes `start` to `start + length` of the tensor `name`, which lie at `offset` in their bucket."""
+    """Bytes `start` to `start + length` of the tensor `name`, which are at `offset` in their bucket."""
 
     name: str
     start: int
@@ -135,7 +135,7 @@ def remaining(deadline: float) -> float:
     """Seconds until a deadline. Raises TimeoutError when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("the time is over")
+        raise TimeoutError("the time-out has passed")
     return left
 
 

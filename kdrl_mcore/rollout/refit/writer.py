@@ -99,7 +99,7 @@ class WeightWriter:
             if self._servers:  # the other writers wait for workers that may never connect
                 for address in addresses:
                     if address is not None and address != self.address:
-                        _tell(address, self.error or "")
+                        _report_to(address, self.error or "")
 
     def next_slot(self) -> Tensor:
         """The slot for the next bucket, after its receivers have read the previous content."""
@@ -124,7 +124,7 @@ class WeightWriter:
         slot = self._published % SLOTS
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the bytes must be there before the message
-        message = {"slot": slot, "pieces": [[p.name, p.start, p.offset, p.length] for p in bucket]}
+        message = {"slot": slot, "entries": [[p.name, p.start, p.offset, p.length] for p in bucket]}
         try:
             for channel in self._channels.values():
                 channel.send(message)
@@ -167,7 +167,7 @@ class WeightWriter:
             self._sender = None
 
     def _open(self, addresses: Sequence[list[Any] | None]) -> None:
-        """Start the requests, and give every worker that this rank serves its end of the transport."""
+        """Start the requests, and pass every worker that this rank serves its end of the transport."""
         if None in addresses:
             raise RefitError("another rank that serves its workers cannot listen for them")
         assert self.address is not None and self._listening is not None
@@ -273,8 +273,8 @@ def _answer(reply: Future[list[dict[str, Any]]], timeout: float) -> list[dict[st
     return reply.result()
 
 
-def _tell(address: Sequence[Any], error: str) -> None:
-    """Tell the writer at this address that its workers will not connect."""
+def _report_to(address: Sequence[Any], error: str) -> None:
+    """Report to the writer at this address that its workers will not connect."""
     host, port, token = address
     with suppress(OSError, EOFError):  # it may be gone, or have its worker and see that connection end
         channel = Channel(socket.create_connection((host, port), timeout=_HELLO), time.monotonic() + _HELLO)

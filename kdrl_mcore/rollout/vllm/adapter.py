@@ -31,7 +31,7 @@ from kdrl_mcore.errors import ConfigError, RefitError
 from kdrl_mcore.rollout.vllm.client import kill_group
 
 STREAM_INTERVAL = 32
-"""Tokens of a response between two signs of its progress."""
+"""Tokens of a response between two reports of its progress."""
 _WATCH_SECONDS = 0.5
 _CPU_STEP_TOKENS = 4096  # tokens of a step on CPU, raised if prompts are longer
 _CUDA_STEP_TOKENS = 8192  # tokens of a step on a GPU; vLLM's default for our way of building an engine, 2048, is too few
@@ -43,10 +43,10 @@ _SOCKET_FOLDER = 107 - len("/") - 36  # longest folder name in which vLLM can op
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built from.
+    """The settings from which an engine is built.
 
     Attributes:
-        vocab_size: tokens of the tokenizer; columns of the model beyond them are never sampled, as in the trainer.
+        vocab_size: tokens of the tokenizer; the model's further columns are never sampled, as in the trainer.
         stop_ids: token ids that end a response.
         dtype: the weights' dtype, float32 or bfloat16.
         max_model_len: the most prompt and response tokens together.
@@ -142,7 +142,7 @@ class Engine:
                 yield Finished(token_ids, log_probs, part.finish_reason, _versions(part.weight_versions))
 
     async def _outputs(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Any]:
-        """vLLM's outputs for a request. It is begun anew if the weights change before its first token."""
+        """vLLM's outputs for a request. It is restarted if the weights change before its first token."""
         while True:
             updates = self._updates
             # Only requests that were begun under the same weights share blocks of the cache.
@@ -168,8 +168,8 @@ class Engine:
         """Have every worker receive the weights of a refit (`transfer.RefitBackend`). Returns each worker's report.
 
         Args:
-            unfinished: how unfinished responses go on: `wait`, there are none; `keep`, with the cache that older weights
-                computed; `recompute`, with a new one. In any case no other response meets that cache.
+            unfinished: how unfinished responses continue: `wait`: there are none; `keep`: with the cache that older weights
+                computed; `recompute`: with a new one. In no case does another response use that cache.
 
         Raises:
             RefitError: a worker did not receive them. The engine must not be used any more.
@@ -188,7 +188,7 @@ class Engine:
         if unfinished == "wait":
             await self._llm.reset_prefix_cache()
             return answers
-        if unfinished == "keep":  # what has no token yet begins anew: it may have found blocks of older weights
+        if unfinished == "keep":  # requests without a token restart: they may have found blocks of older weights
             for first in self._without_tokens:
                 first.cancel()
         await self._llm.resume_generation()

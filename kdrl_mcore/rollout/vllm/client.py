@@ -75,9 +75,9 @@ class EngineServer:
     ) -> None:
         """Args:
         address, token: if None, they are read from `RUN/servers/INDEX.json` once the server is ready.
-        generation_timeout: seconds without a sign of progress after which a server is taken to hang.
+        generation_timeout: seconds without progress after which a server counts as hanging.
         refit_timeout: seconds for all weights.
-        unfinished: how unfinished responses go on under new weights (`rollout.unfinished`).
+        unfinished: how unfinished responses continue with new weights (`rollout.unfinished`).
         """
         self.index = index
         self.address = address
@@ -143,7 +143,7 @@ class EngineServer:
             with suppress(ServerFailed):
                 self._post("stop", timeout=_SHORT_SECONDS)
                 give_up = time.monotonic() + _STOP_SECONDS
-                while time.monotonic() < give_up:  # the old one may still answer and must not be taken for the new one
+                while time.monotonic() < give_up:  # the old one may still answer and must not be mistaken for the new one
                     self.health()
                     time.sleep(_POLL_SECONDS)
         else:
@@ -202,7 +202,8 @@ class EngineServer:
         of [version of the weights, tokens that they sampled].
 
         Args:
-            version: of the weights that the server has, or had before a refit during which the request was on its way.
+            version: the version of the weights that the server has, or had before a refit that began after the request was
+                sent.
             requests: `id`, `prompt_token_ids` and `seed` of each response.
             sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 `top_k` and `min_p`.
 

@@ -82,7 +82,7 @@ class VllmEngine:
                 self._work.dispatch.renew(student.version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
-        """See `RolloutEngine`. What was submitted before goes on meanwhile.
+        """See `RolloutEngine`. Earlier submissions continue meanwhile.
 
         Raises:
             EngineError: on all ranks, if a server cannot be brought back, refuses a request or has stale weights.
@@ -204,11 +204,11 @@ class VllmEngine:
                 self._restarts[index] += 1
                 if self._restarts[index] > self._settings.restarts:
                     raise EngineError(
-                        f"vLLM engine {index} failed {self._restarts[index]} times and is given up (last: {reason}): see "
-                        f"{self._replicas.servers[index].log}, then start the same command again"
+                        f"vLLM engine {index} failed {self._restarts[index]} times and is not started again (last: {reason}): "
+                        f"see {self._replicas.servers[index].log}, then start the same command again"
                     )
                 if dist.get_rank() == 0:
-                    logger.warning("vLLM engine %d is started again: %s", index, reason)
+                    logger.warning("vLLM engine %d is being restarted: %s", index, reason)
             restarted.update(failures)
             failures = self._replicas.restart(list(failures)) or self._refit(indices, self._student)
             if not failures:
@@ -268,7 +268,7 @@ def _submitted(ticket: int, request: Request, sampling: Sampling) -> Submitted:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What `generate` hands out while others are sampled: groups of these tickets, at least so many tokens at a time."""
+    """The parts that `generate` passes on while other groups are sampled: groups of these tickets, with a minimum of tokens."""
 
     tickets: Sequence[int]
     tokens: int
@@ -279,13 +279,13 @@ class _Parts:
     def next(self, complete: Mapping[int, list[Rollout]]) -> _Part | None:
         """The next part, if there are enough tokens for one."""
         part: dict[int, Rollout] = {}
-        groups = [place for place, ticket in enumerate(self.tickets) if ticket in complete and ticket not in self.announced]
-        for place in groups:
-            first = place * self.responses_per_prompt
-            part |= {first + number: rollout for number, rollout in enumerate(complete[self.tickets[place]])}
+        groups = [index for index, ticket in enumerate(self.tickets) if ticket in complete and ticket not in self.announced]
+        for index in groups:
+            first = index * self.responses_per_prompt
+            part |= {first + number: rollout for number, rollout in enumerate(complete[self.tickets[index]])}
         if not part or sum(rollout.num_tokens for rollout in part.values()) < self.tokens:
             return None
-        self.announced.update(self.tickets[place] for place in groups)
+        self.announced.update(self.tickets[index] for index in groups)
         return _Part(part)
 
 
@@ -316,7 +316,7 @@ class _Work:
         self.dispatch.submit(prompts)
 
     def next_event(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]] | _Part | Any:
-        """The groups to take out, as soon as there are enough; else a part, or what `Dispatch.next_event` returns."""
+        """The groups to take out, once there are enough; otherwise a part, or the result of `Dispatch.next_event`."""
         while True:
             chosen = choose(list(self._complete))
             if chosen is not None:

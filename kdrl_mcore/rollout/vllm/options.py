@@ -1,5 +1,5 @@
-"""The options of an engine server. They are apart from the server because importing vLLM takes many seconds, and
-`kdrl-serve --help` does not need it."""
+"""The options of an engine server, in a separate module because importing vLLM takes many seconds and `kdrl-serve --help` does
+not need it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "seed": (1, "the engine's seed; each request has its own"),
     "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
     "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
-    "load_format": ("auto", "auto, or dummy if a refit brings the weights"),
+    "load_format": ("auto", "auto, or dummy if the weights come with a refit"),
 }
 """The options that are fields of `adapter.EngineSettings`: default and help."""
 

@@ -222,7 +222,7 @@ def _is_there(server: EngineServer) -> bool:
     server.read_address()
     try:
         server.health()
-    except (ServerFailed, EngineError):  # the address is an earlier run's
+    except (ServerFailed, EngineError):  # the address belongs to an earlier run
         return False
     return True
 

@@ -1,4 +1,5 @@
-"""An engine server: vLLM in separate processes behind a small HTTP interface, so that a killed engine kills no training rank.
+"""An engine server: vLLM in separate processes behind a small HTTP interface, so that a killed engine does not end a training
+rank.
 
     kdrl-serve --run-dir RUN --index 0 --model HF_DIR [options]
 
@@ -35,7 +36,7 @@ from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, ch
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, write_address
 from kdrl_mcore.rollout.vllm.options import FLAGS, parser
 
-_SIGN_SECONDS = 1.0  # between two signs of progress in a stream
+_SIGN_SECONDS = 1.0  # between two reports of progress in a stream
 
 
 class SampleRequest(TypedDict):
@@ -55,8 +56,8 @@ class GenerateBody(TypedDict):
 
 
 class WeightsBody(TypedDict):
-    """The body of /weights; `spec` describes where the engine's workers find the refit's writers, `unfinished` how responses
-    go on that are not finished (`Engine.receive_weights`)."""
+    """The body of /weights; `spec` describes where the engine's workers find the refit's writers, `unfinished` how unfinished
+    responses continue (`Engine.receive_weights`)."""
 
     version: int
     spec: dict[str, Any]
@@ -70,9 +71,9 @@ class _Served:
     Attributes:
         usable: whether the weights can be used: not while asleep, during a refit, or after one that failed.
         version: the version of the engine's weights; None for those of the model directory, or for unusable ones.
-        replaced: the version before, if responses go on when weights change: a request that names it was on its way then.
-        changing: whether new weights are on their way, and responses wait for them.
-        parts: how many parts of responses the engine has made since it started.
+        replaced: the previous version, if responses continue when weights change: requests sent before the change name it.
+        changing: whether new weights are being received, and responses wait for them.
+        parts: the number of parts of responses that the engine has produced since it started.
     """
 
     usable: bool
@@ -120,7 +121,7 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
             if not 0 < len(each["prompt_token_ids"]) <= limit:
                 length = len(each["prompt_token_ids"])
                 raise HTTPException(
-                    400, f"request {each['id']}: a prompt of {length} tokens; 1 to {limit} leave room to answer"
+                    400, f"request {each['id']}: a prompt of {length} tokens, but only 1 to {limit} leave room for a response"
                 )
         return StreamingResponse(stream(body), media_type="application/x-ndjson")
 
@@ -270,7 +271,7 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
     tokenizer = load_tokenizer(options.model)
     return EngineSettings(
         model=options.model,
-        vocab_size=options.vocab_size or tokenizer.vocabulary_size,
+        vocab_size=options.vocab_size or tokenizer.vocab_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
         extra=extra,
         **{name: getattr(options, name) for name in FLAGS}

@@ -12,7 +12,14 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from kdrl_mcore.data.tokenizers import PROBE, _first_difference, check_same_tokenizer, eos_token_ids, load_tokenizer
+from kdrl_mcore.data.tokenizers import (
+    PROBE,
+    _first_difference,
+    check_same_tokenizer,
+    different_added_tokens,
+    eos_token_ids,
+    load_tokenizer,
+)
 from kdrl_mcore.errors import DataError
 from tests.support.tokenizers import CHAT_TEMPLATE, END, byte_level, chat_model, save_tokenizer
 
@@ -31,7 +38,7 @@ def test_a_tokenizer_that_agrees_is_taken(tmp_path: Path) -> None:
     (ids,) = tokenizer.encode([PROBE], special_tokens=False)
     assert len(ids) == len(PROBE.encode())
     assert tokenizer.decode_response(ids) == PROBE
-    assert tokenizer.vocabulary_size == 257
+    assert tokenizer.vocab_size == 257
     assert (tokenizer.eos_id, tokenizer.eos_ids) == (256, {256})
     assert not tokenizer.has_chat_template
 
@@ -98,7 +105,7 @@ def test_a_token_that_transformers_invents_is_left_out(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path / "m", byte_level(), tokenizer_class="Qwen2Tokenizer")
     assert len(AutoTokenizer.from_pretrained(folder)) == 258, "the trap this test is about is gone"
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.vocabulary_size == 257
+    assert tokenizer.vocab_size == 257
     assert max(tokenizer.encode(["<|endoftext|>"], special_tokens=False)[0]) < 256
 
 
@@ -159,6 +166,14 @@ def test_another_added_token_at_a_shared_id_is_a_difference(tmp_path: Path) -> N
     teacher = load(tmp_path / "t", byte_level(["<b>", END, "<c>"]))
     with pytest.raises(DataError, match="at id 256"):
         check_same_tokenizer(student, teacher)
+
+
+def test_added_tokens_may_differ_where_that_is_asked_for(tmp_path: Path) -> None:
+    student = load(tmp_path / "s", byte_level([END, "<a>", "<c>"]))
+    teacher = load(tmp_path / "t", byte_level(["<b>", END, "<c>"]))
+    assert different_added_tokens(student, teacher) == {256, 257}
+    assert check_same_tokenizer(student, teacher, {256, 257}) == 259
+    assert different_added_tokens(student, load(tmp_path / "u", byte_level(swap=("A", "Z")))) == frozenset()
 
 
 def test_the_student_must_be_able_to_end_within_the_shared_vocabulary(tmp_path: Path) -> None:

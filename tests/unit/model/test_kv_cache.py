@@ -11,6 +11,7 @@ from kdrl_mcore.model.kv_cache import KVCache, padded_columns
 
 PROMPTS, COPIES, HEADS, GROUPS, WIDTH = [2, 5, 61], 2, 4, 2, 8
 STEPS = 72
+WINDOWS = {1: None, 2: 66}  # the second is reached while decoding
 CHECKED = (0, 1, 2, 3, 4, 66, 67, 70, 71)  # before and after slots leave, and the cache grows
 
 
@@ -20,7 +21,7 @@ def draw(rows: int, heads: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("few_shapes", [True, False])
 def test_decoding_attends_to_the_prompt_and_all_tokens_before(few_shapes: bool) -> None:
-    """Two layers, copies of prompts, slots that leave, and rows beyond the slots."""
+    """Two layers, one of them with a window, copies of prompts, slots that leave, and rows beyond the slots."""
     cache = KVCache(PROMPTS, COPIES, STEPS, few_shapes=few_shapes)
     prompts = {layer: (draw(sum(PROMPTS), GROUPS, layer), draw(sum(PROMPTS), GROUPS, 10 + layer)) for layer in (1, 2)}
     for layer, (key, value) in prompts.items():
@@ -38,14 +39,15 @@ def test_decoding_attends_to_the_prompt_and_all_tokens_before(few_shapes: bool) 
         slots = len(seen[1])
         for layer in seen:
             query, key, value = (draw(slots + 1, n, 1000 * layer + 3 * step + i) for i, n in enumerate((HEADS, GROUPS, GROUPS)))
-            found = cache.attend(layer, query, key, value)
+            window = WINDOWS[layer]
+            found = cache.attend(layer, query, key, value, scale=0.3, window=window)
             assert found[slots:].eq(0).all()
             for slot, pair in enumerate(seen[layer]):
                 pair[:] = [torch.cat((old, new[slot : slot + 1])) for old, new in zip(pair, (key, value), strict=True)]
                 if step not in CHECKED:
                     continue
-                k, v = (x.transpose(0, 1) for x in pair)
-                expected = F.scaled_dot_product_attention(query[slot, :, None], k, v, enable_gqa=True)[:, 0]
+                k, v = (x[-(window or 0) :].transpose(0, 1) for x in pair)
+                expected = F.scaled_dot_product_attention(query[slot, :, None], k, v, scale=0.3, enable_gqa=True)[:, 0]
                 torch.testing.assert_close(found[slot], expected, rtol=1e-5, atol=1e-6)
         cache.advance()
 
@@ -61,7 +63,7 @@ def test_few_shapes_and_little_memory_for_thousands_of_tokens() -> None:
 def test_attention_meets_few_shapes_and_the_cache_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, places = set(), set()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float | None) -> Tensor:
         shapes.add((query.shape, key.shape, attn_mask.shape))
         places.add(key.data_ptr())
         assert attn_mask.dtype == query.dtype == torch.bfloat16  # nothing is converted at every call

@@ -1,29 +1,43 @@
-"""Products of few rows with a large weight, as in a decoding step on a CPU."""
+"""Products without gradients, with weights as they are and packed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kdrl_mcore.model.linear import few_rows_product, has_few_rows
+from kdrl_mcore.model import linear
+from kdrl_mcore.model.linear import pack, product
 
 
-@pytest.mark.parametrize("rows", [1, 5, 128, 129])
-def test_the_product_is_that_of_torch(rows: int) -> None:
-    x, weight = torch.randn(rows, 48, dtype=torch.float32), torch.randn(4099, 48)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (0, 1), (7, 1), (200,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_that_of_torch(bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, added = torch.randn(*shape, 48, dtype=dtype), torch.randn(4099, 48, dtype=dtype), torch.randn(4099, dtype=dtype)
+    expected = torch.nn.functional.linear(x, weight, added if bias else None)
     with torch.no_grad():
-        product = few_rows_product(x, weight)
-    assert product.is_contiguous()
-    torch.testing.assert_close(product, x @ weight.t())
+        packed = pack(weight)
+        assert packed is not None or dtype == torch.bfloat16  # which some CPUs have no instructions for
+        for each in (weight, packed):
+            if each is not None:
+                found = product(x, each, added if bias else None)
+                assert found.is_contiguous()
+                torch.testing.assert_close(found, expected)
 
 
-def test_where_the_weight_comes_first() -> None:
+def test_rows_in_any_order_of_memory_are_multiplied_with_one_weight() -> None:
+    """The transposed hidden states of an embedding: torch's own product copies the weight for each row."""
+    x, weight = torch.randn(1, 9, 48, dtype=torch.bfloat16).transpose(0, 1), torch.randn(64, 48, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        product(x, weight)
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+
+
+def test_which_weights_get_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.empty(512, 256), torch.empty(511, 256)
-    x = torch.empty(2, 64, 256)
-    assert not has_few_rows(x, large)  # gradients are on
-    with torch.no_grad():
-        assert has_few_rows(x, large)
-        assert not has_few_rows(x, small)
-        assert not has_few_rows(torch.empty(129, 1, 256), large)
-        assert not has_few_rows(x.bfloat16(), large.bfloat16())
-        assert not has_few_rows(x.to("meta"), large.to("meta"))
+    assert pack(large) is not None
+    assert pack(small) is None
+    assert pack(large.to("meta")) is None
+    assert pack(large.half()) is None
+    monkeypatch.setattr(linear, "_has_bfloat16", lambda: False)
+    assert pack(large.bfloat16()) is None

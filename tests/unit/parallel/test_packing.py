@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_mcore.parallel.packing import PackedBatch, Shape, pack, partition, place_rows, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import PackedBatch, Shape, lay_out_rows, pack, partition, plan_micro_batches, shapes_of
 
 Sequence = tuple[int, np.ndarray, np.ndarray]
 Lengths = list[tuple[int, int]]
@@ -101,16 +101,16 @@ def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come
 
 @properties
 @given(shapes=lengths, context=context_sizes)
-def test_place_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
+def test_lay_out_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
     """Ranks that send hidden states know where another rank wants them."""
     scored = {0: 3, 4: 1}
     counts = [Shape(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
     for rank, batch in enumerate(pack_on_all_ranks(shapes, context, scored=scored)):
         alignment = 2 * context if context > 1 else 1
-        places = place_rows(counts, alignment, scored=scored, context_rank=rank, context_size=context)
-        assert tuple(span for span, _ in places.spans) == batch.spans
-        assert places.order == batch.order
-        assert [row for _, rows in places.spans for row in rows.tolist()] == batch.rows_T.tolist()
+        packed = lay_out_rows(counts, alignment, scored=scored, context_rank=rank, context_size=context)
+        assert tuple(span for span, _ in packed.spans) == batch.spans
+        assert packed.order == batch.order
+        assert [row for _, rows in packed.spans for row in rows.tolist()] == batch.rows_T.tolist()
 
 
 @settings(properties, max_examples=80)

@@ -74,7 +74,7 @@ def homeless(ranks: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) ->
     """The tensors of which a row or column lies nowhere, in two places at once, or outside."""
     places: dict[str, set[tuple[int, int, int]]] = defaultdict(set)
     for rank in ranks:
-        for name, dim, start, length in rank["pieces"]:
+        for name, dim, start, length in rank["slices"]:
             places[name].add((dim, start, start + length))
     wrong = [name for name in places if name not in shapes]
     for name, shape in shapes.items():

@@ -18,11 +18,11 @@ from kdrl_mcore.parallel.packing import Shape, num_rows
 from kdrl_mcore.planning import published
 from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.live import LiveBytes
-from kdrl_mcore.planning.measures import measures, with_config
 from kdrl_mcore.planning.memory import GIB, engine_share, fit_engine, kept_micro_batches, plan_engine_share
 from kdrl_mcore.planning.passes import idle_experts
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.rates import NETWORK, Rates
+from kdrl_mcore.planning.savings import savings, with_config
 from kdrl_mcore.planning.search import search
 from kdrl_mcore.planning.setup import Engines, find_engines, make_setup, shard_requests
 from kdrl_mcore.planning.shards import find_shape, try_shards
@@ -210,7 +210,7 @@ def test_vllm_is_planned_to_sample_faster_than_the_embedded_engine_where_that_is
 
 def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     plans = {on: planned(*SERVERS, f"rollout.steps_ahead={on}") for on in (0, 1)}
-    kept = {on: {each.name: each for each in measures(plan)} for on, plan in plans.items()}
+    kept = {on: {each.name: each for each in savings(plan)} for on, plan in plans.items()}
     off, on = kept[0]["one-step-off generation"], kept[1]["one-step-off generation"]
     assert (off.on, on.on) == (False, True) and on.seconds == pytest.approx(off.seconds)
     assert off.seconds == pytest.approx(plans[0].seconds - plans[1].seconds) and off.seconds > 0
@@ -220,7 +220,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     assert shorter == pytest.approx(early.hidden) and 0.1 < early.hidden / early.phase("teacher").total <= 1
     assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no full part
     assert kept[1]["teacher while servers sample"].seconds is None
-    saved = {each.name: each for each in measures(planned(*EMBEDDED))}
+    saved = {each.name: each for each in savings(planned(*EMBEDDED))}
     assert saved["one-step-off generation"].seconds is None and "server" in saved["one-step-off generation"].note
     assert saved["recompute"].on and saved["recompute"].bytes > 0 > saved["recompute"].seconds
     assert not saved["optimizer off-load"].on and saved["optimizer off-load"].bytes > 0
@@ -233,7 +233,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     )
     assert saved["overlapped parameter gathering"].seconds == 0  # the refit follows and reads the weights
     four = planned("batch.updates_per_step=4", "parallel.overlap_grad_reduce=true")
-    gathers = {each.name: each for each in measures(four)}["overlapped parameter gathering"]
+    gathers = {each.name: each for each in savings(four)}["overlapped parameter gathering"]
     assert not gathers.on and 0 < gathers.seconds < four.phase("training")[NETWORK]
     hidden = planned("batch.updates_per_step=4", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
     assert four.seconds - hidden.seconds == pytest.approx(gathers.seconds)
@@ -349,3 +349,28 @@ def test_the_preflight_makes_the_same_plan(gib: int, message: str | None, monkey
     else:
         with pytest.raises(CheckFailed, match=message):
             configuration.check_memory(config)
+
+
+def test_a_student_that_teaches_itself_loads_no_teacher() -> None:
+    """Its earlier weights take 4 bytes per parameter, shared by its replicas; a longer prompt takes time."""
+    own = [
+        *EMBEDDED,
+        "teacher.path=null",
+        "teacher.parallel.tensor=1",
+        "teacher.parallel.pipeline=1",
+        "teacher.weights=average",
+        "teacher.offload=false",
+    ]
+    plan, present = planned(*own), planned(*own[:-1], "teacher.weights=present", "teacher.prompt.template=chat")
+    items = {item.kind: item.bytes for item in plan.memory[0].items}
+    setup = plan.setup
+    largest, layout = max(stage.parameters for stage in setup.student.shard.stages), setup.student.layout
+    assert "teacher" not in items and items["earlier weights"] == 4 * largest / (layout.data * layout.context)
+    assert "earlier weights" not in {item.kind for item in present.memory[0].items}
+    assert plan.phase("teacher").total > present.phase("teacher").total > 0
+    tokens = load_config(RUN).rollout.max_prompt_tokens
+    longer = planned(
+        *own[:-1], "teacher.weights=present", "teacher.prompt.template=chat", f"teacher.prompt.max_tokens={4 * tokens}"
+    )
+    assert longer.phase("teacher").total > 1.1 * present.phase("teacher").total
+    assert summarise(plan)["teacher"] == {"path": summarise(plan)["student"]["path"], "parameters": setup.student.parameters}

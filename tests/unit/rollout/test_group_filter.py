@@ -36,7 +36,7 @@ def fill(
     later = [entries_of(rollouts) for rollouts in rounds]
     choice = GroupFilter(wanted, allowed, teaches).fill(entries_of(first), lambda number, before: later[number - 1])
     sampled = [*first, *(rollout for more in rounds for rollout in more)]
-    assert [sampled[place] for place in choice.places] == [r for entry in choice.chosen for r in entry.rollouts or ()]
+    assert [sampled[index] for index in choice.indices] == [r for entry in choice.chosen for r in entry.rollouts or ()]
     dropped = {reason: [entry.prompt.prompt_id for entry in entries] for reason, entries in choice.dropped.items()}
     return [entry.prompt.prompt_id for entry in choice.chosen], dropped, choice.counts
 
@@ -119,16 +119,16 @@ def test_only_groups_that_may_stay_are_scored_early_and_by_their_places_in_the_s
     def in_parts(prompts: Any, sampling: Any, on_part: Any) -> list[Rollout]:
         rollouts = generate(prompts, sampling)
         for group in (1, 0):
-            on_part({place: rollout for place, rollout in enumerate(rollouts) if rollout.group_id == group})
+            on_part({index: rollout for index, rollout in enumerate(rollouts) if rollout.group_id == group})
         return rollouts
 
     source.engine.generate = in_parts
     source.refit()
-    chosen = source.rollouts(1, lambda part: scored.append({place: (r.prompt_id, r.correct) for place, r in part.items()}))
+    chosen = source.rollouts(1, lambda part: scored.append({index: (r.prompt_id, r.correct) for index, r in part.items()}))
     assert scored == [{0: ("p0", True), 1: ("p0", False)}, {4: ("p2", True), 5: ("p2", False)}]
     assert source.chosen == [0, 1, 4, 5]
     early = scored[0] | scored[1]
-    assert [early[place] for place in source.chosen] == [(rollout.prompt_id, rollout.correct) for rollout in chosen]
+    assert [early[index] for index in source.chosen] == [(rollout.prompt_id, rollout.correct) for rollout in chosen]
 
 
 def test_all_groups_are_scored_early_where_all_stay() -> None:

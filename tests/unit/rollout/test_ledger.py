@@ -85,8 +85,8 @@ def test_what_waits_goes_through_a_checkpoint() -> None:
     after.load_state_dict(through_json(before.state_dict()))
     after.check()
     assert after.counts() == before.counts() and after.dropped == before.dropped
-    assert [(e.place, e.prompt.prompt_id, e.draw) for e in after.waiting] == [
-        (e.place, e.prompt.prompt_id, e.draw) for e in before.waiting
+    assert [(e.position, e.prompt.prompt_id, e.draw) for e in after.waiting] == [
+        (e.position, e.prompt.prompt_id, e.draw) for e in before.waiting
     ]
     assert names(after.due(2)) == names(complete) and names(after.due(3)) == names(complete + begun)
     for ours, theirs in zip(after.train(after.due(2)), before.train(complete), strict=True):

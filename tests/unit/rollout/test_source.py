@@ -26,7 +26,7 @@ def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> No
 def test_a_stale_response_is_refused() -> None:
     rollouts = [Rollout("p7", 2, np.array([3]), np.array([4]), np.zeros(1), "stop", version) for version in (4, 3)]
     refuse_stale(rollouts, version=4, allowed=1)
-    with pytest.raises(EngineError, match=r"prompt p7 was sampled with weights of version 3, the student has version 4"):
+    with pytest.raises(EngineError, match=r"prompt p7 was sampled with weights of version 3, but the student has version 4"):
         refuse_stale(rollouts, version=4, allowed=0)
 
 

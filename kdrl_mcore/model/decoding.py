@@ -1,0 +1,111 @@
+"""A decoding step: one token of every sequence through a model chunk's layers.
+
+It computes what the modules compute, with their weights and over their groups, in a third of the operations: Megatron-Core's
+modules prepare for gradients, recompute and overlap, which costs as much time as the products of a few rows. All rows are
+on every tensor-parallel rank, under sequence parallelism as well: with so few, splitting them saves nothing.
+
+N rows (one per sequence, and fillers), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kdrl_mcore.model.attention import PackedSequences
+from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.model.linear import ColumnParallel, RowParallel, pack
+from kdrl_mcore.model.lora import ADAPTER
+from kdrl_mcore.parallel.collectives import all_gather_single
+from kdrl_mcore.parallel.layout import ModelGroups
+
+
+def can_decode(chunk: LanguageModel) -> bool:
+    """Whether `decode` computes this chunk: its linear layers are ours, not Transformer Engine's, and have no adapters."""
+    linear_layers = [layer.self_attention.linear_qkv for layer in chunk.decoder.layers]
+    adapted = any(hasattr(module, ADAPTER) for module in chunk.decoder.modules())
+    return not adapted and all(isinstance(each, ColumnParallel) for each in linear_layers)
+
+
+def decode(
+    chunk: LanguageModel, groups: ModelGroups, tokens_N: Tensor, hidden_NH: Tensor | None, packed: PackedSequences
+) -> Tensor:
+    """One token of each sequence through this chunk, without gradients.
+
+    Args:
+        hidden_NH: what the chunk before returned; None for the first.
+        packed: the positions, and the cache, which must be decoding.
+
+    Returns:
+        Hidden states [N, H], normalised after the last layer of the model. Collectives over the tensor-parallel group: a SUM
+        all-reduce after attention and one after each MLP, and those of the embedding and of experts.
+    """
+    if hidden_NH is None:
+        embedded: Tensor = chunk.embedding(input_ids=tokens_N[None], position_ids=None)
+        hidden_NH = _whole(embedded.squeeze(1), groups)
+    for layer in chunk.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        context = attention.decode(layer.input_layernorm(hidden_NH), packed)
+        output = _sum(attention.linear_proj.product(context), groups)
+        hidden_NH = layer.self_attn_bda(False, False)((output, attention.linear_proj.bias), hidden_NH, 0.0)
+        branch = _feed_forward(mlp, layer.pre_mlp_layernorm(hidden_NH), groups)
+        hidden_NH = layer.mlp_bda(False, False)(branch, hidden_NH, 0.0)
+    if chunk.decoder.final_layernorm is not None:
+        hidden_NH = chunk.decoder.final_layernorm(hidden_NH)
+    return chunk._postprocess(hidden_NH)
+
+
+def _feed_forward(mlp: Any, x_NH: Tensor, groups: ModelGroups) -> tuple[Tensor, Tensor | None]:
+    """Output, and the bias to be added, of the MLP, or of the module with its experts, of which each rank under sequence
+    parallelism routes its own rows."""
+    if hasattr(mlp, "linear_fc1"):
+        gate, up = mlp.linear_fc1.product(x_NH).chunk(2, dim=-1)
+        return _sum(mlp.linear_fc2.product(mlp.config.activation_func(gate).mul_(up)), groups), mlp.linear_fc2.bias
+    if groups.layout.sequence_parallel:
+        x_NH = x_NH.chunk(groups.tensor.size())[groups.tensor.rank()]
+    output, bias = mlp(x_NH[:, None])
+    return _whole(output.squeeze(1), groups), bias
+
+
+def _sum(x_NH: Tensor, groups: ModelGroups) -> Tensor:
+    """The sum over the tensor-parallel group, in place."""
+    if groups.layout.tensor > 1:
+        dist.all_reduce(x_NH, group=groups.tensor)
+    return x_NH
+
+
+def _whole(x: Tensor, groups: ModelGroups) -> Tensor:
+    """The rows of all tensor-parallel ranks, where each has its own."""
+    if not groups.layout.sequence_parallel:
+        return x
+    whole = x.new_empty(len(x) * groups.tensor.size(), x.size(1))
+    all_gather_single(whole, x.contiguous(), group=groups.tensor)
+    return whole
+
+
+def pack_weights(chunks: Iterable[LanguageModel]) -> None:
+    """Give every large weight of the linear layers and of the output head a copy that is faster to multiply with (on CPUs that
+    gain by it), until `unpack_weights`. A copy does not follow the weight: nothing may be updated in between."""
+    for chunk in chunks:
+        for module in _linear_layers(chunk):
+            if module.packed is None:
+                module.packed = pack(module.weight)
+        if chunk.post_process and chunk.packed_head is None:
+            chunk.packed_head = pack(chunk.head_weight())
+
+
+def unpack_weights(chunks: Iterable[LanguageModel]) -> None:
+    """Drop the copies."""
+    for chunk in chunks:
+        for module in _linear_layers(chunk):
+            module.packed = None
+        chunk.packed_head = None
+
+
+def _linear_layers(chunk: LanguageModel) -> Iterator[ColumnParallel | RowParallel]:
+    for module in chunk.decoder.modules():
+        if isinstance(module, (ColumnParallel, RowParallel)):
+            yield module
