@@ -49,9 +49,9 @@ GPU_CHECK ?=
 # The Python of the bare machine for which `make gpu-wheels` packs.
 FOR ?= 3.12
 
-# `make test` runs two rows of groups in parallel. Those of the second mostly wait for the package index or for SLURM.
-GROUPS := test-main test-vllm
-WAITING_GROUPS := check test-index test-slurm
+# `make test` runs two rows of groups in parallel. Those of the second mostly wait: for the package index, SLURM, or vLLM's start.
+GROUPS := test-main
+WAITING_GROUPS := check test-index test-slurm test-vllm
 
 .PHONY: help setup demo demo-real docs test test-real $(GROUPS) $(WAITING_GROUPS) contracts gpu-check gpu-wheels clean
 

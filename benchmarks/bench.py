@@ -43,6 +43,7 @@ MATERIALISED_COPIES = {
     "jensen_shannon": 15,
     "top_k_bucket": 8,
     "top_k_corrected": 7,
+    "top_k_jsd": 8,
     "eopd": 7,
 }
 """The number of float32 [T, V] tensors that the materialised variant holds; used to check the memory before it runs."""

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.help import Defaults
 from kdrl_mcore.errors import KdrlError
-from kdrl_mcore.rollout.vllm.worker import RefitWorker
+from kdrl_mcore.rollout.vllm.receiver import WeightReceiver
 
 TIMEOUT = 300.0
 TRANSPORTS = {"memory": True, "broadcast": False}
@@ -130,10 +129,8 @@ def measure(folder: Path, tp: int, bucket_bytes: int, repeats: int) -> list[Timi
     return found
 
 
-class _Discarding(RefitWorker):
+class _Discarding(WeightReceiver):
     """A worker without a model, which discards the weights."""
-
-    rank, device, parallel_config = 0, torch.device("cpu"), SimpleNamespace(world_size=1)
 
     def load_received(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         for _ in weights:
@@ -158,7 +155,7 @@ def _receive(connection: Connection) -> None:
     """The main function of the receiving process."""
     torch.set_num_threads(1)
     while True:
-        connection.send(_Discarding().receive_weights(connection.recv()))
+        connection.send(_Discarding(0, 1, torch.device("cpu")).receive_weights(connection.recv()))
 
 
 def _send(

@@ -17,9 +17,11 @@ from kdrl_mcore.config.derived import (
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
+    loads_teacher,
     longest_response,
     num_given,
     num_updates,
+    reads_scores,
     replays,
     samples,
     teaches_itself,
@@ -28,12 +30,12 @@ from kdrl_mcore.config.derived import (
     uses_reference,
     uses_teacher,
 )
-from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts, teacher_limits
+from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts
 from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
 from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens
+from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_tokens
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
@@ -54,8 +56,10 @@ from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.recorded import read_recorded
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
 
@@ -81,7 +85,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     if dist.get_rank() == 0:
         describe_data(data, evaluation)
     teacher = build_teacher(config, student, data.vocab_size, on_phase)
-    reference = build_reference(config, data.vocab_size, on_phase)
+    reference = build_reference(config, student, data.vocab_size, on_phase)
     on_phase("start engines")
     verifier = build_verifier(config, data, student)
     engine = build_engine(config, data, student, verifier, partial(on_phase, "start engines"), on_progress)
@@ -96,6 +100,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         alpha=Coefficient(config.objective.alpha),
         beta=Coefficient(config.objective.beta),
         mask_stop_token=masks_stop_token(config),
+        unshared=data.unshared,
     )
 
 
@@ -134,12 +139,14 @@ class TrainingData:
         vocab_size: the number of tokens that all models share.
         limits: the models' limits on token ids and lengths.
         domains: the prompts; empty if rollouts are replayed.
+        unshared: see `Job`.
     """
 
     tokenizer: Tokenizer | None
     vocab_size: int
     limits: Limits
     domains: list[Domain]
+    unshared: frozenset[int] = frozenset()
 
 
 def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
@@ -150,7 +157,8 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
     """
     on_phase("load tokenizers")
     assert config.student.path is not None
-    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path)
+    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path, added_may_differ=loads_teacher(config))
+    unshared = find_unshared(config)
     limits = Limits.of(vocab_size, list(used_models(config).values()))
     if tokenizer is None and not replays(config):
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
@@ -163,10 +171,33 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
         domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
         for (source, _), domain in zip(sources, domains, strict=True):
             check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
-            check_teacher_prompts(
-                domain.prompts, str(source.path), teacher_limits(config, vocab_size), longest_response(config)
-            )
-    return TrainingData(tokenizer, vocab_size, limits, domains)
+            check_teacher_prompts(domain.prompts, str(source.path), config, unshared)
+    return TrainingData(tokenizer, vocab_size, limits, domains, frozenset(unshared))
+
+
+def find_unshared(config: Config) -> dict[int, str]:
+    """The student's added tokens at whose ids the teacher has others. Rank 0 says what follows from it.
+
+    Raises:
+        ConfigError: the loss compares both models over the vocabulary.
+    """
+    if not loads_teacher(config):
+        return {}
+    assert config.student.path is not None and config.teacher.path is not None
+    unshared = unshared_tokens(config.student.path, config.teacher.path)
+    if unshared and compares_over_vocabulary(config.objective):
+        first = min(unshared)
+        raise ConfigError(
+            f"the teacher {config.teacher.path} has other added tokens than the student ({len(unshared)}, the first at id "
+            f"{first}, {unshared[first]!r}), and objective.kd.estimator={config.objective.kd.estimator} compares the whole "
+            "vocabulary (as kd.control_variate does): set it to k1, k2 or k3"
+        )
+    if unshared and dist.get_rank() == 0:
+        logger.warning(
+            "the teacher %s has other added tokens at %d ids: a response is distilled up to the first of %s",
+            *(config.teacher.path, len(unshared), _listed(unshared)),
+        )
+    return unshared
 
 
 def build_evaluation(config: Config, data: TrainingData, student: Student, on_phase: OnPhase) -> Evaluation | None:
@@ -197,10 +228,13 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     kd, name = config.objective.kd, TEACHER if config.teacher.prompt.template != "student" else None
     if kd.clamp is not None and dist.get_rank() == 0:
         logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
+    if reads_scores(config):
+        assert config.rollout.path is not None
+        return read_recorded(config.rollout.path, config, vocab_size)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.take_teacher_head()
-        return SelfTeacher(student, name)
+        return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
     teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
@@ -215,7 +249,7 @@ def masks_stop_token(config: Config) -> bool:
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
-    if teaches_itself(config):
+    if config.teacher.path is None:
         return False
     assert config.student.path is not None and config.teacher.path is not None
     student, teacher = (stop_tokens(path) for path in (config.student.path, config.teacher.path))
@@ -245,11 +279,13 @@ def _listed(tokens: Mapping[int, str]) -> str:
     return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
 
 
-def build_reference(config: Config, vocab_size: int, on_phase: OnPhase) -> Teacher | None:
-    """A frozen copy of the initial student, in the student's layout; None if the loss has no reference KL. Collective over the
-    world."""
+def build_reference(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | FrozenBase | None:
+    """A frozen copy of the initial student, in the student's layout; if adapters are trained, the model below them, which is no
+    copy. None if the loss has no reference KL. Collective over the world."""
     if not uses_reference(config.objective):
         return None
+    if student.lora is not None:
+        return FrozenBase(student)
     assert config.student.path is not None
     parallel = config.parallel
     settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))
@@ -330,7 +366,7 @@ def build_source(
     if replays(config):
         assert rollout.path is not None
         source = ReplayedRollouts(rollout.path, data.limits, config.batch.updates_per_step)
-        check_teacher_rollouts(source.every, rollout.path, config, data.vocab_size)
+        check_teacher_rollouts(source.every, rollout.path, config, data.unshared)
     else:
         assert engine is not None
         prompts = PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle)
@@ -360,6 +396,8 @@ def build_sampling_source(
         (config.trainer.seed, 0),
         verify=True,
         part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None

@@ -120,8 +120,10 @@ def _log_ratio_sums(batch: TrainingBatch, mask_stop_token: bool) -> Tensor:
     """sum_t (log T - log pi) of each response [N], pi as the sampler reported it; 0 where the teacher did not score it."""
     teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or [None] * len(batch.rollouts)
     sums = []
-    for rollout, scores in zip(batch.rollouts, teacher, strict=True):
+    scored = batch.scored()
+    for index, (rollout, scores) in enumerate(zip(batch.rollouts, teacher, strict=True)):
         tokens = len(rollout.response_token_ids) - (mask_stop_token and rollout.finish_reason == "stop")
+        tokens = min(tokens, scored.get(index, 0))
         difference = None if scores is None else scores.astype("float64") - rollout.sampler_log_probs
         sums.append(0.0 if difference is None else float(difference[:tokens].sum()))
     return torch.tensor(sums, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.rollout.engine import RolloutEngine
 from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
+from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.teacher.scores import TeacherScores
@@ -32,7 +34,7 @@ class Job:
     config: Config
     student: Student
     teacher: ScoreSource | None
-    reference: Teacher | None
+    reference: Teacher | FrozenBase | None
     source: RolloutSource
     engine: RolloutEngine | None
     evaluation: Evaluation | None
@@ -40,6 +42,9 @@ class Job:
     beta: Coefficient
     mask_stop_token: bool = False
     """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
+
+    unshared: frozenset[int] = frozenset()
+    """The token ids that mean something else to the teacher: from the first one on, a response is not distilled."""
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
         """Let the teacher score each response to distil once, up to its last token with a weight, and no others. The log-probs
@@ -55,7 +60,7 @@ class Job:
         wanted = {
             index: rollout.with_response(tokens)
             for (index, rollout), tokens, distil in zip(rollouts.items(), lengths, distil_N.tolist(), strict=True)
-            if distil and index not in scores
+            if distil and tokens and index not in scores
         }
         if wanted:
             assert self.teacher is not None
@@ -63,13 +68,20 @@ class Job:
             kinds = wanted_scores(objective)
             found = self.teacher.scores_of(wanted, kinds, temperature=temperature, micro_tokens=micro_tokens)
             scores.add(found, {index: len(rollouts[index].response_token_ids) for index in wanted})
-        for (index, rollout), tokens in zip(rollouts.items(), lengths, strict=True):
+        for (index, rollout), tokens, distil in zip(rollouts.items(), lengths, distil_N.tolist(), strict=True):
+            if distil and not tokens and index not in scores:
+                scores.skip(index, len(rollout.response_token_ids))
             rollout.teacher_log_probs = scores.log_probs.get(index) if tokens == len(rollout.response_token_ids) else None
 
     def scored_tokens(self, rollouts: Sequence[Rollout], distil_N: Tensor) -> Tensor:
         """How many tokens of each response, from its start, the teacher scores [N]. Not collective."""
         lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.long)
-        return scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
+        scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
+        if not self.unshared:
+            return scored_N
+        unshared = np.array(sorted(self.unshared))
+        readable = [np.append(np.isin(each.response_token_ids, unshared), True).argmax() for each in rollouts]
+        return torch.minimum(scored_N, torch.tensor(readable, dtype=torch.long))
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[TrainingBatch]:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
@@ -117,5 +129,5 @@ class Job:
         rollout, batch = self.config.rollout, self.config.batch
         return score_rollouts(self.student.parts, rollouts, temperature=rollout.temperature, micro_tokens=batch.micro_tokens)
 
-    def _score(self, model: Teacher, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
+    def _score(self, model: Teacher | FrozenBase, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)

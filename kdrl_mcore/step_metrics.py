@@ -12,6 +12,7 @@ from kdrl_mcore.config import ClusterConfig
 from kdrl_mcore.evaluation.metrics import standard_error
 from kdrl_mcore.model.flop import peak_tflops, training_flop
 from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.lora import adapters
 from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.correction import effective_share
 from kdrl_mcore.student.student import UpdateResult
@@ -51,6 +52,8 @@ def step_metrics(
         "teacher_tokens": float(scored),
         "teacher_tokens_saved": float(tokens - scored),
     }
+    if beta:
+        metrics["distilled_responses"] = float((scored_N > 0).double().mean())
     if given.any():
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
     metrics |= leak_metrics(sampled)
@@ -108,10 +111,14 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
         "kl_full": ("kl_full", distilled),
     }
     metrics.update({new: sums[name] / counted for name, (new, counted) in means.items() if name in sums and counted})
-    for weights, counted, others in (("correction", own, given), ("kd_importance", distilled, 0.0)):  # others have weight 1
+    for weights, counted, others in (
+        ("correction", own, given),
+        ("kd_importance", distilled, 0.0),
+        ("ratio", own, given),
+    ):  # others have weight 1
         if weights in sums:
             total, squares = sums[weights] - others, sums[f"{weights}_squared"] - others
-            metrics[f"{weights}_ess"] = effective_share(total, squares, counted)
+            metrics["rollout_ess" if weights == "ratio" else f"{weights}_ess"] = effective_share(total, squares, counted)
     for name in {name for update in updates for name in update.maxima}:
         metrics[name] = max(update.maxima.get(name, 0.0) for update in updates)
     metrics["grad_norm"] = float(np.mean([update.grad_norm for update in updates]))
@@ -143,7 +150,7 @@ def utilization(student: ModelParts, rollouts: Sequence[Rollout], seconds: float
         sequences += [(response, response, prompt) for prompt, response in shapes]
     else:
         sequences = [(prompt + response, response, 0) for prompt, response in shapes]
-    flop = training_flop(student.architecture, sequences)
+    flop = training_flop(student.architecture, sequences, frozen=any(True for _ in adapters(student.chunks)))
     tflops = flop / seconds / dist.get_world_size() / 1e12
     peak = peak_tflops(cluster)
     return {"time/tflops": tflops, "time/mfu": tflops / peak} if peak else {"time/tflops": tflops}

@@ -44,6 +44,7 @@ from kdrl_mcore.run_directory.start import Start
 from kdrl_mcore.self_test import run_self_test
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.supervised import run_supervised_iteration
+from kdrl_mcore.teacher.recorded import check_age
 from kdrl_mcore.vocab_parallel.chunk import chooses_triton
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,7 @@ class Trainer:
         if not finite:
             self._refuse_weights(step)
         check_drift(config, step, metrics)
+        check_age(config, step, metrics)
         self._count_bad_updates(step, int(metrics["skipped_updates"]))
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -22,12 +22,14 @@
 #   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm.server with the configuration's model
 
 submitted=("$@") # the batch script's arguments
-step_pid= server_pid= asked= port=
+step_pid= server_pid= port=
+asked= # when the job was asked to stop, in seconds after its start
 
 launch() { # launch EXPERIMENT [key=value ...]
   set -euo pipefail
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "this script is a SLURM job: sbatch $0 [key=value ...]"
   prepare
+  for name in USR1 USR2 TERM INT HUP; do trap "forward $name" "$name"; done
   overrides=("${@:2}")
   check_array "${@:2}"
   [[ " ${overrides[*]-} " == *" experiment="* ]] || overrides=("experiment=$1" "${overrides[@]}")
@@ -41,7 +43,6 @@ launch() { # launch EXPERIMENT [key=value ...]
   source "$scripts/network.sh"
   say "job $job (start $start): $train_nodes x $ranks_per_node ranks on $SLURM_JOB_NODELIST"
   say "run directory $run_dir; output of each node: $KDRL_LOG_DIR"
-  for name in USR1 USR2 TERM INT HUP; do trap "forward $name" "$name"; done
   if [[ ${KDRL_PREFLIGHT:-1} != 0 ]]; then
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
@@ -52,7 +53,12 @@ launch() { # launch EXPERIMENT [key=value ...]
 }
 
 prepare() { # set up what all steps share: the job, its environment, its Python
-  unset CDPATH
+  # The user's shell may have exported other rules, other formats of time, and functions by the names of commands.
+  unset CDPATH POSIXLY_CORRECT SLURM_TIME_FORMAT
+  unset -f cd cat cut grep head readlink scontrol sed sort srun stat tail tr
+  export -n SHELLOPTS BASHOPTS
+  set +o posix +o noglob +o noclobber
+  shopt -u nullglob failglob
   scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   repository=${scripts%/*} KDRL_ROOT=${scripts%/*}
   if [[ -f $scripts/interpreter || -f $scripts/../__init__.py ]]; then # written by kdrl-slurm, or in the installed package
@@ -153,7 +159,10 @@ run_step() { # run_step NAME MODULE ARGUMENTS...: runs on all training nodes; re
   step_pid=
   if ((code == 0)); then
     # slurm/task.sh creates the file; training that was in its last step is complete nevertheless.
-    [[ ! -e $KDRL_LOG_DIR/asked-to-stop ]] || is_complete "$name" || requeue 0 "$name was asked to stop"
+    if [[ -e $KDRL_LOG_DIR/asked-to-stop ]] && ! is_complete "$name"; then
+      asked=${asked:-$SECONDS}
+      requeue 0 "$name was asked to stop"
+    fi
     return 0
   fi
   grep -hsE '^(error|hang):' "$KDRL_LOG_DIR/$name"-*.log | sort -u | head -n 20 >&2 ||
@@ -225,7 +234,7 @@ stop_servers() { # servers ignore signals that ask the job to stop, as training 
 
 forward() { # SLURM signals the batch script; srun forwards signals to its tasks
   say "received SIG$1"
-  asked=1
+  asked=${asked:-$SECONDS}
   [[ -z $step_pid ]] || kill -s USR1 "$step_pid" 2>/dev/null || true
 }
 

@@ -47,6 +47,9 @@ why_it_stays() { # why this job cannot go back to the queue; prints nothing if i
     echo "it is interactive"
   elif [[ $(field Requeue) == 0 ]]; then
     echo "it has --no-requeue"
+  elif [[ -n $asked && $(field TimeLimit) =~ ^00:(0[0-9]|1[0-6]): ]] && ((asked < 120)); then # and so it would be each time
+    echo "SLURM warned it of its time limit $asked s after its start: the limit, $(field TimeLimit), must be longer than the time \
+between warning and limit (--signal, 900 s): give it more by --time, or sbatch --signal=B:USR1@60"
   fi
 }
 

@@ -31,6 +31,7 @@ class Sizes:
         head_tokens, head_hidden: sizes for the output head alone, over `vocab` columns.
         responses, response_tokens, micro_tokens: sizes of a training step.
         slot_bytes: the size of a bucket that is passed between two processes.
+        repeats: how often what is timed is repeated.
         dtype: the type of the weights.
         tests: pytest arguments that select among tests/gpu.
     """
@@ -46,13 +47,14 @@ class Sizes:
     response_tokens: int
     micro_tokens: int
     slot_bytes: int
+    repeats: int
     dtype: str
     tests: tuple[str, ...] = ()
 
 
 SIZES = {
-    "full": Sizes(8192, 2048, 16, 151936, 6144, 8192, 4096, 64, 1024, 16384, 256 << 20, "bfloat16"),
-    "small": Sizes(64, 128, 2, 256, 96, 32, 32, 4, 8, 64, 1 << 16, "float32", ("-k", "chosen")),
+    "full": Sizes(8192, 2048, 16, 151936, 6144, 8192, 4096, 64, 1024, 16384, 256 << 20, 5, "bfloat16"),
+    "small": Sizes(64, 128, 2, 256, 96, 32, 32, 4, 8, 64, 1 << 16, 1, "float32", ("-k", "chosen")),
 }
 PROMPT_TOKENS = 64
 STEPS = 3
@@ -96,7 +98,7 @@ def matrices(sizes: Sizes, folder: Path) -> Result:
     rate = _matrix_tflops(sizes)
     source = torch.empty(sizes.matrix * sizes.matrix, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    seconds = _seconds(lambda: target.copy_(source))
+    seconds = _seconds(lambda: target.copy_(source), sizes.repeats)
     return {"bfloat16_tflops": rate, "copy_gb_s": 2 * source.nbytes / seconds / 1e9}
 
 
@@ -151,7 +153,7 @@ def head(sizes: Sizes, folder: Path) -> Result:
         products = 6 if divergence is None else 8
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = _seconds(partial(step, divergence))
+        seconds = _seconds(partial(step, divergence), sizes.repeats)
         tflops = products * tokens * hidden * vocab / seconds / 1e12
         result |= {f"{name}_tflops": tflops, f"{name}_of_peak": tflops / peak}
         result[f"{name}_extra_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
@@ -170,7 +172,7 @@ def cuda_ipc(sizes: Sizes, folder: Path) -> Result:
         sums.append(checksum(slot))
     torch.cuda.synchronize()
     runner = ["tests.paper_cuda", "tools.gpu_stages"] if _on_paper() else ["tools.gpu_stages"]
-    description = json.dumps({"bytes": sizes.slot_bytes, **sender.describe(0, 1)})
+    description = json.dumps({"bytes": sizes.slot_bytes, "repeats": sizes.repeats, **sender.describe(0, 1)})
     done = subprocess.run([sys.executable, "-m", *runner], input=description, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": "the other process failed", "output": done.stderr.splitlines()[-25:]}
@@ -190,7 +192,7 @@ def receive() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     receiver, size = CudaIpcReceiver(description, device), description["bytes"]
     own = torch.empty(size, dtype=torch.uint8, device=device)
-    seconds = _seconds(lambda: own.copy_(receiver.take(0, size)))
+    seconds = _seconds(lambda: own.copy_(receiver.take(0, size)), description["repeats"])
     sums = [checksum(receiver.take(slot, size).clone()) for slot in range(SLOTS)]
     receiver.close()
     print(json.dumps({"checksums": sums, "gb_s": 2 * size / seconds / 1e9}))
@@ -246,7 +248,7 @@ def sample(sizes: Sizes, folder: Path) -> Result:
         rollouts = engine.generate(prompts, Sampling(1.0, 1.0, limit, 4, (1,)))
         found["tokens"] = sum(len(rollout.response_token_ids) for rollout in rollouts)
 
-    seconds = _seconds(generate, repeats=1)
+    seconds = _seconds(generate, 1)
     return {"sequences": sizes.responses, "tokens": found["tokens"], "tokens_per_s": found["tokens"] / seconds}
 
 
@@ -335,10 +337,10 @@ def _rollouts(sizes: Sizes, folder: Path) -> Path:
 
 def _matrix_tflops(sizes: Sizes) -> float:
     left, right = (torch.randn(sizes.matrix, sizes.matrix, device="cuda").bfloat16() for _ in range(2))
-    return 2 * sizes.matrix**3 / _seconds(lambda: left @ right) / 1e12
+    return 2 * sizes.matrix**3 / _seconds(lambda: left @ right, sizes.repeats) / 1e12
 
 
-def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def _seconds(work: Callable[[], object], repeats: int) -> float:
     """The seconds of one call on the GPU, after one that compiles and allocates."""
     work()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

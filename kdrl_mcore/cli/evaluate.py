@@ -151,7 +151,7 @@ def _identity(config: Config) -> dict[str, Any]:
         "data": settings["data"],
         "reward": settings["reward"],
         "eval": {key: value for key, value in settings["eval"].items() if key not in cadence},
-        "rollout": {key: settings["rollout"][key] for key in ("engine", "max_response_tokens", "top_p")},
+        "rollout": {key: settings["rollout"][key] for key in ("engine", "max_response_tokens", "top_p", "top_k", "min_p")},
     }
 
 
@@ -184,7 +184,7 @@ KEYS = {
     "samples": "eval.samples",
     "greedy": "eval.greedy",
     "temperature": "eval.temperature",
-    "top_p": "rollout.top_p",
+    "top_p": "eval.top_p",
     "max_response_tokens": "rollout.max_response_tokens",
     "max_sequences": "rollout.max_sequences",
     "tensor_parallel": "parallel.tensor",

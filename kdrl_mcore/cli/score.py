@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kdrl_mcore.cli.program import Options, Program, add_ranks_option, is_first_rank
 from kdrl_mcore.config import CHOICES, Config, ModelConfig
+from kdrl_mcore.config.derived import TEACHER
 from kdrl_mcore.config.keys import RANGES
 from kdrl_mcore.config.ranges import NOT_NEGATIVE, check_number
 from kdrl_mcore.convert.folders import find_model
@@ -48,14 +49,14 @@ def main(arguments: list[str]) -> int:
         for name in ("model", "teacher"):
             if getattr(options, name) is not None:
                 setattr(options, name, find_model(getattr(options, name)))
-        if options.model is not None:
+        if _scores(options):
             program.join(Config().trainer.distributed_timeout_minutes)
             _resolve(options)
             advice = f"lower --micro-tokens (now {options.micro_tokens}), or raise --tensor-parallel or --pipeline-parallel"
             with gpu_memory_errors("scoring", dist.get_rank(), advice):
                 score(options)
         if options.compare is not None and is_first_rank():
-            left = read_scored(options.input if options.model is None else options.output)
+            left = read_scored(options.output if _scores(options) else options.input)
             comparisons = compare_scores(left, read_scored(options.compare))
             show(comparisons)
             if options.tolerance is not None and max(each.largest for each in comparisons) > options.tolerance:
@@ -72,14 +73,20 @@ def _resolve(options: argparse.Namespace) -> None:
         setattr(options, option.removeprefix("--"), Path(folder))
 
 
+def _scores(options: argparse.Namespace) -> bool:
+    return options.model is not None or options.teacher is not None
+
+
 def _check(options: argparse.Namespace) -> None:
-    if options.model is None and options.compare is None:
-        raise ConfigError("nothing to do: name a model to score with (--model), or a file to compare with (--compare)")
-    if options.model is not None and options.output is None:
-        raise ConfigError("--model needs --output, the scored file to write")
+    if not _scores(options) and options.compare is None:
+        raise ConfigError(
+            "nothing to do: name a model to score with (--model, --teacher), or a file to compare with (--compare)"
+        )
+    if _scores(options) and options.output is None:
+        raise ConfigError(f"--{'teacher' if options.model is None else 'model'} needs --output, the scored file to write")
     for name in ("input", "compare"):
         given = getattr(options, name)
-        if options.model is not None and given is not None and given.exists() and options.output.resolve() == given.resolve():
+        if _scores(options) and given is not None and given.exists() and options.output.resolve() == given.resolve():
             raise ConfigError(f"--output is also the file of --{name}, whose scores would be lost: name another one")
     if options.compare is not None and not options.compare.is_file():  # checked before the scoring, not after
         raise DataError(f"{options.compare} does not exist: name a scored file or a rollout file (JSONL)")
@@ -94,28 +101,48 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def score(options: argparse.Namespace) -> None:
-    """Write `log_probs` and `entropy` of every response token and, with a teacher, `teacher_log_probs`. Collective over the
-    world: rank 0 writes."""
+    """Write `log_probs` and `entropy` of every response token and, with a teacher, `teacher_log_probs`, `teacher_entropy` and
+    whose they are. Collective over the world: rank 0 writes."""
     # Megatron-Core reads torch.cuda when it is imported, so the platform is prepared first.
     from kdrl_mcore.data.limits import Limits, check_rollouts
     from kdrl_mcore.data.vocabulary import shared_vocabulary
+    from kdrl_mcore.teacher.recorded import LISTS, RECORD, records_of
 
     rollouts = read_rollouts(options.input)
-    _, vocab_size = shared_vocabulary(options.model, options.teacher)
-    models = [options.model, *([options.teacher] if options.teacher is not None else [])]
-    check_rollouts(rollouts, options.input, Limits.of(vocab_size, models))
+    models = [path for path in (options.model, options.teacher) if path is not None]
+    _, vocab_size = shared_vocabulary(*models)
+    limits = Limits.of(vocab_size, models)
+    check_rollouts(rollouts, options.input, limits)
     layout = (options.tensor_parallel, options.pipeline_parallel)
-    log_probs, entropies = _score_with(options, options.model, layout, rollouts, vocab_size)
-    scores = {"log_probs": log_probs, "entropy": entropies}
+    scores, records = {}, {}
+    if options.model is not None:
+        scores["log_probs"], scores["entropy"] = _score_with(options, options.model, layout, rollouts, vocab_size)
     if options.teacher is not None:
         teacher_layout = (options.teacher_tensor_parallel or layout[0], options.teacher_pipeline_parallel or layout[1])
-        scores["teacher_log_probs"], _ = _score_with(options, options.teacher, teacher_layout, rollouts, vocab_size)
+        read = _as_teacher_reads(options, rollouts)
+        check_rollouts(read, options.input, limits)
+        found = _score_with(options, options.teacher, teacher_layout, read, vocab_size)
+        scores |= dict(zip(LISTS.values(), found, strict=True))
+        records[RECORD] = records_of(read, options.teacher, options.temperature, vocab_size)
     if is_first_rank():
         try:
-            write_rollouts(options.output, rollouts, scores)
+            write_rollouts(options.output, rollouts, scores, records)
         except OSError as error:
             raise DataError(f"{options.output} cannot be written ({error.strerror}): choose another --output") from error
         print(f"scored {len(rollouts)} responses: {options.output}")
+
+
+def _as_teacher_reads(options: argparse.Namespace, rollouts: list[Rollout]) -> list[Rollout]:
+    """The rollouts after the prompts that `--teacher-prompt` names."""
+    if options.teacher_prompt == "student":
+        return rollouts
+    for line, rollout in enumerate(rollouts, start=1):
+        if TEACHER not in rollout.teacher_prompts:
+            raise DataError(
+                f"{options.input} line {line} has no teacher_prompts.{TEACHER}: name a file of a run with teacher.prompt, or "
+                "leave out --teacher-prompt"
+            )
+    return [rollout.after(rollout.teacher_prompts[TEACHER]) for rollout in rollouts]
 
 
 def _score_with(
@@ -183,7 +210,13 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, help="model directory, a training checkpoint, or a run (its hf, or else its latest checkpoint)"
     )
     add_ranks_option(parser)
-    parser.add_argument("--teacher", type=Path, help="also score with this model, as teacher_log_probs")
+    parser.add_argument("--teacher", type=Path, help="score with this model (too), as teacher_log_probs")
+    parser.add_argument(
+        "--teacher-prompt",
+        choices=("student", "own"),
+        default="student",
+        help="what it reads: the student's prompts, or its own of the file's teacher_prompts (default: %(default)s)",
+    )
     parser.add_argument("--input", type=Path, required=True, help="rollout file (JSONL), or the scored file to compare")
     parser.add_argument("--output", type=Path, help="scored file to write")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="report the differences to this scored or rollout file")

@@ -13,6 +13,7 @@ from kdrl_mcore.config.load import (
     config_arguments,
     load_benchmark,
     load_config,
+    load_saved,
     save_config,
     slurm_dir,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "flatten",
     "load_benchmark",
     "load_config",
+    "load_saved",
     "override",
     "save_config",
     "slurm_dir",

@@ -10,15 +10,20 @@ from typing import Any
 
 from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
+    DISTRIBUTION,
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
     learns_from_reward,
     loads_teacher,
     replays,
+    teaches_itself,
     uses_distributed_optimizer,
+    uses_given,
     uses_teacher,
+    wanted_scores,
 )
+from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
@@ -287,6 +292,9 @@ def _check_loggers(names: Sequence[str]) -> None:
 
 
 def _check_vllm(settings: VllmConfig) -> None:
+    extra_arguments(settings.extra, "rollout.vllm.extra")
+    if settings.extra and settings.servers:
+        raise ConfigError("rollout.vllm.extra is for engines that the run starts: give it to kdrl-serve as --extra")
     if settings.servers and settings.placement != "server":
         raise ConfigError("rollout.vllm.servers needs rollout.vllm.placement=server")
     if settings.servers and settings.replicas not in (0, len(settings.servers)):
@@ -405,22 +413,28 @@ def _check_teacher(config: Config) -> None:
     if teacher.weights != "path":
         if not uses_teacher(config.objective):
             raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
-        if teacher.path:
+        if teacher.path and teaches_itself(config):
             raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
+        if teacher.weights == "base" and config.student.lora.rank == 0:
+            raise ConfigError(f"{name} are those below adapters, and student.lora.rank=0 has none: set it, or other weights")
         if prompt.template == "student" and teacher.weights == "present":
             raise ConfigError(
                 f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
             )
         if teacher.parallel != TeacherParallelConfig():
-            raise ConfigError(f"{name} are in the student's layout: leave teacher.parallel alone")
+            raise ConfigError(f"{name} has no layout of its own: leave teacher.parallel alone")
         if teacher.score_while_sampling:
             raise ConfigError(f"{name} are scored with between sampling and training: set teacher.score_while_sampling=false")
-    for key, kind, default in (
-        ("decay", "average", TeacherConfig.decay),
-        ("refresh_every", "refreshed", TeacherConfig.refresh_every),
-    ):
-        if getattr(teacher, key) != default and teacher.weights != kind:
+    if teacher.weights == "recorded":
+        _check_recorded(config)
+    for key, kind in (("decay", "average"), ("refresh_every", "refreshed"), ("min_ess", "recorded")):
+        if getattr(teacher, key) != getattr(TeacherConfig, key) and teacher.weights != kind:
             raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
+    _check_teacher_prompt(config)
+
+
+def _check_teacher_prompt(config: Config) -> None:
+    prompt = config.teacher.prompt
     used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
     for key, default in asdict(TeacherPromptConfig()).items():
         if key not in ("template", *used) and getattr(prompt, key) != default:
@@ -436,6 +450,20 @@ def _check_teacher(config: Config) -> None:
         )
 
 
+def _check_recorded(config: Config) -> None:
+    name, kd = "teacher.weights=recorded", config.objective.kd
+    if not replays(config):
+        raise ConfigError(f"{name} reads scores from a rollout file: set rollout=replay and rollout.path")
+    if DISTRIBUTION in wanted_scores(config.objective):
+        key = "control_variate=true" if kd.control_variate else f"estimator={kd.estimator}"
+        raise ConfigError(
+            f"{name} has the teacher's log-probs of the sampled tokens, and objective.kd.{key} needs its whole distribution: "
+            "set objective.kd.estimator to k1, k2 or k3, without control_variate"
+        )
+    if uses_given(config):
+        raise ConfigError(f"{name} has no scores of given responses: set rollout.given.share=0")
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """A nested configuration as `group.key: value`."""
     flat: dict[str, Any] = {}
@@ -443,5 +471,5 @@ def flatten(tree: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update({f"{key}.{inner}": each for inner, each in flatten(value).items()})
         else:
-            flat[key] = value
+            flat[str(key)] = value
     return flat

@@ -60,18 +60,23 @@ def uses_teacher(objective: ObjectiveConfig) -> bool:
 
 def teaches_itself(config: Config) -> bool:
     """Whether the student, with its present or earlier weights, is the teacher, so that no second model is loaded."""
-    return uses_teacher(config.objective) and config.teacher.weights != "path"
+    return uses_teacher(config.objective) and config.teacher.weights not in ("path", "recorded")
 
 
 def loads_teacher(config: Config) -> bool:
     """Whether the teacher is a model of its own in this job."""
-    return uses_teacher(config.objective) and not teaches_itself(config)
+    return uses_teacher(config.objective) and config.teacher.weights == "path"
+
+
+def reads_scores(config: Config) -> bool:
+    """Whether the teacher's scores are in the rollout file that is replayed."""
+    return uses_teacher(config.objective) and config.teacher.weights == "recorded"
 
 
 def keeps_earlier_weights(config: Config) -> bool:
     """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
     state is: 4 bytes per parameter, divided among its replicas."""
-    return teaches_itself(config) and config.teacher.weights != "present"
+    return teaches_itself(config) and config.teacher.weights not in ("present", "base")
 
 
 def reads_own_prompt(config: Config) -> bool:
@@ -182,10 +187,11 @@ def samples_with_vllm(config: Config) -> bool:
 
 def is_on_policy(config: Config) -> bool:
     """Whether every update uses the weights that sampled its batch, and the batch was sampled from their whole distribution
-    (with `top_p` the sampler's distribution is only the student's nucleus)."""
+    (with `top_p`, `top_k` or `min_p` the sampler's distribution is only the head of the student's)."""
     rollout = config.rollout
     sampled_now = samples(config) and rollout.steps_ahead == 0
-    return sampled_now and rollout.top_p == 1 and config.batch.updates_per_step == 1
+    whole = rollout.top_p == 1 and rollout.top_k == 0 and rollout.min_p == 0
+    return sampled_now and whole and config.batch.updates_per_step == 1
 
 
 def max_sequence_tokens(rollout: RolloutConfig) -> int:
@@ -298,4 +304,5 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
     }
     if share is not None:
         values["gpu-memory-utilization"] = share
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    extra = [word for argument in rollout.vllm.extra for word in ("--extra", argument)]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + extra

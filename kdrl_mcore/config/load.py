@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,20 @@ def save_config(config: Config, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a report may be reading the file of a run that resumes
     temporary.write_text(OmegaConf.to_yaml(_without_interpolations(tree)))
     temporary.replace(path)
+
+
+def load_saved(flat: Mapping[str, Any]) -> Config:
+    """The configuration of a run directory, perhaps of another version, from its flat keys. Keys that this version does not
+    have are left out, values that it does not take are replaced by the defaults, and nothing is checked."""
+    defaults = flatten(asdict(Config()))
+    config = OmegaConf.structured(Config)
+    for name in defaults.keys() & flat.keys():
+        if flat[name] != defaults[name] and "${" not in str(flat[name]):
+            with suppress(OmegaConfBaseException):
+                OmegaConf.update(config, name, flat[name])
+    loaded = OmegaConf.to_object(config)
+    assert isinstance(loaded, Config)
+    return loaded
 
 
 def load_benchmark(name: str) -> BenchmarkConfig:
@@ -337,7 +352,10 @@ def _choose_over(composed: DictConfig, choice: Override, sources: Sources) -> No
     about = {name for file in sources.choices(choice.name).values() for name in _keys_of(file, choice.name)}
     for name in sorted(about & defaults.keys()):
         apply(composed, name, defaults[name], choice.word)
-    preset: Any = OmegaConf.to_container(compose(f"{choice.name}/{choice.value}", overrides=[sources.search_path()]))
+    # Not as the primary config: Hydra does not look for that in the user's folders.
+    preset: Any = OmegaConf.to_container(
+        compose(overrides=[sources.search_path(), f"+{override(choice.name, str(choice.value))}"])
+    )
     for name, value in flatten(preset).items():
         check_key(name, where=f"{choice.word}: ")
         apply(composed, name, value, choice.word)

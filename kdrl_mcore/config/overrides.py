@@ -3,6 +3,7 @@ that an error can name the word that caused it."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def check_key(name: str, groups: Sequence[str] = (), where: str = "") -> None:
 def _read(word: str) -> Override:
     name, text = name_of(word), word.split("=", 1)[1]
     try:
-        parsed = OverridesParser.create().parse_override(word)
+        parsed = OverridesParser.create().parse_override(_with_letters_quoted(name, text))
     except HydraException as error:
         cause = f"the value cannot be parsed ({str(error).splitlines()[0]})"
         raise ConfigError(f"{_shown(word)}: {cause}: {_quote_it(name, text)}") from error
@@ -107,6 +108,14 @@ def _read(word: str) -> Override:
         )
         raise ConfigError(f"{_shown(word)}: this key takes one value, not several to choose from: {advice}")
     return Override(word, name, parsed.value())
+
+
+def _with_letters_quoted(name: str, text: str) -> str:
+    """The override, its value in quotes if it is plain text with letters beyond ASCII, as in `/home/jörg/läufe`, which Hydra's
+    grammar does not know."""
+    if not text.isascii() and re.fullmatch(r"[\w/.:+@%\- ]+", text):
+        return override(name, text.strip())
+    return f"{name}={text}"
 
 
 def apply(config: DictConfig, name: str, value: Any, word: str) -> None:

@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "teacher.weights": Rule("fixed", "the student's earlier weights are in the checkpoint, or are not"),
     "teacher.decay": Rule("wins", "the average continues with it"),
     "teacher.refresh_every": Rule("wins", "counted in updates from the first"),
+    "teacher.min_ess": Rule("wins", "a bound"),
     "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
@@ -80,7 +81,12 @@ RULES: dict[str, Rule] = {
 }
 """The rule of each key or section; the longest match counts."""
 
-EVALUATED = frozenset({"data.eval", *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "max_prompts"))})
+EVALUATED = frozenset(
+    {
+        "data.eval",
+        *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "top_p", "top_k", "min_p", "max_prompts")),
+    }
+)
 """The keys that determine what an evaluation measures: its results from before and after a change are not compared."""
 
 
@@ -176,7 +182,7 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration reads the file."""
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
-        own = flat.get("teacher.weights", TeacherConfig.weights) == "path"
+        own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded")
         return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"

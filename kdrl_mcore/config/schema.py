@@ -143,11 +143,17 @@ class TeacherConfig:
     weights: str = key(
         "path",
         "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates) or present",
-        choices=("path", "start", "average", "refreshed", "present"),
+        "average), refreshed (every refresh_every updates), present, or base (without the adapters of student.lora); or "
+        "recorded: its scores are in the file of rollout.path",
+        choices=("path", "start", "average", "refreshed", "present", "base", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
     refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
+    min_ess: float = key(
+        0.1,
+        "recorded: the run ends when the effective sample size of pi/mu is a smaller share of the tokens; 0 is off",
+        range=Range(0, 1),
+    )
     prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
@@ -448,6 +454,10 @@ class VllmConfig:
     refit_bucket_mib: int = key(
         256, "weights are sent in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)
     )
+    extra: list[str] = key(
+        [],
+        "further arguments of vLLM's engine (docs/rollout.md), such as ['kv_cache_dtype=fp8']; values in JSON",
+    )
     restarts: int = key(3, "of an engine during one batch, before the run stops with a checkpoint", range=COUNT_OR_OFF)
 
 
@@ -493,6 +503,12 @@ class RolloutConfig:
     max_response_tokens: int = key(64, 'a longer response is cut off (finish reason "length")', range=COUNT)
     temperature: float = key(1.0, "of sampling, and of every log-prob of student and teacher in training", range=TEMPERATURE)
     top_p: float = key(1.0, "1.0 is off; the log-probs are then those of the truncated distribution", range=SHARE)
+    top_k: int = key(0, "draw among so many of the likeliest tokens, likewise; 0 is off", range=COUNT_OR_OFF)
+    min_p: float = key(
+        0.0,
+        "draw among tokens with at least this share of the likeliest one's probability, likewise; 0 is off",
+        range=Range(0, 1),
+    )
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)
     max_log_prob_drift: float | None = key(
         None, "largest |sampler - trainer| log-prob that counts as rounding; null: by model.dtype", range=POSITIVE
@@ -657,6 +673,9 @@ class EvalConfig:
     samples: int = key(1, "k of avg@k", range=COUNT)
     greedy: bool = key(True, "also report greedy accuracy")
     temperature: float = key(1.0, "of the sampled responses", range=Range(1e-3, 1e3, also=(0,)))
+    top_p: float | None = key(None, "of the sampled responses; null: rollout.top_p", range=SHARE)
+    top_k: int | None = key(None, "likewise; null: rollout.top_k", range=COUNT_OR_OFF)
+    min_p: float | None = key(None, "likewise; null: rollout.min_p", range=Range(0, 1))
     max_prompts: int = key(0, "of each benchmark; 0 takes all", range=COUNT_OR_OFF)
     block: int = key(
         0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0 takes all", range=COUNT_OR_OFF

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdrl_mcore.convert.hf_files import INDEX, HFWeights
-from kdrl_mcore.convert.torch_dist import METADATA, TorchDistWeights
+from kdrl_mcore.convert.torch_dist import METADATA, TorchDistWeights, read_metadata
 from kdrl_mcore.errors import CheckpointError, ModelError
 from kdrl_mcore.model.families import config_folder, read_architecture
 
@@ -13,6 +13,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's pointer from a checkpoint folder to the folder of one iteration."""
 RELEASE = "release"
 """Megatron-LM's name for weights that come from no training iteration; conversion writes these."""
+ADAPTED = ".lora_A."
+"""In the name of an adapter's tensor."""
 
 
 def torch_dist_folder(path: str | Path) -> Path | None:
@@ -54,4 +56,11 @@ def open_weights(path: str | Path) -> HFWeights | TorchDistWeights:
     folder = torch_dist_folder(path)
     if folder is not None and any((Path(path) / name).is_file() for name in ("model.safetensors", INDEX)):
         raise ModelError(f"{path} holds a converted checkpoint and safetensors: remove one of the two")
-    return HFWeights(path) if folder is None else TorchDistWeights(folder, read_architecture(path))
+    if folder is None:
+        return HFWeights(path)
+    if any(ADAPTED in name for name in read_metadata(folder).state_dict_metadata):
+        raise CheckpointError(
+            f"{path} holds adapters alone (student.lora), not the model that they belong to: take RUN/hf, which the run "
+            "exports at its end with both, or RUN/adapter"
+        )
+    return TorchDistWeights(folder, read_architecture(path))

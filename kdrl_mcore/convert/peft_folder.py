@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from kdrl_mcore.convert.targets import replacing_folder
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
-from kdrl_mcore.model.lora import PLACES, adapters
+from kdrl_mcore.model.lora import PLACES, factors_by_name
 from kdrl_mcore.resilience.waiting import waits_for_others
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,30 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
 }
 """Settings of PEFT that change what an adapter computes, and the values at which they do not."""
-
-
-@dataclass(frozen=True)
-class FactorSlice:
-    """One factor of a projection on this rank.
-
-    Attributes:
-        name: its name in a PEFT file.
-        parameter: this rank's share.
-        dim: the dimension that tensor-parallel ranks split; None if each holds it whole.
-    """
-
-    name: str
-    parameter: torch.nn.Parameter
-    dim: int | None
-
-
-def factor_slices(parts: ModelParts) -> Iterator[FactorSlice]:
-    """Every factor of this rank's adapters."""
-    for adapter in adapters(parts.chunks):
-        for factors in adapter.factors:
-            name = f"{_PREFIX}{factors.hf_name}.lora_"
-            yield FactorSlice(f"{name}A.weight", factors.a, 1 if factors.is_row else None)
-            yield FactorSlice(f"{name}B.weight", factors.b, None if factors.is_row else 0)
 
 
 def factor_names(architecture: Architecture, lora: LoraConfig) -> list[str]:
@@ -94,16 +68,17 @@ def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig) -> No
                     raise ModelError(
                         f"{path} {problem} {min(names)} ({len(names)} in all): set student.lora.target_modules to its modules"
                     )
-            for factor in factor_slices(parts):
-                stored = file.get_slice(factor.name)
-                shape, local = tuple(stored.get_shape()), factor.parameter.shape
-                ranks = [1 if dim != factor.dim else tensor.size() for dim in range(2)]
-                whole = tuple(size * times for size, times in zip(local, ranks, strict=True))
-                if shape != whole:
-                    raise ModelError(f"{path}: {factor.name} has shape {shape}, but the model and its rank give {whole}")
-                starts = [tensor.rank() * size if times > 1 else 0 for size, times in zip(local, ranks, strict=True)]
-                rows, columns = (slice(start, start + size) for start, size in zip(starts, local, strict=True))
-                factor.parameter.copy_(stored[rows, columns])
+            for name, parameter, split in (each for chunk in parts.chunks for each in factors_by_name(chunk)):
+                stored = file.get_slice(_PREFIX + name)
+                ranks = [tensor.size() if dim == split else 1 for dim in range(2)]
+                whole = tuple(size * times for size, times in zip(parameter.shape, ranks, strict=True))
+                if tuple(stored.get_shape()) != whole:
+                    raise ModelError(
+                        f"{path}: {name} has shape {tuple(stored.get_shape())}, but the model and rank give {whole}"
+                    )
+                starts = [tensor.rank() * size if dim == split else 0 for dim, size in enumerate(parameter.shape)]
+                rows, columns = (slice(start, start + size) for start, size in zip(starts, parameter.shape, strict=True))
+                parameter.copy_(stored[rows, columns])
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -131,8 +106,8 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
 
 @waits_for_others
 def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, target: str | Path) -> None:
-    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: the ranks of the
-    first replica send their factors to rank 0.
+    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: rank 0 gathers the
+    factors from the first replica.
 
     Args:
         base: the frozen model's path, which the folder names.
@@ -155,9 +130,10 @@ def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
     """The whole factors in host memory by their names in a PEFT file, on rank 0; empty on the others. Collective over the
     world."""
     mine = [
-        (factor.name, factor.dim, parts.groups.tensor.rank(), factor.parameter.detach().cpu())
-        for factor in factor_slices(parts)
-        if parts.groups.replicas.rank() == 0 and (factor.dim is not None or parts.groups.tensor.rank() == 0)
+        (_PREFIX + name, dim, parts.groups.tensor.rank(), parameter.detach().cpu())
+        for chunk in parts.chunks
+        for name, parameter, dim in factors_by_name(chunk)
+        if parts.groups.replicas.rank() == 0 and (dim is not None or parts.groups.tensor.rank() == 0)
     ]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone, dst=0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import TEACHER, reads_own_prompt, used_models
+from kdrl_mcore.config.derived import TEACHER, longest_response, reads_own_prompt, used_models
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.types import Prompt, Rollout, TokenIds
@@ -76,39 +76,6 @@ def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_re
         )
 
 
-def teacher_limits(config: Config, tokens: int) -> Limits:
-    """The limits of the model that reads the teacher's prompts: the teacher, or the student where it teaches itself."""
-    models = used_models(config)
-    return Limits.of(tokens, [models.get("teacher", models["student"])])
-
-
-def check_teacher_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_response_tokens: int | None) -> None:
-    """Check that what teachers read instead of prompts, with the longest response, is within their limits.
-
-    Raises:
-        DataError: it is not; the message names the row (from 1).
-    """
-    for row, prompt in enumerate(prompts, start=1):
-        given = 0 if prompt.target is None else len(prompt.target)
-        for ids in prompt.teacher_prompts.values():
-            _check_teacher_prompt(f"{source} row {row}", ids, max(given, max_response_tokens or 0), limits)
-
-
-def _check_teacher_prompt(where: str, ids: TokenIds, response_tokens: int, limits: Limits) -> None:
-    largest = int(ids.max())
-    if largest >= limits.tokens:
-        raise DataError(
-            f"{where}: what the teacher reads has token id {largest}, but the models share only {limits.tokens} tokens: change "
-            "teacher.prompt, or use a teacher with the student's tokenizer"
-        )
-    if len(ids) + response_tokens > limits.positions:
-        raise DataError(
-            f"{where}: what the teacher reads has {len(ids)} tokens, and with a response of {response_tokens} exceeds the "
-            f"{limits.positions} positions of {limits.model} (max_position_embeddings): shorten teacher.prompt, or remove the "
-            "row"
-        )
-
-
 def check_given_length(where: str, response: TokenIds, max_response_tokens: int) -> None:
     """Check that a response that is given in addition to sampled ones is not longer than their limit.
 
@@ -142,20 +109,70 @@ def check_rollouts(rollouts: Sequence[Rollout], path: str | Path, limits: Limits
             )
 
 
-def check_teacher_rollouts(rollouts: Sequence[Rollout], path: str | Path, config: Config, tokens: int) -> None:
-    """Check that a file's rollouts hold what the teacher reads, where that is not the prompt, within its limits.
+def check_teacher_prompts(prompts: Sequence[Prompt], source: str, config: Config, unshared: Collection[int] = ()) -> None:
+    """Check that the teacher can read what stands before responses, with the longest response to it.
+
+    Args:
+        unshared: token ids that mean something else to the teacher.
 
     Raises:
-        DataError: one does not; the message names its line (from 1).
+        DataError: it cannot; the message names the row (from 1).
     """
-    if not reads_own_prompt(config):
+    own, longest = reads_own_prompt(config), longest_response(config) or 0
+    if not own and not unshared:
         return
-    limits = teacher_limits(config, tokens)
+    limits = _teacher_limits(config)
+    for row, prompt in enumerate(prompts, start=1):
+        ids = prompt.teacher_prompts[TEACHER] if own else prompt.token_ids
+        given = 0 if prompt.target is None else len(prompt.target)
+        _check_teacher_prompt(f"{source} row {row}", ids, max(given, longest), limits, () if own else unshared)
+
+
+def check_teacher_rollouts(
+    rollouts: Sequence[Rollout], path: str | Path, config: Config, unshared: Collection[int] = ()
+) -> None:
+    """Check that a file's rollouts hold what the teacher reads, and that it can read it.
+
+    Raises:
+        DataError: as `check_teacher_prompts`; the message names the line (from 1).
+    """
+    own = reads_own_prompt(config)
+    if not own and not unshared:
+        return
+    limits = _teacher_limits(config)
     for line, rollout in enumerate(rollouts, start=1):
-        where, ids = f"{path} line {line}", rollout.teacher_prompts.get(TEACHER)
+        where, ids = f"{path} line {line}", rollout.teacher_prompts.get(TEACHER) if own else rollout.prompt_token_ids
         if ids is None:
             raise DataError(
                 f"{where} has no teacher_prompts.{TEACHER}, which teacher.prompt.template={config.teacher.prompt.template} "
                 "asks for: name a file of a run that had this setting, or set it to student"
             )
-        _check_teacher_prompt(where, ids, len(rollout.response_token_ids), limits)
+        _check_teacher_prompt(where, ids, len(rollout.response_token_ids), limits, () if own else unshared)
+
+
+def _teacher_limits(config: Config) -> Limits:
+    """Those of the model that reads the teacher's prompts: the teacher, or the student where it teaches itself."""
+    models = used_models(config)
+    model = models.get("teacher", models["student"])
+    return Limits.of(read_architecture(model).vocab_size, [model])
+
+
+def _check_teacher_prompt(where: str, ids: TokenIds, response_tokens: int, limits: Limits, unshared: Collection[int]) -> None:
+    largest = int(ids.max())
+    if largest >= limits.tokens:
+        raise DataError(
+            f"{where}: what the teacher reads has token id {largest}, but {limits.model} has only {limits.tokens} rows: change "
+            "teacher.prompt, or resize the model's embeddings to its tokenizer"
+        )
+    if len(ids) + response_tokens > limits.positions:
+        raise DataError(
+            f"{where}: what the teacher reads has {len(ids)} tokens, and with a response of {response_tokens} exceeds the "
+            f"{limits.positions} positions of {limits.model} (max_position_embeddings): shorten teacher.prompt, or remove the "
+            "row"
+        )
+    other = sorted(set(ids.tolist()) & set(unshared))
+    if other:
+        raise DataError(
+            f"{where}: the prompt has token {other[0]}, which is another one in the teacher's tokenizer: let the teacher read "
+            "its own template (teacher.prompt.template=chat)"
+        )

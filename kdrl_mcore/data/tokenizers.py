@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,7 @@ class Tokenizer:
         turn_end_id: the token with which the chat template ends an assistant's turn; None without a template or such a token.
         bos_id: the beginning of sequence, if there is one.
         tokens: the token of each id.
+        added_ids: the ids of added tokens, such as those that begin and end turns.
         vocab_size: the largest token id, added tokens included, plus 1. The model may have more columns (padding).
         has_chat_template: whether `chat_text` can be used.
     """
@@ -59,6 +60,7 @@ class Tokenizer:
         self.eos_id: int = backend.eos_token_id if backend.eos_token_id is not None else min(eos_ids)
         self.eos_ids = eos_ids if self.turn_end_id is None else eos_ids | {self.turn_end_id}
         self.tokens: dict[int, str] = {index: token for token, index in backend.get_vocab().items()}
+        self.added_ids = frozenset(backend.get_added_vocab().values())
         self.vocab_size = max(self.tokens) + 1
         self.has_chat_template = bool(backend.chat_template)
         self._num_appended = _num_appended(backend)
@@ -205,13 +207,27 @@ def _turn_end(backend: Any) -> int | None:
     return ids[0] if ids and ids[0] in backend.get_added_vocab().values() else None
 
 
-def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
+def different_added_tokens(student: Tokenizer, teacher: Tokenizer) -> frozenset[int]:
+    """The ids, of those that both vocabularies have, at which the two have different added tokens (or only one has any)."""
+    ids = (student.added_ids | teacher.added_ids) & set(range(min(student.vocab_size, teacher.vocab_size)))
+    return frozenset(
+        index
+        for index in ids
+        if student.tokens.get(index) != teacher.tokens.get(index)
+        and all(index in side.added_ids or index not in side.tokens for side in (student, teacher))
+    )
+
+
+def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, but: Collection[int] = ()) -> int:
     """Check that both tokenizers have the same token at every shared id, and return the number of ids that they share.
 
     The shared ids are those below the size of the smaller vocabulary: there, a token that differs or that only one tokenizer
     has is an error. Tokens that only the larger vocabulary has above them are allowed, as their columns are left out of both
     softmaxes; but the student must be able to end its responses without them. Both tokenizers must also split `PROBE` into
     the same tokens, or the teacher would score text in a form that it has never seen.
+
+    Args:
+        but: ids at which the tokens may differ.
 
     Raises:
         DataError: the tokenizers differ; the message names the first difference.
@@ -220,7 +236,7 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> int:
     advice = "distillation compares token by token: use a teacher of the student's model family"
     for index in range(shared):
         mine, other = student.tokens.get(index), teacher.tokens.get(index)
-        if mine != other:
+        if mine != other and index not in but:
             names = [f"{side.path} has {_name(token)}" for side, token in ((student, mine), (teacher, other))]
             raise DataError(f"student and teacher have different tokenizers: at id {index}, {' and '.join(names)}; {advice}")
     if min(student.eos_ids) >= shared:

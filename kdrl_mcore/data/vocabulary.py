@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, load_tokenizer
+from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, different_added_tokens, load_tokenizer
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.model.families import config_folder, read_architecture
 
 
-def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) -> tuple[Tokenizer | None, int]:
+def shared_vocabulary(
+    student: str | Path, teacher: str | Path | None = None, *, added_may_differ: bool = False
+) -> tuple[Tokenizer | None, int]:
     """The student's tokenizer, and the number of tokens that count: those of the shared tokenizer for which both models have
     columns.
 
     A model directory without a tokenizer can still be used on given token ids: then the tokenizer is None, and the number is
     the smaller number of columns.
+
+    Args:
+        added_may_differ: the tokenizers may have different added tokens (`unshared_tokens`).
 
     Raises:
         ModelError, DataError: a directory is not a model, its tokenizer cannot be read or ends responses with a token for which
@@ -34,8 +39,23 @@ def shared_vocabulary(student: str | Path, teacher: str | Path | None = None) ->
             )
     sizes.append(tokenizer.vocab_size)
     if teacher and _has_tokenizer(teacher):
-        sizes.append(check_same_tokenizer(tokenizer, load_tokenizer(config_folder(teacher))))
+        other = load_tokenizer(config_folder(teacher))
+        but = different_added_tokens(tokenizer, other) if added_may_differ else frozenset()
+        sizes.append(check_same_tokenizer(tokenizer, other, but))
     return tokenizer, min(sizes)
+
+
+def unshared_tokens(student: str | Path, teacher: str | Path) -> dict[int, str]:
+    """The student's added tokens, by their ids, at which the teacher has another one or none. What follows one of them cannot
+    be read by the teacher.
+
+    Raises:
+        DataError: a tokenizer cannot be read.
+    """
+    if not _has_tokenizer(student) or not _has_tokenizer(teacher):
+        return {}
+    mine, other = (load_tokenizer(config_folder(path)) for path in (student, teacher))
+    return {index: mine.tokens.get(index, "?") for index in sorted(different_added_tokens(mine, other))}
 
 
 def stop_tokens(path: str | Path) -> dict[int, str] | None:

@@ -124,10 +124,19 @@ class Evaluation:
 
 
 def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
-    """The sampling settings for a block of prompts."""
+    """The sampling settings for a block of prompts: those of `eval`, and where it has none those of `rollout`."""
+    limit = rollout.max_response_tokens
     if mode == GREEDY:
-        return Sampling(0.0, 1.0, rollout.max_response_tokens, 1, (seed, 1, block))
-    return Sampling(settings.temperature, rollout.top_p, rollout.max_response_tokens, settings.samples, (seed, 1, block))
+        return Sampling(0.0, 1.0, limit, 1, (seed, 1, block))
+    return Sampling(
+        settings.temperature,
+        rollout.top_p if settings.top_p is None else settings.top_p,
+        limit,
+        settings.samples,
+        (seed, 1, block),
+        top_k=rollout.top_k if settings.top_k is None else settings.top_k,
+        min_p=rollout.min_p if settings.min_p is None else settings.min_p,
+    )
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kdrl_mcore.model import varlen
+from kdrl_mcore.model.layer import AllHeadsNorm
 from kdrl_mcore.model.rope import RotaryFrequencies
 from kdrl_mcore.model.varlen import Stretch, VarlenAttention
 from kdrl_mcore.parallel.context import ContextShard
@@ -137,14 +138,25 @@ class PackedSelfAttention(SelfAttention):
     tensor-parallel group, with a reduce-scatter in the backward pass).
     """
 
-    def __init__(self, *args: Any, rotary: int | None = 0, window: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rotary: int | None = 0,
+        window: int | None = None,
+        norm_of_all_heads: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Args:
         rotary: which of the model's rotary embeddings this layer has; None for none.
         window: the keys that a query sees, its own included; None for all up to its own.
+        norm_of_all_heads: queries and keys are normalised over all heads of a token, which Megatron's spec does not have.
         args, kwargs: Megatron's own.
         """
         super().__init__(*args, **kwargs)
         self.rotary, self.window = rotary, window
+        if norm_of_all_heads:
+            self.q_layernorm = AllHeadsNorm(self.config, self.config.num_attention_heads, self.pg_collection.tp)
+            self.k_layernorm = AllHeadsNorm(self.config, self.config.num_query_groups, self.pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *_: Any, **kwargs: Any

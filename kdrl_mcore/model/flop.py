@@ -23,19 +23,22 @@ def layer_matrices(architecture: Architecture) -> int:
     return attention + router + 3 * a.hidden_size * a.experts.ffn_hidden_size * a.experts.per_token
 
 
-def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int, int]]) -> float:
+def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int, int]], *, frozen: bool = False) -> float:
     """FLOP of one forward and backward pass over sequences given as (tokens, loss rows, tokens before them in a shared prompt).
 
     Each token costs two FLOP per matrix element forward, and twice that backward (arXiv 2001.08361). Causal attention's two
     products count half of the square, and the output head counts only loss rows.
+
+    Args:
+        frozen: adapters are trained, which do not count, and no gradient of a matrix is computed.
     """
     a = architecture
-    total = 0.0
+    of_matrices = of_attention = 0.0
     for tokens, rows, shared in sequences:
         attended = tokens * (tokens + 2 * shared)
-        layers = layer_matrices(a) * tokens + a.num_attention_heads * a.head_dim * attended
-        total += a.num_layers * layers + a.hidden_size * a.vocab_size * rows
-    return 6 * total
+        of_matrices += a.num_layers * layer_matrices(a) * tokens + a.hidden_size * a.vocab_size * rows
+        of_attention += a.num_layers * a.num_attention_heads * a.head_dim * attended
+    return (4 if frozen else 6) * of_matrices + 6 * of_attention
 
 
 @cache

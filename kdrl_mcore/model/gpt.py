@@ -23,7 +23,7 @@ from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention, PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
-from kdrl_mcore.model.layer import AllHeadsNorm, NormsAfterLayer, scaled_add
+from kdrl_mcore.model.layer import NormsAfterLayer, scaled_add
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel, product
 from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.norm import RMSNorm
@@ -348,11 +348,6 @@ def _block_spec(
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    if architecture.qk_norm_of_all_heads:
-        attention.submodules.q_layernorm, attention.submodules.k_layernorm = (
-            ModuleSpec(module=AllHeadsNorm, params={"heads": heads, "tp_group": groups.tensor})
-            for heads in (architecture.num_attention_heads, architecture.num_key_value_heads)
-        )
     if architecture.residual_scale != 1:
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_add(architecture.residual_scale)
     if architecture.norms != "before":
@@ -381,7 +376,8 @@ def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) 
     if sees.window is not None:
         windowed = ModuleSpec(module=submodules.core_attention, params={"window": sees.window})
         submodules = replace(submodules, core_attention=windowed)
-    attention = replace(attention, submodules=submodules, params={**attention.params, "rotary": rotary, "window": sees.window})
+    params = {"rotary": rotary, "window": sees.window, "norm_of_all_heads": architecture.qk_norm_of_all_heads}
+    attention = replace(attention, submodules=submodules, params={**attention.params, **params})
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 

@@ -96,7 +96,9 @@ class KVCache:
         first = 0 if window is None else max(0, self.columns + 1 - window)
         stop = min(capacity, window or capacity) if self._few_shapes and not first else self.columns + 1
         keys, values = (store[layer][:, :, first:stop] for store in (self._keys, self._values))
-        bias = self._bias[:, first:stop].contiguous()  # kernels on GPUs need it aligned
+        bias = self._bias[:, first:stop]
+        if first:
+            bias = bias.contiguous()  # kernels on GPUs need it aligned
         context = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias[:, None, None], scale=scale)
         context = context.reshape(slots, heads, width)
         filler = query_SND.size(0) - slots

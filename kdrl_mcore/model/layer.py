@@ -66,22 +66,13 @@ class AllHeadsNorm(nn.Module):
     and backward.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float,
-        heads: int,
-        tp_group: dist.ProcessGroup,
-        **_: object,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, heads: int, tp_group: dist.ProcessGroup) -> None:
         """Args:
-        hidden_size: dimensions of one head.
         heads: heads of all ranks.
         tp_group: the ranks that share them.
         """
         super().__init__()
-        self.eps, self.width, self.tp_group = eps, heads * hidden_size, tp_group
+        self.eps, self.width, self.tp_group = config.layernorm_epsilon, heads * config.kv_channels, tp_group
         self.weight = nn.Parameter(torch.ones(self.width // tp_group.size(), dtype=config.params_dtype))
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim = 0  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685): low-rank adapters beside a frozen model's linear layers.
 
 y = x W^T + (alpha / rank) x A^T B^T for each adapted projection, A [rank, in] and B [out, rank]; only A and B are trained. Our
-layers fuse query, key and value, and gate and up. Each projection has factors of its own, with the rows that `peft` has them
-in; a fused layer multiplies all its A's as one matrix, and all its B's as one.
+layers fuse query, key and value, and gate and up. Each projection has factors of its own, the same as `peft` has; a fused layer
+multiplies all its A's as one matrix, and all its B's as one.
 
 Tensor parallelism splits a column-parallel layer's B by rows and a row-parallel layer's A by columns. The other factor is whole
 on every rank, and its gradient is summed over the ranks, once per update (`sum_shared_gradients`). In a pass over the model:
@@ -21,7 +21,7 @@ S tokens, K inputs and N outputs of a layer on this rank, R rank, P adapted proj
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -41,6 +42,7 @@ from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.errors import ConfigError
+from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import ModelGroups
@@ -216,6 +218,15 @@ def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> Non
             f"student.lora.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
             "name only q_proj, k_proj, v_proj and o_proj"
         )
+    names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
+    for place in PLACES:
+        asked = [name for name in place.projections if name in lora.target_modules]
+        own = tuple(f"model.layers.{{layer}}.{place.hf}.{name}.weight" for name in place.projections)
+        if asked and names.get(f"decoder.layers.{{layer}}.{place.path}.weight") != own:
+            raise ConfigError(
+                f"student.lora.target_modules: {architecture.family} has no {asked[0]} of its own, so `peft` could not load "
+                "its adapter: leave it out"
+            )
     if architecture.num_key_value_heads % tensor and {*PLACES[0].projections} & {*lora.target_modules}:
         raise ConfigError(
             f"student.lora cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
@@ -256,10 +267,19 @@ def adapters(chunks: Iterable[nn.Module]) -> Iterator[Adapter]:
         yield from (module for module in chunk.modules() if isinstance(module, Adapter))
 
 
+def factors_by_name(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    """Every factor of a model chunk: `HF NAME.lora_A.weight` or `lora_B`, this rank's share, and the dimension along which
+    tensor-parallel ranks split it; None if each holds it whole."""
+    for adapter in adapters([chunk]):
+        for factors in adapter.factors:
+            yield f"{factors.hf_name}.lora_A.weight", factors.a, 1 if factors.is_row else None
+            yield f"{factors.hf_name}.lora_B.weight", factors.b, None if factors.is_row else 0
+
+
 @torch.no_grad()
 def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, seed: int) -> None:
-    """A as `peft` draws it, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws
-    are a function of the seed and the projection's name, equal in every layout. No communication."""
+    """A as in `peft`, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws are a
+    function of the seed and the projection's name, the same in every layout. No communication."""
     for adapter in adapters(chunks):
         for factors in adapter.factors:
             rng = np.random.default_rng([seed, *factors.hf_name.encode()])
@@ -268,6 +288,25 @@ def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, 
             start = tensor.rank() * columns if factors.is_row else 0
             factors.a.copy_(torch.from_numpy(whole[:, start : start + columns]))
             factors.b.zero_()
+
+
+def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedTensor]:
+    """The factors of a model chunk as Megatron's sharded tensors, which are the parameters themselves: whole tensors of each
+    projection, cut as tensor-parallel ranks split them."""
+    tensor, replica = groups.tensor, groups.replicas.rank()
+    state: dict[str, ShardedTensor] = {}
+    for name, parameter, dim in factors_by_name(chunk):
+        cut = () if dim is None else ((dim, tensor.rank(), tensor.size()),)
+        replica_id = (0, tensor.rank() if dim is None else 0, replica)
+        state[name] = ShardedTensor.from_rank_offsets(name, parameter, *cut, replica_id=replica_id)
+    return state
+
+
+@torch.no_grad()
+def take_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy what `dist_checkpointing.load` returned for `sharded_factors` into the adapters."""
+    for name, parameter, _ in factors_by_name(chunk):
+        parameter.copy_(values[name])
 
 
 @contextmanager

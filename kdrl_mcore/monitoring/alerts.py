@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import overload
 
+from kdrl_mcore.monitoring.metrics import bounded
+
 History = Sequence[Mapping[str, float]]
 """The metrics of the steps so far, oldest first."""
 
@@ -41,6 +43,8 @@ class AlertThresholds:
     drift_max: float = 1.0  # ... or by more than this on one token, nats; infinite if one token proves nothing
     effective: float = 0.3  # corrections leave this effective share of the tokens
     taught: float = 0.01  # the teacher's weights leave this share of the tokens
+    mixed: float = 0.01  # less than this share of a mixture is one of its two parts
+    clipped: float = 0.5  # this share of the tokens is clipped
     signal: float = 0.1  # this share of the sampled groups has correct and incorrect responses
     sampled: bool = True  # the run samples its responses; otherwise their rewards and lengths do not depend on it
     has_sampler: bool = True  # responses have a sampler's log-probs, as replayed ones do too
@@ -52,7 +56,7 @@ DEFAULT_THRESHOLDS = AlertThresholds()
 
 WATCHED = (
     *("reward", "accuracy", "response_length", "truncated", "entropy", "kl", "drift_mean", "drift_max"),
-    *("correction_ess", "kd_importance_ess", "taught_share", "signal_share"),
+    *("correction_ess", "kd_importance_ess", "taught_share", "mixed_share", "clip_share", "signal_share"),
 )
 """The metrics that the signatures use."""
 
@@ -162,6 +166,30 @@ def nothing_taught(history: History, thresholds: AlertThresholds = DEFAULT_THRES
     )
 
 
+def one_sided_mixture(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """A mixture of two forms of distillation uses one of them alone."""
+    means = _window_means(history, "mixed_share", thresholds.window)
+    if not thresholds.distilled or not means or thresholds.mixed <= means[-1] <= 1 - thresholds.mixed:
+        return None
+    return Alert(
+        "one_sided_mixture",
+        f"{means[-1]:.1%} of distillation is the divergence over the vocabulary: objective.kd.mix mixes nothing; change "
+        "objective.kd.mix_above, or leave it out",
+    )
+
+
+def mostly_clipped(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
+    """The policy loss has no gradient on most tokens: the policy is too far from the one it is compared with."""
+    means = _window_means(history, "clip_share", thresholds.window)
+    if not thresholds.rewarded or not means or means[-1] <= thresholds.clipped:
+        return None
+    return Alert(
+        "mostly_clipped",
+        f"{means[-1]:.0%} of the tokens are clipped: lower optimizer.lr or batch.updates_per_step, widen "
+        "objective.clip_low and clip_high, or (objective.combine.kind=ratio) lower objective.beta",
+    )
+
+
 def few_signals(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
     """Most prompts are too easy or too hard, so the group filter drops most of what is sampled."""
     means = _window_means(history, "signal_share", thresholds.window)
@@ -182,6 +210,8 @@ SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
     sampler_drift,
     few_effective_tokens,
     nothing_taught,
+    one_sided_mixture,
+    mostly_clipped,
     few_signals,
 )
 
@@ -263,7 +293,7 @@ class AlertWatch:
 
 
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(metrics[name])}
+    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(bounded(metrics[name]))}
 
 
 def _window_means(history: History, name: str, window: int) -> list[float]:

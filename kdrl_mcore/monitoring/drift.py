@@ -4,11 +4,10 @@ alerts."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from kdrl_mcore.config import Config, load_config
+from kdrl_mcore.config import Config
 from kdrl_mcore.config.derived import is_on_policy, learns_from_reward, samples, uses_teacher
-from kdrl_mcore.errors import KdrlError, NumericalError
+from kdrl_mcore.errors import NumericalError
 from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, AlertThresholds
 
 DRIFT_BOUNDS = {"float32": 1e-3, "bfloat16": 0.25}
@@ -69,11 +68,3 @@ def alert_thresholds(config: Config) -> AlertThresholds:
         rewarded=learns_from_reward(config.objective),
         distilled=uses_teacher(config.objective),
     )
-
-
-def thresholds_of_run(run_dir: Path) -> AlertThresholds:
-    """`alert_thresholds` for a run directory; the defaults if its configuration is missing or cannot be read."""
-    try:
-        return alert_thresholds(load_config(["--config", str(run_dir / "config.yaml")]))
-    except KdrlError:
-        return DEFAULT_THRESHOLDS

@@ -92,20 +92,23 @@ def alive_by_kind(student: Any, others: Mapping[str, Any]) -> dict[str, int]:
 
     Args:
         student: a `Student`, or None before there is one.
-        others: models that only score, by name; each may be None.
+        others: models that only score, by name; each may be None, or the student itself.
     """
     alive: dict[str, int] = {}
+    own: set[int] = set()
     if student is not None:
         buffers = [buffer for chunk in student.optimizer.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
         alive["weights"] = _bytes_on_gpu(student.parts.parameters())
         alive["gradients"] = _bytes_on_gpu(buffer.grad_data for buffer in buffers)
-        weights = {_storage(parameter) for parameter in student.parts.parameters()}
+        own = {_storage(parameter) for parameter in student.parts.parameters()}
         alive["optimizer"] = _bytes_on_gpu(
-            tensor for tensor in state_tensors(student.optimizer.megatron) if _storage(tensor) not in weights
+            tensor for tensor in state_tensors(student.optimizer.megatron) if _storage(tensor) not in own
         )
     for name, model in others.items():
         if model is not None:
-            alive[f"{name}'s weights"] = _bytes_on_gpu(model.parts.parameters())
+            alive[f"{name}'s weights"] = _bytes_on_gpu(
+                parameter for chunk in model.chunks for parameter in chunk.parameters() if _storage(parameter) not in own
+            )
     return alive
 
 

@@ -13,6 +13,10 @@ from kdrl_mcore.errors import DataError
 from kdrl_mcore.resilience.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST = 1e100
+"""A larger number counts as infinite, so that sums and squares of what is left are finite. float32 ends at 3e38."""
+LAST_STEP = 10**12
+"""A line with a later step is damaged."""
 
 METRICS: dict[str, str] = {
     "reward": "mean reward of the step's responses",
@@ -49,9 +53,11 @@ METRICS: dict[str, str] = {
     "correction_ess": "effective sample size of these weights, as a share of the tokens",
     "kd_importance_ess": "the same of the bounded weights pi/mu of distillation (objective.kd.importance)",
     "skipped_updates": "updates skipped for NaN or Inf in this step",
+    "rollout_ess": "effective sample size of pi/mu, as a share of the tokens, where other weights sampled them",
     "drift_mean": "mean |sampler - trainer| log-prob per token, nats",
     "drift_max": "largest |sampler - trainer| log-prob, nats",
     "teacher_tokens": "response tokens the teacher scored in this step",
+    "distilled_responses": "share of the step's responses that mask and combination (such as gate) leave to the teacher",
     "teacher_tokens_early": "of these, scored while other responses were being sampled (teacher.score_while_sampling)",
     "teacher_tokens_dropped": "tokens beside these, scored early for groups that rollout.group_filter then dropped",
     "teacher_text_copied": "share of response tokens copied from what only the teacher reads (runs of 8 tokens and more)",
@@ -193,6 +199,8 @@ def _complete_rows(path: Path, on_damage: Callable[[int], None] | None = None) -
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        if not line.strip():
+            continue
         try:
             row = _parse(line)
         except _DAMAGE as error:
@@ -208,9 +216,15 @@ _DAMAGE = (ValueError, TypeError, AttributeError, KeyError, OverflowError)
 
 
 def _parse(line: bytes) -> dict[str, float]:
-    row = {name: float(value) for name, value in json.loads(line).items()}
-    int(row["step"])
+    row = {name: bounded(float(value)) for name, value in json.loads(line).items()}
+    if not (0 <= row["step"] <= LAST_STEP and row["step"].is_integer()):
+        raise ValueError("no step")
     return row
+
+
+def bounded(value: float) -> float:
+    """The value, or an infinity of its sign if it is beyond `LARGEST`; NaN remains NaN."""
+    return math.copysign(math.inf, value) if abs(value) > LARGEST else value
 
 
 def _to_json(value: float) -> float | str:

@@ -22,6 +22,9 @@ from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
 
+MAX_LOG_RATIO = 20.0
+"""log pi/mu above which the measured effective sample size counts a token no more heavily, so that squares stay finite."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -271,6 +274,9 @@ def _measured(
     """The sums over the tokens, those of every loss among them, and the maxima."""
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = sums | {"distilled_tokens": tokens.distilled, "drift": drift_T, "tokens": torch.ones_like(log_probs_T)}
+    if not batch.on_policy:
+        ratio_T = (log_probs_T.detach() - batch.sampler_log_probs).clamp(max=MAX_LOG_RATIO).exp()
+        sums |= {"ratio": ratio_T, "ratio_squared": ratio_T.square()}
     return (
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
         {"drift_max": drift_T.max() if len(drift_T) else torch.zeros((), device=drift_T.device)},
@@ -280,8 +286,8 @@ def _measured(
 def _measures_of_axes(
     objective: ObjectiveConfig, batch: TokenBatch, tokens: _Tokens, estimated: Estimate, correction_T: Tensor
 ) -> dict[str, Tensor]:
-    """What the axes that are on do to the tokens, to be summed: the tokens that are taught, those whose advantage a rule
-    changed, the divergence's share of a mixture, and the weights of the corrections with their squares."""
+    """Sums that show the effect of the active axes: the tokens that are taught, those whose advantage a rule changed, the
+    divergence's share of a mixture, and the weights of the corrections with their squares."""
     sums: dict[str, Tensor] = {}
     if objective.combine.kind != "add" or batch.token_weights is not None:
         sums["taught_tokens"] = tokens.kd_weights != 0

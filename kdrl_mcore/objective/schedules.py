@@ -35,9 +35,9 @@ class Coefficient:
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
     below: init until the measured KL per token is at most `target`, or (1 - `drop`) of the first one, then `after`. With `ramp`
-        it rises to init in so many steps, and then switches at the latest. plateau: init until `patience` evaluations in a row
-        have brought no higher accuracy, then `after`. Neither switches back.
-    From the step s on in which one of these three has switched, it is max(after - delta (t - s), min) if `delta` is set.
+        it rises to init within so many steps, and switches at their end at the latest. plateau: init until `patience`
+        evaluations in a row have brought no higher accuracy, then `after`. Neither switches back.
+    If `delta` is set, the coefficient is max(after - delta (t - s), min) once one of these three has switched at step s.
     MODULE:NAME: what this function of the step and the settings returns.
     adaptive: beta <- clip(beta exp(eta (KL / target - 1)), min, max), from the measured KL per token.
     """
@@ -109,9 +109,9 @@ class Coefficient:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, restart: bool = False, measures_anew: bool = False) -> None:
-        """Resume at the checkpoint's step. With `restart`, for when the schedule's settings have changed since, a coefficient
-        that follows measurements starts again at `init`. With `measures_anew`, for when evaluations have, the accuracies so far
-        are forgotten. A checkpoint may be from before a schedule had `switched_at` or `first_kl`."""
+        """Resume at the checkpoint's step. With `restart` (the schedule's settings have changed), a coefficient that follows
+        measurements starts again at `init`. With `measures_anew` (the evaluation has changed), earlier accuracies are
+        forgotten. A checkpoint of an earlier version has no `switched_at` or `first_kl`."""
         self._step = int(state["step"])
         if restart:
             return

@@ -1,7 +1,7 @@
 """Which tokens of a response are taught, and how much: a weight of each token's distillation.
 
-A share is one of a response's tokens, or of the whole update's, over every rank and micro-batch: every layout gives the same.
-T tokens of a response, N responses.
+A share is a share of the tokens of one response, or of the whole update over all ranks and micro-batches, so weights are the
+same in every layout. T tokens of a response, N responses.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pass_rate(response: ResponseScores, settings: TokenWeightConfig) -> TokenFlo
 
 def trusted_prefix(response: ResponseScores, settings: TokenWeightConfig) -> TokenFloats:
     """1 + rate (1 - s), s the share of the response's sum of |d| that lies in the tokens before: the teacher is trusted while
-    the prefix is one that it might have written. IW-OPD, arXiv 2606.22600."""
+    it might have written the prefix itself. IW-OPD, arXiv 2606.22600."""
     assert response.log_ratio is not None
     size = np.abs(response.log_ratio.astype(np.float64))
     before = np.cumsum(size) - size
@@ -131,7 +131,7 @@ def token_weights(
 
 
 def _weights_of_batch(rule: Rule, responses: Sequence[ResponseScores | None], settings: TokenWeightConfig) -> Weights:
-    """What the rule makes of the tokens of all responses, as if they were those of one."""
+    """The rule's weights for the tokens of all responses, treated as one response."""
     taught = [response for response in responses if response is not None]
     if not taught:
         return [None for _ in responses]

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from kdrl_mcore.config import Config, ParallelConfig
-from kdrl_mcore.config.derived import compares_over_vocabulary, max_sequence_tokens, samples, uses_distributed_optimizer
+from kdrl_mcore.config.derived import (
+    compares_over_vocabulary,
+    keeps_earlier_weights,
+    max_sequence_tokens,
+    samples,
+    teaches_itself,
+    uses_distributed_optimizer,
+)
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.planning.setup import Placed, Setup, make_setup
 from kdrl_mcore.planning.workload import Packing, workload_of
@@ -140,22 +147,22 @@ def _state(setup: Setup, stage: int) -> list[Item]:
     student, settings = setup.student, setup.config.optimizer
     held = student.shard.stages[stage]
     distributed = uses_distributed_optimizer(setup.config)
-    shared = _share_of_replicas(setup, stage) if distributed else held.parameters
+    shared = _share_of_replicas(setup, stage) if distributed else held.trained
     on_gloo = distributed and not setup.cluster.memory_gib
-    reduced = max(held.parameters - held.experts, held.experts) if on_gloo else 0
+    reduced = max(held.trained - held.trained_experts, held.trained_experts) if on_gloo else 0
     return [
         Item("weights", held.parameters * student.element),
-        Item("gradients", held.parameters * 4),
+        Item("gradients", held.trained * 4),
         Item("optimizer", shared * _state_of_a_weight(setup), ("update",) if settings.offload else ()),
         Item(GLOO_COPY, reduced * 4, ("update",)),
     ]
 
 
 def _share_of_replicas(setup: Setup, stage: int) -> float:
-    """A rank's parameters divided by the number of replicas that hold the same ones; experts have other replicas."""
+    """A rank's trained parameters divided by the number of replicas that hold the same ones; experts have other replicas."""
     layout, held = setup.student.layout, setup.student.shard.stages[stage]
-    experts = held.experts / (layout.world_size // layout.pipeline // layout.expert)
-    return (held.parameters - held.experts) / (layout.data * layout.context) + experts
+    experts = held.trained_experts / (layout.world_size // layout.pipeline // layout.expert)
+    return (held.trained - held.trained_experts) / (layout.data * layout.context) + experts
 
 
 def _state_of_a_weight(setup: Setup) -> int:
@@ -166,7 +173,18 @@ def _state_of_a_weight(setup: Setup) -> int:
 def checkpoint_bytes(setup: Setup) -> float:
     """The bytes that a rank of the fullest stage saves: its share of weights and optimizer state, distributed or not."""
     shares = [_share_of_replicas(setup, stage) for stage in range(setup.student.layout.pipeline)]
-    return max(shares) * (setup.student.element + _state_of_a_weight(setup))
+    saved = earlier_bytes(setup) if setup.config.teacher.weights != "start" else 0.0
+    return max(shares) * (setup.student.element + _state_of_a_weight(setup)) + saved
+
+
+def earlier_bytes(setup: Setup) -> float:
+    """The bytes of a rank's share of the student's earlier weights, in float32, on the fullest stage; 0 where it keeps none."""
+    if not keeps_earlier_weights(setup.config):
+        return 0.0
+    stages = range(setup.student.layout.pipeline)
+    sharded = uses_distributed_optimizer(setup.config)
+    shares = (_share_of_replicas(setup, stage) if sharded else setup.student.shard.stages[stage].parameters for stage in stages)
+    return 4 * max(shares)
 
 
 def _activations(setup: Setup, stage: int) -> list[Item]:
@@ -191,7 +209,8 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
         if exact:
             assert setup.teacher is not None
             columns, width = student.shard.columns, setup.teacher.architecture.hidden_size
-            items.append(Item("teacher head", columns * width * student.element))
+            shared = setup.config.teacher.weights == "present" and setup.updates == 1  # then it is the student's own head
+            items.append(Item("teacher head", 0 if shared else columns * width * student.element))
     return items
 
 
@@ -235,7 +254,8 @@ def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: 
     gathered = tokens * hidden * model.element if layout.sequence_parallel else 0
     if not train:
         return chunk + gathered
-    d_weight = columns * hidden * (4 + (2 if model.element == 2 else 0))
+    trained = not model.shard.stages[-1].adapters
+    d_weight = columns * hidden * (4 + (2 if model.element == 2 else 0)) if trained else 0
     return chunk + gathered + d_weight + 2 * tokens * hidden * model.element
 
 
@@ -247,9 +267,12 @@ def _teacher(setup: Setup) -> list[Item]:
     if setup.teacher is not None:
         teacher = setup.teacher
         largest = max(stage.parameters for stage in teacher.shard.stages) * teacher.element
-        items.append(Item("teacher", largest, phases))
+        if not teaches_itself(setup.config):
+            items.append(Item("teacher", largest, phases))
+        elif not (setup.config.teacher.offload and setup.cluster.memory_gib):
+            items.append(Item("earlier weights", earlier_bytes(setup)))
         items.append(Item("teacher's activations", _scoring(teacher, setup.teacher_packing, setup), ("teacher",)))
-    if setup.reference:
+    if setup.reference and not setup.student.shard.stages[0].adapters:  # otherwise it is the student without them
         student = setup.student
         items.append(Item("reference", max(stage.parameters for stage in student.shard.stages) * student.element))
         if setup.config.teacher.offload:

@@ -65,14 +65,18 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
 
 
 def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
-    """The seconds of the backward pass: two products for each one in the forward pass, in flash attention five for two. Under
-    sequence parallelism the inputs are gathered again for the weight gradients."""
+    """The seconds of the backward pass: two products for each one in the forward pass (one, with a frozen weight), in flash
+    attention five for two. Under sequence parallelism the inputs are gathered again for the weight gradients."""
     forward = layer_forward(model, rates, attended, overlap_tensor=overlap_tensor)
     a = model.architecture
     attention = rates.attention(4 * a.num_attention_heads * a.head_dim / model.layout.tensor * attended)
     backward = 2 * forward
     backward[FLOP] += 0.5 * attention
-    backward[NETWORK] = forward[NETWORK] * (1.5 if model.layout.sequence_parallel else 1.0)
+    held = model.shard.stages[0]
+    if held.adapters:
+        backward[FLOP] -= rates.matmul(2 * (held.layer_matrices - held.adapters // held.layers))
+    gathers_again = model.layout.sequence_parallel and not held.adapters
+    backward[NETWORK] = forward[NETWORK] * (1.5 if gathers_again else 1.0)
     return backward
 
 
@@ -137,7 +141,8 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
         launch = stage.layers * kernels * LAUNCH * packed.micro_batches
         seconds[LATENCY] = max(seconds[LATENCY], launch - seconds.total + seconds[LATENCY])
         # The head keeps the parameters' type, also with FP8.
-        seconds[FLOP] += Rates(setup.cluster).matmul((6 if train else 2) * stage.head * loss_tokens)
+        products = 1 if not train else 2 if stage.adapters else 3
+        seconds[FLOP] += Rates(setup.cluster).matmul(2 * products * stage.head * loss_tokens)
         if stage.head:
             traffic = (FUSED_HEAD if setup.choices.fused_head else MATERIALISED_HEAD)[train]
             seconds[MEMORY] += rates.memory(traffic * model.shard.columns * loss_tokens)

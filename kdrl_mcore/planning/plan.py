@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrl_mcore.config.derived import needs_scores, samples, uses_distributed_optimizer
-from kdrl_mcore.planning.memory import RankMemory, checkpoint_bytes, offloaded_bytes, plan_memory, plan_server_memory
+from kdrl_mcore.config.derived import (
+    keeps_earlier_weights,
+    needs_scores,
+    samples,
+    teaches_itself,
+    uses_distributed_optimizer,
+)
+from kdrl_mcore.planning.memory import (
+    RankMemory,
+    checkpoint_bytes,
+    earlier_bytes,
+    offloaded_bytes,
+    plan_memory,
+    plan_server_memory,
+)
 from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, layer_forward, pipeline_pass
 from kdrl_mcore.planning.rates import CPU, HOST, MEMORY, NETWORK, Rates, Seconds
 from kdrl_mcore.planning.setup import Setup
+from kdrl_mcore.planning.workload import Workload
 
 VERIFY = 0.02
 """Seconds that one worker needs for one answer (math-verify)."""
@@ -120,9 +134,11 @@ def make_plan(setup: Setup) -> Plan:
     return Plan(setup, (*plan_memory(setup), *plan_server_memory(setup)), tuple(phases), hidden)
 
 
-def _loss_tokens(setup: Setup, packed_tokens: int) -> float:
-    """The number of response tokens among the tokens of the most loaded rank."""
-    return packed_tokens * float(setup.trained.lengths_N.sum()) / setup.trained.rows(setup.sharing)
+def _loss_tokens(setup: Setup, packed_tokens: int, workload: Workload | None = None) -> float:
+    """The number of response tokens among the tokens of the most loaded rank, which processes `workload` (None: what is
+    trained on)."""
+    workload = workload or setup.trained
+    return packed_tokens * float(workload.lengths_N.sum()) / workload.rows(setup.sharing)
 
 
 def _training(setup: Setup) -> Seconds:
@@ -130,21 +146,21 @@ def _training(setup: Setup) -> Seconds:
     packed, student, rates = setup.update_packing, setup.student, Rates(setup.cluster)
     layout, settings = student.layout, setup.config.optimizer
     passes = pipeline_pass(setup, student, packed, _loss_tokens(setup, packed.tokens), train=True)
-    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
+    stage = max(student.shard.stages, key=lambda stage: stage.trained)
     copies, stride = layout.data * layout.context, layout.tensor
     distributed = uses_distributed_optimizer(setup.config)
-    reduce = rates.ring(4 * stage.parameters, copies, stride) * (1 if distributed else 2)
+    reduce = rates.ring(4 * stage.trained, copies, stride) * (1 if distributed else 2)
     if setup.config.parallel.overlap_grad_reduce:
         # Only the last micro-batch's backward pass can hide it.
         backward = layer_backward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         reduce = max(0.0, reduce - backward.total * packed.tokens / packed.micro_batches)
-    gather = rates.ring(student.element * stage.parameters, copies, stride) if distributed else 0.0
+    gather = rates.ring(student.element * stage.trained, copies, stride) if distributed else 0.0
     if setup.config.parallel.overlap_param_gather:
         # Only the next update's first forward pass can hide it; what follows the last update of a step reads the weights.
         followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
         forward = layer_forward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
-    held = stage.parameters / (copies if distributed else 1)
+    held = stage.trained / (copies if distributed else 1)
     state = {"adam": 8, "sgd": 0}[settings.name] + (4 if student.element == 2 else 0)
     update = Seconds()
     update[NETWORK] = reduce + gather
@@ -157,13 +173,31 @@ def _training(setup: Setup) -> Seconds:
 
 def _teacher(setup: Setup) -> Seconds:
     """The time in which the teacher's weights are loaded and score what the mask keeps; they need not be copied back, as the
-    host memory keeps its copy."""
+    host memory keeps its copy. Earlier weights of the student's own are exchanged with the present ones, before and after."""
     assert setup.teacher is not None
     packed = setup.teacher_packing
-    seconds = pipeline_pass(setup, setup.teacher, packed, _loss_tokens(setup, packed.tokens), train=False)
+    loss_tokens = _loss_tokens(setup, packed.tokens, setup.read_by_teacher)
+    seconds = pipeline_pass(setup, setup.teacher, packed, loss_tokens, train=False)
+    if teaches_itself(setup.config):
+        return seconds + _exchange_weights(setup)
     if setup.config.teacher.offload:
         largest = max(stage.parameters for stage in setup.teacher.shard.stages)
         seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
+    return seconds
+
+
+def _exchange_weights(setup: Setup) -> Seconds:
+    seconds, rates, student = Seconds(), Rates(setup.cluster), setup.student
+    if not keeps_earlier_weights(setup.config):
+        return seconds
+    share = earlier_bytes(setup)
+    stage = max(student.shard.stages, key=lambda stage: stage.parameters)
+    seconds[MEMORY] = rates.memory(4 * share)
+    if setup.config.teacher.offload:
+        seconds[HOST] = rates.host(4 * share)  # there and back, twice
+    if uses_distributed_optimizer(setup.config):
+        copies = student.layout.data * student.layout.context
+        seconds[NETWORK] = 2 * rates.ring(student.element * stage.parameters, copies, student.layout.tensor)
     return seconds
 
 
@@ -179,7 +213,7 @@ def _score_with_student(setup: Setup) -> Seconds:
 
 def _move_reference(setup: Setup) -> Seconds:
     seconds = Seconds()
-    if setup.config.teacher.offload:
+    if setup.config.teacher.offload and not setup.student.shard.stages[0].adapters:
         largest = max(stage.parameters for stage in setup.student.shard.stages)
         seconds[HOST] = Rates(setup.cluster).host(largest * setup.student.element)
     return seconds

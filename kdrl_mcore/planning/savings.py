@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kdrl_mcore.config import Config
+from kdrl_mcore.config.derived import teaches_itself
 from kdrl_mcore.planning.memory import ATTENTION, leaves_attention
 from kdrl_mcore.planning.plan import Plan, make_plan, old_policy_seconds
 from kdrl_mcore.planning.setup import make_setup
@@ -116,10 +117,10 @@ def _of_teacher(plan: Plan) -> Iterator[Saving]:
     mask = config.objective.kd.mask
     yield _switch(plan, "teacher off-load", "teacher.offload", config.teacher.offload)
     name, key = "teacher while servers sample", "teacher.score_while_sampling"
-    if setup.engine_gpus and not config.rollout.steps_ahead:
+    if setup.engine_gpus and not teaches_itself(config) and not config.rollout.steps_ahead:
         yield _switch(plan, name, key, config.teacher.score_while_sampling)
     else:
-        yield Saving(name, key, False, None, None, f"{NEEDS_SERVERS} and rollout.steps_ahead=0")
+        yield Saving(name, key, False, None, None, f"{NEEDS_SERVERS}, rollout.steps_ahead=0 and teacher.path")
     with_mask = "response" if mask == "none" else mask
     yield _switch(plan, "teacher pruned by mask", "objective.kd.mask", mask != "none", (with_mask, "none"))
 

@@ -13,13 +13,15 @@ from kdrl_mcore.config import ClusterConfig, Config
 from kdrl_mcore.config.derived import (
     TEACH_INCORRECT,
     asks_for_transformer_engine,
+    loads_teacher,
     num_given,
     samples_with_vllm,
     servers_per_node,
+    teacher_prompt_tokens,
     teaches_by_advantage,
+    teaches_itself,
     training_ranks,
     uses_reference,
-    uses_teacher,
 )
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import Activations
@@ -43,9 +45,9 @@ class Placed:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of the whole model, vocabulary padding included."""
+        """The number of parameters of the whole model, vocabulary padding included, without adapters."""
         architecture, layout = self.architecture, self.layout
-        shared = sum(stage.parameters - stage.experts for stage in self.shard.stages) * layout.tensor
+        shared = sum(stage.parameters - stage.experts - stage.adapters for stage in self.shard.stages) * layout.tensor
         experts = sum(stage.experts for stage in self.shard.stages) * layout.expert
         doubled = self.shard.stages[-1].head * layout.tensor if architecture.tied_embeddings and layout.pipeline > 1 else 0
         return shared + experts - doubled
@@ -155,13 +157,19 @@ class Setup:
         return self._packing(self.student, self.trained.shapes(self.sharing))
 
     @cached_property
+    def read_by_teacher(self) -> Workload:
+        """What is trained on as the teacher reads it: its prompts may be longer, by at most the difference of the limits."""
+        longer = teacher_prompt_tokens(self.config) - self.config.rollout.max_prompt_tokens
+        return replace(self.trained, prompt_tokens=max(0, self.trained.prompt_tokens + longer))
+
+    @cached_property
     def teacher_packing(self) -> Packing:
         """The packing of the teacher's pass over the given responses and those that the mask keeps, up to the last token with a
         weight."""
         assert self.teacher is not None
         lengths_N = torch.from_numpy(self.trained.lengths_N)
         scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, torch.ones_like(lengths_N, dtype=torch.bool))
-        shapes = self.trained.shapes(self.sharing)
+        shapes = self.read_by_teacher.shapes(self.sharing)
         every = [shape._replace(response=tokens) for shape, tokens in zip(shapes, scored_N.tolist(), strict=True)]
         sampled = self.workload.responses
         kept = max(1, round(sampled * self.distilled)) + len(every) - sampled
@@ -205,6 +213,7 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
         ConfigError: a model is not found, or the student does not have a part that is to be recomputed or off-loaded.
     """
     parallel, student = config.parallel, find_shape(config.student.path, "student.path")
+    lora = config.student.lora
     Activations.of(parallel).check(read_architecture(student), transformer_engine=asks_for_transformer_engine(config.model))
     requests = {
         "student": ShardRequest(
@@ -218,9 +227,11 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
             parallel.sequence_parallel,
             recomputed=tuple(parallel.recompute_modules) if parallel.recompute == "selective" else (),
             offloaded=tuple(parallel.offload_activations),
+            lora_rank=lora.rank,
+            lora_modules=tuple(lora.target_modules) if lora.rank else (),
         )
     }
-    if uses_teacher(config.objective):
+    if loads_teacher(config):
         teacher, layout = find_shape(config.teacher.path, "teacher.path"), config.teacher.parallel
         requests["teacher"] = ShardRequest(
             teacher, config.model.dtype, layout.tensor, layout.pipeline, expert=layout.expert, trainable=False
@@ -268,7 +279,7 @@ def make_setup(
         workload,
         choices,
         placed["student"],
-        placed.get("teacher"),
+        placed["student"] if teaches_itself(config) else placed.get("teacher"),
         placed.get("engine"),
         0 if engines is None else engines.own_gpus,
         reference=uses_reference(config.objective),

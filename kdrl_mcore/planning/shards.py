@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kdrl_mcore.config import without_revision
+from kdrl_mcore.config import LoraConfig, without_revision
 from kdrl_mcore.errors import ConfigError, KdrlError
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -31,6 +31,7 @@ class ShardRequest:
         trainable: False for a model that only scores.
         recomputed, offloaded: names as in `parallel.recompute_modules` (under selective recompute) and
             `parallel.offload_activations`.
+        lora_rank, lora_modules: the adapters that are trained in place of the weights; rank 0 is none.
     """
 
     path: str
@@ -44,6 +45,13 @@ class ShardRequest:
     trainable: bool = True
     recomputed: tuple[str, ...] = ()
     offloaded: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_modules: tuple[str, ...] = ()
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters as `student.lora` describes them."""
+        return LoraConfig(rank=self.lora_rank, target_modules=list(self.lora_modules)) if self.lora_rank else None
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Stage:
         layer_matrices: the weights in one layer by which a token is multiplied: all matrices, but only those experts to which
             it is routed.
         embedding, head: the input embedding and the output head; a tied one counts where it is used.
+        adapters: those of the parameters that belong to adapters; where there are any, only they are trained.
     """
 
     layers: int
@@ -66,6 +75,17 @@ class Stage:
     layer_matrices: int
     embedding: int
     head: int
+    adapters: int = 0
+
+    @property
+    def trained(self) -> int:
+        """The parameters that have gradients and optimizer state."""
+        return self.adapters or self.parameters
+
+    @property
+    def trained_experts(self) -> int:
+        """Those of them in experts."""
+        return 0 if self.adapters else self.experts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ def summarise(plan: Plan) -> dict[str, Any]:
     config, student, teacher = setup.config, setup.student, setup.teacher
     return {
         "student": {"path": config.student.path, "parameters": student.parameters},
-        "teacher": None if teacher is None else {"path": config.teacher.path, "parameters": teacher.parameters},
+        "teacher": None
+        if teacher is None
+        else {"path": config.teacher.path or config.student.path, "parameters": teacher.parameters},
         "cluster": setup.cluster.name,
         "gpus": setup.gpus,
         "server_gpus": setup.engine_gpus,

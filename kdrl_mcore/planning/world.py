@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdrl_mcore.config import ModelConfig
+from kdrl_mcore.config import LoraConfig, ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import prepare_platform
@@ -38,6 +38,7 @@ from kdrl_mcore.model import attention, gpt  # noqa: E402
 from kdrl_mcore.model.activations import Activations  # noqa: E402
 from kdrl_mcore.model.families import read_architecture  # noqa: E402
 from kdrl_mcore.model.families.base import Architecture  # noqa: E402
+from kdrl_mcore.model.lora import ADAPTER  # noqa: E402
 from kdrl_mcore.model.offload import offloaded_modules  # noqa: E402
 from kdrl_mcore.parallel.layout import Layout, create_student_groups  # noqa: E402
 from kdrl_mcore.parallel.packing import pack  # noqa: E402
@@ -93,7 +94,10 @@ def build_shard(request: ShardRequest) -> Shard:
 
 def _layer_memory(architecture: Architecture, request: ShardRequest) -> LayerMemory:
     """The memory of one layer. Off-loaded activations belong to other parts of the layer than recomputed ones."""
-    traced = TracedLayer(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel)
+    traced = TracedLayer(
+        *(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel),
+        *(request.lora_rank, request.lora_modules),
+    )
     memory = _trace(traced, _as_dense(request.recomputed))
     if "moe_act" in request.recomputed:  # what the activation function returns is not kept
         assert architecture.experts is not None
@@ -136,11 +140,13 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
             vocab_size=architecture.vocab_size,
+            lora=request.lora,
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
         in_layers = {name: p.numel() for name, p in names.items() if ".decoder.layers." in name}
         experts = sum(size for name, size in in_layers.items() if ".mlp.experts." in name)
+        adapters = sum(size for name, size in in_layers.items() if f".{ADAPTER}." in name)
         matrices = sum(p.numel() for name, p in names.items() if ".decoder.layers." in name and p.dim() == 2)
         others = sum(p.numel() for name, p in names.items() if ".decoder.layers." not in name)
         mixture = architecture.experts
@@ -155,6 +161,7 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
             layer_matrices=(matrices - experts) // len(parts.chunks) + working,
             embedding=parts.chunks[0].embedding.word_embeddings.weight.numel() if parts.chunks[0].pre_process else 0,
             head=last.head_weight().numel() if on_last else 0,
+            adapters=per_chunk * adapters,
         )
 
 
@@ -179,6 +186,8 @@ class TracedLayer:
     tensor: int
     context: int
     sequence_parallel: bool
+    lora_rank: int = 0
+    lora_modules: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def build(self, recomputed: tuple[str, ...] = ()) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -199,6 +208,7 @@ class TracedLayer:
                 groups,
                 vocab_size=architecture.vocab_size,
                 activations=Activations("selective", recomputed) if recomputed else Activations(),
+                lora=LoraConfig(rank=self.lora_rank, target_modules=list(self.lora_modules)) if self.lora_rank else None,
                 trainable=True,
             )
             chunk = parts.chunks[0]
@@ -229,11 +239,12 @@ def _trace(traced: TracedLayer, recomputed: tuple[str, ...]) -> LayerMemory:
         del output
         live, output, _ = run(keep=True)
         saved = live.now - output.untyped_storage().nbytes()
-        for parameter in layer.parameters():  # as in Megatron's DDP once a gradient is in its buffer
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for parameter in trained:  # as in Megatron's DDP once a gradient is in its buffer
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with live:
             output.backward(torch.zeros_like(output))
-        largest = max(p.numel() * p.element_size() for p in layer.parameters())
+        largest = max(p.numel() * p.element_size() for p in trained)
     return LayerMemory(*(size / TRACED_TOKENS for size in (input_bytes, saved, forward.peak, live.peak - largest)))
 
 

@@ -12,22 +12,38 @@ import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_benchmark
-from kdrl_mcore.config.derived import longest_response, replays, samples_with_vllm, used_models, uses_given
+from kdrl_mcore.config.derived import (
+    loads_teacher,
+    longest_response,
+    reads_scores,
+    replays,
+    samples_with_vllm,
+    used_models,
+    uses_given,
+)
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
+from kdrl_mcore.convert.peft_folder import check_peft_folder
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.files import is_file
 from kdrl_mcore.data.hub import resolve_models
-from kdrl_mcore.data.limits import Limits, check_prompts, check_rollouts
+from kdrl_mcore.data.limits import (
+    Limits,
+    check_prompts,
+    check_rollouts,
+    check_teacher_prompts,
+    check_teacher_rollouts,
+)
 from kdrl_mcore.data.sources import data_notes, read_domains, training_sources
 from kdrl_mcore.data.stream import Domain
 from kdrl_mcore.data.tokenizers import load_tokenizer
-from kdrl_mcore.data.vocabulary import shared_vocabulary
+from kdrl_mcore.data.vocabulary import shared_vocabulary, unshared_tokens
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.lora import check_lora
 from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.layout import student_layout, teacher_layout
@@ -38,6 +54,7 @@ from kdrl_mcore.rollout.files import read_rollouts
 from kdrl_mcore.rollout.given import read_given
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.teacher.recorded import read_recorded
 
 
 def check_hub(config: Config) -> str:
@@ -51,13 +68,17 @@ def check_models(config: Config) -> str:
     models, described = used_models(config), []
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
+    if (lora := config.student.lora).rank:
+        check_lora(lora, read_architecture(models["student"]), config.parallel.tensor)
+        if lora.path is not None:
+            check_peft_folder(lora.path, lora)
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:
             check_names(weights, architecture, FAMILIES[architecture.family].rules(architecture))
         described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B parameters)")
         described += [f"{path} also holds {file}, which is not read" for file in unread_files(path)]
-    tokenizer, vocab_size = shared_vocabulary(*models.values())
+    tokenizer, vocab_size = shared_vocabulary(*models.values(), added_may_differ=True)
     if tokenizer is None and not replays(config):
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
     return f"{'; '.join(described)}; {vocab_size} tokens"
@@ -133,16 +154,22 @@ def check_lengths(config: Config) -> str:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return ""
     models = list(used_models(config).values())
-    tokenizer, vocab_size = shared_vocabulary(*models)
+    tokenizer, vocab_size = shared_vocabulary(*models, added_may_differ=True)
+    unshared = unshared_tokens(*models) if loads_teacher(config) else {}
     limits, most = Limits.of(vocab_size, models), config.rollout.max_response_tokens
     checked = []
     if replays(config):
         assert config.rollout.path is not None
-        check_rollouts(read_rollouts(config.rollout.path), config.rollout.path, limits)
+        rollouts = read_rollouts(config.rollout.path)
+        check_rollouts(rollouts, config.rollout.path, limits)
+        check_teacher_rollouts(rollouts, config.rollout.path, config, unshared)
+        if reads_scores(config):
+            read_recorded(config.rollout.path, config, vocab_size)
         checked.append(config.rollout.path)
     elif tokenizer is not None and (config.data.train or config.data.sources):
         for table in read_domains(config, tokenizer):
             check_prompts(table, table.source, limits, longest_response(config))
+            check_teacher_prompts(table, table.source, config, unshared)
             checked.append(table.source)
     if uses_given(config) and config.rollout.given.path is not None:
         read_given(config.rollout.given.path, limits, most)

@@ -313,6 +313,8 @@ class Dispatch:
         settings = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "max_tokens": sampling.max_response_tokens,
         }
         try:

@@ -21,6 +21,8 @@ class Sampling:
         key: the random key of the call, so that each call draws different numbers.
         verify: also verify the responses, if the engine can (`RolloutEngine.verifies`).
         part_tokens: the smallest number of tokens in a part for `OnPart`; 0: never call it.
+        top_p, top_k, min_p: which of the likeliest tokens are drawn (`sampling.sample`); log-probs are those of the truncated
+            distribution.
     """
 
     temperature: float
@@ -30,6 +32,8 @@ class Sampling:
     key: tuple[int, ...]
     verify: bool = False
     part_tokens: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ class RolloutEngine(Protocol):
         Every rank passes the same requests.
 
         Args:
-            sampling: `temperature`, `top_p` and `max_response_tokens` count; a response that has fewer tokens and did not end
-                is "partial".
+            sampling: only how tokens are drawn, and `max_response_tokens`, count; a response that has fewer tokens and did not
+                end is "partial".
 
         Returns:
             The responses so far in the order of the requests, whose places are their groups, on every rank.

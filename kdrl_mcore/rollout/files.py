@@ -32,18 +32,22 @@ _WORDS = {str: "text", int: "an integer", list: "a list", bool: "true or false",
 
 
 def write_rollouts(
-    path: str | Path, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[TokenFloats]] | None = None
+    path: str | Path,
+    rollouts: Sequence[Rollout],
+    scores: Mapping[str, Sequence[TokenFloats]] | None = None,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Write a rollout file atomically: to a temporary file, then renamed.
 
     Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` if the teacher scored
-    the response, `domain` if training has several, `later_versions` if the weights changed during it,
-    `teacher_prompts` if teachers read other prompts, `continuations` if it was continued, and the keys of `extra`.
+    the response, `domain` if training has several, `later_versions` if the weights changed during it, `teacher_prompts` if
+    teachers read other prompts, `continuations` if the response was continued, and the keys of `extra`.
     A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written
     unchanged (`NaN`), for diagnosis; `read_rollouts` refuses them.
 
     Args:
         scores: further lists with one number per response token, by key, which make it a scored file.
+        more: further values of each line, by key.
 
     Raises:
         DataError: a key of `extra` is one of the file's own.
@@ -55,6 +59,7 @@ def write_rollouts(
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # writes lone surrogates as JSON escapes
             for index, rollout in enumerate(rollouts):
                 row = to_row(rollout) | {key: values[index].tolist() for key, values in (scores or {}).items()}
+                row |= {key: values[index] for key, values in (more or {}).items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

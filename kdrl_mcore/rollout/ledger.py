@@ -36,7 +36,7 @@ class Entry:
         position: its position in the data.
         draw: None if it must be sampled again, for the step that takes it next.
         rollouts: its responses once all have been sampled, otherwise None.
-        begun: until then its responses so far, some of them unfinished; None before they are begun.
+        begun: its responses so far, some of them unfinished, until all have been sampled; None before the first.
     """
 
     position: Position

@@ -185,7 +185,8 @@ class MegatronEngine:
         sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
             logits = chunk.logits(hidden).float()
-            sampled = sample(logits, uniform_N, chunk.shard, sampling.temperature, sampling.top_p)
+            how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+            sampled = sample(logits, uniform_N, chunk.shard, *how)
         if groups.pipeline.size() > 1:
             shape = (2, len(uniform_N))
             answer = (

@@ -6,6 +6,8 @@ step and its position in the batch, and not on the layout or on which other sequ
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,26 +30,36 @@ def uniforms(key: tuple[int, ...], sequences: list[int], tokens: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_NV: Tensor,
+    uniform_N: Tensor,
+    shard: VocabShard,
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Sample one token per row.
 
     Args:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
         temperature: divides the logits; 0 takes the most likely token, with its log-prob in the unscaled distribution.
-        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p; log-probs are those of that
-            distribution.
+        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p.
+        top_k: above 0, sample among so many of the likeliest.
+        min_p: above 0, sample among tokens with at least this share of the likeliest one's probability. As in vLLM, min_p comes
+            first, then top_k, then top_p of what is left. Log-probs are those of the truncated distribution.
 
     Returns:
         (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
-        numbers per row and one SUM all-reduce of two; with top_p < 1 an all-gather of the logits instead.
+        numbers per row and one SUM all-reduce of two; where the distribution is truncated an all-gather of the logits instead.
     """
     if temperature not in (0, 1):
         logits_NV /= temperature
     if shard.real_columns < logits_NV.size(1):
         logits_NV[:, shard.real_columns :] = _MASKED
-    if top_p < 1 and temperature > 0:
-        return _sample_nucleus(_gather_columns(logits_NV, shard), uniform_N, top_p)
+    if temperature > 0 and (top_p < 1 or top_k > 0 or min_p > 0):
+        return _sample_truncated(_gather_columns(logits_NV, shard), uniform_N, top_p, top_k, min_p)
     peak_N = logits_NV.amax(dim=1)
     # Each rank scales by its own peak. Rounding in float32, as that of the logits, changes a token once in millions.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
@@ -75,9 +87,16 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, shard: VocabShard, temperature:
     return answer[0].long(), answer[1].float()
 
 
-def _sample_nucleus(logits_NV: Tensor, uniform_N: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample within the nucleus (https://arxiv.org/abs/1904.09751) of whole rows of logits."""
+def _sample_truncated(logits_NV: Tensor, uniform_N: Tensor, top_p: float, top_k: int, min_p: float) -> tuple[Tensor, Tensor]:
+    """Sample among the likeliest tokens of whole rows of logits: the nucleus (https://arxiv.org/abs/1904.09751) of the top_k
+    likeliest and of those that min_p (https://arxiv.org/abs/2407.01082) keeps."""
     log_probs, order = logits_NV.double().log_softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    if min_p > 0:
+        log_probs = log_probs.masked_fill(log_probs < log_probs[:, :1] + math.log(min_p), -math.inf)
+    if top_k > 0:
+        log_probs[:, top_k:] = -math.inf
+    if min_p > 0 or top_k > 0:
+        log_probs = log_probs.log_softmax(dim=1)
     masses = _Masses(log_probs.exp())
     # The nucleus ends with the first token at which the sum is no longer below top_p.
     below = torch.full_like(uniform_N, np.nextafter(top_p, 0.0), device=log_probs.device)

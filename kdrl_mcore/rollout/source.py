@@ -86,11 +86,11 @@ class Ahead:
     """How responses are sampled ahead of the steps that train on them.
 
     Attributes:
-        how: the engine that samples while the student trains; or how responses are cut, which the engine samples part by part
-            before the student trains.
-        steps: how many steps ahead: the prompts that wait when a step trains were drawn for so many steps.
-        max_age: the most steps between the weights that sampled a token and the step that trains on it. With as many as
-            `steps`, groups are trained on in the order in which their prompts were drawn; with more, complete groups overtake
+        how: the engine that samples while the student trains; or how responses are cut into parts, which the engine samples
+            one by one before the student trains.
+        steps: for how many later steps prompts have been drawn while a step trains.
+        max_age: the most steps between the weights that sampled a token and the step that trains on it. If it equals `steps`,
+            groups are trained on in the order in which their prompts were drawn; if it is larger, complete groups overtake
             others until those are due.
         waits: whether a refit waits for unfinished responses; otherwise they continue with the new weights.
         last_step: the run's last step, after which nothing is drawn.
@@ -280,7 +280,7 @@ class SampledRollouts(RolloutSource):
         return [entry for entry in self.ledger.waiting if entry.rollouts is not None]
 
     def _submit(self) -> None:
-        """Have the engine sample what waits without responses, in the order in which it was drawn."""
+        """Submit the waiting prompts without responses to the engine, in the order in which they were drawn."""
         assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
         begun = set(self._submitted.values())
         missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,9 @@ from typing import Any
 from kdrl_mcore.checkpointing.checkpoint import MODEL_DIR
 from kdrl_mcore.config import flatten
 from kdrl_mcore.config.resuming import RULES
-from kdrl_mcore.convert.folders import torch_dist_folder
+from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families import read_architecture
-
-WHOLE = 256 * 2**20
-SAMPLE = 2**20
-"""Bytes. Files up to `WHOLE` are read whole; of larger ones, `SAMPLE` at the beginning, in the middle and at the end."""
 
 SOURCES = "data.sources"
 CONTENT_KEYS = tuple(key for key, rule in RULES.items() if rule.effect == "content")
@@ -29,35 +24,6 @@ def fingerprints(flat: Mapping[str, Any]) -> dict[str, str]:
     found = {key: digest for key in CONTENT_KEYS if (digest := fingerprint(flat.get(key))) is not None}
     sources = [fingerprint(source["path"]) for source in flat.get(SOURCES) or ()]
     return found | ({SOURCES: ",".join(map(str, sources))} if sources else {})
-
-
-def fingerprint(path: str | None) -> str | None:
-    """The fingerprint of a file, or of a model directory's weights and tokenizer; None if the path does not exist."""
-    source = Path(path) if path else None
-    if source is None or not source.exists():
-        return None
-    if source.is_file():
-        files = [source]
-    else:
-        weights = torch_dist_folder(source) or source
-        files = sorted([*source.glob("*.safetensors"), *source.glob("tokenizer.json"), *weights.glob("*.distcp")])
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.stat().st_size} ".encode())
-        _read_into(digest, file)
-    return digest.hexdigest()
-
-
-def _read_into(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while part := file.read(SAMPLE):
-                digest.update(part)
-            return
-        for start in (0, size // 2, size - SAMPLE):
-            file.seek(start)
-            digest.update(file.read(SAMPLE))
 
 
 def is_same(key: str, old: str | None, new: str | None, saved: Mapping[str, str], present: Mapping[str, str]) -> bool:

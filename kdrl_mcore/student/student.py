@@ -20,7 +20,7 @@ from kdrl_mcore.convert.peft_folder import load_adapters
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import initialise_adapters
+from kdrl_mcore.model.lora import initialise_adapters, sharded_factors, take_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -127,7 +127,9 @@ class Student:
         self.teacher_head: TeacherHead | None = None
         self._kd = config.objective.kd
         # Then the teacher's head is the student's own, and no copy of it is needed.
-        self._teaches_at_once = config.teacher.weights == "present" and config.batch.updates_per_step == 1
+        self._teaches_at_once = (
+            config.teacher.weights == "present" and config.batch.updates_per_step == 1
+        ) or self.lora is not None  # whose head is frozen
         self._head_time = Stopwatch()
         self.optimizer = Optimizer(self.parts, config)
 
@@ -204,14 +206,12 @@ class Student:
         self.optimizer.wait_for_weights()
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as Megatron's sharded tensors, to save a checkpoint or to load one into (for loading,
-        only the optimizer's tensors, under `OPTIMIZER_TENSORS`). They are views of this rank's state; nothing is copied. An
-        off-loaded optimizer state is moved to the device, where it stays until `leave_state`."""
+        """Weights (adapters alone, where those are trained) and optimizer state as Megatron's sharded tensors, to save a
+        checkpoint or to load one into (for loading, only the optimizer's tensors, under `OPTIMIZER_TENSORS`). They are views of
+        this rank's state; nothing is copied. An off-loaded optimizer state is moved to the device, where it stays until
+        `leave_state`."""
         self.wait_for_weights()
-        weights = {
-            name: mcore.weights_to_load(chunk) if loading else chunk.sharded_state_dict()
-            for name, chunk in self._named_chunks().items()
-        }
+        weights = {name: self._sharded_weights(chunk, loading=loading) for name, chunk in self._named_chunks().items()}
         return {**weights, **self.optimizer.sharded_state(weights, loading=loading)}
 
     def leave_state(self) -> None:
@@ -222,9 +222,16 @@ class Student:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Load what `dist_checkpointing.load` returned for `sharded_state(loading=True)`. The optimizer's tensors were already
         loaded in place; of its scalars only the step count is used, all others are this run's."""
+        take = mcore.take_weights if self.lora is None else take_factors
         for name, chunk in self._named_chunks().items():
-            mcore.take_weights(chunk, state[name])
+            take(chunk, state[name])
         self.optimizer.load_sharded_state(state)
+
+    def _sharded_weights(self, chunk: LanguageModel, *, loading: bool) -> dict[str, Any]:
+        """What of a chunk is saved: its weights, or beside frozen ones only the adapters."""
+        if self.lora is not None:
+            return sharded_factors(chunk, self.groups)
+        return mcore.weights_to_load(chunk) if loading else chunk.sharded_state_dict()
 
     def _named_chunks(self) -> dict[str, LanguageModel]:
         """The chunks by their names in a checkpoint."""

@@ -91,6 +91,8 @@ def _token_weights(
             log_ratio = log_teacher - log_probs
             if ends[index]:
                 log_ratio[-1:] = 0.0  # it takes up no share
+            if batch.scored_N is not None:
+                log_ratio[int(batch.scored_N[index]) :] = 0.0  # nor does what the teacher has not read
         responses.append(ResponseScores(len(rollout.response_token_ids), passed, log_ratio, entropy, teacher_entropies[index]))
     return token_weights(responses, settings, ends)
 

@@ -47,6 +47,11 @@ class TeacherScores:
             self.hidden = scores.hidden.joined(self.hidden)
         self.scored |= scores.scored
 
+    def skip(self, index: int, length: int) -> None:
+        """Record a response of which the teacher can read nothing."""
+        self.scored[index] = 0
+        self.log_probs[index] = self.entropies[index] = np.zeros(length, np.float32)
+
     def keep(self, places: Sequence[int]) -> None:
         """Drop the scores of all responses but these; those at `places[i]` become those of response i."""
         log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden

@@ -18,7 +18,6 @@ PACKAGES = ("megatron", "vllm", "transformer_engine")
 
 _ENGINE = "vllm.v1.engine.async_llm.AsyncLLM"
 _WORKER = "vllm.v1.worker.gpu_worker.Worker"
-_RUNNERS = ("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner")
 _GROUPS = "megatron.core.process_groups_config.ProcessGroupCollection"
 _CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 _ATTENTION = "megatron.core.transformer.attention.SelfAttention"
@@ -52,13 +51,10 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm_config": ("vllm.config.VllmConfig",),
         "part": ("vllm.outputs.CompletionOutput",),
     },
-    "kdrl_mcore/rollout/vllm/reload.py": {
-        "worker": (_WORKER,),
-        "worker.model_runner": _RUNNERS,
-        # The worker passes its arguments on, whatever they are.
-        "worker.reload_weights": tuple(f"{owner}.reload_weights" for owner in (_WORKER, *_RUNNERS)),
+    "kdrl_mcore/rollout/vllm/transfer.py": {
+        "self.vllm_config": ("vllm.config.VllmConfig",),
+        "config": ("vllm.config.ParallelConfig",),
     },
-    "kdrl_mcore/rollout/vllm/worker.py": {"self.parallel_config": ("vllm.config.ParallelConfig",)},
     "kdrl_mcore/parallel/optimizer_state.py": {
         "part": (_DISTRIBUTED_OPTIMIZER,),
         "piece": (_SHARDED,),
@@ -88,7 +84,14 @@ INDIRECT: dict[str, tuple[str, ...]] = {
     "vllm.v1.executor.abstract.SLEEP_TAGS": (),
     f"{_WORKER}.sleep": ("level",),
     f"{_WORKER}.wake_up": ("tags",),
-    **{f"{runner}.reload_weights": ("weights_iterator",) for runner in _RUNNERS},
+    **{
+        f"{_WORKER}.{name}": arguments
+        for name, arguments in {
+            "start_weight_update": (),
+            "update_weights": ("update_info",),
+            "finish_weight_update": (),
+        }.items()
+    },
     # Weights that change while responses are unfinished.
     f"{_ENGINE}.pause_generation": ("mode", "clear_cache"),
     f"{_ENGINE}.resume_generation": (),

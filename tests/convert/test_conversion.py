@@ -44,6 +44,9 @@ def converted(source: Path) -> Path:
         ("qwen3", {}),
         ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 64}),
         ("qwen3_moe", {}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("gemma3", {}),
     ],
 )
 def test_there_and_back_is_the_same_bytes(family: str, settings: dict, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -139,6 +142,9 @@ def test_a_converted_model_is_a_model(source: Path, converted: Path, ranks2: Ran
     "family, layout",
     [
         ("qwen2", {"tensor": 2, "pipeline": 2}),
+        ("phi3", {"tensor": 2, "pipeline": 2}),
+        ("olmo3", {"tensor": 2, "pipeline": 2}),
+        ("gemma3", {"tensor": 2, "sequence_parallel": True, "pipeline": 2}),
         ("qwen3_moe", {"pipeline": 2, "expert": 2}),
         ("qwen3_moe", {"tensor": 2, "expert": 4, "sequence_parallel": True}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,6 +16,8 @@ from kdrl_mcore.monitoring.metrics import read_metrics
 from kdrl_mcore.rollout.files import read_scored
 
 STEPS = 2
+SHORT = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "rollout.max_prompt_tokens=32")
+"""An untrained student ends no response by itself."""
 FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
 
 
@@ -22,6 +25,8 @@ FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the one `make_pair` makes: absolute, so that it need not lie in the project."""
     monkeypatch.setattr(task, "SPLITS", FEW_PROBLEMS)
+    stages = tuple(tuple(replace(method, overrides=(*method.overrides, *SHORT)) for method in stage) for stage in demo.STAGES)
+    monkeypatch.setattr(demo, "STAGES", stages)
     task.write_data(tmp_path / "data", FLAW_RATE)
     for name in ("student", "teacher"):
         write_random_model(tmp_path / name, name)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.paper_cuda import install
+from tests.paper_cuda import choose_gpu, import_training
 from tests.reference.tiny_models import make_model, make_pair, make_tokenizer
 from tests.support.ranks import RankPool
 from tests.support.training import PROMPTS
 
 
 def _pool(world_size: int) -> Iterator[RankPool]:
-    pool = RankPool(world_size, prepare=install, backend="cpu:gloo,cuda:nccl")
+    pool = RankPool(world_size, preload=import_training, prepare=choose_gpu, backend="cpu:gloo,cuda:nccl")
     yield pool
     pool.close()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.paper_cuda import install
+from tests.paper_cuda import choose_gpu, import_training
 from tests.support.head_cases import HEADS, Sizes, assert_same, run_head
 from tests.support.ranks import RankPool
 
@@ -19,7 +19,7 @@ SIZES = Sizes(columns=48, size=43, chunk_tokens=2)
 
 @pytest.fixture(scope="module")
 def paper() -> Iterator[RankPool]:
-    pool = RankPool(1, prepare=install, backend="nccl")
+    pool = RankPool(1, preload=import_training, prepare=choose_gpu, backend="nccl")
     yield pool
     pool.close()
 

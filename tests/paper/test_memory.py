@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks.memory import configure, measure_on_rank, plan, write_model
+from benchmarks.memory import Measured, configure, measure_on_rank, plan, write_model
 from kdrl_mcore.config import load_config
 from tests.support.paper_runs import paper_overrides, train_beside_an_engine, train_on_paper
 from tests.support.ranks import RankPool
@@ -17,7 +17,12 @@ from tests.support.receiver import Process
 
 SMALL = 64 * 1024
 """Bytes of what else a run may keep: the engine's stop tokens, a counter of Megatron-Core's, numbers of a loss."""
-TOKENS, MICRO_BATCHES = 256, 2
+TOKENS, MICRO_BATCHES = 128, 2
+
+
+def measure_held(settings: list[str]) -> Measured:
+    """`measure_on_rank` by what the allocator holds, which on paper is what is alive."""
+    return measure_on_rank(settings, TOKENS, MICRO_BATCHES, follow=False)
 
 
 def run(paper: RankPool, folder: Path, directory: Path, *more: str) -> list[tuple[str, int, dict[str, int]]]:
@@ -51,6 +56,20 @@ def test_an_off_loaded_optimizer_is_gone(pair: Path, paper1: RankPool, tmp_path:
             assert live - sum(kept.values()) < SMALL
 
 
+@pytest.mark.parametrize("offload", [True, False])
+def test_earlier_weights_are_on_the_host_or_take_four_bytes_each(
+    offload: bool, pair: Path, paper1: RankPool, tmp_path: Path
+) -> None:
+    own = ["teacher.path=null", "teacher.weights=average", "objective.kd.estimator=k2", "optimizer.offload=true"]
+    phases = run(paper1, pair, tmp_path, *own, f"teacher.offload={str(offload).lower()}")
+    assert {name for name, *_ in phases} >= {"rollout", "teacher", "train"}
+    for name, live, kept in phases:
+        assert kept["teacher"] == 0
+        if name in ("refit", "rollout"):
+            earlier = 0 if offload else kept["gradients"]  # float32 as well
+            assert abs(live - sum(kept.values()) - earlier) < SMALL
+
+
 def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
     pair: Path,
     paper1: RankPool,
@@ -74,14 +93,14 @@ def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
     assert awake[-1][2]["optimizer"] > 0
 
 
-def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Path) -> None:
-    """In one layout: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
-    layout = "tensor, sequence, bfloat16"
+@pytest.mark.parametrize("layout", ["tensor, sequence, bfloat16", "adapters, tensor, sequence, recompute, bfloat16"])
+def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, tmp_path: Path) -> None:
+    """In two layouts: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
     model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=2048)
     settings, config = configure(layout, model, TOKENS)
     config.cluster.memory_gib = 80
     planned = plan(config, TOKENS, MICRO_BATCHES)
-    for measured in paper2.run(measure_on_rank, settings, TOKENS, MICRO_BATCHES, timeout=300):
+    for measured in paper2.run(measure_held, settings, timeout=300):
         rank = planned[measured.stage]
         assert rank.between_steps == pytest.approx(measured.held.between, rel=0.02)
         assert rank.peak == pytest.approx(measured.held.peak, rel=0.10)
@@ -89,7 +108,7 @@ def test_planned_memory_is_what_the_ledger_holds(paper2: RankPool, tmp_path: Pat
 
 def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
     """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
-    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
+    model = write_model(tmp_path / "model", hidden=128, layers=8, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
         settings = [
@@ -103,7 +122,7 @@ def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: 
         config = load_config(settings)
         config.cluster.memory_gib = 80
         (planned,) = plan(config, TOKENS, MICRO_BATCHES, ranks=1)
-        (measured,) = paper1.run(measure_on_rank, settings, TOKENS, MICRO_BATCHES, timeout=300)
+        (measured,) = paper1.run(measure_held, settings, timeout=300)
         assert planned.peak == pytest.approx(measured.held.peak, rel=0.10)
         peaks.append((planned.peak, measured.held.peak))
     saved, really_saved = (before - after for before, after in zip(*peaks, strict=True))

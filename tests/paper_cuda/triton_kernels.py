@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.paper_cuda import streams
 from tests.paper_cuda.dispatch import unwatched
 from tests.paper_cuda.memory import Block, index_of, mark_of
+from tests.support.interpreter import patch_language_once
 
 
 def install() -> None:
@@ -18,6 +19,7 @@ def install() -> None:
         return
     from triton.runtime.interpreter import GridExecutor
 
+    patch_language_once()
     launch = GridExecutor.__call__
 
     def watched(executor: Any, *args: Any, **kwargs: Any) -> Any:

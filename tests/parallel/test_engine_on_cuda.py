@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from tests.paper_cuda import install
+from tests.paper_cuda import choose_gpu, import_training
 from tests.support.ranks import RankPool
 from tests.support.sampling import PROMPTS, SAMPLINGS, assert_close, generate_on_rank, tokens_of
 from tests.support.training import FAST
@@ -22,7 +22,7 @@ LIMITS = (33, 97)
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[RankPool]:
     """Two ranks with a paper GPU each."""
-    pool = RankPool(2, prepare=install, backend="cpu:gloo,cuda:nccl")
+    pool = RankPool(2, preload=import_training, prepare=choose_gpu, backend="cpu:gloo,cuda:nccl")
     yield pool
     pool.close()
 

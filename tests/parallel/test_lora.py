@@ -14,8 +14,11 @@ import torch
 
 pytest.importorskip("peft")
 
+from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.torch_dist import read_metadata
+from kdrl_mcore.errors import CheckpointError
 from tests.reference import adapters, dense
-from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, write_jsonl
+from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
 from tests.support import lora
 from tests.support.agreement import SETTINGS, assert_gradients
 from tests.support.late_weights import OVERLAPPED
@@ -23,7 +26,7 @@ from tests.support.lora import Adapted, adapt
 from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, play_transformer_engine
-from tests.support.training import FAST, train_on_rank
+from tests.support.training import FAST, PROMPTS, QUIET, metrics_of, train_on_rank
 from tests.support.zoo import Zoo
 
 SP = "parallel.tensor=2 parallel.sequence_parallel=true"
@@ -151,6 +154,77 @@ def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools
             adapters.load_adapted(untied.student, tmp_path / "run" / "adapter")(tokens).logits,
         ]
     torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.timeout(900)  # saves start processes
+def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
+    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    settings = ["optimizer.lr=0.01", "optimizer.adam_eps=1e-3", f"objective.beta.init={SETTINGS.beta}", *FAST]
+
+    def train(run: str, steps: int, every: int, ranks: int, layout: str) -> None:
+        words = [f"run.dir={tmp_path / run}", f"trainer.steps={steps}", f"checkpoint.every={every}", *layout.split()]
+        outcomes = pools[ranks].run(train_on_rank, [*untied.overrides, *settings, *words])
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
+
+    train("straight", 4, -1, 2, "parallel.tensor=2")
+    train("parted", 2, 0, 4, f"{SP} batch.micro_tokens=40")
+    saved = tmp_path / "parted" / "checkpoints" / "step_000002"
+    factors = sum(value.numel() for value in adapters.read_factors(untied.adapter).values())
+    names = read_metadata(saved / "weights").state_dict_metadata
+    sizes = {name: described.size.numel() for name, described in names.items() if hasattr(described, "size")}
+    assert sum(sizes.values()) == 4 * factors  # themselves, main weights and two moments
+    assert all(".lora_" in name for name in sizes)
+    with pytest.raises(CheckpointError, match=r"holds adapters alone .* take RUN/hf"):
+        open_weights(saved)
+    train("parted", 4, -1, 2, "parallel.pipeline=2 parallel.virtual_pipeline=2")
+    straight, parted = (metrics_of(tmp_path / run) for run in ("straight", "parted"))
+    for name in ("loss", "grad_norm", "kl", "lr"):
+        assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-4), name
+    assert len({row["loss"] for row in parted}) == 4
+
+
+@pytest.mark.parametrize(
+    "layout, estimator",
+    [("parallel.tensor=2", "k2"), ("parallel.pipeline=2", "k2"), (SP, "exact")],
+    ids=["tp2", "pp2", "exact"],
+)
+def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
+    layout: str, estimator: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, reference=0.2, estimator=estimator)
+    itself = replace(untied, teacher=None)
+    assert lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student) == 1
+
+
+def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
+    """Earlier weights are earlier adapters: as the run begins the teacher is the student, and only rounding has a gradient."""
+    words = [word for word in untied.overrides if "teacher" not in word]
+    settings = ["objective.alpha.init=0", "objective.beta.init=1", "teacher.weights=start", "optimizer.lr=0.01"]
+    outcomes = ranks2.run(train_on_rank, [f"run.dir={tmp_path / 'run'}", *words, *settings, "trainer.steps=1", *FAST])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert metrics["grad_norm"] < 1e-2
+
+
+def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
+    """The log-probs that it reports are those of `peft`, for the tokens it drew."""
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS[:4]])
+    own = [word for word in untied.overrides if "rollout" not in word and "teacher" not in word]
+    sampling = ["rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12"]
+    words = [f"run.dir={tmp_path / 'run'}", *own, f"data.train={tmp_path / 'train.jsonl'}", *sampling, *QUIET]
+    outcomes = ranks2.run(
+        train_on_rank, [*words, "objective=grpo", "data.template=plain", "trainer.steps=1", "parallel.tensor=2"]
+    )
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    model = adapters.load_adapted(untied.student, untied.adapter)
+    rows = read_jsonl(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
+    for row in rows:
+        with torch.no_grad():
+            logits = dense.response_logits(model, row, zoo.vocab_size("untied"), 1.0)
+        wanted = dense.log_prob_of(logits.log_softmax(-1), row)
+        torch.testing.assert_close(torch.tensor(row["sampler_log_probs"]).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert len(rows) == 8
 
 
 def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(

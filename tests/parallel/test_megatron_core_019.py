@@ -116,7 +116,10 @@ def test_checkpoints_hold_the_same_bits_in_both_versions(
     assert_newer(newer_ranks)
 
 
-@pytest.mark.parametrize("family, layout", [("qwen2", {"tensor": 2}), ("qwen3_moe", {"expert": 2})], ids=["tp2", "ep2"])
+@pytest.mark.parametrize(
+    "family, layout",
+    [("qwen2", {"tensor": 2}), ("olmo2", {"tensor": 2}), ("gemma3", {"tensor": 2}), ("qwen3_moe", {"expert": 2})],
+)
 def test_it_loads_a_converted_model(family: str, layout: dict[str, int], newer_ranks: RankPool, tmp_path: Path) -> None:
     hf = make_model(family, tmp_path / "hf", seed=4)
     import_hf(hf, tmp_path / "megatron", None, quiet)

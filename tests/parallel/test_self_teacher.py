@@ -193,3 +193,43 @@ def test_prompts_are_in_the_rollout_file(zoo: Zoo, pools: dict[int, RankPool], t
     pools[1].run(train_on_rank, [*overrides, *QUIET, "trainer.steps=1"])
     rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     assert [row["teacher_prompts"] for row in rows] == [row["teacher_prompts"] for row in zoo.rows("privileged")]
+
+
+def test_a_sampled_run_reads_the_answer(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    """From the row through the rollouts to the teacher; the engine samples with the present weights all the same."""
+    rows = [{"prompt": f"{a}+{a}=", "answer": str(2 * a), "why": "because"} for a in range(1, 5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcomes = pools[2].run(
+        train_on_rank,
+        [
+            *(f"run.dir={tmp_path}/run", f"student.path={zoo.model('untied')}", f"data.train={tmp_path}/train.jsonl"),
+            *("objective=kdrl", "objective.beta.init=1", "objective.kd.estimator=exact", "reward=exact_match"),
+            *("data.template=plain", "data.columns=[why]", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2"),
+            *("rollout.max_response_tokens=6", "trainer.steps=2", "optimizer.lr=0.01", "reward.workers=1"),
+            *("teacher.weights=average", "teacher.decay=0.5", "teacher.prompt.template=plain"),
+            "teacher.prompt.plain_template='{prompt} {answer} {why}: {prompt}'",
+            *QUIET,
+        ],
+    )
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    first, second = metrics_of(tmp_path / "run")
+    assert first["kl_full"] > 0 and second["drift_mean"] < 1e-5 and first["teacher_text_copied"] >= 0
+    written = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    assert all(len(row["teacher_prompts"]["teacher"]) > 2 * len(row["prompt_token_ids"]) for row in written)
+
+
+@pytest.mark.parametrize("layout", ["", "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"])
+def test_earlier_weights_leave_no_trace(layout: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
+    """In bfloat16: with a coefficient too small to change a bit, the run is the one without a teacher."""
+    exported = []
+    for name, teacher in (("none", []), ("average", ["teacher.weights=average", "objective.beta.init=1e-38"])):
+        overrides = [
+            *(f"run.dir={tmp_path}/{name}", f"student.path={zoo.model('untied')}", "rollout=replay"),
+            *(f"rollout.path={zoo.rollouts('uneven')}", "objective=grpo", "model.dtype=bfloat16", "trainer.steps=3"),
+            *("optimizer.lr=0.01", *teacher, *FAST, *layout.split()),
+        ]
+        outcomes = pools[2].run(train_on_rank, overrides)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        exported.append(read_hf_weights(tmp_path / name / "hf"))
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+    assert metrics_of(tmp_path / "average")[-1]["teacher_tokens"] > 0

@@ -78,10 +78,10 @@ def test_the_layers_add_their_weights_gradients_to_the_main_gradient(
             assert by_layer == (".linear_" in name and name.endswith(".weight")), name
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "olmo2", "gemma3"])
 @pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, "parallel.expert=2"], ids=["tp2 sp", "ep2"])
-def test_norms_of_heads_and_grouped_experts_train(family: str, layout: str, te_ranks: RankPool, tmp_path: Path) -> None:
-    if family == "qwen3" and "expert" in layout:
+def test_norms_of_every_kind_and_grouped_experts_train(family: str, layout: str, te_ranks: RankPool, tmp_path: Path) -> None:
+    if family != "qwen3_moe" and "expert" in layout:
         layout = "batch.micro_tokens=32"
     student = make_model(family, tmp_path / "student", seed=11, vocab_size=64)
     teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
@@ -104,11 +104,15 @@ def test_attention_over_packed_sequences_is_ours(tensor: int, zoo: Zoo, te_ranks
         assert max(distances) < 1e-5
 
 
-@pytest.mark.parametrize("family, layout", [("qwen3", {"tensor": 2}), ("qwen3_moe", {"expert": 2})], ids=["tp2", "ep2"])
+@pytest.mark.parametrize(
+    "family, layout",
+    [("qwen3", {"tensor": 2}), ("olmo2", {"tensor": 2}), ("gemma3", {"tensor": 2}), ("qwen3_moe", {"expert": 2})],
+)
 def test_weights_come_and_go_to_the_byte(family: str, layout: dict[str, int], te_ranks: RankPool, tmp_path: Path) -> None:
     hf = make_model(family, tmp_path / "hf", seed=4)
     (modules, _) = te_ranks.run(under_te_on_rank, modules_on_rank, str(hf), layout)
-    assert modules["decoder.layers.0.self_attention.linear_qkv"] == "TELayerNormColumnParallelLinear"
+    linear = "TEColumnParallelLinear" if family == "olmo2" else "TELayerNormColumnParallelLinear"
+    assert modules["decoder.layers.0.self_attention.linear_qkv"] == linear
     assert te_ranks.run(under_te_on_rank, refit_on_rank, str(hf), layout) == [[], []]
     te_ranks.run(
         under_te_on_rank, conversion_ranks.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.paper_cuda import install
+from tests.paper_cuda import choose_gpu, import_training
 from tests.support.agreement import overrides_of
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, updates_on_rank
@@ -20,7 +20,7 @@ LAYOUT = "parallel.tensor=2 parallel.sequence_parallel=true batch.micro_tokens=4
 
 @pytest.fixture(scope="module")
 def te_gpus() -> Iterator[RankPool]:
-    pool = RankPool(2, import_first=[STUBS], prepare=install, backend="cpu:gloo,cuda:nccl")
+    pool = RankPool(2, import_first=[STUBS], preload=import_training, prepare=choose_gpu, backend="cpu:gloo,cuda:nccl")
     yield pool
     pool.close()
 

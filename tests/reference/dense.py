@@ -57,6 +57,7 @@ class Settings:
         policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token, or its mean or product over a sequence.
         clip_against: what that ratio divides by: pi_old (old) or mu (sampler).
         entropy_bonus: coefficient of the entropy.
+        unshared: token ids that mean something else to the teacher: a response is taught up to the first one.
         truncated: drop leaves responses that hit the limit out of the policy loss.
     """
 
@@ -118,6 +119,7 @@ class Settings:
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
     truncated: str = "keep"
+    unshared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,12 @@ def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -
 def as_teacher_reads(row: Row) -> Row:
     """The row with the prompt that the teacher reads, where it is another one."""
     return {**row, "prompt_token_ids": row.get("teacher_prompts", {}).get("teacher", row["prompt_token_ids"])}
+
+
+def readable(row: Row, settings: Settings) -> Tensor:
+    """1 for the tokens before the first that means something else to the teacher, then 0 [T]."""
+    other = torch.isin(torch.tensor(row["response_token_ids"]), torch.tensor(settings.unshared, dtype=torch.long))
+    return (other.cumsum(0) == 0).double()
 
 
 def log_prob_of(log_p_T_V: Tensor, row: Row) -> Tensor:
@@ -267,6 +275,7 @@ def kdrl_of_models(
     ]
     for i, row in enumerate(rows):
         d_now[i][forms.before_end(row, settings) :] = 0.0
+        d_now[i] = d_now[i] * readable(row, settings)
     pairs = [forms.combine(advantages[i], d_now[i], bool(distilled[i]), rows[i], settings) for i in range(len(rows))]
     compared = [
         forms.compared_with(before[i], log_teacher[i] if log_teacher else None, bool(distilled[i]), rows[i], settings)
@@ -280,6 +289,7 @@ def kdrl_of_models(
     kd_loss = torch.zeros_like(loss)
     entropies = [entropy_of(each.detach()) for each in (log_q if settings.token_weight == "teacher_entropy" else log_p)]
     token_weights = forms.token_weights(d_now, entropies, distilled, rows, settings)
+    token_weights = [weights * readable(row, settings) for weights, row in zip(token_weights, rows, strict=True)]
     if settings.beta > 0 and settings.placement == "loss":
         kd_terms = [
             kd_term(i, log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
@@ -334,7 +344,10 @@ def kdrl_of_models(
         teacher_log_probs=log_teacher,
         advantages=advantages,
         distilled=distilled,
-        scored=[forms.taught_at_most(len(log_pi[i]), settings) if distilled[i] else 0 for i in range(len(rows))],
+        scored=[
+            min(forms.taught_at_most(len(log_pi[i]), settings), int(readable(row, settings).sum())) if distilled[i] else 0
+            for i, row in enumerate(rows)
+        ],
     )
 
 

@@ -30,11 +30,13 @@ def receiver() -> Iterator[Process]:
     [
         (2, "qwen2", {"tensor": 2}, {"vocab_size": 67}),
         (2, "qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
+        (2, "phi3", {"tensor": 2}, {}),
+        (2, "olmo2", {"tensor": 2}, {}),
         (2, "qwen3_moe", {"expert": 2}, {}),
         (2, "qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
         (4, "qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 2, "sequence_parallel": True}, {"vocab_size": 67}),
     ],
-    ids=["tp2-padded", "pp2-tied", "ep2", "tp2-ep2", "tp2-pp2-ep2-padded"],
+    ids=["tp2-padded", "pp2-tied", "tp2-fused", "tp2-norm", "ep2", "tp2-ep2", "tp2-pp2-ep2-padded"],
 )
 def test_every_worker_gets_the_bytes(
     ranks: int,
@@ -58,7 +60,8 @@ def test_every_worker_gets_the_bytes(
 def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
     """CUDA IPC on paper, both ends: a worker on another GPU than the rank that serves it would be refused."""
     hf = make_model("qwen3_moe", tmp_path / "hf", seed=6)
-    ranks, receiver = RankPool(2, prepare=paper_cuda.install, backend="cpu:gloo,cuda:nccl"), Process(2, "cuda")
+    gpus = {"preload": paper_cuda.import_training, "prepare": paper_cuda.choose_gpu, "backend": "cpu:gloo,cuda:nccl"}
+    ranks, receiver = RankPool(2, **gpus), Process(2, "cuda")
     try:
         layout = {"tensor": 2, "expert": 2, "sequence_parallel": True}
         results = ranks.run(_refit, str(hf), layout, {0: [receiver.port]}, {})
@@ -67,6 +70,17 @@ def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
     finally:
         ranks.close()
         receiver.close()
+
+
+def test_adapters_arrive_merged(ranks2: RankPool, receiver: Process, tmp_path: Path) -> None:
+    """To the byte as the run's export has them, and not as the frozen weights."""
+    hf, exported = make_model("qwen2", tmp_path / "hf", seed=6), tmp_path / "exported"
+    results = ranks2.run(refit_ranks.refit_adapted, str(hf), {"tensor": 2}, receiver.port, str(exported))
+    assert_holds(receiver, exported, tmp_path)
+    assert len({result["digest"] for result in results}) == 1
+    frozen, merged = all_tensors(hf), all_tensors(exported)
+    changed = {name for name in merged if not merged[name].equal(frozen[name])}
+    assert changed == {name for name in merged if name.endswith("_proj.weight")}
 
 
 def _refit(path: str, layout: dict[str, Any], ports: dict[int, list[int]], settings: dict[str, Any]) -> dict[str, Any]:

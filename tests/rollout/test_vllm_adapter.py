@@ -12,12 +12,15 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors,
     build_custom_logits_processors_params_validator,
 )
 
+from kdrl_mcore.config.engine_arguments import OWN
+from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.rollout.vllm import adapter as vllm_adapter
 
 NUM_TOKENS, COLUMNS = 5, 8
@@ -81,3 +84,14 @@ def test_a_step_on_a_gpu_takes_enough_tokens(sequences: int, tokens: int) -> Non
 def test_the_frontend_of_the_second_model_runner_takes_it() -> None:
     names: Any = vllm_adapter.engine_args(SETTINGS, cuda=True).logits_processors
     build_custom_logits_processors_params_validator(names)(SamplingParams())
+
+
+def test_further_arguments_take_precedence_and_are_known() -> None:
+    extra = {"kv_cache_dtype": "fp8", "max_num_batched_tokens": 99, "quantization": "fp8", "enable_expert_parallel": True}
+    vllm_adapter.check_extra(extra, "--extra")
+    for cuda in (True, False):
+        arguments = vllm_adapter.engine_args(dataclasses.replace(SETTINGS, extra=extra), cuda=cuda)
+        assert {name: getattr(arguments, name) for name in extra} == extra
+    with pytest.raises(ConfigError, match="--extra: vLLM's engine has no argument kv_cache_dtyp"):
+        vllm_adapter.check_extra({"kv_cache_dtyp": "fp8"}, "--extra")
+    assert not OWN - {each.name for each in dataclasses.fields(AsyncEngineArgs)}

@@ -24,6 +24,7 @@ from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
 from tests.reference import dense
+from tests.reference.tiny_models import write_jsonl
 from tests.support.ranks import RankPool
 from tests.support.training import Outcome, metrics_of, train_on_rank
 from tests.support.vllm_models import QUIET_ENGINE, make_prompts, make_student, needs_vllm
@@ -80,6 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "parent": parent.pid,
         "max-model-len": MAX_MODEL_LEN,
         "kv-cache-gib": 0.1,
+        "extra": "block_size=64",
     }
     command = [sys.executable, "-m", "kdrl_mcore.rollout.vllm.server"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -98,6 +100,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def model(served: Served) -> Any:
     return dense.load_model(served.model)
+
+
+def test_log_probs_are_those_of_the_same_head_of_the_distribution_as_the_embedded_engine_draws_from(
+    served: Served, model: Any
+) -> None:
+    how = {"temperature": 1.2, "top_p": 0.9, "top_k": 12, "min_p": 0.02}
+    for prompt, line in zip(PROMPTS, served.generate(PROMPTS, range(len(PROMPTS)), **how), strict=True):
+        row = {"prompt_token_ids": prompt, "response_token_ids": line["token_ids"]}
+        with torch.no_grad():
+            probs_TV = dense.response_logits(model, row, TOKENS, how["temperature"]).softmax(-1)
+        for probs, token, log_prob in zip(probs_TV, line["token_ids"], line["log_probs"], strict=True):
+            sorted_probs, order = probs.sort(descending=True)
+            kept = int((sorted_probs >= how["min_p"] * sorted_probs[0])[: int(how["top_k"])].sum())
+            sums = (sorted_probs[:kept] / sorted_probs[:kept].sum()).cumsum(0)
+            kept = int((sums < how["top_p"]).sum()) + 1
+            assert token in order[:kept].tolist()
+            assert log_prob == pytest.approx(float((probs[token] / sorted_probs[:kept].sum()).log()), abs=2e-4)
 
 
 def test_greedy_tokens_of_an_exported_checkpoint_are_those_of_transformers(served: Served) -> None:
@@ -194,14 +213,13 @@ def train_with_servers_on_rank(overrides: Sequence[str], environment: Mapping[st
     return train_on_rank(overrides)
 
 
-def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
-    """Each step's weights are sent to the server; trainer and sampler agree after each of them."""
+def trained(served: Served, ranks1: RankPool, tmp_path: Path, *more: str) -> list[dict[str, float]]:
+    """The metrics of three steps with the running server."""
     run = tmp_path / "run"
     overrides = [
         "rollout=vllm",
         "rollout.vllm.placement=server",
         f"rollout.vllm.servers=[{served.server.address}]",
-        "objective=kd_rkl",
         f"student.path={served.model}",
         f"teacher.path={make_teacher(tmp_path / 'teacher')}",
         f"data.train={make_prompts(tmp_path / 'train.jsonl')}",
@@ -215,16 +233,33 @@ def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, t
         "logging.progress=false",
         "logging.tensorboard=false",
         "checkpoint.every=-1",
+        *more,
     ]
     token = {TOKEN_VARIABLE: str(served.server.token)}
     (outcome,) = ranks1.run(train_with_servers_on_rank, overrides, token, timeout=300)
     assert outcome.code == 0, outcome.stderr
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3]
+    return rows
+
+
+def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
+    """Each step's weights are sent to the server; trainer and sampler agree after each of them."""
+    rows = trained(served, ranks1, tmp_path, "objective=kd_rkl")
     assert all(row["grad_norm"] > 0 and row["drift_max"] < 1e-3 for row in rows)
     assert served.server.health() == {"version": 2, "usable": True}  # those that sampled step 3
     with pytest.raises(EngineError, match="the engine has 2"):
         served.generate([[5]], [0], version=1)
+
+
+def test_half_of_a_batch_may_be_given_and_the_other_sampled(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
+    """GKD: the given ones have no sampler, so that neither drift nor the sampler correction is measured on them."""
+    rows = [{"prompt": f"{a}+{a % 7}=", "answer": str(a), "response": f"{a}{a % 7}" * 2} for a in range(10, 30)]
+    write_jsonl(tmp_path / "answered.jsonl", rows)
+    metrics = trained(served, ranks1, tmp_path, "objective=gkd", f"data.train={tmp_path / 'answered.jsonl'}")
+    for row in metrics:
+        assert row["given_responses"] == 8 and row["samples"] == 16  # beside 4 prompts with 2 responses each
+        assert row["grad_norm"] > 0 and row["drift_max"] < 1e-3 and row["kl_full"] > 0
 
 
 def make_teacher(path: Path) -> Path:

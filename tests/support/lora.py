@@ -13,18 +13,18 @@ from tests.reference import adapters, dense
 from tests.reference.adapters import MODULES
 from tests.support.agreement import about, assert_gradients, assert_log_probs
 from tests.support.ranks import RankPool
-from tests.support.training import FAST, PROBE, PROBE_LR, metrics_of, objective_overrides, score_and_train_on_rank
+from tests.support.training import FAST, PROBE, PROBE_LR, Outcome, metrics_of, objective_overrides, score_and_train_on_rank
 
 RANK, ALPHA = 4, 6.0
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A student with random adapters, a teacher, and rollouts."""
+    """A student with random adapters, a teacher (None: the student without them), and rollouts."""
 
     student: Path
     adapter: Path
-    teacher: Path
+    teacher: Path | None
     rollouts: Path
     modules: Sequence[str] = MODULES
 
@@ -36,13 +36,13 @@ class Adapted:
             f"student.lora.rank={RANK}",
             f"student.lora.alpha={ALPHA}",
             f"student.lora.target_modules=[{','.join(self.modules)}]",
-            f"teacher.path={self.teacher}",
+            "teacher.weights=base" if self.teacher is None else f"teacher.path={self.teacher}",
             "rollout=replay",
             f"rollout.path={self.rollouts}",
         ]
 
 
-def adapt(folder: Path, student: Path, teacher: Path, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
+def adapt(folder: Path, student: Path, teacher: Path | None, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
     """Write random adapters for a student into a folder."""
     adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules)
     return Adapted(student, folder, teacher, rollouts, modules)
@@ -56,13 +56,14 @@ def check(
     layout: str,
     run: Path,
     reference: Path | None = None,
-) -> None:
-    """One update: loss, log-probs of every token, the gradient of every factor and its norm are those of `peft`."""
+) -> int:
+    """One update: loss, log-probs of every token, the gradient of every factor and its norm are those of `peft`. Returns how
+    many models a rank has loaded."""
     expected, gradients = adapters.kdrl_of_adapters(
-        adapted.student, adapted.adapter, adapted.teacher, rows, settings, reference
+        adapted.student, adapted.adapter, adapted.teacher or adapted.student, rows, settings, reference
     )
     overrides = [f"run.dir={run}", *adapted.overrides, *objective_overrides(settings), *PROBE, *FAST, *layout.split()]
-    outcomes = pool.run(score_and_train_on_rank, overrides)
+    outcomes = pool.run(score_and_count_models_on_rank, overrides)
     assert [outcome.code for outcome in outcomes] == [0] * pool.world_size, outcomes[0].stderr
     for outcome in outcomes:
         assert_log_probs(outcome.found["student"], expected.log_probs)
@@ -72,6 +73,30 @@ def check(
     assert before.keys() == after.keys()
     assert_gradients({name: (before[name].double() - after[name].double()) / PROBE_LR for name in before}, gradients)
     assert metrics["grad_norm"] == about(float(torch.stack([each.norm() for each in gradients.values()]).norm()))
+    return outcomes[0].found["models"]
+
+
+def score_and_count_models_on_rank(overrides: Sequence[str]) -> Outcome:
+    """`score_and_train_on_rank`; `found["models"]` is how many models this rank has built."""
+    from unittest.mock import patch
+
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.student import student
+    from kdrl_mcore.teacher import teacher
+
+    built: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        built.append(build(*args, **kwargs))
+        return built[-1]
+
+    build = student.build_model
+    with patch.object(student, "build_model", counted), patch.object(teacher, "build_model", counted):
+        outcome = score_and_train_on_rank(overrides)
+    outcome.found["models"] = len(built)
+    return outcome
 
 
 def all_reduces_on_rank(overrides: Sequence[str]) -> Any:

@@ -157,12 +157,13 @@ def kept_bytes(job: Any) -> dict[str, int]:
 
     student = job.student
     buffers = [buffer for chunk in student.optimizer.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    teacher = [] if job.teacher is None else job.teacher.chunks
     head = [] if student.teacher_head is None else [student.teacher_head.weight_VG]
     tensors = {
         "weights": [*student.parts.parameters()],
         "gradients": [buffer.grad_data for buffer in buffers],
         "optimizer": [*state_tensors(student.optimizer.megatron)],
-        "teacher": [*(job.teacher.parts.parameters() if job.teacher is not None else ()), *head],
+        "teacher": [*(weight for chunk in teacher for weight in chunk.parameters()), *head],
     }
     blocks: dict[int, Block] = {}
     found = {}

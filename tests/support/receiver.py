@@ -19,25 +19,23 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdrl_mcore.rollout.vllm.worker import RefitWorker
+from kdrl_mcore.rollout.vllm.receiver import WeightReceiver
 from tests import paper_cuda
 from tests.support import ROOT
 from tests.support.hf_folders import all_tensors
 
 
-class DictWorker(RefitWorker):
+class DictWorker(WeightReceiver):
     """A worker whose model is a dictionary."""
 
     def __init__(self, rank: int, ranks: int, device: str = "cpu") -> None:
-        self.rank, self.device = rank, torch.device("cpu") if device == "cpu" else torch.device(device, rank)
-        self.parallel_config = SimpleNamespace(world_size=ranks)
+        super().__init__(rank, ranks, torch.device("cpu") if device == "cpu" else torch.device(device, rank))
         self.tensors: dict[str, Tensor] = {}
         self.die_at: str | None = None
         self.stop_at: str | None = None

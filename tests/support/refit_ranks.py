@@ -62,6 +62,27 @@ def refit(
     return asdict(result)
 
 
+def refit_adapted(path: str, layout: dict[str, Any], port: int, exported: str) -> dict[str, Any]:
+    """Give a model random adapters, send it to the server that rank 0 drives, and export it."""
+    from kdrl_mcore.config import LoraConfig
+    from kdrl_mcore.convert.export import export_hf
+    from kdrl_mcore.model.lora import adapters, add_adapters
+    from kdrl_mcore.rollout.refit.refit import send_weights
+
+    parts = build(path, layout, student=True)
+    generator = torch.Generator().manual_seed(1)
+    for chunk in parts.chunks:
+        add_adapters(chunk, LoraConfig(rank=4), parts.groups)
+    with torch.no_grad():
+        for adapter in adapters(parts.chunks):
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    servers = [DictServer(0, port)] if dist.get_rank() == 0 else []
+    result = send_weights(parts, servers, 3, 60.0, 10_000, colocated=True, workers=2)
+    export_hf(parts, path, exported)
+    return asdict(result)
+
+
 def sabotage(path: str, layout: dict[str, Any], port: int, fault: str, settings: dict[str, Any]) -> dict[str, Any]:
     """`refit` with something that goes wrong on the way; rank 0 drives the server at `port`."""
     ports = {0: [port]}

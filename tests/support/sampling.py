@@ -19,6 +19,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "cool": {"temperature": 0.6, "top_p": 1.0},
     "nucleus": {"temperature": 0.8, "top_p": 0.7},
     "greedy": {"temperature": 0.0, "top_p": 1.0},
+    "head": {"temperature": 1.2, "top_p": 0.9, "top_k": 12, "min_p": 0.02},
 }
 
 

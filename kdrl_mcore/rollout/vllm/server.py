@@ -27,11 +27,12 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
+from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.resilience.interrupt import block_ignored_stop_signals
-from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, end_group_with
+from kdrl_mcore.rollout.vllm.adapter import Engine, EngineSettings, Finished, check_extra, end_group_with
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, write_address
 from kdrl_mcore.rollout.vllm.options import FLAGS, parser
 
@@ -265,11 +266,14 @@ async def _announce(
 def _settings(options: argparse.Namespace) -> EngineSettings:
     if not Path(options.model).is_dir():
         raise ConfigError(f"--model {options.model} is not a folder: name an HF model directory")
+    extra = extra_arguments(options.extra, "--extra")
+    check_extra(extra, "--extra")
     tokenizer = load_tokenizer(options.model)
     return EngineSettings(
         model=options.model,
         vocab_size=options.vocab_size or tokenizer.vocab_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
+        extra=extra,
         **{name: getattr(options, name) for name in FLAGS}
         | {"max_model_len": min(options.max_model_len, read_architecture(options.model).context_length)},
     )

@@ -94,6 +94,7 @@ CURVES: tuple[Curve, ...] = (
     Curve("beta", "Coefficient of distillation, beta", "", TEACHING),
     Curve("alpha", "Coefficient of the policy loss, alpha", "", TEACHING),
     Curve("teacher_saved", "Tokens kept from the teacher", "%", TEACHING, of=_teacher_saved),
+    Curve("distilled_responses", "Responses that are distilled", "%", TEACHING),
     Curve("taught_share", "Tokens that are distilled", "%", TEACHING),
     Curve("gated_share", "Tokens whose advantage the teacher changed", "%", TEACHING),
     Curve("mixed_share", "Distillation over the vocabulary in a mixture", "%", TEACHING),

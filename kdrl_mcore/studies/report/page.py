@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdrl_mcore.monitoring.drift import thresholds_of_run
+from kdrl_mcore.config import load_saved
+from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, AlertThresholds
+from kdrl_mcore.monitoring.drift import alert_thresholds
 from kdrl_mcore.studies.report.alerts import faults_of
 from kdrl_mcore.studies.report.curves import UNSMOOTHED, Curve, bin_width, default_smoothing, present, run_curves
-from kdrl_mcore.studies.report.rollouts import sample_rollouts
+from kdrl_mcore.studies.report.rollouts import rollout_files, sample_rollouts
 from kdrl_mcore.studies.report.runs import Group, RunHistory, differences
 from kdrl_mcore.studies.report.static import static_tables
 from kdrl_mcore.studies.summary import (
@@ -56,7 +58,7 @@ def page_data(groups: Sequence[Group], reload_seconds: float | None = None, note
     curves = present(groups)
     points = max(40, MAX_POINTS // (len(runs) * (len(curves) + 1)))
     width = bin_width(runs, points)
-    with_rollouts = [group for group in groups if any((group.runs[0].directory / "rollouts").glob("step_*.jsonl"))]
+    with_rollouts = [group for group in groups if rollout_files(group.runs[0])]
     tokens = MAX_TOKENS // max(1, len(with_rollouts))
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -76,11 +78,7 @@ def page_data(groups: Sequence[Group], reload_seconds: float | None = None, note
         ],
         "table": _table(groups),
         "notes": [*notes, *_notes(runs)],
-        "alerts": [
-            {"run": run.name, **asdict(fault)}
-            for run in runs
-            for fault in faults_of(run.rows, thresholds_of_run(run.directory))
-        ],
+        "alerts": [{"run": run.name, **asdict(fault)} for run in runs for fault in faults_of(run.rows, _thresholds(run))],
         "runs": [_record(run, group) for group in groups for run in group.runs],
         "differences": [{"key": key, "values": list(map(_word, values))} for key, values in differences(groups).items()],
         "rollouts": [
@@ -89,6 +87,10 @@ def page_data(groups: Sequence[Group], reload_seconds: float | None = None, note
             if (prompts := sample_rollouts(group.runs[0], tokens))
         ],
     }
+
+
+def _thresholds(run: RunHistory) -> AlertThresholds:
+    return alert_thresholds(load_saved(run.config)) if run.config else DEFAULT_THRESHOLDS
 
 
 def _curve(each: Curve) -> dict[str, Any]:

@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e8e8e8",
     "axes.titlesize": 11.0,
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # a name may hold "$"
 }
 
 

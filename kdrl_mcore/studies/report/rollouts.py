@@ -6,6 +6,7 @@ response has its group-relative advantage, computed as in training.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def sample_rollouts(run: RunHistory, max_tokens: int) -> list[dict[str, Any]]:
     Takes the first and the last step and some in between; in each, prompts whose responses differ in reward come first. Files
     that cannot be read (damaged, or just being replaced) are skipped.
     """
-    files = sorted((run.directory / "rollouts").glob("step_*.jsonl"))
+    files = rollout_files(run)
     text_of = token_texts(run)
     samples: list[dict[str, Any]] = []
     left = max_tokens
@@ -47,13 +48,19 @@ def sample_rollouts(run: RunHistory, max_tokens: int) -> list[dict[str, Any]]:
             groups.setdefault(each[0].group_id, []).append(each)
         ranked = sorted(groups.values(), key=_is_uniform)
         for group in ranked[:GROUPS]:
-            sample = _prompt(run, int(file.stem.split("_")[1]), group, text_of)
+            sample = _prompt(run, int(file.stem.removeprefix("step_")), group, text_of)
             used = sum(len(response["tokens"]) for response in sample["responses"])
             if samples and used > left:
                 return samples
             left -= used
             samples.append(sample)
     return samples
+
+
+def rollout_files(run: RunHistory) -> list[Path]:
+    """The run's rollout files in the order of their steps; other files beside them, such as copies, are left out."""
+    found = (run.directory / "rollouts").glob("step_*.jsonl")
+    return sorted(path for path in found if path.is_file() and re.fullmatch(r"step_\d{6,}\.jsonl", path.name))
 
 
 def _spread(files: Sequence[Path], count: int) -> list[Path]:
@@ -111,8 +118,10 @@ def _round(values: TokenFloats) -> list[float]:
 def token_texts(run: RunHistory) -> Callable[[int], str]:
     """A function from token id to text, by the run's tokenizer if it can still be found; otherwise the text is the id."""
     folders = [run.directory / "hf", Path(str(run.config.get("student.path", "")))]
-    file = next((folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()), None)
-    if file is None:
-        return lambda token: f"[{token}]"
-    tokenizer = Tokenizer.from_file(str(file))
-    return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+    for file in (folder / "tokenizer.json" for folder in folders):
+        try:
+            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception:  # it is missing or damaged: the library has no error class of its own
+            continue
+        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+    return lambda token: f"[{token}]"

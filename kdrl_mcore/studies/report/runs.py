@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,9 @@ class RunHistory:
 
     @property
     def steps(self) -> int:
-        """The configured number of steps; without a configuration, the last step so far."""
-        return int(self.config.get("trainer.steps", self.step))
+        """The configured number of steps; the last step so far where the configuration has none."""
+        steps = self.config.get("trainer.steps")
+        return steps if isinstance(steps, int) else self.step
 
     @property
     def is_done(self) -> bool:
@@ -107,9 +109,10 @@ def _read_run(name: str, directory: Path) -> RunHistory:
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
-    """The last component of each path; the whole path where that would be ambiguous."""
+    """The last component of each path; the whole path where that would be ambiguous. Bytes that are not UTF-8 become U+FFFD."""
     names = [directory.resolve().name for directory in directories]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, directories, strict=True)]
+    unique = [name if names.count(name) == 1 else str(path) for name, path in zip(names, directories, strict=True)]
+    return [os.fsencode(name).decode(errors="replace") for name in unique]
 
 
 def by_configuration(runs: Sequence[RunHistory]) -> list[Group]:

@@ -35,6 +35,10 @@ def compare_variants(estimator: str) -> None:
         torch.testing.assert_close(gradients(variant, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_memory_of_every_estimator_is_checked_before_it_is_taken() -> None:
+    assert bench.MATERIALISED_COPIES.keys() == DIVERGENCES.keys()
+
+
 @pytest.mark.parametrize("estimator", DIVERGENCES)
 def test_variants_agree_on_two_ranks(ranks2: RankPool, estimator: str) -> None:
     ranks2.run(compare_variants, estimator)

@@ -29,7 +29,7 @@ TEXTS = [
     "It's {prompt}",
     'say "{prompt}"',
     'ends with \\"',
-    "数学 π é",
+    "数学 🚀 “π”",
     "[INST] {prompt} [/INST]",
     "<|im_start|>user {prompt}",
     "#1: {prompt}!",
@@ -46,6 +46,13 @@ def test_a_value_that_does_not_parse_is_named_with_the_word_to_write(text: str) 
     advice = line[line.rindex("shell's quotes, ") + len("shell's quotes, ") :].split("; the shell does not")[0]
     word = subprocess.run(["bash", "-c", f"printf %s {advice}"], capture_output=True, text=True, check=True).stdout
     assert load_config([GRPO, word]).data.plain_template == text
+
+
+@pytest.mark.parametrize("path", ["runs/läufe", "/home/jörg/Наш запуск", "数学_1", "./é/x-1.0@main"])
+def test_letters_beyond_ascii_need_no_quotes(path: str) -> None:
+    config = load_config([GRPO, f"run.dir={path}", f"+data.train={path}.jsonl"])
+    assert (config.run.dir, config.data.train) == (path, f"{path}.jsonl")
+    assert "no such objective" in refused("objective=grpö")
 
 
 OTHERS = ["back\\slash\\", "'quoted {prompt}'", "", "null", "1e-3", "@file", "a,b", "$HOME", "\\", '\\"', "\\'"]
@@ -224,6 +231,16 @@ def test_choices_of_ones_own_stand_beside_the_packages(own: Path) -> None:
     assert (config.student.path, config.teacher.path, config.reward.kind) == ("s", "t", "mine:score")
     searched = override("hydra.searchpath", f"file://{own}").replace("=", "=[", 1) + "]"
     assert load_config([searched, "experiment=first"]).optimizer.lr == 7e-4
+
+
+def test_choices_of_ones_own_folder_count_over_a_file_of_keys(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("student: {path: from_file}\nreward: {threshold: 0.25}\ntrainer: {steps: 3}\n")
+    words = ["--config", str(tmp_path / "keys.yaml"), "--config-dir", str(own), "teacher.path=t"]
+    alone, chosen = load_config(words), load_config([*words, "pair=small", "reward=mine"])
+    plain = load_config(["--config-dir", str(own), "pair=small", "reward=mine"])
+    assert alone.student.path == "from_file" and chosen.trainer.steps == 3
+    assert (chosen.student.path, chosen.reward.kind) == (plain.student.path, plain.reward.kind)
+    assert chosen.reward.kind != alone.reward.kind
 
 
 @pytest.mark.parametrize(

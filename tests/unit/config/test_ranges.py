@@ -21,6 +21,7 @@ TYPES = key_types()
 NUMERIC = [name for name, types in TYPES.items() if {int, float} & set(types)]
 IN_PARTS = ["rollout.steps_ahead=1", "objective.sampler_correction.kind=truncate"]
 FITTING = {
+    "student.lora.alpha": ["student.lora.rank=8"],
     "parallel.virtual_pipeline": ["parallel.pipeline=2"],
     "parallel.bucket_size": ["parallel.overlap_grad_reduce=true"],
     "trainer.hang_timeout": [f"trainer.distributed_timeout_minutes={366 * 1440}"],
@@ -31,6 +32,10 @@ FITTING = {
     "rollout.partial_tokens": [*IN_PARTS, "rollout.max_response_tokens=1000000000"],
     "rollout.max_continuations": [*IN_PARTS, "rollout.partial_tokens=1"],
     "objective.beta.init": ["teacher.path=t"],
+    "teacher.decay": ["objective.beta.init=1", "teacher.weights=average"],
+    "teacher.refresh_every": ["objective.beta.init=1", "teacher.weights=refreshed"],
+    "teacher.min_ess": ["objective.beta.init=1", "teacher.weights=recorded", "rollout=replay", "rollout.path=r"],
+    "teacher.prompt.max_tokens": ["objective.beta.init=1", "teacher.path=t", "teacher.prompt.template=chat"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],
     "rollout.given.share": ["objective.beta.init=1", "teacher.path=t", "objective.kd.estimator=exact"],

@@ -30,8 +30,11 @@ def test_what_makes_another_experiment() -> None:
     """Model, data, task, objective and seed; nothing that steers, and nothing of the machine."""
     assert {key for key in DEFAULTS if rule_of(key).effect in ("fixed", "content")} == {
         *("student.path", "teacher.path", "model.dtype", "optimizer.name", "objective.kind", "reward.kind", "trainer.seed"),
+        "teacher.weights",
+        *(f"student.lora.{name}" for name in ("rank", "alpha", "target_modules", "path")),
         *(key for key in DEFAULTS if key.startswith("data.") and key != "data.eval"),
         *("rollout.path", "rollout.given.path"),
+        *(key for key in DEFAULTS if key.startswith("student.lora.")),
     }
     for prefix in ("parallel.", "objective.beta.", "optimizer.adam", "checkpoint.every", "logging.", "cluster.", "eval."):
         assert {rule_of(key).effect for key in DEFAULTS if key.startswith(prefix)} == {"wins"}, prefix

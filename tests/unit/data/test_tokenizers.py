@@ -12,7 +12,14 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from kdrl_mcore.data.tokenizers import PROBE, _first_difference, check_same_tokenizer, eos_token_ids, load_tokenizer
+from kdrl_mcore.data.tokenizers import (
+    PROBE,
+    _first_difference,
+    check_same_tokenizer,
+    different_added_tokens,
+    eos_token_ids,
+    load_tokenizer,
+)
 from kdrl_mcore.errors import DataError
 from tests.support.tokenizers import CHAT_TEMPLATE, END, byte_level, chat_model, save_tokenizer
 
@@ -159,6 +166,14 @@ def test_another_added_token_at_a_shared_id_is_a_difference(tmp_path: Path) -> N
     teacher = load(tmp_path / "t", byte_level(["<b>", END, "<c>"]))
     with pytest.raises(DataError, match="at id 256"):
         check_same_tokenizer(student, teacher)
+
+
+def test_added_tokens_may_differ_where_that_is_asked_for(tmp_path: Path) -> None:
+    student = load(tmp_path / "s", byte_level([END, "<a>", "<c>"]))
+    teacher = load(tmp_path / "t", byte_level(["<b>", END, "<c>"]))
+    assert different_added_tokens(student, teacher) == {256, 257}
+    assert check_same_tokenizer(student, teacher, {256, 257}) == 259
+    assert different_added_tokens(student, load(tmp_path / "u", byte_level(swap=("A", "Z")))) == frozenset()
 
 
 def test_the_student_must_be_able_to_end_within_the_shared_vocabulary(tmp_path: Path) -> None:

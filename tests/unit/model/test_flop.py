@@ -38,6 +38,11 @@ def test_products_of_a_forward_and_backward_pass_are_counted_as_torch_counts_the
     ours = training_flop(read_architecture(str(tmp_path)), [(tokens, tokens, 0)]) + square
     # What autograd leaves out: the gradient of the embedding's output through no product, and rotary's tiny products.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+    hidden = model.requires_grad_(False).get_input_embeddings()(torch.arange(tokens)[None]).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=hidden).logits.sum().backward()
+    ours = training_flop(read_architecture(str(tmp_path)), [(tokens, tokens, 0)], frozen=True) + square
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_the_head_works_on_loss_rows_alone_and_sequences_add_up(tmp_path: Path) -> None:

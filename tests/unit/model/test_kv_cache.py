@@ -63,7 +63,7 @@ def test_few_shapes_and_little_memory_for_thousands_of_tokens() -> None:
 def test_attention_meets_few_shapes_and_the_cache_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, places = set(), set()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float | None) -> Tensor:
         shapes.add((query.shape, key.shape, attn_mask.shape))
         places.add(key.data_ptr())
         assert attn_mask.dtype == query.dtype == torch.bfloat16  # nothing is converted at every call

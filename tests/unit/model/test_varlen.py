@@ -80,9 +80,12 @@ def test_torch_has_what_is_asked_for_here() -> None:
     assert list(signature(varlen_attn).parameters) == list(signature(played.varlen_attn).parameters)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
 @pytest.mark.parametrize("source", ["torch", "flash-attn"])
 @pytest.mark.usefixtures("hopper")
-def test_kernels_are_asked_for_the_mask_scale_and_boundaries(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_asked_for_the_mask_scale_and_boundaries(
+    source: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(source, monkeypatch)
     kernel = find_varlen(CUDA, torch.bfloat16, 8)
     assert kernel is not None
@@ -91,8 +94,10 @@ def test_kernels_are_asked_for_the_mask_scale_and_boundaries(source: str, monkey
     expected = []
     for rows in (slice(0, 2), slice(2, 7)):
         q, k, v = (x[rows].transpose(0, 1) for x in (query, key, value))
-        expected.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(0, 1))
-    torch.testing.assert_close(kernel(query, key, value, stretch, 0.3), torch.cat(expected), rtol=1e-12, atol=1e-12)
+        seen = torch.ones(q.size(1), q.size(1), dtype=torch.bool).tril()
+        seen &= ~seen.tril(-(window or 99))
+        expected.append(F.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True).transpose(0, 1))
+    torch.testing.assert_close(kernel(query, key, value, stretch, 0.3, window), torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -127,24 +132,26 @@ def attend_on_rank(lengths: list[int]) -> list[tuple[Any, ...]]:
 
     prepare_platform()
     from kdrl_mcore.model import attention
+    from kdrl_mcore.model.rope import RotaryFrequencies
 
     calls: list[tuple[Any, ...]] = []
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, stretch: Any, scale: float | None) -> Tensor:
-        calls.append((len(query), len(key), stretch.query_bounds.tolist(), scale))
+    def kernel(query: Tensor, key: Tensor, value: Tensor, stretch: Any, scale: float | None, window: int | None) -> Tensor:
+        calls.append((len(query), len(key), stretch.query_bounds.tolist(), scale, window))
         return query
 
     batch = packed(lengths)
     with patch.object(attention.varlen, "find_varlen", lambda *_: kernel):
-        sequences = attention.pack_attention(batch.runs, batch.positions_S, torch.ones(4), torch.bfloat16)
+        frequencies = [RotaryFrequencies(torch.ones(4), 1.0)]
+        sequences = attention.pack_attention(batch.runs, batch.positions_S, frequencies, torch.bfloat16, 8)
     query, key, value = (torch.zeros(sum(lengths), heads, 8) for heads in (4, 2, 2))
-    attention.PackedDotProductAttention(None, softmax_scale=0.3)(query, key, value, None, packed_seq_params=sequences)
+    attention.PackedDotProductAttention(None, softmax_scale=0.3, window=4)(query, key, value, None, packed_seq_params=sequences)
     return calls
 
 
 def test_a_micro_batch_is_one_call(ranks1: RankPool) -> None:
     """Where there is a kernel; run by run it would be three."""
-    assert ranks1.run(attend_on_rank, [7, 3, 3, 12]) == [[(25, 25, [0, 3, 6, 13, 25], 0.3)]]
+    assert ranks1.run(attend_on_rank, [7, 3, 3, 12]) == [[(25, 25, [0, 3, 6, 13, 25], 0.3, 4)]]
 
 
 def use(source: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 
+from kdrl_mcore.config import load_config
 from kdrl_mcore.preflight import machine
 from kdrl_mcore.preflight.findings import CheckFailed
 
@@ -73,6 +76,22 @@ def test_without_a_gpu_it_is_not_even_tried(tmp_path: Path) -> None:
     used, refusal = done.stdout.splitlines()
     assert used == "False False" and "needs a GPU" in refusal
     assert "Transformer Engine" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", [None, "Transformer Engine is installed but cannot be imported"])
+def test_the_preflight_says_which_version_it_imported(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its package says of itself, rather than what pip noted of it; and if it does not import, why."""
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace(__version__="2.11.0+abc"))
+    monkeypatch.setattr(machine.mcore, "why_no_transformer_engine", lambda: missing)
+    monkeypatch.setattr(machine, "version", lambda package: "2.11.0")
+    monkeypatch.setattr(machine, "gather_objects", lambda mine: [mine])
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "nccl", SimpleNamespace(version=lambda: (2, 28)))
+    found = machine.check_versions(load_config(["objective=grpo"]))
+    assert f"transformer-engine {'2.11.0+abc' if missing is None else '2.11.0 (not used)'}, " in found
+    assert found.endswith("NCCL 2.28" if missing is None else f". {missing}")
+    with pytest.raises(CheckFailed, match="cannot be imported") if missing else nullcontext():
+        machine.check_versions(load_config(["objective=grpo", "model.spec=transformer_engine"]))
 
 
 def test_the_preflight_imports_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

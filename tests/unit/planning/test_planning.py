@@ -349,3 +349,28 @@ def test_the_preflight_makes_the_same_plan(gib: int, message: str | None, monkey
     else:
         with pytest.raises(CheckFailed, match=message):
             configuration.check_memory(config)
+
+
+def test_a_student_that_teaches_itself_loads_no_teacher() -> None:
+    """Its earlier weights take 4 bytes per parameter, shared by its replicas; a longer prompt takes time."""
+    own = [
+        *EMBEDDED,
+        "teacher.path=null",
+        "teacher.parallel.tensor=1",
+        "teacher.parallel.pipeline=1",
+        "teacher.weights=average",
+        "teacher.offload=false",
+    ]
+    plan, present = planned(*own), planned(*own[:-1], "teacher.weights=present", "teacher.prompt.template=chat")
+    items = {item.kind: item.bytes for item in plan.memory[0].items}
+    setup = plan.setup
+    largest, layout = max(stage.parameters for stage in setup.student.shard.stages), setup.student.layout
+    assert "teacher" not in items and items["earlier weights"] == 4 * largest / (layout.data * layout.context)
+    assert "earlier weights" not in {item.kind for item in present.memory[0].items}
+    assert plan.phase("teacher").total > present.phase("teacher").total > 0
+    tokens = load_config(RUN).rollout.max_prompt_tokens
+    longer = planned(
+        *own[:-1], "teacher.weights=present", "teacher.prompt.template=chat", f"teacher.prompt.max_tokens={4 * tokens}"
+    )
+    assert longer.phase("teacher").total > 1.1 * present.phase("teacher").total
+    assert summarise(plan)["teacher"] == {"path": summarise(plan)["student"]["path"], "parameters": setup.student.parameters}

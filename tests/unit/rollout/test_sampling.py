@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdrl_mcore.rollout.sampling import _locate, sample
 from kdrl_mcore.vocab_parallel import VocabShard
 
-HOW = {"plain": (1.0, 1.0), "cool": (0.6, 1.0), "nucleus": (0.8, 0.7), "wide nucleus": (1.0, 1.0 - 1e-9), "greedy": (0.0, 1.0)}
+HOW: dict[str, tuple[float, float, int, float]] = {
+    "plain": (1.0, 1.0, 0, 0.0),
+    "cool": (0.6, 1.0, 0, 0.0),
+    "nucleus": (0.8, 0.7, 0, 0.0),
+    "wide nucleus": (1.0, 1.0 - 1e-9, 0, 0.0),
+    "greedy": (0.0, 1.0, 0, 0.0),
+    "top-k": (1.0, 1.0, 7, 0.0),
+    "min-p": (0.9, 1.0, 0, 0.05),
+    "min-p, top-k, nucleus": (1.3, 0.8, 12, 0.02),
+}
 
 
 class NoPrefixSums(TorchDispatchMode):
@@ -39,11 +48,14 @@ def test_tokens_are_those_of_the_cumulative_distribution(columns: int, how: str)
     uniform[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
     with NoPrefixSums():
         tokens, log_probs = draw(logits, uniform, how, columns - 1)
-    temperature, top_p = HOW[how]
+    temperature, top_p, top_k, min_p = HOW[how]
+    whole = (top_p, top_k, min_p) == (1.0, 0, 0.0)
     for row, u, token, log_prob in zip(logits, uniform.tolist(), tokens.tolist(), log_probs.tolist(), strict=True):
         scaled = (row / temperature if temperature else row)[:-1].double()
         probs = scaled.softmax(0).numpy()
-        order = np.arange(columns - 1) if top_p == 1 else np.argsort(-probs, kind="stable")
+        order = np.arange(columns - 1) if whole else np.argsort(-probs, kind="stable")
+        order = order[probs[order] >= min_p * probs.max()][: top_k or None]
+        probs = probs / probs[order].sum()
         sums = probs[order].cumsum()
         kept = order if top_p == 1 else order[: int(np.searchsorted(sums, top_p)) + 1]
         mass = probs[kept].sum()

@@ -48,6 +48,15 @@ def test_the_digest_is_that_of_the_tensors_not_of_their_order() -> None:
     [
         (["rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
         (["rollout=vllm", "rollout.steps_ahead=1"], "rollout.vllm.placement=server"),
+        (
+            ["objective=grpo", "rollout=vllm", 'rollout.vllm.extra=["kv_cache_dtype"]'],
+            "rollout.vllm.extra: 'kv_cache_dtype' is not NAME=VALUE",
+        ),
+        (
+            ["objective=grpo", "rollout=vllm", 'rollout.vllm.extra=["tensor_parallel_size=2"]'],
+            "tensor_parallel_size follows from other settings",
+        ),
+        (["objective=grpo", "rollout=vllm", 'rollout.vllm.extra=["block_size=16","block_size=32"]'], "names block_size twice"),
         (["rollout.max_age=2"], "rollout.max_age is for responses that are sampled ahead: set rollout.steps_ahead"),
         (["rollout.unfinished=keep"], "rollout.unfinished is for responses that are sampled ahead"),
         (

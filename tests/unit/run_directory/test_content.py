@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.config.resuming import refused
-from kdrl_mcore.run_directory import content
-from kdrl_mcore.run_directory.content import fingerprint, fingerprints, is_same, other_shape
+from kdrl_mcore.convert import fingerprint as fingerprint_module
+from kdrl_mcore.convert.fingerprint import fingerprint
+from kdrl_mcore.run_directory.content import fingerprints, is_same, other_shape
 from tests.reference.tiny_models import make_qwen2, make_tokenizer
 
 
@@ -29,8 +30,8 @@ def test_a_file_is_its_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0, 500, 999])
 def test_a_large_file_is_looked_at_in_three_places(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "WHOLE", 100)
-    monkeypatch.setattr(content, "SAMPLE", 10)
+    monkeypatch.setattr(fingerprint_module, "WHOLE", 100)
+    monkeypatch.setattr(fingerprint_module, "SAMPLE", 10)
     text = "x" * place + "y" + "x" * (999 - place)
     same, other = write(tmp_path / "a", "x" * 1000), write(tmp_path / "b", text)
     assert fingerprint(same) == fingerprint(write(tmp_path / "c", "x" * 1000)) != fingerprint(other)

@@ -112,8 +112,9 @@ def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
         ({"batch": "0"}, "", "The job does not go back to the queue, as it is interactive: "),
         ({}, "exit 1", "SLURM refused that: "),
         ({"array": "JobId="}, "", "SLURM does not answer here, so the job cannot go back to the queue: "),
+        ({"gres": "TimeLimit=00:15:00 "}, "", "(--signal, 900 s): give it more by --time, or sbatch --signal=B:USR1@60: "),
     ],
-    ids=["--no-requeue", "salloc", "refused", "no answer"],
+    ids=["--no-requeue", "salloc", "refused", "no answer", "a warning at its start, which each start would get"],
 )
 def test_a_job_that_cannot_go_back_to_the_queue_says_how_to_go_on(
     record: dict[str, str], on_request: str, message: str, job: Job
@@ -124,6 +125,18 @@ def test_a_job_that_cannot_go_back_to_the_queue_says_how_to_go_on(
     assert done.returncode == 0, done.stderr
     assert f"{message}submit the same command again, it resumes from step_000005\n" in done.stdout
     assert "finished" not in done.stdout
+
+
+def test_rules_and_functions_that_the_users_shell_exports_change_nothing(job: Job) -> None:
+    """In POSIX mode bash forgets the exit code of a step that is over."""
+    functions = {f"BASH_FUNC_{name}%%": f"() {{ echo of the user; command {name} -h; }}" for name in ("cd", "grep", "srun")}
+    options = {"POSIXLY_CORRECT": "1", "SHELLOPTS": "noglob:noclobber:braceexpand", "BASHOPTS": "nullglob:failglob"}
+    done = job.run(
+        record={"gres": "TimeLimit=00:20:00 "}, ON_TRAIN=STOPPED, SLURM_TIME_FORMAT="relative", **options, **functions
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "train was asked to stop: job 70 goes back to the queue" in done.stdout and "of the user" not in done.stdout
+    assert job.calls("scontrol requeue") == ["scontrol requeue 70"]
 
 
 def test_training_that_was_asked_in_its_last_step_is_finished(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -219,6 +220,55 @@ def test_damaged_unfinished_and_empty_runs_are_told_in_a_line_each(tmp_path: Pat
         assert words.startswith("good \\(") or re.search(words, output.getvalue())
     with pytest.raises(DataError, match="no metrics yet"):
         make_report([tmp_path / "empty"], tmp_path / "report.html", Console(file=output))
+
+
+def odd_runs(folder: Path) -> dict[str, Path]:
+    """Run directories with something in them that no run of this version writes, by what it is."""
+    base = ("experiment=tiny_cpu", "objective=kdrl", "student.path=moved/away")
+    names = {"steps": "bad steps", "spike": "a $x_{1$ b", "nothing": "_first", "version": "version", "rollouts": "rollouts"}
+    names |= {"tokenizer": "tokenizer", "bytes": os.fsdecode(b"bytes \xff")}
+    runs = {
+        what: write_run(folder / what, *base, f"optimizer.lr={number}e-5", steps=3).rename(folder / name)
+        for number, (what, name) in enumerate(names.items(), start=1)
+    }
+    lines = [{"step": step, "loss": 1.0} for step in (-1, 0.5, 1e24, 10**13)]
+    with (runs["steps"] / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(["", "   ", *map(json.dumps, lines), ""]))
+    with MetricsLog(runs["spike"]) as log:
+        log.write(4, {"reward": 1e308, "loss": 1.0, "kl": 1e-300})
+        log.write(5, {"reward": 1e308, "loss": -1e300, "kl": 1e99, "kl_stderr": 1e99})
+    (runs["nothing"] / "metrics.jsonl").write_text('{"step": 0, "a metric of another version": 1}\n')
+    (runs["version"] / "config.yaml").write_text("trainer:\n  steps: ${no.such}\n  seed: first\n1: 2\nold:\n  key: [{a: 1}]\n")
+    for what in ("rollouts", "tokenizer"):
+        kept = runs[what] / "rollouts"
+        write_rollouts(kept / "step_000001.jsonl", [rollout(1.0), rollout(0.0)])
+        for name in ("step_000001 (copy).jsonl", "step_.jsonl"):
+            shutil.copy(kept / "step_000001.jsonl", kept / name)
+        (kept / "step_000002.jsonl").mkdir()
+        (kept / "step_000003.jsonl").write_bytes(b"\xff\xfe{}")
+    (runs["tokenizer"] / "hf").mkdir()
+    (runs["tokenizer"] / "hf" / "tokenizer.json").write_text('{"a": 1}')
+    return runs
+
+
+def test_what_no_run_of_this_version_writes_costs_no_other_run_its_place(tmp_path: Path) -> None:
+    runs = odd_runs(tmp_path)
+    output = io.StringIO()
+    make_report(list(runs.values()), tmp_path / "report.html", Console(file=output, width=200))
+    make_report([runs["spike"], runs["bytes"], runs["nothing"]], tmp_path / "report.png", Console(file=io.StringIO()), True)
+    assert "bad steps: metrics.jsonl: 4 lines cannot be read and are left out (line 8, ...)" in output.getvalue()
+    (text,) = re.findall(r"const DATA = (.*);\n", (tmp_path / "report.html").read_text())
+    data = json.loads(text)
+    assert {group["name"] for group in data["groups"]} == {
+        *("bad steps", "a $x_{1$ b", "_first", "version", "rollouts", "tokenizer", "bytes \ufffd")
+    }
+    spike = next(group for group in data["groups"] if "$" in group["name"])["runs"][0]["y"]
+    assert spike["reward"][-2:] == [None, None] and spike["loss"][-2:] == [1.0, None] and spike["kl"][-1] == 1e99
+    assert {sample["run"]: [prompt["step"] for prompt in sample["prompts"]] for sample in data["rollouts"]} == {
+        "rollouts": [1],
+        "tokenizer": [1],
+    }
+    assert data["rollouts"][0]["prompts"][0]["responses"][0]["tokens"] == ["[1]", "[2]", "[3]"]
 
 
 def test_short_runs_are_not_smoothed_and_only_what_a_run_has_gets_a_panel(tmp_path: Path) -> None:

@@ -355,6 +355,8 @@ def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.Monk
     presets = {path.stem for path in (conf_dir() / "objective").glob("*.yaml")}
     in_main = {name.replace("start", "grpo") for name in methods} | {"reward_shaping", "distill_then_grpo"}
     assert settings.pop("methods").keys() == presets - in_main | {"start", "grpo", "kd_rkl", "kdrl"}
+    later = {"start", "grpo", "opd", "kdrl_puzzles", "kdrl_countdown", "kdrl_mathematics", "kdrl_annealing", "opd_then_rl"}
+    assert settings.pop("sequential").keys() == later
     assert {name: len(runs) for name, runs in settings.items()} == sizes
     assert settings["estimator"].keys() < set(CHOICES["objective.kd.estimator"])
     assert settings["mask"].keys() == set(CHOICES["objective.kd.mask"])

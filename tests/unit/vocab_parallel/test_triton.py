@@ -15,8 +15,8 @@ from kdrl_mcore.vocab_parallel import HeadTokens, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
-from tests.support.fork_server import import_torch
 from tests.support.head_cases import HEADS, Sizes, assert_same, run_head
+from tests.support.interpreter import import_interpreter
 from tests.support.ranks import RankPool
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux on x86-64)")
@@ -32,7 +32,7 @@ TWO_RANKS = {
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
     """Two ranks in which Triton interprets."""
-    pool = RankPool(2, preload=import_torch, environment={"TRITON_INTERPRET": "1"})
+    pool = RankPool(2, preload=import_interpreter, environment={"TRITON_INTERPRET": "1"})
     yield pool
     pool.close()
 

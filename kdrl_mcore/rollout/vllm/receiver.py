@@ -1,10 +1,10 @@
-"""An extension of vLLM's workers (`worker_extension_cls`) that reads the student's weights."""
+"""Reads the student's weights in an engine's worker. It does not need vLLM."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from kdrl_mcore.rollout.vllm.gpu_memory import give_back
 logger = logging.getLogger(__name__)
 
 
-class RefitWorker:
-    """A mixin for each worker of an engine."""
+class WeightReceiver(ABC):
+    """One of an engine's workers, as a refit sees it."""
 
-    rank: int
-    device: torch.device
-    parallel_config: Any
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        """Args:
+        rank, world_size: among the engine's workers.
+        """
+        self.rank, self.world_size, self.device = rank, world_size, device
 
     def receive_weights(self, spec: dict) -> dict:
         """Load the weights that a trainer sends.
@@ -35,7 +37,7 @@ class RefitWorker:
         Raises:
             RefitError: the transfer failed; the message names the tensor. The weights are then a mixture of old and new.
         """
-        reader = WeightReader(spec, self.rank, self.parallel_config.world_size, self.device)
+        reader = WeightReader(spec, self.rank, self.world_size, self.device)
         try:
             self.load_received(iter(reader))
         finally:
@@ -54,8 +56,6 @@ class RefitWorker:
             logger.exception("worker %d did not receive its weights", self.rank)
             return {"error": str(error) or type(error).__name__}
 
+    @abstractmethod
     def load_received(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load tensors that arrive under their HF names."""
-        from kdrl_mcore.rollout.vllm.reload import reload_weights
-
-        reload_weights(self, weights)

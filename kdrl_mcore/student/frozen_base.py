@@ -1,0 +1,46 @@
+"""The model below the student's adapters as its reference and its teacher: the student with its adapters off, not a second
+copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kdrl_mcore.config.derived import DISTRIBUTION
+from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.model.lora import without_adapters
+from kdrl_mcore.model.scoring import score_rollouts
+from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.source import as_read, score_with
+from kdrl_mcore.types import Rollout, TokenFloats
+
+
+class FrozenBase:
+    """Scores given tokens with the student's frozen weights, in the student's layout."""
+
+    def __init__(self, student: Student, name: str | None = None) -> None:
+        """Args:
+        name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
+        """
+        self._student, self._name = student, name
+
+    @property
+    def chunks(self) -> Sequence[LanguageModel]:
+        """The student's models of this rank."""
+        return self._student.parts.chunks
+
+    def scores_of(
+        self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
+    ) -> TeacherScores:
+        """See `ScoreSource`. The head for a divergence over the vocabulary is the student's, which has no adapter."""
+        rollouts = as_read(rollouts, self._name)
+        if DISTRIBUTION in wanted:
+            self._student.take_teacher_head()
+        with without_adapters(self.chunks):
+            return score_with(self._student.parts, rollouts, wanted, temperature=temperature, micro_tokens=micro_tokens)
+
+    def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
+        """log p(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""
+        with without_adapters(self.chunks):
+            scored = score_rollouts(self._student.parts, rollouts, temperature=temperature, micro_tokens=micro_tokens)
+        return [log_probs for log_probs, _ in scored]
