@@ -30,6 +30,7 @@ from kdrl_mcore.parallel.packing import SequenceRun
 
 if TYPE_CHECKING:
     from kdrl_mcore.model.kv_cache import KVCache
+    from kdrl_mcore.model.linear import ColumnParallel
 
 
 @dataclass
@@ -191,7 +192,8 @@ class PackedSelfAttention(SelfAttention):
         """The same up to the output projection, for one new token of every sequence in the cache, without gradients and with
         our own linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
         assert packed.cache is not None
-        query, key, value = self._split(self.linear_qkv.product(hidden_SH))
+        linear: ColumnParallel = self.linear_qkv
+        query, key, value = self._split(linear.product(hidden_SH))
         if self.rotary is not None:
             query, key = (_rotate(x, *packed.rotary[self.rotary]) for x in (query, key))
         scale = self.config.softmax_scale

@@ -44,6 +44,7 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
         "self.pg_collection": (_GROUPS,),
         "packed": ("megatron.core.packed_seq_params.PackedSeqParams",),
     },
+    "kdrl_mcore/model/layer.py": {"self.config": (_CONFIG,)},
     "kdrl_mcore/parallel/layout.py": {"self.groups": (_GROUPS,), "groups": (_GROUPS,)},
     "kdrl_mcore/rollout/vllm/adapter.py": {
         "self._llm": (_ENGINE,),
@@ -71,7 +72,7 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The classes of expressions of a file which its syntax does not show."""
-UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd")
+UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd", "optimizer")
 """Attributes whose own attributes are not followed."""
 OPTIONAL = (
     "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",
@@ -182,7 +183,8 @@ class Reader(ast.NodeVisitor):
             target.attr
             for child in ast.walk(node)
             if isinstance(child, ast.Assign)
-            for target in child.targets
+            for targets in child.targets
+            for target in (targets.elts if isinstance(targets, ast.Tuple) else [targets])
             if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
         }
         bases = [path for base in node.bases for path in self._paths(base)]
