@@ -42,7 +42,7 @@ class MegatronEngine:
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
     finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, unless
     experts are distributed over several of them: then all take as many steps as the longest, so that none waits for another's
-    experts.
+    experts. On CPUs large weights have a copy while a batch is sampled (`model/linear.py`).
     """
 
     verifies = False
