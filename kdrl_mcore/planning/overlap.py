@@ -17,7 +17,10 @@ def hidden_seconds(setup: Setup, generation: Generation, teacher: Seconds, rest:
     """
     if not setup.engine_gpus:
         return 0.0
-    if setup.config.rollout.steps_ahead:
+    rollout = setup.config.rollout
+    if rollout.partial_tokens is not None:  # sampled part by part before the step trains
+        return 0.0
+    if rollout.steps_ahead:
         return min(generation.seconds.total, rest)
     if setup.teacher is None or not setup.config.teacher.score_while_sampling:
         return 0.0

@@ -156,7 +156,7 @@ def test_two_models_have_two_folders(tmp_path: Path) -> None:
             1,
             "sums row 5: a prompt of 5 tokens and rollout.max_response_tokens=254 exceed the 256",
         ),
-        (["--top-p", "0.9"], 1, "eval.top_p was None and is now 0.9"),
+        (["--top-p", "0.9"], 1, "eval.top_p was null and is now 0.9"),
         (["rollout=vllm"], 1, 'rollout.engine was "megatron" and is now "vllm"'),
         (["--benchmarks", "aime42"], 2, "no such benchmark 'aime42'"),
         (["--benchmarks", "[]"], 2, "Cannot convert"),

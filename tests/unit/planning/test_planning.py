@@ -214,6 +214,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     off, on = kept[0]["one-step-off generation"], kept[1]["one-step-off generation"]
     assert (off.on, on.on) == (False, True) and on.seconds == pytest.approx(off.seconds)
     assert off.seconds == pytest.approx(plans[0].seconds - plans[1].seconds) and off.seconds > 0
+    assert planned(*SERVERS, "rollout.steps_ahead=1", "rollout.partial_tokens=64").hidden == 0  # sampled before the step trains
     early = planned(*SERVERS, "teacher.score_while_sampling=true")
     shorter = plans[0].seconds - early.seconds
     assert kept[0]["teacher while servers sample"].seconds == pytest.approx(shorter)
