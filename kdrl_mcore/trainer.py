@@ -342,7 +342,7 @@ class Trainer:
         if start.checkpoint is None:
             return 0
         state = load_checkpoint(start.checkpoint, job.student)
-        job.student.version = state["weight_version"]
+        job.student.continue_from(state["weight_version"])
         measures_anew = "accuracy" in start.restarted
         for name, coefficient in (("alpha", job.alpha), ("beta", job.beta)):
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,20 @@ def checkpoint_dirs(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+
+
+def set_link(link: Path, target: str | None) -> None:
+    """Make `latest` or `best` name another checkpoint, or none. If a folder is in its place, as in a copy that followed links,
+    it moves to `NAME_copy_N`."""
+    if link.is_dir() and not link.is_symlink():
+        os.replace(link, next(path for n in count(1) if not (path := link.with_name(f"{link.name}_copy_{n}")).exists()))
+    if target is None:
+        link.unlink(missing_ok=True)
+        return
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
 
 
 def step_of(path: Path) -> int:

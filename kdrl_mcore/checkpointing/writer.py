@@ -21,7 +21,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kdrl_mcore.checkpointing.checkpoint import BEST, LATEST, MODEL_DIR, WEIGHTS_DIR, checkpoint_dirs, in_lineage, step_of
+from kdrl_mcore.checkpointing.checkpoint import (
+    BEST,
+    LATEST,
+    MODEL_DIR,
+    WEIGHTS_DIR,
+    checkpoint_dirs,
+    in_lineage,
+    set_link,
+    step_of,
+)
 from kdrl_mcore.checkpointing.lineage import STATE_FILE, lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
 from kdrl_mcore.convert.hf_files import copy_side_files
@@ -137,10 +146,7 @@ class CheckpointWriter:
                 os.replace(target, replaced)
             os.replace(temporary, target)
             for name in (LATEST, *([BEST] if is_best else [])):
-                link = self._directory / f".{name}.new"
-                link.unlink(missing_ok=True)
-                link.symlink_to(target.name)
-                os.replace(link, self._directory / name)
+                set_link(self._directory / name, target.name)
             sync_directory(self._directory)
             shutil.rmtree(replaced, ignore_errors=True)
             if prunes:

@@ -532,12 +532,14 @@ class RolloutConfig:
     )
     partial_tokens: int | None = key(
         None,
-        "tokens of a response that are sampled at a time, before the step trains; what has not ended goes on in the next step. "
-        "The prompts of steps_ahead further steps are sampled beside the step's, by any engine. null: whole responses",
+        "tokens of a response that are sampled at a time, before the step trains; unfinished responses continue in the next "
+        "step. The prompts of steps_ahead further steps are sampled too, by any engine. null: whole responses",
         range=COUNT,
     )
     max_continuations: int | None = key(
-        None, "of a response with partial_tokens; the last one goes on to its end. null: no bound", range=COUNT_OR_OFF
+        None,
+        "most continuations of a response with partial_tokens; the last one completes it. null: no limit",
+        range=COUNT_OR_OFF,
     )
     group_filter: GroupFilterConfig = field(default_factory=GroupFilterConfig)
     given: GivenConfig = field(default_factory=GivenConfig)

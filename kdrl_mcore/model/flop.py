@@ -27,7 +27,7 @@ def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int
     """FLOP of one forward and backward pass over sequences given as (tokens, loss rows, tokens before them in a shared prompt).
 
     Each token costs two FLOP per matrix element forward, and twice that backward (arXiv 2001.08361). Causal attention's two
-    products count half of the square, and the output head counts only loss rows.
+    products count half of the square (or the windows in it), and the output head counts only loss rows.
 
     Args:
         frozen: adapters are trained, which do not count, and no gradient of a matrix is computed.
@@ -35,10 +35,16 @@ def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int
     a = architecture
     of_matrices = of_attention = 0.0
     for tokens, rows, shared in sequences:
-        attended = tokens * (tokens + 2 * shared)
+        attended = sum(_attended(tokens, shared, a.attention(layer).window) for layer in range(a.num_layers))
         of_matrices += a.num_layers * layer_matrices(a) * tokens + a.hidden_size * a.vocab_size * rows
-        of_attention += a.num_layers * a.num_attention_heads * a.head_dim * attended
+        of_attention += a.num_attention_heads * a.head_dim * attended
     return (4 if frozen else 6) * of_matrices + 6 * of_attention
+
+
+def _attended(tokens: int, shared: int, window: int | None) -> int:
+    """Twice the number of keys that the tokens see: all those before them, or a window of them."""
+    growing = tokens if window is None else min(tokens, max(0, window - shared))  # tokens whose window is not full yet
+    return growing * (growing + 2 * shared) + 2 * (window or 0) * (tokens - growing)
 
 
 @cache

@@ -154,10 +154,11 @@ class Adapter(nn.Module):
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self._group)
         return F.linear(low, self._all_b())
 
+    @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """W + scale * B A [N, K] in the type of W, rounded once."""
-        product = weight.float().addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale)
-        return product.to(weight.dtype)
+        own = weight.to(torch.float32, copy=True)  # the weight stays as it is
+        return own.addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale).to(weight.dtype)
 
     def _all_a(self) -> Tensor:
         """[P R, K]"""

@@ -183,7 +183,7 @@ def earlier_bytes(setup: Setup) -> float:
         return 0.0
     stages = range(setup.student.layout.pipeline)
     sharded = uses_distributed_optimizer(setup.config)
-    shares = (_share_of_replicas(setup, stage) if sharded else setup.student.shard.stages[stage].parameters for stage in stages)
+    shares = (_share_of_replicas(setup, stage) if sharded else setup.student.shard.stages[stage].trained for stage in stages)
     return 4 * max(shares)
 
 

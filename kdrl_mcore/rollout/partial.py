@@ -1,5 +1,5 @@
-"""Partial rollouts: a step samples at most so many tokens of a response, and what has not ended goes on in the next step, under
-the weights of that time (Kimi k1.5, arXiv 2501.12599). No step then waits for the longest responses."""
+"""Partial rollouts: a step samples at most so many tokens of a response, and unfinished ones continue in the next step with
+its weights (Kimi k1.5, arXiv 2501.12599). No step then waits for the longest responses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Parts:
     """How responses are cut.
 
     Attributes:
-        tokens: the most that are sampled of a response at a time.
-        max_continuations: of a response; the last one goes on to its end. None: no bound.
+        tokens: the most tokens of a response that are sampled at a time.
+        max_continuations: the most continuations of a response; the last one completes it. None: no limit.
     """
 
     tokens: int
@@ -27,7 +27,7 @@ class Parts:
         """Sample the next part of every unfinished response to these prompts, together. Collective over the world.
 
         Args:
-            sampling: its key is what the keys of the prompts' draws begin with.
+            sampling: its key is the beginning of the keys of the prompts' draws.
         """
         asked = [(entry, number, request) for entry in entries for number, request in self._requests(entry, sampling)]
         requests = [request for _, _, request in asked]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from kdrl_mcore.checkpointing.checkpoint import BEST, LATEST, candidates_in, in_lineage
+from kdrl_mcore.checkpointing.checkpoint import BEST, LATEST, candidates_in, in_lineage, set_link
 from kdrl_mcore.checkpointing.lineage import Lineage, lineage_of
 from kdrl_mcore.config import Config, save_config
 from kdrl_mcore.parallel.collect import on_first_rank
@@ -108,10 +107,5 @@ class RunDirectory:
         latest, best = (self.path / "checkpoints" / name for name in (LATEST, BEST))
         if best.is_symlink() and not in_lineage(best.parent / best.readlink(), start.lineage):
             best.unlink()
-        if start.source is not None and start.checkpoint is not None:
-            link = latest.with_name(f".{LATEST}.new")
-            link.unlink(missing_ok=True)
-            link.symlink_to(start.checkpoint.name)
-            os.replace(link, latest)
-        else:
-            latest.unlink(missing_ok=True)
+        has_checkpoint = start.source is not None and start.checkpoint is not None
+        set_link(latest, start.checkpoint.name if has_checkpoint and start.checkpoint is not None else None)

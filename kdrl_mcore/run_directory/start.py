@@ -22,10 +22,13 @@ from kdrl_mcore.config.resuming import changes, refused, restarted, rule_of
 from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.monitoring.metrics import METRICS_FILE
 from kdrl_mcore.parallel.collect import on_first_rank
+from kdrl_mcore.run_directory.branches import BY_STEP, WHOLE
 from kdrl_mcore.run_directory.content import fingerprints, is_same, other_shape
-from kdrl_mcore.run_directory.record import Record, read_record
+from kdrl_mcore.run_directory.record import RECORD_FILE, Record, read_record
 
 CONFIG_FILE = "config.yaml"
+PARTS = ("checkpoints", *BY_STEP, *WHOLE)
+"""Folders of a run directory whose content comes and goes with its steps and branches."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,20 @@ def choose_start(config: Config) -> Start:
     for key, model in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
         if model and Path(model).resolve().is_relative_to((run_dir / "hf").resolve()):
             raise ConfigError(f"{key}={model} is where this run exports its student: set another run.dir")
+    on_first_rank(partial(_check_place, run_dir))
     record = on_first_rank(partial(read_record, run_dir))
     path = find_checkpoint(run_dir / "checkpoints", config.checkpoint.resume, record.lineage, record.origin)
     return on_first_rank(partial(_begin if path is None else partial(_resume, path), config, record))
+
+
+def _check_place(run_dir: Path) -> None:
+    path = run_dir.resolve()
+    for above in path.parents:
+        part = path.relative_to(above).parts[0]
+        if part in PARTS and (above / RECORD_FILE).is_file():
+            raise ConfigError(
+                f"run.dir={run_dir} lies in {above / part}, which the run in {above} replaces: set another run.dir"
+            )
 
 
 def _begin(config: Config, record: Record) -> Start:
@@ -140,6 +154,6 @@ def _read_config(run_dir: Path) -> Mapping[str, Any] | None:
     """The flat configuration that a run directory was last started with, which checkpoints of earlier versions do not hold."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-    except (OSError, YAMLError):
+    except (OSError, YAMLError, UnicodeDecodeError):
         return None
     return flatten(loaded) if isinstance(loaded, dict) else None

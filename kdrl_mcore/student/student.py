@@ -227,6 +227,10 @@ class Student:
             take(chunk, state[name])
         self.optimizer.load_sharded_state(state)
 
+    def continue_from(self, version: int) -> None:
+        """Count further updates from the `version` of the loaded weights. No communication."""
+        self.version = version
+
     def _sharded_weights(self, chunk: LanguageModel, *, loading: bool) -> dict[str, Any]:
         """What of a chunk is saved: its weights, or beside frozen ones only the adapters."""
         if self.lora is not None:

@@ -266,6 +266,32 @@ def test_an_export_that_was_copied_or_added_to_is_kept(job: list[str], trained: 
     assert "was not written by kdrl_mcore" in refusal(ranks1, job, tmp_path / "other", "trainer.steps=1")
 
 
+def test_a_copy_that_followed_links_goes_on(job: list[str], used: Path, ranks1: RankPool) -> None:
+    """In it `latest` is a folder, which stays; the first checkpoint would otherwise be refused its name."""
+    latest = used / "checkpoints" / "latest"
+    newest = latest.resolve()
+    latest.unlink()
+    shutil.copytree(newest, latest)
+    finished(ranks1, job, used, "trainer.steps=3")
+    assert column(used, "step") == [1, 2, 3] and latest.readlink() == Path("step_000003")
+    assert (used / "checkpoints" / "latest_copy_1" / "manifest.json").is_file()
+
+
+def test_a_run_within_the_files_of_another_is_refused(job: list[str], used: Path, ranks1: RankPool) -> None:
+    """They come and go with that run's steps, and what is in them would go as well."""
+    for place in ("checkpoints", "checkpoints/step_000002", "hf/run", "rollouts/mine"):
+        outcome = run(ranks1, job, used / place, "trainer.steps=1")
+        assert outcome.code == 2 and f"lies in {used / place.split('/')[0]}, which the run in {used} replaces" in outcome.stderr
+        assert not (used / place / "metrics.jsonl").exists()
+
+
+def test_a_damaged_configuration_of_a_run_without_checkpoints_is_as_none(job: list[str], used: Path, ranks1: RankPool) -> None:
+    shutil.rmtree(used / "checkpoints")
+    (used / "config.yaml").write_bytes(b"run: \xff\xfe\n")
+    finished(ranks1, job, used, "trainer.steps=1")
+    assert column(used, "step") == [1]
+
+
 def test_without_its_record_a_run_goes_on_all_the_same(job: list[str], used: Path, ranks1: RankPool) -> None:
     (used / "run.json").write_text("{")
     assert f"{used}/run.json is damaged" in refusal(ranks1, job, used, "trainer.steps=3")

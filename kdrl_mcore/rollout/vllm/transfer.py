@@ -86,7 +86,7 @@ class _Loading(WeightReceiver):
 
 
 class RefitWorker:
-    """An extension of vLLM's workers (`worker_extension_cls`), which tells what became of an update."""
+    """An extension of vLLM's workers (`worker_extension_cls`), which reports the result of an update."""
 
     weight_transfer_engine: Any
 

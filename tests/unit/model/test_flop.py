@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdrl_mcore.config import ClusterConfig
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.model.flop import known_peak_tflops, layer_matrices, peak_tflops, training_flop
+from kdrl_mcore.model.flop import _attended, known_peak_tflops, layer_matrices, peak_tflops, training_flop
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False}
@@ -65,3 +65,13 @@ def test_the_peak_is_what_the_configuration_says_or_known_by_the_gpus_name() -> 
     assert known_peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert known_peak_tflops("NVIDIA GeForce RTX 4090") == 0
     assert peak_tflops(ClusterConfig(peak_tflops=7.0)) == 7
+
+
+@pytest.mark.parametrize(
+    "tokens, shared, window", [(12, 0, None), (12, 5, None), (12, 0, 4), (12, 3, 4), (12, 9, 4), (3, 2, 40)]
+)
+def test_a_window_counts_the_keys_in_it(tokens: int, shared: int, window: int | None) -> None:
+    seen = sum(min(shared + place + 0.5, (window or tokens + shared)) for place in range(tokens))
+    causal = 2 * sum(shared + place + 0.5 for place in range(tokens))
+    assert _attended(tokens, shared, None) == causal
+    assert _attended(tokens, shared, window) == pytest.approx(2 * seen, abs=1)

@@ -1,4 +1,4 @@
-"""Imports go down: a room uses rooms of lower floors, or of its own floor without going round in a circle."""
+"""Packages import only from lower layers, or from their own layer without circles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 PACKAGE = ROOT / "kdrl_mcore"
-FLOORS = (
+LAYERS = (
     {"errors", "types", "config"},
     {"objective", "resilience"},
     {"vocab_parallel", "parallel"},
@@ -22,21 +22,21 @@ FLOORS = (
     {"cli"},
     {"train"},
 )
-"""From the ground up; `docs/architecture.md` tells what lives in each room."""
+"""The packages of each layer, the lowest first, as in docs/architecture.md."""
 
 
-def rooms() -> dict[str, list[Path]]:
-    """Each room's files: a folder of the package, or a file of its own."""
+def packages() -> dict[str, list[Path]]:
+    """The files of each subpackage or top-level module."""
     found: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room != "__init__" and path.name != "__main__.py":  # which only starts a command
-            found.setdefault(room, []).append(path)
+        package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if package != "__init__" and path.name != "__main__.py":  # which only starts a command
+            found.setdefault(package, []).append(path)
     return found
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms that a file imports anywhere, in functions too."""
+def imported_packages(path: Path) -> set[str]:
+    """The subpackages and modules that a file imports anywhere, in functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -46,16 +46,16 @@ def imported_rooms(path: Path) -> set[str]:
     return {parts[1] for name in names if (parts := name.split("."))[0] == "kdrl_mcore" and len(parts) > 2}
 
 
-def test_every_room_has_one_floor() -> None:
-    assert sorted(room for floor in FLOORS for room in floor if room in rooms()) == sorted(rooms())
+def test_every_package_has_one_layer() -> None:
+    assert sorted(package for layer in LAYERS for package in layer if package in packages()) == sorted(packages())
 
 
-def test_imports_go_down_and_never_round() -> None:
-    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+def test_imports_go_down_without_circles() -> None:
+    layer_of = {package: number for number, layer in enumerate(LAYERS) for package in layer}
     graph: dict[str, set[str]] = {}
-    for room, files in rooms().items():
+    for package, files in packages().items():
         for path in files:
-            for other in imported_rooms(path) - {room}:
-                assert floor_of[other] <= floor_of[room], f"{path.relative_to(PACKAGE)} imports {other}, which is above it"
-                graph.setdefault(room, set()).add(other)
+            for other in imported_packages(path) - {package}:
+                assert layer_of[other] <= layer_of[package], f"{path.relative_to(PACKAGE)} imports {other}, which is above it"
+                graph.setdefault(package, set()).add(other)
     TopologicalSorter(graph).prepare()  # raises CycleError
