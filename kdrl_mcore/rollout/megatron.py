@@ -30,8 +30,8 @@ _NO_TOKEN = -1
 _COMPACT_BELOW = 0.75  # share of the batch that is still running
 _MANY_SEQUENCES = 8
 _WORTH_PACKING = 128
-"""Decoding steps, times sequences up to `_MANY_SEQUENCES`, from which copies of the weights (`pack_weights`) save more time than
-it takes to make them: 16 steps of many sequences, and of one sequence more, to which the order of a weight matters less."""
+"""Decoding steps, times sequences up to `_MANY_SEQUENCES`, from which copies of the weights (`pack_weights`) save more time
+than they take to make: 16 steps of many sequences, but more of one, where the order of a weight matters less."""
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Decoding steps between two checks for finished responses, by kind of device. On CUDA the host waits for the device at each
 check; the superfluous decoding in between, of at most 15 tokens after the longest response, costs less."""
