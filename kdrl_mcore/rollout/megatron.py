@@ -28,8 +28,10 @@ from kdrl_mcore.types import Prompt, Rollout
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NO_TOKEN = -1
 _COMPACT_BELOW = 0.75  # share of the batch that is still running
-_WORTH_PACKING = 16
-"""Tokens of a response from which copies of the weights (`pack_weights`) save more time than it takes to make them."""
+_MANY_SEQUENCES = 8
+_WORTH_PACKING = 128
+"""Decoding steps, times sequences up to `_MANY_SEQUENCES`, from which copies of the weights (`pack_weights`) save more time
+than they take to make: 16 steps of many sequences, but more of one, where the order of a weight matters less."""
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Decoding steps between two checks for finished responses, by kind of device. On CUDA the host waits for the device at each
 check; the superfluous decoding in between, of at most 15 tokens after the longest response, costs less."""
@@ -138,7 +140,8 @@ class MegatronEngine:
         ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
-        if limit >= _WORTH_PACKING:  # after a forward pass: before it, weights may still be on their way from other replicas
+        # After a forward pass: before it, weights may still be on their way from other replicas.
+        if limit * min(len(limits), _MANY_SEQUENCES) >= _WORTH_PACKING:
             pack_weights(self._parts.chunks)
 
         count = len(limits)

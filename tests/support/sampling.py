@@ -86,6 +86,7 @@ def generate_with_packed_weights(
 
     prepare_platform()
     from kdrl_mcore.model import decoding, linear
+    from kdrl_mcore.rollout import megatron
 
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -95,7 +96,11 @@ def generate_with_packed_weights(
         alive.append(weakref.ref(packed))
         return packed
 
-    with mock.patch.object(linear, "_LEAST_ELEMENTS", 0), mock.patch.object(decoding, "pack", pack):
+    with (
+        mock.patch.object(linear, "_LEAST_ELEMENTS", 0),
+        mock.patch.object(megatron, "_WORTH_PACKING", 0),
+        mock.patch.object(decoding, "pack", pack),
+    ):
         result = generate_on_rank(overrides, prompts, samplings)
     return result, len(alive) // len(samplings), sum(packed() is not None for packed in alive)
 
