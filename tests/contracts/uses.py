@@ -72,7 +72,10 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The classes of expressions of a file which its syntax does not show."""
-UNKNOWN_TYPES = ("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "tp", "cp", "dp", "pp", "dp_cp", "embd", "optimizer")
+UNKNOWN_TYPES = (
+    *("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "optimizer"),
+    *("tp", "cp", "dp", "pp", "dp_cp", "embd"),
+)
 """Attributes whose own attributes are not followed."""
 OPTIONAL = (
     "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",
