@@ -193,6 +193,23 @@ def test_bfloat16_inputs_lose_only_the_rounding_of_the_logits(kind: str) -> None
         assert difference <= (span * rounding + 2 * 2.0**-9) * getattr(expected, name).norm(), name
 
 
+def test_the_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
+    """Of a thousand equal terms a sum in bfloat16 would stop at the 256th: one more is then less than its last digit."""
+    rows, one = 1000, torch.ones(1, 1, dtype=torch.bfloat16)
+    weight_VH = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    fused_head(
+        one,
+        weight_VH,
+        torch.zeros(rows, dtype=torch.long),
+        torch.zeros(rows, dtype=torch.long),
+        lambda head, rows: -head.log_probs,
+        VocabShard(None, 0, 2, 2),
+        temperature=1.0,
+        chunk_tokens=1,
+    ).loss.backward()
+    assert weight_VH.grad is not None and weight_VH.grad.tolist() == [[-rows / 2], [rows / 2]]
+
+
 def counting() -> FlopCounterMode:
     """Counts matrix products; torch leaves out the in-place ones unless told."""
 
