@@ -57,7 +57,7 @@ def run(zoo: Zoo, ranks1: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
     [
         ("untied", "teacher", "the token that ends a response is distilled; both models end with 0 ('<|end|>')"),
         ("untied", "other_end", "is left out of distillation; the student ends with 0 ('<|end|>'), the teacher with 0"),
-        ("no_tokenizer", "teacher_no_tokenizer", "has no tokenizer, so whether both models end alike is not known"),
+        ("no_tokenizer", "teacher_no_tokenizer", "has no tokenizer, so it is not known whether both models end"),
     ],
 )
 def test_one_line_says_what_is_done_with_it_and_why(
