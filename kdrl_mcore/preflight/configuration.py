@@ -88,7 +88,7 @@ def check_layout(config: Config) -> str:
     """Both layouts fit the number of ranks and the models, and the student has the parts to recompute or off-load."""
     # Megatron-Core reads torch.cuda when it is imported, so it is imported only here, after the platform is set up.
     from kdrl_mcore.model.gpt import check_layout as check_fit
-    from kdrl_mcore.model.gpt import uses_transformer_engine
+    from kdrl_mcore.model.layer_spec import uses_transformer_engine
 
     world_size = dist.get_world_size()
     layouts, models = {"student": student_layout(world_size, config.parallel)}, used_models(config)

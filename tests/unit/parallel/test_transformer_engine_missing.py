@@ -24,7 +24,7 @@ prepare_platform()
 prepare_platform()
 from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.model.gpt import uses_transformer_engine  # imports Megatron-Core
+from kdrl_mcore.model.layer_spec import uses_transformer_engine  # imports Megatron-Core
 from megatron.core.models.gpt import gpt_layer_specs
 print(uses_transformer_engine(ModelConfig(dtype="bfloat16")), gpt_layer_specs.HAVE_TE)
 try:
