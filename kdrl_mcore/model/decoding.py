@@ -1,6 +1,6 @@
 """A decoding step: one token of every sequence through a model chunk's layers.
 
-It computes what the modules compute, with their weights and over their groups, in a third of the operations: Megatron-Core's
+It computes what the modules compute, with their weights and over their groups, in fewer operations: Megatron-Core's
 modules prepare for gradients, recompute and overlap, which costs as much time as the products of a few rows. All rows are
 on every tensor-parallel rank, under sequence parallelism as well: with so few, splitting them saves nothing.
 
