@@ -1,4 +1,4 @@
-"""The demo, end to end through the real command line, on an untrained pair and a handful of problems."""
+"""The demo, run end to end through the real command line, with an untrained pair and a handful of problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like the one `make_pair` makes: absolute, so that it need not lie in the project."""
+    """A folder like the one that `make_pair` makes; its path is absolute, so it can be outside the project."""
     monkeypatch.setattr(task, "SPLITS", FEW_PROBLEMS)
     stages = tuple(tuple(replace(method, overrides=(*method.overrides, *SHORT)) for method in stage) for stage in demo.STAGES)
     monkeypatch.setattr(demo, "STAGES", stages)
@@ -46,14 +46,14 @@ def test_every_method_trains_from_the_same_start_is_reported_and_is_not_repeated
     assert len({sum(row.get("samples", 0) for row in rows) for rows in metrics.values()}) == 1
     assert metrics["grpo"][-1]["teacher_tokens"] == 0 < metrics["kdrl"][-1]["teacher_tokens"]
     assert (metrics["kdrl"][-1]["alpha"], metrics["kd"][-1]["alpha"]) == (1.0, 0.0)
-    assert metrics["kdrl"][1]["beta"] > metrics["kdrl"][2]["beta"]  # it falls
+    assert metrics["kdrl"][1]["beta"] > metrics["kdrl"][2]["beta"]  # beta falls
     scored = {r.name.removesuffix("_seed3"): read_scored(r.run_dir / "rollouts" / "step_000001.jsonl") for r in runs}
     assert all("teacher_log_probs" in scores for _, scores in scored["kdrl"])  # for the report's log-ratios
     assert not any("teacher_log_probs" in scores for _, scores in scored["grpo"])
     by_prompt: dict[int, list[float]] = {}
     for rollout, _ in scored["grpo"]:
         by_prompt.setdefault(rollout.group_id, []).append(rollout.correct)
-    means = [fmean(each) for each in by_prompt.values()]  # prompts are the draws, not their responses
+    means = [fmean(each) for each in by_prompt.values()]  # prompts are the independent draws, not their responses
     assert metrics["grpo"][1]["accuracy_stderr"] == pytest.approx(stdev(means) / len(means) ** 0.5)
     assert [row["step"] for row in metrics["grpo"] if row.get("time/evaluation", 0) > 0] == [0, STEPS]
     assert "tensor: 2" in (runs[0].run_dir / "config.yaml").read_text()
@@ -66,5 +66,5 @@ def test_every_method_trains_from_the_same_start_is_reported_and_is_not_repeated
     demo.demo(directory, STEPS, seeds=[3])
     assert [run.is_complete() for run in runs] == [True] * 3
     assert not training(demo.KDRL, 3, STEPS + 1, directory).is_complete()
-    (directory / "student").touch()  # made anew: what was trained from the old one no longer counts
+    (directory / "student").touch()  # a new student: runs trained from the old one no longer count
     assert not runs[0].is_complete()

@@ -1,4 +1,5 @@
-"""Training on several domains: each with its verifier, mixed by weight, counted apart, and resumed without a difference."""
+"""Training on several domains: each has its verifier, is mixed by weight and counted separately, and resumes without a
+difference."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(pool: RankPool, folder: Path, run: Path, steps: int, *overrides: str) -> list[str]:
-    """Returns what rank 0 logged."""
+    """Train; returns what rank 0 logged."""
     quiz = "{path: %s, weight: 2, reward: multiple_choice, prompt_key: question, answer_key: gold.it}"
     sources = f"[{{path: {folder / 'sums.jsonl'}, name: plus}}, {quiz % (folder / 'quiz.jsonl')}]"
     common = [
@@ -62,7 +63,7 @@ def test_two_domains(folder: Path, ranks2: RankPool, tmp_path: Path) -> None:
             assert metrics[f"domain/{name}/samples"] == len(own)
             assert metrics[f"domain/{name}/response_length"] == pytest.approx(sum(lengths) / len(own))
             assert metrics[f"domain/{name}/reward"] == pytest.approx(sum(row["reward"] for row in own) / len(own))
-            levels = {row["reward"] for row in own}  # no answer is right: the reward is the column's
+            levels = {row["reward"] for row in own}  # no answer is right: the reward comes from the column
             assert levels == {7.5} if name == "quiz" else levels <= {0.0, 1.0, 2.0, 3.0, 4.0}
             assert all(row["prompt_id"].startswith({"plus": "sums-", "quiz": "quiz-"}[name]) for row in own)
     assert domains == {"plus": 6, "quiz": 12}

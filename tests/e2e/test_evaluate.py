@@ -1,4 +1,4 @@
-"""`tools/evaluate.py` and the evaluation of a training run: the same numbers, in every layout, and after an interruption."""
+"""`tools/evaluate.py` and the evaluation in a training run give the same numbers, in every layout and after an interruption."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_interrupted_evaluation_samples_only_what_is_missing(
     before = responses(folder, "whole", "sampled")
     (folder / "whole" / "sums" / "sampled_000002.jsonl").unlink()
     (folder / "whole" / "metrics.json").unlink()
-    # The layout may change in between: two replicas now, not two shards of one.
+    # The layout may change in between: now there are two replicas, not two shards of one.
     outcomes = ranks2.run(evaluate_on_rank, evaluation_arguments(folder, "whole"))
     assert [(outcome.code, outcome.found["blocks"]) for outcome in outcomes] == [(0, 1), (0, 1)], outcomes[0].stderr
     assert [row["response_token_ids"] for row in responses(folder, "whole", "sampled")] == [
@@ -104,7 +104,8 @@ def test_training_evaluates_with_the_same_numbers(folder: Path, whole: dict[str,
 
 
 def test_a_run_and_its_checkpoint_are_models(folder: Path, whole: dict[str, float], ranks2: RankPool) -> None:
-    """A run's export, its training checkpoint, and the run itself: the same responses, which are not those of its student."""
+    """A run's export, its training checkpoint and the run itself give the same responses, which differ from the initial
+    student's."""
     overrides = [
         *("objective=grpo", "trainer.steps=1", "optimizer.lr=0.01", "checkpoint.every=1", "eval.every=-1", "parallel.tensor=2"),
         *(f"student.path={folder}/model", f"data.train={folder}/sums.jsonl", f"run.dir={folder}/trained", REWARD),

@@ -1,4 +1,4 @@
-"""Every preset of conf/objective trains: two steps of sampled responses, with whatever models and passes it needs."""
+"""Every preset of conf/objective trains for two steps on sampled responses, with the models and passes that it needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_trains(preset: str, data: Path, zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
-    """A response is correct by its length modulo 3, since a random student is right about nothing else."""
+    """The length of a response modulo 3 decides whether it is correct, since a random student gets nothing else right."""
     settings = [f"objective={preset}", f"run.dir={tmp_path}", f"student.path={zoo.model('untied')}", f"data.train={data}"]
     settings += [f"teacher.path={zoo.model('teacher')}", "data.template=plain", "reward.workers=1"]
     settings += [

@@ -1,4 +1,4 @@
-"""The report opened in a real browser: what it draws, what it says to a reader, that it has no fault, and that it follows a
+"""The report in a real browser: what it draws, what it says to a reader, that its script has no errors, and that it follows a
 live run."""
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--window-size=1300,900"),
 )
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="chromium is not installed: apt-get install chromium")
 
 
 class Browser:
-    """A running browser, over the pipe of its DevTools protocol: JSON messages that end in a zero byte."""
+    """A running browser, driven through the pipe of its DevTools protocol: JSON messages that end in a zero byte."""
 
     def __init__(self, commands: io.FileIO, answers: io.FileIO) -> None:
         self._commands, self._answers, self._ids, self._received = commands, answers, itertools.count(1), b""
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """The result of a command; what else the browser says meanwhile is kept in `events`."""
+        """The result of a command; other messages from the browser are kept in `events`."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
         self._commands.write(json.dumps(message).encode() + b"\0")
@@ -58,7 +58,7 @@ class Browser:
             self.events.append(answer)
 
     def open(self, file: Path) -> Tab:
-        """The page in a tab of its own, when its script has run."""
+        """The page in a new tab, after its script has run."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         tab = Tab(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         for method, params in {"Runtime.enable": {}, "Log.enable": {}, "Page.navigate": {"url": file.as_uri()}}.items():
@@ -75,7 +75,7 @@ class Tab:
     session: str
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page; None where it fails, as while the page is loaded anew."""
+        """The value of a JavaScript expression in the page; None if it fails, for example while the page is being reloaded."""
         found = self.browser.call("Runtime.evaluate", self.session, expression=expression, returnByValue=True)
         return found.get("result", {}).get("value")
 
@@ -87,14 +87,14 @@ class Tab:
 
     @property
     def complaints(self) -> list[dict[str, Any]]:
-        """What the page said on the console, and the faults of its script."""
+        """The page's console messages and the errors of its script."""
         said = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [event for event in self.browser.events if event.get("sessionId") == self.session and event["method"] in said]
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One for all tests; it listens on file descriptor 3 and answers on 4."""
+    """One browser for all tests; it listens on file descriptor 3 and answers on 4."""
     assert BROWSER is not None
     (their_commands, commands), (answers, their_answers) = os.pipe(), os.pipe()
     theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (their_commands, their_answers)]  # out of the way of 3 and 4
@@ -136,23 +136,23 @@ def test_everything_is_drawn_without_a_fault(tmp_path: Path, browser: Browser) -
     document = tab.evaluate("document.documentElement.outerHTML")
 
     assert tab.complaints == []
-    assert re.search(r'<div id="error" role="alert"></div>', document)  # its fault handler had nothing to show
+    assert re.search(r'<div id="error" role="alert"></div>', document)  # its error handler had nothing to show
     assert "2 configurations, 4 runs (4 finished)" in document and "&lt;i&gt;grpo" in document
     body = document.split("<script>")[0]
     (table,) = re.findall(r'<table id="table">.*?</table>', body, re.DOTALL)
     assert table.count("<tr") == 3 and "54.0%<small> ± 5.0%</small>" in table
-    assert "Curves and rollouts need JavaScript" in body and "54.0% ± 5.0%" in body  # the same without it
+    assert "Curves and rollouts need JavaScript" in body and "54.0% ± 5.0%" in body  # these are there without JavaScript
     panels = re.findall(r"<figure>.*?</figure>", body, re.DOTALL)
     titles = [re.sub("<[^>]*>", "", re.findall(r"<figcaption.*?</figcaption>", panel)[0]) for panel in panels]
     assert titles[:4] == ["Accuracy, held out", "Greedy accuracy, held out", "Reward", "Accuracy"]
     lines = {title: set(re.findall(r'data-group="(\d)"', panel)) for title, panel in zip(titles, panels, strict=True)}
     assert lines["Reward"] == {"0", "1"} and lines["KL to the teacher · nats/token"] == {"0"}
     assert all(re.search(r'class="curve" d="M[\d.]+ [\d.]+', panel) for panel in panels) and "NaN" not in body
-    assert panels[0].count('class="mark"') == 4  # held out at the start and the end, for both
+    assert panels[0].count('class="mark"') == 4  # held-out accuracy at the start and the end, for both runs
     same = next(panel for title, panel in zip(titles, panels, strict=True) if title.startswith("Response length"))
     assert (
         "kdrl, &lt;i&gt;grpo coincide" in same and len(re.findall(r'stroke-dasharray="9 9"', same)) == 1
-    )  # neither hides the other
+    )  # neither mark hides the other
     assert len(re.findall(r'<span style="background[^"]*" data-i="\d">', body)) == 9  # three responses, three tokens each
     assert "objective.beta.init" in body and '<span id="live" class="live" hidden="">' in body
 
@@ -185,10 +185,10 @@ def test_a_reader_hides_sorts_and_turns_the_panels(tmp_path: Path, browser: Brow
     assert texts("#table tbody td:first-child") == ["weak", "usual", "strong"]
     click("a configuration each")
     assert texts("#panels figcaption") == ["weak", "usual", "strong"]
-    assert len(set(texts("#panels svg > text:first-of-type"))) == 1  # one axis for all
-    assert set(texts("#panels svg .tick")) <= {str(step) for step in range(11)}  # whole steps
+    assert len(set(texts("#panels svg > text:first-of-type"))) == 1  # all panels have one axis
+    assert set(texts("#panels svg .tick")) <= {str(step) for step in range(11)}  # ticks are whole steps
     faint = tab.evaluate("[...document.querySelectorAll('#panels svg')].map(s => s.querySelectorAll(':scope > path').length)")
-    assert faint == [3, 3, 3]  # the others, to compare with
+    assert faint == [3, 3, 3]  # the other runs, for comparison
     click("tokens")
     assert set(texts("#panels svg .axis")) == {"tokens trained on"} and "10000" in texts("#panels svg .tick")
     click("time")
@@ -221,7 +221,7 @@ def test_an_open_page_follows_a_live_run_to_its_end(tmp_path: Path, browser: Bro
     tab.wait_until("document.querySelector('#theme').click(), document.documentElement.dataset.theme === 'light'")
     with MetricsLog(run) as log:
         log.write(3, {"reward": 0.9})
-    # Nobody but the page itself loads it anew, and what the reader chose stays.
+    # Only the page itself reloads it, and the reader's choices stay.
     tab.wait_until("document.querySelector('#table')?.innerText.includes('0.400')")
     tab.wait_until("document.documentElement.dataset.theme === 'light'")
     with MetricsLog(run) as log:

@@ -1,5 +1,5 @@
-"""A stopped run goes on: bit for bit in its own layout, and with the same next step in another one; and what it exports is
-what it trained."""
+"""A stopped run resumes bit for bit in its own layout, and with the same next step in another one; its export is what it
+trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(pool: RankPool, folder: Path, run: Path, steps: int, *overrides: str) -> None:
-    """Sample, verify, distil with a coefficient that anneals, and save at the end."""
+    """The run samples, verifies, distils with an annealed coefficient, and saves at the end."""
     outcomes = pool.run(
         train_on_rank,
         [
@@ -97,7 +97,7 @@ def test_a_run_goes_on_in_another_layout(
     tmp_path: Path,
 ) -> None:
     """Steps 3 and 4 sample the same tokens and have the same losses as in a run that was never stopped: weights, Adam's
-    moments, the schedule and the prompts were all carried over."""
+    moments, the schedule and the prompts have all been restored."""
     moved = tmp_path / "moved"
     train(pools[before[0]], folder, moved, 2, *before[1].split())
     train(pools[after[0]], folder, moved, 4, *after[1].split())
@@ -129,7 +129,7 @@ def test_transformers_scores_the_export_as_the_trainer_sampled(folder: Path, ran
 def test_on_policy_gradients_are_the_dense_ones_of_what_was_sampled(
     estimator: str, layout: str, folder: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """The student's own tokens: importance weights are 1, and k3 has the paper's gradient."""
+    """The tokens are the student's own: importance weights are 1, and k3 has the paper's gradient."""
     lr = 1.0
     train(
         ranks2,
@@ -154,7 +154,7 @@ def test_on_policy_gradients_are_the_dense_ones_of_what_was_sampled(
 
 
 def test_an_alert_counts_the_steps_before_a_stop_and_is_told_once(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
-    """The replayed sampler is two nats off: that shows with the tenth step, wherever the run was stopped before or after."""
+    """The replayed sampler is two nats off. The tenth step reports this, wherever the run was stopped before or after."""
     rows = read_jsonl(zoo.rollouts("uneven"))
     for row in rows:
         row["sampler_log_probs"] = [log_prob - 2 for log_prob in row["sampler_log_probs"]]

@@ -1,4 +1,5 @@
-"""`tools/score.py`: scores are the dense reference's in every layout, files compare token by token, bad input is one line."""
+"""`tools/score.py`: scores are the dense reference's in every layout, files are compared token by token, and bad input gives
+one line."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ LAYOUTS = {
 
 
 def run_alone(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The tool as a person starts it, on one rank."""
+    """The tool as a user starts it, on one rank."""
     command = [sys.executable, "tools/score.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
@@ -74,7 +75,7 @@ def test_torchrun_scores_and_ends(zoo: Zoo, expected: dict[str, list[torch.Tenso
 
 
 def scored(zoo: Zoo, path: Path, change: Callable[[list[Row]], None] = lambda rows: None) -> Path:
-    """A scored file made by hand: its log-probs are the sampler's."""
+    """A made-up scored file, whose log-probs are the sampler's."""
     rows = deepcopy(zoo.rows("uneven"))
     for row in rows:
         row |= {"log_probs": list(row["sampler_log_probs"]), "entropy": list(row["sampler_log_probs"])}
@@ -120,7 +121,7 @@ def test_a_number_against_none_is_infinitely_far(zoo: Zoo, tmp_path: Path) -> No
 
 @dataclass(frozen=True)
 class Comparison:
-    """A call with `--compare`: how the two files are made, further options, its exit code, and words of its answer."""
+    """A call with `--compare`: how the two files are made, further options, the exit code, and words of the output."""
 
     left: Callable[[Zoo, Path], Path]
     right: Callable[[Zoo, Path], Path]
@@ -138,14 +139,14 @@ def spoiled(zoo: Zoo, path: Path) -> Path:
 
 
 def noisy(zoo: Zoo, path: Path) -> Path:
-    """A rollout file whose sampler was a little different."""
+    """A rollout file whose sampler was slightly different."""
     rows = deepcopy(zoo.rows("uneven"))
     rows[4]["sampler_log_probs"][0] -= 0.25
     return write_jsonl(path, rows)
 
 
 def with_teacher(zoo: Zoo, path: Path) -> Path:
-    """A scored file with a teacher."""
+    """A scored file that has a teacher's scores."""
 
     def add(rows: list[Row]) -> None:
         spoil(rows)
@@ -163,7 +164,7 @@ def _distilled(zoo: Zoo, path: Path, places: range) -> Path:
 
 
 def distilled(zoo: Zoo, path: Path) -> Path:
-    """A run's rollouts: the mask kept every second for the teacher."""
+    """A run's rollouts, of which the mask kept every second one for the teacher."""
     return _distilled(zoo, path, range(0, 12, 2))
 
 

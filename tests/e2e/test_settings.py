@@ -1,4 +1,5 @@
-"""What settings make of a whole run: what it evaluates, where its learning rate ends, what it shows and does not replay."""
+"""The effect of settings on a whole run: what it evaluates, where its learning rate ends, what it shows and what it does not
+replay."""
 
 from __future__ import annotations
 
@@ -44,27 +45,27 @@ def test_the_learning_rate_arrives(objective: str, updates: int, zoo: Zoo, ranks
     outcome = run(ranks1, zoo, tmp_path, f"objective={objective}", *schedule)
     assert outcome.code == 0, outcome.stderr
     rates = [row["lr"] for row in metrics_of(tmp_path / "run")]
-    left = [4 * updates - (step * updates - 1) for step in range(1, 5)]  # of the schedule, before the step's last update
+    left = [4 * updates - (step * updates - 1) for step in range(1, 5)]  # what is left of the schedule before the step's last update
     assert rates == pytest.approx([1e-3 * each / (4 * updates) for each in left])
 
 
 def test_a_run_ends_where_its_accuracy_rises_no_more(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
-    """A random model is right about nothing: the first evaluation is the best. Started again, it ends again."""
+    """A random model gets nothing right, so the first evaluation is the best. When the run is started again, it ends again."""
     settings = ("objective=grpo", "trainer.steps=9", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "trainer.stop_after=2")
     for _ in range(2):
         outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0", "checkpoint.export_hf=true")
         assert outcome.code == 0, outcome.stderr
         assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
         assert any(line.startswith("ended after step 3: 2 evaluations brought no accuracy above 0.0 %") for line in outcome.log)
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["exported"][1] == 3  # what it has, not trainer.steps
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["exported"][1] == 3  # the steps it made, not trainer.steps
     assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_000003")
-    # Of other problems nothing is known yet.
+    # For other problems there is no evaluation yet.
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0", "eval.max_prompts=2")
     assert outcome.code == 0 and [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
-    """The longest responses stand for the best: a student that learns to end them has its best evaluation early."""
+    """The longest responses count as the best: a student that learns to end its responses has its best evaluation early."""
     settings = ["objective=sft", "trainer.steps=4", f"data.eval={tmp_path}/data.jsonl", "eval.every=1", "eval.greedy=false"]
     settings += ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.best=eval/response_length", "optimizer.lr=1e-2"]
     outcome = run(ranks1, zoo, tmp_path, *settings)
@@ -74,15 +75,16 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "best").readlink() == Path(f"step_{longest:06d}")
     assert {path.name for path in folder.glob("step_*")} == {f"step_{longest:06d}", "step_000004"}
-    assert longest < 4  # responses get shorter, so that the best is not the last
+    assert longest < 4  # responses get shorter, so the best evaluation is not the last
 
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/truncated", "trainer.steps=5")
     assert outcome.code == 0, outcome.stderr
-    assert (folder / "best").readlink() == Path("step_000005")  # the first of another measure, whatever the record was
+    assert (folder / "best").readlink() == Path("step_000005")  # the first evaluation by another measure, whatever the previous best
 
 
 def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
-    """On two ranks it fails where it verifies; both save the steps before, and end. The line names the user's code."""
+    """On two ranks, the reward fails where it verifies; both ranks save the earlier steps and end. The line names the user's
+    code."""
     settings = (
         "objective=kd_rkl",
         "trainer.steps=3",
@@ -109,7 +111,8 @@ def test_a_best_checkpoint_by_no_metric_is_refused_before_anything_is_loaded(
 
 
 def test_half_of_the_responses_are_given(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """From the column of the data set; a run that was stopped goes on with the same. Rollout files have only sampled ones."""
+    """Given responses come from the data set's column; a stopped run resumes with the same ones. Rollout files have only
+    sampled responses."""
     settings = ("objective=gkd", "optimizer.lr=1e-2", "reward.kind=tests.support.rewards:LengthModulo", "data.shuffle=true")
     for name, parts in (("whole", (4,)), ("parts", (2, 4))):
         for steps in parts:
@@ -125,7 +128,7 @@ def test_half_of_the_responses_are_given(zoo: Zoo, ranks2: RankPool, tmp_path: P
 
 
 def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """On two data-parallel ranks, which share the verification: a step trains on as many groups as without the filter."""
+    """On two data-parallel ranks, which share the verification, a step trains on as many groups as without the filter."""
     settings = ["objective=grpo", "trainer.steps=3", "rollout.responses_per_prompt=3", "rollout.group_filter.rounds=2"]
     outcome = run(ranks2, zoo, tmp_path, *settings, "reward.kind=tests.support.rewards:LengthModulo")
     assert outcome.code == 0, outcome.stderr
@@ -142,7 +145,7 @@ def test_groups_without_signal_are_replaced(zoo: Zoo, ranks2: RankPool, tmp_path
 
 
 def test_scores_of_groups_that_are_dropped_go_with_them(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """Scored while others are sampled, the run is what it is without, for log-probs and for hidden states."""
+    """A run that scores responses while others are sampled equals one that does not, for log-probs and for hidden states."""
     settings = ["objective=kdrl", "objective.beta.init=0.5", "trainer.steps=3", "rollout.responses_per_prompt=3"]
     settings += ["rollout.group_filter.rounds=3", "rollout.prompts_per_step=3", "objective.kd.mask=response"]
     settings += [f"student.path={zoo.model('untied')}", f"teacher.path={zoo.model('teacher')}", "reward.workers=1", *FAST]

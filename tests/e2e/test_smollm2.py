@@ -1,5 +1,5 @@
-"""A real language model: SmolLM2-135M-Instruct from the package index means the same to transformers, to our conversion and to
-Megatron-Core. Skipped where the extra `smollm2` is not installed or the index does not answer."""
+"""A real language model: SmolLM2-135M-Instruct from the package index gives the same results in transformers, after our
+conversion and in Megatron-Core. Skipped if the extra `smollm2` is not installed or the index does not answer."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def model() -> Path:
 
 @pytest.fixture(scope="module")
 def sequences(model: Path) -> list[list[int]]:
-    """The shortest first, as they are packed."""
+    """The shortest sequence comes first, as in packing."""
     rows = load_tokenizer(model).encode(TEXTS, special_tokens=False)
     return sorted((row.tolist() for row in rows), key=len)
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path, sequences: list[list[int]]) -> np.ndarray:
-    """The logits of transformers [tokens of all sequences, vocabulary]."""
+    """The logits [tokens of all sequences, vocabulary] of transformers."""
     return _logits(load_model(model, torch.float32), sequences)
 
 
 @pytest.fixture(scope="module")
 def ranks3() -> Iterator[RankPool]:
-    """A world of three ranks: nine heads and three key/value heads split into nothing else."""
+    """A world of three ranks: nine heads and three key/value heads can only be split in three."""
     pool = RankPool(3)
     yield pool
     pool.close()

@@ -1,5 +1,5 @@
-"""A student and a teacher that end their responses with different tokens, as a base model and one for chats do: distilled, the
-token that ends a response would teach the student never to stop."""
+"""A student and a teacher that end their responses with different tokens, as a base model and a chat model do: if the final
+token were distilled, the student would learn never to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(zoo: Zoo, ranks1: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Train in a folder of its own, and return the metrics of each step."""
+    """Train in a separate folder and return the metrics of each step."""
     folder = tmp_path_factory.mktemp("stop_token")
     rows = [{"prompt": f"{index}+1=", "answer": str(index + 1), "response": str(index + 1)} for index in range(8)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,1 +1,1 @@
-"""What goes wrong on a long run, and what must be left of it."""
+"""What can go wrong in a long run, and what must remain of the run."""

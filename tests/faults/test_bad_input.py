@@ -1,4 +1,5 @@
-"""Bad input: one clear line on stderr that says what, where and what to do, exit code 1 or 2, no traceback."""
+"""Bad input ends a run with one clear line on stderr that says what, where and what to do, exit code 1 or 2, and no
+traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.support.zoo import Zoo
 
 
 def base(zoo: Zoo, run: Path) -> dict[str, str]:
-    """A run that works, by key."""
+    """The configuration, by key, of a run that works."""
     return {
         "run.dir": str(run),
         "trainer.steps": "1",
@@ -150,7 +151,7 @@ def long_targets(zoo: Zoo, folder: Path) -> dict[str, str]:
 
 
 def added_token(zoo: Zoo, folder: Path, *, ends: bool = False, to: str = "untied") -> Path:
-    """A model whose tokenizer got a token, without a row for it: 67 rows, and the token has id 70."""
+    """A model whose tokenizer has an added token without a row for it: there are 67 rows, and the token has id 70."""
     model = copy_of(zoo, to, folder)
     file = model / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -197,7 +198,7 @@ def fixed(**overrides: str) -> Change:
     return lambda zoo, folder: {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-# name: (what spoils the run, exit code, words that the line must have)
+# name: (what breaks the run, exit code, words that the line must contain)
 SPOILED: dict[str, tuple[Change, int, list[str]]] = {
     "unknown key": (fixed(trainer__step="3"), 2, ["trainer.step", "trainer.steps"]),
     "unknown group choice": (fixed(objective="kdlr"), 2, ["objective=kdlr", "kdrl"]),
@@ -272,7 +273,7 @@ SPOILED: dict[str, tuple[Change, int, list[str]]] = {
 
 @pytest.mark.parametrize(("change", "code", "words"), SPOILED.values(), ids=list(SPOILED))
 def test_one_clear_line(change: Change, code: int, words: list[str], zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """On two ranks: both end with the code, one of them prints the line."""
+    """On two ranks, both end with the code and one of them prints the line."""
     overrides = {**base(zoo, tmp_path / "run"), **change(zoo, tmp_path)}
     outcomes = ranks2.run(train_on_rank, [*QUIET, *(f"{key}={value}" for key, value in overrides.items())], timeout=90)
     assert [outcome.code for outcome in outcomes] == [code, code]
@@ -284,7 +285,7 @@ def test_one_clear_line(change: Change, code: int, words: list[str], zoo: Zoo, r
 
 
 def launch(*program: str | Path) -> subprocess.CompletedProcess[str]:
-    """Under torchrun, on two ranks."""
+    """The same under torchrun, on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, program)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
@@ -296,7 +297,7 @@ def launch_training(overrides: dict[str, str]) -> subprocess.CompletedProcess[st
 
 
 def only_error_line(output: str) -> str:
-    """It ends the output."""
+    """The error is the last line of the output."""
     lines = [line for line in output.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
     return lines[-1]
@@ -322,7 +323,7 @@ def with_a_damaged_second_stage(zoo: Zoo, folder: Path) -> Path:
 
 @pytest.mark.parametrize("program", ["train", "score"])
 def test_torchrun_ends_all_ranks_where_only_one_meets_the_error(program: str, zoo: Zoo, tmp_path: Path) -> None:
-    """The second pipeline stage's file is damaged: the first stage, which waits for it, does not wait for ever."""
+    """The second pipeline stage's file is damaged: the first stage, which waits for that stage, does not hang."""
     model = with_a_damaged_second_stage(zoo, tmp_path)
     if program == "train":
         result = launch_training({**base(zoo, tmp_path / "run"), "student.path": str(model), "parallel.pipeline": "2"})
@@ -332,7 +333,7 @@ def test_torchrun_ends_all_ranks_where_only_one_meets_the_error(program: str, zo
     assert result.returncode == 1
     line = only_error_line(result.stderr)
     assert "model-2.safetensors" in line and "cut short" in line
-    # torchrun adds a traceback of its own before it; ours there is none.
+    # torchrun prints its own traceback before the line; the program prints none.
     assert [line for line in result.stderr.splitlines() if 'File "' in line and "kdrl_mcore" in line] == []
 
 
@@ -347,13 +348,13 @@ def test_torchrun_ends_a_preflight_with_what_it_found(zoo: Zoo, tmp_path: Path) 
 
 
 def test_torchrun_prints_a_configuration_error_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 comes later than rank 1, whose end is its own."""
+    """Rank 0 starts later than rank 1, which reports the error and ends by itself."""
     (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0': time.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     result = launch_training({**base(zoo, tmp_path / "run"), "rollout.pathh": "x"})
     line = only_error_line(result.stderr)
     assert "rollout.pathh" in line and "rollout.path'" in line
-    assert result.returncode == 1  # torchrun's own; the ranks' is 2
+    assert result.returncode == 1  # torchrun's exit code; the ranks' is 2
     assert "exitcode  : 2" in result.stderr
 
 

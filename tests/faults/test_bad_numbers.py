@@ -85,7 +85,7 @@ def overrides_of(zoo: Zoo, run: Path, steps: int, layout: str) -> list[str]:
 def test_all_ranks_skip_the_update_and_go_on(
     ranks: int, layout: str, where: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
 ) -> None:
-    """Bad at step 1 on the last rank: the run then ends as if the step had not been."""
+    """Step 1 is bad on the last rank: the run ends as if that step had not been made."""
     poisoned = [*overrides_of(zoo, tmp_path / "poisoned", 2, layout)]
     outcomes = pools[ranks].run(poison_on_rank, poisoned, where, ranks - 1, [1])
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].stderr
@@ -104,8 +104,8 @@ def test_all_ranks_skip_the_update_and_go_on(
 def test_nan_logits_of_the_sampler_the_teacher_or_the_student_leave_the_weights_alone(
     phase: str, layout: str, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """One model output is NaN on one rank: what follows of it, log-probs of the sampler or the teacher, or the loss and the
-    gradient, never reaches the weights, and no run takes it for a KL of zero."""
+    """One model output is NaN on one rank. What follows from it (log-probs of the sampler or the teacher, or the loss and the
+    gradient) never reaches the weights, and no run mistakes it for a KL of zero."""
     job = [*resuming.make_job(tmp_path), f"run.dir={tmp_path}/run", "trainer.steps=1", *layout.split()]
     fault = ["fault.kind=nan", "fault.rank=1", "fault.step=1", f"fault.phase={phase}"]
     outcomes = ranks2.run(train_on_rank, [*job, *fault])
@@ -117,7 +117,7 @@ def test_nan_logits_of_the_sampler_the_teacher_or_the_student_leave_the_weights_
 
 
 def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """Steps 1 and 3 to 5 are bad: the good second step starts the count anew, and what it learned is saved."""
+    """Steps 1 and 3 to 5 are bad: the good step 2 resets the count, and its update is saved."""
     job = [*overrides_of(zoo, tmp_path, 9, "parallel.tensor=2"), "checkpoint.every=1", "checkpoint.keep=1"]
     outcomes = ranks2.run(poison_on_rank, job, "gradient", 1, [1, 3, 4, 5])
     assert [outcome.code for outcome in outcomes] == [1, 1]
@@ -130,8 +130,8 @@ def test_three_in_a_row_end_the_run_with_one_line(zoo: Zoo, ranks2: RankPool, tm
     def saved() -> list[str]:
         return sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
 
-    assert saved() == [f"step_{step:06d}" for step in (2, 3, 4, 5)]  # none makes way for weights that may be the cause
-    outcomes = ranks2.run(poison_on_rank, [*job, "trainer.steps=8"], "gradient", 1, [1, 2])  # two more are no end
+    assert saved() == [f"step_{step:06d}" for step in (2, 3, 4, 5)]  # the last weights may be the cause, so none is deleted
+    outcomes = ranks2.run(poison_on_rank, [*job, "trainer.steps=8"], "gradient", 1, [1, 2])  # two more do not end the run
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
     assert [row["skipped_updates"] for row in metrics_of(tmp_path)] == [1, 0, 1, 1, 1, 1, 1, 0]
     assert saved() == ["step_000008"]
@@ -157,7 +157,7 @@ UPDATED = {
 def test_weights_that_an_update_spoils_are_neither_saved_nor_exported(
     ranks: int, layout: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
 ) -> None:
-    """On the last rank, in its own share. The last checkpoint stays: it is what the same command goes on from."""
+    """The update damages the last rank's share of the weights. The last checkpoint stays: the same command resumes from it."""
     job = [*overrides_of(zoo, tmp_path, 3, layout), "checkpoint.every=1", "checkpoint.keep=1"]
     if "expert" in layout:
         student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
@@ -179,7 +179,7 @@ def test_weights_that_an_update_spoils_are_neither_saved_nor_exported(
 
 
 def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """One that was made before weights were checked: nothing is trained, and nothing is pruned."""
+    """The checkpoint was made before weights were checked: nothing is trained, and nothing is deleted."""
     job = [*overrides_of(zoo, tmp_path, 2, "parallel.tensor=2"), "checkpoint.every=1", "trainer.self_test=false"]
     spoil = [*job, "trainer.steps=1", "fault.kind=nan", "fault.phase=update", "fault.rank=0"]
     outcomes = ranks2.run(without_a_look_at_weights_on_rank, spoil)
@@ -191,7 +191,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(zoo: Zoo, rank
 
 
 def without_a_look_at_weights_on_rank(overrides: list[str]) -> Outcome:
-    """Train as before there was one."""
+    """Train as before this check existed."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -202,7 +202,7 @@ def without_a_look_at_weights_on_rank(overrides: list[str]) -> Outcome:
 
 
 def test_a_teacher_that_gives_nan_is_noticed_before_the_update(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """The teacher's weights hold a NaN: every rank skips, weights and norm untouched."""
+    """The teacher's weights contain a NaN: every rank skips the update and leaves weights and norm untouched."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -221,13 +221,13 @@ def test_a_teacher_that_gives_nan_is_noticed_before_the_update(zoo: Zoo, ranks2:
 
 
 def test_beta_zero_and_masked_responses_never_reach_the_teacher(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """The tokens are counted in the teacher's model; the metrics report what it scored and what it was spared."""
+    """Tokens are counted in the teacher's model; the metrics report how many it scored and how many it was spared."""
     rows = read_jsonl(zoo.rollouts("uneven"))
     lengths = [len(row["response_token_ids"]) for row in rows]
     wrong = [not row["correct"] for row in rows]
     expected = sum(length for length, use in zip(lengths, wrong, strict=True) if use)
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    both = "parallel.tensor=2 teacher.parallel.tensor=2 trainer.self_test=false"  # each rank sees all that the teacher gets
+    both = "parallel.tensor=2 teacher.parallel.tensor=2 trainer.self_test=false"  # each rank sees all of the teacher's input
     masked = [*overrides_of(zoo, tmp_path / "masked", 1, both), "objective.kd.mask=response"]
     for outcome in ranks2.run(count_teacher_tokens_on_rank, masked):
         assert outcome.code == 0 and outcome.found == {"responses": sum(wrong), "tokens": expected}
@@ -252,7 +252,7 @@ def count_teacher_tokens_on_rank(overrides: list[str]) -> Outcome:
     counts = {"responses": 0, "tokens": 0}
     run_batch = LanguageModel.run_batch
 
-    def counted(chunk: Any, batch: Any) -> Any:  # the student's training does not come this way
+    def counted(chunk: Any, batch: Any) -> Any:  # the student's training does not call this
         counts["responses"] += len(batch.spans)
         counts["tokens"] += len(batch.rows_T)
         return run_batch(chunk, batch)

@@ -1,4 +1,5 @@
-"""Batches that teach nothing, or leave a rank without work: the run trains on, on every layout, and nothing becomes NaN."""
+"""Batches from which nothing is learned, or that leave a rank without work: on every layout training continues, and nothing
+becomes NaN."""
 
 from __future__ import annotations
 
@@ -19,22 +20,22 @@ Rows = list[dict[str, Any]]
 
 
 def equally_right(rows: Rows) -> Rows:
-    """No advantage, and nothing that the mask leaves to distil."""
+    """There is no advantage, and the mask leaves nothing to distil."""
     return [{**row, "reward": 1.0, "correct": True} for row in rows]
 
 
 def equally_wrong(rows: Rows) -> Rows:
-    """No advantage: distillation alone."""
+    """There is no advantage: only distillation trains."""
     return [{**row, "reward": 0.0, "correct": False} for row in rows]
 
 
 def all_truncated(rows: Rows) -> Rows:
-    """Every response hit the limit."""
+    """Every response reached the limit."""
     return [{**row, "finish_reason": "length"} for row in rows]
 
 
 def one_short_group(rows: Rows) -> Rows:
-    """Two responses of one token: fewer than ranks."""
+    """Two responses of one token each: fewer than there are ranks."""
     pair = [row for row in rows if row["group_id"] == rows[0]["group_id"]][:2]
     short = [{**row, "response_token_ids": row["response_token_ids"][:1]} for row in pair]
     return [

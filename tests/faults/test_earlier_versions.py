@@ -1,7 +1,7 @@
-"""Run directories that commit 8a4f2ff (version 0.1.0) wrote go on as if this version had trained them from the first step.
+"""Run directories written by commit 8a4f2ff (version 0.1.0) continue as if this version had trained them from the first step.
 
-`data/runs_of_8a4f2ff.tar.xz` holds two of them, with their models and data, after two steps: `kdrl` (one rank) and `sft` (two
-tensor-parallel ranks). Their metrics do not depend on the path from which their files were read.
+`data/runs_of_8a4f2ff.tar.xz` contains two of them after two steps, with their models and data: `kdrl` (one rank) and `sft`
+(two tensor-parallel ranks). Their metrics do not depend on the paths from which their files were read.
 """
 
 from __future__ import annotations
@@ -52,4 +52,4 @@ def test_it_resumes_in_another_layout_and_equals_a_run_that_this_version_made_al
     expected = read_hf_weights(tmp_path / "anew" / "hf")
     for key, weight in read_hf_weights(tmp_path / name / "hf").items():
         assert weight.allclose(expected[key], rtol=1e-4, atol=1e-6), key
-    assert (tmp_path / name / "left" / "hf_1" / "model.safetensors").is_file()  # its own export, which it had not marked
+    assert (tmp_path / name / "left" / "hf_1" / "model.safetensors").is_file()  # that version did not mark its exports

@@ -1,4 +1,4 @@
-"""A fault on one rank: who hangs or is slow is named, with the stacks of every rank; nothing ends silently."""
+"""A fault on one rank: the rank that hangs or is slow is named, with the stacks of every rank, and no run ends silently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def hang_timeout(job: list[str], launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Seconds that no healthy run is without progress, however busy the machine is: what a whole one takes here and now."""
+    """Seconds for which no healthy run is without progress, however busy the machine is: the duration of a whole run right
+    now."""
     folder = tmp_path_factory.mktemp("healthy")
     start = time.monotonic()
     ended = launcher.train(2, [*job, "parallel.tensor=2", f"run.dir={folder}/run", "trainer.steps=1"], folder / "log")
@@ -74,7 +75,7 @@ def test_a_hung_rank_is_named_and_every_rank_leaves_its_stacks(
 
 
 def test_a_rank_that_never_gives_its_interpreter_back_still_leaves_its_stack() -> None:
-    """A call into C that holds the lock: the thread beside it cannot run, so the C library's timer ends the process."""
+    """A call into C holds the GIL: the watchdog's thread cannot run, so the C library's timer ends the process."""
     script = (
         "import torch.distributed as dist\n"
         "from kdrl_mcore.resilience.watchdog import Watchdog\n"
@@ -89,7 +90,7 @@ def test_a_rank_that_never_gives_its_interpreter_back_still_leaves_its_stack() -
 
 
 def wait_for_a_live_rank(timeout: float, seconds: float) -> bool:
-    """On a rank: rank 0 makes marks while the others wait for it in a barrier, all in one phase."""
+    """On a rank: rank 0 reports progress while the others wait for it in a barrier, all in one phase."""
     import torch.distributed as dist
 
     from kdrl_mcore.resilience.watchdog import Watchdog
@@ -110,12 +111,12 @@ def test_a_phase_may_be_longer_than_the_time_out_while_one_rank_makes_progress(r
 
 
 def train_with_a_slow_rank(overrides: list[str]) -> Outcome:
-    """On a rank: a run in which `slow` takes five times as long as what lay between it and the time before. What the ranks
-    compared is in the log too."""
+    """On a rank: a run in which `slow` lasts five times as long as the interval since it was last called. The log also has what
+    the ranks compared."""
     from kdrl_mcore import trainer
     from kdrl_mcore.resilience import faults, watchdog
 
-    # Only ranks that were seen at work in a phase are compared: with few looks at so short a run, rank 0 may not have been.
+    # Only ranks that were seen at work in a phase are compared: so short a run has few samples, and rank 0 may be in none.
     looks = patch.object(watchdog, "SAMPLE_SECONDS", 0.002)
     ended, compared, slow_ranks = 0.0, list[Any](), trainer.slow_ranks
 
@@ -136,7 +137,7 @@ def train_with_a_slow_rank(overrides: list[str]) -> Outcome:
 
 
 def test_a_slow_rank_is_named_with_its_phase(job: list[str], ranks2: RankPool, tmp_path: Path) -> None:
-    """Rank 1 takes longer to begin its rollouts than rank 0 has for whole steps, on a machine as quiet or busy as it is."""
+    """Rank 1 takes longer to begin its rollouts than rank 0 takes for whole steps, however busy the machine is."""
     fault = ["fault.kind=slow", "fault.rank=1", "fault.phase=rollout", "trainer.slow_ranks_every=4"]
     outcomes = ranks2.run(train_with_a_slow_rank, [*job, f"run.dir={tmp_path}/run", "trainer.steps=4", *fault], timeout=600)
     assert [outcome.code for outcome in outcomes] == [0, 0]
@@ -170,8 +171,8 @@ def test_who_hangs() -> None:
         ([{"train": 5.0}, {"train": 5.5}, {"train": 4.5}], []),
         ([{"train": 5.0}, {"train": 10.0}, {"train": 4.5}], [(1, "train", 10.0, 5.0)]),
         ([{"train": 5.0}, {"train": 10.0}], [(1, "train", 10.0, 5.0)]),
-        ([{"train": 0.1}, {"train": 0.4}], []),  # it costs nobody anything
-        ([{"reward": 6.0}, {}, {}, {"reward": 6.5}], []),  # the business of two of them
+        ([{"train": 0.1}, {"train": 0.4}], []),  # nobody loses time
+        ([{"reward": 6.0}, {}, {}, {"reward": 6.5}], []),  # a matter of two ranks
         ([{"logging": 6.0}, {}, {}, {}], []),
         ([{"rollout": 9.0, "train": 3.0}, {"rollout": 3.0, "train": 6.0}], [(0, "rollout", 9.0, 3.0), (1, "train", 6.0, 3.0)]),
     ],

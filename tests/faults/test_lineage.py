@@ -1,4 +1,5 @@
-"""A run directory knows its past: what may change on going on, which branch is the present one, and when nothing is left."""
+"""A run directory records its past: what may change when a run is resumed, which branch is current, and when nothing is left to
+do."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(pool: RankPool, job: list[str], run_dir: Path, *overrides: str) -> Outcome:
-    """A run on the pool's ranks; what rank 0 saw of it, with the errors of all (the first rank that has one tells it)."""
+    """A run on the pool's ranks; what rank 0 observed, with the errors of all ranks (the first rank that has one prints it)."""
     outcomes = pool.run(train_on_rank, [*job, f"run.dir={run_dir}", *overrides])
     assert len({outcome.code for outcome in outcomes}) == 1
     return replace(outcomes[0], stderr="".join(outcome.stderr for outcome in outcomes))
@@ -45,7 +46,7 @@ def finished(pool: RankPool, job: list[str], run_dir: Path, *overrides: str) -> 
 
 
 def refusal(pool: RankPool, job: list[str], run_dir: Path, *overrides: str) -> str:
-    """The one line of a run that is refused before anything is written."""
+    """The one line with which a run is refused before anything is written."""
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     outcome = run(pool, job, run_dir, *overrides)
     (line,) = outcome.stderr.splitlines()
@@ -59,7 +60,7 @@ def column(run_dir: Path, name: str) -> list[Any]:
 
 
 def killed(pool: RankPool, job: list[str], run_dir: Path, step: int, *overrides: str) -> None:
-    """A run that ends in the middle of a step, as if killed."""
+    """A run that ends in the middle of a step, as if it were killed."""
     results = pool.run(resuming.train, [*job, f"run.dir={run_dir}", *overrides], partial(resuming.in_generation, step))
     assert [code for code, _ in results] == [None] * pool.world_size
 
@@ -86,7 +87,7 @@ def test_coefficients_and_rates_of_the_command_line_win_and_a_line_says_so(
     assert {"objective.beta.init: 0.002 -> 0.5", "optimizer.lr: 0.001 -> 0.004", "trainer.steps: 2 -> 3"} <= set(outcome.log)
     outcome = finished(ranks1, job, used, "trainer.steps=4", "objective=grpo", "optimizer.lr=0.004")
     assert column(used, "beta")[-1] == 0 and "objective.beta.init: 0.5 -> 0.0" in outcome.log
-    outcome = finished(ranks1, job, used, "trainer.steps=5", "optimizer.lr=0.004")  # and back
+    outcome = finished(ranks1, job, used, "trainer.steps=5", "optimizer.lr=0.004")  # and back again
     assert column(used, "beta")[-1] == 0.002 and metrics_of(used)[-1]["teacher_tokens"] > 0
     assert not outcome.stderr
 
@@ -134,7 +135,7 @@ def test_with_nothing_left_to_train_a_run_is_complete_or_refused(job: list[str],
     outcome = finished(ranks1, job, used, "trainer.steps=2", "checkpoint.every=1")
     assert outcome.log[-1].startswith("the run is complete: step 2 of 2")
     assert exported.stat().st_mtime_ns == when and len(metrics_of(used)) == 2
-    shutil.rmtree(used / "hf")  # it was killed between its last step and the export
+    shutil.rmtree(used / "hf")  # as if it had been killed between its last step and the export
     finished(ranks1, job, used, "trainer.steps=2", "parallel.recompute=full")
     assert exported.read_bytes() == first
     for words in (["trainer.steps=3", f"student.path={used}/hf"], ["trainer.steps=3", f"teacher.path={used}/hf"]):
@@ -156,7 +157,7 @@ def test_going_back_leaves_a_branch_that_does_not_come_back(job: list[str], rank
     outcome = finished(ranks1, job, run_dir, steps, "checkpoint.every=5", "optimizer.lr=5e-4")
     assert any(line.endswith("step_000002 after step 2") for line in outcome.log)
     assert column(run_dir, "lr") == [1e-3] * 2 + [5e-4] * 4
-    # The branch that was left lies aside, and comes back when its checkpoint is named.
+    # The abandoned branch is kept aside and restored when its checkpoint is named.
     (left,) = (run_dir / "left").iterdir()
     assert len(metrics_of(left)) == 6 and (left / "rollouts" / "step_000004.jsonl").read_text() == sampled
     old = f"checkpoint.resume={run_dir}/checkpoints/step_000004"
@@ -192,7 +193,7 @@ def test_the_newest_whole_checkpoint_is_never_pruned(job: list[str], used: Path,
     assert outcome.code == 2 and "checkpoint.keep=-1" in outcome.stderr
     ranks1.run(resuming.prune, str(used / "checkpoints"), -1, "step_000002")
     assert sorted(path.name for path in (used / "checkpoints").glob("step_*")) == ["step_000001", "step_000002"]
-    (used / "checkpoints" / "step_000002" / "manifest.json").unlink()  # of the two, only the older is whole
+    (used / "checkpoints" / "step_000002" / "manifest.json").unlink()  # of the two, only the older one is complete
     ranks1.run(resuming.prune, str(used / "checkpoints"), 1, "step_000002")
     assert sorted(path.name for path in (used / "checkpoints").glob("step_*")) == ["step_000001", "step_000002"]
 
@@ -210,7 +211,7 @@ def test_the_newest_whole_checkpoint_is_never_pruned(job: list[str], used: Path,
 def test_every_optimizer_goes_on_as_if_it_had_not_stopped(
     before: str, after: str, job: list[str], ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Against a run whose optimizer stayed of one kind; where no other key changes, against one that did not stop at all."""
+    """Compared with a run whose kind of optimizer never changed; if no other key changes, with a run that never stopped."""
     words = ["trainer.self_test=false", "checkpoint.every=2"]
     finished(ranks2, job, tmp_path / "run", "trainer.steps=2", *words, *before.split())
     finished(ranks2, job, tmp_path / "run", "trainer.steps=4", *words, *after.split())
@@ -225,7 +226,7 @@ def test_every_optimizer_goes_on_as_if_it_had_not_stopped(
 
 
 def as_written_before(run_dir: Path) -> None:
-    """Make of a run directory what versions without a record of it left: checkpoints without configuration, no `run.json`, an
+    """Turn a run directory into one of the versions that kept no record: checkpoints without configuration, no `run.json`, an
     export without a list of its files."""
     (run_dir / "run.json").unlink()
     (run_dir / "hf" / MARK).unlink()
@@ -250,7 +251,8 @@ def test_a_run_directory_of_an_earlier_version_goes_on(job: list[str], used: Pat
 
 
 def test_an_export_that_was_copied_or_added_to_is_kept(job: list[str], trained: Path, ranks1: RankPool, tmp_path: Path) -> None:
-    """As `cp -r` leaves it, with other times; then with a file of the user's. In another run's directory it is in the way."""
+    """An export copied by `cp -r`, with other file times; then with a file of the user's. In another run's directory it blocks
+    the export."""
     run_dir = tmp_path / "copied"
     shutil.copytree(trained, run_dir, symlinks=True, copy_function=shutil.copy)
     outcome = finished(ranks1, job, run_dir, "trainer.steps=3")
@@ -267,7 +269,7 @@ def test_an_export_that_was_copied_or_added_to_is_kept(job: list[str], trained: 
 
 
 def test_a_copy_that_followed_links_goes_on(job: list[str], used: Path, ranks1: RankPool) -> None:
-    """In it `latest` is a folder, which stays; the first checkpoint would otherwise be refused its name."""
+    """In the directory `latest` is a folder, which stays; otherwise the first checkpoint could not have that name."""
     latest = used / "checkpoints" / "latest"
     newest = latest.resolve()
     latest.unlink()
@@ -278,7 +280,7 @@ def test_a_copy_that_followed_links_goes_on(job: list[str], used: Path, ranks1: 
 
 
 def test_a_run_within_the_files_of_another_is_refused(job: list[str], used: Path, ranks1: RankPool) -> None:
-    """They come and go with that run's steps, and what is in them would go as well."""
+    """Checkpoint folders come and go with that run's steps, and what is in them would be deleted with them."""
     for place in ("checkpoints", "checkpoints/step_000002", "hf/run", "rollouts/mine"):
         outcome = run(ranks1, job, used / place, "trainer.steps=1")
         assert outcome.code == 2 and f"lies in {used / place.split('/')[0]}, which the run in {used} replaces" in outcome.stderr

@@ -1,4 +1,4 @@
-"""GPU memory that runs out ends the run in one line: the phase, the rank, what was alive, and the key to lower."""
+"""When GPU memory runs out, the run ends with one line: the phase, the rank, what was allocated, and the key to lower."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total cap
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The run's overrides: one step, and a checkpoint."""
+    """The run's overrides: one step and one checkpoint."""
     return [*resuming.make_job(tmp_path_factory.mktemp("job")), "trainer.steps=1", "checkpoint.export_hf=false"]
 
 
@@ -35,7 +35,7 @@ def run_out(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def in_the_backward_pass() -> Iterator[None]:
-    """In a gradient's function, which the autograd engine calls from C++."""
+    """Memory runs out in a backward function, which the autograd engine calls from C++."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     forward = TransformerLayer.forward
@@ -130,7 +130,7 @@ def test_the_line_adds_up_to_the_gpu() -> None:
 
 
 def test_the_key_is_one_that_helps() -> None:
-    """What is set already is not advised."""
+    """A setting that is already in effect is not advised."""
     base = ["student.path=x", "teacher.path=x", "objective=kdrl"]
     colocated = load_config([*base, "rollout=vllm", "data.train=x"])
     assert key_to_lower(colocated, "rollout") == key_to_lower(colocated, "refit") == key_to_lower(colocated, "start engines")

@@ -1,4 +1,4 @@
-"""The preflight finds on the ranks what would end the job later, and names it; what one rank finds, all ranks know."""
+"""The preflight finds and names on the ranks what would end the job later; what one rank finds, all ranks report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.zoo import Zoo
 
 
 def bad_text(findings: list[list[tuple[str, bool, str]]], name: str) -> str:
-    """What the first bad check says, on every rank the same."""
+    """The message of the first failed check is the same on every rank."""
     assert all(each == findings[0] for each in findings)
     first, text = next((found, text) for found, good, text in findings[0] if not good)
     assert first == name, text
@@ -148,7 +148,7 @@ def test_a_slow_network_is_found(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> 
 
 
 def findings_with_a_bad_rank(overrides: list[str], trouble: str) -> list[tuple[str, bool, str]]:
-    """On a rank: the checks, where rank 1 has some trouble of its own."""
+    """On a rank: the checks, when only rank 1 has a fault."""
     import torch.distributed as dist
 
     from kdrl_mcore.preflight import machine
@@ -211,7 +211,7 @@ def test_a_node_unlike_the_others_is_found(
 
 
 def gpu_findings(overrides: list[str], gpus: int, gib: float) -> list[tuple[str, bool, str]]:
-    """On a rank: the checks of the GPUs, on a node that shows so many of such a size."""
+    """On a rank: the checks of the GPUs, on a node that shows this number of GPUs of this size."""
     import torch
 
     from kdrl_mcore.config import load_config

@@ -1,4 +1,4 @@
-"""Damaged and incomplete checkpoints are refused by name, and the one before is used; the only good one is never deleted."""
+"""Damaged and incomplete checkpoints are refused by name and the one before is used; the only good one is never deleted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def copied(checkpoints: Path, tmp_path: Path) -> Path:
 
 
 def flip_one_bit(path: Path) -> None:
-    """At a random place."""
+    """Damage the file at a random position."""
     data = bytearray(path.read_bytes())
     place = random.Random(path.name).randrange(len(data))
     data[place] ^= 1 << (place % 8)
@@ -44,7 +44,7 @@ def flip_one_bit(path: Path) -> None:
 
 
 def cut_in_half(path: Path) -> None:
-    """As a write that was interrupted."""
+    """Truncate the file, as an interrupted write would."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -92,7 +92,7 @@ def test_a_killed_rank_leaves_no_process_that_keeps_its_output_open(ranks1: Rank
     deadline = time.monotonic() + 60
     with suppress(psutil.NoSuchProcess):
         while psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, "it lives on"
+            assert time.monotonic() < deadline, "it still lives"
             time.sleep(0.05)
 
 

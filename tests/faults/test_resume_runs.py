@@ -1,4 +1,4 @@
-"""Runs that are interrupted anywhere go on as if nothing had happened."""
+"""Runs that are interrupted at any point resume as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_interrupted_in_generation_in_an_update_and_in_a_save_a_run_equals_the_w
     accidents = [
         (partial(resuming.in_generation, 5), "false", {4}, "step_000003"),
         (partial(resuming.in_an_update, 4), "false", {6}, "step_000006"),
-        (partial(resuming.in_a_save, 1), "true", {9, 10, 11, 12}, "step_000006"),  # training goes on while files are written
+        (partial(resuming.in_a_save, 1), "true", {9, 10, 11, 12}, "step_000006"),  # training continues while files are written
     ]
     for accident, asynchronous, last_step, latest in accidents:
         results = ranks2.run(resuming.train, [*overrides, f"checkpoint.asynchronous={asynchronous}"], accident, timeout=300)
@@ -108,7 +108,7 @@ def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(
 
 
 def test_unfinished_responses_are_in_the_checkpoint_bit_for_bit(job: list[str], ranks2: RankPool, tmp_path: Path) -> None:
-    """Partial rollouts: stopped twice, once with a crash."""
+    """A run with partial rollouts is stopped twice, once by a crash."""
     parts = ["rollout.partial_tokens=3", "rollout.steps_ahead=2", "rollout.max_age=4", "rollout.max_continuations=2"]
     correction = ["objective.sampler_correction.kind=truncate"]
     overrides = [*job, *parts, *correction, "trainer.steps=8"]

@@ -1,4 +1,4 @@
-"""A bad night: a hundred steps with a fault every twenty, started again as SLURM would, come out as if nothing had happened."""
+"""A bad night: a hundred steps with a fault every twenty, restarted as SLURM would, end as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STARTS = (
     "fault.kind=hang fault.rank=0 fault.step=30 fault.phase=reward",
     "fault.kind=stop fault.rank=1 fault.step=50 fault.phase=rollout",  # a preemption
     "fault.kind=full_disk fault.rank=1 fault.step=72 fault.phase=checkpoint",
-    NAN,  # the whole run has it too
+    NAN,  # the uninterrupted run has it too
 )
 
 
 def began_after(ended: Ended) -> int:
-    """The step whose checkpoint a start went on from."""
+    """The step of the checkpoint from which a start resumed."""
     found = re.search(r"resumed from \S+ after step (\d+)", ended.output)
     return int(found.group(1)) if found else 0
 
@@ -37,10 +37,10 @@ def test_a_hundred_steps_with_a_fault_every_twenty_lose_nothing_and_count_nothin
     job = [*resuming.make_job(tmp_path), f"trainer.steps={STEPS}", "parallel.tensor=2"]
     job += ["checkpoint.every=4", "checkpoint.asynchronous=false"]
     run, whole = tmp_path / "run", tmp_path / "whole"
-    done = attempts = 0  # steps, with those begun and not ended
+    done = attempts = 0  # steps; attempts include those begun and not completed
     with Launcher() as launcher:
         ended = []
-        longest = 10.0  # seconds of a start so far: no healthy rank is so long without progress on this machine, now
+        longest = 10.0  # seconds of the longest start so far: now, no healthy rank here is that long without progress
         for number, fault in enumerate(STARTS):
             began = time.monotonic()
             overrides = [*job, f"run.dir={run}", *fault.split()]

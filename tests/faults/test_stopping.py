@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves and ends, whichever signal asks it, whomever it reaches and whenever it comes."""
+"""A run that is asked to stop saves and ends, whatever the signal, whichever process it reaches and whenever it comes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def check_stopped(ended: Ended, run: Path, name: str) -> int:
-    """All ranks have ended well, and the step that the last line names is saved. Returns it."""
+    """All ranks ended with code 0, and the step that the last line names is saved. Returns that step."""
     assert set(ended.codes) == {0}, ended.output
     assert "Traceback" not in ended.output and "Warning" not in ended.output, ended.output
     step = steps_of(run)[-1]
@@ -49,14 +49,14 @@ def check_stopped(ended: Ended, run: Path, name: str) -> int:
 @pytest.mark.parametrize("to", ["group", "leader"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_signal_in_every_form(ranks: int, to: str, launcher: Launcher, tmp_path: Path) -> None:
-    """SIGTERM, Ctrl-C, SIGHUP one after the other: the same command goes on each time, and no step is lost or done twice."""
+    """SIGTERM, Ctrl-C and SIGHUP in turn: the same command resumes each time, and no step is lost or done twice."""
     run = tmp_path / "run"
     job = [*resuming.make_job(tmp_path), f"run.dir={run}", "trainer.steps=10000", f"checkpoint.every={EVERY}"]
     job += [f"parallel.tensor={ranks}"]
     done = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         strike = Strike(str(run / "metrics.jsonl"), done + EVERY + 1, number, to)
-        own = ranks == 1 and to == "group" and number == signal.SIGTERM  # they take seconds to start
+        own = ranks == 1 and to == "group" and number == signal.SIGTERM  # these processes take seconds to start
         ended = launcher.train(ranks, job, tmp_path / f"{number.name}.log", [strike], own_processes=own)
         assert ended.output.count(f"{number.name}: the run saves and ends") == 1
         step = check_stopped(ended, run, number.name)
@@ -65,7 +65,7 @@ def test_every_signal_in_every_form(ranks: int, to: str, launcher: Launcher, tmp
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_checkpoints_whole(launcher: Launcher, tmp_path: Path) -> None:
-    """One rank hangs, the other waits for it in a collective, where no handler of Python's runs."""
+    """One rank hangs; the other waits for it in a collective, where no Python signal handler runs."""
     run = tmp_path / "run"
     job = [*resuming.make_job(tmp_path), f"run.dir={run}", "trainer.steps=100", "checkpoint.every=2", "parallel.tensor=2"]
     job += ["checkpoint.asynchronous=false", "fault.kind=hang", "fault.rank=1", "fault.step=4", "fault.phase=train"]
@@ -78,7 +78,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_checkpoints_whole(launcher: 
 
 
 def test_an_error_of_one_rank_is_the_last_line_and_no_other_rank_has_a_traceback(launcher: Launcher, tmp_path: Path) -> None:
-    """Rank 0 alone cannot write the step's rollouts; rank 1 waits for it, and finds it gone."""
+    """Only rank 0 cannot write the step's rollouts; rank 1 waits for rank 0 and finds it gone."""
     job = [*resuming.make_job(tmp_path), f"run.dir={tmp_path}/run", "trainer.steps=9", "parallel.tensor=2"]
     job += ["fault.kind=full_disk", "fault.rank=0", "fault.step=2", "fault.phase=logging"]
     ended = launcher.train(2, job, tmp_path / "log")
@@ -90,7 +90,7 @@ def test_an_error_of_one_rank_is_the_last_line_and_no_other_rank_has_a_traceback
 
 @pytest.mark.parametrize("phase", ["rollout", "train", "evaluation", "checkpoint"])
 def test_one_rank_is_asked_in_any_phase(phase: str, ranks2: RankPool, tmp_path: Path) -> None:
-    """All ranks end the step, and have saved it."""
+    """All ranks complete the step and save it."""
     job = [
         *resuming.make_job(tmp_path),
         f"run.dir={tmp_path}/run",
@@ -123,7 +123,7 @@ def test_asked_in_the_export_a_run_completes_it(ranks2: RankPool, tmp_path: Path
 
 
 def test_a_run_saves_by_the_time_of_rank_0(ranks2: RankPool, tmp_path: Path) -> None:
-    """Rank 0's clock says that it is time after each step, rank 1's never; saving changes nothing else."""
+    """Rank 0's clock says after each step that it is time to save, rank 1's never does; saving changes nothing else."""
     job = [*resuming.make_job(tmp_path), "trainer.steps=3", "checkpoint.keep=0", "checkpoint.every=0"]
     exports = []
     for name, minutes, steps in (("often", 1e-6, [1, 2, 3]), ("off", 0.0, [3]), ("default", 30.0, [3])):

@@ -1,4 +1,4 @@
-"""Pools of ranks on paper CUDA, and what they train."""
+"""Pools of ranks on paper CUDA, and the models and data for their runs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def paper4() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def papers(paper1: RankPool, paper2: RankPool, paper4: RankPool) -> dict[int, RankPool]:
-    """The pools by their size."""
+    """The pools by size."""
     return {1: paper1, 2: paper2, 4: paper4}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student, a teacher, a mixture and prompts."""
+    """A student, a teacher, a mixture of experts and prompts."""
     folder = make_pair(tmp_path_factory.mktemp("pair"), PROMPTS[:6])
     make_model("qwen3_moe", folder / "mixture", seed=11, vocab_size=100)
     make_tokenizer(folder / "mixture")

@@ -1,4 +1,4 @@
-"""Preflight, scoring and evaluation on paper CUDA, in a layout that splits everything there is to split."""
+"""Preflight, scoring and evaluation on paper CUDA, in a layout that splits everything that can be split."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_evaluation_counts_what_the_cpu_counts(ranks2: RankPool, paper2: Rank
 
 
 def preflight_on_rank(overrides: list[str]) -> list[tuple[str, bool, str]]:
-    """`findings_on_rank`, with less to reduce."""
+    """`findings_on_rank` with less data to reduce."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

@@ -1,4 +1,5 @@
-"""`make gpu-check` rehearsed: what it runs on a GPU runs on paper CUDA, and every number that it promises is there."""
+"""A rehearsal of `make gpu-check`: what it runs on a GPU also runs on paper CUDA, and every number that it promises is
+there."""
 
 from __future__ import annotations
 

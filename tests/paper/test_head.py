@@ -1,4 +1,4 @@
-"""The output head on paper CUDA, through Triton's kernels: it never waits for the GPU, and gives what the CPU gives."""
+"""The output head on paper CUDA with Triton's kernels: it never waits for the GPU, and its results are the CPU's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def paper() -> Iterator[RankPool]:
 
 
 def compare_with_cpu(name: str, dtype: torch.dtype) -> dict[str, int]:
-    """Asserts that results are equal; gives the head's host syncs by line."""
+    """Assert that the results are equal; returns the head's host syncs by line."""
     from tests.paper_cuda.syncs import syncs
 
     expected = run_head(name, SIZES, dtype, "torch")
@@ -37,7 +37,7 @@ def compare_with_cpu(name: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def count_syncs_in_torch(name: str) -> dict[str, int]:
-    """Where Triton does not take over."""
+    """The head without Triton."""
     from tests.paper_cuda.syncs import syncs
 
     syncs.clear()
@@ -57,7 +57,7 @@ def test_without_triton_it_waits_for_nothing_either(paper: RankPool, name: str) 
 
 
 def sum_of_products() -> tuple[float, float]:
-    """How far a sum of many chunks' products of bfloat16 factors is from the exact one: (on the GPU, on the CPU)."""
+    """The error of a sum of many chunks' products of bfloat16 factors: (on the GPU, on the CPU)."""
     from kdrl_mcore.vocab_parallel.products import add_product
 
     generator = torch.Generator().manual_seed(1)

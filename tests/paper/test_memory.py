@@ -1,5 +1,5 @@
-"""GPU memory on paper CUDA: what is off-loaded is gone, a colocated engine finds nothing but what training keeps, and the
-bytes that the planner expects to stay are those that do."""
+"""GPU memory on paper CUDA: what is off-loaded is freed, a colocated engine finds only what training keeps, and the bytes that
+stay are those that the planner expects."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TOKENS, MICRO_BATCHES = 128, 2
 
 
 def measure_held(settings: list[str]) -> Measured:
-    """`measure_on_rank` by what the allocator holds, which on paper is what is alive."""
+    """`measure_on_rank` by what the allocator holds, which on paper CUDA is what is allocated."""
     return measure_on_rank(settings, TOKENS, MICRO_BATCHES, follow=False)
 
 
 def run(paper: RankPool, folder: Path, directory: Path, *more: str) -> list[tuple[str, int, dict[str, int]]]:
-    """The phases of a run of two steps: name, bytes alive, bytes of what is kept."""
+    """The phases of a run of two steps: name, allocated bytes, bytes of what is kept."""
     (outcome,) = paper.run(train_on_paper, [*paper_overrides(folder, directory), *more])
     assert outcome.code == 0, outcome
     phases: list[Any] = outcome.found["phases"]
@@ -66,7 +66,7 @@ def test_earlier_weights_are_on_the_host_or_take_four_bytes_each(
     for name, live, kept in phases:
         assert kept["teacher"] == 0
         if name in ("refit", "rollout"):
-            earlier = 0 if offload else kept["gradients"]  # float32 as well
+            earlier = 0 if offload else kept["gradients"]  # also float32
             assert abs(live - sum(kept.values()) - earlier) < SMALL
 
 
@@ -75,7 +75,7 @@ def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
     paper1: RankPool,
     tmp_path: Path,
 ) -> None:
-    """vLLM's side of a colocated engine: its weights come over CUDA IPC, and nothing of that stays when its KV cache comes."""
+    """A colocated engine gets its weights through CUDA IPC, and none of that memory remains when its KV cache is allocated."""
     receiver = Process(1, "cuda")
     settings = ["rollout=vllm", "rollout.vllm.gpu_memory_utilization=0.5", "objective.kd.estimator=k2", "eval.every=-1"]
     try:
@@ -95,7 +95,7 @@ def test_an_engine_in_a_process_of_its_own_wakes_beside_what_training_keeps(
 
 @pytest.mark.parametrize("layout", ["tensor, sequence, bfloat16", "adapters, tensor, sequence, recompute, bfloat16"])
 def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, tmp_path: Path) -> None:
-    """In two layouts: `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
+    """Two layouts; `tests/parallel/test_planned_memory.py` has the others, on the CPU."""
     model = write_model(tmp_path / "model", hidden=256, layers=4, vocab=2048)
     settings, config = configure(layout, model, TOKENS)
     config.cluster.memory_gib = 80
@@ -107,7 +107,8 @@ def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, 
 
 
 def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
-    """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
+    """Most of the activations that the attention of eight layers keeps are on the host when the backward pass begins, and come
+    back in time."""
     model = write_model(tmp_path / "model", hidden=128, layers=8, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
@@ -130,8 +131,8 @@ def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: 
 
 
 def build_on_rank(overrides: list[str], plan: float | str) -> tuple[list[Any], Any]:
-    """Build a job whose plan leaves a share of a GPU to an engine, or none and says so: what is planned on this rank, and the
-    share with which engines would be started, or the error."""
+    """Build a job whose plan leaves a share of a GPU to an engine, or reports that it leaves none. Returns what is planned on
+    this rank and the share with which engines would be started, or the error."""
     from kdrl_mcore.config import load_config
     from kdrl_mcore.errors import ConfigError
     from kdrl_mcore.parallel.platform import prepare_platform
@@ -170,7 +171,7 @@ def test_a_colocated_engine_gets_the_share_that_the_plan_leaves(
     paper2: RankPool,
     tmp_path: Path,
 ) -> None:
-    """Rank 0 plans, for the smallest GPU; every rank has the answer."""
+    """Rank 0 plans for the smallest GPU, and every rank has the result."""
     vllm = [
         "rollout=vllm",
         f"rollout.vllm.placement={placement}",

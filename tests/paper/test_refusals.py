@@ -1,4 +1,4 @@
-"""Paper CUDA refuses what CUDA refuses or would spoil, lets the rest pass, and counts what it says it counts."""
+"""Paper CUDA refuses what CUDA refuses or would corrupt, allows everything else, and counts correctly."""
 
 from __future__ import annotations
 

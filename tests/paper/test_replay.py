@@ -1,5 +1,5 @@
-"""Runs on paper CUDA on the same tokens as the CPU: to the digit with the output head in torch, and where Triton takes over in
-bfloat16 but for its rounding. Nothing is sampled here (`test_runs.py`)."""
+"""Runs on paper CUDA that replay the same tokens as on the CPU agree to the digit with the output head in torch, and up to
+bfloat16's rounding with Triton's head. `test_runs.py` has the runs that sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAVE = "checkpoint.every=0"
 
 
 def overrides(zoo: Zoo, run: Path, settings: str) -> list[str]:
-    """A run with its self-test and its export, of an objective that `settings` may change."""
+    """A run with self-test and export; `settings` may change its objective."""
     return [
         f"run.dir={run}",
         f"student.path={zoo.model('untied')}",
@@ -57,18 +57,18 @@ def numbers_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_seldom_waits(outcome: Outcome) -> None:
-    """In its last step the host waited for the GPU a few times for the update and never for a micro-batch. (How often for a
-    decoded token: `tests/parallel/test_engine_on_cuda.py`.)"""
+    """In the last step the host waited for the GPU a few times for the update and never for a micro-batch.
+    `tests/parallel/test_engine_on_cuda.py` counts the waits while decoding."""
     syncs = outcome.found["syncs"]
     assert outcome.found["passes"]["train"] == 5
     assert sum(syncs["train"].values()) <= SYNCS_OF_AN_UPDATE, syncs["train"]
     assert sum(syncs["teacher"].values()) <= 1 + 3 * SYNCS_OF_A_TEACHER_PASS, syncs["teacher"]
     for phase in ("refit", "rollout", "reward"):
-        assert sum(syncs[phase].values()) <= 1, (phase, syncs[phase])  # the clock
+        assert sum(syncs[phase].values()) <= 1, (phase, syncs[phase])  # for the clock
 
 
 def assert_equal(run: Path, other: Path) -> None:
-    """The same metrics and the same exported weights, to the digit."""
+    """The metrics and the exported weights agree to the digit."""
     assert numbers_of(run) == numbers_of(other)
     weights, wanted = read_hf_weights(run / "hf"), read_hf_weights(other / "hf")
     assert weights.keys() == wanted.keys()
@@ -89,7 +89,7 @@ def test_two_and_two_steps_are_the_cpus_four_to_the_digit(zoo: Zoo, ranks2: Rank
 
 
 def test_an_off_loaded_optimizer_is_saved_as_it_was_in_that_step(zoo: Zoo, paper2: RankPool, tmp_path: Path) -> None:
-    """Each checkpoint is written beside the steps after it, whose updates bring the state to the GPU and away again."""
+    """Each checkpoint is written during the steps after it, whose updates move the state to the GPU and back."""
     settings = "parallel.tensor=2 optimizer.offload=true checkpoint.every=1 checkpoint.keep=0 trainer.steps=4"
     train(paper2, train_on_paper, overrides(zoo, tmp_path / "straight", settings))
     for step in (1, 3):

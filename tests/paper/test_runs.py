@@ -1,4 +1,4 @@
-"""Training runs on paper CUDA sample the tokens of the same runs on the CPU, and give their numbers to the digit."""
+"""Training runs on paper CUDA sample the same tokens as on the CPU, and their numbers agree to the digit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.training import metrics_of
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its ranks, its settings on both, and those that the GPUs have besides."""
+    """A run: its number of ranks, its settings on both devices, and the further settings on GPUs."""
 
     ranks: int
     settings: str
@@ -96,7 +96,7 @@ def test_a_run_gives_the_numbers_of_the_cpu(
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The same tokens, log-probs, metrics and final weights."""
+    """Tokens, log-probs, metrics and final weights are the same."""
     for step in (1, 2):
         rows: list[list[dict[str, Any]]] = [read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl") for run in (one, other)]
         for expected, row in zip(*rows, strict=True):

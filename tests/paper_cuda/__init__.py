@@ -1,13 +1,14 @@
-"""Paper CUDA: a CUDA run rehearsed on the CPU, with real numbers.
+"""Paper CUDA: a rehearsal of a CUDA run on the CPU, with real numbers.
 
-Tensors are ordinary CPU tensors whose memory is marked as a GPU's (`memory.py`). torch answers from the marks as it would on
-CUDA (`questions.py`, `module.py`), every operation is checked where torch dispatches it (`dispatch.py`), in the order that
-streams and events give it (`streams.py`), NCCL is played by gloo (`collectives.py`), Triton by its interpreter
-(`triton_kernels.py`) and attention by plain torch (`attention.py`). What CUDA refuses is refused; what it would silently spoil
-is an error too.
+Tensors are ordinary CPU tensors whose memory is marked as a GPU's (`memory.py`). From these marks torch's functions answer as
+they would on CUDA (`questions.py`, `module.py`). Every operation is checked where torch dispatches it (`dispatch.py`), in the
+order that streams and events impose (`streams.py`). gloo stands in for NCCL (`collectives.py`), Triton's interpreter for Triton
+(`triton_kernels.py`) and plain torch for the attention kernels (`attention.py`). What CUDA refuses is refused, and what it
+would silently corrupt is an error too.
 
-`install()` comes before anything of kdrl_mcore or Megatron-Core is imported. It lasts for the life of the process, and of those
-that are forked from it: `import_training` prepares one to fork ranks from, each of which then chooses its GPU (`choose_gpu`).
+Call `install()` before importing anything of kdrl_mcore or Megatron-Core. It lasts for the life of the process and of the
+processes forked from it: `import_training` prepares a process to fork ranks from, and each rank then chooses its GPU
+(`choose_gpu`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _installed = False
 
 
 def install() -> None:
-    """Make this process one that has a GPU. Idempotent."""
+    """Make this process one that has a paper GPU. Idempotent."""
     global _installed
     if _installed:
         return
@@ -30,7 +31,7 @@ def install() -> None:
 
     from tests.paper_cuda import attention, collectives, dispatch, module, products, questions, triton_kernels
 
-    torch.compile = _leave_uncompiled  # type: ignore[assignment]  # importing the compiler takes longer than all else
+    torch.compile = _leave_uncompiled  # type: ignore[assignment]  # importing the compiler takes longer than everything else
     attention.install()
     questions.install()
     module.install()
@@ -45,7 +46,7 @@ def _leave_uncompiled(function: Any = None, **options: Any) -> Any:
 
 
 def import_training() -> None:
-    """`install`, and import all that a training run does."""
+    """Call `install` and import everything that a training run imports."""
     from tests.support.fork_server import import_torch
 
     import_torch()
@@ -58,7 +59,7 @@ def import_training() -> None:
 
 
 def choose_gpu() -> None:
-    """In a rank: its own GPU is the current one."""
+    """On a rank: make its GPU the current one."""
     import torch
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

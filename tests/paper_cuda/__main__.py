@@ -1,4 +1,4 @@
-"""`[torchrun --nproc-per-node N] -m tests.paper_cuda MODULE ARGUMENTS`: run a module on paper CUDA, and print what it cost."""
+"""`[torchrun --nproc-per-node N] -m tests.paper_cuda MODULE ARGUMENTS`: run a module on paper CUDA and print its costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.paper_cuda import install
 
 
 def main() -> None:
-    """Run `sys.argv[1]` as `__main__`, then print this rank's host syncs by line and its peak of memory by phase."""
+    """Run `sys.argv[1]` as `__main__`, then print this rank's host syncs by line and its peak memory by phase."""
     install()
     from tests.paper_cuda.memory import ledger
     from tests.paper_cuda.syncs import syncs

@@ -1,5 +1,5 @@
-"""Attention over sequences of any lengths, played as the CUDA kernel that it is: one operation each way, which keeps its inputs
-and its result for the backward pass. The scores of the plain form are no memory of the run's."""
+"""Variable-length attention in place of the CUDA kernel: one operation each way, which keeps its inputs and its result for the
+backward pass. The scores of the plain form do not count as memory of the run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _plain(bounds: tuple[Any, ...], settings: dict[str, Any], query: Tensor, key
 
 
 def install() -> None:
-    """Put it in place of torch's."""
+    """Replace torch's function with this one."""
     from torch.nn.attention import varlen as torch_varlen
 
     torch_varlen.varlen_attn = _attend  # type: ignore[assignment]

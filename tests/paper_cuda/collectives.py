@@ -1,4 +1,4 @@
-"""NCCL, played by gloo: a group takes what the backends it was asked for take, and works on a stream of its own."""
+"""gloo in place of NCCL: a group accepts what its requested backends accept, and works on a separate stream."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _METHODS = (
     "all_to_all_single",
 )
 _NOT_NCCL = (torch.int16, torch.complex32)
-_asked: dict[str, str] = {}  # the backend that each group, by its name, was asked to have
+_asked: dict[str, str] = {}  # the backend that was requested for each group, by the group's name
 _streams: dict[str, streams.Stream] = {}
 
 
 class _Work:
-    """A collective in progress on a group's stream: its results are there for the stream that waits for it."""
+    """A collective in progress on a group's stream; a stream that waits for it can use its results."""
 
     def __init__(self, work: Any, done: streams.Event, tensors: list[Tensor]) -> None:
         self._work, self._done, self._tensors = work, done, tensors
@@ -55,7 +55,7 @@ def _all_tensors(values: tuple[Any, ...]) -> list[Tensor]:
 
 
 def check_nccl(tensors: list[Tensor], what: str) -> None:
-    """Raise RuntimeError, as NCCL would, for tensors that it does not take."""
+    """Raise RuntimeError, as NCCL would, for tensors that it does not accept."""
     for tensor in tensors:
         if index_of(tensor) is None:
             raise RuntimeError(f"{what}: No backend type associated with device type cpu (a tensor {list(tensor.shape)})")
@@ -66,7 +66,7 @@ def check_nccl(tensors: list[Tensor], what: str) -> None:
 
 
 def launch(stream: streams.Stream, tensors: list[Tensor], what: str) -> streams.Event:
-    """A collective takes its turn on a group's stream, after what the current stream has been given so far."""
+    """Run a collective on a group's stream, after the work that the current stream has so far."""
     stream.wait_stream(streams.current())
     tick = stream.tick()
     for tensor in tensors:
@@ -89,7 +89,7 @@ def _played(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(group, *args, **kwargs)
         stream = _streams.setdefault(group.group_name, streams.Stream())
         done = launch(stream, tensors, name)
-        with unwatched():  # gloo copies from and to buffers of its own
+        with unwatched():  # gloo copies from and to its internal buffers
             work = method(group, *args, **kwargs)
         return _Work(work, done, tensors)
 
@@ -97,10 +97,10 @@ def _played(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PaperNCCL:
-    """Stands for `torch.distributed.ProcessGroupNCCL`, a group of NCCL alone beside the global ones."""
+    """Stands in for `torch.distributed.ProcessGroupNCCL`, a separate NCCL group."""
 
     class Options:
-        """Its options."""
+        """Stands in for the group's options."""
 
         _timeout: Any = None
         is_high_priority_stream = False
@@ -115,7 +115,7 @@ class PaperNCCL:
         self._stream = streams.Stream()
 
     def broadcast(self, tensors: list[Tensor], options: Any) -> _Work:
-        """Of GPU tensors only."""
+        """All-reduce GPU tensors only."""
         check_nccl(tensors, "broadcast")
         done = launch(self._stream, tensors, "broadcast")
         with unwatched():
@@ -123,12 +123,12 @@ class PaperNCCL:
         return _Work(work, done, tensors)
 
     def abort(self) -> None:
-        """End it."""
+        """End the group."""
         self._group.abort()
 
 
 def install() -> None:
-    """Put NCCL's player in place."""
+    """Replace NCCL."""
     init, new_group = dist.init_process_group, dist.new_group
     c10d = dist.distributed_c10d
 

@@ -1,4 +1,4 @@
-"""Every operation as torch dispatches it: where its tensors are, where its results go, and in which order it happens.
+"""Every operation as torch dispatches it: where its tensors are, where its results go, and in which order it runs.
 
 torch dispatches autograd's own operations too, and those of the C++ code behind Python's calls.
 """
@@ -25,12 +25,12 @@ _CREATIONS = {"empty", "zeros", "ones", "full", "empty_strided", "arange", "rand
 
 
 class Placement:
-    """Where the Python call in progress wants its result.
+    """Where the Python call in progress puts its result.
 
     Attributes:
         index: the GPU; None for host memory.
-        pinned: in pinned host memory.
-        non_blocking: a copy to there need not be waited for.
+        pinned: whether it is in pinned host memory.
+        non_blocking: whether the host need not wait for a copy to there.
     """
 
     def __init__(self, index: int | None, pinned: bool = False, non_blocking: bool = False) -> None:
@@ -39,7 +39,7 @@ class Placement:
 
 @contextmanager
 def placing(placement: Placement) -> Iterator[None]:
-    """What is created in this context goes there."""
+    """Tensors that are created in this context go there."""
     before = getattr(_local, "placement", None)
     _local.placement = placement
     try:
@@ -49,7 +49,7 @@ def placing(placement: Placement) -> Iterator[None]:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among them, and in lists of them."""
+    """The tensors among the arguments, also inside lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -63,12 +63,12 @@ class _PaperCuda(TorchDispatchMode):
         if violations:
             raise PaperCudaError(violations.pop(0))
         operation = describe(func)
-        if operation.composite:  # in inference mode, which leaves out the layer that takes it apart
+        if operation.composite:  # in inference mode, which skips the layer that decomposes it
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func.namespace != "aten":  # collectives: `collectives.py` has seen to them
+        if func.namespace != "aten":  # collectives: `collectives.py` handles them
             return func(*args, **kwargs)
         placement: Placement | None = getattr(_local, "placement", None)
         inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
@@ -95,12 +95,13 @@ class _PaperCuda(TorchDispatchMode):
 def _check_devices(
     operation: Operation, args: tuple[Any, ...], inputs: list[Tensor], marks: list[Block | Anywhere | None], index: int
 ) -> None:
-    """Raise RuntimeError where tensors are on different devices and CUDA does not allow it; what may be anywhere joins."""
+    """Raise RuntimeError if tensors are on different devices and CUDA does not allow it. Memory without a fixed place moves to
+    the device of the others."""
     written = args[0] if operation.writes and args else None
     free = {id(tensor) for tensor in args[1] if tensor is not None} if operation.indexes else ()
     for tensor, mark in zip(inputs, marks, strict=True):
         if isinstance(mark, Anywhere):
-            if not (operation.indexes and tensor.dim() == 0):  # a number that is put somewhere stays on the host
+            if not (operation.indexes and tensor.dim() == 0):  # a number that is written to indices stays on the host
                 allocate(tensor, index, operation.name)
         elif not (isinstance(mark, Block) and mark.index is not None):
             scalar = tensor.dim() == 0 and operation.takes_host_scalars and tensor is not written
@@ -117,7 +118,7 @@ def _check_devices(
 
 
 def _order(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None) -> None:
-    """The operation happens now, on the current stream or on the host."""
+    """Record that the operation runs now, on the current stream or on the host."""
     stream = streams.host if index is None else streams.current()
     tick = stream.tick()
     for position, value in [*enumerate(args), *kwargs.items()]:
@@ -136,13 +137,13 @@ def _place(
     index: int | None,
     placement: Placement | None,
 ) -> None:
-    """Mark the memory that the operation made."""
+    """Mark the memory that the operation allocated."""
     for tensor in tensors_in(out if isinstance(out, (list, tuple)) else (out,)):
         if mark_of(tensor) is not None or tensor.is_meta:
             continue
         where = placement.index if placement is not None else index
         if where is not None:
-            if operation.is_view:  # of host memory, within a call that asks for a GPU's: a copy follows
+            if operation.is_view:  # of host memory, within a call that requests GPU memory: a copy follows
                 continue
             block = allocate(tensor, where, operation.name)
             stream = streams.current()
@@ -155,7 +156,7 @@ def _place(
 
 
 def _transfer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], placement: Placement) -> Tensor:
-    """`Tensor.to` another device."""
+    """`Tensor.to` with another device."""
     out: Tensor = func(*args, **kwargs)
     pinned = placement.pinned or (placement.index is None and placement.non_blocking)  # as torch does
     if placement.index is not None or pinned:
@@ -165,7 +166,7 @@ def _transfer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], placemen
 
 
 def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`copy_`: the one operation that takes tensors of any two devices."""
+    """`copy_`, the one operation that accepts tensors on any two devices."""
     target, source = args[:2]
     for one, other in ((target, source), (source, target)):
         mark, near = mark_of(one), mark_of(other)
@@ -177,7 +178,7 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _move(source: Tensor, target: Tensor, non_blocking: bool) -> None:
-    """A copy between memory of any two kinds; the host waits for it unless it is non-blocking and its host end pinned."""
+    """A copy between any two kinds of memory; the host waits for it unless it is non-blocking and the host memory is pinned."""
     marks = mark_of(source), mark_of(target)
     blocks = [mark for mark in marks if isinstance(mark, Block)]
     on_gpu = [isinstance(mark, Block) and mark.index is not None for mark in marks]
@@ -208,6 +209,6 @@ def install() -> None:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """What runs in this context stands for one kernel: the caller says what it reads and writes."""
+    """What runs in this context counts as one kernel: the caller says what it reads and writes."""
     with torch.utils._python_dispatch._disable_current_modes():
         yield

@@ -1,7 +1,7 @@
-"""Which memory is a GPU's, who uses it, and how much of it is alive.
+"""Which memory is a GPU's, who uses it, and how much of it is allocated.
 
 The mark is an attribute of the storage, which torch keeps as long as any tensor, view or saved tensor of it lives. Memory
-without a mark is the host's. Of the host's memory only what is pinned is marked.
+without a mark is host memory; only pinned host memory has a mark.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tests.paper_cuda import streams
 from tests.paper_cuda.streams import PaperCudaError, Stream
 from tests.paper_cuda.syncs import place
 
-_GRANULARITY = 512  # bytes: torch's caching allocator rounds up to it
+_GRANULARITY = 512  # bytes; torch's caching allocator rounds up to a multiple
 _untyped_storage = torch.Tensor.untyped_storage
 _MARK = "_paper_block"
 
 
 class Use(NamedTuple):
-    """Work that reads or writes a stretch of bytes of a block: number `tick` of a stream."""
+    """Work item number `tick` of a stream, which reads or writes a range of bytes of a block."""
 
     start: int
     stop: int
@@ -39,7 +39,7 @@ class Block:
 
     Attributes:
         index: the GPU; None for pinned host memory.
-        made: by which operation, and where in kdrl_mcore.
+        made: the operation that allocated it, and its line in kdrl_mcore.
     """
 
     def __init__(self, index: int | None, size: int, operation: str) -> None:
@@ -47,17 +47,17 @@ class Block:
         self.size = _rounded(size)
         self.made = f"{operation} at {place()}"
         self._stream = streams.current() if index is not None else streams.host
-        self._own = {False: 0, True: 0}  # the last work of that stream that reads, that writes, any of it
+        self._own = {False: 0, True: 0}  # that stream's last work that reads, and that writes, any of it
         self._others: list[Use] = []
         self._recorded: set[int] = set()
         if index is not None:
             self.phase = ledger.allocate(self.size)
 
     def use(self, tensor: Tensor, stream: Stream, tick: int, *, writes: bool, operation: str) -> None:
-        """Work number `tick` of the stream reads or writes what the tensor spans of it.
+        """Record that work number `tick` of the stream reads or writes the tensor's part of the block.
 
         Raises:
-            PaperCudaError: other work that writes it, or that reads what is now written, may not be over yet.
+            PaperCudaError: other work that writes it, or that reads what is now written, may not have finished.
         """
         is_own = stream is self._stream
         if is_own and not self._others:
@@ -86,7 +86,7 @@ class Block:
                 yield Use(0, self.size, self._stream.id, tick, writes)
 
     def record_stream(self, stream: Stream) -> None:
-        """`Tensor.record_stream`: the allocator waits for this stream, too, before it gives the memory to others."""
+        """`Tensor.record_stream`: the allocator also waits for this stream before it reuses the memory."""
         self._recorded.add(stream.id)
 
     def resize(self, size: int) -> None:
@@ -114,7 +114,7 @@ def _rounded(size: int) -> int:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage from its first to behind its last element."""
+    """The range of bytes of its storage from its first element to the end of its last."""
     start = tensor.storage_offset() * tensor.element_size()
     if not tensor.numel():
         return start, start
@@ -131,7 +131,7 @@ def _name(stream: int) -> str:
 
 
 class Ledger:
-    """Live bytes of this process's GPU, with the peak of the process and of each phase."""
+    """Allocated bytes of this process's GPU, with the peak of the process and of each phase."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -142,12 +142,12 @@ class Ledger:
         self.live_of_phase: dict[str, int] = defaultdict(int)
 
     def enter(self, phase: str) -> None:
-        """What is allocated from now on belongs to this phase."""
+        """Count what is allocated from now on towards this phase."""
         self.phase = phase
         self.peaks[phase] = max(self.peaks[phase], self.live)
 
     def allocate(self, size: int) -> str:
-        """More memory is alive; returns the phase."""
+        """Record an allocation; returns the phase."""
         with self._lock:
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -156,7 +156,7 @@ class Ledger:
             return self.phase
 
     def free(self, size: int, phase: str) -> None:
-        """Memory of this phase is gone."""
+        """Record that memory of this phase has been freed."""
         self.live -= size
         self.live_of_phase[phase] -= size
 
@@ -171,15 +171,15 @@ violations: list[str] = []
 
 
 class Anywhere:
-    """The mark of memory that torch's own C++ code made without saying for whom: it is where the tensors are that it meets."""
+    """The mark of memory that torch's C++ code allocated without naming a device: it counts as being on the device of the
+    tensors it is used with."""
 
 
 ANYWHERE = Anywhere()
 
 
 def mark_of(tensor: Tensor) -> Block | Anywhere | None:
-    """What is known of the tensor's memory: None for ordinary host memory. A checkpoint's sharded tensor is where its shards
-    are."""
+    """The mark of the tensor's memory; None for ordinary host memory. A checkpoint's sharded tensor is where its shards are."""
     if type(tensor) is ShardedTensor:
         shards = tensor.local_shards()
         return mark_of(shards[0].tensor) if shards else None
@@ -189,7 +189,7 @@ def mark_of(tensor: Tensor) -> Block | Anywhere | None:
 
 
 def set_mark(tensor: Tensor, mark: Block | Anywhere) -> None:
-    """Say so."""
+    """Raise it with a message."""
     setattr(_untyped_storage(tensor), _MARK, mark)
 
 
@@ -200,13 +200,13 @@ def index_of(tensor: Tensor) -> int | None:
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether it is in pinned host memory."""
+    """Whether the tensor is in pinned host memory."""
     mark = mark_of(tensor)
     return isinstance(mark, Block) and mark.index is None
 
 
 def allocate(tensor: Tensor, index: int | None, operation: str) -> Block:
-    """Mark fresh memory as a GPU's, or as pinned host memory."""
+    """Mark new memory as a GPU's, or as pinned host memory."""
     block = Block(index, _untyped_storage(tensor).nbytes(), operation)
     set_mark(tensor, block)
     return block

@@ -1,4 +1,4 @@
-"""`torch.cuda`, answered: one GPU per local rank, of the kind that the paper machine has."""
+"""The functions of `torch.cuda`, for one GPU per local rank of the paper machine's kind."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _nothing() -> Callable[..., None]:
 
 
 def _share_cuda(storage: Any) -> tuple[Any, ...]:
-    """What CUDA IPC gives for a storage, played by shared memory: (device, handle, size, offset, ...)."""
+    """What CUDA IPC returns for a storage, with shared memory in its place: (device, handle, size, offset, ...)."""
     manager, handle, size = storage._share_filename_cpu_()
     index = streams.current_index()
     return (index, manager + b"|" + handle, size, 0, b"", 0, b"", False)
@@ -84,10 +84,10 @@ def _new_shared_cuda(device: int, handle: bytes, size: int, offset: int, *_: Any
 
 
 def install() -> None:
-    """Put the answers in place of torch's own."""
+    """Replace torch's functions with these."""
     cuda: Any = torch.cuda
     streams.set_index(int(os.environ.get("LOCAL_RANK", "0")))
-    # The CPU's generator stands for each GPU's, so that a run draws what it draws on the CPU.
+    # The CPU's generator replaces each GPU's, so that a run makes the same draws as on the CPU.
     cuda.default_generators = (torch.default_generator,) * GPUS
     answers: dict[str, Any] = {
         "is_available": lambda: True,

@@ -1,5 +1,5 @@
-"""What paper CUDA knows of torch's operations: which write, which only make views, which wait for the GPU, and which have no
-deterministic CUDA kernel."""
+"""What paper CUDA knows about torch's operations: which ones write, which ones only make views, which ones wait for the GPU,
+and which ones have no deterministic CUDA kernel."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _WHOLE_TENSORS = {"cat", "stack", "gather", "index_select", "embedding", "scatte
 
 @dataclass(frozen=True)
 class Operation:
-    """An overload of torch's.
+    """An overload of a torch operation.
 
     Attributes:
-        name: without namespace and overload.
+        name: its name without namespace and overload.
         writes: positions or names of the arguments that it writes.
-        is_view: it gives a view of an argument and runs no kernel.
-        composite: torch makes it of others, which are what is dispatched (seen in inference mode only).
+        is_view: whether it returns a view of an argument and runs no kernel.
+        composite: whether torch composes it of others, which are dispatched instead (seen in inference mode only).
         sync: why the host waits for it, or None.
     """
 
@@ -68,18 +68,18 @@ class Operation:
 
     @property
     def indexes(self) -> bool:
-        """It takes indices, which may be in host memory."""
+        """Whether it has indices, which may be in host memory."""
         return self.name in _INDEX
 
     @property
     def takes_host_scalars(self) -> bool:
-        """0-dimensional host tensors may stand beside GPU tensors."""
+        """Whether 0-dimensional host tensors may be mixed with GPU tensors."""
         return self.name not in _WHOLE_TENSORS
 
 
 @cache
 def describe(function: Any) -> Operation:
-    """What is known of this overload."""
+    """The description of this overload."""
     name = function.__name__.split(".")[0]
     written = [(i, a) for i, a in enumerate(function._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     writes: set[int | str] = {i for i, a in written if not a.kwarg_only} | {a.name for _, a in written}
@@ -107,7 +107,8 @@ def sync_of(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _fills_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """A host number is put where one mask is true: torch runs masked_fill, which need not know how many places that are."""
+    """A host number is written where a mask is true: torch runs masked_fill, which need not know how many elements these
+    are."""
     _, indices, value, *rest = args
     masks = [index for index in indices if index is not None]
     accumulates = rest[0] if rest else kwargs.get("accumulate", False)
@@ -116,7 +117,7 @@ def _fills_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def check_deterministic(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise RuntimeError, as torch does, where deterministic algorithms are asked for and CUDA has none for this call."""
+    """Raise RuntimeError, as torch does, if deterministic algorithms are required and CUDA has none for this call."""
     if not torch.are_deterministic_algorithms_enabled():
         return
     name = operation.name

@@ -1,4 +1,4 @@
-"""Products of 16-bit matrices that add up into float32: torch has them for CUDA alone, so paper CUDA brings its own."""
+"""Products of 16-bit matrices with float32 results: torch has them on CUDA only, so paper CUDA adds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _library = torch.library.Library("aten", "IMPL")
 
 
 def install() -> None:
-    """Give the CPU `mm` and `addmm` with `out_dtype`."""
+    """Add `mm` and `addmm` with `out_dtype` on the CPU."""
     _library.impl("mm.dtype", _mm, "CPU")
     _library.impl("addmm.dtype_out", _addmm_out, "CPU")
 

@@ -1,6 +1,6 @@
-"""What Python asks of tensors, and where it asks them to be: answered from the marks of their memory.
+"""Where tensors are, and where Python requests them to be, answered from the marks of their memory.
 
-`device="cuda"` becomes the CPU's for torch and a `Placement` for the operations behind the call.
+`device="cuda"` becomes the CPU for torch and a `Placement` for the operations within the call.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _from_data(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Transfer(torch.autograd.Function):
-    """A copy to another device, whose gradient goes back to where the tensor was."""
+    """A copy to another device, whose gradient is copied back to the tensor's device."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, placement: Placement, options: dict[str, Any]) -> Tensor:
@@ -143,7 +143,7 @@ def _host_only(name: str) -> Callable[..., Any]:
             )
         if isinstance(mark, Block):
             read = functools.partial(_read, tensor, name)
-            # Megatron-Core's dispatcher of experts takes the view first and waits before it reads.
+            # Megatron-Core's token dispatcher makes the view first and waits before it reads.
             if sys._getframe(1).f_code.co_filename.endswith("/moe_utils.py"):
                 return _LateArray.of(function(tensor, *args, **kwargs), read)
             read()
@@ -160,7 +160,7 @@ def _read(tensor: Tensor, operation: str) -> None:
 
 
 class _LateArray(np.ndarray):
-    """A numpy view of pinned memory, checked where its numbers are read and not where it is made."""
+    """A numpy view of pinned memory, checked when its numbers are read and not when it is made."""
 
     _check: Callable[[], None] | None = None
 
@@ -206,11 +206,11 @@ def _record_stream(tensor: Tensor, stream: Any) -> None:
 
 
 def install() -> None:
-    """Put the answers in place of torch's own."""
+    """Replace torch's functions with these."""
     from torch.nn.attention.bias import CausalBias
     from torch.utils._device import _device_constructors
 
-    _device_constructors()  # `with torch.device(...)` recognises the original functions, from a list it makes once
+    _device_constructors()  # `with torch.device(...)` recognises the original functions from a list that is made once
     for name in _FACTORIES:
         setattr(torch, name, _creating(getattr(torch, name), name.endswith("_like") or name == "normal"))
     for name in _METHODS:
@@ -254,7 +254,7 @@ def install() -> None:
         setattr(Tensor, name, answer)
 
     def new_bias(cls: Any, *_: Any) -> Any:
-        with unwatched():  # what a dispatch mode returns is a Python object already, and cannot become one of another class
+        with unwatched():  # what a dispatch mode returns is already a Python object and cannot become one of another class
             return Tensor.__new__(cls)
 
     CausalBias.__new__ = new_bias  # type: ignore[method-assign, assignment]

@@ -1,7 +1,7 @@
-"""Streams and events as vector clocks: which work is known to be over when other work begins.
+"""Streams and events as vector clocks: which work is known to have finished when other work begins.
 
-A stream counts the work given to it. Its clock says how much of every stream's work lies before the next of its own: waiting
-for a stream or an event merges the other's clock into it. The host is one more stream, whose clock synchronising advances.
+A stream counts the work given to it. Its clock says how much of every stream's work precedes its own next work; waiting for a
+stream or an event merges the other's clock into it. The host is one more stream, whose clock advances when it synchronises.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ids = itertools.count(HOST_ID)
 
 
 class PaperCudaError(RuntimeError):
-    """What CUDA would silently spoil, and mistakes in the use of paper CUDA itself."""
+    """What CUDA would silently corrupt, and mistakes in the use of paper CUDA itself."""
 
 
 class Stream:
-    """Stands for `torch.cuda.Stream`; the host is one as well."""
+    """Stands in for `torch.cuda.Stream`; the host is also one."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.id = next(_ids)
@@ -37,22 +37,23 @@ class Stream:
         _all.add(self)
 
     def tick(self) -> int:
-        """The number of the next work on it, which begins after all that the host knows to be over or has done itself."""
+        """The number of the stream's next work, which begins after everything that the host knows to have finished or has done
+        itself."""
         if self is not host:
             merge(self.clock, host.clock)
         self.clock[self.id] = self.clock.get(self.id, 0) + 1
         return self.clock[self.id]
 
     def wait_stream(self, other: Stream) -> None:
-        """What comes next begins after what the other stream has been given so far."""
+        """Later work begins after the work that the other stream has so far."""
         merge(self.clock, other.clock)
 
     def wait_event(self, event: Event) -> None:
-        """What comes next begins after the event."""
+        """Later work begins after the event."""
         merge(self.clock, event.clock)
 
     def record_event(self, event: Event | None = None) -> Event:
-        """An event behind what the stream has been given so far."""
+        """An event after the work that the stream has so far."""
         event = event or Event()
         event.record(self)
         return event
@@ -62,7 +63,7 @@ class Stream:
         merge(host.clock, self.clock)
 
     def query(self) -> bool:
-        """Whether its work is over, as far as the host has waited."""
+        """Whether its work is known to have finished, given what the host has waited for."""
         return host.clock.get(self.id, 0) >= self.clock.get(self.id, 0)
 
     def __enter__(self) -> Stream:
@@ -75,38 +76,38 @@ class Stream:
 
 
 class Event:
-    """Stands for `torch.cuda.Event`."""
+    """Stands in for `torch.cuda.Event`."""
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.clock: Clock = {}
         self.recorded = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        """Put it behind what the stream (the current one) has been given so far."""
+        """Record the event after the work that the stream (by default the current one) has so far."""
         stream = stream or current()
         merge(stream.clock, host.clock)
         self.clock = dict(stream.clock)
         self.recorded = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
-        """The stream (the current one) waits for it."""
+        """The stream (by default the current one) waits for the event."""
         (stream or current()).wait_event(self)
 
     def synchronize(self) -> None:
-        """The host waits for it."""
+        """The host waits for the event."""
         merge(host.clock, self.clock)
 
     def query(self) -> bool:
-        """Whether it is over, as far as the host has waited."""
+        """Whether the event is known to have passed, given what the host has waited for."""
         return all(host.clock.get(stream, 0) >= count for stream, count in self.clock.items())
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds between the records: the host's, which runs in order with everything."""
+        """Milliseconds between the two events by the host's clock, which is in order with everything."""
         return (end.recorded - self.recorded) * 1e3
 
 
 def merge(clock: Clock, other: Clock) -> None:
-    """`clock` comes after `other` as well."""
+    """Make `clock` come after `other` too."""
     for stream, count in other.items():
         if clock.get(stream, 0) < count:
             clock[stream] = count
@@ -116,7 +117,7 @@ _local = threading.local()
 
 
 def current() -> Stream:
-    """The calling thread's stream; the default one unless it chose another."""
+    """The calling thread's current stream; the default stream unless the thread chose another."""
     return getattr(_local, "stream", default)
 
 

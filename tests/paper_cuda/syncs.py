@@ -15,7 +15,7 @@ def count_sync(kind: str) -> None:
 
 
 def place() -> str:
-    """Where in kdrl_mcore the calling thread is: "file:line", or "-"."""
+    """The line of kdrl_mcore that the calling thread is in, as "file:line", or "-"."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""Triton's interpreter runs a kernel on the memory itself: for paper CUDA it is one operation on the current stream."""
+"""Triton's interpreter runs a kernel directly on memory: for paper CUDA a kernel is one operation on the current stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.interpreter import patch_language_once
 
 
 def install() -> None:
-    """Watch the kernels that are launched, where there is Triton."""
+    """Watch kernel launches, if Triton is installed."""
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime.interpreter import GridExecutor

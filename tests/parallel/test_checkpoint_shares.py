@@ -1,5 +1,5 @@
-"""Checkpoints: each rank saves and loads the share of the optimizer's state that it holds, and nothing else; in any layout, and
-in the form of earlier checkpoints, the same bits."""
+"""Checkpoints: each rank saves and loads only the share of the optimizer's state that it holds; the bits are the same in any
+layout and in the form of earlier checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_form_and_layout_holds_the_same_bits(before: str, zoo: Zoo, ranks4
 
 
 def test_experts_too(ranks4: RankPool, tmp_path: Path) -> None:
-    model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))  # which two ranks share
+    model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))  # a vocabulary that two ranks share
     ranks4.run(save_on_rank, model, "parallel.expert=2", f"{tmp_path}/earlier", "", True, timeout=PATIENCE)
     ranks4.run(save_on_rank, model, "parallel.expert=2", f"{tmp_path}/shares", timeout=PATIENCE)
     layout = "parallel.expert=4 parallel.tensor=2 parallel.sequence_parallel=true"
@@ -52,14 +52,14 @@ def test_experts_too(ranks4: RankPool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("parallel.expert=2", ""),  # experts then have an optimizer of their own, or not
+        ("parallel.expert=2", ""),  # the experts then have a separate optimizer, or not
         ("", "parallel.expert=2 parallel.distributed_optimizer=false"),
         ("parallel.expert=2 parallel.distributed_optimizer=false", "parallel.tensor=2 parallel.sequence_parallel=true"),
     ],
     ids=["gathered", "spread, not distributed", "distributed, gathered"],
 )
 def test_experts_and_optimizers_under_other_names(before: str, after: str, ranks2: RankPool, tmp_path: Path) -> None:
-    """Whichever optimizer holds them and however it spells their names, they are the same bits."""
+    """The bits are the same whichever optimizer holds them and however it spells their names."""
     model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))
     ranks2.run(save_on_rank, model, before, f"{tmp_path}/before", timeout=PATIENCE)
     ranks2.run(save_on_rank, model, after, f"{tmp_path}/after", f"{tmp_path}/before/step_000001", timeout=PATIENCE)
@@ -70,8 +70,8 @@ def test_experts_and_optimizers_under_other_names(before: str, after: str, ranks
 def test_every_rank_writes_its_share_and_nothing_is_gathered(layout: str, zoo: Zoo, ranks4: RankPool, tmp_path: Path) -> None:
     found = ranks4.run(save_on_rank, str(zoo.model("deep")), layout, f"{tmp_path}/run", timeout=PATIENCE)
     for written, state, new_saving, new_loading in found:
-        assert new_saving == new_loading == 0  # what is staged is what the rank holds, and it is loaded into its place
-        # Its share of the weights, 4 bytes to the state's 8, and names; a replica that gathered would write twice its state.
+        assert new_saving == new_loading == 0  # nothing is copied to save, and the checkpoint is loaded in place
+        # Its share of the weights, 4 bytes for 8 of state, and names; a replica that gathered would write twice its state.
         assert state < written < 1.8 * state
 
 

@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks is a masked softmax over whole sequences: values and gradients, in float64."""
+"""Attention over context-parallel ranks equals a masked softmax over whole sequences: values and gradients, in float64."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def attend_on_rank(lengths: list[tuple[int, int]], kernel: str) -> list[Tensor]:
 
 
 def plain_attention(lengths: list[tuple[int, int]], size: int) -> list[Tensor]:
-    """The same of all rows, with a softmax over the scores that a mask leaves."""
+    """The same for all rows, by a softmax over the scores that a mask keeps."""
     ranks = [packed_on_rank(lengths, rank, size) for rank in range(size)]
     order = ranks[0].context_rows
     positions = torch.empty_like(order).index_copy_(0, order, torch.cat([batch.positions_S for batch in ranks]))

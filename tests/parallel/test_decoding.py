@@ -1,4 +1,4 @@
-"""A decoding step computes what the modules do, for every family and on every kind of split."""
+"""A decoding step computes what the modules compute, for every family and every kind of split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22]]
 
 
 def sample_both_ways(path: str, layout: dict[str, Any], limit: int) -> list[list[tuple[list[int], np.ndarray]]]:
-    """The tokens and their log-probs, decoded directly and through the modules, and last whether it was directly."""
+    """The tokens and their log-probs, decoded directly and through the modules, and whether direct decoding was used."""
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.rollout.megatron import MegatronEngine
     from kdrl_mcore.types import Prompt
@@ -39,7 +39,7 @@ def sample_both_ways(path: str, layout: dict[str, Any], limit: int) -> list[list
         def decode_response(self, token_ids: Any) -> str:
             return ""
 
-    # Sequence parallelism needs the random states that only the student's groups come with.
+    # Sequence parallelism needs the random states that only the student's groups set up.
     parts = build(path, layout, student=layout.get("sequence_parallel", False))
     engine = MegatronEngine(parts, NoTokenizer(), 100, lambda: 0)  # type: ignore[arg-type]
     prompts = [Prompt(str(i), "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(PROMPTS)]

@@ -1,5 +1,5 @@
-"""The trainer computes what one dense process computes with plain transformers and autograd: micro-batches, layouts of the
-teacher, kinds of models and batches. `test_matrix.py` has every layout of the student.
+"""The trainer computes what one dense process computes with plain transformers and autograd, for several micro-batches,
+layouts of the teacher, models and batches. `test_matrix.py` has every layout of the student.
 
 Loss, log-probs of every token under student and teacher, and the gradient of every parameter, in float32, to 1e-4.
 """
@@ -17,11 +17,11 @@ from tests.support.ranks import RankPool
 from tests.support.zoo import Zoo
 
 LAYOUTS = {
-    # micro-batches of one sequence each
+    # one sequence per micro-batch
     "micro 1, tp1": Case(1, "batch.micro_tokens=1"),
     "micro 1, dp2": Case(2, "batch.micro_tokens=1"),
     "micro 1, pp2": Case(2, "batch.micro_tokens=1 parallel.pipeline=2"),
-    # layouts of the teacher that the matrix lacks
+    # layouts of the teacher that are not in the matrix
     "tp2, teacher tp1": Case(2, "parallel.tensor=2 teacher.parallel.tensor=1"),
     "dp2, teacher pp2": Case(2, "teacher.parallel.pipeline=2 batch.micro_tokens=40"),
     # activations recomputed in the backward pass

@@ -49,7 +49,7 @@ def overrides_of(zoo: Zoo, layout: str, model: str = "untied") -> list[str]:
 
 def generate(pool: RankPool, zoo: Zoo, layout: str, parts: tuple[int, int] | None = None) -> dict[str, list[dict[str, Any]]]:
     results = pool.run(generate_on_rank, overrides_of(zoo, layout), PROMPTS, SAMPLINGS, parts)
-    for other in results[1:]:  # every rank holds all of them
+    for other in results[1:]:  # every rank holds all responses
         assert tokens_of(other) == tokens_of(results[0])
     return results[0]
 
@@ -93,7 +93,7 @@ def test_nucleus_log_probs_are_those_of_the_truncated_distribution(alone: dict[s
 
 def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, Any]]], zoo: Zoo) -> None:
     model = AutoModelForCausalLM.from_pretrained(zoo.model("untied"), dtype=torch.float32)
-    beyond = list(range(TOKENS, model.config.vocab_size))  # columns that no token has
+    beyond = list(range(TOKENS, model.config.vocab_size))  # columns without a token
     for row in alone["greedy"]:
         ids = torch.tensor([row["prompt_token_ids"]])
         out = model.generate(
@@ -110,7 +110,7 @@ def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, A
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_samples_from_its_distribution(family: str, zoo: Zoo, ranks2: RankPool) -> None:
-    """Windows, layers without rotary embedding and scales hold while decoding as well."""
+    """Sliding windows, layers without rotary embedding and scales also apply while decoding."""
     layout = "parallel.tensor=2" if FAMILIES.index(family) % 2 else "parallel.pipeline=2"
     (found, _) = ranks2.run(generate_on_rank, overrides_of(zoo, layout, family), PROMPTS, {"plain": SAMPLINGS["plain"]}, None)
     model = dense.load_model(zoo.model(family))
@@ -132,7 +132,7 @@ def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[st
         if name == "plain":
             assert {row["finish_reason"] for row in rows} == {"stop", "length"}
             responses = {tuple(row["response_token_ids"]) for row in rows}
-            assert len(responses) == len(rows)  # copies of a prompt are different draws
+            assert len(responses) == len(rows)  # responses to the same prompt are different draws
 
 
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=list(LAYOUTS))
@@ -145,7 +145,7 @@ def test_every_layout_samples_the_same_tokens_and_scores_them_as_the_trainer_doe
         for row, single in zip(result[sampling], alone[sampling], strict=True):
             assert row["finish_reason"] == single["finish_reason"]
             assert_close(row["sampler_log_probs"], single["sampler_log_probs"])
-            if sampling not in ("nucleus", "head"):  # whose distribution is not the one the trainer scores
+            if sampling not in ("nucleus", "head"):  # the trainer scores another distribution than these
                 assert_close(row["sampler_log_probs"], row["trainer_log_probs"])
 
 
@@ -153,7 +153,7 @@ def test_every_layout_samples_the_same_tokens_and_scores_them_as_the_trainer_doe
 def test_products_with_packed_weights_sample_the_same_tokens(
     name: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """The model's weights are small, so they are declared large. The copies do not outlive the generation."""
+    """The model's small weights are treated as large ones. The copies do not outlive the generation."""
     ranks, layout = LAYOUTS.get(name, (1, ""))
     overrides = overrides_of(zoo, layout)
     for result, packed, left in pools[ranks].run(generate_with_packed_weights, overrides, PROMPTS, SAMPLINGS):
@@ -173,7 +173,7 @@ def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torc
 def test_under_constant_weights_a_response_in_parts_is_the_whole_one(
     parts: tuple[int, int], layout: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Begun at different times, with different lengths so far, in one batch with those that are only begun."""
+    """Responses that were begun at different times, with different lengths so far, share a batch with new ones."""
     (tokens, most), (ranks, layout) = parts, LAYOUTS[layout]
     result = generate(pools[ranks], zoo, layout, parts)
     assert tokens_of(result) == tokens_of(alone)

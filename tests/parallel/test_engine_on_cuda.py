@@ -1,4 +1,5 @@
-"""The embedded engine on a GPU, rehearsed on paper: the tokens of the CPU in every layout, and a host that seldom waits."""
+"""The embedded engine on a GPU, rehearsed on paper CUDA: it samples the CPU's tokens in every layout, and the host seldom
+waits."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def generate_deterministically(overrides: list[str]) -> dict[str, Any]:
 
 
 def syncs_on_rank(overrides: list[str]) -> tuple[list[dict[str, int]], set[int]]:
-    """Where the host waits in a generation of each of the limits, which some responses reach; and the numbers of keys to which
-    attention goes while decoding."""
+    """Where the host waits in a generation with each of the limits, which some responses reach; and the numbers of keys that
+    attention covers while decoding."""
     from kdrl_mcore.config import load_config
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -83,7 +84,7 @@ def on_cpu(zoo: Zoo, ranks1: RankPool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2 parallel.sequence_parallel=true", "parallel.pipeline=2", ""])
 def test_gpus_sample_the_tokens_of_the_cpu(layout: str, zoo: Zoo, gpus: RankPool, on_cpu: dict[str, Any]) -> None:
-    """In deterministic mode, with attention over padded columns and a look at what has finished every 16 tokens only."""
+    """In deterministic mode, with attention over padded columns and a check for finished responses only every 16 tokens."""
     for result in gpus.run(generate_deterministically, overrides_of(zoo, layout)):
         assert tokens_of(result) == tokens_of(on_cpu)
         for sampling in SAMPLINGS:
@@ -110,5 +111,5 @@ def has_cudnn_attention() -> bool:
 
 
 def test_attention_is_never_cudnns(gpus: RankPool) -> None:
-    """It plans anew for every length, and keeps each plan."""
+    """It makes a new plan for every length and keeps each plan."""
     assert gpus.run(has_cudnn_attention) == [False, False]

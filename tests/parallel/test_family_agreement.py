@@ -1,6 +1,6 @@
-"""Models of every dense family train as one dense process of plain transformers does: loss, log-probs and all gradients.
+"""Models of every dense family train as in one dense process with plain transformers: loss, log-probs and all gradients.
 
-Their windows are shorter than the sequences.
+The models' sliding windows are shorter than the sequences.
 """
 
 from __future__ import annotations

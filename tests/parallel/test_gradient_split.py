@@ -1,4 +1,4 @@
-"""The two gradients of the joint loss, measured apart: their norms and the cosine between them are the dense reference's."""
+"""The two gradients of the joint loss, measured separately: their norms and their cosine are those of the dense reference."""
 
 from __future__ import annotations
 

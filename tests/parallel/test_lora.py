@@ -1,5 +1,5 @@
-"""A student trained by LoRA computes what `peft` computes in one dense process: loss, log-probs of every token, and the
-gradient of every factor, in every kind of layout; the merged student is the unmerged one. Frozen weights have neither gradients
+"""A student trained with LoRA computes what `peft` computes in one dense process, in every kind of layout: loss, log-probs of
+every token, and the gradient of every factor. The merged student equals the unmerged one. Frozen weights have neither gradients
 nor optimizer state, and adapters add no all-reduce to a pass over the model.
 """
 
@@ -60,7 +60,7 @@ def test_loss_log_probs_and_gradients_are_those_of_peft(
 
 
 def test_tied_embeddings_are_frozen_on_both_stages(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    modules = ("q_proj", "v_proj", "up_proj")  # parts of fused layers
+    modules = ("q_proj", "v_proj", "up_proj")  # these are parts of fused layers
     tied = adapt(tmp_path / "adapter", *_models(zoo, "tied"), modules)
     lora.check(tied, zoo.rows("uneven"), SETTINGS, pools[2], "parallel.pipeline=2", tmp_path / "run")
 
@@ -136,7 +136,7 @@ def test_two_steps_of_adam_are_those_of_torch(layout: str, zoo: Zoo, untied: Ada
 
 
 def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """Factors that come and go without an update keep their bytes."""
+    """Factors that are loaded and exported without an update keep their bytes."""
     layout = f"{SP} parallel.pipeline=2"
     overrides = [f"run.dir={tmp_path / 'run'}", *untied.overrides, "optimizer.lr=0", *FAST, "trainer.steps=1", *layout.split()]
     outcomes = pools[4].run(train_on_rank, overrides)
@@ -173,7 +173,7 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     factors = sum(value.numel() for value in adapters.read_factors(untied.adapter).values())
     names = read_metadata(saved / "weights").state_dict_metadata
     sizes = {name: described.size.numel() for name, described in names.items() if hasattr(described, "size")}
-    assert sum(sizes.values()) == 4 * factors  # themselves, main weights and two moments
+    assert sum(sizes.values()) == 4 * factors  # the factors, their main weights and two moments
     assert all(".lora_" in name for name in sizes)
     with pytest.raises(CheckpointError, match=r"holds adapters alone .* take RUN/hf"):
         open_weights(saved)
@@ -198,7 +198,8 @@ def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
 
 
 def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
-    """Earlier weights are earlier adapters: as the run begins the teacher is the student, and only rounding has a gradient."""
+    """Earlier weights are earlier adapters: at the start of the run the teacher is the student, and the gradient is only
+    rounding."""
     words = [word for word in untied.overrides if "teacher" not in word]
     settings = ["objective.alpha.init=0", "objective.beta.init=1", "teacher.weights=start", "optimizer.lr=0.01"]
     outcomes = ranks2.run(train_on_rank, [f"run.dir={tmp_path / 'run'}", *words, *settings, "trainer.steps=1", *FAST])
@@ -208,7 +209,7 @@ def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: Rank
 
 
 def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
-    """The log-probs that it reports are those of `peft`, for the tokens it drew."""
+    """The log-probs that the engine reports for the tokens it sampled are those of `peft`."""
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS[:4]])
     own = [word for word in untied.overrides if "rollout" not in word and "teacher" not in word]
     sampling = ["rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12"]
@@ -230,7 +231,7 @@ def test_the_embedded_engine_samples_with_adapters(zoo: Zoo, untied: Adapted, ra
 def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
     zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Without sequence parallelism the tensor-parallel group has one all-reduce more in an update, of the gradients of the
+    """Without sequence parallelism an update has one more all-reduce over the tensor-parallel group: of the gradients of the
     factors that its ranks hold whole."""
     words = [*FAST, "trainer.steps=1", "parallel.tensor=2", "checkpoint.export_hf=false", "batch.micro_tokens=100000"]
     plain = [word for word in untied.overrides if "lora" not in word]
@@ -248,5 +249,5 @@ def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
 
 
 def _is_whole(name: str) -> bool:
-    """Whether tensor-parallel ranks hold the factor whole."""
+    """Whether each tensor-parallel rank holds the whole factor."""
     return ("lora_B" in name) == ("o_proj" in name or "down_proj" in name)

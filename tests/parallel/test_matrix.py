@@ -1,8 +1,8 @@
 """Every layout of up to four ranks computes what the dense reference computes.
 
-Tensor x pipeline x context x data parallel, with and without sequence parallelism and interleaved pipelines; several packed
-micro-batches of uneven sequences; the teacher in another layout. Loss, log-probs and entropies of every token, and the
-gradient of every parameter, to 1e-4.
+The layouts are tensor x pipeline x context x data parallel, with and without sequence parallelism and interleaved pipelines.
+There are several packed micro-batches of uneven sequences, and the teacher has another layout. Compared, to 1e-4, are the loss,
+the log-prob and entropy of every token, and the gradient of every parameter.
 """
 
 from __future__ import annotations

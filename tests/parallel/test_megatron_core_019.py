@@ -1,4 +1,4 @@
-"""The core rows of the matrix on a newer Megatron-Core, which `make setup` puts beside the installed one."""
+"""The core rows of the matrix on a newer Megatron-Core, which `make setup` installs next to the default one."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def test_a_checkpoint_of_one_version_goes_on_in_the_other(
     straight, parted = metrics_of(tmp_path / "straight"), metrics_of(tmp_path / "parted")
     for name in ("loss", "grad_norm", "kl", "lr"):
         assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-5), name
-    assert len({row["loss"] for row in parted}) == 4  # each update, with moments or without, moves the loss
+    assert len({row["loss"] for row in parted}) == 4  # each update, with or without moments, changes the loss
 
 
 @pytest.mark.timeout(1800)  # saves start processes
 def test_checkpoints_hold_the_same_bits_in_both_versions(
     zoo: Zoo, ranks2: RankPool, newer_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """What either version saves of one state, and what the newer one makes of the older one's checkpoint in another layout.
-    Each rank saves what it holds; nothing is gathered."""
+    """What each version saves from one state, and what the newer version loads from the older one's checkpoint in another
+    layout. Each rank saves what it holds; nothing is gathered."""
 
     def save(pool: RankPool, overrides: str, name: str, *more: object) -> None:
         found = pool.run(save_on_rank, str(zoo.model("tied")), overrides, f"{tmp_path}/{name}", *more, timeout=PATIENCE)
@@ -130,7 +130,7 @@ def test_it_loads_a_converted_model(family: str, layout: dict[str, int], newer_r
 def test_a_run_goes_on_with_a_newer_version_and_another_learning_rate(
     zoo: Zoo, ranks2: RankPool, newer_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """0.19 knows its parameter groups by their learning rates, too."""
+    """0.19 identifies parameter groups by their learning rates, too."""
     job = ["objective=grpo", "rollout=replay", f"rollout.path={zoo.rollouts('uneven')}", f"student.path={zoo.model('untied')}"]
     job += [word for word in FAST if not word.startswith("checkpoint.every")] + ["checkpoint.keep=0", f"run.dir={tmp_path}/run"]
     starts = [
@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_a_newer_version_and_another_learning_rate(
 
 
 def test_what_only_a_later_version_reads_is_told(ranks1: RankPool, tmp_path: Path) -> None:
-    """Checkpoints that 0.19 wrote before it wrote what is common to all ranks in 0.16's form, too."""
+    """Checkpoints from 0.19 before it also wrote the state that all ranks share in 0.16's form."""
     (reason,) = ranks1.run(why_unreadable, str(tmp_path))
     assert reason is not None and "was written by Megatron-Core 0.19 or later, but 0.16" in reason
     (tmp_path / "common.pt").touch()

@@ -1,5 +1,5 @@
-"""Every form of the objective, tensor- and context-parallel, against the dense reference: estimators, placements, masks,
-denominators, aggregations, temperature, sampler corrections; several updates on one batch; supervised fine-tuning."""
+"""Every form of the objective, tensor and context parallel, agrees with the dense reference: estimators, placements, masks,
+denominators, aggregations, temperature, sampler corrections, several updates on one batch, and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_supervised_fine_tuning_is_the_cross_entropy_of_the_responses(
         f"data.train={data}",
         "data.template=plain",
         f"rollout.prompts_per_step={len(pairs)}",
-        "rollout.temperature=0.5",  # of sampling: the targets are not sampled
+        "rollout.temperature=0.5",  # it applies to sampling, and the targets are not sampled
         *PROBE,
         *FAST,
         *layout.split(),

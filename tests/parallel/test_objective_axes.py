@@ -1,6 +1,6 @@
-"""Every pair of values of the objective's axes (docs/method.md, tests/support/axes.py), and what each value has besides,
-against the dense reference: loss and the gradient of every parameter, on tensor, pipeline, context and data ranks with uneven
-lengths, an all-incorrect group, and responses that hit their limit."""
+"""Every pair of values of the objective's axes (docs/method.md, tests/support/axes.py), and the further settings of each value,
+agree with the dense reference in the loss and the gradient of every parameter. The layouts are tensor, pipeline, context and
+data parallel; lengths are uneven, one group is all incorrect, and some responses reach their limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TENSOR_AND_PIPELINE = "parallel.tensor=2 parallel.pipeline=2 batch.micro_tokens=
 
 
 def check_case(case: str, layout: str, zoo: Zoo, pool: RankPool, run: Path) -> None:
-    """A line of `tests.support.axes.CASES`, in one update or in two of which the second is off-policy."""
+    """A line of `tests.support.axes.CASES`, in one update, or in two updates, the second of which is off-policy."""
     settings = settings_of(case.split(), replace(JOINT, vocab_size=TOKENS))
     if values_of(case)["updates"] == "one-update":
         check(Case(pool.world_size, layout, settings), zoo, pool, run)
@@ -146,14 +146,15 @@ def test_given_responses_are_distilled_and_nothing_else(
 
 
 def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """With a sampler correction of whole sequences and a sequence ratio, which are none of theirs, as no drift is."""
+    """The run has a sampler correction of whole sequences and a sequence ratio. Neither applies to given responses, and they
+    have no drift."""
     changes: dict[str, Any] = {"estimator": "exact", "divergence": "jsd", "ratio": "sequence", "clip_low": 0.003}
     changes |= {"correction": "truncate", "correction_level": "sequence", "correction_bound": 1.2}
     settings = replace(JOINT, vocab_size=TOKENS, **changes)
     metrics, results = check_two_updates(settings, LAYOUTS["dp2"], zoo, ranks2, tmp_path, None, given="given")
     sampled = zoo.rows("uneven")
     updates = zip([sampled[:4], sampled[4:]], results, strict=True)
-    pairs = [pair for rows, result in updates for pair in zip(rows, result.log_probs, strict=False)]  # the sampled ones first
+    pairs = [pair for rows, result in updates for pair in zip(rows, result.log_probs, strict=False)]  # sampled ones first
     drift = torch.cat([(log_probs - torch.tensor(row["sampler_log_probs"])).abs() for row, log_probs in pairs])
     assert metrics["drift_mean"] == pytest.approx(float(drift.mean()), rel=1e-4)
     assert metrics["drift_max"] == pytest.approx(float(drift.max()), rel=1e-4)
@@ -162,7 +163,7 @@ def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Pa
 
 @pytest.mark.parametrize("combine", ["gate", "relu", "modulate"])
 def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """Every response correct: no advantage, and nothing for a mask to keep."""
+    """Every response is correct: there is no advantage, and nothing for a mask to keep."""
     changes: dict[str, Any] = {"combine": combine, "mask": "response", "signal": "advantage"}
     check(Case(2, LAYOUTS["dp2"], replace(JOINT, **changes), rollouts="all_correct"), zoo, pools[2], tmp_path)
 

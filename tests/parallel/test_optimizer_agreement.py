@@ -1,4 +1,4 @@
-"""Clipping and AdamW, sharded over data-parallel ranks or not, are those of torch on the dense gradient."""
+"""Clipping and AdamW, sharded over data-parallel ranks or not, give what torch gives for the dense gradient."""
 
 from __future__ import annotations
 

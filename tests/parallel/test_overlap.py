@@ -1,5 +1,5 @@
-"""Gradients reduced during the backward pass and weights gathered during the next forward pass: the same updates, from the
-second step on too (in the first, Megatron-Core only learns the order of the gradients)."""
+"""Gradients reduced during the backward pass and weights gathered during the next forward pass give the same updates, also from
+the second step on (in the first, Megatron-Core only learns the order of the gradients)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything_on(folder: Path, run: Path) -> list[str]:
-    """A run in which all that reads the student's weights does: self-test, sampling, old-policy pass, both gradients apart,
-    evaluation, checkpoints, resuming, export."""
+    """A run with everything that reads the student's weights: self-test, sampling, old-policy pass, the two gradients measured
+    separately, evaluation, checkpoints, resuming, export."""
     return [
         f"run.dir={run}",
         "trainer.steps=2",
@@ -99,7 +99,7 @@ def test_whatever_reads_weights_waits_for_them(
     outcomes = pools[ranks].run(train_on_rank, [*everything_on(folder, plain), *layout.split()])
     assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
     overrides = [*everything_on(folder, late), *layout.split(), *OVERLAPPED.split()]
-    for steps in (1, 2):  # the second run goes on from the first one's checkpoint
+    for steps in (1, 2):  # the second run resumes from the first one's checkpoint
         outcomes = pools[ranks].run(train_with_late_weights_on_rank, [*overrides, f"trainer.steps={steps}"])
         assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
         for outcome in outcomes:
@@ -133,7 +133,7 @@ def assert_same_runs(plain: Path, other: Path, steps: int) -> None:
     ids=["dp2 ep2", "dp2 pp2 ep2", "dp2 tp2 sp ep2"],
 )
 def test_a_mixture_learns_the_same(ranks: int, layout: str, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """Its experts have buckets of their own, and some get no token in a micro-batch."""
+    """The experts have separate buckets, and some experts get no token in a micro-batch."""
     student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
     teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
     rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13))

@@ -1,4 +1,4 @@
-"""The planner's kernels of a layer are those that its modules launch for each token."""
+"""The planner counts the kernels that a layer's modules launch for each token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = 2
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operations, by where they are."""
+    """Counts operations by the place where they are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Kernels(TorchDispatchMode):
 
 
 def count_kernels(path: str) -> float:
-    """Kernels of one layer for one decoded token of every sequence, through the modules that training has, too."""
+    """Kernels of one layer for one decoded token of every sequence, through the modules that training also uses."""
     from kdrl_mcore.data.tokenizers import load_tokenizer
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.rollout.megatron import MegatronEngine

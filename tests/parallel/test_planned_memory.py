@@ -1,4 +1,4 @@
-"""The planner's memory of a rank is what a real student holds, in every layout."""
+"""The planner's memory for a rank is what a real student holds, in every layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def built(model: Path) -> None:
 def test_planned_memory_is_within_a_tenth_of_live_tensors(layout: str, model: Path, ranks2: RankPool) -> None:
     overrides, config = configure(layout, model, TOKENS)
     whole = plan(config, TOKENS, MICRO_BATCHES)
-    for rank in whole:  # gloo reduces the distributed optimizer's gradients in a copy, which is no tensor of ours
+    for rank in whole:  # gloo reduces the distributed optimizer's gradients in a copy of its own
         by_kind = {item.kind: item.bytes for item in rank.items}
         assert by_kind.get(GLOO_COPY, 0) == by_kind["gradients"] * config.parallel.distributed_optimizer
     planned = [without(rank, (GLOO_COPY,)) for rank in whole]

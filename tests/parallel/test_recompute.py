@@ -1,5 +1,5 @@
 """Selective recompute, module by module: the loss and every gradient are those of the dense reference, each module runs forward
-again in the backward pass, and the memory that it is for is not there in between."""
+again in the backward pass, and the memory that it saves is free in between."""
 
 from __future__ import annotations
 

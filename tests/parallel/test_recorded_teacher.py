@@ -1,4 +1,4 @@
-"""Scores computed beforehand train as those of a teacher in the job, and those of another teacher are refused."""
+"""Scores computed beforehand train as a teacher in the job does, and those of another teacher are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def score_on_rank(arguments: Sequence[str]) -> Outcome:
 
 @pytest.fixture(scope="module")
 def scored(zoo: Zoo, pools: dict[int, RankPool], tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """The zoo, whose rollouts the teacher has scored."""
+    """The zoo, with rollouts that the teacher has scored."""
     folder = tmp_path_factory.mktemp("scored")
     for name in ("untied", "teacher"):
         shutil.copytree(zoo.model(name), folder / name)

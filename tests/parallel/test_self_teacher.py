@@ -1,4 +1,4 @@
-"""The student as its own teacher, and a teacher that reads a prompt of its own, against the dense reference."""
+"""The student as its own teacher, and a teacher that reads another prompt, agree with the dense reference."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_the_student_teaches_itself(run: Own, zoo: Zoo, pools: dict[int, RankPoo
 
 
 def dense_run(run: Own, zoo: Zoo, settings: dense.Settings) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """The loss and L_KD of each step, and how far each weight has moved."""
+    """The loss and L_KD of each step, and how much each weight has changed."""
     student = dense.load_model(zoo.model("untied"))
     start, teacher, rows = copy.deepcopy(student), copy.deepcopy(student), zoo.rows("privileged")
     optimizer: torch.optim.Optimizer = torch.optim.SGD(student.parameters(), lr=LR[False])
-    if run.adam:  # a large epsilon keeps Adam from blowing up the rounding of gradients that are zero
+    if run.adam:  # a large epsilon keeps Adam from amplifying the rounding of zero gradients
         optimizer = torch.optim.AdamW(student.parameters(), lr=LR[True], betas=(0.9, 0.95), eps=1e-3, weight_decay=0)
     losses = []
     for _ in range(STEPS):
@@ -139,7 +139,7 @@ def overrides_of(run: Own, zoo: Zoo, settings: dense.Settings, folder: Path) -> 
 
 
 def test_an_average_is_resumed_in_another_layout(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """Two steps, a checkpoint, and the third in another layout are three steps."""
+    """Two steps, a checkpoint and the third step in another layout equal three steps."""
     run = Own(2, "average", "", "exact", adam=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = replace(SETTINGS, estimator="exact")
@@ -160,7 +160,7 @@ def test_a_bfloat16_average_keeps_small_updates(zoo: Zoo, pools: dict[int, RankP
 
 
 def _averaged_on_rank() -> float:
-    """How far a bfloat16 weight of 1 has moved in the average when it became 1.25."""
+    """How far the average of a bfloat16 weight has moved after the weight went from 1 to 1.25."""
     import torch
 
     from kdrl_mcore.parallel.earlier_weights import EarlierWeights
@@ -187,7 +187,7 @@ def _averaged_on_rank() -> float:
 
 
 def test_prompts_are_in_the_rollout_file(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """What a step writes can be replayed with the same setting."""
+    """What a step writes can be replayed with the same settings."""
     run = Own(1, "present")
     overrides = [each for each in overrides_of(run, zoo, SETTINGS, tmp_path) if each not in FAST]
     pools[1].run(train_on_rank, [*overrides, *QUIET, "trainer.steps=1"])
@@ -196,7 +196,8 @@ def test_prompts_are_in_the_rollout_file(zoo: Zoo, pools: dict[int, RankPool], t
 
 
 def test_a_sampled_run_reads_the_answer(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """From the row through the rollouts to the teacher; the engine samples with the present weights all the same."""
+    """The teacher's prompt goes from the row through the rollouts to the teacher; the engine still samples with the current
+    weights."""
     rows = [{"prompt": f"{a}+{a}=", "answer": str(2 * a), "why": "because"} for a in range(1, 5)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcomes = pools[2].run(
@@ -220,7 +221,7 @@ def test_a_sampled_run_reads_the_answer(zoo: Zoo, pools: dict[int, RankPool], tm
 
 @pytest.mark.parametrize("layout", ["", "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"])
 def test_earlier_weights_leave_no_trace(layout: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """In bfloat16: with a coefficient too small to change a bit, the run is the one without a teacher."""
+    """In bfloat16, with a coefficient too small to change a bit, the run equals one without a teacher."""
     exported = []
     for name, teacher in (("none", []), ("average", ["teacher.weights=average", "objective.beta.init=1e-38"])):
         overrides = [

@@ -23,8 +23,8 @@ from tests.support.zoo import Zoo
 PROMPTS = ["1+2=", "what is x", "9*9=", "a longer prompt than the others"]
 LAYOUTS = {
     "one rank": (1, ""),
-    # Micro-batches smaller than the prompts that are sampled together: sampling makes Megatron-Core's gathering buffer, and
-    # training uses it as it is.
+    # The micro-batches are smaller than the prompts that are sampled together: sampling makes Megatron-Core's gathering
+    # buffer, and training uses it unchanged.
     "tp2 sp": (2, "parallel.tensor=2 parallel.sequence_parallel=true batch.micro_tokens=44"),
     "pp2 interleaved": (2, "parallel.pipeline=2 parallel.virtual_pipeline=2"),
     "cp2": (2, "parallel.context=2"),
@@ -35,8 +35,8 @@ LAYOUTS = {
 
 
 def run_spoiled_on_rank(overrides: list[str], fault: str, size: float) -> Outcome:
-    """Train; the sampler reports one log-prob that is off by `size`, or samples at another temperature; or ranks do not add up
-    their shares of a sum, or look for the targets in wrong columns."""
+    """Train with one fault: the sampler reports one log-prob that is off by `size` or samples at another temperature, or ranks
+    do not add up their shares of a sum or look for the targets in the wrong columns."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -181,7 +181,8 @@ def test_ranks_that_add_up_wrong_sums_are_refused(dtype: str, fault: str, zoo: Z
 def test_bfloat16_is_judged_by_the_mean(
     fault: str, size: float, code: int, zoo: Zoo, prompts: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Half a nat on one token is what rounding may do; a sampler at another temperature is not, though no token stands out."""
+    """Rounding may change one token by half a nat; another sampling temperature is an error, although no single token stands
+    out."""
     overrides = sampling(zoo, prompts, tmp_path, "model.dtype=bfloat16", "parallel.tensor=2")
     outcomes = ranks2.run(run_spoiled_on_rank, overrides, fault, size)
     assert [outcome.code for outcome in outcomes] == [code] * 2, outcomes[0].stderr
@@ -189,7 +190,7 @@ def test_bfloat16_is_judged_by_the_mean(
 
 
 def test_logits_of_hundreds_in_bfloat16_pass(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
-    """Each is rounded by up to a nat."""
+    """Each log-prob is rounded by up to a nat."""
     shutil.copytree(zoo.model("untied"), tmp_path / "model")
     (path,) = (tmp_path / "model").glob("*.safetensors")
     weights = load_file(path)

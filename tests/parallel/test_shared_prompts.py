@@ -1,5 +1,5 @@
-"""With `batch.share_prompts` a prompt is computed once for all responses to it in a micro-batch, and everything else is as
-before: loss, log-probs of every token under student and teacher, and the gradient of every parameter are those of the dense
+"""With `batch.share_prompts` a prompt is computed once for all its responses in a micro-batch and the results are the same: the
+loss, the log-prob of every token under student and teacher, and the gradient of every parameter are those of the dense
 reference."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_micro_batches_and_activations(one: Case, zoo: Zoo, pools: dict[int, Ran
 
 
 def count_rows(overrides: Sequence[str]) -> Outcome:
-    """Train, and count the rows of the student's training passes and of all other passes."""
+    """Train and count the rows of the student's training passes and of all other passes."""
     from kdrl_mcore.model.gpt import LanguageModel
 
     rows = {"training": 0, "scoring": 0}
@@ -71,7 +71,7 @@ def count_rows(overrides: Sequence[str]) -> Outcome:
 
 
 def test_the_rows_of_a_prompt_exist_once(zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    """In the updates and in the passes of teacher and reference."""
+    """Both in the updates and in the passes of teacher and reference."""
     rows = zoo.rows("uneven")
     prompts = {row["group_id"]: len(row["prompt_token_ids"]) for row in rows}
     responses = sum(len(row["response_token_ids"]) for row in rows)

@@ -1,4 +1,4 @@
-"""What the teacher scores while other responses are being sampled trains like what it scores together."""
+"""Responses that the teacher scores while others are being sampled train like those that it scores together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Under Transformer Engine's layers, played by `tests/support/stubs`, everything is as under Megatron-Core's own: loss,
-log-probs and gradients, which its layers add to the main gradient themselves; optimizer, weights from and to Hugging Face
-files, refit, and checkpoints, which load from one kind of layers into the other.
+"""With Transformer Engine's layers, imitated by `tests/support/stubs`, everything is as with Megatron-Core's: loss, log-probs,
+gradients (which the layers add to the main gradients themselves), optimizer, weights from and to Hugging Face files, refit, and
+checkpoints, which load from one kind of layers into the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers, played by `tests/support/stubs`, on paper CUDA, where the program itself finds them."""
+"""Transformer Engine's layers, imitated by `tests/support/stubs`, on paper CUDA, where the program finds them by itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def te_gpus() -> Iterator[RankPool]:
 def test_loss_and_gradient_norm_in_bfloat16_are_those_of_the_local_layers_on_the_cpu(
     share_prompts: bool, zoo: Zoo, te_gpus: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Shared prompts take our attention, and Transformer Engine's other layers."""
+    """Shared prompts use our attention and Transformer Engine's other layers."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, pool, on_rank in (("gpu", te_gpus, updates_on_rank), ("cpu", ranks2, train_on_rank)):
         run = tmp_path / name
@@ -54,7 +54,7 @@ KEPT = {
 
 @pytest.mark.parametrize("kept", KEPT.values(), ids=list(KEPT))
 def test_activations_that_wait_on_the_host_change_nothing(kept: str, zoo: Zoo, te_gpus: RankPool, tmp_path: Path) -> None:
-    """Weights keep the attributes by which the layers add to their main gradients, also while these are being reduced."""
+    """Weights keep the attributes by which layers add to the main gradients, also while these are being reduced."""
     found = []
     for name, settings in (("plain", ""), ("kept", f"{kept} parallel.offload_min_elements=1")):
         words = f"{LAYOUT} model.dtype=bfloat16 optimizer.lr=0.001 trainer.steps=2 parallel.overlap_grad_reduce=true {settings}"

@@ -1,4 +1,4 @@
-"""A teacher whose tokenizer has other added tokens: a response is distilled up to the first of them."""
+"""With a teacher whose tokenizer has other added tokens, a response is distilled up to the first of these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.ranks import RankPool
 from tests.support.training import train_on_rank
 from tests.support.zoo import Zoo
 
-OTHER = (0, 7)  # the one that ends a response, and one that random responses are full of
+OTHER = (0, 7)  # the one that ends a response, and one that is frequent in random responses
 SOME = replace(JOINT, unshared=OTHER)
 CASES = {
     "k2, tp2": Case(2, "parallel.tensor=2", SOME),
@@ -27,8 +27,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def other(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """The zoo, in which the teacher and the student have different added tokens at `OTHER`, and the teacher reads prompts of
-    its own: those of the student, in which no such token stands."""
+    """The zoo in which teacher and student have different added tokens at `OTHER`, and the teacher reads separate prompts: the
+    student's, without any such token."""
     folder = tmp_path_factory.mktemp("other")
     for name in ("untied", "teacher"):
         shutil.copytree(zoo.model(name), folder / name)

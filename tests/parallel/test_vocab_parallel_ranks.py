@@ -1,4 +1,5 @@
-"""Two and four ranks that share the vocabulary: every value and gradient is that of dense autograd, whatever the layout."""
+"""With two and four ranks that share the vocabulary, every value and gradient is that of dense autograd, whatever the
+layout."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def pool(layout: Layout, request: pytest.FixtureRequest) -> RankPool:
 
 
 def answers(problems: list[Problem], kinds: list[str], layout: Layout) -> list[list[vocabulary.Answer]]:
-    """Runs on a rank: all problems of all kinds."""
+    """On a rank: all problems of all kinds."""
     return [[answer(problem, kind, layout) for problem in problems] for kind in kinds]
 
 
@@ -49,7 +50,7 @@ def check(pool: RankPool, problems: list[Problem], kinds: list[str], layout: Lay
 
 
 def fits(kinds: list[str], layout: Layout) -> list[str]:
-    """Logits that are already there know nothing of sequence parallelism."""
+    """Logits that have already been computed are independent of sequence parallelism."""
     return [kind for kind in kinds if kind != "logits" or not layout.sequence_parallel]
 
 
@@ -70,7 +71,7 @@ def test_without_tokens(pool: RankPool, layout: Layout) -> None:
 
 
 def test_sets_larger_than_a_rank_holds(pool: RankPool, layout: Layout) -> None:
-    """Ten tokens of four ranks with six each, and all 23."""
+    """A support of ten tokens from four ranks with six each, and of all 23."""
     check(pool, [make_problem(top_k=10)], TAUGHT, layout, **EXACT)
     by_rank = pool.run(answers, [make_problem(top_k=23)], list(EXACT_FORM), layout)
     for i, exact in enumerate(EXACT_FORM.values()):
@@ -78,7 +79,7 @@ def test_sets_larger_than_a_rank_holds(pool: RankPool, layout: Layout) -> None:
 
 
 def test_ties_give_one_set_on_every_layout(pool: RankPool, layout: Layout) -> None:
-    """Logits of one bit, so that most of them are equal on all ranks: the lower ids belong to the set."""
+    """One-bit logits, most of which are equal on all ranks: the set then has the lower ids."""
     problem = make_problem(top_k=7)
     student, teacher = (
         weight.sign().abs() * (weight[:, :1] > 0.5) for weight in (problem.weight_VH, problem.teacher_weight_VG)
@@ -115,7 +116,7 @@ def test_bfloat16_agrees_with_one_rank(pool: RankPool, layout: Layout) -> None:
             torch.testing.assert_close(one.divergence_T, alone.divergence_T, rtol=1e-5, atol=1e-5)
         d_hidden_SH = torch.cat([one.d_hidden_SH for one in parts]) if layout.sequence_parallel else parts[0].d_hidden_SH
         difference = (d_hidden_SH.double() - alone.d_hidden_SH.double()).norm()
-        # Each of the ranks' parts is rounded once and so are their sums; the parts may be larger than the sum of all.
+        # Each rank's part is rounded once, and so are their sums; the parts may be larger than the total.
         assert difference <= 4 * layout.ranks * 2.0**-9 * alone.d_hidden_SH.double().norm()
         d_weight_PH = torch.cat([one.d_weight_VH for one in parts])
         torch.testing.assert_close(d_weight_PH, alone.d_weight_VH, rtol=2.0**-7, atol=1e-3)

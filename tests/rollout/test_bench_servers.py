@@ -1,5 +1,5 @@
 """`tools/bench.py step` with two replicas and a real vLLM server: every mode runs, the teacher scores early where it should,
-nothing is left."""
+and no process or file is left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 
 def test_the_step_benchmark_measures_every_measure_and_ends_its_processes(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), "step", "--pairs", "tiny", "--repeats", "1"]
-    temporary = tmp_path / ("as_long_as_on_clusters" * 5)  # too long for the sockets that vLLM wants there
+    temporary = tmp_path / ("as_long_as_on_clusters" * 5)  # too long for the sockets that vLLM would put there
     temporary.mkdir()
     environment = {**os.environ, **QUIET_ENGINE, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "COLUMNS": "120"}
     done = subprocess.run(
@@ -67,7 +67,7 @@ def test_the_step_benchmark_measures_every_measure_and_ends_its_processes(tmp_pa
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes whose command line or temporary folder is in the folder: the command's, its replicas and its engine."""
+    """Processes whose command line or temporary folder names the folder: the command, its replicas and its engine."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline", "environ"])

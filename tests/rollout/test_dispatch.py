@@ -1,4 +1,4 @@
-"""Sharing prompts among servers: by expected length, every response exactly once, whatever fails."""
+"""Prompts are shared among servers by expected length, and every response comes exactly once, whatever fails."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ TOKEN_SECONDS = 1e-4
 
 @dataclass
 class FakeServer:
-    """Decodes everything it has at once, a token per TOKEN_SECONDS; a response's tokens are its seed's.
+    """Decodes all its requests at once, a token per TOKEN_SECONDS; the seed determines the tokens of a response.
 
-    `fails_after`: responses until the server fails, with all that it works on. `length`: of a response, by prompt and seed.
+    `fails_after`: the number of responses until the server fails with all its unfinished ones. `length`: the length of a
+    response, by prompt and seed.
     """
 
     length: Callable[[list[int], int], int] = lambda prompt, seed: 1 + seed % 50
@@ -90,7 +91,7 @@ def run(
     lengths: ExpectedLengths | None = None,
     on_failure: Callable[[Failure], bool] = lambda failure: True,
 ) -> tuple[dict[tuple[int, int], Response], list[Failure]]:
-    """All responses by place, and the failures. `on_failure` tells whether the server comes back."""
+    """All responses by index, and the failures. `on_failure` says whether the server comes back."""
     got: list[Response] = []
     failures: list[Failure] = []
 
@@ -143,14 +144,14 @@ def test_a_servers_failure_costs_and_doubles_nothing() -> None:
     got, failures = run(servers, prompts_of(8), on_failure=revive)
     assert sorted(failure.index for failure in failures) == [0, 1]
     assert set(got) == everything(8, 4)
-    for place, response in got.items():  # the redone ones are the same draws
+    for place, response in got.items():  # repeated requests give the same draws
         assert response.token_ids.tolist() == alone[place].token_ids.tolist()
     redone = [name for name, times in Counter(servers[0].begun + servers[1].begun).items() if times > 1]
     assert redone and all(Counter(servers[0].finished + servers[1].finished)[name] == 1 for name in redone)
 
 
 class RefusedConnection(FakeServer):
-    """Fails the first time it is asked, before anything is awaited."""
+    """Fails at the first request, before anything is awaited."""
 
     def generate(self, *arguments: Any) -> AsyncIterator[dict[str, Any]]:
         if not self.begun:
@@ -220,7 +221,7 @@ def test_what_is_no_answer_is_asked_for_again(damage: Callable[[dict[str, Any]],
 
 
 def collect(dispatch: Dispatch, got: list[Response], count: int) -> list[Failure]:
-    """Wait for so many responses. Returns the failures meanwhile."""
+    """Wait for this number of responses. Returns the failures meanwhile."""
     failures = []
     deadline = time.monotonic() + 20
     while len(got) < count:
@@ -275,14 +276,14 @@ def test_a_failure_from_before_a_server_was_brought_back_is_no_news() -> None:
     while not dispatch._events.qsize():
         time.sleep(0.01)
     server.fails_after = None
-    dispatch.bring_back(0, 4)  # by a refit that found it dead
+    dispatch.bring_back(0, 4)  # as a refit does that found the server dead
     assert collect(dispatch, got, 2) == []
     dispatch.stop()
     assert {response.versions[0][0] for response in got} == {4}
 
 
 def test_prompts_are_shared_by_the_length_of_their_answers() -> None:
-    """One prompt in five has answers ten times as long; sharing by count would put them all on one server."""
+    """One prompt in five has responses ten times as long; sharing by count would put all of these on one server."""
 
     def length(prompt: list[int], seed: int) -> int:
         return 50 if prompt[0] % 5 == 1 else 5
@@ -296,7 +297,7 @@ def test_prompts_are_shared_by_the_length_of_their_answers() -> None:
 
 
 def test_a_server_with_room_takes_what_waits_behind_long_answers() -> None:
-    """Nothing is known of the lengths: whoever is done takes more."""
+    """The lengths are unknown: a server that has finished gets more prompts."""
 
     def length(prompt: list[int], seed: int) -> int:
         return 2000 if prompt[0] <= 2 else 10

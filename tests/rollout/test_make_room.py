@@ -1,4 +1,4 @@
-"""Training leaves a GPU to a colocated engine before the engine takes memory, and what an engine gets in its environment."""
+"""Training frees its GPU memory before a colocated engine allocates, and an engine gets the right environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Engine:
-    """An engine server that writes down what it is asked."""
+    """An engine server that records its requests."""
 
     index, address, token, log = 0, "127.0.0.1:1", "secret", Path("log")
 
@@ -56,7 +56,7 @@ class Student:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens on the only rank of a world, with the steps that need a GPU written down."""
+    """The sequence of events on the only rank of a world; steps that need a GPU are only recorded."""
     events: list[str] = []
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
@@ -118,7 +118,7 @@ def test_an_engine_starts_and_starts_again_on_gpus_that_training_has_left(
 
 
 def test_what_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cycles first: what only they hold on to is still allocated."""
+    """Reference cycles are collected first: memory that only they hold is still allocated."""
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_memory.gc, "collect", lambda: done.append("collect"))
@@ -129,7 +129,8 @@ def test_what_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gather_and_drop() -> tuple[int, int]:
-    """On a rank: the buffers that Megatron-Core keeps after a pass under sequence parallelism, before and after."""
+    """On a rank: the buffers that Megatron-Core keeps after a pass with sequence parallelism, before and after they are
+    freed."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

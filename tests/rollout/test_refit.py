@@ -1,4 +1,4 @@
-"""A refit brings every engine the bytes of the student's weights, from any layout, by either transport."""
+"""A refit gives every engine the bytes of the student's weights, from any layout and by either transport."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_worker_gets_the_bytes(
 
 
 def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
-    """CUDA IPC on paper, both ends: a worker on another GPU than the rank that serves it would be refused."""
+    """Both ends of CUDA IPC on paper CUDA: a worker on a GPU other than that of the rank that serves it would be refused."""
     hf = make_model("qwen3_moe", tmp_path / "hf", seed=6)
     gpus = {"preload": paper_cuda.import_training, "prepare": paper_cuda.choose_gpu, "backend": "cpu:gloo,cuda:nccl"}
     ranks, receiver = RankPool(2, **gpus), Process(2, "cuda")
@@ -73,7 +73,7 @@ def test_each_rank_serves_the_worker_on_its_own_gpu(tmp_path: Path) -> None:
 
 
 def test_adapters_arrive_merged(ranks2: RankPool, receiver: Process, tmp_path: Path) -> None:
-    """To the byte as the run's export has them, and not as the frozen weights."""
+    """The bytes are those of the run's export, not those of the frozen weights."""
     hf, exported = make_model("qwen2", tmp_path / "hf", seed=6), tmp_path / "exported"
     results = ranks2.run(refit_ranks.refit_adapted, str(hf), {"tensor": 2}, receiver.port, str(exported))
     assert_holds(receiver, exported, tmp_path)

@@ -1,4 +1,4 @@
-"""A refit that goes wrong says so on every rank, within its time-out, naming the tensor; and a later one puts it right."""
+"""A refit that fails says so on every rank within its time-out and names the tensor, and a later refit succeeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[Process]:
-    """A server of two workers that outlives every test."""
+    """A server with two workers for all tests."""
     process = Process(2)
     yield process
     process.close()
@@ -36,7 +36,7 @@ def receiver() -> Iterator[Process]:
 
 @pytest.fixture
 def mortal() -> Iterator[Process]:
-    """One that does not."""
+    """A server for one test."""
     process = Process(2)
     yield process
     process.close()
@@ -57,7 +57,7 @@ def test_a_wrong_byte_or_a_missing_tensor_is_named_and_put_right(
         assert "refit to version 2 failed on rank 0" in result["error"]
         assert f"tensor {VICTIM} {'is damaged' if fault == 'damaged' else ''}" in result["error"]
         assert "does not answer" not in result["error"]
-    assert receiver.client().post("version", {}) is None  # what it holds is unknown
+    assert receiver.client().post("version", {}) is None  # which weights it holds is unknown
     assert "error" not in run(ranks2, hf, receiver, "none", version=2, colocated=colocated)[0]
     assert receiver.client().post("version", {}) == 2
     assert_holds(receiver, hf, tmp_path)
@@ -86,7 +86,8 @@ def test_a_receiver_that_hangs_fails_within_the_time_out(ranks2: RankPool, hf: P
 def test_a_rank_that_is_stopped_is_named_by_the_others(
     fault: str, rank: int, ranks2: RankPool, hf: Path, receiver: Process
 ) -> None:
-    """The rank that sends, or one that holds a part of its tensors. The process group alone would say nothing of either."""
+    """The fault is on the sending rank or on one that holds a part of its tensors. The process group alone would report
+    neither."""
     waited = rf"rank {rank} does not answer; rank {1 - rank} waited for rank 0, tensor model.layers.1."
     with pytest.raises(RefitError, match=waited):
         run(ranks2, hf, receiver, fault, catch=False, timeout=TIMEOUT)

@@ -54,7 +54,7 @@ def server(models: Path) -> Iterator[EngineServer]:
     torch.backends.cpu.get_cpu_capability() == "AVX2", reason="vLLM's workers share memory only on CPUs with AVX-512"
 )
 def test_the_memory_that_workers_share_has_no_name(server: EngineServer) -> None:
-    """So that none is left when they are killed."""
+    """So that no shared memory is left when they are killed."""
     workers = psutil.Process(server.pid).children(recursive=True)
     shared = {Path(mapped.path) for worker in workers for mapped in worker.memory_maps() if "cpushm" in mapped.path}
     assert len(shared) == 2 and not [path for path in shared if path.exists()]
@@ -73,7 +73,7 @@ def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
 def test_sampler_and_trainer_agree_after_every_refit(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """And the weights did move: the drift of a sampler that kept its first weights would be seen."""
+    """The weights do change: a sampler that kept its first weights would show drift."""
     in_parts = ("teacher.score_while_sampling=true", "batch.micro_tokens=32", "rollout.max_sequences=8")
     train(ranks2, models, tmp_path, server, *in_parts)
     metrics = metrics_of(tmp_path)
@@ -99,7 +99,7 @@ def test_a_refit_waits_for_weights_that_are_still_being_gathered(
 def test_a_refit_that_breaks_off_leaves_no_trace_in_the_next(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """vLLM has loaded half of a layer by then. Through memory, in several buckets."""
+    """By then vLLM has loaded half of a layer. The weights go through shared memory, in several buckets."""
     told = ranks2.run(vllm_runs.broken_refit, TOKEN, str(models / "student"), str(tmp_path), server.address)
     assert all(f"tensor {VICTIM} is missing" in text for text in told)
     assert server.health()["usable"] is False
@@ -115,7 +115,7 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
     whole = rollouts_of(tmp_path / "whole")
     assert [{line["weight_version"] for line in step} for step in whole] == [{0}, {0}, {1}, {2}]
     drift = [row["drift_max"] for row in metrics_of(tmp_path / "whole")]
-    assert drift[0] < 1e-3 < min(drift[1:])  # one step off-policy, and it shows
+    assert drift[0] < 1e-3 < min(drift[1:])  # one step off-policy, which the drift shows
 
     resumable = (*ahead, "checkpoint.every=2", "checkpoint.asynchronous=false")
     train(ranks2, models, tmp_path / "parts", server, *resumable, "trainer.steps=3")
@@ -135,7 +135,7 @@ def test_one_step_ahead_and_its_resumption_lose_and_double_nothing(
 
 @pytest.fixture(scope="module")
 def two_models(models: Path) -> tuple[Path, Path]:
-    """Of the server's shape, with other weights."""
+    """Models of the server's shape with other weights."""
     for name, seed in (("seven", 7), ("eight", 8)):
         make_qwen2(models / name, seed=seed, hidden_size=128, **vllm_runs.SHAPE)
         make_tokenizer(models / name)
@@ -146,8 +146,8 @@ def two_models(models: Path) -> tuple[Path, Path]:
 def test_weights_change_while_responses_are_unfinished(
     unfinished: str, server: EngineServer, two_models: tuple[Path, Path], ranks2: RankPool
 ) -> None:
-    """Every token is of the version that it names: its log-prob is that of these weights and not of the others. A response that
-    was begun under the new ones has met no cache of the old ones, which had computed the same prompts."""
+    """Every token comes from the version that it names: its log-prob is that of these weights and not of the others. A response
+    begun with the new weights has not used the prompt cache of the old ones, which had computed the same prompts."""
     before, after = two_models
 
     def refit(model: Path, version: int) -> None:
@@ -206,7 +206,7 @@ def test_steps_ahead_with_weights_in_flight_lose_and_double_nothing(
     steps, rows = rollouts_of(tmp_path), metrics_of(tmp_path)
     assert Counter(line["prompt_id"] for step in steps for line in step) == {f"prompts-{i + 1}": 4 for i in range(24)}
     changed = [line for step in steps for line in step if "later_versions" in line]
-    assert changed, "some responses went on under new weights"
+    assert changed, "no response continued with new weights"
     for number, (step, row) in enumerate(zip(steps, rows, strict=True)):
         for line in step:
             versions = [line["weight_version"], *(version for version, _ in line.get("later_versions", []))]
@@ -219,7 +219,7 @@ def test_steps_ahead_with_weights_in_flight_lose_and_double_nothing(
 def test_partial_rollouts_go_on_under_the_next_weights(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """The dense model with the weights of a response's versions gives its tokens the log-probs that vLLM reported."""
+    """A dense model with the weights of a response's versions gives its tokens the log-probs that vLLM reported."""
     ahead = ("rollout.steps_ahead=1", "rollout.max_age=3", "rollout.partial_tokens=9", "rollout.max_continuations=2")
     sizes = (
         "rollout.max_response_tokens=44",
@@ -236,14 +236,14 @@ def test_partial_rollouts_go_on_under_the_next_weights(
         assert line.get("continuations", 0) == min(2, (len(line["response_token_ids"]) - 1) // 9)
         assert line["finish_reason"] == ("stop" if line["response_token_ids"][-1] == 0 else "length")
     assert sum("later_versions" in line for line in lines) > 5
-    assert all(row["drift_max"] < 1e-3 for row in rows), "with lr 0 the weights of all versions are the same"
+    assert all(row["drift_max"] < 1e-3 for row in rows), "with lr 0 the weights of all versions must be the same"
     assert rows[-1]["prompts_trained"] == 20 and rows[-1]["responses_unfinished"] == 0
 
 
 def test_the_tool_evaluates_with_vllm_as_with_the_embedded_engine(
     server: EngineServer, models: Path, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """And samples only what an interruption has left out."""
+    """And it samples only the prompts that an interruption left out."""
     files = ["--model", str(models / "student"), "--data", str(models / "prompts.jsonl")]
     sizes = ["--samples", "2", "--block", "16", "--max-response-tokens", "24", "data.template=plain", "reward=exact_match"]
     engines = {

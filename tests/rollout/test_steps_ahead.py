@@ -1,4 +1,5 @@
-"""Steps ahead over servers that change their weights and die while responses are unfinished: a seeded soak without vLLM."""
+"""Sampling steps ahead on servers that change their weights and die while responses are unfinished: a seeded soak without
+vLLM."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ STEPS, WANTED, COPIES = 15, 4, 2
 
 
 class MortalServer:
-    """Its tokens' log-probs are minus the version of the weights that sampled them. Every few responses it dies with all that
-    it has, and refuses to work until it is started again."""
+    """A server whose tokens have as log-prob minus the version of the weights that sampled them. Every few responses it dies
+    with all its requests, and refuses to work until it is started again."""
 
     def __init__(self, index: int, random: np.random.Generator) -> None:
         self.index, self.log, self.version, self._random, self.alive, self.deaths = index, "log", -1, random, True, 0

@@ -1,4 +1,4 @@
-"""What vLLM makes of the adapter where this machine cannot run it: its second model runner, the default on CUDA."""
+"""How vLLM uses the adapter in the model runner that cannot run on this machine: the second one, the default on CUDA."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_columns_without_a_token_are_masked_under_both_model_runners(runner: int
         masked = processor.apply(logits)
     else:
         (on_gpu,) = build_custom_logits_processors(config, STATE, False, names)
-        assert on_gpu.add_request(0, SamplingParams())  # else it would not be applied
+        assert on_gpu.add_request(0, SamplingParams())  # otherwise it would not be applied
         masked = on_gpu.apply(logits, SimpleNamespace())  # type: ignore[arg-type]
     assert torch.equal(masked, expected) and ends_with == [1]
 
 
 def test_every_start_finds_what_the_one_before_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM keeps it under a hash of the whole configuration: nothing in there may differ from process to process."""
+    """vLLM caches it under a hash of the whole configuration, in which nothing may differ from process to process."""
     first = vllm_adapter.engine_args(SETTINGS, cuda=True)
     monkeypatch.setattr(vllm_adapter.os, "getpid", lambda: 1)
     assert vllm_adapter.engine_args(SETTINGS, cuda=True) == first

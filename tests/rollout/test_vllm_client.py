@@ -1,4 +1,4 @@
-"""What the trainer's side makes of servers that hang, break off, refuse or do not start: without vLLM."""
+"""How the trainer handles servers that hang, disconnect, refuse or do not start, without vLLM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def chunk(line: Any) -> bytes:
 
 @contextmanager
 def answering(*pieces: bytes | float) -> Iterator[str]:
-    """A server that answers each request with these bytes, with pauses in seconds between, and hangs up; its address."""
+    """A server that answers each request with these bytes, with pauses (in seconds) in between, and disconnects; its
+    address."""
 
     def serve() -> None:
         while True:
@@ -61,14 +62,14 @@ def generate(address: str, count: int = 2, timeout: float = 1.0, times: int = 1)
 
 
 def test_signs_of_progress_keep_a_slow_answer_alive() -> None:
-    pause = 1.5  # of a time-out of 4: a busy machine may add as much again to each
+    pause = 1.5  # with a time-out of 4: a busy machine may double each pause
     signs: list[bytes | float] = [chunk({}), pause, chunk({}), pause, chunk({}), pause]
     with answering(HEAD, *signs, chunk(LINE), b"0\r\n\r\n") as address:
         assert generate(address, count=1, timeout=4.0) == [LINE]
 
 
 def test_a_connection_that_the_server_is_about_to_close_is_not_used_again() -> None:
-    with answering(HEAD, chunk(LINE), b"0\r\n\r\n", 0.2) as address:  # it looks open meanwhile
+    with answering(HEAD, chunk(LINE), b"0\r\n\r\n", 0.2) as address:  # the connection seems open meanwhile
         assert generate(address, count=1, times=2) == [LINE, LINE]
 
 
@@ -83,7 +84,7 @@ def test_an_engine_without_progress_hangs() -> None:
         ((HEAD, chunk(LINE)), "engine 0"),  # the connection breaks off
         ((HEAD, chunk(LINE), b"0\r\n\r\n"), "1 responses early"),
         ((HEAD, chunk({"error": "EngineDeadError: gone"}), b"0\r\n\r\n"), "EngineDeadError"),
-        ((HEAD, b"3\r\n{x\n\r\n0\r\n\r\n"), "engine 0"),  # no JSON
+        ((HEAD, b"3\r\n{x\n\r\n0\r\n\r\n"), "engine 0"),  # not JSON
         ((b"HTTP/1.1 503 x\r\nContent-Length: 4\r\n\r\ndead",), "dead .status 503"),
     ],
     ids=["cut", "early", "said", "garbage", "503"],

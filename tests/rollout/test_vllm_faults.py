@@ -1,4 +1,4 @@
-"""A real torchrun job at tensor-parallel size 2 with two colocated engines, which are killed or hang in every phase."""
+"""A real torchrun job of tensor-parallel size 2 with two colocated engines, which are killed or hang in every phase."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS, COPIES = 4, 4
 
 @dataclass
 class Run:
-    """What the job left."""
+    """The files and processes that the job left."""
 
     folder: Path
     code: int
@@ -87,9 +87,9 @@ def test_a_killed_engine_is_started_again_in_every_phase(run: Run) -> None:
 def test_an_engine_that_hangs_is_found_within_its_time_out(run: Run) -> None:
     for engine, step in ((1, 3), (0, 4)):
         assert f"engine {engine} hangs in step {step}\n" in run.stderr, run.stderr
-    # While it generated: its server answered, and told of no progress.
+    # During generation: its server answered, but reported no progress.
     assert re.search(r"engine 1 is being restarted: engine 1 at \S+: no progress within the time-out", run.stderr)
-    # In the refit.
+    # During the refit.
     assert re.search(r"refit to version 3 failed on rank 0, at (the end|\S+\.weight): engine 0: it does not answer", run.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Groups that are complete and verified are handed out while other responses are still being sampled."""
+"""Complete and verified groups are handed out while other responses are still being sampled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, response
 
 @dataclass
 class GatedServer:
-    """Answers at once, but for the prompt 0: its second response waits for the gate."""
+    """Answers at once, except for prompt 0, whose second response waits for the gate."""
 
     gate: threading.Event
 
@@ -77,7 +77,7 @@ def world_size() -> Iterator[None]:
 
 
 def test_a_token_that_the_models_do_not_share_is_an_error(world_size: None) -> None:
-    """Of a server that was started for another vocabulary: on a GPU such a token would end the job inside a kernel."""
+    """The server was started for another vocabulary: on a GPU such a token would end the job inside a kernel."""
     gate = threading.Event()
     gate.set()
     config = load_config(["rollout=vllm", "objective=grpo"]).rollout

@@ -1,4 +1,4 @@
-"""Who starts which engine on which GPUs, and what the configuration refuses."""
+"""Which rank starts which engine on which GPUs, and what the configuration refuses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_engines_that_do_not_fit_are_refused(overrides: Sequence[str], message: 
     ("student", "tensor", "found"),
     [
         ("DeepSeek-R1-Distill-Qwen-32B", 8, "2 engines of tensor 8"),
-        ("Qwen2.5-3B", 8, "2 engines of tensor 8"),  # 2 heads of keys, each on 4 GPUs
+        ("Qwen2.5-3B", 8, "2 engines of tensor 8"),  # 2 key/value heads, each on 4 GPUs
         ("DeepSeek-R1-Distill-Qwen-1.5B", 8, "does not divide the student's 12 heads"),
         ("DeepSeek-R1-Distill-Qwen-1.5B", 1, "16 engines of tensor 1"),
     ],
@@ -95,7 +95,7 @@ def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
     words = vllm_placement._arguments(config(), 61, single_node, 0.7)
     assert words[words.index("--host") + 1] == host
     assert words[words.index("--gpu-memory-utilization") + 1] == "0.7"
-    assert words[words.index("--load-format") + 1] == "dummy"  # nothing is read from disk that a refit replaces
+    assert words[words.index("--load-format") + 1] == "dummy"  # a refit replaces the weights, so none are read from disk
 
 
 def test_without_vllm_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A server with real vLLM, started by hand on an exported checkpoint: what it samples, what it refuses, how it ends."""
+"""A server with real vLLM, started by hand on an exported checkpoint: what it samples, what it refuses, and how it ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLAIN = {"temperature": 1.0, "top_p": 1.0, "max_tokens": LIMIT}
 
 @dataclass
 class Served:
-    """A running server, the model it was started on, and the process whose end it must follow."""
+    """A running server, the model it was started with, and the process with which it must end."""
 
     server: EngineServer
     model: Path
@@ -72,7 +72,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     import_hf(source, folder / "megatron", None, lambda total: lambda num_bytes: None)
     export_hf_folder(folder / "megatron", folder / "hf", lambda total: lambda num_bytes: None)
     environment = {**os.environ, **QUIET_ENGINE}
-    environment.pop(TOKEN_VARIABLE, None)  # it makes its own
+    environment.pop(TOKEN_VARIABLE, None)  # the server makes a token
     parent = subprocess.Popen(["sleep", "900"])
     options = {
         "run-dir": folder,
@@ -121,7 +121,7 @@ def test_log_probs_are_those_of_the_same_head_of_the_distribution_as_the_embedde
 
 def test_greedy_tokens_of_an_exported_checkpoint_are_those_of_transformers(served: Served) -> None:
     reference = AutoModelForCausalLM.from_pretrained(served.model, dtype=torch.float32)
-    beyond = list(range(TOKENS, reference.config.vocab_size))  # columns that no token has
+    beyond = list(range(TOKENS, reference.config.vocab_size))  # columns without a token
     for prompt, line in zip(PROMPTS, served.generate(PROMPTS, range(len(PROMPTS)), temperature=0.0), strict=True):
         ids = torch.tensor([prompt])
         out = reference.generate(
@@ -167,7 +167,7 @@ def test_responses_stop_at_either_end_of_sequence_or_at_the_limit(served: Served
         assert not set(before) & set(STOPS) and max(line["token_ids"]) < TOKENS
         assert len(line["log_probs"]) == len(line["token_ids"])
         assert line["finish_reason"] == "stop" or (last not in STOPS and len(line["token_ids"]) == LIMIT)
-    assert any(len(line["token_ids"]) == 1 for line in ended)  # an empty answer is its end of sequence
+    assert any(len(line["token_ids"]) == 1 for line in ended)  # an empty response is only its end of sequence
 
 
 def test_a_seed_gives_the_same_draw_in_any_company(served: Served) -> None:
@@ -214,7 +214,7 @@ def train_with_servers_on_rank(overrides: Sequence[str], environment: Mapping[st
 
 
 def trained(served: Served, ranks1: RankPool, tmp_path: Path, *more: str) -> list[dict[str, float]]:
-    """The metrics of three steps with the running server."""
+    """The metrics of three steps that use the running server."""
     run = tmp_path / "run"
     overrides = [
         "rollout=vllm",
@@ -244,32 +244,32 @@ def trained(served: Served, ranks1: RankPool, tmp_path: Path, *more: str) -> lis
 
 
 def test_a_job_uses_servers_given_by_address(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
-    """Each step's weights are sent to the server; trainer and sampler agree after each of them."""
+    """Each step's weights are sent to the server; trainer and sampler agree after every step."""
     rows = trained(served, ranks1, tmp_path, "objective=kd_rkl")
     assert all(row["grad_norm"] > 0 and row["drift_max"] < 1e-3 for row in rows)
-    assert served.server.health() == {"version": 2, "usable": True}  # those that sampled step 3
+    assert served.server.health() == {"version": 2, "usable": True}  # the weights that sampled step 3
     with pytest.raises(EngineError, match="the engine has 2"):
         served.generate([[5]], [0], version=1)
 
 
 def test_half_of_a_batch_may_be_given_and_the_other_sampled(served: Served, ranks1: RankPool, tmp_path: Path) -> None:
-    """GKD: the given ones have no sampler, so that neither drift nor the sampler correction is measured on them."""
+    """GKD: given responses have no sampler, so neither drift nor the sampler correction is measured on them."""
     rows = [{"prompt": f"{a}+{a % 7}=", "answer": str(a), "response": f"{a}{a % 7}" * 2} for a in range(10, 30)]
     write_jsonl(tmp_path / "answered.jsonl", rows)
     metrics = trained(served, ranks1, tmp_path, "objective=gkd", f"data.train={tmp_path / 'answered.jsonl'}")
     for row in metrics:
-        assert row["given_responses"] == 8 and row["samples"] == 16  # beside 4 prompts with 2 responses each
+        assert row["given_responses"] == 8 and row["samples"] == 16  # in addition to 4 prompts with 2 responses each
         assert row["grad_norm"] > 0 and row["drift_max"] < 1e-3 and row["kl_full"] > 0
 
 
 def make_teacher(path: Path) -> Path:
-    """Another random model over the same tokens."""
+    """Another random model with the same tokens."""
     make_student(path, seed=2)
     return path
 
 
 def test_a_server_ends_with_its_parent_and_leaves_nothing(served: Served) -> None:
-    """Must be the last one."""
+    """This test ends the server, so it must be the last one."""
     family = [psutil.Process(served.process.pid), *psutil.Process(served.process.pid).children(recursive=True)]
     assert len(family) > 1
     served.parent.kill()

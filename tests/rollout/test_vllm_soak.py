@@ -1,5 +1,5 @@
-"""Steps ahead with real vLLM whose engines are killed every few steps, at moments that a seed draws, while responses go on
-under new weights: every prompt is trained on once, with its versions right."""
+"""Sampling steps ahead with real vLLM, whose engines are killed every few steps at moments drawn from a seed, while responses
+continue with new weights: every prompt is trained on once, with the right versions."""
 
 from __future__ import annotations
 

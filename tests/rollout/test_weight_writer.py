@@ -1,4 +1,4 @@
-"""Both ends of a refit in threads: each worker of a colocated engine is served by its own rank, and failures are heard of."""
+"""Both ends of a refit in threads: each worker of a colocated engine is served by its own rank, and failures are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEADLINE = 30.0
 
 
 class Server:
-    """An engine of some workers in threads."""
+    """An engine whose workers are threads."""
 
     index = 5
     address: str | None = "127.0.0.1:1"
@@ -43,14 +43,14 @@ class Server:
 
 
 class Refusing(Server):
-    """One that does not even ask its workers."""
+    """An engine that never asks its workers."""
 
     def receive_weights(self, version: int, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise RefitError("asleep")
 
 
 def send(server: Server, ranks: int, publish: Callable[[WeightWriter, Any], None] = WeightWriter.publish) -> list[WeightWriter]:
-    """What the ranks of a colocated engine do; the first one drives it."""
+    """The ranks of a colocated engine as threads; the first one drives the engine."""
     deadline = time.monotonic() + DEADLINE
     writers = [
         WeightWriter([server.index], [] if rank else [server], rank, 1, TABLE, BUCKET, torch.device("cpu"), deadline)
@@ -91,7 +91,7 @@ def test_each_worker_is_served_by_the_rank_whose_gpu_it_shares() -> None:
 
 
 def test_a_server_that_refuses_is_heard_of_by_every_rank_at_once() -> None:
-    """The ranks that do not drive it wait for workers that nobody sent."""
+    """The ranks that do not drive the engine wait for workers that nobody sent."""
     begin = time.monotonic()
     writers = send(Refusing(2), 2)
     assert all("asleep" in str(writer.error) for writer in writers), [writer.error for writer in writers]
@@ -114,7 +114,7 @@ def test_what_one_rank_damages_fails_the_refit_by_the_server_s_answer() -> None:
 
 
 def test_slots_lie_outside_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other settings stay, and all of them come back."""
+    """The other settings stay, and all are restored afterwards."""
     before = "max_split_size_mb:512,expandable_segments:True"
     original = torch._C._accelerator_getAllocatorSettings()
     torch._C._accelerator_setAllocatorSettings(before)

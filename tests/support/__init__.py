@@ -1,4 +1,4 @@
-"""What tests share: pools of ranks, training runs, models, servers, and what runs in processes of its own.
+"""What tests share: pools of ranks, training runs, models, servers, and programs that run in separate processes.
 
 A test file imports from here and from `tests.reference`, never from another test file.
 """

@@ -1,4 +1,4 @@
-"""The trainer held against the dense reference: a run in some layout, and the comparison of all that it computes.
+"""The trainer compared with the dense reference: a run in some layout, and the comparison of everything that it computes.
 
 Loss, log-probs of every token under student and teacher, and the gradient of every parameter, in float32, to 1e-4.
 """
@@ -30,15 +30,15 @@ from tests.support.training import (
 from tests.support.zoo import TOKENS, Zoo
 
 TOLERANCE = 1e-4
-NOISE_FLOOR = 1e-3  # a parameter whose gradient is a smaller share of the whole is compared with this share of it
+NOISE_FLOOR = 1e-3  # if a parameter has a smaller share of the gradient's norm, its error is measured against this share
 JOINT = Settings(alpha=1.0, beta=0.3)
 SETTINGS = replace(JOINT, vocab_size=TOKENS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `overrides` give its layout, `settings` its objective. `given` names the rollouts that stand beside the replayed
-    ones as given responses, a third of all."""
+    """One run: `overrides` give its layout, `settings` its objective. `given` names the rollouts that are added to the replayed
+    ones as given responses; they are a third of all responses."""
 
     ranks: int
     overrides: str = ""
@@ -69,7 +69,7 @@ def check(
     ]
     outcomes = pool.run(on_rank, overrides)
     assert [outcome.code for outcome in outcomes] == [0] * case.ranks, outcomes[0].stderr
-    for outcome in outcomes:  # every rank holds all of the scores
+    for outcome in outcomes:  # every rank holds all scores
         assert_log_probs(outcome.found["student"], expected.log_probs)
         assert_log_probs(outcome.found["entropy"], expected.entropies)
         assert_log_probs(outcome.found["teacher"], expected.teacher_log_probs)
@@ -95,17 +95,17 @@ def check_two_updates(
     given: str | None = None,
     lr: float = LR,
 ) -> tuple[dict[str, float], list[Result]]:
-    """Two updates on one batch, the second of which is off-policy: compare losses and the sum of the gradients with the dense
-    reference.
+    """Compare two updates on one batch, the second of which is off-policy, with the dense reference: losses and the sum of the
+    gradients.
 
     Args:
-        layout: the layout's overrides.
+        layout: overrides of the layout.
         reference: the model of the KL to the initial student, if any.
         given: see `Case`; each update has half of them.
-        lr: of plain gradient descent; the larger, the more digits the weights keep of a small gradient.
+        lr: learning rate of plain gradient descent; the larger it is, the more digits of a small gradient the weights keep.
 
     Returns:
-        The step's metrics, and the dense reference's results of both updates.
+        The step's metrics, and the dense reference's results for both updates.
     """
     rows = zoo.rows("uneven")
     student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
@@ -118,7 +118,7 @@ def check_two_updates(
     for version, (part, share) in enumerate(((slice(0, first), slice(0, half)), (slice(first, None), slice(half, None)))):
         now = replace(settings, draw_seeds=(settings.draw_seeds[0], version))
         these = [*rows[part], *beside[share]]
-        # A given response has no pi_old; none of what it is used for asks.
+        # A given response has no pi_old, and none of its uses needs one.
         log_old = [*old[part], *(torch.zeros(len(row["response_token_ids"]), dtype=torch.float64) for row in beside[share])]
         results.append(dense.kdrl_of_models(student, teacher, these, now, log_old=log_old, reference=initial))
         with torch.no_grad():
@@ -158,12 +158,12 @@ def assert_log_probs(found: list, expected: list[torch.Tensor]) -> None:
 
 
 def about(value: float) -> Any:
-    """Equal to 1e-4; a loss is a sum of terms of order 1, so one that cancels to zero is so to 2e-6."""
+    """Equal to within 1e-4. A loss is a sum of terms of order 1, so a loss that cancels to zero is zero to within 2e-6."""
     return pytest.approx(value, rel=TOLERANCE, abs=2e-6)
 
 
 def beside_given(zoo: Zoo, name: str) -> list[str]:
-    """Overrides of a third of given responses, in the order of the file."""
+    """Overrides that make a third of the responses given ones, in the order of the file."""
     return ["rollout.given.share=0.3333", f"rollout.given.path={zoo.rollouts(name)}", "data.shuffle=false"]
 
 
@@ -181,7 +181,7 @@ def assert_metrics(metrics: dict, expected: Result, settings: Settings, num_give
 
 
 def assert_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Each parameter's gradient, its error measured against its own norm."""
+    """Every parameter's gradient agrees; its error is measured relative to its norm."""
     floor = NOISE_FLOOR * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
     errors = {
         name: float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor, 1e-12)
@@ -194,7 +194,7 @@ def assert_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 @dataclass(frozen=True)
 class StudentLayout:
-    """A layout of the student: sizes, and what goes with them."""
+    """A layout of the student: its parallel sizes and the options that depend on them."""
 
     tensor: int
     pipeline: int
@@ -222,7 +222,8 @@ class StudentLayout:
 
 
 def teacher_layout(student: StudentLayout) -> str:
-    """One that is not the student's, where there is one: its pipeline size for a tensor size, or the reverse."""
+    """A layout that differs from the student's, where there is one: pipeline parallel where the student is tensor parallel, or
+    the reverse."""
     if student.ranks == 1:
         return ""
     tensor, pipeline = (1, 2) if student.tensor > 1 else (2, 1)
@@ -232,14 +233,14 @@ def teacher_layout(student: StudentLayout) -> str:
 
 
 def case(layout: StudentLayout, settings: Settings, rollouts: str = "uneven") -> Case:
-    """Three or more micro-batches on each data-parallel rank. Four stages of two chunks need eight layers."""
+    """A case with three or more micro-batches on each data-parallel rank. Four stages of two chunks need eight layers."""
     student = "deep" if layout.pipeline == 4 and layout.virtual_pipeline else "untied"
     overrides = f"{layout.overrides} {teacher_layout(layout)} batch.micro_tokens={60 // layout.data}"
     return Case(layout.ranks, overrides, settings, student=student, rollouts=rollouts)
 
 
 def overrides_of(zoo: Zoo, run: Path, student: str, rollouts: str = "uneven") -> list[str]:
-    """Of a run that replays rollouts and distils as `SETTINGS` say."""
+    """Overrides of a run that replays rollouts and distils as `SETTINGS` say."""
     return [
         f"run.dir={run}",
         f"student.path={zoo.model(student)}",
@@ -252,8 +253,8 @@ def overrides_of(zoo: Zoo, run: Path, student: str, rollouts: str = "uneven") ->
 
 
 def check_adam(ranks: int, layout: str, sharded: bool, zoo: Zoo, pool: RankPool, run: Path, rollouts: str = "uneven") -> None:
-    """Weight decay is on matrices only, as in Megatron-Core. A large epsilon keeps Adam from blowing up the rounding of
-    gradients that are zero."""
+    """AdamW and clipping give the weights that torch gives. Weight decay applies to matrices only, as in Megatron-Core. A large
+    epsilon keeps Adam from amplifying the rounding errors of gradients that are zero."""
     lr, decay, betas, epsilon, clip = 0.01, 0.1, (0.9, 0.95), 1e-3, 1.5
     student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
     start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}

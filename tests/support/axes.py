@@ -1,7 +1,7 @@
-"""The axes of the objective as the dense reference's settings, and cases in which every pair of their values is held to it.
+"""The axes of the objective as settings of the dense reference, and cases that compare every pair of their values with it.
 
-A case is a line of the values that are not the first of their axes. `tests/unit/objective/test_axes_pairs.py` checks that each
-pair of values of two axes is in some case, or is refused.
+A case is a line of the values that are not the first of their axes. `tests/unit/objective/test_axes_pairs.py` checks that
+every pair of values of two axes occurs in some case or is refused.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def values_of(case: str) -> dict[str, str]:
 
 
 def settings_of(names: Iterator[str] | list[str], base: Settings) -> Settings:
-    """`base` with these values."""
+    """`base`, changed to these values."""
     changes: Changes = {}
     for name in names:
         changes |= AXES[AXIS_OF[name]][name]
@@ -203,5 +203,5 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 
 def pairs_of(case: str) -> set[tuple[str, str]]:
-    """Those in a case."""
+    """The pairs that occur in a case."""
     return set(combinations(values_of(case).values(), 2))

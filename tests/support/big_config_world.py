@@ -1,8 +1,8 @@
 """Ranks of a world of hundreds, built one after the other in one process on the meta device: nothing is allocated.
 
-Run as a program, because a process can be in only one world. For each experiment, forked with everything imported, it prints
-what each rank of one student replica, and each rank of one teacher replica, holds, as a line of JSON; null if it cannot be
-built:
+It runs as a program, because a process can be in only one world. Each experiment is a process forked with everything imported.
+It prints a line of JSON: what each rank of one student replica, and each rank of one teacher replica, holds; null if the
+experiment cannot be built:
 
     python -m tests.support.big_config_world '["key=value", ...]' ...
 """
@@ -36,7 +36,7 @@ META = torch.device("meta")
 
 
 def describe(config: Config) -> list[dict[str, Any]]:
-    """What the ranks of one student replica and of one teacher replica hold of student, optimizer and teacher."""
+    """What the ranks of one student replica and of one teacher replica hold of the student, the optimizer and the teacher."""
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
     parallel, teacher = config.parallel, config.teacher.parallel
     # Both enumerate ranks with the pipeline stage slowest and the tensor rank fastest.
@@ -67,7 +67,7 @@ def _as_rank(config: Config, rank: int, world_size: int) -> dict[str, Any]:
 
 @contextmanager
 def counted_groups() -> Iterator[list[Any]]:
-    """Every call that makes a process group, whether this rank is in it or not."""
+    """Record every call that makes a process group, whether or not this rank is in it."""
     calls: list[Any] = []
     new_group = dist.new_group
 
@@ -80,7 +80,7 @@ def counted_groups() -> Iterator[list[Any]]:
 
 
 def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
-    """The replica, the parameters' number, and the HF slices (tensor, dimension, start, length) this rank holds."""
+    """The replica, the number of parameters, and the HF slices (tensor, dimension, start, length) that this rank holds."""
     rules = FAMILIES[parts.architecture.family].rules(parts.architecture)
     return {
         "replica": parts.groups.data.rank(),
@@ -95,12 +95,12 @@ def _holds(parts: gpt.ModelParts) -> dict[str, Any]:
 
 
 def fake_the_machine() -> None:
-    """Every tensor on the meta device, no gloo groups, no weights."""
+    """Put every tensor on the meta device; make no gloo groups and load no weights."""
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
     gpt.device = lambda: META
     fake_process_groups()
     type_of = torch.Tensor.type
-    # The distributed optimizer knows the tensors of a GPU by name.
+    # The distributed optimizer recognises the tensors of a GPU by the name of their type.
     torch.Tensor.type = lambda self, *args: type_of(self, *args) if args else type_of(self).replace("meta.", "")  # type: ignore[method-assign]
     for module in (student_module, teacher_module):
         module.load_weights = lambda *args: None  # type: ignore[attr-defined]

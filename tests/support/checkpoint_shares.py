@@ -19,8 +19,8 @@ def save_on_rank(model: str, overrides: str, folder: str, load_from: str = "", e
     """Build a student, whose optimizer gets random state or what is loaded, and save it.
 
     Returns:
-        The bytes that this rank wrote, those it held of the optimizer's state, and those of new memory that the checkpoint
-        needed on this rank while it was described for saving, and for loading.
+        Bytes on this rank: what it wrote, what it held of the optimizer's state, and the new memory that describing the
+        checkpoint needed for saving and for loading.
     """
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -56,14 +56,14 @@ def _make_random_state(student: Any, seed: int) -> None:
     for chunk in student.optimizer.ddp:
         chunk.zero_grad_buffer()
     student.optimizer.megatron.prepare_grads()
-    student.optimizer.megatron.step_with_ready_grads()  # the moments come into being
+    student.optimizer.megatron.step_with_ready_grads()  # creates the moments
     generator = torch.Generator().manual_seed(seed)
     for tensor in state_tensors(student.optimizer.megatron):
         tensor.data.copy_(torch.randn(tensor.shape, generator=generator))
 
 
 def _bytes_beside(state: Any, held: set[int]) -> int:
-    """Of the tensors in a sharded state that lie in no memory of `held`."""
+    """Bytes of the tensors in a sharded state that share no memory with `held`."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     found = {}
@@ -76,7 +76,8 @@ def _bytes_beside(state: Any, held: set[int]) -> int:
 
 @contextmanager
 def _earlier_form(student: Any) -> Iterator[None]:
-    """Checkpoints as they were written before: Megatron-Core's own re-shardable form, its ranges corrected, by one replica."""
+    """Write checkpoints in the earlier form: Megatron-Core's re-shardable form with corrected ranges, written by one
+    replica."""
     import kdrl_mcore.student.optimizer as module
     from kdrl_mcore.parallel import mcore
 
@@ -102,14 +103,14 @@ def _earlier_form(student: Any) -> Iterator[None]:
 
 
 def differing_tensors(*folders: str) -> list[str] | None:
-    """On a rank: the tensors in which checkpoints differ in one bit, or in their names; None on the others."""
+    """On a rank: the tensors whose names or bits differ between the checkpoints; None on the other ranks."""
     import torch.distributed as dist
 
     if dist.get_rank():
         return None
     contents = [tensors_of(folder) for folder in folders]
     first = contents[0]
-    assert sum("exp_avg_sq" in name for name in first) > 5  # of experts under a name of their own optimizer
+    assert sum("exp_avg_sq" in name for name in first) > 5  # those of experts are named after their separate optimizer
     names = {name for tensors in contents for name in tensors}
     return [
         name
@@ -119,7 +120,7 @@ def differing_tensors(*folders: str) -> list[str] | None:
 
 
 def differing_states(first: str, second: str) -> list[str] | None:
-    """As `differing_tensors` of two checkpoints, by the states and weights that the names are of."""
+    """As `differing_tensors`, for two checkpoints, matching tensors by the state and the weight that their names stand for."""
     import torch.distributed as dist
 
     from kdrl_mcore.parallel.optimizer_state import _NAME, _state_and_weight

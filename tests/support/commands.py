@@ -19,7 +19,7 @@ REWARD = "reward.kind=tests.support.rewards:LengthModulo"
 
 
 def evaluate_on_rank(arguments: list[str]) -> Outcome:
-    """`tools/evaluate.py`, as the command line calls it, in the pool's world; `found["blocks"]`: how often it sampled."""
+    """`tools/evaluate.py`, as the command line calls it, in the pool's world; `found["blocks"]` says how often it sampled."""
     import torch.distributed as dist
 
     from kdrl_mcore.parallel.platform import destroy_groups, prepare_platform
@@ -71,13 +71,13 @@ PREFLIGHT_CHECKS = [
 
 
 def preflight_overrides(zoo: Zoo, run: Path) -> list[str]:
-    """Of a run that replays, which every check finds good."""
+    """Overrides of a run that replays rollouts and passes every check."""
     paths = {"run.dir": run, "student.path": zoo.model("untied"), "teacher.path": zoo.model("teacher")}
     return ["rollout=replay", f"rollout.path={zoo.rollouts('uneven')}", *(f"{key}={path}" for key, path in paths.items())]
 
 
 def findings_on_rank(overrides: list[str], min_bandwidth: float = 0.0) -> list[tuple[str, bool, str]]:
-    """Each check's name, whether it is good, and what it says."""
+    """Each check's name, whether it passed, and its message."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

@@ -1,4 +1,4 @@
-"""What each key of a family's configs does, found by changing it."""
+"""The effect of each key of a family's `config.json`, found by changing the key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NOT_OF_A_FAMILY = {"transformers_version", "architectures", "model_type", "_nam
 def effects(folder: Path) -> dict[str, Effect]:
     """The effect of every key that `transformers` has in a config of this model's family.
 
-    `used`: another value makes another model. `checked`: another value is refused. `ignored`: it makes no difference.
+    `used`: another value gives another model. `checked`: another value is refused. `ignored`: the value makes no difference.
     """
     config = AutoConfig.from_pretrained(folder)
     hf: dict[str, Any] = {**config.to_dict(), "architectures": config.architectures}
@@ -65,7 +65,7 @@ def effects(folder: Path) -> dict[str, Effect]:
 
 
 def markdown(found: dict[str, dict[str, Effect]]) -> str:
-    """The table of the docs: what each family uses and checks beyond what all use and check, and what is ignored."""
+    """The table of the docs: the keys that each family uses and checks in addition to the common ones, and the ignored keys."""
 
     def having(effect: Effect, keys: dict[str, Effect]) -> set[str]:
         return {key for key, each in keys.items() if each == effect}
@@ -84,7 +84,7 @@ def markdown(found: dict[str, dict[str, Effect]]) -> str:
 
 
 def _others(value: Any) -> list[Any]:
-    """Other values that a key could have."""
+    """Other values that the key could have."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):

@@ -1,4 +1,4 @@
-"""What the ranks of the conversion tests run: build a model in some layout, load it, and report."""
+"""Functions that the ranks of the conversion tests run: they build a model in some layout, load it, and report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kdrl_mcore.parallel.packing import pack  # noqa: E402
 
 
 def build(path: str, layout: dict[str, Any], *, student: bool = False, dtype: str = "float32") -> ModelParts:
-    """The model of a directory in a layout, loaded."""
+    """The model of a directory, built in a layout and loaded."""
     architecture = read_architecture(path)
     create = create_student_groups if student else create_scoring_groups
     groups = create(Layout(dist.get_world_size(), **layout))
@@ -33,7 +33,7 @@ def build(path: str, layout: dict[str, Any], *, student: bool = False, dtype: st
 @torch.no_grad()
 def logits(path: str, layout: dict[str, Any], sequences: list[list[int]]) -> np.ndarray | None:
     """The logits [tokens of all sequences, vocabulary] of packed sequences, from tensor-parallel rank 0 of the last stage."""
-    # Sequence parallelism needs the random states that only the student's groups come with.
+    # Sequence parallelism needs the random states that only the student's groups set up.
     parts = build(path, layout, student=layout.get("sequence_parallel", False))
     groups, (chunk,) = parts.groups, parts.chunks
     empty = np.empty(0, dtype=np.int64)
@@ -63,7 +63,7 @@ def logits(path: str, layout: dict[str, Any], sequences: list[list[int]]) -> np.
 
 
 def save_with_megatron(path: str, folder: str) -> None:
-    """Load a model and save it with Megatron-Core's own checkpointing."""
+    """Load a model and save it with Megatron-Core's checkpointing."""
     from megatron.core import dist_checkpointing
 
     (chunk,) = build(path, {}, student=True).chunks
@@ -72,7 +72,7 @@ def save_with_megatron(path: str, folder: str) -> None:
 
 @torch.no_grad()
 def megatron_loads_the_same(path: str, converted: str, layout: dict[str, Any]) -> bool:
-    """Whether Megatron-Core's own loading of a converted checkpoint gives what `load_weights` gives from the HF folder."""
+    """Whether Megatron-Core loads from a converted checkpoint what `load_weights` loads from the HF folder."""
     from megatron.core import dist_checkpointing
 
     parts = build(path, layout, student=True)
@@ -105,7 +105,7 @@ def export_and_save(path: str, layout: dict[str, Any], exported: str, saved: str
 
 
 def train(overrides: list[str]) -> int:
-    """A whole training job on the pool's ranks; the exit code."""
+    """Run a whole training job on the pool's ranks; returns the exit code."""
     from kdrl_mcore.cli.train import main
 
     return main(overrides)

@@ -1,4 +1,4 @@
-"""One training step of a mixture of experts, held against the dense reference."""
+"""One training step of a mixture of experts, compared with the dense reference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_probe(folder: Path, student: Path, teacher: Path) -> Probe:
 
 
 def one_by_one(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`transformers` stacks a layer's experts in memory; checkpoints name each."""
+    """`transformers` stacks a layer's experts in memory; checkpoints name each expert."""
     result = {}
     for name, gradient in gradients.items():
         prefix, _, which = name.rpartition(".experts.")
@@ -61,7 +61,7 @@ def one_by_one(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check(probe: Probe, pool: RankPool, layout: list[str], run_dir: Path) -> None:
-    """The weights after one step of plain SGD are those before it, minus lr times the reference's gradient."""
+    """The weights after one step of plain SGD are the weights before it minus lr times the reference's gradient."""
     student, gradients, overrides = probe
     codes = pool.run(conversion_ranks.train, [*overrides, *layout, f"run.dir={run_dir}"], timeout=250)
     assert codes == [0] * pool.world_size
@@ -73,8 +73,8 @@ def check(probe: Probe, pool: RankPool, layout: list[str], run_dir: Path) -> Non
     moved = {name: (before[name].double() - after[name].double()) / LEARNING_RATE for name in before}
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        # A weight's float32 rounding, seen through the difference, is the floor.
+        # The float32 rounding of a weight limits how exactly the difference gives the gradient.
         tolerance = 1e-4 * float(gradient.abs().max()) + 3e-7 * float(before[name].abs().max()) / LEARNING_RATE
         assert float((moved[name] - gradient).abs().max()) <= tolerance, name
     router = gradients.get("model.layers.0.mlp.gate.weight")
-    assert router is None or float(router.abs().max()) > 1e-3 * largest  # it does learn
+    assert router is None or float(router.abs().max()) > 1e-3 * largest  # the router learns

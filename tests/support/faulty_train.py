@@ -1,8 +1,8 @@
 """`kdrl_mcore.train` in which engines are killed or hang at chosen moments: python -m tests.support.faulty_train KEY=VALUE ...
 
-Step 2 begins with engine 1 killed while idle. In step 3, after a few responses, engine 0 is killed and vLLM hangs in engine 1,
-whose server still answers. In step 4, in the middle of the refit, engine 1 is killed and all of engine 0 hangs. In step 5
-engine 0 is killed and cannot start again. A line is printed for each.
+At the beginning of step 2, engine 1 is killed while idle. In step 3, after a few responses, engine 0 is killed and vLLM hangs
+in engine 1, whose server still answers. In step 4, in the middle of the refit, engine 1 is killed and all of engine 0 hangs.
+In step 5, engine 0 is killed and cannot start again. Each fault prints a line.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ ended: list[list[psutil.Process]] = []
 
 
 def say(line: str) -> None:
-    """In one write: under `python -u`, as torchrun starts ranks, `print` makes two, and another rank can write between them."""
+    """Print a line in one write: under `python -u`, which torchrun uses, `print` writes twice, and another rank can write in
+    between."""
     sys.stderr.write(line + "\n")
 
 
 def kill(server: EngineServer) -> None:
-    """SIGKILL to the server alone; its children must follow by themselves."""
+    """Send SIGKILL to the server alone; its children must end by themselves."""
     process, *_ = family(server)
     os.kill(process.pid, signal.SIGKILL)
     say(f"killed engine {server.index} in step {now['step']}")
 
 
 def hang(server: EngineServer, *, answers: bool) -> None:
-    """SIGSTOP to vLLM's processes and, unless it `answers`, to the server."""
+    """Send SIGSTOP to vLLM's processes and, unless it `answers`, to the server."""
     process, *children = family(server)
     for member in children if answers else [process, *children]:
         os.kill(member.pid, signal.SIGSTOP)
@@ -53,7 +54,7 @@ def hang(server: EngineServer, *, answers: bool) -> None:
 
 
 def family(server: EngineServer) -> list[psutil.Process]:
-    """The server and vLLM's processes, which must not be there at the end."""
+    """The server and vLLM's processes, none of which may exist at the end."""
     process = psutil.Process(json.loads(address_path(server.run_dir, server.index).read_text())["pid"])
     children = [child for child in process.children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
     assert children

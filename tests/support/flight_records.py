@@ -8,7 +8,7 @@ SECOND = 10**9
 
 
 def entry(record: int, group: str, number: int, state: str = "completed", **others: Any) -> dict[str, Any]:
-    """A record as torch writes it, without what is not read."""
+    """A record as torch writes it, without the fields that are not read."""
     return {
         "record_id": record,
         "process_group": [group, "undefined"],

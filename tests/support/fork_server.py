@@ -1,6 +1,6 @@
-"""Processes forked from one that has everything imported: starting one costs a fork and not seconds of imports.
+"""Processes forked from one that has imported everything: starting one costs a fork instead of seconds of imports.
 
-This module imports nothing heavy: a server may have to prepare its process before torch or Megatron-Core is imported.
+This module imports nothing heavy: a server may have to prepare its process before it imports torch or Megatron-Core.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 
 class ForkServerError(RuntimeError):
-    """The server could not prepare itself, or has ended."""
+    """The server could not prepare itself or has ended."""
 
 
 def import_torch() -> None:
@@ -36,8 +36,8 @@ def import_torch() -> None:
 
 
 def import_training() -> None:
-    """Import all that a training run does. On a machine with GPUs torch alone: CUDA does not survive a fork, so the forked
-    processes import the rest."""
+    """Import everything that a training run imports; on a machine with GPUs, torch alone. CUDA does not survive a fork, so
+    there the forked processes import the rest."""
     import_torch()
     import torch
 
@@ -52,12 +52,12 @@ def import_training() -> None:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a server does before it forks. Processes that ask for the same share a server.
+    """What a server does before it forks. Processes that need the same preparation share a server.
 
     Attributes:
-        call: called first, importable by name.
+        call: a function, importable by name, that is called first.
         import_first: folders whose packages are imported in place of the installed ones.
-        environment: variables that are set from the start, as (name, value).
+        environment: (name, value) of each variable that is set from the start.
     """
 
     call: Callable[[], object] = import_training
@@ -69,14 +69,14 @@ _servers: dict[Preparation, ForkServer] = {}
 
 
 def server_for(preparation: Preparation) -> ForkServer:
-    """This process's server with that preparation, started when first asked for."""
+    """This process's server with that preparation, started at the first call."""
     if preparation not in _servers or not _servers[preparation].is_alive():
         _servers[preparation] = ForkServer(preparation)
     return _servers[preparation]
 
 
 class ForkServer:
-    """A process that forks others. It and they end with the process that started it.
+    """A process that forks others. All of them end with the process that started it.
 
     Raises:
         ForkServerError: the preparation failed; the message is its traceback.
@@ -108,14 +108,14 @@ class ForkServer:
         return self._process.is_alive()
 
     def fork(self, target: Callable[..., None], *args: Any) -> tuple[int, Connection]:
-        """Call `target(connection, *args)` in a forked process, in a session and process group of its own, with this process's
-        working directory and environment as they are now. It is killed, with its group, when this process ends.
+        """Call `target(connection, *args)` in a forked process with a new session and process group, and with the working
+        directory and environment that this process has now. It is killed, with its group, when this process ends.
 
         Returns:
-            Its process id, and the other end of the connection.
+            Its process id and the other end of the connection.
         """
         ours, theirs = multiprocessing.Pipe()
-        # The server does not unpickle the call: what its modules import, Triton for one, would be in every later process too.
+        # The server does not unpickle the call: every later process would inherit what its modules import, such as Triton.
         call = pickle.dumps((target, args))
         with theirs:
             self._control.send(("fork", call, os.getcwd(), {**os.environ, **self._environment}))
@@ -123,10 +123,10 @@ class ForkServer:
         return self._answer(), ours
 
     def end(self, pid: int, patience: float = 0.0) -> int | None:
-        """Wait `patience` seconds for a forked process to end, then kill it; kill what is left of its group.
+        """Wait up to `patience` seconds for a forked process to end, then kill it and what is left of its group.
 
         Returns:
-            Its exit code: minus the signal's number where one killed it; None where it was ended before, or its server was.
+            Its exit code: minus the signal's number if a signal killed it; None if it, or its server, had been ended before.
         """
         try:
             self._control.send(("end", pid, patience))
@@ -136,7 +136,7 @@ class ForkServer:
             return None
 
     def close(self) -> None:
-        """End the server, with which everything forked ends. Only at the end of this process, or after an error."""
+        """End the server and with it every forked process. Only for the end of this process, or after an error."""
         self._process.kill()
         self._process.join()
         self._control.close()
@@ -149,8 +149,8 @@ class ForkServer:
 
 
 def _serve(preparation: Preparation, control: Connection) -> None:
-    """The life of a server."""
-    os.setsid()  # an interrupt at the terminal is not for it
+    """Run a server until its parent ends."""
+    os.setsid()  # an interrupt at the terminal must not reach it
     inherited = dict(os.environ)
     sys.path[:0] = preparation.import_first
     try:
@@ -159,7 +159,7 @@ def _serve(preparation: Preparation, control: Connection) -> None:
         control.send(traceback.format_exc())
         return
     gc.collect()
-    gc.freeze()  # what is imported is shared with the forked processes, and their collections need not look at it
+    gc.freeze()  # forked processes share the imported modules, which their collector need not visit
     control.send(None)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -180,7 +180,7 @@ def _serve(preparation: Preparation, control: Connection) -> None:
         else:
             pid, patience = request
             control.send(_end(children.pop(pid), patience) if pid in children else None)
-    os._exit(0)  # without waiting for what was forked, which ends now
+    os._exit(0)  # without waiting for the forked processes, which end now
 
 
 def _run(
@@ -191,7 +191,7 @@ def _run(
     directory: str,
     environment: dict[str, str],
 ) -> None:
-    """The life of a forked process."""
+    """Run a forked process."""
     control.close()
     os.setsid()
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Problems for the output head, one for each of its losses, to run with either implementation of a chunk.
+"""Test problems for the output head, one for each of its losses, to run with either implementation of a chunk.
 
 S rows, T loss rows, D of them with a teacher, H and G hidden of student and teacher, V columns of one rank.
 """
@@ -44,7 +44,7 @@ HEADS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """`columns` of each rank, of which `size` in all are real tokens; logits have a standard deviation of `spread`."""
+    """`columns` per rank, of which `size` in all are real tokens; the logits have a standard deviation of `spread`."""
 
     columns: int
     size: int
@@ -58,7 +58,7 @@ class Sizes:
 def run_head(
     name: str, sizes: Sizes, dtype: torch.dtype, kernels: Any, group: Any = None, rank: int = 0, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weighs every output."""
+    """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weights every output."""
     shared, own = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4 + rank)
 
     def normal(*shape: int, generator: torch.Generator = shared, scale: float = 1.0) -> Tensor:
@@ -104,10 +104,11 @@ def run_head(
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rounding: float) -> None:
-    """Equal to a few roundings of the largest element: where a gradient nearly cancels, its terms' rounding remains.
+    """Equal to within a few roundings of the largest element: where a gradient nearly cancels, the rounding errors of its terms
+    remain.
 
     Args:
-        rounding: of the matrix products' type, for the gradients; statistics are float32 in any case.
+        rounding: unit roundoff of the matrix products, for the gradients; statistics are always float32.
     """
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 def quiet(total: int) -> Any:
-    """No progress bar."""
+    """Accepts progress and shows nothing."""
     return lambda num_bytes: None
 
 
@@ -20,7 +20,7 @@ def all_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bytes(one: Path, other: Path) -> None:
-    """Two HF folders hold the same tensors: names, dtypes, shapes and bytes."""
+    """Assert that two HF folders hold the same tensors: names, dtypes, shapes and bytes."""
     left, right = all_tensors(one), all_tensors(other)
     assert left.keys() == right.keys()
     for name, tensor in left.items():

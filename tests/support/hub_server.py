@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on this machine: the routes that downloading a snapshot and uploading a folder ask for."""
+"""A small Hugging Face hub on this machine, with the routes that downloading a snapshot and uploading a folder need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def files_of(folder: Path) -> Files:
 
 
 def use_hub(address: str, cache: Path, *, offline: bool = False) -> ExitStack:
-    """In this process, whatever it has imported: `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE`. Close it to go back."""
+    """Set `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` in this process, whatever it has already imported, until closed."""
     import datasets
     import huggingface_hub
     from huggingface_hub import constants
@@ -41,11 +41,11 @@ def use_hub(address: str, cache: Path, *, offline: bool = False) -> ExitStack:
 
 
 class HubServer:
-    """Serves repositories, `org/name` or `datasets/org/name`, from memory. A context manager.
+    """A context manager that serves repositories, `org/name` or `datasets/org/name`, from memory.
 
     Attributes:
-        address: for `HF_ENDPOINT`.
-        asked: what was asked for: `GET /path`, in order.
+        address: the value for `HF_ENDPOINT`.
+        asked: the requests so far, such as `GET /path`, in order.
         gated: repositories that nobody may read.
         private: repositories that were made private.
     """
@@ -67,20 +67,20 @@ class HubServer:
         self._server.server_close()
 
     def commit(self, repository: str, files: Mapping[str, bytes]) -> str:
-        """Make a commit, the newest of `main`; returns its hash."""
+        """Make a commit, which becomes the newest of `main`; returns its hash."""
         commits = self._commits.setdefault(repository, {})
         digest = hashlib.sha1(repr((repository, len(commits), sorted(files.items()))).encode()).hexdigest()
         commits[digest] = dict(files)
         return digest
 
     def make(self, repository: str) -> bool:
-        """An empty repository; False where it is there already."""
+        """Make an empty repository; returns False if it exists already."""
         new = not self.has(repository)
         self._commits.setdefault(repository, {})
         return new
 
     def find(self, repository: str, revision: str | None) -> tuple[str, Files] | None:
-        """A commit and its files; None where there is no such revision."""
+        """A commit and its files; None if there is no such revision."""
         commits = self._commits[repository]
         digest = next(reversed(commits), None) if revision in (None, "main") else revision
         return None if digest not in commits else (str(digest), commits[str(digest)])
@@ -181,9 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def _oid(data: bytes) -> str:
-    """As git names a file's content."""
+    """Git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

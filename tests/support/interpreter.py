@@ -6,10 +6,10 @@ from typing import Any
 
 
 def patch_language_once() -> None:
-    """Let the interpreter keep its versions of Triton's operations in place.
+    """Make the interpreter patch Triton's operations once and keep them patched.
 
-    By itself it searches Triton's modules and puts them in place whenever a kernel is launched or calls a function, which takes
-    half of a kernel's time. A process that interprets compiles nothing, so they may stay.
+    By default it searches Triton's modules and patches them whenever a kernel is launched or calls a function, which takes half
+    of a kernel's time. A process that interprets kernels compiles none, so the patches may stay.
     """
     from triton.runtime import interpreter
 
@@ -20,7 +20,7 @@ def patch_language_once() -> None:
         module = id(function.__globals__)
         if module not in patched:
             patched.add(module)
-            patch(function)  # what it returns could undo this
+            patch(function)  # the scope that it returns could undo the patches
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once

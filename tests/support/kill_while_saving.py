@@ -1,7 +1,7 @@
 """Kill a process that does nothing but save, many times: python -m tests.support.kill_while_saving FOLDER KILLS.
 
-Prints one word per kill: `whole` if the checkpoint that `latest` names has every byte it was written with. A process that
-has everything imported forks each victim, so a kill costs no start-up.
+It prints one word per kill: `whole` if the checkpoint that `latest` names has every byte it was written with. A process that
+has imported everything forks each victim, so a kill costs no start-up time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.launching import WriteResults  # noqa: E402
 
 
 def save_for_ever(folder: Path, directory: Path, first: int) -> None:
-    """Checkpoint after checkpoint, asynchronously, each with the step before being completed by the next."""
+    """Save checkpoint after checkpoint asynchronously; each save completes the one before it."""
     initialize_distributed(timeout_minutes=5)
     config = load_config([f"student.path={folder}/student", "objective=grpo", "optimizer.name=sgd"])
     student = Student(config, world_size=1, vocab_size=60)
@@ -37,12 +37,12 @@ def save_for_ever(folder: Path, directory: Path, first: int) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the manifest describes exactly the files that are there."""
+    """Whether the manifest describes exactly the files that exist."""
     return checksum(path, files_below(path)) == read_manifest(path)
 
 
 def main(folder: Path, kills: int) -> None:
-    """One victim after the other, each killed with the processes it started at a random moment of its second save or later."""
+    """Kill one victim after another, each with the processes it started, at a random moment of its second save or later."""
     moments = random.Random(0)
     directory = folder / "run" / "checkpoints"
     directory.parent.mkdir()

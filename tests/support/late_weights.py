@@ -1,4 +1,4 @@
-"""Runs whose gathered weights come as late as they may."""
+"""Runs in which the gathered weights arrive as late as possible."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OVERLAPPED = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=tr
 
 
 def train_with_late_weights_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`train_on_rank`, with weights that arrive when they are waited for: until then what other ranks have updated is NaN; and
-    with garbage collected before every micro-batch, and only then. `found` has how many gathers there were, and how many of
+    """`train_on_rank`, with weights that arrive only when they are waited for: until then, what other ranks have updated is
+    NaN. Garbage is collected before every micro-batch and at no other time. `found` has the number of gathers, and how many of
     them nobody had waited for when the run ended."""
     from kdrl_mcore.parallel.platform import prepare_platform
 

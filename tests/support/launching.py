@@ -1,7 +1,7 @@
-"""Start ranks as torchrun does, many times: `Launcher` in the test, `serve` in a process beside it.
+"""Start ranks as torchrun does, many times: `Launcher` runs in the test, `serve` in a second process.
 
-That process is forked from the one that the pools of ranks come from, with everything imported, and forks each rank, so a start
-costs no imports. It holds the store, as torchrun's agent does, and when a rank ends badly it ends the others.
+The second process is forked, with everything imported, from the fork server that the pools of ranks use, and forks each rank,
+so a start costs no imports. It holds the store, as torchrun's agent does, and ends all ranks when one fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ended:
     """How a run ended.
 
     Attributes:
-        codes: of each rank; minus a signal's number where one killed it.
+        codes: the exit code of each rank; minus the signal's number if a signal killed it.
         output: what the ranks wrote to standard output and standard error.
     """
 
@@ -39,9 +39,10 @@ class Ended:
 
 
 class Strike(NamedTuple):
-    """A signal to every rank, `after` seconds since the one before, once `file` has so many lines.
+    """A signal to every rank, sent once `file` has at least `lines` lines and `after` seconds have passed since the last
+    signal.
 
-    `to`: the leader alone, or the process group of each rank: then it comes twice, as from the terminal and from torchrun.
+    `to`: each rank's process alone ("leader"), or its process group; a group gets it twice, as from a terminal and torchrun.
     """
 
     file: str
@@ -52,7 +53,7 @@ class Strike(NamedTuple):
 
 
 class Launcher:
-    """Starts runs, one after the other. A context manager."""
+    """A context manager that starts runs, one after the other."""
 
     def __enter__(self) -> Launcher:
         self._server = server_for(Preparation())
@@ -60,38 +61,38 @@ class Launcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._server.end(self._pid)  # its ranks notice, and end
+        self._server.end(self._pid)  # its ranks notice this and end
         self._connection.close()
 
     def train(
         self, ranks: int, overrides: Sequence[str], log: Path, strikes: Sequence[Strike] = (), own_processes: bool = False
     ) -> Ended:
-        """One `kdrl_mcore.train` on so many ranks.
+        """Run `kdrl_mcore.train` once on so many ranks.
 
         Args:
-            strikes: signals that come meanwhile, in this order.
-            own_processes: each rank starts all the processes of a checkpoint itself, as without this launcher.
+            strikes: signals that are sent meanwhile, in this order.
+            own_processes: whether each rank starts all processes of a checkpoint itself, as it does without this launcher.
         """
         self._connection.send((ranks, list(overrides), str(log), list(strikes), own_processes))
         return Ended(self._connection.recv(), log.read_text())
 
 
 class WriteResults:
-    """Carries what Megatron-Core's checkpoint writers did back to the processes that started them, for all the processes
-    forked here. Else each starts a process of its own for that, which imports torch at the first checkpoint."""
+    """Returns the results of Megatron-Core's checkpoint writers to the processes that started them, for all processes forked
+    here. Otherwise each would start another process for that, which imports torch at the first checkpoint."""
 
     def __init__(self) -> None:
         self._manager = multiprocessing.get_context("spawn").Manager()
 
     def use(self) -> None:
-        """In a forked process, before its first checkpoint."""
+        """Use these results; called in a forked process before its first checkpoint."""
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         filesystem_async._results_queue = self._manager.Queue()
 
 
 def serve(connection: Connection) -> None:
-    """Run what the test sends, one after the other."""
+    """Run what the test sends, one run after the other."""
     os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -99,7 +100,7 @@ def serve(connection: Connection) -> None:
     import torch.distributed as dist
 
     import kdrl_mcore.cli.train
-    import kdrl_mcore.trainer  # noqa: F401 - with all that a run imports
+    import kdrl_mcore.trainer  # noqa: F401 - with everything that a run imports
 
     results = WriteResults()
     while True:
@@ -118,7 +119,7 @@ def _fork(rank: int, ranks: int, port: int, overrides: list[str], log: str, resu
         return child
     code = 1
     try:
-        os.setsid()  # what a rank starts dies with it
+        os.setsid()  # the processes that a rank starts are killed with it
         _die_with(parent)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
@@ -181,7 +182,7 @@ def _wait_for(children: list[int], strikes: list[Strike]) -> list[int]:
                 if codes[rank] and deadline is None:
                     deadline = time.monotonic() + PATIENCE
         time.sleep(0.02)
-    for child in children:  # the writers and verifiers of a rank that was killed
+    for child in children:  # the checkpoint writers and verifiers of a rank that was killed
         try:
             os.killpg(child, signal.SIGKILL)
         except ProcessLookupError:

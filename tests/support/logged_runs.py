@@ -1,4 +1,4 @@
-"""Run directories whose metrics a logger follows, in this process."""
+"""Run directories whose metrics a logger in this process follows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORDED = "tests.support.recorded_logger:RecordedLogger"
 
 
 def new_run(run_dir: Path, *overrides: str) -> Path:
-    """A run without a step yet."""
+    """A run that has made no step yet."""
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(load_config(["objective=grpo", f"run.dir={run_dir}", *overrides]), run_dir / "config.yaml")
     write(run_dir)
@@ -21,7 +21,7 @@ def new_run(run_dir: Path, *overrides: str) -> Path:
 
 
 def write(run_dir: Path, *steps: int, after: int | None = None, reward: float = 0.0) -> None:
-    """More steps; with `after`, the run has gone back to that one."""
+    """Append steps; with `after`, the run first goes back to that step."""
     with MetricsLog(run_dir) as log:
         if after is not None:
             log.truncate_after(after)
@@ -30,7 +30,7 @@ def write(run_dir: Path, *steps: int, after: int | None = None, reward: float = 
 
 
 def follow(run_dir: Path, name: str = RECORDED, step: int = 0, failed: bool = False) -> list[str]:
-    """Log all there is and close; returns the warnings."""
+    """Log everything and close; returns the warnings."""
     warnings: list[str] = []
     follower = Follower(run_dir, name, step, warnings.append)
     assert follower.send() == (not warnings)
@@ -39,12 +39,12 @@ def follow(run_dir: Path, name: str = RECORDED, step: int = 0, failed: bool = Fa
 
 
 def logged_rows() -> list[tuple[int, dict[str, float]]]:
-    """Steps with the numbers that are hard to write down."""
+    """Steps with values that are hard to write: NaN and infinity."""
     return [(1, {"reward": 0.5, "eval/pass@4": math.nan}), (2, {"reward": math.inf, "time/step": 2.0})]
 
 
 def twice(run: Path, name: str) -> None:
-    """A run of two steps that was interrupted, goes back to its first and makes three."""
+    """A run that is interrupted after two steps, goes back to the first and completes three."""
     with MetricsLog(run) as log:
         for step, metrics in logged_rows():
             log.write(step, metrics)

@@ -1,4 +1,4 @@
-"""Runs that train adapters, held against `peft`."""
+"""Runs that train adapters, compared with `peft`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK, ALPHA = 4, 6.0
 
 @dataclass(frozen=True)
 class Adapted:
-    """A student with random adapters, a teacher (None: the student without them), and rollouts."""
+    """A student with random adapters, a teacher (None: the student without its adapters), and rollouts."""
 
     student: Path
     adapter: Path
@@ -57,8 +57,8 @@ def check(
     run: Path,
     reference: Path | None = None,
 ) -> int:
-    """One update: loss, log-probs of every token, the gradient of every factor and its norm are those of `peft`. Returns how
-    many models a rank has loaded."""
+    """In one update the loss, the log-probs of every token, the gradient of every factor and the gradient's norm are those of
+    `peft`. Returns how many models a rank has loaded."""
     expected, gradients = adapters.kdrl_of_adapters(
         adapted.student, adapted.adapter, adapted.teacher or adapted.student, rows, settings, reference
     )
@@ -77,7 +77,7 @@ def check(
 
 
 def score_and_count_models_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`score_and_train_on_rank`; `found["models"]` is how many models this rank has built."""
+    """`score_and_train_on_rank`; `found["models"]` is the number of models that this rank has built."""
     from unittest.mock import patch
 
     from kdrl_mcore.parallel.platform import prepare_platform
@@ -100,9 +100,9 @@ def score_and_count_models_on_rank(overrides: Sequence[str]) -> Outcome:
 
 
 def all_reduces_on_rank(overrides: Sequence[str]) -> Any:
-    """`train_on_rank`; `found` has the elements of each all-reduce of the tensor-parallel group during the update's passes and
-    the reduction of gradients, and what is kept for the update: elements of gradient buffers and of the optimizer's state, and
-    whether any frozen weight has a gradient."""
+    """Run `train_on_rank`. `found` has the number of elements of each all-reduce over the tensor-parallel group during the
+    update's passes and the reduction of gradients; the number of elements that the gradient buffers and the optimizer's state
+    keep; and whether any frozen weight has a gradient."""
     from unittest.mock import patch
 
     from kdrl_mcore.parallel.platform import prepare_platform

@@ -1,4 +1,4 @@
-"""A training run whose vLLM engines are killed every few steps, at moments that a seed draws.
+"""A training run whose vLLM engines are killed every few steps, at moments drawn from a seed.
 
 python -m tests.support.mortal_engines SEED OVERRIDE...
 """

@@ -1,4 +1,4 @@
-"""The newer Megatron-Core that `make setup` puts beside the installed one."""
+"""The newer Megatron-Core that `make setup` installs next to the default one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ needs_newer_core = pytest.mark.skipif(
 
 
 def version_on_rank() -> tuple[str, str]:
-    """The version that this rank has imported, and from where."""
+    """The version that this rank has imported, and its file."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -26,6 +26,6 @@ def version_on_rank() -> tuple[str, str]:
 
 
 def assert_newer(pool: RankPool) -> None:
-    """That it was the newer version which ran."""
+    """Assert that the ranks have imported the newer version."""
     for version, file in pool.run(version_on_rank):
         assert version.startswith("0.19.") and Path(file).is_relative_to(BESIDE)

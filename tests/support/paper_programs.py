@@ -1,6 +1,6 @@
-"""Small programs with and without a mistake: run by a rank on paper CUDA, which refuses the wrong ones only.
+"""Small programs with and without a mistake, run by a rank on paper CUDA, which refuses only the wrong ones.
 
-Each takes whether it is `right`. What CUDA would refuse, or silently spoil, is the other way.
+Each has an argument, `right`. If it is False, the program does what CUDA would refuse or silently corrupt.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ PROGRAMS: dict[str, tuple[Callable[[bool], Any], type[Exception], str]] = {
 
 
 def run_program(name: str, right: bool) -> str | None:
-    """Run one on this rank: how it was refused (the error's type and message), or None."""
+    """Run a program on this rank; returns the type and the message of the error that refused it, or None."""
     program, error, _ = PROGRAMS[name]
     try:
         program(right)
@@ -249,7 +249,7 @@ def run_program(name: str, right: bool) -> str | None:
 
 
 def count_syncs() -> dict[str, int]:
-    """How often the host waits in one call of each kind."""
+    """The number of host syncs in one call of each kind."""
     from tests.paper_cuda.syncs import syncs
 
     tensor = gpu(4)
@@ -282,7 +282,7 @@ def count_syncs() -> dict[str, int]:
 
 
 def measure_memory() -> dict[str, int]:
-    """The ledger around an allocation of 1 MiB, a view that outlives it, and the end of both."""
+    """What the ledger says around an allocation of 1 MiB, a view that outlives it, and the release of both."""
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

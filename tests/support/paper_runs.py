@@ -1,4 +1,4 @@
-"""Training runs on paper CUDA, as the pools' ranks make them."""
+"""Training runs on paper CUDA, as functions for a pool of ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.training import QUIET, Outcome, train_on_rank
 
 
 def train_on_paper(overrides: Sequence[str], triton: bool = False) -> Outcome:
-    """`train_on_rank`, with the output head in interpreted Triton, or in torch, and then with a fused SwiGLU that rounds as the
-    plain one does: so that the CPU's digits are to be expected.
+    """`train_on_rank`, with the output head in interpreted Triton or in torch; in torch, the fused SwiGLU also rounds as the
+    plain one does, so that the CPU's digits are expected.
 
-    `found` has of each phase this rank's host syncs by line ("syncs") and forward passes in training ("passes"), and at the
-    beginning of each phase its name, the bytes of GPU memory that are alive, and those of what a run keeps all the time
-    ("phases": `kept_bytes`).
+    `found` has, for each phase, this rank's host syncs by line ("syncs") and its forward passes in training ("passes"). For the
+    beginning of each phase it has the phase's name, the allocated bytes of GPU memory, and the bytes of what a run keeps all
+    the time ("phases": `kept_bytes`).
     """
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -68,7 +68,8 @@ def train_on_paper(overrides: Sequence[str], triton: bool = False) -> Outcome:
 
 
 def train_in_shapes_of_a_gpu(overrides: Sequence[str]) -> Outcome:
-    """`train_on_rank` on the CPU, decoding over padded keys and with a look in 16 tokens as on a GPU: sums of equal order."""
+    """`train_on_rank` on the CPU, decoding over padded keys and looking for finished responses every 16 tokens, as on a GPU:
+    sums then have the same order."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -83,10 +84,11 @@ def train_in_shapes_of_a_gpu(overrides: Sequence[str]) -> Outcome:
 
 
 def train_beside_an_engine(overrides: Sequence[str], port: int) -> Outcome:
-    """`train_on_paper` with vLLM's engine colocated: the product's side is whole, refit by CUDA IPC included; the engine is the
-    weight receiver at `port`, and answers every request with the same two tokens.
+    """`train_on_paper` with a colocated vLLM engine. The trainer's side is complete, with refit by CUDA IPC; the engine is the
+    weight receiver at `port`, which answers every request with the same two tokens.
 
-    `found` has "awake" too: whenever the engine has or takes memory, the bytes of GPU memory alive, and of what is kept.
+    `found` also has "awake": the allocated bytes of GPU memory, and the bytes of what is kept, whenever the engine has or
+    allocates memory.
     """
     from kdrl_mcore import build
     from kdrl_mcore.rollout.vllm.placement import Replicas
@@ -151,7 +153,7 @@ def train_beside_an_engine(overrides: Sequence[str], port: int) -> Outcome:
 
 
 def kept_bytes(job: Any) -> dict[str, int]:
-    """GPU memory of the student's weights, gradients and optimizer state, and of the teacher."""
+    """Bytes of GPU memory of the student's weights, gradients and optimizer state, and of the teacher."""
     from kdrl_mcore.parallel.host_state import state_tensors
     from tests.paper_cuda.memory import Block, mark_of
 
@@ -183,7 +185,7 @@ def _plain_swiglu_back(d_out: Tensor, inputs: Tensor) -> Tensor:
 
 
 def paper_overrides(folder: Path, run: Path, student: str = "student") -> list[str]:
-    """A run that goes through everything: self-test, sampling, evaluation, checkpoint, export."""
+    """A run with every phase: self-test, sampling, evaluation, checkpoint, export."""
     return [
         f"run.dir={run}",
         f"student.path={folder / student}",

@@ -1,6 +1,6 @@
-"""A pool of ranks: processes joined in one torch.distributed world, kept alive and reused by many tests.
+"""A pool of ranks: processes that share one torch.distributed world, kept alive and reused by many tests.
 
-Ranks are forked from a process that has imported what they need, and running a function on a started pool costs nothing.
+Ranks are forked from a process that has imported what they need. Running a function on a started pool costs almost nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class RankDiedError(RuntimeError):
 
 
 class RankTimeoutError(TimeoutError):
-    """Some ranks did not finish in time; their stacks are on stderr."""
+    """Some ranks did not finish in time; their stacks have been written to stderr."""
 
 
 @dataclass
 class _Answer:
-    """What one rank sent back: a result, or an exception (None if it cannot be pickled) with its traceback."""
+    """The answer of one rank: a result, or an exception (None if it cannot be pickled) with its traceback."""
 
     result: Any = None
     failed: bool = False
@@ -58,19 +58,19 @@ class _Rank:
 
 
 class RankPool:
-    """`world_size` processes that run functions together, each with torch.distributed initialised and torchrun's environment.
+    """`world_size` processes that run functions together, with torch.distributed initialised and torchrun's environment.
 
-    Processes start at the first `run`. After a timeout, a dead rank, or an exception that only some ranks had, they are
-    killed, and the next `run` starts new ones: a failure stays in the test it belongs to.
+    The processes start at the first `run`. After a timeout, the death of a rank, or an exception on some ranks only, they are
+    killed, and the next `run` starts new ones: a failure does not spread to the next test.
 
     Args:
-        prepare: called in each rank before it joins the world, importable by name, and before anything of this project or of
-            Megatron-Core is imported.
+        prepare: a function, importable by name, that each rank calls before it joins the world and before it imports anything
+            of this project or of Megatron-Core.
         import_first: folders whose packages the ranks import in place of the installed ones.
-        environment: variables that are set before the ranks' process imports torch, and in the ranks.
-        backend: of the world.
-        preload: called once in the process from which the ranks are forked, importable by name. By default it imports all that
-            a training run does; where there is a `prepare`, torch alone.
+        environment: variables that are set before torch is imported, and in the ranks.
+        backend: torch.distributed's backend for the world.
+        preload: a function, importable by name, that is called once in the process from which the ranks are forked. By default
+            it imports everything that a training run imports; with a `prepare`, torch alone.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class RankPool:
         return [rank.pid for rank in self._ranks]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-        """Call `function(*args)` on every rank at once and return the results by rank.
+        """Call `function(*args)` on all ranks at once and return the results by rank.
 
         Args:
-            function: importable by name in another process (defined at a module's top level); arguments and results are
-                pickled.
-            timeout: seconds, not counting the start of the pool.
+            function: importable by name in another process, that is, defined at the top level of a module; arguments and
+                results are pickled.
+            timeout: in seconds, not counting the start of the pool.
 
         Raises:
-            Exception: what the lowest failed rank raised, with that rank's traceback as a note.
-            ForkServerError: the ranks' process cannot be prepared.
+            Exception: the exception of the lowest rank that failed, with that rank's traceback as a note.
+            ForkServerError: the process from which the ranks are forked cannot be prepared.
             RankDiedError: a rank's process ended.
             RankTimeoutError: not all ranks finished in time.
         """
@@ -121,27 +121,27 @@ class RankPool:
         failed = {rank: answer for rank, answer in answers.items() if answer.failed}
         if not failed:
             return [answers[rank].result for rank in range(self.world_size)]
-        # Ranks that all stopped with one kind of error are in step with each other; anything else may have left half a
-        # collective behind.
+        # If all ranks raised the same type of error they are in step with each other; anything else may have left a
+        # collective half finished.
         if len(failed) < self.world_size or len({type(answer.exception) for answer in failed.values()}) > 1:
             self.close()
         first = min(failed)
         raise _exception_of(first, failed[first])
 
     def close(self) -> None:
-        """Kill the ranks and everything they started. The next `run` starts anew."""
+        """Kill the ranks and everything they started. The next `run` starts new ones."""
         for rank in self._ranks:
             rank.server.end(rank.pid)
             rank.connection.close()
         self._ranks, self._store = [], None
 
     def _start(self) -> None:
-        # Nobody has asked them anything, so what comes from a rank now is its end.
+        # The ranks have not been asked anything yet, so only the end of a rank can make its connection readable.
         if self._ranks and not wait([rank.connection for rank in self._ranks], 0):
             return
         self.close()
         server = server_for(self.preparation)
-        # The store lives in this process, as in torchrun's agent: its port is known to be free and ranks only connect.
+        # The store lives in this process, as in torchrun's agent: its port is known to be free, and ranks only connect to it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
             settings = (index, self.world_size, self._store.port, self._prepare, self._backend)
@@ -153,7 +153,7 @@ class RankPool:
                 raise _exception_of(index, answer)
 
     def _collect(self, what: str, timeout: float) -> dict[int, _Answer]:
-        """The answers of the ranks: all of them, or those that came soon enough after the first failure."""
+        """The answers of all ranks, or those that came soon enough after the first failure."""
         deadline = time.monotonic() + timeout
         answers: dict[int, _Answer] = {}
         dead: dict[int, int | None] = {}
@@ -178,7 +178,7 @@ class RankPool:
             late = [index for index in range(self.world_size) if index not in answers]
             for index in late:
                 os.kill(self.pids[index], signal.SIGUSR1)
-            time.sleep(0.5)  # for the stacks to be written
+            time.sleep(0.5)  # time to write the stacks
             raise RankTimeoutError(f"ranks {late} of {self.world_size} did not finish {what} in {timeout:g} s")
         return answers
 
@@ -193,8 +193,8 @@ def _exception_of(rank: int, answer: _Answer) -> BaseException:
 def _serve(
     connection: Connection, rank: int, world_size: int, port: int, prepare: Callable[[], object] | None, backend: str
 ) -> None:
-    """The life of a rank: join the world, then run what arrives until killed."""
-    faulthandler.enable()  # a rank that dies of a signal leaves its threads' stacks
+    """Run a rank: join the world, then run the functions that arrive until killed."""
+    faulthandler.enable()  # a rank that a signal kills prints the stacks of its threads
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(
         RANK=str(rank),
@@ -230,8 +230,8 @@ def _call(task: bytes) -> Any:
 
 
 def _destroy_left_groups() -> None:
-    """Destroy the process groups that the function before left behind: each keeps threads that wake up for ever. All ranks have
-    answered by now, so nobody uses them any more."""
+    """Destroy the process groups that the last function left: each has threads that keep waking up. All ranks have answered, so
+    none uses these groups any more."""
     if "megatron.core.parallel_state" in sys.modules:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     left = set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}
@@ -244,15 +244,15 @@ def _destroy_left_groups() -> None:
 
 
 def _answer(function: Callable[..., Any], *args: Any) -> bytes:
-    """The pickled answer; a result that cannot be pickled is a failure like any other."""
+    """The pickled answer; a result that cannot be pickled counts as a failure."""
     try:
         return pickle.dumps(_Answer(result=function(*args)))
-    except BaseException as error:  # SystemExit too: the test must see it, and the rank lives on
+    except BaseException as error:  # SystemExit too: the test must see it, and the rank stays alive
         trace = "".join(traceback.format_exception(error))
         error.__traceback__ = error.__cause__ = error.__context__ = None
         try:
             answer = pickle.dumps(_Answer(failed=True, exception=error, trace=trace))
             pickle.loads(answer)
             return answer
-        except Exception:  # an exception class that cannot be pickled, or not be made again
+        except Exception:  # an exception that cannot be pickled or unpickled
             return pickle.dumps(_Answer(failed=True, trace=trace))

@@ -1,7 +1,8 @@
-"""An engine server without an engine: it receives weights as vLLM's workers do, and keeps them in a dictionary.
+"""An engine server without an engine: it receives weights as vLLM's workers do and keeps them in a dictionary.
 
-python -m tests.support.receiver WORKERS [cuda]     prints its port, then serves until its input ends; cuda: each worker has a
-GPU, on paper
+python -m tests.support.receiver WORKERS [cuda]     prints its port, then serves until its input ends
+
+With `cuda`, each worker has a paper GPU.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class DictWorker(WeightReceiver):
 
 
 class RemoteError(Exception):
-    """What the server says."""
+    """What the server reports as an error."""
 
 
 class DictServer:
-    """The client's side, as a trainer's rank holds it."""
+    """The client of a receiver, as a rank of the trainer uses it."""
 
     def __init__(self, index: int, port: int) -> None:
         self.index, self.address = index, f"127.0.0.1:{port}"
@@ -73,7 +74,7 @@ class DictServer:
 
 
 class Process:
-    """The server's process."""
+    """A receiver in a process, which it starts."""
 
     def __init__(self, workers: int, device: str = "cpu") -> None:
         self.process = subprocess.Popen(
@@ -148,8 +149,8 @@ if __name__ == "__main__":
 
 
 def assert_holds(receiver: Process, hf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Both workers hold the tensors of an HF folder, byte for byte, and no others; and they came layer by layer: an engine
-    keeps a layer's tensors until it has the last of them."""
+    """Both workers hold the tensors of an HF folder, byte for byte, and no others. The tensors came layer by layer, because an
+    engine keeps the tensors of a layer until it has the last of them."""
     receiver.client().post("save", {"folder": str(folder)})
     expected = all_tensors(hf)
     layers = re.findall(r"\.layers\.(\d+)\.", " ".join(receiver.client().post("order", {})))

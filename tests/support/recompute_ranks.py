@@ -1,4 +1,4 @@
-"""What the modules of a layer do in one update. The functions named `*_on_rank` are run by a `RankPool`."""
+"""Counts of module calls in one update. A `RankPool` runs the functions named `*_on_rank`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.training import train_on_rank
 
 
 def forward_calls_on_rank(overrides: Sequence[str]) -> dict[str, int]:
-    """How often each module of the layers ran forward during an update; the run has one step and one micro-batch."""
+    """How often each module of the layers ran forward during one update; the run has one step and one micro-batch."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

@@ -1,4 +1,4 @@
-"""Loggers of the tests, named as MODULE:NAME: one records what it is told, others fail or never answer."""
+"""Loggers for the tests, named as MODULE:NAME: one records its calls, others fail or never return."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BROKEN = "broken"
 
 
 def recorded(run_dir: Path) -> list[dict[str, Any]]:
-    """What the run's logger was told."""
+    """The calls of the run's logger."""
     return [json.loads(line) for line in (run_dir / RECORDED).read_text().splitlines()]
 
 
 class RecordedLogger:
-    """Writes what it is told to `RUN/recorded.jsonl`; keeps every value, as MLflow does."""
+    """Writes its calls to `RUN/recorded.jsonl`; keeps every value, as MLflow does."""
 
     def __init__(self, run: LoggedRun) -> None:
         self._run = run
@@ -43,7 +43,7 @@ class RecordedLogger:
 
 
 class StuckLogger(RecordedLogger):
-    """A service that never answers."""
+    """A service that never responds."""
 
     def __init__(self, run: LoggedRun) -> None:
         super().__init__(run)
@@ -51,7 +51,7 @@ class StuckLogger(RecordedLogger):
 
 
 class DyingLogger(RecordedLogger):
-    """A library that takes its process with it."""
+    """A library that ends its process."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         raise SystemExit(3)

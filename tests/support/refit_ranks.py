@@ -1,4 +1,4 @@
-"""What the ranks of the refit tests run."""
+"""Functions that the ranks of the refit tests run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def refit(
     dtype: str | None = None,
     catch: bool = True,
 ) -> dict[str, Any]:
-    """Send a model's weights to the servers at these ports, by the rank that drives them.
+    """Send a model's weights to the servers at `ports`, from the rank that drives them.
 
     Returns:
-        The result's fields, or `error`.
+        The fields of the result, or `error`.
     """
     from kdrl_mcore.errors import RefitError
     from kdrl_mcore.rollout.refit.refit import send_weights
@@ -63,7 +63,7 @@ def refit(
 
 
 def refit_adapted(path: str, layout: dict[str, Any], port: int, exported: str) -> dict[str, Any]:
-    """Give a model random adapters, send it to the server that rank 0 drives, and export it."""
+    """Give a model random adapters, send the model to the server that rank 0 drives, and export it."""
     from kdrl_mcore.config import LoraConfig
     from kdrl_mcore.convert.export import export_hf
     from kdrl_mcore.model.lora import adapters, add_adapters
@@ -84,7 +84,7 @@ def refit_adapted(path: str, layout: dict[str, Any], port: int, exported: str) -
 
 
 def sabotage(path: str, layout: dict[str, Any], port: int, fault: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """`refit` with something that goes wrong on the way; rank 0 drives the server at `port`."""
+    """`refit` with a fault on the way; rank 0 drives the server at `port`."""
     ports = {0: [port]}
     with FAULTS[fault]():
         return refit(path, layout, ports, **settings)
@@ -92,7 +92,7 @@ def sabotage(path: str, layout: dict[str, Any], port: int, fault: str, settings:
 
 @contextmanager
 def _damage_a_bucket() -> Iterator[None]:
-    """One bit changes between the rank that sends and the conversion_ranks."""
+    """One bit changes between the sending rank and the receiver."""
     from kdrl_mcore.rollout.refit.writer import WeightWriter
 
     publish = WeightWriter.publish
@@ -109,7 +109,7 @@ def _damage_a_bucket() -> Iterator[None]:
 
 @contextmanager
 def _lose_a_tensor() -> Iterator[None]:
-    """The rank that sends leaves one out."""
+    """The sending rank leaves out a tensor."""
     from kdrl_mcore.rollout.refit.writer import WeightWriter
 
     publish = WeightWriter.publish
@@ -123,7 +123,8 @@ def _lose_a_tensor() -> Iterator[None]:
 
 @contextmanager
 def _stop_or_kill(rank: int, with_signal: int) -> Iterator[None]:
-    """The signal goes to the thread that sends: sent to the process, another thread may take it, and this one would go on."""
+    """Send the signal to the sending thread: if it went to the process, another thread might handle it and this one would
+    continue."""
     from kdrl_mcore.rollout.refit import refit as module
 
     original = module.hf_tensors

@@ -1,4 +1,4 @@
-"""Run directories for the report, written by hand."""
+"""Made-up run directories for the report."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from tests.reference.tiny_models import make_qwen2, make_tokenizer
 
 
 class Interrupted(BaseException):
-    """Stands for the end of the process: nothing of the program catches it."""
+    """Stands for the end of the process: the program catches it nowhere."""
 
 
 def make_job(folder: Path) -> list[str]:
-    """Overrides of a deterministic run of KDRL with a beta that changes every step; its models and data are written."""
+    """Overrides of a deterministic KDRL run whose beta changes every step; writes its models and data."""
     for name, seed in (("student", 1), ("teacher", 2)):
         make_qwen2(folder / name, seed=seed, num_layers=2)
         make_tokenizer(folder / name)
@@ -49,8 +49,8 @@ def make_job(folder: Path) -> list[str]:
 
 
 def train(overrides: Sequence[str], accident: Callable[[], Any] = contextlib.nullcontext) -> tuple[int | None, str]:
-    """On a rank: one run, with an accident in it. Returns its exit code (None if it was interrupted) and what it printed to
-    standard error."""
+    """On a rank: one run, during which `accident` happens. Returns its exit code (None if it was interrupted) and what it
+    printed to standard error."""
     import torch
 
     from kdrl_mcore.cli.train import main
@@ -85,7 +85,7 @@ def _end(self: Any) -> None:
 
 
 def in_generation(call: int) -> Any:
-    """The run ends in the `call`-th generation, prompts drawn and half of a response sampled."""
+    """The run ends in the `call`-th generation, after the prompts are drawn and half of each response is sampled."""
     from kdrl_mcore.rollout.megatron import MegatronEngine
 
     decodes = 7  # in each generation of at most 8 tokens, the first of which comes from the prompt
@@ -93,7 +93,7 @@ def in_generation(call: int) -> Any:
 
 
 def in_an_update(call: int) -> Any:
-    """The run ends with gradients reduced and the optimizer not yet stepped."""
+    """The run ends after the gradients are reduced and before the optimizer steps."""
     from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
     stack = contextlib.ExitStack()
@@ -104,14 +104,14 @@ def in_an_update(call: int) -> Any:
 
 
 def in_a_save(call: int) -> Any:
-    """The run ends when a checkpoint's files are written and it is not yet announced."""
+    """The run ends after a checkpoint's files are written and before `latest` names it."""
     from kdrl_mcore.checkpointing.writer import CheckpointWriter
 
     return _instead(CheckpointWriter, "_publish", call, _end)
 
 
 def told_to_stop(call: int) -> Any:
-    """Rank 1 alone gets SIGTERM during a step."""
+    """Only rank 1 gets SIGTERM during a step."""
     import torch.distributed as dist
 
     from kdrl_mcore.rollout.megatron import MegatronEngine
@@ -125,7 +125,7 @@ def told_to_stop(call: int) -> Any:
 
 @contextmanager
 def on_a_full_disk(call: int) -> Iterator[None]:
-    """From the `call`-th save on, files end at 64 KiB: metrics still fit, shards of weights do not."""
+    """From the `call`-th save on, files are limited to 64 KiB: metrics still fit, shards of weights do not."""
     from kdrl_mcore.checkpointing.writer import CheckpointWriter
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -138,7 +138,7 @@ def on_a_full_disk(call: int) -> Iterator[None]:
 
 
 def without_its_file_system(call: int) -> Any:
-    """Before the `call`-th save the run directory moves away."""
+    """The run directory is moved away before the `call`-th save."""
     import torch.distributed as dist
 
     from kdrl_mcore.checkpointing.writer import CheckpointWriter
@@ -153,7 +153,7 @@ def without_its_file_system(call: int) -> Any:
 
 
 def rank_0_cannot_write(name: str, run_dir: Path, step: int) -> Any:
-    """A file that rank 0 alone writes into the checkpoint of `step`, the second one, cannot be opened."""
+    """A file that only rank 0 writes cannot be opened in the checkpoint of `step`, the second one."""
     import torch.distributed as dist
 
     from kdrl_mcore.student.student import Student
@@ -166,7 +166,7 @@ def rank_0_cannot_write(name: str, run_dir: Path, step: int) -> Any:
 
 
 def find(directory: str, resume: str = "auto") -> str:
-    """On a rank: what would be resumed from, or the error's message."""
+    """On a rank: the checkpoint that a run would resume from, or the message of the error."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -180,7 +180,8 @@ def find(directory: str, resume: str = "auto") -> str:
 
 
 def leave_write_results_process() -> int:
-    """On a rank: a process starts the one that brings it what its checkpoint writers did, and is killed. Returns its id."""
+    """On a rank: a process starts the one that returns the results of its checkpoint writers, and is killed. Returns the id of
+    the started process."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -203,7 +204,7 @@ def leave_write_results_process() -> int:
 
 
 def prune(directory: str, keep: int, newest: str) -> None:
-    """On a rank: delete old checkpoints as after writing `newest`."""
+    """On a rank: delete old checkpoints, as a run does after it has written `newest`."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -214,7 +215,7 @@ def prune(directory: str, keep: int, newest: str) -> None:
 
 @contextmanager
 def told_to_stop_in_the_export() -> Iterator[None]:
-    """Every rank gets SIGTERM when the student is exported."""
+    """Every rank gets SIGTERM while the student is exported."""
     import kdrl_mcore.trainer as trainer
 
     export = trainer.export_hf
@@ -229,7 +230,7 @@ def told_to_stop_in_the_export() -> Iterator[None]:
 
 @contextmanager
 def clock_stands_still(rank: int) -> Iterator[None]:
-    """On one rank: no checkpoint is ever long ago."""
+    """On one rank, the last checkpoint is never old."""
     import torch.distributed as dist
 
     from kdrl_mcore.trainer import Trainer
@@ -242,7 +243,7 @@ def clock_stands_still(rank: int) -> Iterator[None]:
 
 
 def tokens(run_dir: Path, step: int) -> list[tuple[Any, ...]]:
-    """What was sampled in a step, and its rewards."""
+    """The responses that were sampled in a step, and their rewards."""
     lines = (run_dir / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     return [(row["prompt_id"], row["response_token_ids"], row["sampler_log_probs"], row["reward"]) for row in found]

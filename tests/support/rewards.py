@@ -1,4 +1,4 @@
-"""Rewards that the tests name by their path."""
+"""Rewards that tests name by their import path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdrl_mcore.types import Rollout
 
 
 class LengthModulo(AnswerReward):
-    """The answer of a random model's response: its length modulo 3."""
+    """The answer of a random model's response is its length modulo 3."""
 
     def __init__(self, config: Any) -> None:
         pass
@@ -31,4 +31,4 @@ def fails_in_step_2(rollout: Rollout) -> float:
 
 
 class WithoutAScore(AnswerReward):
-    """It cannot be built."""
+    """A reward that cannot be built."""

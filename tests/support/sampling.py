@@ -1,4 +1,4 @@
-"""Prompts for the embedded engine, and what it samples from them on the ranks of a pool."""
+"""Prompts for the embedded engine, and the responses it samples for them on the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 def generate_on_rank(
     overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]], parts: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """For each sampling: the responses, and the log-probs that the trainer gives them.
+    """For each call of the sampler: the responses, and the log-probs that the trainer computes for them.
 
     Args:
-        parts: sample so many tokens at a time, with at most so many continuations.
+        parts: the number of tokens to sample at a time, and the largest number of continuations.
     """
     from kdrl_mcore.config import load_config
     from kdrl_mcore.parallel.platform import prepare_platform
@@ -65,7 +65,7 @@ def generate_on_rank(
 
 
 def in_parts(engine: Any, prompts: list[Any], sampling: Any, tokens: int, continuations: int) -> list[Any]:
-    """Every other prompt is begun a part later."""
+    """Sample in parts; every other prompt is begun one part later."""
     from kdrl_mcore.rollout.ledger import Draw, Entry
     from kdrl_mcore.rollout.partial import Parts
 
@@ -80,8 +80,8 @@ def in_parts(engine: Any, prompts: list[Any], sampling: Any, tokens: int, contin
 def generate_with_packed_weights(
     overrides: list[str], prompts: list[list[int]], samplings: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], int, int]:
-    """`generate_on_rank` as if every weight were a large one: what it samples, how many weights got a copy in each generation,
-    and how many copies are left."""
+    """`generate_on_rank` as if every weight were large: what it samples, how many weights were copied in each generation, and
+    how many copies are left."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

@@ -1,7 +1,7 @@
-"""A SLURM cluster of two small, unequal nodes on this machine: one slurmctld and two slurmd, started and stopped by the tests.
+"""A SLURM cluster of two small, unequal nodes on one machine: one slurmctld and two slurmd, which the tests start and stop.
 
-It needs SLURM's programs (Debian: apt-get install slurm-wlm) but neither root nor munge, and touches no configuration of the
-machine: everything lives in one folder.
+It needs SLURM's programs (Debian: apt-get install slurm-wlm), but neither root nor munge. It does not touch the machine's
+configuration: everything lives in one folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ needs_slurm = pytest.mark.skipif(
 
 
 class Cluster:
-    """Partition `low` (the default) can be preempted by partition `high`: its jobs get SIGTERM and are requeued."""
+    """Partition `high` can preempt partition `low`, the default, whose jobs then get SIGTERM and are requeued."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Cluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM knows of a job."""
+        """What SLURM says about a job."""
         words = self.run("scontrol", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -88,21 +88,21 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def end_of(self, number: str, seconds: float = 400) -> str:
-        """Wait until a job is over; its last state."""
+        """Wait until a job has ended; returns its last state."""
         self.wait(lambda: self.state(number) not in ("PENDING", "RUNNING", "COMPLETING"), f"the end of job {number}", seconds)
         return self.state(number)
 
     def start_again(self, number: str, restarts: int) -> None:
-        """Wait until a job was requeued for the `restarts`-th time, and start it soon.
+        """Wait until a job has been requeued for the `restarts`-th time, and let it start soon.
 
-        SLURM lets it rest for two minutes, so that no node still has the credential of the start before as revoked; that
-        takes until the next second. It may set the rest anew when the last node is cleaned up.
+        SLURM holds a requeued job for two minutes so that no node still lists the credential of the last start as revoked; one
+        second is enough for that. It may set the delay again when the last node has been cleaned up.
         """
 
         def started() -> bool:
             job = self.job(number)
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
-                # A job on its way back to the queue shows other states as well.
+                # A job that is being requeued passes through other states.
                 return job["Restarts"] == str(restarts) and job["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
             held = job["EligibleTime"] == "Unknown"
             if not held and datetime.fromisoformat(job["EligibleTime"]) - datetime.now() > timedelta(seconds=4):
@@ -112,7 +112,7 @@ class Cluster:
         self.wait(started, f"job {number} to start for the {restarts + 1}th time", 400)
 
     def wait_in_job(self, number: str, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
-        """Wait until `condition()` holds in a job that lasts."""
+        """Wait until `condition()` holds while the job runs."""
 
         def holds() -> bool:
             if not condition() and self.state(number) not in ("PENDING", "RUNNING", "COMPLETING"):
@@ -140,7 +140,8 @@ class Cluster:
 
 
 def _configuration(folder: Path, ports: list[int]) -> str:
-    """The number of the first job is a random one: the rendezvous' port is made of it, and other clusters may run here."""
+    """The number of the first job is random: the rendezvous port derives from it, and other clusters may run on this
+    machine."""
     user, host = getpass.getuser(), socket.gethostname().split(".")[0]
     nodes = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory={1000 * gpus} Gres=gpu:{gpus}"
@@ -176,7 +177,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
 
 def _gpus() -> str:
-    """SLURM's list of the nodes' GPUs. It wants each to be a device, and opens none."""
+    """SLURM's list of the nodes' GPUs. SLURM requires each to be a device file, but opens none."""
     devices = ("/dev/null", "/dev/zero", "/dev/full")
     return "".join(f"NodeName={node} Name=gpu File={device}\n" for node, gpus in NODES.items() for device in devices[:gpus])
 

@@ -1,4 +1,4 @@
-"""A job for a real SLURM, and how far it is."""
+"""A job for a real SLURM, and its progress."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from kdrl_mcore.monitoring.metrics import read_metrics
 
 
 def steps_done(run_dir: Path) -> list[int]:
-    """The steps in the run's metrics so far."""
+    """The steps that the run's metrics have so far."""
     if not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text():
         return []
     return [int(row["step"]) for row in read_metrics(run_dir)]
 
 
 def tiny_job_on(pair: str) -> list[str]:
-    """Overrides of a job of a few seconds on the student, teacher and prompts in a folder."""
+    """Overrides of a job that takes a few seconds, with the student, teacher and prompts of a folder."""
     return [
         "experiment=tiny_cpu",
         f"student.path={pair}/student",

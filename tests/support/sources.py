@@ -1,4 +1,4 @@
-"""Sources of rollouts over an engine that answers with what tells the prompt, the draws and the weights."""
+"""Sources of rollouts over an engine whose responses identify the prompt, the draws and the weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LAST_STEP = 4
 
 
 class Engine:
-    """Answers with what tells the prompt, the draws and the weights. What is submitted is complete at once, in the order that
-    `order` gives, and counts as sampled with the weights of that time."""
+    """An engine whose responses identify the prompt, the draws and the weights. What is submitted is complete at once, in the
+    order that `order` gives, and counts as sampled with the weights of that moment."""
 
     verifies = True
 
@@ -52,7 +52,7 @@ class Engine:
         return {ticket: self.complete.pop(ticket) for ticket in chosen}
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Responses of lengths that follow from the draws; a token's log-prob is minus the version of its weights."""
+        """Responses whose lengths follow from the draws; a token's log-prob is minus the version of its weights."""
         result = []
         for group, request in enumerate(requests):
             for number in range(request.first, request.first + request.count):
@@ -85,7 +85,7 @@ class Engine:
 
 
 def make(steps_ahead: int | None = 1, max_age: int | None = None, *, waits: bool = True, last_step: int = LAST_STEP) -> Any:
-    """A source that begins at the first step; two prompts a step. None: the data set's own responses."""
+    """A source at the first step, with two prompts per step. Without an engine (None), it gives the data set's responses."""
     student: Any = SimpleNamespace(version=0)
     stream = PromptStream(PROMPTS, 2, 0, shuffle=False)
     if steps_ahead is None:
@@ -96,7 +96,7 @@ def make(steps_ahead: int | None = 1, max_age: int | None = None, *, waits: bool
 
 
 def run(source: Any, steps: Sequence[int]) -> list[Any]:
-    """What each of these steps trains on; the weights change after each."""
+    """What each of these steps trains on; the weights change after every step."""
     found = []
     for step in steps:
         source.refit()

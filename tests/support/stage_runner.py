@@ -1,4 +1,4 @@
-"""Plays `python -m MODULE tools.gpu_check --stage NAME ...`: a stage that answers, one that fails, one that hangs."""
+"""Stands in for `python -m MODULE tools.gpu_check --stage NAME ...`: one stage answers, one fails, one hangs."""
 
 from __future__ import annotations
 

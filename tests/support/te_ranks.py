@@ -1,6 +1,6 @@
-"""Ranks whose layers are Transformer Engine's, played by the stand-in of `tests/support/stubs`: the CPU stands for a GPU.
+"""Ranks whose layers come from the stand-in for Transformer Engine in `tests/support/stubs`; the CPU stands in for a GPU.
 
-The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore is imported before they run.
+A `RankPool` runs the functions named `*_on_rank`; nothing of kdrl_mcore is imported before they run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ STUBS = str(Path(__file__).parent / "stubs")
 
 
 def play_transformer_engine() -> None:
-    """Prepare a rank: the stand-in serves, though there is no GPU."""
+    """Prepare a rank: the stand-in is used although there is no GPU."""
     from kdrl_mcore.parallel import mcore
 
     mcore.why_no_transformer_engine = lambda: None  # type: ignore[assignment]
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    mcore._prepare_local_experts()  # what the dispatcher wants of tensors on a CPU
+    mcore._prepare_local_experts()  # the patches that the token dispatcher needs on a CPU
 
 
 def under_te_on_rank(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function of `conversion_ranks` or one below, with models whose layers are Transformer Engine's in float32 too."""
+    """Call a function of `conversion_ranks` or of this file with models that use Transformer Engine's layers in float32 too."""
     from tests.support import conversion_ranks
 
     with patch.object(conversion_ranks, "ModelConfig", partial(conversion_ranks.ModelConfig, spec="transformer_engine")):
@@ -41,15 +41,15 @@ def under_te_on_rank(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def modules_on_rank(path: str, layout: dict[str, Any]) -> dict[str, str]:
-    """The classes of a student's modules by name."""
+    """The class of each module of a student, by the module's name."""
     from tests.support.conversion_ranks import build
 
     return {name: type(module).__name__ for name, module in build(path, layout, student=True).chunks[0].named_modules()}
 
 
 def attention_on_rank(path: str, tensor: int) -> list[Tensor]:
-    """How far the attention of Transformer Engine's layers is from ours, in float32, over packed sequences of several lengths:
-    of the output, and of the gradients of query, key and value."""
+    """How far the attention of Transformer Engine's layers differs from ours, in float32, over packed sequences of several
+    lengths: in the output and in the gradients of query, key and value."""
     from tests.support.conversion_ranks import build
 
     parts = build(path, {"tensor": tensor}, student=True, dtype="bfloat16")
@@ -75,7 +75,7 @@ def attention_on_rank(path: str, tensor: int) -> list[Tensor]:
 
 
 def refit_on_rank(path: str, layout: dict[str, Any]) -> list[str]:
-    """Of the tensors that this rank gives to an engine, those that are not the folder's to the bit."""
+    """The tensors that this rank sends to an engine and that differ from the folder's in some bit."""
     from tests.reference.tiny_models import read_hf_weights
     from tests.support.conversion_ranks import build
 
@@ -83,14 +83,14 @@ def refit_on_rank(path: str, layout: dict[str, Any]) -> list[str]:
     from kdrl_mcore.convert.export import hf_tensors, owned_tensors
     from kdrl_mcore.rollout.refit.refit import send_weights
 
-    send_weights(parts, [], 1, 60.0, 10_000, colocated=True)  # refuses a list that is not the architecture's
+    send_weights(parts, [], 1, 60.0, 10_000, colocated=True)  # refuses a list of tensors that does not fit the architecture
     whole, owned = read_hf_weights(path), owned_tensors(parts)
     sent = {name: tensor for name, tensor in hf_tensors(parts) if tensor is not None and name in owned}
     return [name for name in owned if not torch.equal(sent[name], whole[name])]
 
 
 def updates_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`train_on_rank`; `found` says of each parameter whether its layer added the gradient to the main gradient."""
+    """`train_on_rank`; `found` says for each parameter whether its layer added the gradient to the main gradient."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()

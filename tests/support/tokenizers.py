@@ -1,4 +1,4 @@
-"""Tokenizers as a model directory has them."""
+"""Tokenizers in the form that a model directory has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_tokenizer(
     eos: str | None = END,
     chat_template: str | None = None,
 ) -> Path:
-    """A model directory with this tokenizer."""
+    """Write a tokenizer into a model directory."""
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": tokenizer_class, "eos_token": eos, "chat_template": chat_template}
@@ -39,7 +39,7 @@ def save_tokenizer(
 def byte_level(
     added: Sequence[str] = (END,), merges: Sequence[tuple[str, str]] = (), swap: tuple[str, str] | None = None
 ) -> Tokenizer:
-    """Byte-level BPE: 256 bytes, then the merges, then the added tokens. `swap` exchanges the ids of two bytes."""
+    """A byte-level BPE: 256 bytes, then the merges, then the added tokens. `swap` exchanges the ids of two bytes."""
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     if swap:
         left, right = (pieces.index(piece) for piece in swap)
@@ -58,8 +58,8 @@ TURNS = (
 
 
 def chat_model(folder: Path, template: str | None = TURNS, **generation: Any) -> Path:
-    """A base model's tokenizer whose chat template ends turns with another token than its end of sequence, and which puts a
-    beginning of sequence before a text."""
+    """A base model's tokenizer that adds a beginning of sequence to a text. Its chat template ends turns with a token other
+    than its end of sequence."""
     tokenizer = byte_level((END, "<s>", "<|turn|>", "<|user|>", "<|assistant|>"))
     begin = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])

@@ -1,6 +1,6 @@
-"""Training runs as the tests make them: overrides for a small quiet run, and what a rank gives back of one.
+"""Training runs for the tests: overrides for a small quiet run, and what a rank returns from one.
 
-The functions named `*_on_rank` are run by a `RankPool`; nothing of kdrl_mcore is imported before they run.
+A `RankPool` runs the functions named `*_on_rank`; nothing of kdrl_mcore is imported before they run.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=
 
 @dataclass
 class Outcome:
-    """What one rank saw of a run.
+    """What one rank observed during a run.
 
     Attributes:
         code: the exit code.
         stdout, stderr: what the run printed.
-        log: the messages logged by kdrl_mcore.
-        found: whatever a hook collected.
+        log: the messages that kdrl_mcore logged.
+        found: what a hook collected.
     """
 
     code: int
@@ -117,9 +117,9 @@ def train_on_rank(overrides: Sequence[str]) -> Outcome:
 
 
 def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`main`; before its first step, the job's student and teacher score the replayed rollouts in their own layouts.
+    """Run `main`; before the first step, the student and the teacher score the replayed rollouts, each in its layout.
 
-    `found` has "student" and "teacher": log-probs per rollout, [T] each, and "entropy" of the student.
+    `found` has "student" and "teacher", the log-probs [T] of each rollout, and "entropy", the student's.
     """
     from kdrl_mcore.parallel.platform import prepare_platform
 
@@ -149,8 +149,8 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
 
 
 def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`score_and_train_on_rank`; the step's groups but the first come in parts, the last group first, as if others were still
-    being sampled."""
+    """`score_and_train_on_rank` in which the step's groups except the first arrive in parts, the last group first, as if others
+    were still being sampled."""
     from kdrl_mcore.rollout.replay import ReplayedRollouts
 
     replay = ReplayedRollouts.rollouts
@@ -167,7 +167,8 @@ def score_in_parts_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
 
 
 def train_scoring_early_on_rank(overrides: Sequence[str]) -> Outcome:
-    """`main`; the engine gives each round's verified groups one by one, the last one first, as servers do while they sample."""
+    """Run `main` with an engine that hands out the verified groups of each round one by one, the last one first, as servers do
+    while they sample."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
@@ -195,7 +196,7 @@ def train_scoring_early_on_rank(overrides: Sequence[str]) -> Outcome:
 
 
 def listen(job: Callable[[], int]) -> Outcome:
-    """Run the job and record what it returns, prints and logs."""
+    """Call the function and record what it returns, prints and logs."""
 
     class Messages(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,5 +1,5 @@
-"""Attention over sequences of any lengths as torch and flash-attn document it, in plain torch: what tests put in place of the
-CUDA kernels. Like them it refuses what it is not made for, and never reads a boundary on the host."""
+"""Variable-length attention as torch and flash-attn document it, in plain torch; tests put it in place of the CUDA kernels.
+Like them, it refuses unsupported arguments and never reads sequence boundaries on the host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def varlen_attn(
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`: [Q, N, D], [F, K, D], [F, K, D] -> [Q, N, D].
 
-    A query beyond `max_q` and what would see a key beyond `max_k` come out NaN.
+    The output is NaN for a query beyond `max_q`, and for a query that would see a key beyond `max_k`.
     """
     assert return_aux is seqused_k is block_table is num_splits is None
     assert window_size == (-1, -1) or (window_size[0] >= -1 and window_size[1] == 0)
@@ -48,7 +48,7 @@ def varlen_attn(
     seen = of_q[:, None] == of_k
     before = (
         left_k - left_q[:, None]
-    )  # keys between a query's own and each, from the lower right: the last query sees the last key
+    )  # distance from each key to the query's own, aligned at the lower right: the last query sees the last key
     if window_size[1] == 0:
         seen &= before >= 0
     if window_size[0] >= 0:
@@ -75,7 +75,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     deterministic: bool = False,
 ) -> Tensor:
-    """flash-attn's function of this name, as far as it is used."""
+    """flash-attn's function of this name, limited to the arguments that are used."""
     assert dropout_p == 0.0 and deterministic == torch.are_deterministic_algorithms_enabled()
     window = (window_size[0], 0) if causal else window_size
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -83,14 +83,14 @@ def flash_attn_varlen_func(
 
 
 def install() -> None:
-    """Put it in place of torch's, for a process that has no GPU but on paper."""
+    """Replace torch's function with this one, in a process whose only GPUs are paper ones."""
     from torch.nn.attention import varlen
 
     varlen.varlen_attn = varlen_attn  # type: ignore[assignment]
 
 
 def _places(bounds: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: its sequence, how many rows of it come before, and how many after. Rows of no sequence share one."""
+    """For each row: its sequence, and how many rows of the sequence come before and after it. Rows of no sequence share one."""
     row = torch.arange(rows, device=bounds.device)
     sequence = torch.searchsorted(bounds[1:].long(), row, right=True)
     ends = bounds.long()[(sequence + 1).clamp(max=len(bounds) - 1)]

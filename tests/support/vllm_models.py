@@ -1,4 +1,4 @@
-"""What the tests with real vLLM sample with: its CPU kernels want heads of at least 32 numbers."""
+"""Models for the tests with real vLLM, whose CPU kernels require head dimensions of at least 32."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ needs_vllm = pytest.mark.skipif(
 
 
 def make_student(path: Path, seed: int = 1) -> Path:
-    """A random Qwen2 of 67 columns with a tokenizer of 61 tokens: the other columns must never be sampled."""
+    """A random Qwen2 with 67 vocabulary columns and a tokenizer of 61 tokens: the other columns must never be sampled."""
     make_qwen2(path, seed=seed, **SHAPE)
     make_tokenizer(path)
     return path
 
 
 def make_prompts(path: Path, count: int = 16) -> Path:
-    """Sums, with answers."""
+    """Write sums with their answers."""
     return write_jsonl(path, [{"prompt": f"{a}+{a % 7}=", "answer": str(a + a % 7)} for a in range(count)])
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, with changes."""
+    """This process's environment, with `changes`."""
     return {**os.environ, **changes}

@@ -1,4 +1,4 @@
-"""Training runs against an engine server that is there already."""
+"""Training runs that use an engine server which is already running."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def make_pair(folder: Path) -> None:
 
 
 def train(token: str, overrides: list[str]) -> Outcome:
-    """A run on the ranks of a pool, which know the server's token."""
+    """A run on the ranks of a pool, which have the server's token."""
     os.environ["KDRL_ENGINE_TOKEN"] = token
     return train_on_rank(overrides)
 
 
 def train_with_late_weights(token: str, overrides: list[str]) -> Outcome:
-    """`train`, in which weights that nobody waited for are NaN."""
+    """`train` in which weights that nobody has waited for are NaN."""
     os.environ["KDRL_ENGINE_TOKEN"] = token
     return train_with_late_weights_on_rank(overrides)
 
@@ -62,7 +62,7 @@ def overrides(folder: Path, run: Path, address: str, *more: str) -> list[str]:
 
 
 def evaluate(token: str, arguments: list[str]) -> Outcome:
-    """`tools/evaluate.py` on the ranks of a pool, which know the server's token."""
+    """`tools/evaluate.py` on the ranks of a pool, which have the server's token."""
     from tests.support.commands import evaluate_on_rank
 
     os.environ["KDRL_ENGINE_TOKEN"] = token
@@ -70,7 +70,7 @@ def evaluate(token: str, arguments: list[str]) -> Outcome:
 
 
 def broken_refit(token: str, model: str, folder: str, address: str) -> str:
-    """A refit of which one tensor never arrives; what it says."""
+    """A refit during which one tensor never arrives; returns the message."""
     from kdrl_mcore.errors import RefitError
     from kdrl_mcore.rollout.refit.refit import send_weights
     from kdrl_mcore.rollout.vllm.client import EngineServer
@@ -89,7 +89,7 @@ def broken_refit(token: str, model: str, folder: str, address: str) -> str:
 
 
 def refit(token: str, model: str, folder: str, address: str, version: int, unfinished: str) -> None:
-    """Give a server the weights of a model, as this version; `unfinished` says how responses go on meanwhile."""
+    """Send a server the weights of a model as this version; `unfinished` says how unfinished responses continue."""
     from kdrl_mcore.rollout.refit.refit import send_weights
     from kdrl_mcore.rollout.vllm.client import EngineServer
     from tests.support.refit_ranks import build

@@ -1,4 +1,4 @@
-"""The reference's problem of the output head (`tests.reference.output_head`), given to the vocab-parallel functions.
+"""The reference's output-head problem (`tests.reference.output_head`), given to the vocab-parallel functions.
 
 S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens,
 P columns with padding.
@@ -31,7 +31,7 @@ from tests.reference.output_head import WITH_ENTROPY, Answer, Problem
 
 @dataclass(frozen=True)
 class Layout:
-    """How the problem is spread: `columns` of the padded vocabulary over `ranks`, and how the rows are cut."""
+    """How the problem is distributed: `columns` of the padded vocabulary over `ranks`, and how the rows are split."""
 
     ranks: int = 1
     columns: int = 23
@@ -40,14 +40,14 @@ class Layout:
 
 
 def shard_of(layout: Layout, size: int) -> VocabShard:
-    """This rank's equal part of the padded vocabulary; the group is the whole world."""
+    """This rank's equal share of the padded vocabulary; the group is the whole world."""
     rank, width = (dist.get_rank(), layout.columns // layout.ranks) if layout.ranks > 1 else (0, layout.columns)
     return VocabShard(dist.group.WORLD if layout.ranks > 1 else None, rank * width, (rank + 1) * width, size)
 
 
 def own_part(problem: Problem, layout: Layout, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states, weight, teacher's weight) as this rank holds them. Padding is NaN, as it must touch nothing, and the
-    teacher's head is padded differently."""
+    """(hidden states, weight, teacher's weight) as this rank holds them. Padding is NaN, because it must not affect anything,
+    and the teacher's head is padded differently."""
 
     def columns(weight_VH: Tensor, more: int) -> Tensor:
         padded = torch.full((max(layout.columns, shard.stop) + more, weight_VH.size(1)), torch.nan, dtype=weight_VH.dtype)
@@ -63,11 +63,11 @@ def own_part(problem: Problem, layout: Layout, shard: VocabShard) -> tuple[Tenso
 def call(
     kind: str, problem: Problem, layout: Layout, shard: VocabShard, hidden_SH: Tensor, weight_PH: Tensor, teacher_PG: Tensor
 ) -> tuple[Tensor, ...]:
-    """(loss, log-probs, entropy, divergence, the teacher's log-probs and entropies) of the function under test. Entropies that
-    were not asked for are 0."""
+    """(loss, log-probs, entropy, divergence, the teacher's log-probs and entropies) from the function under test. Entropies
+    that were not requested are 0."""
     p = problem
     if kind == "logits":
-        # Here the product is the caller's, for whom a padding of NaN would be his own fault; the logits' padding may be NaN.
+        # Here the caller computes the product, and keeping NaN padding out of it is up to him; the logits' padding may be NaN.
         logits_TP = hidden_SH[p.rows_T] @ weight_PH.nan_to_num().T
         logits_TP = logits_TP.masked_fill(torch.arange(logits_TP.size(1)) >= shard.real_columns, torch.nan)
         log_probs_T, entropy_T = token_log_probs_and_entropy(logits_TP, p.targets_T, shard, p.temperature)
@@ -94,7 +94,7 @@ def call(
 
 
 def divergence(kind: str, problem: Problem) -> Any:
-    """The divergence under test. Of the top-k ones the kind names support and tail."""
+    """The divergence under test. For top-k divergences, the kind names the support and the tail."""
     if kind == "exact":
         return ExactReverseKL()
     if kind == "forward":
@@ -111,21 +111,21 @@ def divergence(kind: str, problem: Problem) -> Any:
 
 
 def answer(problem: Problem, kind: str, layout: Layout) -> Answer:
-    """This rank's answer of the function under test. The loss is scaled before the backward pass, and the gradients back, so
-    that an ignored incoming gradient shows."""
+    """This rank's result from the function under test. The loss is scaled before the backward pass and the gradients are scaled
+    back, so that a function that ignores its incoming gradient is caught."""
     shard = shard_of(layout, len(problem.weight_VH))
     hidden_SH, weight_PH, teacher_PG = own_part(problem, layout, shard)
     leaves = hidden_SH.clone().requires_grad_(), weight_PH.clone().requires_grad_()
     loss, *values = call(kind, problem, layout, shard, *leaves, teacher_PG)
     d_hidden_SH, d_weight_PH = torch.autograd.grad(4.0 * loss, leaves)
     if kind == "logits" and layout.ranks > 1:
-        # The caller's own product: its gradient is this rank's part, as in any column-parallel linear layer.
+        # The caller computes the product: its gradient is this rank's part, as in any column-parallel linear layer.
         dist.all_reduce(d_hidden_SH)
     return Answer(loss.detach(), *(value.detach() for value in values), d_hidden_SH / 4.0, d_weight_PH / 4.0)
 
 
 def assert_same(answers: list[Answer], expected: Answer, layout: Layout, **tolerance: float) -> None:
-    """Every rank has the expected numbers, the gradients put together are the expected ones, and padding got none."""
+    """Every rank has the expected numbers, the gathered gradients are the expected ones, and padding has no gradient."""
     for one in answers:
         for name in ("loss", "log_probs_T", "entropy_T", "divergence_T", "teacher_log_prob_T", "teacher_entropy_T"):
             torch.testing.assert_close(getattr(one, name).double(), getattr(expected, name), **tolerance)

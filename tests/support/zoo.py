@@ -1,4 +1,4 @@
-"""Random models and rollouts that many tests train with."""
+"""Random models and rollouts that many tests use for training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.reference import dense
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, make_tokenizer, read_jsonl, write_jsonl
 
-TOKENS = 61  # of the tokenizer; the models have more columns
+TOKENS = 61  # in the tokenizer; the models have more columns
 FAMILIES = ("mistral", "ministral", "seed_oss", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3")
 
 
@@ -17,9 +17,11 @@ FAMILIES = ("mistral", "ministral", "seed_oss", "smollm3", "phi3", "granite", "o
 class Zoo:
     """Random models by name in `folder`, and rollouts on them.
 
-    Students: `untied` (67 columns: neither the tokenizer's number nor even), `tied` (66), `one_kv_head`, `deep` (8 layers, not
-    4), and `no_tokenizer`, which is `untied` without one, so that the smaller model's columns are the vocabulary. Teachers:
-    `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`. Both: one model of each dense `FAMILIES`.
+    Students: `untied` (67 columns: an odd number, and not the tokenizer's), `tied` (66), `one_kv_head`, `deep` (8 layers
+        instead
+    of 4), and `no_tokenizer`, which is `untied` without a tokenizer, so that the smaller model's columns are the vocabulary.
+    Teachers: `teacher` (80 columns, another width and depth) and `teacher_no_tokenizer`. Both: one model of each family in the
+    dense `FAMILIES`.
     """
 
     folder: Path
@@ -28,11 +30,11 @@ class Zoo:
         return self.folder / name
 
     def rollouts(self, name: str) -> Path:
-        """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, sampled by the student itself: the
-        others' sampler log-probs are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2 of 1 and 2 tokens
-        behind 40), `all_correct` (every reward and verdict the
-        same, so that GRPO and a response mask leave nothing), `privileged` (`uneven`, with longer prompts for the
-        teacher), `given` (6 that ended by themselves, some of them correct)."""
+        """A rollout file: `uneven` (3 groups of 4, lengths 1 to 17), `exact_mu` (the same, with exact sampler log-probs: those
+        of the other files are noisy), `two` (one group of 2), `one`, `long_prompts` (one group of 2, responses of 1 and 2
+        tokens after prompts of 40), `all_correct` (every reward and verdict the same, so that GRPO and a response mask leave
+        nothing), `privileged` (`uneven`, with longer prompts for the teacher), `given` (6 responses that ended by themselves,
+        some of them correct)."""
         return self.folder / f"{name}.jsonl"
 
     def rows(self, name: str) -> list[dense.Row]:
@@ -44,7 +46,7 @@ class Zoo:
     def reference(
         self, student: str, teacher: str | None, rollouts: str, settings: dense.Settings, given: str | None = None
     ) -> dense.Result:
-        """The dense reference's answer, computed once; with `given`, the responses of another file stand beside the sampled."""
+        """The dense reference's result, computed once; `given` names a file of given responses to add to the sampled ones."""
         teacher_path = None if teacher is None else self.model(teacher)
         given_path = None if given is None else self.rollouts(given)
         return _reference(self.model(student), teacher_path, self.rollouts(rollouts), settings, given_path)
@@ -64,7 +66,7 @@ def _reference(
 
 
 def _longer(row: dense.Row) -> list[int]:
-    """A prompt that knows more: other tokens before the same ones, another number of them for each group."""
+    """A prompt with more information: other tokens before the same ones, a different number of them for each group."""
     return [*range(3, 6 + 4 * row["group_id"]), *row["prompt_token_ids"]]
 
 
@@ -96,7 +98,7 @@ def make_zoo(folder: Path) -> Zoo:
         "given": {"num_groups": 3, "group_size": 2},
     }
     for name, shape in batches.items():
-        # The noise makes them off-policy: importance weights are not 1.
+        # The noise makes the rollouts off-policy: importance weights are not 1.
         shape = {"noise": 0.2, **shape}
         rows = make_rollouts(folder / "untied", seed=5, vocab_size=TOKENS, **shape)  # type: ignore[arg-type]
         if name == "given":

@@ -1,4 +1,4 @@
-"""The matrix product, of which Megatron-Core's router makes use by itself."""
+"""The matrix product, which Megatron-Core's router calls directly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def general_gemm(
     extra_output: Tensor | None = None,
     bulk_overlap: bool = False,
 ) -> tuple[Tensor, None, None, None]:
-    """B A^T (TN), B A (NN) or B^T A (NT), summed up in float32 at least."""
+    """B A^T (TN), B A (NN) or B^T A (NT), accumulated in float32 at least."""
     refuse(quantized=quantization_params, gelu=gelu, scale=alpha != 1.0 or beta, accumulate=accumulate, overlap=ub)
     refuse(out=out is not None, bias=bias is not None, extra=extra_output is not None, bulk=bulk_overlap)
     check_device(A, B)

@@ -1,4 +1,4 @@
-"""The mark that activations are being off-loaded: from 2.10 on it counts only in the first of two forms."""
+"""Whether activations are being off-loaded: from 2.10 on, this holds only for the first of two forms of off-loading."""
 
 from __future__ import annotations
 

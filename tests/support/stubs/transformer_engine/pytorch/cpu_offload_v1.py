@@ -1,3 +1,3 @@
-"""The first form of off-load; only its mark."""
+"""The first form of off-loading; only its flag."""
 
 CPUOffloadEnabled = False

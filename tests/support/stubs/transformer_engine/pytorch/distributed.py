@@ -1,4 +1,4 @@
-"""Random states and recomputation, as far as Megatron-Core reaches for them without FP8."""
+"""Random states and recomputation, as far as Megatron-Core uses them without FP8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 is off, always."""
+"""FP8, which is always off."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[li
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam whose step count lives in the parameter group, beside `bias_correction`."""
+    """Adam whose step count is in the parameter group, next to `bias_correction`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class FusedSGD(torch.optim.SGD):
-    """torch's, with the arguments that Megatron-Core gives."""
+    """torch's function with the arguments that Megatron-Core passes."""
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""Names that Megatron-Core imports; it calls them only where fused routing is asked for."""
+"""Names that Megatron-Core imports; it calls them only if fused routing is requested."""
 
 from __future__ import annotations
 

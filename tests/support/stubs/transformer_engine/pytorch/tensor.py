@@ -1,4 +1,4 @@
-"""The name of the quantized tensors, of which there are none here."""
+"""The type of quantized tensors, of which there are none here."""
 
 
 class QuantizedTensor: ...

@@ -13,18 +13,18 @@ GEMM_PARALLEL_MODES = ("row", "column", None)
 
 
 def check_device(*tensors: Tensor) -> None:
-    """Transformer Engine is for CUDA devices: for what `device="cuda"` means in this process."""
+    """Transformer Engine accepts CUDA tensors only: whatever `device="cuda"` means in this process."""
     device = torch.empty(0, device="cuda").device.type
     assert all(tensor.device.type == device for tensor in tensors), "TransformerEngine needs CUDA."
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
-    """An empty gradient for autograd, so that its hooks run though the real one is in `main_grad` already."""
+    """An empty gradient for autograd, so that its hooks run although the real gradient is already in `main_grad`."""
     return torch.full(shape, 0.0 if zero else torch.nan, dtype=dtype, device="cuda")
 
 
 def set_tensor_model_parallel_attributes(tensor: Tensor, dim: int) -> None:
-    """Mark a weight that tensor-parallel ranks split along `dim`."""
+    """Mark a weight as split along `dim` over tensor-parallel ranks."""
     for name, value in (("tensor_model_parallel", True), ("partition_dim", dim), ("partition_stride", 1)):
         setattr(tensor, name, value)
 
@@ -73,7 +73,7 @@ class TransformerEngineBaseModule(nn.Module):
 
 
 def refuse(**unset: Any) -> None:
-    """Raise NotImplementedError where an argument that nothing here plays is set."""
+    """Raise NotImplementedError if an argument that is not imitated is set."""
     for name, value in unset.items():
         if value:
             raise NotImplementedError(f"the stand-in for Transformer Engine does not play {name}={value}")
@@ -85,8 +85,8 @@ def initialize(parameter: nn.Parameter, init_method: Callable[[Tensor], Any] | N
 
 
 def weight_gradient(weight: nn.Parameter, wgrad: Tensor, fuse: bool, is_first_microbatch: bool | None) -> Tensor | None:
-    """What autograd gets for a weight: its gradient, or where that goes into `main_grad` an empty one (None without the mark
-    by which a data-parallel wrapper says that it looks)."""
+    """What autograd gets for a weight: its gradient or, if that is added to `main_grad`, an empty one (None without the
+    attribute by which a data-parallel wrapper says that it checks)."""
     if not fuse:
         return wgrad.to(weight.dtype)
     main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]

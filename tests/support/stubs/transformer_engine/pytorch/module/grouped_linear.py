@@ -1,4 +1,4 @@
-"""Linear layers side by side, one for each expert; their communication is the token dispatcher's."""
+"""Parallel linear layers, one for each expert; the token dispatcher does their communication."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """`num_gemms` products, of consecutive stretches of rows."""
+    """`num_gemms` products, each of a consecutive range of rows."""
 
     def __init__(
         self,

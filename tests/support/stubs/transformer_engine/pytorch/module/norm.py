@@ -1,4 +1,5 @@
-"""The norms. As operations they take their width first and know sequence parallelism by a mark on their parameters alone."""
+"""The norms. As operations they take their width first and learn of sequence parallelism only from an attribute of their
+parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the operation-based interface, which Megatron-Core mentions in annotations and uses only where asked to."""
+"""Names of the operation-based interface, which Megatron-Core mentions in annotations and uses only on request."""
 
 
 class FusibleOperation: ...
