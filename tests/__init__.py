@@ -1,1 +1,2 @@
-"""The tests of kdrl_mcore. A package, so that they and the ranks they start share `tests.reference` and `tests.support`."""
+"""The tests of kdrl_mcore. They are a package so that tests and the ranks they start can import `tests.reference` and
+`tests.support`."""

@@ -1,4 +1,4 @@
-"""What all tests share, made when first used and kept for the session: pools of ranks, and models to train with."""
+"""Fixtures of all tests, made at first use and kept for the session: pools of ranks, and models to train."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-torch.set_num_threads(1)  # of this process: threads that wait for each other on busy cores cost several times what they save
+torch.set_num_threads(1)  # in this process: threads that wait for each other on busy cores cost several times what they save
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -41,7 +41,7 @@ def ranks4() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def pools(ranks1: RankPool, ranks2: RankPool, ranks4: RankPool) -> dict[int, RankPool]:
-    """The pools of ranks by their size."""
+    """The pools of ranks by size."""
     return {1: ranks1, 2: ranks2, 4: ranks4}
 
 

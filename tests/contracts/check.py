@@ -10,13 +10,13 @@ from typing import Any
 from tests.contracts.uses import Use
 
 SIGNATURES = Path(__file__).with_name("signatures.json")
-"""By release and name: null where the release lacks it, else its kind, its parameters as Python writes them, and of a class the
-methods that whoever derives from it must write."""
+"""By release and name: null if the release lacks it; otherwise its kind, its parameters as Python writes them, and for a class
+the methods that a derived class must define."""
 CLASS, FUNCTION, VALUE = "class", "function", "value"
 
 
 def mismatches(used: Mapping[str, Use], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for everything in our code that does not fit a release."""
+    """One line for each use in our code that does not fit a release."""
     found = []
     for release, signatures in table.items():
         package = release.split("-core")[0].split("==")[0].replace("-", "_")

@@ -3,7 +3,7 @@ them, and write them to `signatures.json`; say what does not fit our code.
 
     python -m tests.contracts.read_wheels [--wheels DIR]
 
-Needs griffe and the package index. The wheels are 700 MB; with --wheels they stay in DIR for the next time.
+It needs griffe and the package index. The wheels are 700 MB; with --wheels they stay in DIR for the next run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ RELEASES = (
     "transformer-engine==2.9.0",
     "transformer-engine==2.11.0",
 )
-"""Transformer Engine: the bounds of what Megatron-Core 0.16.1 takes. Its pure wheel holds the Python sources."""
+"""Transformer Engine: the oldest and newest version that Megatron-Core 0.16.1 accepts. Its pure wheel has the Python
+sources."""
 _FOR_CUDA = ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
 _FOR_CUDA += [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)]
 
@@ -48,7 +49,7 @@ def download(release: str, folder: Path) -> Path:
 
 
 def read(wheel: Path, names: list[str]) -> dict[str, Any]:
-    """The signature of each of these names in a wheel; None where it has no such name."""
+    """The signature of each of these names in a wheel; None if it has no such name."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder, [name for name in archive.namelist() if name.endswith(".py")])
@@ -57,14 +58,14 @@ def read(wheel: Path, names: list[str]) -> dict[str, Any]:
 
 
 class _Source:
-    """The modules of an unpacked wheel, each read when it is first needed."""
+    """The modules of an unpacked wheel, each of which is read when it is first needed."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
         self._modules: dict[tuple[str, ...], Any] = {}
 
     def find(self, name: str) -> Any:
-        """The object of this full name, through whatever imports it; None if there is none."""
+        """The object with this full name, followed through imports; None if there is none."""
         parts = name.split(".")
         module = next((i for i in range(len(parts), 0, -1) if self._is_module(parts[:i])), 0)
         if not module:
@@ -84,7 +85,7 @@ class _Source:
         return current
 
     def bases(self, cls: Any) -> list[Any]:
-        """The class and what it derives from, nearest first (without what the wheel does not hold)."""
+        """The class and its base classes, nearest first, without those that are not in the wheel."""
         found = [cls]
         for base in cls.bases:
             parent = self.find(getattr(base, "canonical_path", str(base)))
@@ -100,7 +101,7 @@ class _Source:
         return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
     def _module(self, parts: list[str]) -> Any:
-        """A module below its packages, which are read as well."""
+        """A module; its packages are read as well."""
         key = tuple(parts)
         if key not in self._modules:
             parent = self._module(parts[:-1]) if len(parts) > 1 else None
@@ -172,7 +173,7 @@ def _is_dataclass(cls: Any) -> bool:
 
 
 def _parameters(function: Any, skip: int) -> str:
-    """As Python writes them, without their types, and with `...` for each default."""
+    """Parameters as Python writes them, without types, and with `...` for each default."""
     words: list[str] = []
     for parameter in list(function.parameters)[skip:]:
         kind, default = parameter.kind.value, "" if parameter.default is None else "=..."
@@ -184,7 +185,7 @@ def _parameters(function: Any, skip: int) -> str:
 
 
 def main() -> int:
-    """Read every release and write the table; 1 if our code does not fit it."""
+    """Read every release and write the table; returns 1 if our code does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="a folder that keeps the wheels")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
 """What our code uses of Megatron-Core, vLLM and Transformer Engine, read from its syntax: every name it imports, every
-attribute it takes of one, every argument it passes.
+attribute of these that it uses, and every argument it passes.
 
-An object's class is known where the object is an imported name, an instance of a class with an imported base (`self`), or one
+The class of an object is known if the object is an imported name, an instance of a class with an imported base (`self`), or one
 of `RECEIVERS`. Attributes that are written count like those that are read. A dataclass of ours with an imported base is built
-like its base, but for the fields that it adds.
+like its base, except for the fields that it adds.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
         "mcore.forward_backward_function(layout.pipeline, layout.virtual_pipeline)": _SCHEDULES,
     },
 }
-"""The classes of expressions of a file which its syntax does not show."""
+"""The classes of expressions whose class the file's syntax does not show."""
 UNKNOWN_TYPES = (
     *("_GLOBAL_MEMORY_BUFFER", "__init__", "data", "output_layer", "optimizer"),
     *("tp", "cp", "dp", "pp", "dp_cp", "embd"),
@@ -81,7 +81,7 @@ OPTIONAL = (
     "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy",
     "transformer_engine.pytorch.cpu_offload.NVTE_CPU_OFFLOAD_V1",
 )
-"""Names that are used only where a release has them."""
+"""Names that are used only if a release has them."""
 
 INDIRECT: dict[str, tuple[str, ...]] = {
     # Reload, refit and sleep, in vLLM's worker processes.

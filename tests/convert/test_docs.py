@@ -17,7 +17,7 @@ from tests.support.hf_folders import assert_same_bytes, quiet
 
 DOCS = ROOT / "docs"
 CODE = re.findall(r"```python\n(.*?)```", (DOCS / "tutorials" / "own_family.md").read_text(), flags=re.DOTALL)
-"""The family, and the program that writes a checkpoint of it."""
+"""The code of the family, and the program that writes one of its checkpoints."""
 
 
 @pytest.fixture

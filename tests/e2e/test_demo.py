@@ -17,7 +17,7 @@ from kdrl_mcore.rollout.files import read_scored
 
 STEPS = 2
 SHORT = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "rollout.max_prompt_tokens=32")
-"""An untrained student ends no response by itself."""
+"""An untrained student never ends a response by itself."""
 FEW_PROBLEMS = {"eval": 6, "validation": 2, "train": 64, "sft": 2, "tuning": 1}
 
 

@@ -45,7 +45,7 @@ def test_the_learning_rate_arrives(objective: str, updates: int, zoo: Zoo, ranks
     outcome = run(ranks1, zoo, tmp_path, f"objective={objective}", *schedule)
     assert outcome.code == 0, outcome.stderr
     rates = [row["lr"] for row in metrics_of(tmp_path / "run")]
-    left = [4 * updates - (step * updates - 1) for step in range(1, 5)]  # what is left of the schedule before the step's last update
+    left = [4 * updates - (step * updates - 1) for step in range(1, 5)]  # of the schedule, before the step's last update
     assert rates == pytest.approx([1e-3 * each / (4 * updates) for each in left])
 
 
@@ -57,7 +57,7 @@ def test_a_run_ends_where_its_accuracy_rises_no_more(zoo: Zoo, ranks1: RankPool,
         assert outcome.code == 0, outcome.stderr
         assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
         assert any(line.startswith("ended after step 3: 2 evaluations brought no accuracy above 0.0 %") for line in outcome.log)
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["exported"][1] == 3  # the steps it made, not trainer.steps
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["exported"][1] == 3  # its steps, not trainer.steps
     assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step_000003")
     # For other problems there is no evaluation yet.
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.every=0", "eval.max_prompts=2")
@@ -79,7 +79,7 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(zoo: Zoo, ranks1: RankPoo
 
     outcome = run(ranks1, zoo, tmp_path, *settings, "checkpoint.best=eval/truncated", "trainer.steps=5")
     assert outcome.code == 0, outcome.stderr
-    assert (folder / "best").readlink() == Path("step_000005")  # the first evaluation by another measure, whatever the previous best
+    assert (folder / "best").readlink() == Path("step_000005")  # the first one by another measure, whatever the previous best
 
 
 def test_a_reward_of_ones_own_that_fails_costs_no_step(zoo: Zoo, ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def base(zoo: Zoo, run: Path) -> dict[str, str]:
 
 
 Change = Callable[[Zoo, Path], dict[str, str]]
-"""(zoo, an empty folder) -> the overrides that spoil the run."""
+"""(zoo, an empty folder) -> the overrides that break the run."""
 
 
 def copy_of(zoo: Zoo, name: str, folder: Path) -> Path:

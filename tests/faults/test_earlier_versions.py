@@ -21,7 +21,7 @@ SAMPLED = [
     *("rollout.responses_per_prompt=2", "rollout.max_response_tokens=8"),
 ]
 RAN = {"kdrl": SAMPLED, "sft": ["objective=sft", "rollout.prompts_per_step=4"]}
-"""The overrides with which each was started, but for its paths."""
+"""The overrides with which each run was started, except for its paths."""
 COMPARED = ("step", "loss", "grad_norm", "lr", "beta", "kl", "entropy", "reward", "response_length")
 
 

@@ -18,7 +18,7 @@ from tests.support.ranks import RankPool
 from tests.support.training import metrics_of, train_on_rank
 
 EVERY = 3
-"""Steps between checkpoints: one was written before the signal comes."""
+"""Steps between checkpoints: one has been written before the signal comes."""
 
 
 @pytest.fixture(scope="module")

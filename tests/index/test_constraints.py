@@ -22,7 +22,7 @@ from tests.support import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 SOURCE_ONLY = "antlr4-python3-runtime"
-"""Has no wheel on the index."""
+"""The package that has no wheel on the index."""
 
 
 def pins(name: str) -> dict[str, str]:
@@ -95,7 +95,7 @@ RESOLUTIONS: dict[str, tuple[str, str, list[str]]] = {
     # Without Transformer Engine's part for torch, which is built from source beside an installed torch.
     "3.12 with GPUs": ("3.12", "constraints-gpu.txt", [*RUN, *EXTRAS["vllm"], "transformer-engine[core_cu13]"]),
 }
-"""Version of Python, constraints, and what is asked for."""
+"""The version of Python, the constraints, and the requirements."""
 
 
 def resolve(version: str, file: str, requirements: list[str], index: Path, target: Path) -> subprocess.CompletedProcess[str]:

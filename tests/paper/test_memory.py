@@ -16,7 +16,7 @@ from tests.support.ranks import RankPool
 from tests.support.receiver import Process
 
 SMALL = 64 * 1024
-"""Bytes of what else a run may keep: the engine's stop tokens, a counter of Megatron-Core's, numbers of a loss."""
+"""Bytes that a run may keep otherwise: the engine's stop tokens, a counter of Megatron-Core, the numbers of a loss."""
 TOKENS, MICRO_BATCHES = 128, 2
 
 

@@ -20,11 +20,11 @@ from tests.support.zoo import Zoo
 
 BFLOAT16 = 1e-2
 SYNCS_OF_AN_UPDATE = 12
-"""Norms, whether they are finite, the measures, the clock."""
+"""Norms, whether they are finite, metrics, and the clock."""
 SYNCS_OF_A_TEACHER_PASS = 1
-"""Its log-probs go to the host."""
+"""For copying its log-probs to the host."""
 SAVE = "checkpoint.every=0"
-"""At the last step."""
+"""A checkpoint at the last step."""
 
 
 def overrides(zoo: Zoo, run: Path, settings: str) -> list[str]:

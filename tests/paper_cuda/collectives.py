@@ -115,7 +115,7 @@ class PaperNCCL:
         self._stream = streams.Stream()
 
     def broadcast(self, tensors: list[Tensor], options: Any) -> _Work:
-        """All-reduce GPU tensors only."""
+        """Broadcast GPU tensors; others are refused."""
         check_nccl(tensors, "broadcast")
         done = launch(self._stream, tensors, "broadcast")
         with unwatched():

@@ -167,7 +167,7 @@ class Ledger:
 
 ledger = Ledger()
 violations: list[str] = []
-"""What went wrong where nothing can be raised: the next operation does."""
+"""Violations found where no error can be raised: the next operation raises it."""
 
 
 class Anywhere:
@@ -189,7 +189,7 @@ def mark_of(tensor: Tensor) -> Block | Anywhere | None:
 
 
 def set_mark(tensor: Tensor, mark: Block | Anywhere) -> None:
-    """Raise it with a message."""
+    """Mark the tensor's memory."""
     setattr(_untyped_storage(tensor), _MARK, mark)
 
 

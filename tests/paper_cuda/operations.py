@@ -42,10 +42,10 @@ _NOT_DETERMINISTIC = {
     "upsample_bicubic2d_backward",
     "upsample_trilinear3d_backward",
 }
-"""Those of the list in `torch.use_deterministic_algorithms` that are so whatever their arguments are."""
+"""The operations listed in `torch.use_deterministic_algorithms` that are nondeterministic whatever their arguments are."""
 _CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "addmv", "mv", "dot", "linear"}
 _WHOLE_TENSORS = {"cat", "stack", "gather", "index_select", "embedding", "scatter", "scatter_", "index_copy_", "index_add_"}
-"""Operations that take no 0-dimensional host tensor beside GPU tensors; elementwise ones do."""
+"""Operations that do not accept a 0-dimensional host tensor with GPU tensors; elementwise ones do."""
 
 
 @dataclass(frozen=True)

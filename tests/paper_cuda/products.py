@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("aten", "IMPL")
-"""The implementations last as long as this does."""
+"""The implementations last as long as this object."""
 
 
 def install() -> None:

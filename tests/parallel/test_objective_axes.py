@@ -134,7 +134,7 @@ GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""With responses that were given beside the sampled ones."""
+"""Cases with given responses in addition to the sampled ones."""
 
 
 @pytest.mark.parametrize("form", GIVEN.values(), ids=list(GIVEN))

@@ -32,7 +32,7 @@ REPLICATED = [
     StudentLayout(1, 2, 1, 2),
     StudentLayout(1, 2, 2, 1, virtual_pipeline=2),
 ]
-"""Others reduce and gather over one rank."""
+"""Layouts with several replicas; in other layouts reduction and gathering involve one rank."""
 
 
 @pytest.mark.parametrize("layout", REPLICATED, ids=str)

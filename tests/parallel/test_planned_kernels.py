@@ -20,7 +20,7 @@ NO_KERNEL = {
     *("narrow", "new_empty", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
     *("unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"),
 }
-"""Views, allocations, and dropout, which does nothing in evaluation."""
+"""Operations without a kernel: views, allocations, and dropout, which does nothing in evaluation."""
 LAYERS = 2
 
 

@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 DENSE = ["core_attn", "layernorm", "mlp", "core_attn,layernorm,mlp"]
 CALLED = {"core_attn": ".core_attention", "layernorm": "layernorm", "mlp": ".mlp"}
-"""What the names of the modules that run again contain."""
+"""A part of the names of the modules that run again, by the name of the setting."""
 
 
 def selective(modules: str) -> str:

@@ -41,7 +41,7 @@ def te_ranks() -> Iterator[RankPool]:
 
 
 TE = "model.spec=transformer_engine"
-"""In float32 it is not the default."""
+"""In float32 this is not the default."""
 SEQUENCE_PARALLEL = "parallel.tensor=2 parallel.sequence_parallel=true"
 ROWS = {
     "tp2": Case(2, "parallel.tensor=2", student="one_kv_head"),

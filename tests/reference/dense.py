@@ -1,4 +1,4 @@
-"""KDRL computed the plain way: one process, one unpadded sequence at a time, full logits, transformers and autograd.
+"""KDRL computed in the plain way: one process, one unpadded sequence at a time, full logits, transformers and autograd.
 
 It follows the method's definitions line by line and shares no code with kdrl_mcore. Axis letters: N responses,
 T response tokens of one response, V vocabulary. Without log-probs of pi_old the update is the first on its rollouts: pi_old is
@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from tests.reference import forms
 
 Row = dict[str, Any]
-"""One line of a rollout file, with `teacher_prompts` where the teacher reads another prompt; with `given`, a response that was
-not sampled."""
+"""One line of a rollout file, with `teacher_prompts` if the teacher reads another prompt, and `given` if the response was not
+sampled."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The objective, in the method's words.
+    """The settings of the objective, in the method's terms.
 
     Attributes:
         alpha, beta: coefficients of the GRPO and the distillation loss.
@@ -37,28 +37,28 @@ class Settings:
         normalize_by_std: divide the group-centred reward by the group's standard deviation.
         clip_low, clip_high: the clip range of rho.
         correction: of the GRPO loss for the sampler: none, truncate or mask, with its `correction_bound`.
-        on_policy: the student's own weights sampled the tokens, so w = pi / mu is 1: a constant for k2 and k3, and with the
-            gradient of log pi for k1, which learns from nothing else. If not, w is what it says.
-        reference, reference_estimator: coefficient and form (k2 or k3) of the KL to a frozen model, where one is given.
+        on_policy: the student's current weights sampled the tokens, so w = pi / mu is 1: a constant for k2 and k3, but with the
+            gradient of log pi for k1, which learns from nothing else. Otherwise w is pi / mu.
+        reference, reference_estimator: coefficient and form (k2 or k3) of the KL to a frozen model, if one is given.
         temperature: the logits of all models are divided by it.
-        vocab_size: tokens that exist for both softmaxes; None takes the smaller model's columns.
-        top_k, top_k_support, top_k_tail: of the top-k estimators.
+        vocab_size: number of tokens in both softmaxes; None means the smaller model's columns.
+        top_k, top_k_support, top_k_tail: settings of the top-k estimators.
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
-        token_weight, share, more, over, first_tokens, rate, low, middle, width, solved, unsolved, normalize: a weight of each
+        token_weight, share, more, over, first_tokens, rate, low, middle, width, solved, unsolved, normalize: the weight of each
             distilled token.
-        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, beside k2 of the
-            sampled token. draw_seeds: of the draws of response i, numpy's `default_rng([*draw_seeds, i])`.
+        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, in addition to k2 of
+            the sampled token. draw_seeds: response i draws from numpy's `default_rng([*draw_seeds, i])`.
         control_variate: k1 and k2 without the expectation of d at the prefix.
         stop_token: mask leaves the token that ends a response out of distillation.
-        importance, importance_bound, importance_level: bounds of w = pi / mu: full, truncate or mask, of a token, a sequence or
-            (mask) its geometric mean.
-        correction_level: of `correction`: token, sequence or geometric.
+        importance, importance_bound, importance_level: the bound of w = pi / mu: full, truncate or mask, for a token, a
+            sequence or (mask) its geometric mean.
+        correction_level: the level of `correction`: token, sequence or geometric.
         baseline: what a reward is compared with: group, leave_one_out or batch.
-        policy_loss, ratio, dual_clip: clip or cispo, of the ratio of a token, or its mean or product over a sequence.
-        clip_against: what that ratio divides by: pi_old (old) or mu (sampler).
+        policy_loss, ratio, dual_clip: clip or cispo, with the ratio of a token, or its mean or product over a sequence.
+        clip_against: the denominator of that ratio: pi_old (old) or mu (sampler).
         entropy_bonus: coefficient of the entropy.
-        unshared: token ids that mean something else to the teacher: a response is taught up to the first one.
-        truncated: drop leaves responses that hit the limit out of the policy loss.
+        unshared: ids of tokens that mean something else to the teacher: a response is distilled up to the first one.
+        truncated: drop leaves responses that reach the limit out of the policy loss.
     """
 
     alpha: float = 1.0
@@ -124,16 +124,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What one update is made of.
+    """The quantities of one update.
 
     Attributes:
         loss, policy_loss, kd_loss, reference_loss: L, L_GRPO, L_KD (0 with placement advantage or reward, where there is
             none) and the KL to the reference.
-        gradients: dL/dw by HF parameter name; a tied output head has none of its own.
+        gradients: dL/dw by HF parameter name; a tied output head has no separate one.
         log_probs, entropies, teacher_log_probs: [T] per response, all at the temperature. teacher_log_probs is empty
             without a teacher.
         advantages: A_i [N].
-        distilled: whether response i is distilled [N]. scored: how many of its tokens the teacher must see, at least.
+        distilled: whether response i is distilled [N]. scored: the smallest number of its tokens that the teacher must see.
     """
 
     loss: float
@@ -156,7 +156,7 @@ class Result:
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float64) -> Any:
     """The HF causal language model of a directory, with exact attention and experts."""
-    exact = {"attn_implementation": "sdpa", "experts_implementation": "eager"}  # the grouped kernels know no float64
+    exact = {"attn_implementation": "sdpa", "experts_implementation": "eager"}  # the grouped kernels do not support float64
     return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **exact).eval()
 
 
@@ -166,14 +166,14 @@ def vocabulary_size(*models: Any) -> int:
 
 
 def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -> Tensor:
-    """The logits [T, V] that predict each response token, at the temperature, without columns beyond the vocabulary."""
+    """The logits [T, V] that predict each response token, at the temperature, without the columns beyond the vocabulary."""
     prompt, response = row["prompt_token_ids"], row["response_token_ids"]
     logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1, :vocab_size] / temperature
 
 
 def as_teacher_reads(row: Row) -> Row:
-    """The row with the prompt that the teacher reads, where it is another one."""
+    """The row with the teacher's prompt, if that is another one."""
     return {**row, "prompt_token_ids": row.get("teacher_prompts", {}).get("teacher", row["prompt_token_ids"])}
 
 
@@ -221,10 +221,10 @@ def kdrl_of_models(
     log_old: Sequence[Tensor] | None = None,
     reference: Any | None = None,
 ) -> Result:
-    """`kdrl` on loaded models; the student's gradients are left in its parameters too.
+    """`kdrl` for loaded models; the student's gradients also stay in its parameters.
 
     Args:
-        log_old: log pi_old [T] per response, of the weights that began this rollout batch.
+        log_old: log pi_old [T] per response, from the weights at the start of this rollout batch.
     """
     if settings.beta > 0 and teacher is None:
         raise ValueError("beta > 0 needs a teacher")
@@ -242,7 +242,7 @@ def kdrl_of_models(
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 
-    given = torch.tensor([bool(row.get("given")) for row in rows])  # not sampled: distilled always, and nothing else
+    given = torch.tensor([bool(row.get("given")) for row in rows])  # not sampled: always distilled, and nothing else
     distilled = (distillation_mask(rows, settings.mask) | given) & (settings.beta > 0)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=student.dtype)
     if settings.placement == "reward" and settings.beta > 0:  # r_i + beta sum_t d, before group normalisation
@@ -380,7 +380,7 @@ def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def distillation_mask(rows: Sequence[Row], mask: str) -> Tensor:
-    """Which responses are distilled [N]: `response` the incorrect ones, `group` those of all-incorrect groups."""
+    """Which responses are distilled [N]: `response` keeps the incorrect ones, `group` those of all-incorrect groups."""
     if mask == "none":
         keep = [True for _ in rows]
     elif mask == "response":
@@ -394,7 +394,7 @@ def distillation_mask(rows: Sequence[Row], mask: str) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, groups: Sequence[int], normalize_by_std: bool) -> Tensor:
-    """A_i = (r_i - mean_group r) / (std_group r + 1e-6), std with n - 1; exactly zero where a group's rewards are equal."""
+    """A_i = (r_i - mean_group r) / (std_group r + 1e-6), std with n - 1; exactly zero if all rewards of the group are equal."""
     advantages = torch.zeros_like(rewards)
     for group in set(groups):
         members = torch.tensor([i for i, other in enumerate(groups) if other == group])
@@ -440,7 +440,7 @@ def kd_term(
     settings: Settings,
 ) -> Tensor:
     """The per-token term of the distillation loss [T]; log_p and log_q are the student's and the teacher's [T, V]; `i` is the
-    response's place in the batch."""
+    response's index in the batch."""
     d = log_teacher_T - log_pi_T
     w = importance_weight(log_pi_T, log_mu_T, settings.estimator, settings)
     p = log_p.exp()
@@ -463,7 +463,7 @@ def kd_term(
 
 
 def importance_weight(log_pi_T: Tensor, log_mu_T: Tensor, estimator: str, settings: Settings) -> Tensor:
-    """w = pi / mu [T], differentiable; on-policy 1, with the gradient of log pi for k1 alone."""
+    """w = pi / mu [T], differentiable; on-policy it is 1, with the gradient of log pi only for k1."""
     if not settings.on_policy:
         w_T = (log_pi_T - log_mu_T).exp()
         number_T = judged_T = w_T.detach()
@@ -496,7 +496,7 @@ def sampled_kl(d_T: Tensor, w_T: Tensor, estimator: str) -> Tensor:
 def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor:
     """sum over the support of p (log p - log q) [T].
 
-    The tail: `truncate` leaves the rest out, `renormalize` makes p and q distributions on the support, `bucket` adds the
+    The tail: `truncate` leaves out the rest, `renormalize` makes p and q distributions on the support, `bucket` adds the
     rest of both as one more token.
     """
     log_p_S, log_q_S = log_p.gather(1, support), log_q.gather(1, support)
@@ -516,7 +516,7 @@ def top_k_kl(log_p: Tensor, log_q: Tensor, support: Tensor, tail: str) -> Tensor
 
 
 def shares_of(lengths: Sequence[int], kept: Tensor, counted: Tensor, settings: Settings) -> list[float]:
-    """By how much `aggregate` multiplies each token of each response."""
+    """The factor by which `aggregate` multiplies each token of each response."""
     ones = [torch.ones(1, dtype=torch.float64) for _ in lengths]
     shares = []
     for i in range(len(lengths)):
@@ -528,7 +528,7 @@ def shares_of(lengths: Sequence[int], kept: Tensor, counted: Tensor, settings: S
 
 
 def aggregate(terms: Sequence[Tensor], kept: Tensor, counted: Tensor, settings: Settings) -> Tensor:
-    """From per-token terms to the batch's loss: the kept responses are summed, the counted ones make the denominator."""
+    """The batch's loss from per-token terms: the kept responses are summed, and the counted ones give the denominator."""
     zero = terms[0].sum() * 0.0
     sums = [term.sum() if kept[i] else zero for i, term in enumerate(terms)]
     lengths = [len(term) for term in terms]

@@ -1,4 +1,4 @@
-"""The axes of the objective beyond the paper's, the plain way: one response at a time, each formula as it is written.
+"""The axes of the objective beyond the paper, computed in the plain way: one response at a time, each formula as written.
 
 T response tokens of one response.
 """
@@ -46,7 +46,7 @@ def combine(advantage: Tensor, d_T: Tensor, distilled: bool, row: dict[str, Any]
 
 
 def before_end(row: dict[str, Any], settings: Any) -> int:
-    """The number of a response's tokens without one that ends it and is left out of distillation."""
+    """The number of a response's tokens without a final stop token that is left out of distillation."""
     masked = settings.stop_token == "mask" and row.get("finish_reason") == "stop"
     return len(row["response_token_ids"]) - masked
 
@@ -54,7 +54,7 @@ def before_end(row: dict[str, Any], settings: Any) -> int:
 def compared_with(
     log_old_T: Tensor, log_teacher_T: Tensor | None, distilled: bool, row: dict[str, Any], settings: Any
 ) -> Tensor:
-    """What the ratio divides pi by: pi_old, or the geometric mixture pi_old^(1 - beta) T^beta."""
+    """The denominator of the ratio: pi_old, or the geometric mixture pi_old^(1 - beta) T^beta."""
     if settings.combine != "ratio" or not distilled:
         return log_old_T
     assert log_teacher_T is not None
@@ -79,7 +79,7 @@ def policy_term(log_pi_T: Tensor, log_old_T: Tensor, a_T: Tensor, settings: Any)
 
 
 def other_advantages(rewards: Tensor, groups: Sequence[int], settings: Any) -> Tensor:
-    """RLOO: minus the mean of the others. REINFORCE++: minus the group's mean, over the deviation of these in the batch."""
+    """RLOO subtracts the mean of the others. REINFORCE++ subtracts the group's mean and divides by the batch's deviation."""
     result = torch.zeros_like(rewards)
     for i, group in enumerate(groups):
         same = [j for j, other in enumerate(groups) if other == group]
@@ -149,7 +149,7 @@ def token_weights(
 
 
 def taught_at_most(tokens: int, settings: Any) -> int:
-    """The tokens of a response up to the last one that a weight can teach."""
+    """The number of a response's tokens up to the last one whose weight can be nonzero."""
     if settings.token_weight != "prefix":
         return tokens
     return min(tokens, settings.first_tokens or math.ceil(settings.share * tokens - 1e-9))
@@ -176,7 +176,7 @@ def other_divergence(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
 
 
 def top_k_jsd(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
-    """b KL(T, m) + (1 - b) KL(pi, m) with m = b T + (1 - b) pi [T], over the vocabulary or what is made of a top-k set."""
+    """b KL(T, m) + (1 - b) KL(pi, m) with m = b T + (1 - b) pi [T], over the vocabulary or over the form of a top-k set."""
     p, q, b = log_p.exp(), log_q.exp(), settings.jsd_beta
     if settings.estimator == "top_k":
         ranking = q if settings.top_k_support == "teacher" else p.detach()
@@ -192,8 +192,8 @@ def top_k_jsd(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
 
 
 def shares(i: int, d_T: Tensor, teacher_entropy_T: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
-    """The shares of the sampled reverse KL and of the divergence, as EOPD and TrOPD join them [T]; `i` is the response's place
-    in the batch."""
+    """The shares [T] of the sampled reverse KL and of the divergence, as EOPD and TrOPD combine them; `i` is the response's
+    index in the batch."""
     one_T = torch.ones_like(d_T)
     if settings.mix == "none":
         return (one_T, 0 * one_T) if settings.placement == "advantage" else (0 * one_T, one_T)

@@ -1,4 +1,4 @@
-"""Log-probs, entropies and divergences of the output head computed the plain way: dense float64 autograd on whole logits.
+"""Log-probs, entropies and divergences of the output head computed in the plain way: dense float64 autograd on whole logits.
 
 S rows of the sequence, T loss rows, the first D of them with a teacher, H hidden, G the teacher's hidden, V real tokens.
 """
@@ -20,16 +20,16 @@ FORWARD_TOP_K = tuple(
 JSD_TOP_K = tuple(
     f"jsd_top_k {case}" for case in ("teacher truncate", "student renormalize", "teacher bucket", "student bucket")
 )
-"""Jensen-Shannon with beta 0.3."""
+"""The Jensen-Shannon divergence with beta 0.3."""
 EXACT_FORM = {
     **dict.fromkeys(TOP_K, "exact"),
     **dict.fromkeys(FORWARD_TOP_K, "forward"),
     **dict.fromkeys(JSD_TOP_K, "mixed 0.3"),
 }
-"""What each kind is if the set is the whole vocabulary."""
+"""The kind that each one equals if the set is the whole vocabulary."""
 MIXED = ("mixed 0.3", "mixed 0.9")
 WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K)
-"""The kinds that ask for the teacher's entropy as well."""
+"""The kinds that also need the teacher's entropy."""
 KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K, "top_k_unbiased")
 """Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
 divergence."""
@@ -37,7 +37,7 @@ divergence."""
 
 @dataclass(frozen=True)
 class Problem:
-    """One pass over the head, whole; the same on every rank. Weights have the real rows only: padding is the layout's."""
+    """One whole pass over the head; the same on every rank. Weights have only the real rows: the layout adds padding."""
 
     hidden_SH: Tensor
     weight_VH: Tensor
@@ -56,7 +56,7 @@ class Problem:
         return replace(self, **{name: value.to(dtype) for name, value in real.items() if value.is_floating_point()})
 
     def loss(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-        """Nonlinear in all three, different for each token."""
+        """A loss that is nonlinear in all three and different for each token."""
         a_C, b_C, c_C, d_C = self.factors_T4[rows].to(log_probs_C.dtype).unbind(1)
         return (
             a_C * (0.3 * log_probs_C).exp() + b_C * entropy_C.square() + c_C * divergence_C * log_probs_C + d_C * divergence_C
@@ -65,7 +65,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Answer:
-    """Loss, values [T] and gradients; of a rank, the gradient of its part of the hidden states and of its columns."""
+    """Loss, values [T] and gradients; on a rank, the gradients of its part of the hidden states and of its columns."""
 
     loss: Tensor
     log_probs_T: Tensor
@@ -78,8 +78,8 @@ class Answer:
 
 
 def make_problem(num_tokens: int = 9, num_taught: int = 9, *, top_k: int = 5, scale: float = 1.0) -> Problem:
-    """S = 16, H = 6, G = 5, V = 23 in float64. Loss rows are out of order, one of them stands twice, and every other row of the
-    hidden states is NaN: a row without a loss must reach nothing."""
+    """S = 16, H = 6, G = 5, V = 23 in float64. Loss rows are out of order and one occurs twice. All other rows of the hidden
+    states are NaN: a row without a loss must not affect anything."""
     random = torch.Generator().manual_seed(7)
     normal = partial(torch.randn, generator=random, dtype=torch.float64)
     rows_T = torch.tensor([14, 3, 0, 9, 5, 3, 12, 8, 1])[:num_tokens]
@@ -100,7 +100,7 @@ def make_problem(num_tokens: int = 9, num_taught: int = 9, *, top_k: int = 5, sc
 
 
 def dense(problem: Problem, kind: str) -> Answer:
-    """The whole answer in float64 from whole logits."""
+    """The complete answer in float64 from whole logits."""
     p = problem.to(torch.float64)
     hidden_SH, weight_VH = p.hidden_SH.clone().requires_grad_(), p.weight_VH.clone().requires_grad_()
     log_p_TV = (hidden_SH[p.rows_T] @ weight_VH.T / p.temperature).log_softmax(1)
@@ -124,7 +124,7 @@ def dense(problem: Problem, kind: str) -> Answer:
 
 
 def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, log_prob_D: Tensor) -> Tensor:
-    """The divergence [D] (of top_k_unbiased its surrogate) from all log-probs of student and teacher."""
+    """The divergence [D] (for top_k_unbiased, its surrogate) from all log-probs of student and teacher."""
     if kind == "exact":
         return (log_p_DV.exp() * (log_p_DV - log_q_DV)).sum(1)
     if kind == "forward":
@@ -164,7 +164,8 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
 def top_k_jsd(
     log_p_DV: Tensor, log_q_DV: Tensor, log_p_DK: Tensor, log_q_DK: Tensor, set_DK: Tensor, *, with_rest: bool
 ) -> Tensor:
-    """0.3 q log(q / m) + 0.7 p log(p / m), m = 0.3 q + 0.7 p, summed over the set and, if asked, one class of the rest [D]."""
+    """0.3 q log(q / m) + 0.7 p log(p / m), m = 0.3 q + 0.7 p, summed over the set and, on request, one class for the rest
+    [D]."""
     if with_rest:
         outside_DV = torch.ones_like(log_p_DV).scatter(1, set_DK, 0.0)
         tiny = torch.finfo(torch.float64).tiny

@@ -32,7 +32,7 @@ from transformers import (
 from tests.reference.dense import Row, load_model, log_prob_of, response_logits
 
 EOS = "<|end|>"
-# Every byte of ASCII text that the tests use, in the spelling of byte-level BPE: newline is U+010A, space U+0120.
+# Every character of the tests' ASCII text, in the spelling of byte-level BPE: newline is U+010A, space U+0120.
 CHARACTERS = "\u010a\u01200123456789+-*/=()[]{}\\.,:;?!_^<>abcdefghijklmnopqrstuvwxyz"
 
 
@@ -52,10 +52,10 @@ def make_qwen2(
 ) -> Path:
     """Write a random Qwen2 checkpoint (safetensors) and return its directory.
 
-    Every tensor is random, biases and norms too, so that one that is lost, swapped or transposed shows.
+    Every tensor is random, also biases and norms, so that a lost, swapped or transposed one is noticed.
 
     Args:
-        max_shard_size: a small one, such as "50KB", gives several files and an index.
+        max_shard_size: a small size, such as "50KB", gives several files and an index.
     """
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -82,7 +82,7 @@ def make_model(
     max_shard_size: str = "5GB",
     **settings: Any,
 ) -> Path:
-    """Write a random checkpoint of a family and return its directory, with what is particular to the family: `qwen3` has a head
+    """Write a random checkpoint of a family and return its directory. It has the family's peculiarities: `qwen3` has a head
     dimension that is not hidden / heads, `llama` llama3 rope scaling, `qwen3_moe` 8 experts, 2 per token.
 
     Args:
@@ -203,9 +203,9 @@ def make_rollouts(
     """Random rollouts of uneven lengths, the first response of a single token.
 
     Args:
-        vocab_size: token ids are below it, and it is the size of the softmax behind the log-probs.
-        prompt_tokens: of every prompt, in place of a random number of them.
-        noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 is the same policy.
+        vocab_size: all token ids are smaller, and it is the size of the softmax for the log-probs.
+        prompt_tokens: the tokens of every prompt, in place of random ones.
+        noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 means the same policy.
         correct: per response; by default random, with both kinds in the first group and the last group all incorrect.
         rewards: per response; by default 1 for correct and 0 for incorrect.
     """
@@ -255,7 +255,7 @@ def make_rollouts(
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Row]) -> Path:
-    """Write rows as JSONL, one a line."""
+    """Write rows as JSONL, one per line."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(path)
 
@@ -266,7 +266,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def read_hf_weights(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of an HF directory by name, from one safetensors file or several."""
+    """Every tensor of an HF directory by name, from one or several safetensors files."""
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{path} holds no safetensors file")
@@ -280,7 +280,7 @@ def read_hf_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def make_pair(folder: Path, prompts: Sequence[str]) -> Path:
-    """A tied `student`, an untied `teacher`, both with a tokenizer, and `train.jsonl`, in which 5 answers every prompt."""
+    """Write a tied `student` and an untied `teacher`, both with a tokenizer, and `train.jsonl`, in which every answer is 5."""
     for name, seed in (("student", 11), ("teacher", 12)):
         make_qwen2(folder / name, seed=seed, tied=name == "student")
         make_tokenizer(folder / name)

@@ -16,9 +16,9 @@ from tests.support.receiver import Process, assert_holds
 from tests.support.refit_ranks import VICTIM
 
 TIMEOUT = 6.0
-"""Seconds, of a refit that somebody does not answer in."""
+"""The time-out in seconds of refits in which somebody does not answer."""
 PATIENCE = 50.0
-"""Of the others: less than the ranks have, and more than a busy machine takes."""
+"""The time-out of the other refits: shorter than that of the ranks, and longer than a refit takes on a busy machine."""
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_prompts_and_versions_survive_killed_servers_and_resumptions(
     def send_weights(parts: Any, servers: list[MortalServer], version: int, *_: Any, **__: Any) -> Any:
         for server in servers:
             server.version = version if server.alive else server.version
-        raise vllm.RefitError("as for a server that does not answer")  # the check afterwards decides
+        raise vllm.RefitError("as if a server did not answer")  # the check afterwards decides
 
     monkeypatch.setattr(vllm, "send_weights", send_weights)
     random, student = np.random.default_rng(steps_ahead), Student()

@@ -1,4 +1,4 @@
-"""What all tests on SLURM share: one cluster, and a job that takes a few seconds."""
+"""What all SLURM tests share: one cluster, and a job that takes a few seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.slurm_jobs import tiny_job_on
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Each test leaves it without jobs."""
+    """The cluster, which each test leaves without jobs."""
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     cluster.start()
     yield cluster
@@ -36,5 +36,5 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_job(pair: Path) -> list[str]:
-    """Overrides of a job on that pair."""
+    """Overrides of a job with that pair."""
     return tiny_job_on(str(pair))

@@ -1,4 +1,4 @@
-"""A study as a job array on a real SLURM: every missing run is an element, started by the launcher of the large jobs."""
+"""A study as a job array on a real SLURM: every missing run is an element, started by the large jobs' launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sbatch slurm/kdrl_32b.sh` on a real SLURM: the very script of the 32B job, here with the tiny experiment."""
+"""`sbatch slurm/kdrl_32b.sh` on a real SLURM: the actual script of the 32B job, here with the tiny experiment."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ pytestmark = [needs_slurm, pytest.mark.timeout(900)]
 
 
 def submit(cluster: Cluster, folder: Path, overrides: list[str], *options: str, **settings: str) -> str:
-    """Submit the script from a folder of its own; returns the job's number."""
+    """Submit the script from a separate folder; returns the job's number."""
     variables = {"KDRL_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **settings}
     script = str(ROOT / "slurm" / "kdrl_32b.sh")
     return cluster.run("sbatch", "--parsable", *options, script, *overrides, cwd=folder, **variables).strip()
 
 
 def job_log(folder: Path, number: str) -> str:
-    """The job's own output."""
+    """The output of the job's script."""
     return (folder / f"kdrl_32b-{number}.log").read_text()
 
 
@@ -53,11 +53,11 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
 ) -> None:
     run_dir = tmp_path / "run"
     layout = ["cluster.nodes=2", "cluster.gpus_per_node=1", "parallel.tensor=2"]
-    unhurried = ["fault.kind=slow", "fault.seconds=0.25"]  # so that the job is not over before it is preempted
+    unhurried = ["fault.kind=slow", "fault.seconds=0.25"]  # so that the job does not end before it is preempted
     overrides = [*tiny_job, *layout, *unhurried, f"run.dir={run_dir}", f"trainer.steps={STEPS}", "checkpoint.every=5"]
     number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
 
-    cluster.start_again(number, restarts=1)  # submitted on one node, it asked for a second one
+    cluster.start_again(number, restarts=1)  # it was submitted for one node and asked for a second one
     assert "it needs 2 nodes" in job_log(tmp_path, number)
     cluster.wait_in_job(number, lambda: len(steps_done(run_dir)) >= 3, "three steps")
     assert cluster.job(number)["NumNodes"] == "2"
@@ -104,14 +104,14 @@ history = open(os.path.join(run_dir, "served"), "a")
 print(os.getpid(), file=history, flush=True)
 time.sleep(10**6 if "SLURM_RESTART_COUNT" in os.environ else 0.5)
 """
-"""Stands for an engine server: it ends by itself in the job's first start."""
+"""Stands in for an engine server: it ends by itself in the job's first start."""
 
 
 def test_a_job_whose_rank_was_killed_is_queued_again_while_it_gets_further_and_its_server_node_serves(
     cluster: Cluster, tiny_job: list[str], tmp_path: Path
 ) -> None:
-    """Killed in step 4: the first start saves step 3 and goes back to the queue, the second gets no further and fails. That it
-    was to begin anew counts for the first alone."""
+    """The job is killed in step 4: the first start saves step 3 and is requeued; the second gets no further and fails. The
+    request to begin anew applies to the first start only."""
     run_dir = tmp_path / "run"
     (tmp_path / "server.py").write_text(SERVER)
     fault = ["fault.kind=kill", "fault.step=4", "fault.phase=reward"]
@@ -161,7 +161,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job
     cluster.wait(lambda: cluster.state(number) == "CANCELLED", "the end", 60)
 
     def saved() -> bool:
-        """A cancelled job still ends the step it is in, so the last step is looked up each time."""
+        """A cancelled job still completes its current step, so the last step is looked up each time."""
         last = steps_done(tmp_path / "run")[-1]
         return (tmp_path / "run" / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
 

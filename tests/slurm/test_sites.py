@@ -1,4 +1,4 @@
-"""What sites prescribe and users bring along, on a real SLURM: the scripts of the large jobs, submitted from any folder."""
+"""The large jobs' scripts with the settings of sites and users, on a real SLURM and submitted from any folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ esac
 export OMP_NUM_THREADS=1
 exec {python} "$@"
 """
-"""Leaves the preflight out; with RECORDS, what would train writes down where it is instead."""
+"""Skips the preflight; with RECORDS, each task records where it runs instead of training."""
 RECORD = """import json, os, signal, sys
 import kdrl_mcore
 names = ("SLURMD_NODENAME", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LC_ALL", "PYTHONUTF8")
@@ -45,7 +45,7 @@ if "trainer.steps=9999" in sys.argv:
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 32B job's script in a checkout, in a folder whose name has a blank, with an environment of its own."""
+    """The 32B job's script in a checkout whose folder name has a blank, with its own environment."""
     checkout = tmp_path_factory.mktemp("opt") / "my tools"
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
     for name in ("kdrl_mcore", "conf"):
@@ -61,8 +61,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_job_without_the_users_environment_that_may_not_be_requeued(
     cluster: Cluster, pair: Path, script: Path, tmp_path: Path
 ) -> None:
-    """Its node is drained while it trains, it is suspended, its steps alone are signalled, and salloc goes on with it; relative
-    paths mean the folder that it was submitted from."""
+    """The node is drained while the job trains, the job is suspended, only its steps are signalled, and salloc resumes the run;
+    relative paths refer to the folder from which it was submitted."""
     folder = tmp_path / "my work"
     folder.mkdir()
     (folder / "pair").symlink_to(pair)
@@ -78,8 +78,8 @@ def test_a_job_without_the_users_environment_that_may_not_be_requeued(
     cluster.run("scontrol", "resume", number)
     done = len(steps_done(run_dir))
     cluster.wait_in_job(number, lambda: len(steps_done(run_dir)) > done, "a step after it was suspended")
-    for _ in range(3):  # slurmd loses a signal that comes while it still resumes the step
-        cluster.run("scancel", "--signal=USR1", number)  # what --signal without B: sends, to the steps alone
+    for _ in range(3):  # slurmd loses a signal that arrives while it is still resuming the step
+        cluster.run("scancel", "--signal=USR1", number)  # as --signal without B: sends it, to the steps only
         with suppress(TimeoutError):
             cluster.wait(lambda: cluster.state(number) != "RUNNING", "the end of its step", 60)
             break
@@ -100,11 +100,11 @@ def test_a_job_without_the_users_environment_that_may_not_be_requeued(
 
 
 def test_jobs_of_users_with_ways_of_their_own(cluster: Cluster, pair: Path, script: Path, tmp_path: Path) -> None:
-    """Each job of one task per GPU, whose training only writes down where it finds itself."""
+    """Each job has one task per GPU, which only records where it runs."""
     records, folder, decoy = tmp_path / "records", tmp_path / "my work", tmp_path / "decoy"
     for each in (records, folder / "kdrl_mcore", decoy / "kdrl_mcore", tmp_path / "bin"):
         each.mkdir(parents=True)
-    for each in (folder, decoy):  # another checkout, where the user stands and in PYTHONPATH
+    for each in (folder, decoy):  # another checkout, in the user's folder and in PYTHONPATH
         (each / "kdrl_mcore" / "__init__.py").write_text("raise RuntimeError('the wrong one')\n")
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nprintf %s \"$CUDA_VISIBLE_DEVICES\" | tr , '\\n'\n")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
@@ -160,8 +160,8 @@ def test_jobs_of_users_with_ways_of_their_own(cluster: Cluster, pair: Path, scri
     cluster.wait(lambda: len([rank for number in tasks for rank in found(number)]) == 4, "both tasks of the array", 60)
     for number, task in tasks.items():
         assert {f"run.dir={tmp_path}/runs/{task}", f"trainer.seed={task}"} <= set(found(number)[0]["words"])
-    # The array's last task has the array's number, by which SLURM would requeue the other one as well. Held, it runs on, and
-    # stays in the queue when it is there.
+    # The array's last task has the array's number, by which SLURM would requeue the other one too. While held, it continues,
+    # and it stays in the queue once it is there.
     last, other = (f"{array}_{task}" for task in (tasks[array], 1 - tasks[array]))
     cluster.run("scontrol", "hold", last)
     assert cluster.state(last) == "RUNNING"

@@ -82,7 +82,7 @@ def check(
 
 
 LR = 0.25
-"""Of `check_two_updates`: large enough for the second one to clip."""
+"""The learning rate of `check_two_updates`: large enough for the second update to clip."""
 
 
 def check_two_updates(

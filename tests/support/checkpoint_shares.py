@@ -11,7 +11,7 @@ import pytest
 import torch
 
 PATIENCE = 240.0
-"""Seconds; a save starts processes, which takes long on a busy machine."""
+"""In seconds; a save starts processes, which takes long on a busy machine."""
 SMALL_BUCKETS = "parallel.overlap_grad_reduce=true parallel.bucket_size=3000"
 
 

@@ -37,7 +37,7 @@ IGNORED = {
         "original_max_position_embeddings",
     ),
 }
-"""The keys that may make no difference, by the reason."""
+"""The keys that may have no effect, by reason."""
 
 _NOT_OF_A_FAMILY = {"transformers_version", "architectures", "model_type", "_name_or_path"}
 

@@ -12,7 +12,7 @@ import torch
 from tests.support.training import Outcome, train_on_rank
 
 OVERLAPPED = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true parallel.bucket_size=3000"
-"""With several buckets in the models of the tests."""
+"""Overlapped communication, with several buckets in the tests' models."""
 
 
 def train_with_late_weights_on_rank(overrides: Sequence[str]) -> Outcome:

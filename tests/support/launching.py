@@ -22,7 +22,7 @@ from typing import NamedTuple
 from tests.support.fork_server import Preparation, server_for
 
 PATIENCE = 30.0
-"""Seconds the other ranks have after one ended badly, as torchrun gives them."""
+"""Seconds that the other ranks have after one failed, as with torchrun."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pytest
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = {"alpha": 3, "beta": 2}
-"""With so many GPUs: devices that stand for them."""
+"""The nodes and their numbers of GPUs, for which device files stand in."""
 
 
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=SEARCH_PATH) is None]

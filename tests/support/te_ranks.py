@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.support.training import Outcome, train_on_rank
 
 STUBS = str(Path(__file__).parent / "stubs")
-"""First on the path of a pool of such ranks."""
+"""The first entry of `sys.path` in a pool of such ranks."""
 
 
 def play_transformer_engine() -> None:

@@ -19,11 +19,11 @@ from tests.reference.dense import Settings
 
 QUIET = ("logging.progress=false", "logging.tensorboard=false", "checkpoint.every=-1")
 FAST = (*QUIET, "trainer.self_test=false")
-"""The log-probs are compared anyway."""
+"""Without the self-test: the tests compare log-probs anyway."""
 PROMPTS = ["1+2=", "what is 3*4", "x", "solve (2-1)/7", "9", "a+b", "7*7*7=", "zz"]
 PROBE_LR = 2.0**14
-"""Of the gradient probe: w0 - w1 is lr times the gradient. It is far larger than w0, so that float32 keeps the gradient's
-digits, and a power of two, so that dividing by it loses none."""
+"""The learning rate of the gradient probe: w0 - w1 is lr times the gradient. It makes that far larger than w0, so that float32
+keeps the gradient's digits, and is a power of two, so that dividing by it loses none."""
 OBJECTIVE_KEYS = {
     "alpha": "objective.alpha.init",
     "beta": "objective.beta.init",
@@ -81,7 +81,7 @@ OBJECTIVE_KEYS = {
     "entropy_bonus": "objective.entropy_bonus",
     "truncated": "objective.truncated",
 }
-"""The configuration's key of each of the dense reference's settings."""
+"""The configuration key of each setting of the dense reference."""
 PROBE = ("optimizer.name=sgd", f"optimizer.lr={PROBE_LR}", "optimizer.clip_grad=0", "trainer.steps=1")
 
 

@@ -11,7 +11,8 @@ from tests.support.late_weights import train_with_late_weights_on_rank
 from tests.support.training import QUIET, Outcome, train_on_rank
 
 SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "tied": True}
-"""vLLM's CPU kernels want heads of at least 32 numbers; a head tied to the embedding is the harder case for a refit."""
+"""vLLM's CPU kernels require head dimensions of at least 32; an output head tied to the embedding is the harder case for a
+refit."""
 
 
 def make_pair(folder: Path) -> None:
