@@ -1,4 +1,4 @@
-"""The command that the tests of conversion call."""
+"""The command that the conversion tests call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """The tool sets one; the tests leave none behind."""
+    """The tool sets a signal handler; the tests leave none."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""A source that is damaged or not supported, or an output that cannot be written: one clear line, and no output folder."""
+"""A damaged or unsupported source, or an output that cannot be written, gives one clear line and no output folder."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
 
 
 def test_a_disk_that_fills_up_half_way_leaves_nothing(good: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the kernel refuses a write in the middle."""
+    """A limit on the size of files stands in for a full disk: the kernel refuses a write in the middle."""
     limit = 60_000
     run = subprocess.run(
         [sys.executable, "tools/convert_hf.py", "import", "--hf", str(good), "--output", str(tmp_path / "out")],

@@ -1,4 +1,4 @@
-"""Every config either means to us what it means to `transformers` (of the installed version), or is refused on one line."""
+"""Every config has the meaning that it has for the installed `transformers`, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ MEANT: dict[str, Change] = {
     "layers of full attention": {"layer_types": ["full_attention"] * 4},
     "no activation": {"hidden_act": ABSENT},
 }
-"""What a config may say: read as `transformers` reads it."""
+"""What a config may contain, which is read as `transformers` reads it."""
 REFUSED: dict[str, tuple[Change, str]] = {
     "scaling against parameters": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", **THETA}},
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no head": ({"head_dim": 0}, "has no valid head_dim"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
 }
-"""What a config may not say, in any family."""
+"""What a config of any family may not contain."""
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_what_would_mean_something_else_is_refused(what: str, models: dict[str, 
 def test_logits_are_those_of_transformers(
     what: str, family: str, models: dict[str, Path], ranks1: RankPool, tmp_path: Path
 ) -> None:
-    """And not those of the plain model, which differ by far more than rounding."""
+    """The results differ from the plain model's by far more than rounding."""
     folder = changed(models[family], tmp_path / "model", MEANT[what])
     tokens = torch.randint(0, 67, (96,), generator=torch.Generator().manual_seed(3)).tolist()
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_experts_that_cannot_be_are_refused(change: Change, models: dict[str, Pa
 
 
 def test_a_family_without_a_number_of_key_heads_has_its_own_default(models: dict[str, Path], tmp_path: Path) -> None:
-    """Llama's is the number of heads; the others' is a number that only the original model has, and is refused."""
+    """Llama's default is the number of heads; the others' is a number that only the original model has, and is refused."""
     change = {"num_key_value_heads": ABSENT, "max_position_embeddings": ABSENT}
     folder = changed(models["llama"], tmp_path / "llama", change)
     ours, theirs = read_architecture(folder), AutoConfig.from_pretrained(folder)
@@ -256,8 +256,8 @@ def test_a_family_without_a_number_of_key_heads_has_its_own_default(models: dict
 @pytest.mark.parametrize("family", ROTARY)
 @pytest.mark.parametrize("head", ["another", "equal", "equal in another dtype", "of another size", "one bit off"])
 def test_a_head_beside_tied_embeddings(family: str, head: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Only a second copy of the embeddings is one: `transformers` would compute with another head (a first token's log-probs
-    are off by tens of nats), vLLM without it."""
+    """An output head is allowed only if it is a copy of the embeddings: `transformers` would compute with another head (a first
+    token's log-probs are off by tens of nats), vLLM without it."""
     folder = changed(models[family], tmp_path / "model", {"tie_word_embeddings": True})
     tensors = load_file(models[family] / "model.safetensors")
     embeddings = tensors["model.embed_tokens.weight"]

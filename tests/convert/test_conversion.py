@@ -1,4 +1,4 @@
-"""HF -> Megatron -> HF gives the same bytes; what was converted loads in any layout, in Megatron and in `transformers`."""
+"""HF -> Megatron -> HF gives the same bytes; converted models load in any layout, in Megatron and in `transformers`."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_there_and_back_is_the_same_bytes(family: str, settings: dict, dtype: to
 
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_small_blocks_change_nothing(in_kernel: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a large model: many for each tensor, and edges that are not those of heads. Where the kernel cannot copy
-    from one file system to another, they are read and written."""
+    """The blocks are those of a large model: many for each tensor, with edges that are not those of heads. If the kernel cannot
+    copy from one file system to another, they are read and written."""
     monkeypatch.setattr("kdrl_mcore.convert.convert.BLOCK_BYTES", 5 * 64 * 4)
     if not in_kernel:
 
@@ -102,7 +102,7 @@ def test_transformers_loads_the_export(source: Path, converted: Path, tmp_path: 
 def test_the_keys_and_chunks_are_those_megatron_itself_saves(
     converted: Path, source: Path, ranks1: RankPool, tmp_path: Path
 ) -> None:
-    """Megatron-Core's own `dist_checkpointing.save` of the same model writes the same keys, shapes, dtypes and chunks."""
+    """Megatron-Core's `dist_checkpointing.save` writes the same keys, shapes, dtypes and chunks for the same model."""
     ranks1.run(conversion_ranks.save_with_megatron, str(source), str(tmp_path))
     theirs, ours = (
         FileSystemReader(folder).read_metadata().state_dict_metadata for folder in (tmp_path, converted / "release")
@@ -118,7 +118,7 @@ def test_the_keys_and_chunks_are_those_megatron_itself_saves(
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
 def test_megatron_loads_it_in_any_layout(layout: dict, source: Path, converted: Path, ranks2: RankPool) -> None:
-    """`dist_checkpointing.load` fills a model with the same values as our own loading, padded vocabulary included."""
+    """`dist_checkpointing.load` fills a model with the same values as our loading, padded vocabulary included."""
     assert all(ranks2.run(conversion_ranks.megatron_loads_the_same, str(source), str(converted), layout))
 
 
@@ -132,7 +132,7 @@ def test_megatron_loads_experts_in_any_layout(layout: dict, ranks2: RankPool, tm
 
 
 def test_a_converted_model_is_a_model(source: Path, converted: Path, ranks2: RankPool) -> None:
-    """Whoever takes a model folder takes either kind."""
+    """Everything that accepts a model folder accepts either kind."""
     layout, given = {"tensor": 2}, [[1, 2, 3, 4], [5, 6]]
     first, second = (ranks2.run(conversion_ranks.logits, str(path), layout, given)[0] for path in (source, converted))
     assert np.array_equal(first, second)
@@ -152,7 +152,7 @@ def test_a_converted_model_is_a_model(source: Path, converted: Path, ranks2: Ran
 def test_a_running_model_exports_the_bytes_it_was_loaded_from(
     family: str, layout: dict, ranks4: RankPool, tmp_path: Path
 ) -> None:
-    """And the checkpoint it saves does too: through a change of layout, with a padded vocabulary."""
+    """So does the checkpoint that it saves: through a change of layout, with a padded vocabulary."""
     hf = make_model(family, tmp_path / "hf", seed=6)
     ranks4.run(conversion_ranks.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
     assert_same_bytes(hf, tmp_path / "exported")

@@ -1,4 +1,4 @@
-"""The tutorial on families is true: its family, added as it says, converts its checkpoint there and back."""
+"""The tutorial on families is correct: its family, added as it says, converts its checkpoint in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step of a mixture of experts is that of the dense reference, router included, in every layout."""
+"""One training step of a mixture of experts equals that of the dense reference, router included, in every layout."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_experts_and_tensor_parallelism_without_sequence_parallelism_are_refused
 def test_experts_spread_over_replicas_sample_the_same_tokens(
     prompts: int, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Replicas that finish early go on serving the others with their experts."""
+    """Replicas that finish early continue to serve the others with their experts."""
     student = make_model("qwen3_moe", tmp_path / "student", seed=11)
     make_tokenizer(student)
     rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13, vocab_size=60))

@@ -61,7 +61,7 @@ def sequences() -> list[list[int]]:
 
 
 def agree(name: str, models: dict[str, Path], pool: RankPool, layout: dict[str, Any]) -> None:
-    """The logits of a model in a layout are those of `transformers`, to 1e-4 of their size."""
+    """The logits of a model in a layout are those of `transformers`, to 1e-4 of their magnitude."""
     given = sequences()
     model = load_model(models[name], torch.float32)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_logits_with_expert_parallelism_in_a_pipeline(models: dict[str, Path], r
 
 
 def test_a_yarn_model_differs_from_the_plain_one(models: dict[str, Path]) -> None:
-    """So that the agreement above is not that of two models that ignore the setting."""
+    """The setting has an effect, so the agreement above is not that of two models that ignore it."""
     tokens = torch.tensor([sequences()[-1]])
     config = json.loads((models["qwen2 yarn"] / "config.json").read_text())
     model = load_model(models["qwen2 yarn"], torch.float32)
@@ -163,7 +163,7 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(models: dict[str, Pat
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_key_of_a_config_is_used_or_refused_or_known_to_make_no_difference(models: dict[str, Path]) -> None:
-    """And the page says so: `config_keys.markdown` is its table."""
+    """The docs page says so: `config_keys.markdown` is its table."""
     found = {name: effects(models[name]) for name in sorted(family for family, settings in MODELS.values() if not settings)}
     known = {key for keys in IGNORED.values() for key in keys}
     for family, keys in found.items():

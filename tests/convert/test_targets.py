@@ -1,4 +1,4 @@
-"""What this program did not write is never replaced, and what it did only when it is asked to; a source is never a target."""
+"""Files that this program did not write are never replaced, its own only on request, and a source is never a target."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def with_one_more_below(folder: Path) -> Path:
 
 
 def trained_since(folder: Path) -> Path:
-    """Fine-tuned in place: another program saved under the same names, at the same sizes."""
+    """The model was fine-tuned in place: another program saved it under the same names, with the same sizes."""
     (a_written(folder) / "release" / "weights").write_text("fine-tune")
     os.utime(folder / "mine" / "release" / "weights", ns=(1, 1))
     return folder / "mine"
@@ -208,7 +208,7 @@ def test_a_source_is_never_a_target(
     tool: ModuleType,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Even where this program wrote the source itself."""
+    """Even if this program wrote the source itself."""
     source = hf if command == "import" else converted
     before = contents(hf.parent)
     target = spelling(source, tmp_path)
@@ -227,7 +227,7 @@ def test_its_own_output_is_replaced_only_when_asked(
 ) -> None:
     for command, source in (("import", ["--hf", str(hf)]), ("export", ["--checkpoint", str(converted)])):
         arguments = [command, *source, "--output", str(tmp_path / "out")]
-        assert tool.main([*arguments, "--overwrite"]) == 0  # an import is replaced by an export
+        assert tool.main([*arguments, "--overwrite"]) == 0  # an export replaces an import
         before = contents(tmp_path)
         assert tool.main(arguments) == 1
         assert "add --overwrite" in capsys.readouterr().err.strip().splitlines()[-1]
@@ -268,14 +268,14 @@ def test_an_interrupted_one_leaves_the_old(moment: str, tmp_path: Path, monkeypa
 
 
 def test_one_that_was_killed_between_the_renames_is_found_again(tmp_path: Path) -> None:
-    """No handler ran: the old stands aside under its other name, and the next writing brings it back before all else."""
+    """No handler ran: the old folder still has its temporary name, and the next call first restores it."""
     target = a_written(tmp_path)
     before = contents(target)
     target.rename(tmp_path / ".mine.old")
     with pytest.raises(ModelError, match="add --overwrite"), replacing_folder(target, 0):
         pass
     assert contents(target) == before
-    (tmp_path / ".mine.partial").mkdir()  # and what it had begun is cleared away
+    (tmp_path / ".mine.partial").mkdir()  # and removes what was begun
     (tmp_path / ".mine.partial" / MARK).write_text("{}")
     with replacing_folder(target, 0, overwrite=True) as aside:
         assert [path.name for path in aside.iterdir()] == [MARK]
@@ -304,7 +304,7 @@ def run_of(zoo: Zoo, run: Path, *more: str) -> list[str]:
 def test_a_run_does_not_replace_what_stands_at_its_export(
     foreign: Callable[[Path], Path], zoo: Zoo, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """It is told before the first step, not after the last."""
+    """It is reported before the first step, not after the last."""
     (tmp_path / "run").mkdir()
     foreign(tmp_path).rename(tmp_path / "run" / "hf")
     before = contents(tmp_path)

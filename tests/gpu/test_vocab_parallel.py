@@ -1,4 +1,4 @@
-"""On a GPU: Triton's kernels against torch at real sizes, rows beyond 32-bit offsets, and the speed of the whole head."""
+"""On a GPU: Triton's kernels agree with torch at real sizes and in rows beyond 32-bit offsets; the speed of the whole head."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_chunk_beyond_32_bit_offsets() -> None:
 
 @pytest.mark.parametrize("exact", [False, True], ids=["log_prob_entropy_k2", "exact"])
 def test_speed(exact: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints TFLOP/s of loss and gradients with each implementation and of the logits' product; asserts only equality."""
+    """Prints the TFLOP/s of loss and gradients with each implementation, and of the logits' product; asserts only equality."""
     tokens, hidden = 8192, 4096
     generator = torch.Generator("cuda").manual_seed(6)
 

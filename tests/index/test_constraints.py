@@ -1,5 +1,5 @@
-"""The pinned versions are within the bounds of pyproject.toml, and resolve together on the package index, with no local wheels,
-for every Python that the README names. Without a network the latter is skipped.
+"""The pinned versions are within the bounds of pyproject.toml and resolve together on the package index, without local wheels,
+for every Python that the README names. Without a network the second part is skipped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_both_files_give_a_package_one_version() -> None:
 
 
 def pip(*arguments: str | Path, seconds: float = 500) -> subprocess.CompletedProcess[str]:
-    """pip as it is without this machine's settings, but for the address of the index."""
+    """pip without this machine's settings, except for the address of the index."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")}
     found = subprocess.run([*command, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
@@ -69,7 +69,8 @@ def pip(*arguments: str | Path, seconds: float = 500) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel of what the index has in source only: pip resolves for a Python that is not here by wheels."""
+    """A folder with a wheel of the package that the index has only as source: pip resolves for another Python by wheels
+    only."""
     folder = tmp_path_factory.mktemp("wheels")
     version = pins("constraints.txt")[SOURCE_ONLY]
     done = pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", folder, f"{SOURCE_ONLY}=={version}")
@@ -79,7 +80,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version that runs, if there is one."""
+    """A working Python of this version, if there is one."""
     path = shutil.which(f"python{version}")
     works = path is not None and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
     return path if works else None
@@ -90,9 +91,9 @@ RESOLUTIONS: dict[str, tuple[str, str, list[str]]] = {
     "3.11": ("3.11", "constraints.txt", [*RUN, *DEVELOP]),
     "3.12": ("3.12", "constraints.txt", [*RUN, *DEVELOP]),
     "3.13": ("3.13", "constraints.txt", [*RUN, *DEVELOP]),
-    # Some of what reasoning-gym requires has no wheels, so it resolves only for a Python that is here.
+    # Some requirements of reasoning-gym have no wheels, so it resolves only for an installed Python.
     "examples": (f"{sys.version_info.major}.{sys.version_info.minor}", "constraints.txt", [*RUN, *EXTRAS["smollm2"]]),
-    # Without Transformer Engine's part for torch, which is built from source beside an installed torch.
+    # Without Transformer Engine's part for torch, which is built from source against an installed torch.
     "3.12 with GPUs": ("3.12", "constraints-gpu.txt", [*RUN, *EXTRAS["vllm"], "transformer-engine[core_cu13]"]),
 }
 """The version of Python, the constraints, and the requirements."""
@@ -113,7 +114,7 @@ def resolve(version: str, file: str, requirements: list[str], index: Path, targe
 def resolutions(
     index: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All at once: pip mostly waits for the index."""
+    """All resolutions run at once: pip mostly waits for the index."""
     with ThreadPoolExecutor(len(RESOLUTIONS)) as pool:
         yield {
             name: pool.submit(resolve, *asked, index, tmp_path_factory.mktemp("target")) for name, asked in RESOLUTIONS.items()

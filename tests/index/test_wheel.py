@@ -1,6 +1,6 @@
-"""The wheel: it holds what the package reads, and its commands work where no checkout is.
+"""The wheel contains what the package reads, and its commands work without a checkout.
 
-It is built by hatchling, which pip takes from the index: without a network the tests are skipped.
+hatchling, which pip gets from the index, builds it: without a network the tests are skipped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scrip
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the wheel is installed, and nothing else."""
+    """A folder in which only the wheel is installed."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
     done = subprocess.run(
         [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], capture_output=True, text=True, timeout=240
     )
     if done.returncode and "hatchling" in done.stderr:
-        pytest.skip("hatchling is not to be had: no network")
+        pytest.skip("hatchling is not available: no network")
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
     command = [*pip, "install", "--no-deps", "--no-index", "--target", str(folder / "site"), str(wheel)]
@@ -37,7 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, folder: Path, *words: str) -> str:
-    """Run an installed command in a folder; what it prints."""
+    """Run an installed command in a folder; returns what it prints."""
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [str(site / "bin" / words[0]), *words[1:]]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
@@ -60,7 +60,7 @@ def test_it_holds_what_the_package_reads_and_a_program_for_each_command(site: Pa
 
 
 def test_commands_work_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
-    """A plan reads the groups of `conf` and the shapes of published models; --help reads the schema."""
+    """A plan reads the groups of `conf` and the shapes of published models, and --help reads the schema."""
     assert "s per iteration" in run(site, tmp_path, "kdrl-plan", "experiment=kdrl_32b", "cluster=h100")
     assert run(site, tmp_path, "kdrl-train", "--help").startswith("usage: kdrl-train ")
     run(site, tmp_path, "kdrl-slurm", "jobs")

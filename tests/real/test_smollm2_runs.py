@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct, a real language model, through what a run consists of: sampling, scoring, layouts, resuming, vLLM.
+"""SmolLM2-135M-Instruct, a real language model, in all parts of a run: sampling, scoring, layouts, resuming, vLLM.
 
-`make test-real`: some minutes on 2 quiet cores, 10 GB of memory. Runs are as short as they can be: two prompts, two responses.
+`make test-real` takes some minutes on 2 quiet cores and 10 GB of memory. Runs are as short as possible: two prompts, two
+responses.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks3() -> Iterator[RankPool]:
-    """A world of three ranks: nine heads and three key/value heads split into nothing else."""
+    """A world of three ranks: nine heads and three key/value heads can only be split in three."""
     pool = RankPool(3)
     yield pool
     pool.close()
@@ -97,7 +98,7 @@ def test_the_embedded_engine_says_what_transformers_says(
 def test_every_layout_takes_the_same_supervised_step(
     model: Path, data: Path, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path: Path
 ) -> None:
-    """Loss, entropy and the norm of the gradient, to 1e-4."""
+    """Loss, entropy and the norm of the gradient agree to 1e-4."""
     layouts = {
         "alone": (ranks1, []),
         "context 2": (ranks2, ["parallel.context=2"]),
@@ -129,7 +130,7 @@ def test_rollouts_score_as_in_transformers(model: Path, data: Path, ranks1: Rank
         with torch.no_grad():
             log_p = dense.response_logits(hf, row, 49152, 1.0).log_softmax(-1)
         expected = log_p.gather(1, torch.tensor(row["response_token_ids"])[:, None])[:, 0]
-        for name in ("log_probs", "sampler_log_probs"):  # thirty layers round more than the two of other tests
+        for name in ("log_probs", "sampler_log_probs"):  # thirty layers round more than two do in other tests
             assert row[name] == pytest.approx(expected.tolist(), abs=1e-4), name
 
 
@@ -157,4 +158,4 @@ def test_vllm_samples_with_the_students_weights(model: Path, data: Path, ranks1:
     pytest.importorskip("vllm")
     sizes = ("rollout.vllm.kv_cache_gib=0.3", "rollout.max_prompt_tokens=128", "rollout.max_sequences=8")
     train(ranks1, job(model, data, tmp_path, "rollout=vllm", "objective=grpo", "trainer.steps=2", "optimizer.lr=1e-4", *sizes))
-    assert all(row["drift_mean"] < 1e-3 for row in metrics_of(tmp_path))  # in the second step with the weights of the first
+    assert all(row["drift_mean"] < 1e-3 for row in metrics_of(tmp_path))  # step 2 samples with the weights of step 1

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in a SLURM job of one node: the script of the 32B job, preflight included, on three tensor ranks."""
+"""SmolLM2-135M-Instruct in a SLURM job on one node: the script of the 32B job, preflight included, with three tensor ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_a_job_of_one_node_distils_it_from_itself(cluster: Cluster, tmp_path: Path) -> None:
-    """The divergence from itself is zero, whatever is sampled, up to the rounding of two steps' tokens."""
+    """The model's divergence from itself is zero, whatever is sampled, up to rounding in two steps' tokens."""
     model, data, run = model_folder(), tmp_path / "sums.jsonl", tmp_path / "run"
     write_jsonl(data, [{"prompt": f"Ann has {n} coins and gets 2. How many has she?", "answer": str(n + 2)} for n in range(4)])
     overrides = [

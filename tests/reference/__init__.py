@@ -1,1 +1,1 @@
-"""An independent statement of what the trainer must compute, on plain transformers and autograd; nothing of kdrl_mcore."""
+"""An independent statement of what the trainer must compute, with plain transformers and autograd and nothing of kdrl_mcore."""

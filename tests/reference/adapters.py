@@ -1,4 +1,4 @@
-"""Adapters made, loaded and differentiated by `peft`."""
+"""Adapters that `peft` makes, loads and differentiates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_adapter(
 
 
 def load_adapted(base: Path, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """The model with its adapters, which alone have gradients."""
+    """The model with its adapters; only the adapters have gradients."""
     model = PeftModel.from_pretrained(
         dense.load_model(base, dtype), str(folder), is_trainable=True, autocast_adapter_dtype=False
     )
@@ -42,7 +42,7 @@ def load_adapted(base: Path, folder: Path, dtype: torch.dtype = torch.float64) -
 def kdrl_of_adapters(
     base: Path, folder: Path, teacher: Path, rows: Sequence[dense.Row], settings: dense.Settings, reference: Path | None = None
 ) -> tuple[dense.Result, dict[str, Tensor]]:
-    """The loss of one KDRL update, and the gradient of every factor under the name that a PEFT file has for it."""
+    """The loss of one KDRL update, and the gradient of every factor by its name in a PEFT file."""
     initial = None if reference is None else dense.load_model(reference)
     result = dense.kdrl_of_models(load_adapted(base, folder), dense.load_model(teacher), rows, settings, reference=initial)
     return result, {name.replace(".default", ""): gradient for name, gradient in result.gradients.items() if "lora_" in name}

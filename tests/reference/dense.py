@@ -328,7 +328,7 @@ def kdrl_of_models(
             reference_terms.append(term * token_weights[i] if joined else term)
         reference_loss = aggregate(reference_terms, ~given, ~given, settings)
         of_reference = settings.reference
-        if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref)), both on the tokens that are taught
+        if settings.combine == "reference":  # beta (l KL(pi, T) + (1 - l) KL(pi, ref)), both on the distilled tokens
             reference_loss = aggregate(reference_terms, distilled, counted, settings)
             of_reference = settings.beta * (1 - settings.extrapolation)
         loss = loss + of_reference * reference_loss

@@ -204,7 +204,7 @@ def make_rollouts(
 
     Args:
         vocab_size: all token ids are smaller, and it is the size of the softmax for the log-probs.
-        prompt_tokens: the tokens of every prompt, in place of random ones.
+        prompt_tokens: the number of tokens in every prompt, in place of a random one.
         noise: standard deviation of sampler_log_probs around the student's true log-probs; 0 means the same policy.
         correct: per response; by default random, with both kinds in the first group and the last group all incorrect.
         rewards: per response; by default 1 for correct and 0 for incorrect.

@@ -1,6 +1,6 @@
-"""The pages lead where they say: every relative link and anchor exists, and the site has every page.
+"""The pages' links work: every relative link and anchor exists, and the site has every page.
 
-`make docs` builds the site; nothing here needs its generator.
+`make docs` builds the site; these tests do not need its generator.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prose(page: Path) -> str:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub and the site make them."""
+    """The anchors of a page's headings, as GitHub and the site make them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def is_documented(page: Path, name: str) -> bool:
-    """Whether the API reference has a module or class: it is generated (`::: MODULE`), with the full name as the anchor."""
+    """Whether the API reference has a module or class. It is generated (`::: MODULE`), with the full name as the anchor."""
     modules = re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     module, _, member = name.rpartition(".")
     if name in modules or module not in modules:
@@ -64,7 +64,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lists_and_tables_stand_apart(page: Path) -> None:
-    """The site's Markdown knows a list or a table by the empty line before it."""
+    """The site's Markdown recognises a list or a table only after an empty line."""
     lines = [""]
     glued = []
     for line in prose(page).splitlines():

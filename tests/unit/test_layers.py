@@ -1,4 +1,4 @@
-"""Packages import only from lower layers, or from their own layer without circles."""
+"""Packages import only from lower layers, or without cycles from their own layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def packages() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if package != "__init__" and path.name != "__main__.py":  # which only starts a command
+        if package != "__init__" and path.name != "__main__.py":  # it only starts a command
             found.setdefault(package, []).append(path)
     return found
 

@@ -1,4 +1,4 @@
-"""`make test` with stand-ins for the tools: every group runs, and the end names those that failed."""
+"""`make test` with stand-ins for the tools: every group runs, and the end names the groups that failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree that counts as set up, whose tools note how they are called and fail where $FAIL is part of that."""
+    """A tree that counts as set up, whose tools record how they are called and fail if $FAIL is part of the call."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     tools = tmp_path / ".venv" / "bin"
@@ -37,7 +37,7 @@ def make(tree: Path, fail: str) -> subprocess.CompletedProcess[str]:
 
 
 def short(call: list[str]) -> str:
-    """Which tool, on what."""
+    """The tool and its target."""
     if "pytest" not in call:
         return " ".join(call)
     return f"pytest {'all but ' if '--ignore' in call else ''}{call[-1]}"

@@ -1,4 +1,4 @@
-"""What the pages for the people who run jobs tell them to type exists."""
+"""The commands and settings that the operations pages mention exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEYS = {key.name for key in documented_keys()}
 
 
 def code(text: str) -> str:
-    """What stands in code blocks and between back-quotes."""
+    """The text in code blocks and between backquotes."""
     return "\n".join(part.strip("`") for part in re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
 
 
@@ -46,7 +46,7 @@ COMMANDS = [line for text in PAGES.values() for line in code(text).splitlines() 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_job_that_is_submitted_has_a_configuration(command: str) -> None:
-    """Also what the script adds when no experiment is named."""
+    """Also what the script adds if no experiment is named."""
     words = shlex.split(command.replace("...", "").replace("%a", "1"), comments=True)
     (script,) = [word for word in words if "slurm/kdrl_" in word]
     given = words[words.index(script) + 1 :]
@@ -68,10 +68,10 @@ def test_the_metrics_to_watch_are_written() -> None:
 
 
 def test_every_message_to_look_up_is_one_that_is_written() -> None:
-    """The parts of it between what changes from run to run."""
+    """The parts of a message between the values that change from run to run."""
     files = [*ROOT.glob("kdrl_mcore/**/*.py"), *ROOT.glob("slurm/*.*")]
     sources = "".join(path.read_text() for path in files)
-    written = re.sub(r'"\s*\n\s*f?"', "", sources)  # a message over several lines of code
+    written = re.sub(r'"\s*\n\s*f?"', "", sources)  # a message that spans several lines of code
     messages = re.findall(r"^\| `(?:preflight, [\w.-]+: )?(.*?)` \|", PAGES["troubleshooting"], re.MULTILINE)
     assert len(messages) >= 10
     for message in messages:

@@ -1,4 +1,4 @@
-"""How the tests are built: what they share is in `tests.support`, and the reference knows nothing of what it judges."""
+"""How the tests are built: what they share is in `tests.support`, and the reference does not import what it judges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TESTS = ROOT / "tests"
 
 
 def imported(path: Path) -> set[str]:
-    """The dotted names that a file imports anywhere, in functions and in code that it holds as a string too."""
+    """The dotted names that a file imports anywhere, also in functions and in code that it has as a string."""
     text = path.read_text()
     names = set(re.findall(r"\btests(?:\.\w+)+", text))
     for node in ast.walk(ast.parse(text)):

@@ -1,6 +1,6 @@
-"""The code of the tutorials does what they say, and what is public can be imported.
+"""The code of the tutorials does what they say, and the public names can be imported.
 
-(The code of the tutorial on families is run by tests/convert/test_docs.py.)
+(tests/convert/test_docs.py runs the code of the tutorial on families.)
 """
 
 from __future__ import annotations

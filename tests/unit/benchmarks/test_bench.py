@@ -1,4 +1,4 @@
-"""tools/bench.py: every variant runs and is compared, on one rank and on two; disagreement and bad options are errors."""
+"""tools/bench.py: every variant runs and is compared, on one rank and on two; disagreements and bad options are errors."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def test_peak_memory_is_that_of_the_run() -> None:
         torch.ones(64 * 2**20, dtype=torch.uint8)
 
     def measured() -> float:
-        # The system may take idle pages of this process back at the same time, which hides as many new ones; on a busy machine
-        # three times in a row.
+        # The system may reclaim idle pages of this process at the same time, which hides as many new ones; on a busy machine
+        # this may happen three times in a row.
         return max(_extra_memory(run, inputs)[0] for _ in range(10))
 
-    for _ in range(2):  # the second peak does not remember the first
+    for _ in range(2):  # the second peak does not include the first
         assert 60 * 2**20 < measured() < 100 * 2**20
 
 
 @pytest.fixture
 def wrong_result(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ranks that answer at once, ours with a gradient that is off by a tenth."""
+    """Ranks that return at once; our variant has a gradient that is off by a tenth."""
 
     class Answers:
         def __init__(self, variant: str, *_: object) -> None:

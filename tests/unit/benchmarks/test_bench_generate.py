@@ -1,4 +1,4 @@
-"""`bench generate`: engines that generate what they were asked for, and the table of their times."""
+"""`bench generate`: engines generate what was requested, and the table has their times."""
 
 from __future__ import annotations
 

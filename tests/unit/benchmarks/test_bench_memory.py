@@ -1,4 +1,4 @@
-"""`tools/bench.py memory`: measured ranks beside the plan; what goes wrong in a rank is told, and no process is left."""
+"""`tools/bench.py memory`: measured ranks compared with the plan; a failure in a rank is reported, and no process is left."""
 
 from __future__ import annotations
 

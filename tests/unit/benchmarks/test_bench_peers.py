@@ -1,4 +1,4 @@
-"""The copy of a model whose responses are all equally long has one end of response, a token that is never sampled."""
+"""The copy of a model for responses of equal length has a single stop token, which is never sampled."""
 
 from __future__ import annotations
 

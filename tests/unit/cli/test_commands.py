@@ -23,7 +23,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_error_that_all_ranks_meet_is_one_line() -> None:
-    """Two processes start, and each loads torch: seconds. The error is met before a world is built."""
+    """Two processes start and each loads torch, which takes seconds. The error occurs before a world is built."""
     done = run("train", "--ranks", "2", "optimizer.lrr=1")
     assert done.stderr == "error: unknown configuration key 'optimizer.lrr'; did you mean 'optimizer.lr'?\n"
     assert done.returncode == 2
@@ -66,7 +66,7 @@ time.sleep(60)
 def test_ranks_hear_signals_and_one_that_fails_is_named(
     what: str, code: int, output: set[str], errors: str, tmp_path: Path
 ) -> None:
-    """The launcher alone takes a second or two: it loads torch."""
+    """The launcher takes a second or two to load torch."""
     program = "import sys; from kdrl_mcore.cli.ranks import launch; sys.exit(launch(2, [sys.executable, *sys.argv[1:]]))"
     command = [sys.executable, "-c", program, "-c", RANK, what, str(tmp_path / "ready")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -74,7 +74,7 @@ def test_ranks_hear_signals_and_one_that_fails_is_named(
 
 
 def test_modules_of_the_working_folder_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As by `python -m`: rewards of one's own. A program in a folder of programs would only look there."""
+    """As with `python -m`, a user's rewards are found. A program in a folder of programs would search only that folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["/opt/venv/bin", *sys.path[1:]])
     monkeypatch.setattr(sys, "argv", ["kdrl-slurm", "jobs"])
@@ -101,11 +101,11 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it takes many seconds, and help needs none of it
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it takes many seconds, and help does not need it
     monkeypatch.setattr(sys, "argv", ["x", "--help"])
     try:
         code = getattr(commands, name)()
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # from argparse
         code = end.code
     text = capsys.readouterr().out
     assert code == 0 and text.startswith(f"usage: kdrl-{name} ")
@@ -113,7 +113,7 @@ def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_ranks_cut_short_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """argparse would take `--rank` for `--ranks`, and one rank would do the work of two."""
+    """argparse would accept `--rank` for `--ranks`, and one rank would do the work of two."""
     monkeypatch.setattr(sys, "argv", ["kdrl-score", "--input", "R.jsonl", "--rank", "2"])
     assert commands.score() == 2
     assert capsys.readouterr().err == "error: write --ranks N in full (--help lists the options)\n"

@@ -1,4 +1,4 @@
-"""`kdrl-slurm DIR`: the scripts work from any folder, with the Python that wrote them, and what a user changed is kept."""
+"""`kdrl-slurm DIR`: the scripts work from any folder with the Python that wrote them, and a user's changes are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ echo "$PYTHONPATH|$KDRL_ROOT|$KDRL_PYTHON|$*" >>"$CALLS"
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
-    """A folder that the command wrote, whose name holds a blank."""
+    """A folder that the command wrote; its name has a blank."""
     folder = tmp_path / "my jobs"
     assert main([str(folder)]) == 0
     return folder
@@ -29,7 +29,7 @@ def test_a_job_finds_the_folder_and_runs_with_the_python_that_wrote_it(scripts: 
     bin_folder, spool, work = tmp_path / "bin", tmp_path / "spool", tmp_path / "work"
     for folder in (bin_folder, spool, work):
         folder.mkdir()
-    (work / "kdrl_mcore").mkdir()  # a folder that only looks like a checkout's
+    (work / "kdrl_mcore").mkdir()  # a folder that only looks like a checkout
     record = f"JobId=7 Restarts=0\n   Command={scripts}/kdrl_32b.sh experiment=tiny_cpu data=/other/a.sh\n"
     (bin_folder / "srun").write_text(SRUN)
     (bin_folder / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{record}END\n")

@@ -1,4 +1,4 @@
-"""What is recomputed and off-loaded: wrong names and choices that do nothing are refused in one line."""
+"""Recomputation and off-loading: wrong names and choices without effect are refused in one line."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
         ("", "moe", False, False, "parallel.offload_activations: moe does nothing here"),
         ("moe_act", "", True, False, "needs Transformer Engine"),
         ("layernorm", "", False, True, "contain the norms"),
-        ("mlp moe", "", False, False, None),  # a layer has one of the two
+        ("mlp moe", "", False, False, None),  # a layer has only one of the two
         ("mlp moe", "qkv_linear", True, False, None),
         ("layernorm", "", False, False, None),
         ("layernorm moe_act", "", True, True, None),
-        ("layernorm", "", False, None, None),  # the planner does not know
+        ("layernorm", "", False, None, None),  # the planner cannot know
     ],
 )
 def test_what_the_model_does_not_have_is_refused(

@@ -1,4 +1,5 @@
-"""The objective's axes: presets, and values that contradict each other or do nothing, refused in one line that names them."""
+"""The objective's axes: presets load, and values that contradict each other or have no effect are refused in one line that
+names them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ REPLAY = "rollout=replay rollout.path=r"
 def test_every_preset_can_be_trained_with(preset: str) -> None:
     config = load_config([f"objective={preset}", "student.path=s", "teacher.path=t"])
     text = (conf_dir() / "objective" / f"{preset}.yaml").read_text()
-    assert preset == "sft" or text.startswith("# ")  # says what it is, and what of the paper it is not
+    assert preset == "sft" or text.startswith("# ")  # says what it is, and how it differs from the paper
     assert uses_teacher(config.objective) or config.objective.beta.init == 0
 
 
@@ -116,13 +117,13 @@ def test_what_does_not_go_together_is_refused(settings: str, told: str) -> None:
     ("settings", "scores", "teacher_scores", "reference"),
     [
         ("", False, False, False),
-        ("objective=gspo", False, False, False),  # strictly on-policy the ratio is 1
+        ("objective=gspo", False, False, False),  # the ratio is 1 if the run is strictly on-policy
         ("objective=gspo batch.updates_per_step=2", True, False, False),
         ("objective=gspo objective.ratio=product batch.updates_per_step=2", True, False, False),
         ("objective=tip", True, False, False),
         (f"objective=tip {KD}.estimator=exact", True, True, False),
         ("objective=srpo", False, True, False),
-        (f"objective=srpo {KD}.estimator=k2", False, False, False),  # its pass gives entropies anyway
+        (f"objective=srpo {KD}.estimator=k2", False, False, False),  # its pass computes entropies anyway
         ("objective=vopd", False, False, False),
         ("objective=prefix_opd", False, False, False),
         ("objective.sampler_correction.kind=mask objective.sampler_correction.level=geometric", True, False, False),

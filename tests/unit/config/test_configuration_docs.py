@@ -1,4 +1,4 @@
-"""The documentation of the configuration is complete and true."""
+"""The documentation of the configuration is complete and correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line and the user's own files may say, and the one line that tells what is wrong with them."""
+"""What the command line and the user's files may contain, and the one line that says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A folder with an experiment, a pair, a reward and a group of its own, under a name that needs quotes."""
+    """A folder with an experiment, a pair, a reward and a new group, whose name needs quotes."""
     folder = tmp_path / "it's my=own, é"
     files = {
         "experiment/first.yaml": "# @package _global_\ndefaults:\n  - override /objective: grpo\noptimizer: {lr: 7e-4}\n",

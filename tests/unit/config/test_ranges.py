@@ -1,4 +1,4 @@
-"""Every numeric key has its range, and `load_config` refuses what lies outside, in one line that names the key."""
+"""Every numeric key has a range, and `load_config` refuses values outside it in one line that names the key."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ FITTING = {
     "rollout.given.share": ["objective.beta.init=1", "teacher.path=t", "objective.kd.estimator=exact"],
     "trainer.stop_after": ["data.eval=e.jsonl", "eval.every=1"],
 }
-"""What else a key's bounds need, so that nothing but its range could refuse them."""
+"""Further settings with which only a key's range could refuse its bounds."""
 
 
 @pytest.fixture(autouse=True)
 def composed_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hydra's part is the same for all of them, and slow."""
+    """Hydra's part is the same for all keys, and slow."""
     kept: dict[str, Any] = {}
     compose = loading._compose
 
@@ -73,7 +73,7 @@ def load(name: str, value: float, *others: str) -> Config:
 
 def test_every_numeric_key_has_a_range_and_no_other_key_has() -> None:
     assert set(NUMERIC) == set(RANGES)
-    assert not [name for name, types in key_types(BenchmarkConfig).items() if {int, float} & set(types)]  # else give it ranges
+    assert not [name for name, types in key_types(BenchmarkConfig).items() if {int, float} & set(types)]  # or give it ranges
 
 
 def test_the_defaults_lie_in_their_ranges() -> None:

@@ -1,4 +1,4 @@
-"""What may change when a run goes on: the table is complete, documented, and read as it stands."""
+"""What may change when a run resumes: the table is complete, documented and applied as written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_key_has_a_rule_and_every_rule_has_a_key() -> None:
 
 
 def test_what_makes_another_experiment() -> None:
-    """Model, data, task, objective and seed; nothing that steers, and nothing of the machine."""
+    """Model, data, task, objective and seed, but nothing that steers the run and nothing about the machine."""
     assert {key for key in DEFAULTS if rule_of(key).effect in ("fixed", "content")} == {
         *("student.path", "teacher.path", "model.dtype", "optimizer.name", "objective.kind", "reward.kind", "trainer.seed"),
         "teacher.weights",
@@ -65,7 +65,7 @@ def test_a_key_that_an_earlier_version_did_not_have_had_its_default() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ({"teacher.path": "a"}, {"teacher.path": "b"}, None),  # beta is 0: nobody teaches
+        ({"teacher.path": "a"}, {"teacher.path": "b"}, None),  # beta is 0, so the teacher is not used
         ({"teacher.path": "a", "objective.beta.init": 1.0}, {}, None),  # kdrl -> grpo
         ({}, {"teacher.path": "a", "objective.beta.init": 1.0}, None),  # grpo -> kdrl
         (

@@ -1,4 +1,4 @@
-"""The teacher's settings: what contradicts another one or has no effect is refused in one line that names it."""
+"""The teacher's settings: one that contradicts another or has no effect is refused in one line that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by hub id: a path stays a path, only safetensors come, the commit is pinned, and what cannot be had is one line."""
+"""Models by hub id: a path stays a path, only safetensors are downloaded, the commit is pinned, and failures give one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("org/name-1.5B@refs/pr/3", HubId("org/name-1.5B", "refs/pr/3")),
         ("here/model", None),
         ("here/model@main", None),
-        ("here/other", None),  # a slip of the pen, rather than the model of an organisation called as the folder
+        ("here/other", None),  # a typing error rather than a model of an organisation with the folder's name
         ("name", None),
         ("/org/name", None),
         ("../org/name", None),
@@ -117,7 +117,7 @@ def test_an_export_is_pushed(hub: HubServer, model: Path, tmp_path: Path, capsys
     assert files == {name: data for name, data in files_of(output).items() if not name.startswith(".")}
     assert "model.safetensors" in files and hub.private == {"org/mine"}
     shutil.rmtree(output)
-    assert convert(export) == 0  # again, into the repository that is there
+    assert convert(export) == 0  # again, into the existing repository
     folder = download(HubId("org/mine", commit))
     assert (folder / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Several training sets: how they mix, whose verifier judges, what is counted, and what is said of them."""
+"""Several training sets: how they mix, which verifier judges, what is counted, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_a_resumed_mix_goes_on_identically(steps: int, ahead: bool) -> None:
     for _ in range(steps):
         whole.next_batch()
     state = json.loads(json.dumps(whole.state_dict()))
-    if ahead:  # a batch is drawn that the checkpoint does not have
+    if ahead:  # a batch is drawn that is not in the checkpoint
         lost = names(whole.next_batch())
-    resumed = stream(SETS[::-1])  # in whatever order they are listed
+    resumed = stream(SETS[::-1])  # whatever their order in the list
     resumed.load_state_dict(state)
     batches = [names(resumed.next_batch()) for _ in range(5)]
     expected = ([lost] if ahead else []) + [names(whole.next_batch()) for _ in range(5)]
@@ -116,7 +116,7 @@ def test_weights_may_change_on_the_way() -> None:
         before.next_batch()
     after.load_state_dict(before.state_dict())
     counts = Counter(name[0] for _ in range(4) for name in names(after.next_batch()))
-    assert abs(counts["b"] - 27) <= 1  # of the 36 from here on, whatever was given before
+    assert abs(counts["b"] - 27) <= 1  # of the 36 from here on, whatever was drawn before
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_each_domain_has_its_verifier() -> None:
 
 @pytest.fixture(autouse=True)
 def registry_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """Removes what a test registers."""
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
@@ -268,7 +268,7 @@ def test_prompts_over_the_limit_are_refused_or_counted(tokenizer: Tokenizer, tmp
     assert data_notes([Domain("", table)], []) == [f"{path}: dropped 2 of 4 prompts, longer than rollout.max_prompt_tokens"]
     with pytest.raises(DataError, match=r"all 4 prompts of .* have over 2 tokens"):
         read_domains(load_config([*base, "data.long_prompts=drop", "rollout.max_prompt_tokens=2"]), tokenizer)
-    with pytest.raises(DataError, match=r"row 2: the prompt has 9 tokens.* or remove the row$"):  # held-out ones never are
+    with pytest.raises(DataError, match=r"row 2: the prompt has 9 tokens.* or remove the row$"):  # held-out rows never are
         load_benchmarks(load_config([*base, f"data.eval={path}", "data.long_prompts=drop"]), tokenizer)
 
 
@@ -331,7 +331,7 @@ def test_the_preflight_reads_what_training_and_evaluation_will(tmp_path: Path, m
         check_data(load_config([*base, "reward=multiple_choice", sources.replace("}, {", ", reward: exact_match}, {")]))
     with pytest.raises(DataError, match=r"quiz\.jsonl row 1 has no column 'question'"):
         check_data(load_config([*base, sources.replace("options}", "options, prompt_key: question}")]))
-    monkeypatch.setenv("LOCAL_RANK", "1")  # another rank of this node reads
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another rank of this node reads it
     assert check_data(load_config([*base, "rollout.max_prompt_tokens=14"])) == ""
 
 

@@ -1,4 +1,4 @@
-"""Files of rows: taken by their literal names, read as they are written, and named with the line where they are damaged."""
+"""Files of rows are found by their literal names and read as written; an error names the file and the damaged line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answers_of(path: Path | str, tokenizer: Tokenizer, data: DataConfig = PLAIN)
 
 
 def refusal_of(path: Path | str, tokenizer: Tokenizer) -> str:
-    """The one line, without the folder."""
+    """The one line of the error, without the folder."""
     with pytest.raises(DataError) as caught:
         load_prompts(str(path), PLAIN, tokenizer, 64)
     assert "\n" not in str(caught.value)

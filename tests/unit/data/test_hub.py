@@ -1,4 +1,4 @@
-"""A run by hub ids: one rank of a machine downloads, all train from the same commit, and the run directory says which."""
+"""A run with hub ids: one rank per machine downloads, all train from the same commit, and the run directory says which one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.hub_server import HubServer, files_of, use_hub
 
 
 def resolve_on_rank(address: str, cache: Path, paths: dict[str, str], seconds: float) -> tuple[Any, int]:
-    """What each rank gets, and how often it downloaded; a download takes so many seconds."""
+    """What each rank gets, and how often it downloaded; a download takes this number of seconds."""
     from kdrl_mcore.data import hub
 
     downloads = []

@@ -65,7 +65,7 @@ def test_chat_template_with_system_prompt(tmp_path: Path, tokenizer: Tokenizer) 
     "template", ["{{ strftime_now('%d %b %Y') }}|", "{% set day = strftime_now('%Y-%m-%d %H:%M') %}{{ day }}|"]
 )
 def test_a_template_that_asks_for_the_date_is_told_a_fixed_one(tmp_path: Path, template: str) -> None:
-    """Llama 3's template does: with the true date, no evaluation could go on the day after."""
+    """Llama 3's template contains the date: with the true date, no evaluation could be continued on the next day."""
     tokenizer = load_tokenizer(save_tokenizer(tmp_path / "dated", byte_level(), chat_template=template + CHAT_TEMPLATE))
     path = write(tmp_path / "a.jsonl", ROWS[:1])
     default, other = (

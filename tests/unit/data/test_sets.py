@@ -79,7 +79,7 @@ PUBLISHED: dict[str, tuple[tuple[str, str | None, str], dict[str, Any], str, str
         "B",
     ),
 }
-"""What each asks the hub for, a row as the set has it, and the problem and the answer read from it."""
+"""What each requests from the hub, a row as the set has it, and the problem and the answer read from it."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the teacher reads instead of the student's prompt: its own template over the row's columns."""
+"""The teacher reads a separate template over the row's columns instead of the student's prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a tokenizer as its `tokenizer.json` has it, and comparing a student's with a teacher's."""
+"""A tokenizer is loaded as its `tokenizer.json` says, and a student's is compared with a teacher's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.tokenizers import CHAT_TEMPLATE, END, byte_level, chat_model,
 
 
 def character_level() -> Tokenizer:
-    """One token per character, newline included: what transformers rebuilds wrongly as a Qwen2 tokenizer."""
+    """One token per character, newline included, which transformers rebuilds wrongly as a Qwen2 tokenizer."""
     characters = sorted(set(PROBE))
     tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(["<unk>", END, *characters])}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -206,7 +206,7 @@ def test_a_response_ends_with_each_of_the_models_end_tokens(tmp_path: Path) -> N
     "template",
     [
         None,
-        CHAT_TEMPLATE,  # ends a turn with a line break alone
+        CHAT_TEMPLATE,  # ends a turn with only a line break
         "{{ raise_exception('no') }}",
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('none') }}{% endif %}{% endfor %}",
         "{% for m in messages %}{{ m.content }}. {% endfor %}",

@@ -1,4 +1,4 @@
-"""The benchmarks' configurations: each loads, asks the hub for what it says, and reads rows as the published sets have them."""
+"""The benchmarks' configurations: each loads, requests from the hub what it names, and reads rows as published."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED: dict[str, tuple[tuple[str, str | None, str], dict[str, Any], str]] = 
         "$2$, 3",
     ),
 }
-"""What each asks the hub for, a row as the published set has it, and the reference answer read from it."""
+"""What each requests from the hub, a row as the published set has it, and the reference answer read from it."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The evaluation's metrics are what brute force over every draw, every tie and every resampling says."""
+"""The evaluation's metrics equal those from brute force over all draws, ties and resamplings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_correct_response(samples: i
 
 
 def test_pass_at_k_is_unbiased() -> None:
-    """Its expectation over K responses, each correct with chance p, is the chance that k of them hold a correct one."""
+    """Its expectation over K responses, each correct with probability p, is the probability that k of them have a correct
+    one."""
     samples, k, p = 5, 3, Fraction(3, 10)
     rows = list(itertools.product([0, 1], repeat=samples))
     estimates = metrics.pass_at(k, np.array(rows, dtype=float))

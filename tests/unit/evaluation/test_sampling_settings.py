@@ -1,4 +1,4 @@
-"""Evaluations have sampling settings of their own, and where they have none those of training."""
+"""Evaluations have separate sampling settings; those that are not set are training's."""
 
 from __future__ import annotations
 

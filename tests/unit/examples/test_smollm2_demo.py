@@ -1,4 +1,5 @@
-"""The demo of examples/smollm2 without its model: its runs compose, what is missing is one line, the outcome names domains."""
+"""The demo of examples/smollm2 without its model: its runs compose, a missing model gives one line, and the outcome names
+domains."""
 
 from __future__ import annotations
 

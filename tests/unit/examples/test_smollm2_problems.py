@@ -1,4 +1,4 @@
-"""The problems of examples/smollm2: right answers that the verifiers accept, and no problem in two sets."""
+"""The problems of examples/smollm2 have right answers that the verifiers accept, and no problem is in two sets."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_the_sets_have_their_sizes_and_come_out_the_same_again(sets: Sets) -> No
 
 @pytest.mark.parametrize("domain", SPLITS)
 def test_no_two_sets_share_a_problem_by_content(sets: Sets, domain: str) -> None:
-    """Compared by what is in the text, not by the key that the sets were cut with."""
+    """They are compared by what is in the text, not by the key that split the sets."""
     contents: dict[str, set[object]] = {}
     for name, problem in all_of(sets, domain):
-        if domain == "purse":  # only the numbers and what happens to them
+        if domain == "purse":  # compares only the numbers and what happens to them
             contents.setdefault(name, set()).add(tuple(re.findall(r"has \d|gets \d|loses \d", problem.prompt)))
-        else:  # the story with its names and kinds made equal
+        else:  # the story with names and kinds made equal
             story = problem.prompt
             kinds = re.findall(r"only by (\w+)s and (\w+)s\.", story)[0]
             people = re.findall(r"inhabitants: (\w+), and (\w+)\.", story)[0]

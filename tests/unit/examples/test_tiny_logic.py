@@ -1,4 +1,4 @@
-"""The second tiny task: right answers, a teacher that is wrong in one way, no shared problems, and KDRL trains on it."""
+"""The second tiny task has right answers, a teacher with one flaw and no shared problems, and KDRL trains on it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def test_responses_fit_and_the_experiment_names_what_the_example_writes() -> Non
 
 
 def test_kdrl_trains_on_it(tmp_path: Path, ranks2: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps from an untrained pair: the student nears its teacher, and a format reward is added to the verifier's."""
+    """A few steps from an untrained pair: the student approaches its teacher, and a format reward is added to the
+    verifier's."""
     monkeypatch.setattr(logic, "SPLITS", {"eval": 4, "validation": 2, "train": 64, "sft": 2})
     write_data(tmp_path / "data", FLAW_RATE)
     for name in ("student", "teacher"):

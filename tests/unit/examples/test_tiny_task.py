@@ -1,4 +1,5 @@
-"""The tiny task: same data every time, no problem in two sets, right answers, and a tokenizer every reader agrees on."""
+"""The tiny task: the data are always the same, no problem is in two sets, answers are right, and all readers agree on the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def test_every_reader_of_the_checkpoint_gets_the_same_tokens(tmp_path: Path, nam
     ids = tokenizer.encode(probe, add_special_tokens=False)
     assert ids == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(probe, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == probe
-    assert len(ids) == len(probe.encode())  # one token a byte
+    assert len(ids) == len(probe.encode())  # one token per byte
     model = Qwen2ForCausalLM.from_pretrained(tmp_path)
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.hidden_size // model.config.num_attention_heads == 32
@@ -177,5 +178,5 @@ def test_a_job_that_fails_stops_the_others_and_shows_its_output(tmp_path: Path, 
     broken = job("broken", tmp_path / "broken", "print('no such file'); raise SystemExit(3)")
     with pytest.raises(KdrlError, match=r"'broken' ended with exit code 3.*broken\.log"):
         jobs.follow([slow, broken])
-    assert slow.process.poll() not in (None, 0)  # not by itself
+    assert slow.process.poll() not in (None, 0)  # it did not end by itself
     assert "no such file" in capsys.readouterr().err

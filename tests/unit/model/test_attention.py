@@ -14,7 +14,7 @@ def rotate_simply(x_SHD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
 
 
 def test_values_and_gradient_are_those_of_autograd_to_the_bit() -> None:
-    """Also of a view whose heads are not adjacent in memory, as queries beside keys and values are."""
+    """Also for a view whose heads are not adjacent in memory, like queries stored with keys and values."""
     mixed = torch.randn(7, 5, 16)
     angles = torch.randn(7, 1, 4)
     weight = torch.randn(7, 3, 8)

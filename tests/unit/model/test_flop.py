@@ -1,4 +1,4 @@
-"""Model FLOP against torch's own count of the products, and what is made of it."""
+"""Model FLOP agree with torch's count of the products; what is computed from them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_products_of_a_forward_and_backward_pass_are_counted_as_torch_counts_the
     tokens = 40
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(tokens)[None]).logits.sum().backward()
-    # Eager attention computes the whole square; ours counts the half that is causal.
+    # Eager attention computes the whole square; we count its causal half.
     heads = shape["num_attention_heads"] * shape["head_dim"]
     square = 6 * shape["num_hidden_layers"] * heads * tokens * tokens
     ours = training_flop(read_architecture(str(tmp_path)), [(tokens, tokens, 0)]) + square
-    # What autograd leaves out: the gradient of the embedding's output through no product, and rotary's tiny products.
+    # The difference: the embedding's output needs no product for its gradient, and rotary's products are tiny.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
     hidden = model.requires_grad_(False).get_input_embeddings()(torch.arange(tokens)[None]).requires_grad_()
     with FlopCounterMode(display=False) as counter:

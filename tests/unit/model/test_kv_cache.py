@@ -1,4 +1,4 @@
-"""The cache of keys and values: attention over everything before a token, in any shapes that the cache may have."""
+"""The cache of keys and values gives attention over everything before a token, whatever the shape of the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw(rows: int, heads: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("few_shapes", [True, False])
 def test_decoding_attends_to_the_prompt_and_all_tokens_before(few_shapes: bool) -> None:
-    """Two layers, one of them with a window, copies of prompts, slots that leave, and rows beyond the slots."""
+    """There are two layers, one with a window, copies of prompts, slots that leave, and rows beyond the slots."""
     cache = KVCache(PROMPTS, COPIES, STEPS, few_shapes=few_shapes)
     prompts = {layer: (draw(sum(PROMPTS), GROUPS, layer), draw(sum(PROMPTS), GROUPS, 10 + layer)) for layer in (1, 2)}
     for layer, (key, value) in prompts.items():
@@ -53,7 +53,7 @@ def test_decoding_attends_to_the_prompt_and_all_tokens_before(few_shapes: bool) 
 
 
 def test_few_shapes_and_little_memory_for_thousands_of_tokens() -> None:
-    """8192 tokens: attention meets 41 shapes, all of them aligned, and no more than an eighth of it is for nothing."""
+    """With 8192 tokens, attention has 41 shapes, all aligned, and at most an eighth of its work is wasted."""
     sizes = {columns: padded_columns(columns) for columns in range(1, 9217)}
     assert len(set(sizes.values())) <= 41
     assert all(size % 64 == 0 for size in sizes.values())
@@ -66,7 +66,7 @@ def test_attention_meets_few_shapes_and_the_cache_stays_where_it_is(monkeypatch:
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float | None) -> Tensor:
         shapes.add((query.shape, key.shape, attn_mask.shape))
         places.add(key.data_ptr())
-        assert attn_mask.dtype == query.dtype == torch.bfloat16  # nothing is converted at every call
+        assert attn_mask.dtype == query.dtype == torch.bfloat16  # no conversion at each call
         return query
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)

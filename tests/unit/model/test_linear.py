@@ -1,4 +1,4 @@
-"""Products without gradients, with weights as they are and packed."""
+"""Products without gradients, with plain and with packed weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_product_is_that_of_torch(bias: bool, shape: tuple[int, ...], dtype: t
     expected = torch.nn.functional.linear(x, weight, added if bias else None)
     with torch.no_grad():
         packed = pack(weight)
-        assert packed is not None or dtype == torch.bfloat16  # which some CPUs have no instructions for
+        assert packed is not None or dtype == torch.bfloat16  # for which some CPUs have no instructions
         for each in (weight, packed):
             if each is not None:
                 found = product(x, each, added if bias else None)
@@ -26,7 +26,7 @@ def test_a_product_is_that_of_torch(bias: bool, shape: tuple[int, ...], dtype: t
 
 
 def test_rows_in_any_order_of_memory_are_multiplied_with_one_weight() -> None:
-    """The transposed hidden states of an embedding: torch's own product copies the weight for each row."""
+    """The input is an embedding's transposed hidden states, for which torch's product copies the weight for each row."""
     x, weight = torch.randn(1, 9, 48, dtype=torch.bfloat16).transpose(0, 1), torch.randn(64, 48, dtype=torch.bfloat16)
     with torch.no_grad(), torch.profiler.profile() as profile:
         product(x, weight)

@@ -1,4 +1,4 @@
-"""The one call that serves a packed micro-batch: what it is given, and which kernel takes it."""
+"""The single call for a packed micro-batch: its arguments, and the kernel that gets them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_empty_micro_batch_is_one_call_on_its_filler() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("lengths", [[31], [5, 5, 5, 5, 4], [2, 3, 40], [24, 24], []], ids=str)
 def test_a_context_parallel_rank_makes_a_call_for_each_part_at_most(lengths: list[int], size: int) -> None:
-    """Together the stretches are the runs: every query once, with the keys up to its own place."""
+    """Together the ranges make up the runs: every query occurs once, with the keys up to its position."""
     for rank in range(size):
         batch = packed(lengths, rank, size)
         calls = stretches(batch.runs)
@@ -72,7 +72,7 @@ def test_a_context_parallel_rank_makes_a_call_for_each_part_at_most(lengths: lis
 
 
 def test_torch_has_what_is_asked_for_here() -> None:
-    """The installed torch's own function, which the played one stands for, takes these arguments."""
+    """The installed torch's function, for which the imitation stands in, accepts these arguments."""
     from inspect import signature
 
     from torch.nn.attention.varlen import varlen_attn
@@ -115,7 +115,7 @@ def test_without_a_kernel_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("hopper")
 def test_early_forms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.10's function has no grouped heads; flash-attn's first ones masked from the upper left."""
+    """torch 2.10's function has no grouped heads; flash-attn's first versions masked from the upper left."""
     use("flash-attn", monkeypatch)
 
     def early(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, is_causal: bool = False) -> None: ...
@@ -150,12 +150,12 @@ def attend_on_rank(lengths: list[int]) -> list[tuple[Any, ...]]:
 
 
 def test_a_micro_batch_is_one_call(ranks1: RankPool) -> None:
-    """Where there is a kernel; run by run it would be three."""
+    """If there is a kernel; run by run there would be three calls."""
     assert ranks1.run(attend_on_rank, [7, 3, 3, 12]) == [[(25, 25, [0, 3, 6, 13, 25], 0.3, 4)]]
 
 
 def use(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only this library has a kernel."""
+    """Make this library the only one with a kernel."""
     flash_attn: Any = ModuleType("flash_attn")
     if source == "flash-attn":
         flash_attn.flash_attn_varlen_func = played.flash_attn_varlen_func

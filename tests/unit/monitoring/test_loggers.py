@@ -1,4 +1,4 @@
-"""Metrics reach every logger once, under the right run, whatever the services do; none of them holds training up."""
+"""Metrics reach every logger once, under the right run, whatever the services do; no logger delays training."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_line_that_is_being_written_is_logged_when_it_is_whole(tmp_path: Path)
     assert first == 0.1 and step == 2 and math.isnan(second)
 
 
-# In processes of their own
+# In separate processes
 
 
 def test_a_service_is_followed_in_a_process_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -270,7 +270,7 @@ def test_a_training_run_and_its_resumption_are_one_run(zoo: Any, ranks1: Any, tm
     assert any((run / "tensorboard").iterdir())
 
 
-# The services themselves, on this machine
+# Real services, on this machine
 
 
 def test_tensorboard_shows_the_steps_after_a_checkpoint_as_they_were_last(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_tensorboard_shows_the_steps_after_a_checkpoint_as_they_were_last(tmp_pa
     assert shown() == [(1, 0.5), (2, 0.25), (3, 0.25)]
     begin_branch(run, left="", shared=2, source="", step=2)
     write(run, 3, after=2, reward=0.75)
-    follow(run, "tensorboard", step=2)  # its folder has moved aside: all is drawn anew
+    follow(run, "tensorboard", step=2)  # its folder has been moved away: everything is logged again
     assert shown() == [(1, 0.5), (2, 0.25), (3, 0.75)]
 
 
@@ -361,7 +361,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     folders = sorted((run / "loggers" / "wandb").glob("offline-run-*"))
     ids = {re.sub(r".*-", "", folder.name) for folder in folders}
     assert len(folders) == 2 and ids == {json.loads((run / "loggers" / "wandb.json").read_text())["run_id"]}
-    assert [wandb_steps(folder) for folder in folders] == [[1, 2], [1, 2, 3]]  # the last one holds the whole run
+    assert [wandb_steps(folder) for folder in folders] == [[1, 2], [1, 2, 3]]  # the last one has the whole run
 
 
 def wandb_steps(folder: Path) -> list[int]:

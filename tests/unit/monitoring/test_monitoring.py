@@ -1,4 +1,4 @@
-"""Metrics survive a crash and a resume, the display never garbles a log file, and each alert fires on its signature only."""
+"""Metrics survive a crash and a resume, the display never garbles a log file, and each alert fires only on its signature."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ STEP = {
 
 
 class Terminal(io.StringIO):
-    """A stream that calls itself a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -271,11 +271,11 @@ def test_a_run_has_the_alerts_that_can_apply_to_it(kind: str, tmp_path: Path) ->
     saved = read_config(tmp_path)
     assert alert_thresholds(load_saved(saved)) == thresholds
     other = {"model.old_key": 1, "trainer.steps": "many", "eval.every": "${no.such}", "data.sources": [{"x": 1}]}
-    assert alert_thresholds(load_saved(saved | other)) == thresholds  # of another version
+    assert alert_thresholds(load_saved(saved | other)) == thresholds  # from another version
 
 
 def test_a_number_too_large_to_add_up_counts_as_infinite(tmp_path: Path) -> None:
-    """A reward of one's own may be one. Nothing stops, and the alerts are those of the other steps."""
+    """A user's reward may be NaN or infinite. The run continues, and the alerts are those of the other steps."""
     watch = AlertWatch()
     with MetricsLog(tmp_path) as log:
         for step in range(1, 30):
@@ -301,7 +301,7 @@ def test_in_bfloat16_the_mean_of_tokens_tells_of_drift_as_in_the_check_of_each_s
     check_drift(config, 1, far[-1])
     assert [alert.name for alert in check_alerts(history({"drift_mean": 0.06}), alert_thresholds(config))] == ["sampler_drift"]
     given = load_config(["objective=grpo", "model.dtype=bfloat16", "rollout.max_log_prob_drift=0.3", *more])
-    assert check_alerts(far, alert_thresholds(given)) != []  # whoever says how far a token may be off is told
+    assert check_alerts(far, alert_thresholds(given)) != []  # a user who sets a limit for a token is alerted
 
 
 def test_too_few_steps_raise_nothing() -> None:
@@ -335,7 +335,7 @@ def test_a_growing_history_shows_what_the_whole_one_does() -> None:
         alerts = check_alerts(grown)
         assert alerts == check_alerts(rows[:end]) and len(grown) == end and grown[-1] is row
         seen.update(alert.name for alert in alerts)
-    assert seen == set(SIGNATURES)  # the draws are wild enough for all
+    assert seen == set(SIGNATURES)  # the draws are varied enough for all alerts
 
 
 def test_a_watch_that_goes_on_from_its_state_says_what_it_would_have_said() -> None:

@@ -1,4 +1,4 @@
-"""A step's trace names the phases, is whole, and is written where it was asked for alone."""
+"""A step's trace names the phases, is complete, and is written only where it was requested."""
 
 from __future__ import annotations
 

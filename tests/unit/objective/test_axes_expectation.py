@@ -1,6 +1,6 @@
-"""What the sampled forms of the axes learn in expectation: `joint_loss` on every token of a small vocabulary, weighed by mu.
+"""What the sampled forms of the axes learn in expectation: `joint_loss` on every token of a small vocabulary, weighted by mu.
 
-The tokens' shares of the loss are mu itself, so the sum over the vocabulary is the expectation, exactly. N prefixes, V tokens.
+The tokens' shares of the loss are mu itself, so the sum over the vocabulary is exactly the expectation. N prefixes, V tokens.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def evaluate(
     divergence: Callable[[Tensor], Tensor] | None = None,
     **more: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(the loss of each token, the sums that are measured, the logits that they depend on).
+    """(the loss of each token, the measured sums, the logits that they depend on).
 
     Args:
         shares_NV: each token's share of the loss; mu unless given.
-        divergence: from the student's log-probs [N, V] to that of each prefix [N].
+        divergence: a function from the student's log-probs [N, V] to the divergence at each prefix [N].
     """
     objective = load_config(
         ["objective=kdrl", "student.path=s", "teacher.path=t", "rollout=replay", "rollout.path=r", *settings.split()]
@@ -68,13 +68,13 @@ def evaluate(
 
 
 def gradient(settings: str, **more: Any) -> Tensor:
-    """The expected gradient [N, V] in the logits."""
+    """The expected gradient [N, V] with respect to the logits."""
     loss, _, z = evaluate(settings, **more)
     return torch.autograd.grad(loss.sum(), z)[0]
 
 
 def variance(settings: str, *, on_policy: bool = True, **more: Any) -> float:
-    """Of the gradient of one sampled token, summed over prefixes and logits."""
+    """The variance of the gradient from one sampled token, summed over prefixes and logits."""
     loss, _, z = evaluate(settings, on_policy=on_policy, shares_NV=torch.ones(N, V, dtype=torch.float64), **more)
     each = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in loss]).view(N, V, N, V)
     own_NVV = torch.stack([each[n, :, n] for n in range(N)])  # of prefix n, by the sampled token
@@ -91,7 +91,7 @@ def reverse_kl_gradient(z: Tensor = Z, log_q_NV: Tensor | None = None) -> Tensor
 
 
 def of_coefficients(c_NV: Tensor, weights_NV: Tensor) -> Tensor:
-    """The gradient of -sum weights c log pi in the logits, c a constant."""
+    """The gradient of -sum weights c log pi with respect to the logits, for a constant c."""
     z = Z.clone().requires_grad_()
     return torch.autograd.grad(-(weights_NV * c_NV * z.log_softmax(1)).sum(), z)[0]
 
@@ -108,7 +108,7 @@ SIGN_A = ADVANTAGES.sign()[:, None]
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_a_bounded_weight_is_biased_by_what_it_cuts(estimator: str) -> None:
-    """The same for each: -min(w, C) d grad log pi. The bias is that stated in docs/method.md."""
+    """The gradient is the same for each: -min(w, C) d grad log pi. The bias is the one stated in docs/method.md."""
     bounded = f"objective.kd.estimator={estimator} objective.kd.importance=truncate objective.kd.importance_bound="
     found = gradient(f"{bounded}1.2", on_policy=False, alpha=0.0)
     expected = of_coefficients((PI / MU).clamp(max=1.2) * D, MU)
@@ -162,7 +162,7 @@ def test_gate_gives_each_response_one_of_the_two() -> None:
 
 
 def test_the_ratio_to_the_mixture_is_not_one_on_policy() -> None:
-    """(pi / T)^beta, whose gradient is its own value's: tokens far from the teacher are clipped at once."""
+    """The ratio is (pi / T)^beta, so tokens far from the teacher are clipped at once."""
     found = gradient("objective.combine.kind=ratio objective.clip_low=0.2 objective.clip_high=0.2", beta=0.5)
     rho = (-0.5 * D).exp()
     A = ADVANTAGES[:, None]
@@ -173,7 +173,7 @@ def test_the_ratio_to_the_mixture_is_not_one_on_policy() -> None:
 
 @pytest.mark.parametrize("extrapolation", [0.5, 1.25, 2.0])
 def test_the_signed_reference_rests_at_its_optimum(extrapolation: float) -> None:
-    """pi = T^l ref^(1 - l) / Z at every prefix, and nowhere near the teacher for l = 2."""
+    """pi = T^l ref^(1 - l) / Z at every prefix, which is far from the teacher for l = 2."""
     log_t, log_ref = TEACHER.log_softmax(1), INITIAL.log_softmax(1)
     optimum = extrapolation * log_t + (1 - extrapolation) * log_ref
     settings = f"objective.combine.kind=reference objective.combine.extrapolation={extrapolation} objective.alpha.init=0 "
@@ -219,7 +219,7 @@ def test_a_control_variate_also_serves_the_advantage() -> None:
 
 
 def test_with_a_weight_that_sees_the_token_a_control_variate_would_move_the_gradient() -> None:
-    """Why such weights are refused beside it: by the trust weight min(T / pi, 1), and by a bounded pi / mu."""
+    """Why such weights cannot be combined with it: with the trust weight min(T / pi, 1), and with a bounded pi / mu."""
     centred = D + reverse_kl(Z.log_softmax(1))[:, None]
     trust, bounded = D.exp().clamp(max=1.0), (PI / MU).clamp(max=1.2)
     assert bias(of_coefficients(trust * centred, PI), of_coefficients(trust * D, PI)) == pytest.approx(0.894, abs=0.002)
@@ -258,7 +258,7 @@ def test_drawing_by_trust_is_trust_in_expectation() -> None:
 
 
 def test_how_far_trust_is_from_the_reverse_kl() -> None:
-    """It is an objective of its own: a bias by design, and a fifth of k2's variance."""
+    """It is a different objective: it has a bias by design, and a fifth of k2's variance."""
     settings = f"{FORWARD} objective.kd.mix=trust"
     found = gradient(settings, alpha=0.0, divergence=forward_kl)
     assert bias(found, reverse_kl_gradient()) == pytest.approx(0.728, abs=0.002)
@@ -276,7 +276,7 @@ def test_on_policy_the_sampled_part_may_be_in_the_advantage(mix: str) -> None:
     inside = gradient(f"{settings} objective.kd.placement=advantage", **more)
     torch.testing.assert_close(inside, gradient(settings, **more))
     if mix == "entropy":
-        assert bias(inside, gradient("")) > 0.1  # the forward KL is there
+        assert bias(inside, gradient("")) > 0.1  # the forward KL contributes
 
 
 def test_on_policy_k3_has_the_gradient_of_the_forward_kl() -> None:
@@ -309,7 +309,7 @@ def half_of_the_log_ratio(d_T: Tensor, w_T: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_so_is_an_estimator_of_ones_own(on_policy: bool) -> None:
-    """w carries the gradient of log pi, on-policy too."""
+    """w has the gradient of log pi, also on-policy."""
     settings = f"objective.kd.estimator={__name__}:half_of_the_log_ratio"
     found = gradient(settings, alpha=0.0, on_policy=on_policy)
     torch.testing.assert_close(found, 0.5 * reverse_kl_gradient())

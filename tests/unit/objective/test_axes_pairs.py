@@ -1,4 +1,4 @@
-"""Each pair of values of two axes is held against the dense reference (tests/parallel/test_objective_axes.py), or refused in
+"""Each pair of values of two axes is compared with the dense reference (tests/parallel/test_objective_axes.py), or refused in
 one line and listed in docs/method.md."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def base() -> Config:
 
 
 def refusal(base: Config, names: list[str]) -> str | None:
-    """What a configuration with these values is refused for."""
+    """Why a configuration with these values is refused."""
     config, settings = deepcopy(base), settings_of(names, JOINT)
     for name, key in OBJECTIVE_KEYS.items():
         *groups, last = key.split(".")
@@ -42,7 +42,8 @@ def refusal(base: Config, names: list[str]) -> str | None:
 
 
 def documented() -> set[frozenset[str]]:
-    """The pairs of the table of docs/method.md: a row has a value and those of other axes that it does not go with."""
+    """The pairs in the table of docs/method.md: a row has a value and the values of other axes that it cannot be combined
+    with."""
     table = PAGE.read_text().partition("<!-- pairs -->")[2].partition("<!-- end -->")[0]
     rows = [re.findall(r"`([a-z0-9-]+)`", line) for line in table.splitlines() if line.startswith("| `")]
     return {frozenset((first, other)) for first, *others in rows for other in others}

@@ -1,9 +1,9 @@
-"""Which estimators of the reverse KL have the right gradient in expectation, and how much they scatter.
+"""Which estimators of the reverse KL have the right expected gradient, and how large their variance is.
 
-The expectation is exact: every token of the vocabulary is once the target, weighed by mu, the policy that sampled. The
-estimators are the trainer's, on log-probs from the vocab-parallel head. Off-policy mu differs from the student pi.
+The expectation is exact: every token of the vocabulary is the target once, weighted by mu, the policy that sampled. The
+estimators are the trainer's, with log-probs from the vocab-parallel head. Off-policy, mu differs from the student pi.
 
-N prefixes, V tokens; T = N * V rows, each prefix once with every token. H hidden.
+N prefixes, V tokens, H hidden; T = N * V rows: each prefix occurs once with every token.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ RANKS = [1, 2]
 
 
 def k2_with_differentiable_w(d_T: Tensor, w_T: Tensor) -> Tensor:
-    """The mistake that METHOD's "w must be detached" warns of."""
+    """The mistake of a weight w that is not detached."""
     return 0.5 * w_T * d_T.square()
 
 
 def one(w_T: Tensor) -> Tensor:
-    """On-policy the paper's form has no weight at all."""
+    """On-policy, the paper's form has no weight at all."""
     return torch.ones_like(w_T)
 
 
@@ -47,14 +47,14 @@ def log_softmax_of(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def sampler(on_policy: bool) -> Tensor:
-    """log mu [N, V]: the student's own, or those of an older student."""
+    """log mu [N, V]: the student's log-probs, or those of an older student."""
     hidden_NH, weight_VH, _ = models()
     old_VH = weight_VH if on_policy else weight_VH + 0.3 * weight_VH.roll(1, 0)
     return log_softmax_of(hidden_NH, old_VH)
 
 
 def exact_gradient() -> Tensor:
-    """The gradient of sum_n KL(pi || teacher) in the hidden states, by plain autograd."""
+    """The gradient of sum_n KL(pi || teacher) with respect to the hidden states, by plain autograd."""
     hidden_NH, weight_VH, teacher_VH = models()
     hidden_NH.requires_grad_()
     log_p_NV, log_q_NV = log_softmax_of(hidden_NH, weight_VH), log_softmax_of(hidden_NH.detach(), teacher_VH)
@@ -65,7 +65,7 @@ Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
 def gradients(estimator: Estimator | str, weight: Callable[[Tensor], Tensor], on_policy: bool, ranks: int) -> Tensor:
-    """Runs on a rank: the estimator's gradient in the hidden states for each prefix and sampled token, [N, V, H]."""
+    """On a rank: the estimator's gradient with respect to the hidden states for each prefix and sampled token, [N, V, H]."""
     hidden_NH, weight_VH, teacher_VH = models()
     rank, width = (dist.get_rank(), -(-V // ranks)) if ranks > 1 else (0, V)
     shard = VocabShard(dist.group.WORLD if ranks > 1 else None, rank * width, (rank + 1) * width, V)
@@ -142,7 +142,7 @@ def test_the_expected_gradient_is_that_of_the_exact_reverse_kl(
 def test_the_wrong_weight_makes_the_gradient_biased(
     request: pytest.FixtureRequest, estimator: Estimator, weight: Callable[[Tensor], Tensor], on_policy: bool, ranks: int
 ) -> None:
-    """By more than a tenth of the gradient, so that no rounding can be meant."""
+    """The bias exceeds a tenth of the gradient, so it cannot be rounding."""
     mean_NH, _ = expected_and_variance(request, estimator, weight, on_policy, ranks)
     exact_NH = exact_gradient()
     assert (mean_NH - exact_NH).norm() > 0.1 * exact_NH.norm()

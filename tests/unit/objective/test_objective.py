@@ -1,5 +1,5 @@
-"""The objective's pure functions against numbers one can check by hand. (That they add up to the method's gradient is shown
-in tests/parallel against the dense reference.)"""
+"""The objective's pure functions agree with numbers that can be checked by hand. (tests/parallel compares the resulting
+gradient with the dense reference.)"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_advantages_compare_the_responses_of_a_group() -> None:
 
 
 def test_equal_rewards_give_exactly_zero_whatever_their_rounding() -> None:
-    """The mean of three times 0.1 is not 0.1 in floating point."""
+    """The floating-point mean of 0.1, 0.1 and 0.1 is not 0.1."""
     assert group_advantages(torch.full((3,), 0.1), torch.zeros(3), normalize_by_std=True).tolist() == [0, 0, 0]
 
 
@@ -76,7 +76,7 @@ def test_the_surrogate_clips_only_where_that_makes_it_worse() -> None:
 
 
 def test_what_a_masked_token_was_given_by_the_teacher_touches_nothing() -> None:
-    """Even a NaN: the loss and its gradient are those without the token's distillation."""
+    """Even for a NaN, the loss and its gradient are those without the token's distillation."""
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     batch = TokenBatch(
         advantages=torch.ones(2),
@@ -138,7 +138,7 @@ def test_a_coefficient_switches_once_where_accuracy_rises_no_more() -> None:
 
 
 def test_a_coefficient_may_fall_once_it_has_switched() -> None:
-    """SAF-OPD: constant until the KL is small, then linear, also after a resume."""
+    """SAF-OPD: the coefficient is constant until the KL is small and then linear, also after a resume."""
     schedule = ScheduleConfig(kind="below", init=0.1, after=0.1, target=0.5, delta=0.04, min=0.01)
     coefficient, values = Coefficient(schedule), []
     for kl in (0.9, 0.5, 0.9, 0.9, 0.9, 0.9):
@@ -171,7 +171,7 @@ def test_a_coefficient_rises_until_the_kl_has_fallen_by_a_share_and_then_falls()
         return values
 
     assert follow([1.0, 0.7, 0.9, 0.9]) == pytest.approx([0.025, 0.05, 0.1, 0.08])
-    assert follow([1.0] * 7) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06])  # at the latest after the rise
+    assert follow([1.0] * 7) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06])  # after the rise at the latest
 
 
 def in_steps_of_three(step: int, schedule: ScheduleConfig) -> float:
@@ -197,7 +197,7 @@ def test_a_plateau_is_remembered_in_a_checkpoint() -> None:
     second.observe(0.4)
     assert second.value == 0.0
     second = Coefficient(schedule)
-    second.load_state_dict({"step": 4, "adapted": 1.0})  # of an older version
+    second.load_state_dict({"step": 4, "adapted": 1.0})  # from an older version
     assert second.value == 1.0
 
 
@@ -240,5 +240,5 @@ def test_the_learning_rate_arrives_when_the_last_update_is_made(schedule: str, u
         settings = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=warmup, schedule=schedule)
         rates = [learning_rate(step, updates, settings) for step in range(updates + 1)]
         assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1) and min(rates[warmup:]) == rates[-1]
-        assert rates[-2] > rates[-1]  # the last update learns
-    assert learning_rate(0, 1, OptimizerConfig(lr=1.0, schedule=schedule)) == 1.0  # a single update is made with the peak
+        assert rates[-2] > rates[-1]  # the last update still learns
+    assert learning_rate(0, 1, OptimizerConfig(lr=1.0, schedule=schedule)) == 1.0  # a single update uses the peak

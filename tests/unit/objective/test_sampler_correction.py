@@ -1,5 +1,5 @@
 """What another sampler changes in the joint loss: GRPO's tokens are weighted by min(pi / mu, C) or dropped; the KD term has
-w = 1 with the student's own weights, and w = pi / mu one step behind."""
+w = 1 if the student's current weights sampled, and w = pi / mu if those of the step before did."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_gradient_of_each_token(kind: str, on_policy: bool) -> None:
     correction = {
         "none": torch.ones(4, dtype=torch.float64),
         "truncate": ratio.clamp(max=BOUND),
-        "mask": torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),  # 1.49 and 0.67 lie outside [0.8, 1.25]
+        "mask": torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),  # 1.49 and 0.67 are outside [0.8, 1.25]
     }[kind]
     w = torch.ones(4, dtype=torch.float64) if on_policy else ratio
     expected = -alpha * advantages * correction * share - beta * w * (teacher - log_pi.detach()) * share

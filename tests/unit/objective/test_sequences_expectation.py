@@ -1,7 +1,8 @@
-"""What sampled sequences teach in expectation, exactly: every sequence of a small policy, weighed by the sampler mu.
+"""What is learned from sampled sequences, as an exact expectation: every sequence of a small policy, weighted by the sampler
+mu.
 
-Corrections of single tokens leave the prefixes those of mu; corrections of whole sequences do not, and their bounds cost what
-is stated here and in docs/method.md. P prefixes, V tokens, L the length, N = V^L sequences.
+With corrections of single tokens the prefixes are still distributed as under mu; corrections of whole sequences change that,
+and the cost of their bounds is stated here and in docs/method.md. P prefixes, V tokens, length L, N = V^L sequences.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TOKENS_NL = torch.tensor(SEQUENCES)
 
 
 def log_probs(logits_PV: Tensor) -> Tensor:
-    """Of the tokens of every sequence [N, L]."""
+    """The log-probs of the tokens of every sequence [N, L]."""
     return logits_PV.log_softmax(1)[ROWS_NL, TOKENS_NL]
 
 
@@ -37,7 +38,7 @@ ADVANTAGES_N = REWARDS_N - (PI_N * REWARDS_N).sum()
 
 
 def gradient(settings: str, *, alpha: float, beta: float, **more: Any) -> Tensor:
-    """The expected gradient [P, V] in the logits, of sequences that mu sampled; `more` are [N] or [N, L]."""
+    """The expected gradient [P, V] with respect to the logits, for sequences that mu sampled; `more` are [N] or [N, L]."""
     objective = load_config(
         ["objective=kdrl", "student.path=s", "teacher.path=t", "rollout=replay", "rollout.path=r", *settings.split()]
     ).objective
@@ -65,7 +66,7 @@ def policy_gradient() -> Tensor:
 
 
 def distillation_gradient() -> Tensor:
-    """Of the reverse KL at each prefix, the prefixes weighed by pi."""
+    """The gradient of the reverse KL at each prefix, with the prefixes weighted by pi."""
     z = Z.clone().requires_grad_()
     reach_P = torch.zeros(len(PREFIXES), dtype=torch.float64)
     for one, p in zip(SEQUENCES, PI_N.tolist(), strict=True):

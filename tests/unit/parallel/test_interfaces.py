@@ -1,4 +1,4 @@
-"""Gloo takes the interface that NCCL takes, or the one that reaches the first node."""
+"""Gloo uses the interface that NCCL uses, or the one that reaches the first node."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NODE = {
         ("", "9.9.9.9", None),
         ("", None, None),
         ("ib0", "192.168.1.7", "ib0"),
-        ("ib", "10.2.0.7", "ib1"),  # both may be used: the one that reaches the first node
+        ("ib", "10.2.0.7", "ib1"),  # both are possible: the one that reaches the first node
         ("ib", "192.168.1.7", "ib0"),
         ("=ib", "10.2.0.7", None),
         ("=ib1,eno1", None, "eno1"),
@@ -48,7 +48,7 @@ def test_the_interface(nccl: str, reaching: str | None, chosen: str | None) -> N
     ids=["told by the first node's address", "set beforehand", "as NCCL's"],
 )
 def test_every_rank_sets_it_beside_nccls(settings: dict[str, str], chosen: str) -> None:
-    """Before it joins the world, with which gloo's first group is made."""
+    """The interface is chosen before the rank joins the world, which makes gloo's first group."""
     script = (
         "import os, torch\nfrom kdrl_mcore.parallel.platform import initialize_distributed\n"
         "torch.distributed.init_process_group = lambda *_, **__: print(os.environ.get('GLOO_SOCKET_IFNAME'))\n"

@@ -1,4 +1,4 @@
-"""What a run takes of a machine without GPUs: threads, and memory for its engines."""
+"""What a run uses of a machine without GPUs: threads, and memory for its engines."""
 
 from __future__ import annotations
 

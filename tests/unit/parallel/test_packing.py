@@ -1,5 +1,5 @@
-"""Packing puts every token on one rank, finds every loss row's predictor, and lets tokens see what a causal mask lets them
-see; plans lose nothing. Properties over drawn batches."""
+"""Packing puts every token on one rank, finds the predictor of every loss row, and lets a token attend to what a causal mask
+allows; plans lose no token. These are properties of randomly drawn batches."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ properties = settings(max_examples=150, deadline=None)
 
 
 def sequences(shapes: Lengths) -> list[Sequence]:
-    """Tokens that are all different, of rollouts numbered 0, 2, 4, ..."""
+    """Rollouts numbered 0, 2, 4, ... whose tokens are all different."""
     tokens = iter(np.split(np.arange(1, 1 + sum(p + r for p, r in shapes)), np.cumsum([p + r for p, r in shapes])))
     return [(2 * i, *np.split(next(tokens), [prompt])) for i, (prompt, _) in enumerate(shapes)]
 
 
 def grouped(drawn: list[tuple[int, list[int]]]) -> list[Sequence]:
-    """Sequences in groups with equal prompts, the groups mixed; all other tokens are different."""
+    """Sequences in groups with equal prompts; the groups are mixed, and all other tokens are different."""
     prompts = [prompt for prompt, responses in drawn for _ in responses]
     lengths = [length for _, responses in drawn for length in responses]
     number = [group for group, (_, responses) in enumerate(drawn) for _ in responses]
@@ -69,7 +69,7 @@ def test_every_token_is_on_exactly_one_rank(shapes: Lengths, context: int, tenso
     tokens, positions = whole(batches, "tokens_S").tolist(), whole(batches, "positions_S").tolist()
     real = sum(prompt + response for prompt, response in shapes)
     assert sorted(tokens)[-real:] == list(range(1, real + 1)) if real else set(tokens) == {tokens[0]}
-    assert len(tokens) - real < max(2, 2 * context * tensor) or not real  # less than one alignment of filler
+    assert len(tokens) - real < max(2, 2 * context * tensor) or not real  # less filler than one alignment
     by_index = {index: [*prompt.tolist(), *response.tolist()] for index, prompt, response in sequences(shapes)}
     packed = [token for index in batches[0].order for token in by_index[index]]
     assert tokens[:real] == packed
@@ -102,7 +102,7 @@ def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come
 @properties
 @given(shapes=lengths, context=context_sizes)
 def test_lay_out_rows_is_what_pack_does(shapes: Lengths, context: int) -> None:
-    """Ranks that send hidden states know where another rank wants them."""
+    """Ranks that send hidden states know where the other rank needs them."""
     scored = {0: 3, 4: 1}
     counts = [Shape(2 * i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
     for rank, batch in enumerate(pack_on_all_ranks(shapes, context, scored=scored)):
@@ -130,7 +130,7 @@ def test_runs_are_the_causal_mask_of_each_sequence(shapes: Lengths, context: int
             for number in range(run.count):
                 queries = slice(run.start + number * run.length, run.start + (number + 1) * run.length)
                 keys = slice(run.key_start + number * run.key_length, run.key_start + (number + 1) * run.key_length)
-                # the last query sees all keys of its run, each one before it one less
+                # the last query sees all keys of its run, each earlier one sees one fewer
                 shape = torch.ones(run.length, run.key_length, dtype=torch.bool)
                 mask[queries, keys] = shape.tril(run.key_length - run.length)
                 served[queries] += 1
@@ -150,7 +150,7 @@ def test_runs_are_the_causal_mask_of_each_sequence(shapes: Lengths, context: int
     ids=["one long sequence", "equal sequences", "uneven sequences"],
 )
 def test_attention_work_is_balanced_over_context_ranks(shapes: Lengths, bound: float, context: int) -> None:
-    """The busiest rank's query-key pairs over the mean."""
+    """The busiest rank's number of query-key pairs, divided by the mean."""
     work = [
         sum(run.count * (run.length * run.key_length - run.length * (run.length - 1) // 2) for run in batch.runs)
         for batch in pack_on_all_ranks(shapes, context)
@@ -163,7 +163,7 @@ def test_attention_work_is_balanced_over_context_ranks(shapes: Lengths, bound: f
 def test_with_shared_prompts_every_token_is_computed_once_and_sees_what_it_saw(
     drawn: list[tuple[int, list[int]]], context: int, data: st.DataObject
 ) -> None:
-    """Each row attends to the tokens of its own sequence up to itself, in order; each loss row has its predictor."""
+    """Each row attends to the tokens of its sequence up to itself, in order; each loss row has its predictor."""
     given = grouped(drawn)
     by_index = {index: (prompt, response) for index, prompt, response in given}
     scored = {index: data.draw(st.integers(0, len(response))) for index, (_, response) in by_index.items()}
@@ -203,7 +203,7 @@ def test_responses_of_equal_length_to_shared_prompts_share_one_run() -> None:
 
 
 def test_prompts_without_responses_share_nothing() -> None:
-    """The embedded engine has as many caches as prompts, even of equal ones."""
+    """The embedded engine has as many caches as prompts, even for equal prompts."""
     same = np.arange(3)
     (batch,) = pack_all([(0, same, same[:0]), (1, same, same[:0])], 1, share_prompts=True)
     assert len(batch.tokens_S) == 6 and batch.key_rows is None

@@ -1,4 +1,4 @@
-"""A Transformer Engine that is installed but does not load: Megatron-Core's own layers are used, and one line says why."""
+"""If Transformer Engine is installed but does not load, Megatron-Core's layers are used and one line says why."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ __version__ = "2.11.0"
 
 
 def run_with_broken_package(folder: Path, fault: tuple[str, str], *, cuda: bool) -> subprocess.CompletedProcess[str]:
-    """The program, with a Transformer Engine that fails as the real one does: at its top, or, swallowed there, in its part
-    for torch."""
+    """The program with a Transformer Engine that fails as the real one does: in its top module, or, if that swallows the error,
+    in its part for torch."""
     package = folder / "transformer_engine"
     (package / "pytorch").mkdir(parents=True)
     (package / "__init__.py").write_text(BROKEN_PACKAGE.format(common=fault[0]))
@@ -80,7 +80,7 @@ def test_without_a_gpu_it_is_not_even_tried(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [None, "Transformer Engine is installed but cannot be imported"])
 def test_the_preflight_says_which_version_it_imported(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its package says of itself, rather than what pip noted of it; and if it does not import, why."""
+    """The version comes from the package rather than from pip's record; if the import fails, the reason is given."""
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace(__version__="2.11.0+abc"))
     monkeypatch.setattr(machine.mcore, "why_no_transformer_engine", lambda: missing)
     monkeypatch.setattr(machine, "version", lambda package: "2.11.0")

@@ -1,5 +1,5 @@
-"""The experiments nobody can run on a laptop, built rank by rank in a fake world of their real size: an error in such
-a config is found in a test and not on 128 GPUs."""
+"""The experiments that nobody can run on a laptop, built rank by rank in a fake world of their real size: an error in such a
+config is found by a test and not on 128 GPUs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model directories that hold nothing but the published config."""
+    """Model directories with only the published config."""
     folder = tmp_path_factory.mktemp("models")
     for path in CONFIGS.glob("*/config.json"):
         shutil.copytree(path.parent, folder / path.parent.name)
@@ -45,14 +45,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides_of(experiment: str, models: Path) -> list[str]:
-    """The experiment with its models in a folder."""
+    """The experiment with the models of a folder."""
     student, teacher, _ = EXPERIMENTS[experiment]
     return [f"experiment={experiment}", f"student.path={models}/{student}", f"teacher.path={models}/{teacher}"]
 
 
 @pytest.fixture(scope="module")
 def worlds(models: Path) -> dict[str, list[dict[str, Any]]]:
-    """What the ranks of each experiment hold, built in a process of its own."""
+    """What the ranks of each experiment hold; they are built in a separate process."""
     overrides = [json.dumps(overrides_of(experiment, models)) for experiment in EXPERIMENTS]
     command = [sys.executable, "-m", "tests.support.big_config_world", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -62,16 +62,16 @@ def worlds(models: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def hf_tensors(config_file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the published checkpoint, from transformers' own model."""
+    """Name and shape of every tensor of the published checkpoint, from the model in transformers."""
     hf = AutoConfig.from_pretrained(config_file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied ones once
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied parameters count once
     return shapes
 
 
 def homeless(ranks: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The tensors of which a row or column lies nowhere, in two places at once, or outside."""
+    """The tensors of which a row or column is missing, held twice, or outside."""
     places: dict[str, set[tuple[int, int, int]]] = defaultdict(set)
     for rank in ranks:
         for name, dim, start, length in rank["slices"]:
@@ -110,7 +110,7 @@ def test_the_optimizer_state_is_shared_by_the_replicas(
 
 
 NEW_GROUPS = {"paper_1p5b": 7, "paper_zero_3b": 7, "kdrl_32b": 115, "kdrl_70b": 367}
-"""Calls on every rank that make a process group, for student and teacher. Each is a message to the store, and for a member a
+"""Calls on every rank that make a process group, for student and teacher. Each costs a message to the store, and for a member a
 communicator or threads."""
 
 

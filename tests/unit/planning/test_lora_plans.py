@@ -1,4 +1,5 @@
-"""Plans of runs that train adapters: what is frozen has no gradients and no state, and a node holds what it is said to."""
+"""Plans of runs that train adapters: frozen weights have no gradients and no optimizer state, and a node holds what is
+stated."""
 
 from __future__ import annotations
 
@@ -42,4 +43,4 @@ def test_only_adapters_have_gradients_and_state() -> None:
     (whole,) = full.setup.student.shard.stages
     assert not full.fits and whole.parameters == stage.parameters - stage.adapters
     with_reference = plan_of("lora_70b", "objective.reference_kl.coefficient=0.01")
-    assert with_reference.memory[0].peak == plan.memory[0].peak  # it is the student without its adapters
+    assert with_reference.memory[0].peak == plan.memory[0].peak  # the reference is the student without its adapters

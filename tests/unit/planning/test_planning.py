@@ -1,4 +1,4 @@
-"""The planner: what it says of published runs, how a plan answers to a change, and that it says what does not fit."""
+"""The planner: what it says about published runs, how a plan responds to a change, and that it reports what does not fit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def planned(*overrides: str) -> Plan:
 def built() -> None:
     """One fake world for all plans of this file."""
     configs = [load_config(run.overrides.split()) for run in published.RUNS]
-    # The run itself, and what is tried where it does not fit.
+    # The run itself, and what is tried if it does not fit.
     changes = [[], EMBEDDED, VLLM, ["rollout.vllm.tensor=1"], EXPERTS, SELECTIVE_NORMS]
     changes += [["experiment=paper_1p5b"], ["experiment=paper_zero_3b", "teacher.path=models/Qwen2.5-7B"]]
     changes.append(["experiment=kdrl_70b", f"teacher.path={LLAMA_70B}"])
@@ -76,13 +76,13 @@ def test_the_plan_of_32b_fits_and_adds_up() -> None:
 
 
 def test_a_checkpoint_takes_its_share_of_each_nodes_host_memory() -> None:
-    """14 bytes of a weight, over 16 nodes; the fuller of two stages counts."""
+    """14 bytes per weight, over 16 nodes; the fuller of the two stages counts."""
     plan = planned()
     fuller = max(stage.parameters for stage in plan.setup.student.shard.stages)
     assert plan.checkpoint_host_bytes == pytest.approx(14 * fuller)  # 8 replicas, 8 ranks on a node
     assert plan.checkpoint_host_bytes == pytest.approx(14 * plan.setup.student.parameters / 16, rel=0.02)
     assert planned("optimizer.name=sgd").checkpoint_host_bytes == pytest.approx(6 / 14 * plan.checkpoint_host_bytes)
-    whole = planned("parallel.distributed_optimizer=false")  # its replicas share the writing all the same
+    whole = planned("parallel.distributed_optimizer=false")  # its replicas share the writing too
     assert whole.checkpoint_host_bytes == plan.checkpoint_host_bytes
     assert planned("checkpoint.every=-1").checkpoint_host_bytes == 0
     assert planned(*EXPERTS).checkpoint_host_bytes == pytest.approx(14 * 30.5e9 / 16, rel=0.02)
@@ -100,7 +100,7 @@ def test_each_measure_moves_what_it_should() -> None:
     assert planned("batch.updates_per_step=2").phase("old policy").total > 0
     scores = planned("objective.kd.token_weight.kind=entropy").phase("scores").total
     assert 0.2 < scores / planned().phase("training").total < 0.5
-    pairs = planned("rollout.responses_per_prompt=2")  # less than half of them have a correct and an incorrect response
+    pairs = planned("rollout.responses_per_prompt=2")  # fewer than half of them have both a correct and an incorrect response
     for rounds, times in ((0, 1), (1, 2), (3, 3)):
         more = planned(f"rollout.group_filter.rounds={rounds}", "rollout.responses_per_prompt=2")
         assert more.phase("rollout").total == pytest.approx(times * pairs.phase("rollout").total)
@@ -158,14 +158,14 @@ def test_engines_are_where_the_configuration_puts_them() -> None:
     assert engine is not None and (engine.layout.data, colocated.setup.gpus) == (32, 128) and colocated.fits
     for rank in colocated.memory:
         assert sum(item.bytes for item in rank.items if item.kind in ("rollout engine", "KV cache")) == 0.6 * 80 * GIB
-    full = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.95")  # and what training holds
+    full = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.95")  # in addition to what training holds
     assert not full.fits and any("rollout.vllm.gpu_memory_utilization=0.7" in line for line in advise(full))
     fitted = fit_engine(full.setup)
     assert make_plan(fitted).fits and fit_engine(colocated.setup) == colocated.setup and engine_share(fitted) < 0.95
     few = planned(*VLLM, "rollout.vllm.gpu_memory_utilization=0.6", "rollout.max_sequences=8")
     assert few.phase("rollout").total > 1.5 * colocated.phase("rollout").total
 
-    servers = planned(*SERVERS)  # two engines on each
+    servers = planned(*SERVERS)  # two engines on each node
     engine = servers.setup.engine
     assert engine is not None and (engine.layout.data, servers.setup.engine_gpus, servers.setup.gpus) == (8, 32, 160)
     assert servers.memory[-1].name == "servers" and servers.memory[-1].peak == pytest.approx(0.85 * 80 * GIB)
@@ -184,7 +184,7 @@ def test_a_colocated_engine_takes_what_training_leaves(overrides: list[str], wor
     config = load_config([*RUN, *overrides])
     plan = make_plan(make_setup(config, workload_of(config)))
     assert engine_share(plan.setup) == plan_engine_share(config, world_size, 80.0) == share
-    kept = max(rank.between_steps for rank in plan.memory)  # weights, gradients, optimizer, and what asleep engines keep
+    kept = max(rank.between_steps for rank in plan.memory)  # weights, gradients, optimizer, and what sleeping engines keep
     assert plan.fits and kept + (share + 0.01) * 80 * GIB > 0.95 * 80 * GIB
     more = load_config([*RUN, *overrides, "optimizer.offload=true"])
     assert plan_engine_share(more, world_size, 80.0) > share
@@ -219,7 +219,7 @@ def test_a_measure_saves_the_same_whether_it_is_on_or_off() -> None:
     shorter = plans[0].seconds - early.seconds
     assert kept[0]["teacher while servers sample"].seconds == pytest.approx(shorter)
     assert shorter == pytest.approx(early.hidden) and 0.1 < early.hidden / early.phase("teacher").total <= 1
-    assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no full part
+    assert planned(*SERVERS, "teacher.score_while_sampling=true", "batch.micro_tokens=99999999").hidden == 0  # no part is full
     assert kept[1]["teacher while servers sample"].seconds is None
     saved = {each.name: each for each in savings(planned(*EMBEDDED))}
     assert saved["one-step-off generation"].seconds is None and "server" in saved["one-step-off generation"].note
@@ -279,7 +279,7 @@ def test_the_tool_prints_a_plan_and_refuses_in_one_line(tmp_path: Path, capsys: 
 
 
 def test_a_relative_path_of_a_model_means_the_folder_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is built in a process that runs in another folder."""
+    """The model is built in a process with another working directory."""
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -303,7 +303,7 @@ def test_links_know_nodes() -> None:
     rates = Rates(ClusterConfig(peak_tflops=1, node_gbs=400, network_gbs=50))
     within, across = rates.link(1e9, 8, 1), rates.link(1e9, 2, 8)
     assert across == pytest.approx(8 * within)
-    assert rates.link(1e9, 4, 4) == pytest.approx(across / 2)  # two GPUs of the group on each node, each with its adapter
+    assert rates.link(1e9, 4, 4) == pytest.approx(across / 2)  # each node has two GPUs of the group, each with its adapter
     assert rates.ring(1e9, 1, 1) == 0
 
 
@@ -321,7 +321,7 @@ def test_packing_is_the_trainers() -> None:
 
 
 def test_shared_prompts_are_planned_once() -> None:
-    """Rows, and the pairs of tokens that attention works on, counted one by one."""
+    """Rows and the pairs of tokens that attention processes, counted one by one."""
     workload = Workload(responses=8, prompt_tokens=100, response_tokens=20, longest=30)
     for sharing in (1, 4):
         shapes = workload.shapes(sharing)
@@ -353,7 +353,7 @@ def test_the_preflight_makes_the_same_plan(gib: int, message: str | None, monkey
 
 
 def test_a_student_that_teaches_itself_loads_no_teacher() -> None:
-    """Its earlier weights take 4 bytes per parameter, shared by its replicas; a longer prompt takes time."""
+    """The earlier weights need 4 bytes per parameter, shared by the replicas; a longer prompt costs time."""
     own = [
         *EMBEDDED,
         "teacher.path=null",

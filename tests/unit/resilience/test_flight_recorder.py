@@ -1,4 +1,5 @@
-"""Hangs and slow ranks as NCCL's flight recorder tells them: dumps in its format, and real ones of gloo's recorder."""
+"""Hangs and slow ranks as NCCL's flight recorder shows them, from dumps in its format and from real dumps of gloo's
+recorder."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ def test_what_a_rank_waits_in() -> None:
     assert stands() == Recorded()
     waiting = stands(entry(5, "0", 9), entry(6, "0", 10, "started"), entry(7, "7", 3, "scheduled"))
     assert waiting == Recorded({"0": 10, "7": 3}, {"0": (10, [0, 1, 2, 3])})
-    # A kernel that has not started waits for the GPU's own work before it, not for others.
+    # A kernel that has not started waits for earlier work on its own GPU, not for other ranks.
     assert stands(entry(6, "0", 10, "scheduled")).waits_in == {}
-    # A send or a receive: some rank of the group.
+    # A send or a receive waits for some rank of the group.
     sent = stands(entry(6, "7", 10, "started", is_p2p=True, profiling_name="nccl:send 0->1"))
     assert sent == Recorded({"7": 0}, {"7": (0, [2, 3])})
 
 
 def standing(known: Recorded, marks: int = 50) -> Standing:
-    """A rank whose main thread stands in `.item()`, which tells nothing."""
+    """A rank whose main thread is in `.item()`, which says nothing."""
     place = "kdrl_mcore/student/student.py:7 in update"
     text = json.dumps(asdict(Standing("alpha", 3, "train", marks, bool(known.waits_in), place, known)))
     return _read_standing(text.encode())
@@ -57,16 +58,16 @@ def test_a_hang_on_cuda_names_the_rank_whose_gpu_does_not_wait() -> None:
 
 
 def test_where_all_wait_the_rank_that_has_not_come_is_named() -> None:
-    """Ranks 2 and 3 went into a collective of their own first, and one of them not to it: each waits for another."""
+    """Ranks 2 and 3 first have a collective of their own, which one of them has not joined: each waits for another."""
     waiting = stands(entry(6, "0", 10, "started"))
     elsewhere = stands(entry(5, "0", 9), entry(6, "7", 4, "started"))
-    assert not_come(dict(enumerate([waiting, waiting, waiting, elsewhere]))) == {2, 3}  # 2 is missing in 3's
+    assert not_come(dict(enumerate([waiting, waiting, waiting, elsewhere]))) == {2, 3}  # 2 is missing from 3's collective
     line = describe_hang([standing(waiting, 40), standing(waiting), standing(waiting), standing(elsewhere, 45)], 60)
     assert "every rank waits for another; least progress was made by rank 3 on alpha, in step 3" in line
 
 
 def test_time_in_collectives_by_phase() -> None:
-    """Ten records, of which the recorder still has five: they stand for all; the last is not complete."""
+    """Of ten records the recorder still has five, which are taken to represent all; the last one is not complete."""
     phases = [(0, "rollout"), (int(7.5 * SECOND), "train")]
     entries = [entry(record, "0", record, duration_ms=500.0) for record in (5, 6, 7, 8, 9)]
     entries += [entry(10, "0", 10, "started"), entry(11, "0", 11, duration_ms=9e9)]
@@ -78,18 +79,18 @@ def test_time_in_collectives_by_phase() -> None:
 
 
 def test_a_slow_gpu_is_found_though_all_main_threads_wait_alike() -> None:
-    """Each spends 10 s in the update, of which the fast ones' GPUs wait 6 s for the slow one's."""
+    """Each rank spends 10 s in the update, during which the fast ranks' GPUs wait 6 s for the slow rank's."""
     own = []
     for waited in (6.0, 6.0, 0.5, 6.0):
         records = dump(*(entry(record, "0", record, duration_ms=1e3 * waited / 4) for record in range(1, 5)))
         seconds, _ = seconds_in_collectives(records, 0, [(0, "train")])
         own.append({"train": 10.0 - seconds["train"]})
     assert slow_ranks(own, seconds=12.0) == [(2, "train", 9.5, 4.0)]
-    assert slow_ranks([{"train": 10.0}] * 4, seconds=12.0) == []  # what the frames alone tell
+    assert slow_ranks([{"train": 10.0}] * 4, seconds=12.0) == []  # by the frames alone
 
 
 def own_work_on_rank() -> list[dict[str, float]]:
-    """What a watchdog takes for own work of 10 s in which, the recorder says, the GPU was in collectives for 6; twice."""
+    """What a watchdog counts as own work, twice, in 10 s of which the GPU spent 6 in collectives according to the recorder."""
     from kdrl_mcore.resilience import watchdog as module
 
     watchdog = module.Watchdog(timeout=0.0, run=10**6 + 1)
@@ -106,7 +107,7 @@ def test_the_watchdog_counts_no_collective_as_own_work(ranks1: RankPool) -> None
 
 @pytest.mark.parametrize(("state", "told"), [("started", "every rank waits for another"), ("scheduled", "rank 0 on ")])
 def test_the_watchdog_asks_the_recorder_whether_a_rank_waits(state: str, told: str) -> None:
-    """The main thread's frame is the same: it stands in what reads a result."""
+    """The main thread's frame is the same: it is in the function that reads a result."""
     script = f"""
 import threading
 import torch.distributed as dist
@@ -123,7 +124,7 @@ with watchdog.Watchdog(timeout=0.5):
 
 
 def record_on_rank() -> dict[str, Any]:
-    """Rank 0 calls a collective of a group to which rank 1 does not come until rank 0's recorder is read."""
+    """Rank 0 calls a collective that rank 1 does not join until rank 0's recorder has been read."""
     import torch
     import torch.distributed as dist
 
@@ -134,7 +135,7 @@ def record_on_rank() -> dict[str, Any]:
     if dist.get_rank() == 0:
         work = dist.all_reduce(torch.ones(2), group=group, async_op=True)
     complete = False
-    while not complete:  # a thread of gloo's marks the first one
+    while not complete:  # a thread of gloo marks the first one
         found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False))
         complete = next(each["retired"] for each in found["entries"] if each["process_group"][0] == group.group_name)
     store.set(f"{key}/{dist.get_rank()}", "read")
@@ -148,7 +149,7 @@ def record_on_rank() -> dict[str, Any]:
 
 
 def test_a_real_recorder_has_the_format_that_is_read(ranks2: RankPool) -> None:
-    """Gloo's, which is torch's same code: rank 0 waits, rank 1 has not come."""
+    """Gloo's recorder uses the same code of torch: rank 0 waits, and rank 1 has not joined."""
     zero, one = ranks2.run(record_on_rank)
     name = zero["name"]
     assert zero["begun"][name] == one["begun"][name] + 1

@@ -1,4 +1,4 @@
-"""Signals as one process takes them."""
+"""How a single process handles signals."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ print("goes on")
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
 def test_a_second_interrupt_ends_the_process(second: str) -> None:
-    """SIGTERM: what torchrun makes of it."""
+    """SIGTERM, which is what torchrun sends to its ranks."""
     result = run(INTERRUPTED_TWICE.replace("sys.argv[1]", repr(second)))
     assert result.returncode == INTERRUPTED_EXIT_CODE and result.stdout == "SIGINT\n"
     assert len(result.stderr.splitlines()) == 1 and "interrupted again" in result.stderr
@@ -113,7 +113,7 @@ if __name__ == "__main__":
 
 
 def test_spawned_processes_never_see_them(tmp_path: Any) -> None:
-    """The resource tracker, started in between, would unblock SIGTERM and SIGINT, and die of SIGHUP."""
+    """If the resource tracker were started in between, it would unblock SIGTERM and SIGINT and die of SIGHUP."""
     (tmp_path / "spawned.py").write_text(SPAWNED)
     result = subprocess.run(
         [sys.executable, str(tmp_path / "spawned.py")],
@@ -139,7 +139,7 @@ subprocess.run([sys.executable, "-c", child.replace("TERM", "USR1")])
 
 
 def test_what_a_server_ignores_does_not_reach_its_processes() -> None:
-    """They set handlers of their own; a signal that the server does not ignore reaches them."""
+    """They set their own handlers; a signal that the server does not ignore reaches them."""
     assert run(ENGINE).stdout == "lives\n"
 
 

@@ -1,4 +1,4 @@
-"""Which functions the watchdog takes for waiting."""
+"""Which functions the watchdog counts as waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Finding the boxed answer and comparing plainly."""
+r"""Finding the boxed answer, and plain comparison."""
 
 from __future__ import annotations
 

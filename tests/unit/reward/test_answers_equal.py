@@ -1,6 +1,6 @@
-r"""What counts as an equal answer, by kind: equal spellings are equal, near misses and hedges are not.
+r"""Which answers count as equal, by kind: other spellings are equal, near misses and hedges are not.
 
-Each line is `reference == answer` or `reference != answer`, both as they stand in a `\boxed{}`.
+Each line is `reference == answer` or `reference != answer`, both as written in a `\boxed{}`.
 """
 
 from __future__ import annotations
@@ -772,7 +772,7 @@ y = 2x != f(y) = 2x
 
 
 def pairs(table: str, sign: str) -> list[tuple[str, str]]:
-    """The lines of a table that are no headings, as pairs."""
+    """The lines of a table that are not headings, as pairs."""
     lines = [line for line in table.strip().splitlines() if not line.startswith("# ")]
     return [(reference, answer) for reference, _, answer in (line.partition(f" {sign} ") for line in lines)]
 

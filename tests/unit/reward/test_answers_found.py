@@ -1,4 +1,4 @@
-r"""Where a response's answer is looked for: which boxes count, thoughts, references, and `reward.extract=anywhere`."""
+r"""Where a response's answer is searched: which boxes count, thoughts, references, and `reward.extract=anywhere`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kdrl_mcore.reward.golds import check_answers
         (r"so $\boxed 5$", "5"),
         (r"so \boxed 12.", "12"),
         (r"\boxed{\text{Answer: } \boxed{3}}", "3"),
-        # A response must not gain by listing candidates: boxes elsewhere are no part of the answer.
+        # A response must not gain by listing candidates: boxes elsewhere are not part of the answer.
         (r"Maybe \boxed{1}. Or \boxed{2}.", "2"),
         ("\\boxed{1}\n\n\\boxed{2}", "2"),
         (r"\boxed{1}\boxed{2}", "2"),
@@ -141,7 +141,7 @@ def test_all_refused_answers_are_counted() -> None:
         ("25", "<think>The answer is 25", False),
         ("0.0000001", "The answer is 0.0000002.", False),
         ("25", "", False),
-        # A box is judged as strictly as without `anywhere`, and so is what a response calls its answer.
+        # A box is judged as strictly as without `anywhere`, and so is the text that a response calls its answer.
         ("12", r"\boxed{13 = 12}", False),
         ("HHT", r"\boxed{THH}", False),
         ("5", r"\boxed{5 \text{ or more}}", False),
@@ -211,7 +211,7 @@ def test_a_list_has_no_order_and_no_spare_items(items: list[int], random: object
     assert not equivalent(reference, ", ".join(map(str, [*items, 100])))
     assert not equivalent(reference, ", ".join(map(str, items[:-1])))
     assert not equivalent(f"({reference})", f"({', '.join(map(str, reversed(items)))})")
-    assert not any(equivalent(str(item), reference) for item in items)  # who lists candidates has not answered
+    assert not any(equivalent(str(item), reference) for item in items)  # a list of candidates is not an answer
 
 
 @given(st.text(max_size=60))

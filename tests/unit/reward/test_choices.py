@@ -1,4 +1,4 @@
-"""The choice that a response makes, in the many ways to say it, and what is no choice."""
+"""The choice that a response makes, in many wordings, and what is not a choice."""
 
 from __future__ import annotations
 
@@ -212,5 +212,5 @@ def test_forms_of_a_reference(gold: str, letters: str | None) -> None:
     ids=["rule", "words", "tags", "boxes", "list", "letters"],
 )
 def test_long_texts_take_no_long_time(text: str) -> None:
-    """Responses are looked at in the trainer, where no time limit ends it: the first of these would take years to backtrack."""
+    """The trainer reads responses without a time limit: backtracking through the first of these would take years."""
     assert choice_of(text) is None

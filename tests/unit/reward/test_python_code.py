@@ -1,4 +1,4 @@
-"""The reward `python_code`: what passes, and that a program can neither cheat, hurt the machine nor outlive its turn."""
+"""The reward `python_code`: what passes, and that a program cannot cheat, harm the machine or outlive its time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_right_and_wrong_programs() -> None:
 
 
 def test_a_program_cannot_cheat() -> None:
-    """It is not told what is expected, and ending early or answering in the checker's place does not help."""
+    """A program does not get the expected results, and ending early or answering in place of the checker does not help."""
     programs = [
         "import os; os._exit(0)",
         "import sys; sys.exit(0)",
@@ -113,7 +113,7 @@ def test_there_is_no_network() -> None:
 
 def test_children_of_a_program_end_with_it() -> None:
     if not HAS_NAMESPACES:
-        pytest.skip("Linux namespaces are not permitted here: a child that leaves its session can outlive the program")
+        pytest.skip("Linux namespaces are not permitted: a child that leaves its session can outlive the program")
     before = {process.pid for process in psutil.process_iter()}
     spawn = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(321)\n" + ADDS
     assert score(PythonCode(RewardConfig(timeout=60)), (spawn, ADD)) == [1.0]

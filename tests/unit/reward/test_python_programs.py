@@ -1,4 +1,4 @@
-"""Right programs in the many styles that models write pass, however they are fenced; wrong ones do not."""
+"""Right programs pass in the many styles that models write and however they are fenced; wrong ones do not."""
 
 from __future__ import annotations
 
@@ -193,11 +193,11 @@ FORMS: list[tuple[str, str, bool]] = [
     ("[1, 2]", "[2,1]", False),
     ("[1, 2]", " [1,2]\n", True),
 ]
-"""A value, what a test expects, and whether they agree."""
+"""A value, the value that a test expects, and whether they agree."""
 
 
 def test_values_agree_however_they_are_written() -> None:
-    """The order in which a set of texts is printed changes with every process, and nobody writes a list as `repr` does."""
+    """The printed order of a set of strings changes with every process, and nobody writes a list as `repr` does."""
     calls = [
         (f"```python\ndef f(): return {value}\n```", [{"call": "f()", "output": expected}]) for value, expected, _ in FORMS
     ]

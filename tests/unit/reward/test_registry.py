@@ -1,4 +1,4 @@
-r"""Registered rewards: each kind's judgement, how they add up, and that a reward that fails is an error and never a score."""
+r"""Registered rewards: what each kind judges, how they add up, and that a reward that fails is an error and never a score."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_rewards_add_up_with_weights_and_leave_correctness_alone() -> None:
     terms = [RewardTermConfig("format", 0.5), RewardTermConfig("multiple_choice", -0.25)]
     config = RewardConfig(kind="exact_match", incorrect=-1.0, terms=terms)
     some = [rollout(r"\boxed{B}", "B"), rollout(r"\boxed{b}", "B"), rollout("B", "B"), rollout("no", "B")]
-    assert rewards(config, *some) == [1.25, -0.75, 0.75, -1.0]  # a response that is only its letter chooses it
+    assert rewards(config, *some) == [1.25, -0.75, 0.75, -1.0]  # a response that is only a letter chooses it
     assert [each.correct for each in some] == [True, False, True, False]
     assert some[0].extra == {"reward_format": 1.0, "reward_multiple_choice": 1.0}
 
@@ -93,8 +93,8 @@ def test_equal_answers_of_a_group_are_one_class() -> None:
 
 
 class Counting(AnswerReward):
-    """Equal where the texts are, without regard to case. What is `hard` cannot be compared with anything; what `hangs` can be
-    with the reference alone."""
+    """Answers are equal if their texts are, ignoring case. `hard` cannot be compared with anything; `hangs` can be compared
+    with the reference only."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -118,7 +118,7 @@ class Counting(AnswerReward):
 @pytest.mark.parametrize("bad", ["hard", "hangs"])
 @pytest.mark.parametrize("place", [0, 1, 40, 63])
 def test_one_bad_answer_costs_a_few_time_outs_and_not_one_for_each_other(bad: str, place: int) -> None:
-    """maj@64: a bad answer among 63 that are all different but for their case."""
+    """maj@64 with a bad answer among 63 that differ in more than their case."""
     answers = [f"{'a' if number % 2 else 'A'}{number // 2}" for number in range(63)]
     answers.insert(place, bad)
     group = [rollout(answer, "gold") for answer in answers]
@@ -154,7 +154,7 @@ def test_spellings_are_not_compared() -> None:
 
 
 class RewardServer(HTTPServer):
-    """Answers what the test tells it to, and remembers what it was asked."""
+    """Answers as the test sets it, and records its requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-r"""The verifier's judgement, and that no answer can hurt it, the machine, or another answer."""
+r"""The verifier's judgement, and that no answer can harm it, the machine or another answer."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def workers_of(process: int) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    with Verifier(RewardConfig(timeout=60)) as verifier:  # no answer may be given up because this machine is busy
+    with Verifier(RewardConfig(timeout=60)) as verifier:  # no answer may time out because this machine is busy
         yield verifier
 
 
 @pytest.fixture
 def own_workers() -> OwnWorkers:
-    """Tells which worker processes were started since the test began and still live."""
+    """Returns the worker processes that were started since the test began and are still alive."""
     before = workers_of(os.getpid())
     return lambda: [worker for worker in workers_of(os.getpid()) if worker not in before]
 
@@ -205,7 +205,7 @@ def test_plain_integers_start_no_worker(own_workers: OwnWorkers) -> None:
 
 
 def test_hostile_answers_have_no_effect(tmp_path: Path) -> None:
-    """Some of them would go on for ever."""
+    """Some of them would never end."""
     target = tmp_path / "touched"
     hostile = [
         "9**9**9",
@@ -245,7 +245,8 @@ def test_the_verdicts_of_other_answers_survive_what_one_does_to_its_process(
 
 
 def test_a_reference_that_nothing_can_be_compared_with_is_given_up(hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one time-out for each of 40 answers; and one with many hostile answers is not given up, whatever comes first."""
+    """40 answers do not cost one time-out each, and a response with many hostile answers is still judged, whatever comes
+    first."""
     monkeypatch.setattr(rules, "MATH_VERIFY", hostile)
     bad = [rollout(f"\\boxed{{{number}/7}}", "crash with anything") for number in range(40)]
     fine = [rollout(f"\\boxed{{crash {number}}}", "a") for number in range(12)] + [rollout(r"\boxed{modules}", "a")]
@@ -256,7 +257,7 @@ def test_a_reference_that_nothing_can_be_compared_with_is_given_up(hostile: str,
 
 
 def test_other_answers_go_on_while_one_hangs(hostile: str, tmp_path: Path) -> None:
-    """The first answer waits for what the last one writes."""
+    """The first answer waits for a file that the last one writes."""
     file = tmp_path / "written"
     pool = WorkerPool(hostile, workers=2, timeout=60)
     verdicts = pool.compare(

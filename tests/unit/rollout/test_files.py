@@ -1,4 +1,4 @@
-"""Rollout files: what is written is read back exactly, and nothing damaged is read at all."""
+"""Rollout files: what is written is read back exactly, and damaged files are refused."""
 
 from __future__ import annotations
 

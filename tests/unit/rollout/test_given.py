@@ -1,4 +1,4 @@
-"""Given responses beside those of another source: how many, which, and what of them goes through a checkpoint."""
+"""Given responses in addition to those of another source: how many, which ones, and what a checkpoint keeps of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ANSWERED = [Prompt(f"g{i}", "q", np.array([i]), "a", target=np.array([i, 9])) fo
 
 
 def beside(source: Any, answered: list[Prompt] = ANSWERED) -> Any:
-    """As many given responses as others."""
+    """A source with as many given responses as others."""
     joined: Any = BesideGiven(source, PromptStream(answered, 1, 0, shuffle=True), source._student, lambda others: others)
     joined._student = source._student
     return joined
@@ -43,7 +43,7 @@ def test_the_share_is_that_of_the_whole_batch() -> None:
 def test_each_step_draws_the_next_ones_and_a_checkpoint_knows_where_they_are(ahead: int) -> None:
     alone, whole, stopped, resumed = make(ahead), beside(make(ahead)), beside(make(ahead)), beside(make(ahead))
     expected = run(whole, [1, 2, 3, 4])
-    assert [step[:2] for step in expected] == run(alone, [1, 2, 3, 4])  # the others are what they were
+    assert [step[:2] for step in expected] == run(alone, [1, 2, 3, 4])  # the others are unchanged
     given = [name for step in expected for name, *_ in step[2:]]
     assert sorted(given[:5]) == [f"g{i}" for i in range(5)] and given[:5] != sorted(given[:5])
     run(stopped, [1, 2])
@@ -59,7 +59,7 @@ def test_a_run_that_had_none_begins_with_the_first_ones() -> None:
     resumed.load_state_dict(through_json(stopped.state_dict()))
     resumed._student.version = 1
     assert run(resumed, [2])[0][2:] == run(beside(make(0)), [1])[0][2:]
-    stopped.load_state_dict(through_json(resumed.state_dict()))  # and one that has none any more goes on
+    stopped.load_state_dict(through_json(resumed.state_dict()))  # and a source without given responses resumes too
 
 
 def rollouts(*ends: FinishReason, length: int = 3) -> list[Rollout]:

@@ -1,4 +1,4 @@
-"""Which groups a step trains on, where those without signal are replaced, with every source and through a checkpoint."""
+"""Which groups a step trains on if groups without signal are replaced, with every source and through a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def entries_of(rollouts: list[Rollout]) -> list[Entry]:
 def fill(
     first: list[Rollout], *rounds: list[Rollout], wanted: int = 2, allowed: int = 5, teaches: bool = False
 ) -> tuple[list[str], dict[str, list[str]], dict[str, float]]:
-    """The prompts of the groups that are chosen, those that are dropped by reason, and the counts."""
+    """The prompts of the chosen groups, those of the dropped groups by reason, and the counts."""
     later = [entries_of(rollouts) for rollouts in rounds]
     choice = GroupFilter(wanted, allowed, teaches).fill(entries_of(first), lambda number, before: later[number - 1])
     sampled = [*first, *(rollout for more in rounds for rollout in more)]
@@ -72,7 +72,7 @@ def test_groups_without_signal_may_stay_for_a_teacher() -> None:
 
 
 def filtered(ahead: int) -> Any:
-    """A source whose prompts with an odd number have no signal: two groups of two, with two further rounds."""
+    """A source whose odd-numbered prompts have no signal: two groups of two, with two further rounds."""
     source = make(ahead)
     source._filter = GroupFilter(2, 2, False)
     answer = source.engine._answer

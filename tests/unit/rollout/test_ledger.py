@@ -1,4 +1,4 @@
-"""The ledger of prompts: each comes to one end, once, and none is lost on the way through a checkpoint."""
+"""The ledger of prompts: each prompt ends in one way, once, and none is lost through a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.sources import through_json
 
 
 def ledger_of() -> Ledger:
-    """Of two domains, of which the second gives one prompt in three; three prompts a step."""
+    """A stream over two domains, the second of which gives one prompt in three; three prompts per step."""
 
     def domain(name: str, count: int, weight: float) -> Domain:
         prompts = [Prompt(f"{name}{i}", "q", np.array([i]), "a", domain=name, columns={"i": i}) for i in range(count)]
@@ -26,7 +26,7 @@ def names(entries: list[Entry]) -> list[str]:
 
 
 def answered(ledger: Ledger, entries: list[Entry]) -> list[Entry]:
-    """Two responses to each prompt; the engine numbers the groups of a batch."""
+    """Give two responses to each prompt; the engine numbers the groups of a batch."""
     return ledger.sampled(entries, [response_to(e, group) for group, e in enumerate(entries) for _ in range(2)])
 
 

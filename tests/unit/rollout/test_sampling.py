@@ -1,4 +1,4 @@
-"""One uniform number gives one token, in deterministic mode on CUDA too, however the probabilities are summed."""
+"""One uniform number gives one token, also in deterministic mode on CUDA, however the probabilities are summed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOW: dict[str, tuple[float, float, int, float]] = {
 
 
 class NoPrefixSums(TorchDispatchMode):
-    """Refuses what torch refuses on CUDA in deterministic mode."""
+    """Refuse what torch refuses on CUDA in deterministic mode."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__.split(".")[0] in ("cumsum", "cumsum_") and args[0].is_floating_point():
@@ -41,7 +41,7 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, how: str, real: int) -> tuple[Ten
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("columns", [3, 64, 65, 1000, 5000])
 def test_tokens_are_those_of_the_cumulative_distribution(columns: int, how: str) -> None:
-    """By numpy, in order; the last column is padding and never drawn."""
+    """The token by numpy, in order; the last column is padding and is never drawn."""
     generator = torch.Generator().manual_seed(columns)
     logits = 3 * torch.randn(40, columns, generator=generator)
     uniform = torch.rand(40, dtype=torch.float64, generator=generator)
@@ -65,14 +65,14 @@ def test_tokens_are_those_of_the_cumulative_distribution(columns: int, how: str)
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
-    """Whatever the uniform number and the rounding: most of the 1000 tokens have none, the first and the last among them."""
+    """For every uniform number and rounding: most of the 1000 tokens, also the first and the last, have probability zero."""
     logits = torch.full((1, 1000), -1e4)
     logits[0, [1, 400, 401, 998]] = torch.tensor([0.1, 0.7, 0.2, -30.0])
     uniform = torch.cat((torch.linspace(0, 1, 501, dtype=torch.float64)[:-1], 1 - 2.0 ** -torch.arange(1, 54).double()))
     tokens, log_probs = draw(logits.expand(len(uniform), -1), uniform, "plain", 1000)
     assert set(tokens.tolist()) == {1, 400, 401, 998}
     assert log_probs.isfinite().all()
-    assert (tokens[:500].diff() >= 0).all()  # larger numbers, later tokens
+    assert (tokens[:500].diff() >= 0).all()  # larger numbers give later tokens
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where the rollouts of a step come from: which prompts and draws each step gets, and how that goes through a checkpoint."""
+"""Sources of a step's rollouts: which prompts and draws each step gets, and how a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.sources import PROMPTS, make, run, through_json
 def test_a_step_ahead_the_same_prompts_and_draws_come_from_older_weights() -> None:
     now, ahead = make(0), make(1)
     assert run(now, [1, 2, 3, 4]) == run(ahead, [1, 2, 3, 4])
-    assert ahead.engine.tickets == 8, "nothing is sampled for the step after the last"
+    assert ahead.engine.tickets == 8, "something was sampled for the step after the last"
 
 
 def test_a_stale_response_is_refused() -> None:
@@ -47,7 +47,7 @@ def test_so_many_steps_ahead_prompts_keep_their_order_and_tokens_their_bound(ste
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("steps_ahead", "max_age"), [(2, 3), (2, 5), (3, 9)])
 def test_complete_groups_overtake_until_others_are_due(steps_ahead: int, max_age: int, seed: int) -> None:
-    """The order in which groups are completed is another one at every look; two of three runs stop on the way and resume."""
+    """The order in which groups are completed changes at every look; two of three runs stop on the way and resume."""
     source, random = make(steps_ahead, max_age, waits=False, last_step=10), np.random.default_rng(seed)
 
     def mixed(tickets: list[int]) -> list[int]:
@@ -67,7 +67,7 @@ def test_complete_groups_overtake_until_others_are_due(steps_ahead: int, max_age
     assert sorted(prompt for step in trained for prompt in step) == list(range(20))
     lateness = [step - prompt // 2 for step, prompts in enumerate(trained) for prompt in prompts]
     assert max(lateness) <= max_age - steps_ahead
-    assert max(lateness) > 0, "some were overtaken"
+    assert max(lateness) > 0, "none were overtaken"
 
 
 @pytest.mark.parametrize("ahead", [0, 1, None])
@@ -78,7 +78,7 @@ def test_a_source_continues_from_its_checkpoint(ahead: int | None) -> None:
     stopped.finish()
     resumed._student.version = 2
     resumed.load_state_dict(through_json(stopped.state_dict()))
-    if ahead:  # its responses to step 3 are in the checkpoint, and the engine has the weights of the resumed run
+    if ahead:  # step 3's responses are in the checkpoint, and the engine has the resumed run's weights
         assert [entry.rollouts is not None for entry in resumed.ledger.waiting] == [True, True]
     assert run(resumed, [3, 4]) == expected[2:]
     if ahead:
@@ -96,7 +96,7 @@ def test_what_is_still_being_sampled_is_sampled_from_the_checkpoint_on() -> None
 
 
 def as_of_0_2(state: dict[str, Any], *, has_cursor: bool) -> dict[str, Any]:
-    """A checkpoint with the responses to the next step's prompts as version 0.2 wrote it."""
+    """A checkpoint, as version 0.2 wrote it, with the responses to the next step's prompts."""
     rows = [row for entry in state["ledger"]["waiting"] for row in entry["responses"]]
     cursor = state["prompts"]
     before = {"prompts_before_pending": {**cursor, "given": cursor["given"] - 2}} if has_cursor else {}
@@ -158,7 +158,7 @@ def in_parts(steps_ahead: int, max_age: int, most: int | None, steps: int) -> An
 def test_a_response_goes_on_in_later_steps_and_through_checkpoints(
     steps_ahead: int, max_age: int, most: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every prompt is trained on once, with responses that lack no token, each with the version that sampled it; a run that
+    """Every prompt is trained on once, with complete responses whose tokens have the versions that sampled them; a run that
     resumes at every step does the same."""
     monkeypatch.setattr(SampledRollouts, "_verify", lambda *_: None)
     steps, whole = 10, in_parts(steps_ahead, max_age, most, 10)

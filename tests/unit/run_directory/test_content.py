@@ -1,4 +1,4 @@
-"""Whether a path still holds what a run began with."""
+"""Whether a path still has the content that a run began with."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_paths_of_the_same_content(tmp_path: Path) -> None:
         assert judged(one, same, recorded) and not judged(one, other, recorded) and judged(one, one, recorded)
         assert judged("org/a", "org/a", recorded) and not judged("org/a", "org/b", recorded)
         assert judged(None, None, recorded) and not judged(None, one, recorded)
-    assert judged(gone, one, False)  # nothing is known but the name: it has moved
+    assert judged(gone, one, False)  # only the name is known, and it has changed
     assert not judged(gone, same, False)
     assert not is_same(key, one, one, {key: "another content"}, fingerprints({key: one}))
 

@@ -1,4 +1,5 @@
-"""The lock of a run directory: one live owner at a time, on one machine and on several; a dead one does not hold it."""
+"""The lock of a run directory: it has one live owner at a time, on one machine and on several; a dead owner does not hold
+it."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leave(run_dir: Path, **changed: Any) -> Owner:
-    """A lock file of somebody else."""
+    """Write the lock file of somebody else."""
     owner = replace(this_process({}), token="other", **changed)
     run_dir.mkdir(exist_ok=True)
     (run_dir / LOCK_FILE).write_text(json.dumps(asdict(owner)))
@@ -64,7 +65,7 @@ def test_an_owner_that_was_killed_does_not_hold_it(holder: subprocess.Popen[str]
     if reaped:
         holder.wait()
     else:
-        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its parent has not looked
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its parent has not reaped it
     assert live_owner(tmp_path) is None
     with RunLock(tmp_path) as held:
         assert held.me.pid == os.getpid()
@@ -108,7 +109,7 @@ def test_on_another_machine_an_owner_that_touches_its_lock_lives(tmp_path: Path,
     finally:
         ended.set()
         thread.join()
-    with RunLock(tmp_path):  # and one that does not any more is gone, whatever the clocks say
+    with RunLock(tmp_path):  # an owner that no longer renews it is gone, whatever the clocks say
         pass
 
 
@@ -166,7 +167,7 @@ def test_one_that_slept_too_long_notices_that_another_has_it(tmp_path: Path) -> 
         leave(tmp_path, host="node7")
         with pytest.raises(StorageError, match=r"was taken over by process .* on node7"):
             held.check()
-    assert (tmp_path / LOCK_FILE).exists()  # the other's
+    assert (tmp_path / LOCK_FILE).exists()  # the other owner's file
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"token": "a"}', '{"host": 3}'])
@@ -186,7 +187,7 @@ def test_a_file_system_without_hard_links_will_do(holder: subprocess.Popen[str],
     holder.kill()
     holder.wait()
     with RunLock(tmp_path):
-        assert live_owner(tmp_path) is None  # this process itself
+        assert live_owner(tmp_path) is None  # the owner is this process itself
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

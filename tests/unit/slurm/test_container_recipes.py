@@ -1,4 +1,4 @@
-"""The recipes of slurm/container, where no container can be built: what they copy exists and suffices, and the Python of an
+"""The recipes of slurm/container, without building a container: what they copy exists and suffices, and the Python of an
 Apptainer image is called with its mounts."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the job's script makes of what SLURM says of the job, of the user's words and of the node, where no SLURM is."""
+"""How the job's script uses what SLURM says about the job, the user's words and the node, without SLURM."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EARLIER = "JobId=71 ArrayJobId=70 ArrayTaskId=3 JobState=RUNNING Requeue=1 Resta
 
 
 class Job:
-    """The script of the 70B job, run with programs that stand for SLURM's and for the Python of the settings."""
+    """The script of the 70B job, run with stand-ins for SLURM's programs and for the settings' Python."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Job:
             (folder / "bin" / name).chmod(0o755)
 
     def run(self, *overrides: str, record: dict[str, str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run it; `record` says what of the job's record is other than usual."""
+        """Run it; `record` has the entries of the job's record that are unusual."""
         fields = {
             "array": "",
             "state": "RUNNING",
@@ -80,7 +80,7 @@ class Job:
         )
 
     def calls(self, beginning: str) -> list[str]:
-        """The calls of the stand-ins that begin so."""
+        """The calls of the stand-ins that begin with these words."""
         return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(beginning)]
 
 
@@ -128,7 +128,7 @@ def test_a_job_that_cannot_go_back_to_the_queue_says_how_to_go_on(
 
 
 def test_rules_and_functions_that_the_users_shell_exports_change_nothing(job: Job) -> None:
-    """In POSIX mode bash forgets the exit code of a step that is over."""
+    """In POSIX mode bash forgets the exit code of a step that has ended."""
     functions = {f"BASH_FUNC_{name}%%": f"() {{ echo of the user; command {name} -h; }}" for name in ("cd", "grep", "srun")}
     options = {"POSIXLY_CORRECT": "1", "SHELLOPTS": "noglob:noclobber:braceexpand", "BASHOPTS": "nullglob:failglob"}
     done = job.run(
@@ -148,7 +148,7 @@ def test_training_that_was_asked_in_its_last_step_is_finished(job: Job) -> None:
     ("suspended", "returns"), [("None", False), ("2026-01-01T09:59:59", False), ("2026-01-01T10:00:01", True)]
 )
 def test_a_run_that_a_suspension_ended_goes_back_to_the_queue(suspended: str, returns: bool, job: Job) -> None:
-    """Its collectives run into their time limits; an error line is another matter."""
+    """Its collectives run into their time limits; an error line is treated differently."""
     done = job.run(record={"suspended": suspended}, ON_TRAIN="exit 75")
     assert bool(job.calls("scontrol requeue")) == returns, done.stdout
     error = 'echo "error: no" >"$KDRL_LOG_DIR/train-node0.log"; exit 1'
@@ -172,7 +172,7 @@ def test_words_mean_what_they_would_in_the_shell_and_in_sbatch(job: Job) -> None
     )
     assert expected in train
     job.run("run.dir=/r/%a")
-    assert " run.dir=/r/%a " in job.calls("port")[0]  # a job of its own may name it so
+    assert " run.dir=/r/%a " in job.calls("port")[0]  # a separate job may name it so
 
 
 def test_a_step_meets_where_nobody_else_listens(job: Job) -> None:
@@ -186,7 +186,7 @@ def test_a_step_meets_where_nobody_else_listens(job: Job) -> None:
 
 
 def test_a_step_asks_for_no_more_than_the_launcher_says(job: Job) -> None:
-    """Not for what sbatch's options and interactive jobs leave in variables that srun reads."""
+    """Options of sbatch and interactive jobs set variables that srun reads; these are not for this step."""
     left = {"SLURM_GPUS_PER_TASK": "1", "SLURM_NTASKS_PER_GPU": "1", "SLURM_CPUS_PER_TASK": "9", "SLURM_MEM_PER_NODE": "5"}
     left |= {"SLURM_CPU_BIND": "rank", "SLURM_STDERRMODE": "/x", "SLURM_NETWORK": "kept", "SLURM_STEP_GRES": "gpu:1"}
     job.run(ON_TRAIN='env | grep -E "^(SLURM|SRUN)_" | sed "s/^/left /" >>"$CALLS"', **left)
@@ -196,7 +196,7 @@ def test_a_step_asks_for_no_more_than_the_launcher_says(job: Job) -> None:
 
 
 def test_steps_ask_for_gpus_where_slurm_counts_them(job: Job) -> None:
-    """An exclusive job has them all, its steps those that they ask for."""
+    """An exclusive job has all of them, its steps those that they request."""
     alike = "Nodes=n[1-2] CPU_IDs=0-95 Mem=1 GRES=gpu:h100:6(IDX:0,2-6),nvme:1(CNT:1),gpu:mig:2(IDX:7-8) "
     job.run(record={"gres": alike}, RANKS="8", GPUS="9")
     assert " --gres=gpu:8 " in job.calls("port")[0]
@@ -247,7 +247,7 @@ def test_pythons_that_do_not_fit_are_named(job: Job) -> None:
     ],
 )
 def test_the_repository_is_found_by_what_slurm_says_of_the_script(command: str, job: Job) -> None:
-    """In a folder whose name holds a blank and another slurm; the batch script itself is a copy elsewhere."""
+    """The scripts are in a folder whose name has a blank and another "slurm"; the batch script itself is a copy elsewhere."""
     root = job.folder / "slurm" / "my tools"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     (job.folder / "spool").mkdir()

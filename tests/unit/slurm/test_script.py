@@ -1,4 +1,4 @@
-"""What the job's script asks srun for, where no SLURM is: in a container, and when the job was requeued."""
+"""What the job's script requests from srun, without SLURM: in a container, and after the job was requeued."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_task_per_node_or_per_gpu(launcher: str, tmp_path: Path) -> None:
 
 
 def test_where_a_job_begins_counts_until_it_has_saved(tmp_path: Path) -> None:
-    """checkpoint.resume names the beginning; a start after the job's own first checkpoint goes on from the latest one."""
+    """checkpoint.resume names where the job begins; a start after the job's first checkpoint resumes from the latest one."""
     settings = {"KDRL_PREFLIGHT": "0"}
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)

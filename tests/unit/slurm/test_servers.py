@@ -1,4 +1,4 @@
-"""The servers of the server nodes: how many there are, on which GPUs, and what they do not get of training's environment."""
+"""The servers of the server nodes: how many there are, on which GPUs, and what of training's environment they do not get."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SERVERS = "server_nodes=1 servers_per_node=4 server_gpus=2 server_arguments=--x"
 
 @pytest.fixture(scope="module")
 def settings() -> ModuleType:
-    """slurm/settings.py, which is a program."""
+    """slurm/settings.py, which is a program, as a module."""
     spec = importlib.util.spec_from_file_location("slurm_settings", ROOT / "slurm" / "settings.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -94,6 +94,6 @@ exec sleep 60
 
 
 def test_only_training_gets_segments_that_grow() -> None:
-    """slurm/network.sh is the whole job's; slurm/task.sh runs preflight and training."""
+    """slurm/network.sh applies to the whole job; slurm/task.sh runs preflight and training."""
     assert "expandable_segments" not in (ROOT / "slurm" / "network.sh").read_text()
     assert "-expandable_segments:True}" in (ROOT / "slurm" / "task.sh").read_text()

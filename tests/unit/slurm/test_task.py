@@ -1,4 +1,4 @@
-"""A task of a SLURM step (slurm/task.sh) that is signalled, and one on a node that does not fit, where no SLURM is."""
+"""A task of a SLURM step (slurm/task.sh) that gets a signal, and one on a node that does not fit, without SLURM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ while True:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Of the only task of a step, whose rank waits for SIGUSR1."""
+    """Start the only task of a step, whose rank waits for SIGUSR1."""
     (tmp_path / "waiting_rank.py").write_text(RANK)
     job = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}
     job |= {
@@ -45,7 +45,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_a_step_that_is_signalled_ends_well_whatever_the_signal(
     launcher: str, number: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """SLURM signals every process of the step at once, so the rank may end while the task's shell is told."""
+    """SLURM signals every process of the step at once, so the rank may end while the task's shell gets its signal."""
     for _ in range(4 if launcher == "srun" else 1):
         for name in ("ready", "stopped", "asked-to-stop"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def test_a_step_that_is_signalled_ends_well_whatever_the_signal(
             "bash",
             str(ROOT / "slurm" / "task.sh"),
             "waiting_rank",
-        ]  # INT: of a job of `&`
+        ]  # INT: for a background job of the shell
         task = subprocess.Popen(command, env=environment | {"KDRL_LAUNCHER": launcher}, start_new_session=True)
         try:
             while not (tmp_path / "ready").exists():
@@ -65,7 +65,7 @@ def test_a_step_that_is_signalled_ends_well_whatever_the_signal(
             assert task.wait(60) == 0
         finally:
             if task.poll() is None:
-                for process in (*psutil.Process(task.pid).children(recursive=True), task):  # a rank leads a session of its own
+                for process in (*psutil.Process(task.pid).children(recursive=True), task):  # a rank leads its own session
                     process.kill()
         assert (tmp_path / "stopped").read_text() == "SIGUSR1"
         assert (tmp_path / "asked-to-stop").exists()

@@ -1,4 +1,5 @@
-"""The report tells configurations apart, gets numbers and intervals right, stays small, and answers bad input with one line."""
+"""The report distinguishes configurations, gets numbers and intervals right, stays small, and answers bad input with one
+line."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_a_single_run_has_its_own_intervals_and_several_seeds_theirs() -> None:
     assert reward.over([rows, other]) == t_interval([0.5, 0.7])
     assert reward.over([[{"step": 1.0, "reward": 0.5}, *rows[1:]]]) is not None  # older steps without a standard error
     assert reward.over([[*rows[:-1], {"step": 7.0, "reward": 0.5}]]) == Interval(0.5)
-    # What was first measured later is not what the run started with.
+    # A value that was first measured later is not the run's starting value.
     assert start.over([rows]) is None and start.over([[{"step": 0.0, **held_out}, *rows]]) == Interval(0.6, 0.55, 0.66)
 
 
@@ -97,12 +98,12 @@ def test_runs_that_differ_in_the_seed_only_are_one_entry_with_an_interval(tmp_pa
     assert cells(data, 0)["accuracy"] == f"55.0% ± {12.706 * 0.05:.1%}" and cells(data, 0)["samples"] == "1,280"
     assert differences(found) == {"objective.beta.init": [0.002, 0.5]}
     assert [group.name for group in groups(*directories[:2])] == ["kdrl"]
-    again = write_run(tmp_path / "again", *base, "trainer.seed=1")  # the same draw once more is no second seed
+    again = write_run(tmp_path / "again", *base, "trainer.seed=1")  # the same draw again is not a second seed
     assert [[run.name for run in group.runs] for group in groups(*directories[:2], again, again)] == [
         ["kdrl-seed1-0123abcd", "another name"],
         ["again"],
     ]
-    without = write_run(tmp_path / "without")  # no configuration is no difference
+    without = write_run(tmp_path / "without")  # a missing configuration is not a difference
     assert differences(groups(*directories, without)) == {"objective.beta.init": [0.002, 0.5, None]}
 
 
@@ -147,7 +148,7 @@ def test_big_runs_stay_small_and_a_file_in_the_making_is_left_out(tmp_path: Path
     run, width = data["groups"][0]["runs"][0], data["width"]
     rewards = run["y"]["reward"]
     assert len(rewards) == len(run["x"]) == 1 + np.ceil(1500 / width) and width > 2 and run["x"][-1] == 1500
-    assert rewards[:2] == [None, pytest.approx((1 + width) / 20, abs=1e-3)]  # step 0 is no training step; the mean over a bin
+    assert rewards[:2] == [None, pytest.approx((1 + width) / 20, abs=1e-3)]  # step 0 does not train; the mean over a bin
     assert run["tokens"][-1] == 1_500_000 and run["seconds"][-1] == 753
 
 
@@ -165,7 +166,7 @@ def test_what_is_not_finite_leaves_a_gap_only(tmp_path: Path) -> None:
 
 def test_every_alert_is_told_once_with_its_first_and_last_step_and_how_often_it_showed(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "bad") as log:
-        for step in range(1, 301):  # long enough that a look at every other step alone would miss it
+        for step in range(1, 301):  # so long that looking only at every other step would miss it
             low = 50 <= step < 55 or step >= 280
             kl, skipped = 0.5 if step == 99 else 0.02, float(step == 7)
             log.write(step, {"reward": 0.01 if low else 0.8, "kl": kl, "skipped_updates": skipped})
@@ -223,7 +224,7 @@ def test_damaged_unfinished_and_empty_runs_are_told_in_a_line_each(tmp_path: Pat
 
 
 def odd_runs(folder: Path) -> dict[str, Path]:
-    """Run directories with something in them that no run of this version writes, by what it is."""
+    """Run directories with content that no run of this version writes, by its description."""
     base = ("experiment=tiny_cpu", "objective=kdrl", "student.path=moved/away")
     names = {"steps": "bad steps", "spike": "a $x_{1$ b", "nothing": "_first", "version": "version", "rollouts": "rollouts"}
     names |= {"tokenizer": "tokenizer", "bytes": os.fsdecode(b"bytes \xff")}
@@ -304,7 +305,7 @@ def test_the_picture_draws_every_run_in_every_panel_that_has_it(runs: list[Path]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kdrl", "grpo"]
     every = {axis.get_title(loc="left"): axis for axis in plot(groups(*runs)).axes}
     assert set(panels) < set(every) and {"Tokens per second (tokens/s)", "Time of an evaluation (s)"} < set(every)
-    same = every["Response length (tokens)"].lines  # both are 40 throughout: each shows half of the dashes
+    same = every["Response length (tokens)"].lines  # both are 40 throughout: each line shows half of the dashes
     assert [line.is_dashed() for line in same] == [True, True]
 
 

@@ -1,6 +1,6 @@
-"""Studies become runs that share what is equal; runs are trained once, survive what stops them, and are collected.
+"""Studies become runs that share equal parts; runs are trained once, survive interruptions, and are collected.
 
-The runs here are a stand-in for `kdrl_mcore.train` that a child process finds first: it "trains" in a moment.
+The runs use a stand-in for `kdrl_mcore.train` that a child process finds first: it "trains" in a moment.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ accuracy = 0.5 + int(settings["trainer.seed"]) / 10
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the studies `study` and `sharing` and the stand-in; the current one, so that a child finds it first."""
+    """A folder with the studies `study` and `sharing` and the stand-in; it is the current one, so that a child finds it
+    first."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "pair.yaml").write_text(BASE.format(root=tmp_path / "runs"))
     (tmp_path / "study.yaml").write_text(STUDY)
@@ -137,7 +138,7 @@ def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(folder: Path)
     assert [is_finished(run) for run in runs] == [False, False, True, True]
     assert [outcome.run.seed for outcome in train(runs)] == [1, 1]
     assert [starts(run) for run in runs] == [2, 2, 1, 1]
-    assert (runs[2].directory / "starts").read_text() == "1\n"  # a thread each
+    assert (runs[2].directory / "starts").read_text() == "1\n"  # one thread each
 
 
 def test_results_are_a_line_a_run_and_an_interval_a_setting(folder: Path) -> None:
@@ -188,7 +189,7 @@ def test_the_command_runs_collects_and_names_what_failed(
     assert code == 1 and "2/4" in shown and "65.0%" not in shown
     assert [line.split(",")[0] for line in errors.splitlines()] == ["error: kdrl", "error: grpo"]
     code, shown, errors = call("study.yaml", "sharing.yaml", "--jobs", "2", "seeds=[1]")
-    assert (code, errors) == (0, "") and "3 runs, 0 of them finished before" in shown  # four with one shared
+    assert (code, errors) == (0, "") and "3 runs, 0 of them finished before" in shown  # four, one of which is shared
     written = sorted(path.name for path in (folder / "runs").glob("*.*") if path.is_file())
     assert written == ["accuracy.png", "sharing.csv", "sharing.md", "study.csv", "study.md"]
     code, shown, _ = call("--collect", "study.yaml")
@@ -267,7 +268,7 @@ def test_an_interrupted_grid_lets_its_runs_save_and_goes_on(folder: Path, number
     output, _ = process.communicate(timeout=200)
     assert output.split() == ["stopped", "stopped", "False"]
     assert [(run.directory / "saved").is_file() for run in runs_elsewhere] == [True, True]
-    assert [run.directory.is_dir() for run in runs[2:]] == [False, False]  # nothing new was started
+    assert [run.directory.is_dir() for run in runs[2:]] == [False, False]  # no new run was started
 
 
 CALL = """
@@ -305,7 +306,7 @@ def test_only_what_is_missing_is_submitted_and_nothing_twice(folder: Path, monke
     lines = (folder / "runs" / ".slurm" / "7").read_text().splitlines()
     assert [line.split()[:2] for line in lines] == [[run.identity, "train"] for run in runs[1:]]
     assert lines[0].endswith(f"run.dir={runs[1].directory}")
-    list(slurm.submit(runs))  # the second of the three still waits in the queue
+    list(slurm.submit(runs))  # the second of the three is still queued
     again = (folder / "runs" / ".slurm" / "8").read_text().splitlines()
     assert [line.split()[0] for line in again] == [runs[1].identity, runs[3].identity]
 
@@ -344,7 +345,7 @@ def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.Monk
     files = {path.stem: path for path in sorted(STUDIES.glob("*.yaml")) if "base" in OmegaConf.load(path)}
     sizes = {"estimator": 5, "coefficient": 6, "mask": 3, "teacher": 2 * 3, "scale": 3 * 3}
     for name, choices in (("teacher", "teachers"), ("scale", "students")):
-        if choices not in OmegaConf.load(STUDIES / "base" / f"{base}.yaml"):  # a pair without another to choose
+        if choices not in OmegaConf.load(STUDIES / "base" / f"{base}.yaml"):  # a pair without a choice
             with pytest.raises(ConfigError, match=f"'{choices}' not found"):
                 load_study(files.pop(name), [f"base={base}", "seeds=[1]"])
             del sizes[name]
@@ -364,7 +365,7 @@ def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.Monk
     assert {settings["estimator"]["k2"].identity, settings["coefficient"]["constant_2"].identity} == {shared["kdrl",]}
     assert settings["mask"]["none"].identity == shared["kdrl",]
     assert settings["coefficient"]["annealed_5"].identity == shared["kdrl_annealing",]
-    scale = 25 if base in ("tiny", "smollm2") else 1  # the paper's own numbers, where nothing was re-tuned
+    scale = 25 if base in ("tiny", "smollm2") else 1  # the paper's numbers if nothing was re-tuned
     for name, run in settings["coefficient"].items():
         kind, thousandths = name.split("_")
         beta = composed(run.overrides[:-1]).objective.beta

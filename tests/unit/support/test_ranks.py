@@ -1,4 +1,4 @@
-"""The pool of ranks itself: results, and failures that stay in the test they belong to."""
+"""The pool of ranks itself: results, and failures that do not spread to the next test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.ranks import RankDiedError, RankError, RankPool, RankTimeoutE
 
 
 class NeedsTwoArgumentsError(Exception):
-    """Pickles, but cannot be made again from its pickle."""
+    """An error that can be pickled but not unpickled."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(one + two)
@@ -94,7 +94,7 @@ def check_works(pool: RankPool) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is not just waiting to be reaped."""
+    """Whether the process exists and is not merely waiting to be reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def test_closing_ends_the_ranks_and_what_they_started() -> None:
 
 
 def test_ranks_begin_where_the_test_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: RankPool) -> None:
-    check_works(pool)  # so that the process they are forked from is there already
+    check_works(pool)  # so that the process they are forked from already exists
     pool.close()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLOUR", "green")

@@ -1,4 +1,4 @@
-"""The dense reference checked against what is known without it: identities, hand-made numbers and finite differences."""
+"""The dense reference agrees with what is known without it: identities, numbers computed by hand and finite differences."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_a_teacher_that_is_the_student_teaches_nothing(student: Path, rows: list
     result = dense.kdrl(student, student, rows, replace(KD, estimator=estimator))
     assert result.loss == pytest.approx(0, abs=1e-9)
     assert result.grad_norm < 1e-7
-    # The same settings do teach from another teacher (the other tests), and GRPO is unchanged by this one:
+    # With another teacher the same settings do distil (see the other tests), and this teacher leaves GRPO unchanged:
     joint = dense.kdrl(student, student, rows, Settings(beta=1.0, estimator=estimator))
     assert joint.grad_norm > 1e-3
     assert distance(joint.gradients, dense.kdrl(student, None, rows, Settings()).gradients) < 1e-6
 
 
 def test_k2_on_policy_gradient_is_the_policy_gradient_of_the_log_ratio(student: Path, teacher: Path, rows: list[Row]) -> None:
-    """On-policy, grad k2 = -d grad log pi: the policy gradient with d as its advantage, and so is grad k1."""
+    """On-policy, grad k2 = -d grad log pi, the policy gradient with advantage d, and so is grad k1."""
     k2 = dense.kdrl(student, teacher, rows, KD)
     model = dense.load_model(student)
     loss = torch.zeros((), dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_k2_on_policy_gradient_is_the_policy_gradient_of_the_log_ratio(student: 
 
 
 def every_first_token(student: Path, prompt: list[int]) -> list[Row]:
-    """One response per token of the vocabulary, each that token alone, so that a weighted mean over them is an expectation."""
+    """One response for each token of the vocabulary, only that token, so that a weighted mean over them is an expectation."""
     model = dense.load_model(student)
     row: Row = {"prompt_token_ids": prompt, "response_token_ids": [0], "reward": 0.0, "correct": False}
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_the_expected_gradient_is_that_of_the_exact_reverse_kl(student: Path, te
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_importance_weights_keep_the_expectation_under_another_sampler(student: Path, teacher: Path, estimator: str) -> None:
-    """Tokens drawn uniformly, w = pi / mu with mu uniform: the mean gradient is that of tokens drawn from pi."""
+    """Tokens are drawn uniformly and w = pi / mu with uniform mu: the mean gradient is that of tokens drawn from pi."""
     settings = replace(KD, estimator=estimator)
     on_policy = every_first_token(student, [3, 1, 4])
     uniform = [{**row, "sampler_log_probs": [-math.log(VOCABULARY)]} for row in on_policy]
@@ -160,11 +160,11 @@ def test_importance_weights_keep_the_expectation_under_another_sampler(student: 
     ids=lambda settings: f"{settings.estimator}-{settings.aggregation}-{settings.top_k_tail}",
 )
 def test_gradients_agree_with_finite_differences(student: Path, teacher: Path, rows: list[Row], settings: Settings) -> None:
-    """For the losses that hold no stop-gradient: (L(w + e g) - L(w - e g)) / 2e = |g| along the unit gradient g, and the
-    same for one weight of each of two tensors.
+    """For the losses without a stop-gradient, (L(w + e g) - L(w - e g)) / 2e = |g| along the unit gradient g, and likewise for
+    one weight of each of two tensors.
 
-    A top-k set of the student changes with its weights, and the loss jumps there: the step is too small for that, and so large
-    that the float32 inside transformers' norms does not show.
+    A top-k set of the student changes with its weights, and the loss then jumps: the step is too small for that, and large
+    enough that float32 inside transformers' norms does not matter.
     """
     step, rel = (1e-4, 1e-2) if settings.estimator == "top_k" and settings.top_k_support == "student" else (1e-3, 1e-3)
     model, teacher_model = dense.load_model(student), dense.load_model(teacher)
@@ -194,7 +194,7 @@ def test_gradients_agree_with_finite_differences(student: Path, teacher: Path, r
 
 
 def test_grpo_by_hand(student: Path, rows: list[Row]) -> None:
-    """Advantages from numbers one can check; the loss is -mean(A) and its gradient -A grad log pi over all tokens."""
+    """Advantages from numbers that can be checked; the loss is -mean(A) and its gradient -A grad log pi over all tokens."""
     rewards = [1.0, 0.0, 0.0, 2.0, 4.0, 6.0]
     rows = [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
     result = dense.kdrl(student, None, rows, Settings())

@@ -1,5 +1,5 @@
-"""`make gpu-check`: every stage gets its turn whatever became of the others, and what is known is on disk; what a bare machine
-lacks is found, and put beside what it has."""
+"""`make gpu-check`: every stage runs, whatever happened to the others, and all results so far are on disk; what a bare machine
+lacks is found and added to what it has."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_bare_machine_gets_what_training_imports_and_nothing_heavy() -> None:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the wheels, with one of a package that no machine has, and one in another version than this machine's."""
+    """The folder of the wheels: one of a package that no machine has, and one in a version that differs from this machine's."""
     monkeypatch.setattr(gpu_wheels, "WHEELS", tmp_path / "wheels")
     monkeypatch.setattr(gpu_wheels, "SITE", tmp_path / "site")
     gpu_wheels.WHEELS.mkdir()

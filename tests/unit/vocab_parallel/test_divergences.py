@@ -1,6 +1,6 @@
-"""What each divergence claims: where its gradient vanishes, its limits, and its numbers for very peaked distributions.
+"""The properties of each divergence: where its gradient vanishes, its limits, and its values for very peaked distributions.
 
-Values and gradients in general are checked in `test_head.py` and, on several ranks, in `tests/parallel`.
+`test_head.py` and, for several ranks, `tests/parallel` check values and gradients in general.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ AGREEING = [
     *("exact", "forward", "mixed 0.3", "mixed 0.9"),
     *(kind for kind in EXACT_FORM if not kind.endswith("truncate")),
 ]
-"""Forms whose gradient vanishes where the student's distribution is the teacher's."""
+"""Forms whose gradient vanishes if the student's distribution is the teacher's."""
 
 
 def run(form: Divergence, p: Problem) -> tuple[Tensor, Tensor]:
-    """(divergences [T], gradient of their sum in the student's weight)."""
+    """(divergences [T], gradient of their sum with respect to the student's weight)."""
     weight_VH = p.weight_VH.clone().requires_grad_()
     shard = VocabShard(None, 0, len(weight_VH), len(weight_VH))
     teacher = TeacherInputs(p.teacher_hidden_DG, p.teacher_weight_VG, form)
@@ -56,12 +56,12 @@ def dense(kind: str, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def agreeing(problem: Problem) -> Problem:
-    """The same distributions as student and as teacher."""
+    """The same distributions for student and teacher."""
     return replace(problem, teacher_hidden_DG=problem.hidden_SH[problem.rows_T], teacher_weight_VG=problem.weight_VH)
 
 
 def exchanged(problem: Problem) -> Problem:
-    """Student and teacher in each other's place."""
+    """Student and teacher exchanged."""
     hidden_SH = torch.full((16, 5), torch.nan, dtype=torch.float64)
     hidden_SH[:9] = problem.teacher_hidden_DG
     return replace(
@@ -87,7 +87,7 @@ def test_where_student_and_teacher_agree_value_and_gradient_are_zero(kind: str, 
 
 @pytest.mark.parametrize(("beta", "end"), [(1e-6, "forward"), (1 - 1e-6, "exact")])
 def test_near_its_ends_the_jensen_shannon_divergence_is_a_share_of_a_kl(beta: float, end: str) -> None:
-    """To first order in the distance from the end; in between it is neither."""
+    """To first order in the distance from the end; in between it equals neither."""
     problem = make_problem()
     share = min(beta, 1 - beta)
     for actual, expected in zip(run(JensenShannon(beta), problem), run(divergence(end, problem), problem), strict=True):
@@ -108,7 +108,7 @@ def test_student_and_teacher_can_change_places_in_the_jensen_shannon_divergence(
 def test_the_jensen_shannon_divergence_of_disjoint_distributions_is_the_entropy_of_beta(
     beta: float, dtype: torch.dtype
 ) -> None:
-    """Each has all of its mass where the other's underflows to 0; the gradient, which pulls with p only, vanishes."""
+    """Each has all its mass where the other's underflows to 0; the gradient, which is proportional to p, vanishes."""
     p = make_problem().to(dtype)
     p = replace(p, weight_VH=torch.zeros(23, 6, dtype=dtype), teacher_weight_VG=torch.zeros(23, 5, dtype=dtype))
     p.hidden_SH[p.rows_T], p.teacher_hidden_DG[:] = 1.0, 1.0
@@ -135,7 +135,7 @@ def test_peaked_distributions_keep_float32s_precision(kind: str, scale: float) -
     assert scale < 60 or (logits_TV.softmax(1) == 0).float().mean() > 0.25
     (divergence_T, gradient), (expected_T, expected) = run(divergence(kind, problem), problem), dense(kind, problem)
     torch.testing.assert_close(divergence_T.double(), expected_T, rtol=1e-4, atol=1e-4)
-    # A probability moves with the rounding of the logits.
+    # A probability changes with the rounding of the logits.
     assert (gradient.double() - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * float(logits_TV.abs().max())
     assert scale == 60 or expected.abs().max() > 0.05
 
@@ -162,12 +162,12 @@ def teacher_log_probs(problem: Problem) -> Tensor:
 
 @pytest.mark.parametrize("support", ["student", "teacher"])
 def test_a_truncated_reverse_kl_is_no_divergence(support: str) -> None:
-    """A fact, not a wish: where the student is the teacher its value is 0, but its gradient is not."""
+    """A property, not an aim: if the student is the teacher, its value is 0 but its gradient is not."""
     problem = agreeing(make_problem())
     value_T, gradient = run(divergence(f"top_k {support} truncate", problem), problem)
     assert value_T.abs().max() < 1e-12
     assert gradient.abs().max() > 0.1
-    # With less mass on S than the teacher the student has a value below 0: for half of it -0.35 times the mass.
+    # If the student has less mass on S than the teacher, the value is below 0: for half of it, -0.35 times the mass.
     log_q_TV = teacher_log_probs(make_problem())
     set_TK = log_q_TV.topk(5, dim=1).indices
     inside_T = log_q_TV.exp().gather(1, set_TK).sum(1)
@@ -200,7 +200,7 @@ def test_what_is_no_divergence_is_refused() -> None:
 
 @pytest.mark.parametrize("log_mass", [-2.0, -14.0, -60.0])
 def test_a_forward_kl_keeps_its_gradient_however_little_mass_the_student_has_outside(log_mass: float) -> None:
-    """In float32: the derivative of log p_out is large where p_out is small, and must not be added only to be subtracted."""
+    """In float32: the derivative of log p_out is large if p_out is small, and must not be added only to be subtracted."""
     log_q_TV = teacher_log_probs(make_problem())
     set_TK = log_q_TV.topk(5, dim=1).indices
     log_p_TV = (log_q_TV.roll(1, 0) + log_mass).scatter(1, set_TK, log_q_TV.roll(2, 0).gather(1, set_TK)).log_softmax(1)
@@ -214,7 +214,7 @@ def test_a_forward_kl_keeps_its_gradient_however_little_mass_the_student_has_out
 @pytest.mark.parametrize("num_taught", [5, 9])
 def test_one_pass_gives_all_that_the_entropy_mixed_distillation_needs(num_taught: int) -> None:
     """EOPD (arXiv 2603.07079): the sampled k1 as a part of the advantage for all tokens, plus the forward KL on the teacher's
-    top-k, not renormalised, where the teacher's entropy over the whole vocabulary is above a threshold."""
+    top-k, not renormalised, for tokens where the teacher's entropy over the whole vocabulary exceeds a threshold."""
     p, threshold, beta = make_problem(num_taught=num_taught), 1.8, 0.7
     seen: list[Tensor] = []
 
@@ -287,7 +287,7 @@ BIAS_OF_A_SET = {
     "jsd_top_k teacher bucket": 0.424,
     "jsd_top_k student bucket": 0.782,
 }
-"""|gradient - that over the whole vocabulary| / |the latter|, with 5 of 23 tokens of two unlike random models."""
+"""|gradient - that over the whole vocabulary| / |the latter|, with 5 of 23 tokens of two different random models."""
 
 
 @pytest.mark.parametrize("kind", EXACT_FORM)
@@ -314,4 +314,4 @@ def test_the_largest_logits_are_those_of_a_stable_sort(columns: int, top_k: int,
     values_CK, column_CK = largest_logits(logits_CV, top_k)
     assert torch.equal(values_CK, logits_CV.gather(1, expected_CK))
     assert torch.equal(logits_CV.gather(1, column_CK), values_CK)
-    assert torch.equal(_top_k_of_rows(logits_CV, top_k), expected_CK)  # the form for devices
+    assert torch.equal(_top_k_of_rows(logits_CV, top_k), expected_CK)  # the form for GPUs

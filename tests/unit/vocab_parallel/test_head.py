@@ -1,4 +1,4 @@
-"""One rank: every value and gradient against dense autograd, the edges of the input, and what the pass may cost."""
+"""On one rank, every value and gradient is that of dense autograd, also at the edges of the input; what the pass may cost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_no_tokens_give_no_loss_and_zero_gradients(kind: str) -> None:
     one = answer(make_problem(0, 0), kind, Layout())
     assert one.loss == 0
     assert len(one.log_probs_T) == len(one.entropy_T) == len(one.divergence_T) == 0
-    # The formed logits of no row have the gradient of no row; the sum over them is zero all the same.
+    # The logits of no row have the gradient of no row; their sum is still zero.
     assert not one.d_hidden_SH.any()
     assert not one.d_weight_VH.any()
 
@@ -74,7 +74,7 @@ def test_the_loss_is_called_once_even_without_tokens() -> None:
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_tokens_that_the_loss_weighs_with_zero_change_nothing(kind: str) -> None:
-    """What the masked rows hold is garbage, but finite, as padding of a batch is."""
+    """The masked rows hold garbage, but finite garbage, like the padding of a batch."""
     problem = make_problem()
     factors_T4, hidden_SH = problem.factors_T4.clone(), problem.hidden_SH.clone()
     masked_T = torch.tensor([0, 3, 6, 8])
@@ -97,7 +97,7 @@ def test_tokens_that_the_loss_weighs_with_zero_change_nothing(kind: str) -> None
 @pytest.mark.parametrize("kind", [*TOP_K, *FORWARD_TOP_K])
 def test_the_whole_vocabulary_as_the_set_is_the_exact_divergence(kind: str) -> None:
     problem = make_problem(top_k=23)
-    # Nothing is outside: the bucket's own term is of the order of the smallest number.
+    # Nothing is outside: the bucket's term is of the order of the smallest number.
     assert_same([answer(problem, kind, Layout())], dense(problem, EXACT_FORM[kind]), Layout(), **EXACT)
 
 
@@ -138,7 +138,7 @@ def test_logits_of_ten_thousand_neither_overflow_nor_lose_the_values(kind: str) 
     terms = (problem.hidden_SH[problem.rows_T] @ problem.weight_VH.T).abs().max() ** 2 * problem.weight_VH.abs().max()
     atol = 4 * torch.finfo(torch.float64).eps * float(terms)
     if kind in FORWARD_TOP_K and kind.endswith("bucket"):
-        # The mass outside is 0 even in float64, and has no true logarithm.
+        # The mass outside is 0 even in float64 and has no meaningful logarithm.
         assert torch.isfinite(one.d_weight_VH).all() and torch.isfinite(one.d_hidden_SH[problem.rows_T]).all()
     else:
         assert_same([one], expected, Layout(), rtol=1e-10, atol=atol)
@@ -155,7 +155,7 @@ def test_float32(kind: str) -> None:
 
 
 def test_zeros_stand_between_the_rows_of_logits() -> None:
-    """A product with AMX reads them as factors of zero: what was left in memory may be NaN."""
+    """A product with AMX reads them as factors of zero: memory may contain NaN from earlier use."""
     torch.use_deterministic_algorithms(True)  # uninitialised memory is full of NaN
     try:
         rows_CV = empty_rows(40, 27, torch.bfloat16, torch.device("cpu"))
@@ -168,8 +168,8 @@ def test_zeros_stand_between_the_rows_of_logits() -> None:
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_bfloat16_inputs_lose_only_the_rounding_of_the_logits(kind: str) -> None:
-    """Logits are products in bfloat16, rounded by 2^-9 of their size, and divided by the temperature in the product. A log-prob
-    moves by at most twice the largest such error, an entropy by that times the range of log p."""
+    """Logits are products in bfloat16, rounded by 2^-9 of their size and divided by the temperature in the product. A log-prob
+    changes by at most twice the largest such error, an entropy by that times the range of log p."""
     problem = make_problem(scale=0.3).to(torch.bfloat16)
     one, expected = answer(problem, kind, Layout(chunk_tokens=4)), dense(problem, kind)
     wide = problem.to(torch.float64)
@@ -189,12 +189,12 @@ def test_bfloat16_inputs_lose_only_the_rounding_of_the_logits(kind: str) -> None
     assert one.d_weight_VH.dtype == one.d_hidden_SH.dtype == torch.bfloat16
     for name in ("d_hidden_SH", "d_weight_VH"):
         difference = (getattr(one, name).double() - getattr(expected, name)).norm()
-        # The logits' errors, the rounding of dL/dlogits and of the result, in the norm over all elements.
+        # The errors of the logits and the rounding of dL/dlogits and of the result, in the norm over all elements.
         assert difference <= (span * rounding + 2 * 2.0**-9) * getattr(expected, name).norm(), name
 
 
 def test_the_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
-    """Of a thousand equal terms a sum in bfloat16 would stop at the 256th: one more is then less than its last digit."""
+    """A bfloat16 sum of a thousand equal terms would stop at the 256th: one more term is then less than its last digit."""
     rows, one = 1000, torch.ones(1, 1, dtype=torch.bfloat16)
     weight_VH = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     fused_head(
@@ -211,7 +211,7 @@ def test_the_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
 
 
 def counting() -> FlopCounterMode:
-    """Counts matrix products; torch leaves out the in-place ones unless told."""
+    """Counts matrix products; by default torch leaves out the in-place ones."""
 
     def product(sum_shape: list[int], a: list[int], b: list[int], **_: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
@@ -220,7 +220,7 @@ def counting() -> FlopCounterMode:
 
 
 class _Recomputed(torch.autograd.Function):
-    """The fused loss with as many backward passes as gradcheck wants: the gradients are taken once, in the forward pass."""
+    """The fused loss with as many backward passes as gradcheck needs: the gradients are computed once, in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_SH: Tensor, weight_PH: Tensor, kind: str, problem: Problem, layout: Layout) -> Tensor:
@@ -239,7 +239,7 @@ class _Recomputed(torch.autograd.Function):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "top_k_unbiased"])
 def test_gradcheck(kind: str) -> None:
-    """top_k_unbiased is left out: its gradient is on purpose not that of its value."""
+    """top_k_unbiased is left out: its gradient is deliberately not that of its value."""
     problem, layout = make_problem(5, 3), Layout(columns=26, chunk_tokens=2)
     problem = replace(problem, hidden_SH=problem.hidden_SH.nan_to_num())
     hidden_SH, weight_PH, _ = vocabulary.own_part(problem, layout, vocabulary.shard_of(layout, 23))
@@ -298,7 +298,7 @@ def test_a_target_that_is_not_a_token_is_an_error(kind: str, target: int) -> Non
 def test_where_targets_cannot_be_checked_a_wrong_one_has_log_prob_nan(
     kind: str, target: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """23 and 25 are columns of the padding: they exist in the weight, but not for the softmax."""
+    """23 and 25 are padding columns: they exist in the weight but not for the softmax."""
     monkeypatch.setattr(VocabShard, "check_targets", lambda self, targets_T: None)
     problem = make_problem()
     problem.targets_T[4] = target
@@ -315,7 +315,8 @@ def test_equal_logits_are_taken_in_the_order_of_their_ids() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The most numbers in memory that any operation's result stands in, and how many such blocks there were."""
+    """The largest number of elements in the storage of any operation's result, and how many storages of that size there
+    were."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,8 +335,8 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_no_tensor_of_all_tokens_times_the_vocabulary_ever_exists(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing larger than a chunk's logits or dW, and only a few such blocks however many chunks there are."""
-    monkeypatch.setitem(torch_logits.BLOCK_BYTES, "cpu", 1)  # temporary results of one row
+    """Nothing is larger than a chunk's logits or dW, and there are only a few such blocks, whatever the number of chunks."""
+    monkeypatch.setitem(torch_logits.BLOCK_BYTES, "cpu", 1)  # one row of temporary results
     num_tokens, size, chunk = 64, 4000, 4
     problem = replace(
         make_problem(),

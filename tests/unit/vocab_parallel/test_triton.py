@@ -1,6 +1,6 @@
-"""Triton's kernels give what torch gives, values and gradients; run on CPU through Triton's interpreter.
+"""Triton's kernels give the same values and gradients as torch, on the CPU through Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so everything runs in ranks of its own that have TRITON_INTERPRET set.
+The interpreter is chosen when triton is imported, so everything runs in separate ranks that have TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def compare_shared(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
 
 
 def compare_columns(remainder: int) -> None:
-    """Real columns that exceed a multiple of 32 by `remainder`, in a weight that has rows for all of the filler, for a part of
-    it or for none: rank 0 in float32 and rank 1 in bfloat16."""
+    """The number of real columns exceeds a multiple of 32 by `remainder`; the weight has rows for all of the filler, for a part
+    of it or for none. Rank 0 is in float32 and rank 1 in bfloat16."""
     for padding in (0, 5, 64):
         for name in ("log_prob_entropy_k2", "exact", "forward", "mixed_0.2", "top_k_teacher_renormalize"):
             compare_alone(name, Sizes(columns=32 + remainder + padding, size=32 + remainder, chunk_tokens=2))
 
 
 def check_filler() -> None:
-    """Memory that holds NaN: the filler's derivative is zero, as is that of the weight's padding."""
+    """The memory holds NaN: the filler's derivative is zero, and so is that of the weight's padding."""
     columns, shard = 35, VocabShard(None, 0, 48, 35)
     generator = torch.Generator().manual_seed(8)
     logits = logits_memory("triton", 3, columns, torch.bfloat16, torch.bfloat16, torch.device("cpu"))
@@ -75,7 +75,8 @@ def check_filler() -> None:
 
 
 def compare_largest(columns: int) -> None:
-    """Of many equal logits the lower columns, in several blocks, as plain sorting has it; a row of NaN keeps k columns."""
+    """Among many equal logits in several blocks, the lower columns come first, as with plain sorting; a row of NaN keeps k
+    columns."""
     from kdrl_mcore.vocab_parallel import triton_kernels
     from kdrl_mcore.vocab_parallel.logits import local_top_k
 
@@ -99,7 +100,7 @@ def compare_no_tokens() -> None:
 
 
 def compare_statistics(columns: int, offset: float) -> None:
-    """Against float64, from rows with a stride, of any length and any size of logits."""
+    """Compared with float64, for strided rows of any length and logits of any size."""
     from kdrl_mcore.vocab_parallel import triton_kernels
 
     generator = torch.Generator().manual_seed(5)

@@ -1,5 +1,5 @@
-"""Triton's kernels compile for A100, H100 and B200 without one, called as a run calls them: to machine code, with 16 bytes in
-every access to a row of logits whatever the vocabulary, and no spilled registers."""
+"""Without a GPU, Triton's kernels compile to machine code for A100, H100 and B200, called as a run calls them. Every access to
+a row of logits has 16 bytes, whatever the vocabulary, and no register is spilled."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it exist
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 65536
-"""Of one multiprocessor."""
+"""Registers of one multiprocessor."""
 ODD = 151_643
-"""Qwen's tokens without the reserved ones; no multiple of 16, and too many for one block."""
+"""Qwen's tokens without the reserved ones: not a multiple of 16, and too many for one block."""
 
 Compile = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(params=[80, 90, 100], ids=["sm_80", "sm_90", "sm_100"])
 def compile_kernels(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compile:
-    """Calls a function on CPU tensors and gives the kernels that it would have launched on a GPU, by name."""
+    """Calls a function on CPU tensors and returns the kernels that it would have launched on a GPU, by name."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     from triton.backends.compiler import GPUTarget
@@ -38,7 +38,7 @@ def compile_kernels(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch:
     run, compiled = JITFunction.run, {}
 
     class Driver:
-        """Of a GPU that is not there. Triton remembers a device's kind, so each kind is a device of its own."""
+        """The driver of a GPU that does not exist. Triton remembers the kind of a device, so each kind is a separate device."""
 
         def get_current_device(self) -> int:
             return request.param
@@ -62,12 +62,12 @@ def compile_kernels(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch:
 
 
 def accesses(kernel: Any) -> Counter[str]:
-    """How often each kind of access to global memory stands in the machine-independent code."""
+    """How often each kind of access to global memory occurs in the machine-independent code."""
     return Counter(re.findall(r"\b(?:ld|st)\.global[.\w:]*", kernel.asm["ptx"]))
 
 
 def check_registers(kernel: Any, folder: Path, *, programs: int) -> None:
-    """None is spilled, and so many programs fit on a multiprocessor."""
+    """No register is spilled, and this number of programs fits on a multiprocessor."""
     (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", folder / "kernel.cubin"]
     usage = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
