@@ -275,7 +275,7 @@ def test_a_run_has_the_alerts_that_can_apply_to_it(kind: str, tmp_path: Path) ->
 
 
 def test_a_number_too_large_to_add_up_counts_as_infinite(tmp_path: Path) -> None:
-    """A user's reward may be NaN or infinite. The run continues, and the alerts are those of the other steps."""
+    """A user's reward may be such a number. The run continues, and the alerts are those of the other steps."""
     watch = AlertWatch()
     with MetricsLog(tmp_path) as log:
         for step in range(1, 30):

@@ -58,7 +58,7 @@ def test_a_hang_on_cuda_names_the_rank_whose_gpu_does_not_wait() -> None:
 
 
 def test_where_all_wait_the_rank_that_has_not_come_is_named() -> None:
-    """Ranks 2 and 3 first have a collective of their own, which one of them has not joined: each waits for another."""
+    """Rank 3 waits for rank 2 in another group's collective while the others wait for rank 3: every rank waits for another."""
     waiting = stands(entry(6, "0", 10, "started"))
     elsewhere = stands(entry(5, "0", 9), entry(6, "7", 4, "started"))
     assert not_come(dict(enumerate([waiting, waiting, waiting, elsewhere]))) == {2, 3}  # 2 is missing from 3's collective

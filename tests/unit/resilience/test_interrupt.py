@@ -80,7 +80,7 @@ print("goes on")
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
 def test_a_second_interrupt_ends_the_process(second: str) -> None:
-    """SIGTERM, which is what torchrun sends to its ranks."""
+    """torchrun passes the second interrupt on as SIGTERM."""
     result = run(INTERRUPTED_TWICE.replace("sys.argv[1]", repr(second)))
     assert result.returncode == INTERRUPTED_EXIT_CODE and result.stdout == "SIGINT\n"
     assert len(result.stderr.splitlines()) == 1 and "interrupted again" in result.stderr

@@ -118,7 +118,7 @@ class Counting(AnswerReward):
 @pytest.mark.parametrize("bad", ["hard", "hangs"])
 @pytest.mark.parametrize("place", [0, 1, 40, 63])
 def test_one_bad_answer_costs_a_few_time_outs_and_not_one_for_each_other(bad: str, place: int) -> None:
-    """maj@64 with a bad answer among 63 that differ in more than their case."""
+    """maj@64: a bad answer among 63, which come in pairs that differ only in case."""
     answers = [f"{'a' if number % 2 else 'A'}{number // 2}" for number in range(63)]
     answers.insert(place, bad)
     group = [rollout(answer, "gold") for answer in answers]

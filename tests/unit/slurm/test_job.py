@@ -148,7 +148,7 @@ def test_training_that_was_asked_in_its_last_step_is_finished(job: Job) -> None:
     ("suspended", "returns"), [("None", False), ("2026-01-01T09:59:59", False), ("2026-01-01T10:00:01", True)]
 )
 def test_a_run_that_a_suspension_ended_goes_back_to_the_queue(suspended: str, returns: bool, job: Job) -> None:
-    """Its collectives run into their time limits; an error line is treated differently."""
+    """The run's collectives exceed their time limits. A run that ends with an error line is not requeued."""
     done = job.run(record={"suspended": suspended}, ON_TRAIN="exit 75")
     assert bool(job.calls("scontrol requeue")) == returns, done.stdout
     error = 'echo "error: no" >"$KDRL_LOG_DIR/train-node0.log"; exit 1'

@@ -27,7 +27,7 @@ while True:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Start the only task of a step, whose rank waits for SIGUSR1."""
+    """The environment of the only task of a step, whose rank waits for SIGUSR1."""
     (tmp_path / "waiting_rank.py").write_text(RANK)
     job = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}
     job |= {
