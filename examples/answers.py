@@ -13,13 +13,13 @@ from kdrl_mcore.rollout.files import read_rollouts
 
 
 def write_answers(output: Path, run_dir: Path, problems: int, prompts_per_step: int, overrides: Sequence[str]) -> None:
-    """Write one answer to each of the first training problems, unless `output` exists: the rollouts of a run in which the
-    teacher is the student and learns nothing. Answers that the length limit cut off are left out.
+    """Write one answer to each of the first training problems unless `output` exists. The answers are the rollouts of a run in
+    which the teacher is the student and learns nothing. Answers that reached the length limit are left out.
 
     Args:
         output: the JSONL file, with `prompt`, `answer` and `response`.
-        run_dir: of that run, relative to the project root.
-        problems, prompts_per_step: how many answers, and how many at a time.
+        run_dir: the directory of that run, relative to the project root.
+        problems, prompts_per_step: the number of answers, and how many are sampled at a time.
         overrides: the experiment, and the teacher as the student.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Train several runs from one start, show them side by side, and keep what is complete: what the demos share."""
+"""What the demos share: train several runs from one start, keep those that are complete, and compare them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Training:
     """One training run of a comparison.
 
     Attributes:
-        run_dir: where it lives, relative to the project root; its last part is the run's name.
+        run_dir: its folder, relative to the project root; the last part is the run's name.
         overrides: the arguments of `kdrl_mcore.train`, except the run directory.
         ranks: the number of processes.
     """
@@ -53,7 +53,7 @@ class Training:
 
 
 def train(trainings: Sequence[Training]) -> None:
-    """Run all trainings that are not complete at the same time, from the start.
+    """Run all trainings that are not complete from the start, at the same time.
 
     Raises:
         KdrlError: one failed.
@@ -77,7 +77,7 @@ def report(trainings: Sequence[Training], picture: Path) -> None:
     runs = [str(training.run_dir) for training in trainings]
     command = [sys.executable, "tools/report.py", *runs, "--main-panels", "--output", str(picture)]
     if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
-        raise KdrlError(f"tools/report.py failed on {' '.join(runs)}; its message stands above")
+        raise KdrlError(f"tools/report.py failed on {' '.join(runs)}; see its message above")
 
 
 def outcome(trainings: Sequence[Training]) -> list[str]:
@@ -96,6 +96,6 @@ def outcome(trainings: Sequence[Training]) -> list[str]:
 
 
 def _accuracies(row: Mapping[str, float]) -> dict[str, str]:
-    """What to call each held-out accuracy: a benchmark's, where there are several."""
+    """The name of each held-out accuracy: the benchmark's if there are several."""
     found = {name: match[1] for name in row if (match := re.fullmatch(r"eval/(.+)/avg@\d+", name))}
     return found if len(found) > 1 else {"eval/accuracy": "held-out accuracy"}

@@ -1,4 +1,4 @@
-# The environment of the job's steps, protected from settings of the user or the site. Sourced by slurm/launch.sh.
+# The environment of the job's steps, protected from the settings of the user or the site. Sourced by slurm/launch.sh.
 
 # A step's resources come from this launcher, not from variables that sbatch's options or an interactive job have set for srun.
 # A step may use all resources of the job on its nodes, even while a shell is open in the job. Without --export=ALL,

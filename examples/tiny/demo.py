@@ -2,8 +2,8 @@
 
     python examples/tiny/demo.py        # or: make demo
 
-KDRL runs with real tensor parallelism on two ranks; the two baselines then run side by side, one process each. All three see
-the same number of samples and the same seeds. Runs that are complete are not repeated.
+KDRL runs with real tensor parallelism on two ranks; the two baselines then run at the same time, one process each. All three
+have the same number of samples and the same seeds. Complete runs are not repeated.
 """
 
 from __future__ import annotations

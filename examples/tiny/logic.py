@@ -6,7 +6,7 @@
                 6|2=6
                 \\boxed{6}
 
-A digit stands for a word of three bits. The operations (`&` and, `|` or, `^` exclusive or) are bitwise and evaluated from left
+A digit is a word of three bits. The operations (`&` and, `|` or, `^` exclusive or) are bitwise and evaluated from left
 to right. A problem has three to five words; distinct problems are drawn and split into sets, so no two sets share a problem.
 The answer is compared as text (`reward=exact_match`).
 

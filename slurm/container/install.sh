@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What both recipes of an image run, in a copy of this repository's files: everything that training and vLLM on GPUs need, in
-# /opt/kdrl. The repository itself is left out: the one that is mounted at run time is what runs.
+# Both image recipes run this in a copy of this repository's files. It installs everything that training and vLLM on GPUs need in
+# /opt/kdrl. The repository itself is not installed: the one that is mounted at run time is used.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEBIAN_FRONTEND=noninteractive
@@ -11,7 +11,7 @@ python3 -m venv /opt/kdrl
 install=(/opt/kdrl/bin/pip install --no-cache-dir --constraint constraints-gpu.txt)
 "${install[@]}" --upgrade pip setuptools wheel
 "${install[@]}" '.[vllm]'
-# Its part for torch is compiled here, against the torch that has just been installed.
+# Transformer Engine's part for torch is compiled here, against the torch that has just been installed.
 NVTE_FRAMEWORK=pytorch "${install[@]}" --no-build-isolation 'transformer-engine[core_cu13,pytorch]'
 /opt/kdrl/bin/pip uninstall --yes kdrl-mcore
 /opt/kdrl/bin/pip check

@@ -26,7 +26,7 @@ from kdrl_mcore.student.student import Student  # noqa: E402
 from tests.support.launching import WriteResults  # noqa: E402
 
 
-def save_for_ever(folder: Path, directory: Path, first: int) -> None:
+def save_forever(folder: Path, directory: Path, first: int) -> None:
     """Save checkpoint after checkpoint asynchronously; each save completes the one before it."""
     initialize_distributed(timeout_minutes=5)
     config = load_config([f"student.path={folder}/student", "objective=grpo", "optimizer.name=sgd"])
@@ -57,7 +57,7 @@ def main(folder: Path, kills: int) -> None:
         if victim == 0:
             os.setsid()
             results.use()
-            save_for_ever(folder, directory, first)
+            save_forever(folder, directory, first)
         while not latest.is_symlink() or latest.readlink().name == before:
             time.sleep(0.002)
             assert os.waitpid(victim, os.WNOHANG) == (0, 0), "the process that saves ended by itself"

@@ -27,7 +27,7 @@ class RecordedLogger:
         self._run = run
         self.run_id: str | None = run.run_id or f"id {time.time_ns()}"
         self.last_step: int | None = FIRST if run.run_id is None else None
-        self._write({"opens": run.name, "project": run.project, "after": run.step, "id": self.run_id, "went on": run.run_id})
+        self._write({"opens": run.name, "project": run.project, "after": run.step, "id": self.run_id, "resumes": run.run_id})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if (self._run.run_dir / BROKEN).exists():

@@ -48,7 +48,7 @@ class Engine:
     def collect(self, choose: Choose) -> dict[int, list[Rollout]]:
         complete = self.order(list(self.complete))
         chosen = next((each for end in range(len(complete) + 1) if (each := choose(complete[:end])) is not None), None)
-        assert chosen is not None, "waits for ever"
+        assert chosen is not None, "the source would wait forever"
         return {ticket: self.complete.pop(ticket) for ticket in chosen}
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:

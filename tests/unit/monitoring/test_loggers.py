@@ -115,7 +115,7 @@ def test_a_run_that_resumes_continues_the_same_run_and_no_step_is_logged_twice(t
         ("first try", "maths", 0),
         ("first try", "maths", 2),
     ]
-    assert opens[0]["went on"] is None and opens[1]["went on"] == opens[0]["id"]
+    assert opens[0]["resumes"] is None and opens[1]["resumes"] == opens[0]["id"]
     assert steps_of(run) == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.9)]
     assert [row["closes"] for row in recorded(run) if "closes" in row] == ["failed", "well"]
 
@@ -266,7 +266,7 @@ def test_a_training_run_and_its_resumption_are_one_run(zoo: Any, ranks1: Any, tm
     assert ranks1.run(train_on_rank, [*common, "trainer.steps=3"]) == [0]
     told = recorded(run)
     assert [row.get("step", "-") for row in told] == ["-", 1, 2, "-", "-", 3, "-"]
-    assert told[0]["opens"] == "run" and told[4]["went on"] == told[0]["id"] and told[4]["after"] == 2
+    assert told[0]["opens"] == "run" and told[4]["resumes"] == told[0]["id"] and told[4]["after"] == 2
     assert any((run / "tensorboard").iterdir())
 
 

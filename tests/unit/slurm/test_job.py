@@ -110,8 +110,8 @@ def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
     [
         ({"requeue": "0"}, "", "The job does not go back to the queue, as it has --no-requeue: "),
         ({"batch": "0"}, "", "The job does not go back to the queue, as it is interactive: "),
-        ({}, "exit 1", "SLURM refused that: "),
-        ({"array": "JobId="}, "", "SLURM does not answer here, so the job cannot go back to the queue: "),
+        ({}, "exit 1", "SLURM refused to requeue it: "),
+        ({"array": "JobId="}, "", "SLURM does not respond, so the job cannot go back to the queue: "),
         ({"gres": "TimeLimit=00:15:00 "}, "", "(--signal, 900 s): give it more by --time, or sbatch --signal=B:USR1@60: "),
     ],
     ids=["--no-requeue", "salloc", "refused", "no answer", "a warning at its start, which each start would get"],
@@ -264,4 +264,4 @@ def test_the_repository_is_found_by_what_slurm_says_of_the_script(command: str, 
     (job.folder / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     done = subprocess.run(script, cwd=job.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: ./slurm has no launch.sh: submit a script of the repository's slurm, or of a folder that" in done.stderr
+    assert "error: ./slurm has no launch.sh: submit a script from the repository's slurm folder, or" in done.stderr

@@ -29,7 +29,7 @@ def test_every_step_runs_in_the_container(tmp_path: Path) -> None:
         ({"KDRL_SERVER_PYTHON": "/envs/vllm/bin/python"}, "/images/kdrl.sqsh", "/envs/vllm/bin/python"),
         ({"KDRL_SERVER_CONTAINER": "/images/vllm.sqsh"}, "/images/vllm.sqsh", "python3"),
     ],
-    ids=["as training", "a Python of their own", "a container of their own"],
+    ids=["as training", "their own Python", "their own container"],
 )
 def test_servers_may_have_an_environment_of_their_own(
     settings: dict[str, str], image: str, python: str, tmp_path: Path

@@ -83,7 +83,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert key_layer.shape[-2] == self.num_gqa_groups_per_partition, (
             f"Keys and values must have num_gqa_group = {self.num_gqa_groups_per_partition} heads! Found {key_layer.shape[-2]}."
         )
-        assert qkv_format == "thd" and all(layer.dim() == 3 for layer in layers), "only packed sequences are played"
+        assert qkv_format == "thd" and all(layer.dim() == 3 for layer in layers), "only packed sequences are supported"
         assert attn_mask_type == "padding_causal", "Attention mask type must be padding or padding_causal for qkv_format=thd!"
         assert cu_seqlens_q is not None and cu_seqlens_kv is not None, "cu_seqlens can not be None when qkv_format = thd!"
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32, "cu_seqlens must be in dtype torch.int32!"

@@ -76,7 +76,7 @@ def refuse(**unset: Any) -> None:
     """Raise NotImplementedError if an argument that is not imitated is set."""
     for name, value in unset.items():
         if value:
-            raise NotImplementedError(f"the stand-in for Transformer Engine does not play {name}={value}")
+            raise NotImplementedError(f"the stand-in for Transformer Engine does not support {name}={value}")
 
 
 def initialize(parameter: nn.Parameter, init_method: Callable[[Tensor], Any] | None) -> None:
