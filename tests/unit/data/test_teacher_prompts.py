@@ -17,7 +17,6 @@ from kdrl_mcore.data.table import PromptTable
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
-from kdrl_mcore.teacher.leak import RUN, leak_metrics
 from kdrl_mcore.types import Rollout
 from tests.reference.tiny_models import make_qwen2
 from tests.support.tokenizers import byte_level, save_tokenizer
@@ -112,11 +111,10 @@ def test_what_is_too_long_is_refused_or_dropped(tmp_path: Path, tokenizer: Token
         check_teacher_prompts(table, "rows", config)
 
 
-def rollout(response: list[int], text: str = "", answer: str = "") -> Rollout:
+def rollout(response: list[int]) -> Rollout:
     ids = np.array(response)
     prompts = {"teacher": np.array([1, 2, *range(100, 120)])}
-    log_probs = np.zeros(len(ids), np.float32)
-    return Rollout("p", 0, np.array([1, 2]), ids, log_probs, "stop", 0, response=text, answer=answer, teacher_prompts=prompts)
+    return Rollout("p", 0, np.array([1, 2]), ids, np.zeros(len(ids), np.float32), "stop", 0, teacher_prompts=prompts)
 
 
 def test_what_the_teacher_reads_is_in_rollout_files(tmp_path: Path) -> None:
@@ -128,11 +126,3 @@ def test_what_the_teacher_reads_is_in_rollout_files(tmp_path: Path) -> None:
         (tmp_path / "w.jsonl").write_text(json.dumps({**row, "teacher_prompts": wrong}) + "\n")
         with pytest.raises(DataError, match=r"line 1: 'teacher_prompts"):
             read_rollouts(tmp_path / "w.jsonl")
-
-
-def test_copied_text_and_early_answers_are_measured() -> None:
-    copies = rollout([5, *range(103, 103 + RUN + 1), 6], "so 42 it is", "42")
-    short = rollout([*range(100, 100 + RUN - 1), 7, 8, 9], "none", "42")
-    metrics = leak_metrics([copies, short])
-    assert metrics == {"teacher_text_copied": (RUN + 1) / 21, "answer_place": 3 / 11}
-    assert leak_metrics([replace(short, teacher_prompts={})]) == {}

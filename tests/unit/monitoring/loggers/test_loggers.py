@@ -28,6 +28,7 @@ from kdrl_mcore.monitoring.loggers.mlflow import name_of
 from kdrl_mcore.monitoring.loggers.processes import RunLoggers
 from kdrl_mcore.monitoring.metrics import METRICS_FILE
 from kdrl_mcore.run_directory.branches import begin_branch
+from tests.support import ROOT
 from tests.support.logged_runs import RECORDED, follow, new_run, twice, write
 from tests.support.recorded_logger import BROKEN, recorded
 
@@ -218,7 +219,7 @@ time.sleep(100)
 def test_a_training_that_is_killed_has_its_run_closed(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     write(run, 1)
-    training = subprocess.Popen([sys.executable, "-c", TRAINING, str(run), RECORDED], cwd=Path(__file__).parents[3])
+    training = subprocess.Popen([sys.executable, "-c", TRAINING, str(run), RECORDED], cwd=ROOT)
     try:
         wait_until(lambda: (run / "recorded.jsonl").exists() and bool(steps_of(run)))
         write(run, 2)
@@ -231,7 +232,7 @@ def test_a_training_that_is_killed_has_its_run_closed(tmp_path: Path) -> None:
 
 def command(run: Path, name: str) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-m", "kdrl_mcore.monitoring.loggers", str(run), name]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_by_hand_what_is_missing_is_sent(tmp_path: Path) -> None:
@@ -357,7 +358,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from tests.support.logged_runs import twice; twice(Path(sys.argv[1]), 'wandb')"
     )
     environment = os.environ | {"WANDB_MODE": "offline"}
-    subprocess.run([sys.executable, "-c", script, str(run)], check=True, env=environment, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", script, str(run)], check=True, env=environment, cwd=ROOT)
     folders = sorted((run / "loggers" / "wandb").glob("offline-run-*"))
     ids = {re.sub(r".*-", "", folder.name) for folder in folders}
     assert len(folders) == 2 and ids == {json.loads((run / "loggers" / "wandb.json").read_text())["run_id"]}
@@ -390,7 +391,7 @@ def test_trackio_on_this_machine(tmp_path: Path) -> None:
         "write(other, 1); twice(Path(sys.argv[1]), 'trackio'); follow(other, 'trackio')"
     )
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script, str(run)], check=True, env=environment, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", script, str(run)], check=True, env=environment, cwd=ROOT)
     with sqlite3.connect(tmp_path / "trackio" / "maths.db") as database:
         rows = database.execute("select run_name, run_id, step from metrics order by id").fetchall()
     own = json.loads((run / "loggers" / "trackio.json").read_text())["run_id"]

@@ -1,4 +1,4 @@
-"""What a run uses of a machine without GPUs: threads, and memory for its engines."""
+"""Host memory for engines on a machine without GPUs: engines that do not fit are reported."""
 
 from __future__ import annotations
 
@@ -6,28 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from kdrl_mcore.parallel import platform
 from kdrl_mcore.rollout.vllm import host_memory
-
-
-@pytest.mark.parametrize(
-    ("cores", "ranks", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (16, 1, 15), (16, 4, 3), (16, 16, 1), (4, 8, 1)]
-)
-def test_a_rank_leaves_a_core_to_the_processes_beside_it(
-    cores: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(platform, "_num_cores", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    said = platform.choose_threads()
-    assert taken == [threads] and said is not None and f"{ranks} rank(s) on {cores} cores" in said
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    platform.choose_threads()
-    assert taken == [threads]  # the user's counts
 
 
 @pytest.mark.parametrize(("engines", "tensor", "fits"), [(1, 1, True), (2, 1, True), (3, 1, False), (1, 3, False)])

@@ -1,0 +1,26 @@
+"""The threads of a rank on a machine without GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdrl_mcore.parallel import platform
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (16, 1, 15), (16, 4, 3), (16, 16, 1), (4, 8, 1)]
+)
+def test_a_rank_leaves_a_core_to_the_processes_beside_it(
+    cores: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(platform, "_num_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    said = platform.choose_threads()
+    assert taken == [threads] and said is not None and f"{ranks} rank(s) on {cores} cores" in said
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    platform.choose_threads()
+    assert taken == [threads]  # the user's counts
