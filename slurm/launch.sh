@@ -79,10 +79,10 @@ check_allocation() {
     fail "srun has started this script ${SLURM_STEP_NUM_TASKS} times, but it starts its own tasks: call it with bash"
   fi
   [[ -z $(field HetJobId) ]] || fail "this is a job of several components (sbatch ... : ...), of which only the first would be \
-used: submit one, and ask for server nodes by cluster.server_nodes"
+used: submit one, and ask for server nodes with cluster.server_nodes"
   [[ $record =~ \ WorkDir=(.*)\ StdErr= && ! -d ${BASH_REMATCH[1]} ]] || return 0
   fail "${BASH_REMATCH[1]} is not on $(hostname), so SLURM started the job in $PWD: submit it from a folder that all nodes \
-share, or name one by sbatch --chdir"
+share, or name one with sbatch --chdir"
 }
 
 check_array() { # array tasks that run at the same time need separate run directories
@@ -91,7 +91,7 @@ check_array() { # array tasks that run at the same time need separate run direct
   # A caller of this script, or slurm/experiments.sh, may have given each task different arguments.
   [[ $0 == */slurm_script && "${submitted[*]-}" == "$*" ]] || return 0
   for word; do [[ $word != run.dir=*@(%a|SLURM_)* ]] || return 0; done
-  fail "the tasks of an array need run directories of their own: run.dir=.../%a (%a becomes the task's number, in any override); \
+  fail "the tasks of an array need separate run directories: run.dir=.../%a (%a becomes the task's number, in any override); \
 tasks that resume from each other's checkpoint run one at a time: sbatch --array=${SLURM_ARRAY_TASK_MIN:-0}-${SLURM_ARRAY_TASK_MAX:-N}%1"
 }
 
@@ -138,7 +138,7 @@ ask for --nodes=$wanted at once"
     exit 0
   fi
   ((gpus == 0 || most == 0 || granted >= ranks_per_node)) ||
-    fail "$poorest has $granted GPUs for this job and cluster.gpus_per_node is $ranks_per_node: ask for them by sbatch \
+    fail "$poorest has $granted GPUs for this job and cluster.gpus_per_node is $ranks_per_node: ask for them with sbatch \
 --gpus-per-node=$ranks_per_node, leave that node out (--exclude, --constraint), or set cluster.gpus_per_node"
   train_nodes=$((SLURM_JOB_NUM_NODES - server_nodes))
   ((train_nodes > 0)) || fail "cluster.server_nodes=$server_nodes leaves no node for training in a job of $SLURM_JOB_NUM_NODES"

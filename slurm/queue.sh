@@ -47,9 +47,9 @@ why_it_stays() { # why this job cannot go back to the queue; prints nothing if i
     echo "it is interactive"
   elif [[ $(field Requeue) == 0 ]]; then
     echo "it has --no-requeue"
-  elif [[ -n $asked && $(field TimeLimit) =~ ^00:(0[0-9]|1[0-6]): ]] && ((asked < 120)); then # and so it would be each time
+  elif [[ -n $asked && $(field TimeLimit) =~ ^00:(0[0-9]|1[0-6]): ]] && ((asked < 120)); then # which would recur each time
     echo "SLURM warned it of its time limit $asked s after its start: the limit, $(field TimeLimit), must be longer than the time \
-between warning and limit (--signal, 900 s): give it more by --time, or sbatch --signal=B:USR1@60"
+between warning and limit (--signal, 900 s): increase it with --time, or use sbatch --signal=B:USR1@60"
   fi
 }
 
@@ -57,8 +57,8 @@ was_suspended() { # whether the job was suspended since this start
   read_record 3 && [[ $(field SuspendTime) == [0-9]* && ! $(field SuspendTime) < $(field StartTime) ]]
 }
 
-grow() { # grow NODES: restarts the job with NODES nodes. SLURM_JOB_ID is unset for scontrol, which would otherwise resize the
-  trap '' TERM # present allocation
+grow() { # grow NODES: restarts the job with NODES nodes. SLURM_JOB_ID is unset for scontrol, which would otherwise resize its
+  trap '' TERM # current allocation
   env -u SLURM_JOB_ID -u SLURM_JOBID bash -c \
     'scontrol requeuehold "$1" && scontrol update jobid="$1" numnodes="$2-$2" && scontrol release "$1"' _ "$job" "$1"
 }

@@ -152,7 +152,7 @@ def test_everything_is_drawn_without_a_fault(tmp_path: Path, browser: Browser) -
     same = next(panel for title, panel in zip(titles, panels, strict=True) if title.startswith("Response length"))
     assert (
         "kdrl, &lt;i&gt;grpo coincide" in same and len(re.findall(r'stroke-dasharray="9 9"', same)) == 1
-    )  # neither mark hides the other
+    )  # neither line hides the other
     assert len(re.findall(r'<span style="background[^"]*" data-i="\d">', body)) == 9  # three responses, three tokens each
     assert "objective.beta.init" in body and '<span id="live" class="live" hidden="">' in body
 

@@ -37,7 +37,7 @@ def compare_with_cpu(name: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def count_syncs_in_torch(name: str) -> dict[str, int]:
-    """The head without Triton."""
+    """The head's host syncs by line, without Triton."""
     from tests.paper_cuda.syncs import syncs
 
     syncs.clear()

@@ -112,7 +112,7 @@ def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
         ({"batch": "0"}, "", "The job does not go back to the queue, as it is interactive: "),
         ({}, "exit 1", "SLURM refused to requeue it: "),
         ({"array": "JobId="}, "", "SLURM does not respond, so the job cannot go back to the queue: "),
-        ({"gres": "TimeLimit=00:15:00 "}, "", "(--signal, 900 s): give it more by --time, or sbatch --signal=B:USR1@60: "),
+        ({"gres": "TimeLimit=00:15:00 "}, "", "(--signal, 900 s): increase it with --time, or use sbatch --signal=B:USR1@60: "),
     ],
     ids=["--no-requeue", "salloc", "refused", "no answer", "a warning at its start, which each start would get"],
 )
