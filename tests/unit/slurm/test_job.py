@@ -119,7 +119,7 @@ def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
 def test_a_job_that_cannot_go_back_to_the_queue_says_how_to_go_on(
     record: dict[str, str], on_request: str, message: str, job: Job
 ) -> None:
-    if message.startswith("SLURM does not answer"):
+    if message.startswith("SLURM does not respond"):
         (job.folder / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     done = job.run(record=record, ON_TRAIN=STOPPED, ON_REQUEST=on_request)
     assert done.returncode == 0, done.stderr
