@@ -17,7 +17,7 @@ from tests.support.receiver import Process
 
 SMALL = 64 * 1024
 """Bytes of what else a run may keep: the engine's stop tokens, a counter of Megatron-Core's, numbers of a loss."""
-TOKENS, MICRO_BATCHES = 128, 2
+TOKENS, MICRO_BATCHES = 256, 2
 
 
 def measure_held(settings: list[str]) -> Measured:
@@ -108,7 +108,7 @@ def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, 
 
 def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
     """Most of what attention keeps of eight layers is on the host when the backward pass begins, and comes back in time."""
-    model = write_model(tmp_path / "model", hidden=128, layers=8, vocab=512)
+    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
         settings = [
