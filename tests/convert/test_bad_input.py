@@ -166,7 +166,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "metadata that would run code": (spoil_pickle, ".metadata is damaged, or is not checkpoint metadata: it names"),
     "no such iteration": (lambda c: (c / "latest_checkpointed_iteration.txt").write_text("7"), "names 7, which does not exist"),
     "another shape": (lambda c: change_config(c, intermediate_size=80), "has shape .*, but its config.json gives"),
-    "more layers": (lambda c: change_config(c, num_hidden_layers=5), "has shape|has no tensor|does not hold"),
+    "more layers": (lambda c: change_config(c, num_hidden_layers=5, layer_types=None), "has shape|has no tensor|does not hold"),
 }
 
 

@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a size that is none": ({"num_hidden_layers": 4.0}, "has no valid num_hidden_layers"),
     "half a head": ({"head_dim": 16.0}, "has no valid head_dim"),
     "no head": ({"head_dim": 0}, "has no valid head_dim"),
-    "sliding window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+    "windows of nothing": ({"layer_types": ["sliding_attention"] * 4, "sliding_window": 0}, "sliding[-_]window"),
 }
 """What a config of any family may not contain."""
 

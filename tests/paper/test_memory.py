@@ -17,7 +17,7 @@ from tests.support.receiver import Process
 
 SMALL = 64 * 1024
 """Bytes that a run may keep otherwise: the engine's stop tokens, a counter of Megatron-Core, the numbers of a loss."""
-TOKENS, MICRO_BATCHES = 128, 2
+TOKENS, MICRO_BATCHES = 256, 2
 
 
 def measure_held(settings: list[str]) -> Measured:
@@ -109,7 +109,7 @@ def test_planned_memory_is_what_the_ledger_holds(layout: str, paper2: RankPool, 
 def test_off_loaded_activations_are_gone_as_planned(paper1: RankPool, tmp_path: Path) -> None:
     """Most of the activations that the attention of eight layers keeps are on the host when the backward pass begins, and come
     back in time."""
-    model = write_model(tmp_path / "model", hidden=128, layers=8, vocab=512)
+    model = write_model(tmp_path / "model", hidden=256, layers=8, vocab=512)
     peaks = []
     for offloaded in ("[]", "[qkv_linear,core_attn,attn_proj]"):
         settings = [

@@ -89,7 +89,7 @@ def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: b
         ModelError: two places contradict each other, or the scaling is not supported or lacks a parameter.
     """
     where = f"{path}/config.json"
-    given = {"rope_theta": default_theta, **_settings(hf, where)}
+    given = _settings(hf, where, default_theta)
     kind = given["rope_type"]
     shares = [each["partial_rotary_factor"] for each in (given, hf) if each.get("partial_rotary_factor") is not None]
     if len(set(shares)) > 1:
@@ -161,8 +161,8 @@ def read_rope_of_kinds(
     return read_rope(full, path, default_theta=default_theta), read_rope(sliding, path, default_theta=default_sliding_theta)
 
 
-def _settings(hf: dict, where: str) -> dict[str, Any]:
-    """All rotary settings of the config, each once, with `rope_type`.
+def _settings(hf: dict, where: str, default_theta: float) -> dict[str, Any]:
+    """All rotary settings of the config, each once, with `rope_type` and `rope_theta`.
 
     `transformers` silently prefers one place over another (`rope_scaling` over `rope_parameters`, the theta inside over the one
     outside, the original positions outside over those inside); vLLM and older versions prefer others. Where two places
@@ -171,13 +171,13 @@ def _settings(hf: dict, where: str) -> dict[str, Any]:
     forms = {}
     for name in ("rope_parameters", "rope_scaling"):
         if hf.get(name):
-            forms[name] = _one_form(hf, hf[name], f"{where}: {name}")
+            forms[name] = _one_form(hf, hf[name], f"{where}: {name}", default_theta)
     if len(forms) == 2 and forms["rope_parameters"] != forms["rope_scaling"]:
         raise ModelError(f"{where}: rope_scaling and rope_parameters contradict each other: remove the one that is wrong")
-    return next(iter(forms.values())) if forms else _one_form(hf, {}, where)
+    return next(iter(forms.values())) if forms else _one_form(hf, {}, where, default_theta)
 
 
-def _one_form(hf: dict, given: Any, where: str) -> dict[str, Any]:
+def _one_form(hf: dict, given: Any, where: str, default_theta: float) -> dict[str, Any]:
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ModelError(f"{where} is not one set of parameters for all layers; nothing else is supported")
     settings = {key: value for key, value in given.items() if value is not None}
@@ -189,6 +189,7 @@ def _one_form(hf: dict, given: Any, where: str) -> dict[str, Any]:
     for key in outside:
         if hf.get(key) is not None and settings.setdefault(key, hf[key]) != hf[key]:
             raise ModelError(f"{where}: {key}={settings[key]}, but {hf[key]} outside of it: remove the one that is wrong")
+    settings.setdefault("rope_theta", default_theta)
     for key in settings:
         if key not in _KNOWN:
             raise ModelError(f"{where}: {key} is not supported")
