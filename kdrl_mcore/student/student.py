@@ -20,7 +20,7 @@ from kdrl_mcore.convert.peft_folder import load_adapters
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import initialise_adapters, sharded_factors, take_factors
+from kdrl_mcore.model.lora import initialise_adapters, load_factors, sharded_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -222,7 +222,7 @@ class Student:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Load what `dist_checkpointing.load` returned for `sharded_state(loading=True)`. The optimizer's tensors were already
         loaded in place; of its scalars only the step count is used, all others are this run's."""
-        take = mcore.take_weights if self.lora is None else take_factors
+        take = mcore.take_weights if self.lora is None else load_factors
         for name, chunk in self._named_chunks().items():
             take(chunk, state[name])
         self.optimizer.load_sharded_state(state)

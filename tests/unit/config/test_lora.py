@@ -79,7 +79,7 @@ def test_attention_beside_experts_and_other_projections_are_not_refused() -> Non
 )
 def test_the_folder_refuses(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     lora = LoraConfig(rank=8)
-    with pytest.raises(ModelError, match="is no PEFT folder"):
+    with pytest.raises(ModelError, match="is not a PEFT folder"):
         check_peft_folder(tmp_path, lora)
     (tmp_path / "adapter_config.json").write_text(json.dumps(peft_config(lora, "base")))
     check_peft_folder(tmp_path, lora)
