@@ -233,7 +233,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
         return read_recorded(config.rollout.path, config, vocab_size)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
-            student.take_teacher_head()
+            student.use_own_head_as_teachers()
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")

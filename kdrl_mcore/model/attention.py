@@ -228,10 +228,10 @@ class PackedDotProductAttention(nn.Module):
     scaled_dot_product_attention, run by run.
 
     With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. In both cases the inputs
-    are views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first, because
-    a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of a
-    prompt that responses share are copied for each response, as if each response had its own prompt; in the backward pass their
-    gradients add up.
+    are views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first,
+    because a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of
+    a prompt that responses share are copied for each response, as if each response had its own prompt; in the backward pass
+    their gradients add up.
     """
 
     def __init__(

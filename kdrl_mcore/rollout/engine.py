@@ -136,7 +136,7 @@ class RolloutEngine(Protocol):
                 end is "partial".
 
         Returns:
-            The responses so far in the order of the requests, whose places are their groups, on every rank.
+            The responses so far in the order of the requests, whose indices are their groups, on every rank.
         """
         ...
 

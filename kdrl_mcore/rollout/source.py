@@ -192,7 +192,7 @@ class SampledRollouts(RolloutSource):
         return None if self._choice is None else self._choice.indices
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
-        """See `RolloutSource`. Does nothing if groups are filtered, which has verified them."""
+        """See `RolloutSource`. Does nothing if groups are filtered, because the filter has verified them."""
         if self._filter is None:
             self._verify(rollouts)
 
@@ -258,7 +258,7 @@ class SampledRollouts(RolloutSource):
             return [*due, *others][:count]
 
         if isinstance(self._ahead.how, Parts):
-            while True:  # at least one part, so that every response of the ledger grows in every step
+            while True:  # at least one part, so that every unfinished response grows in every step
                 self._ahead.how.sample(self.engine, self.ledger.waiting, self._sampling)
                 chosen = picked(self._complete())
                 if chosen is not None:
@@ -297,7 +297,7 @@ class SampledRollouts(RolloutSource):
         taken = []
         for ticket, rollouts in self._ahead.how.collect(choose).items():
             entry = self._submitted.pop(ticket)
-            entry.rollouts = rollouts
+            entry.record(0, rollouts)
             taken.append(entry)
         return taken
 
@@ -316,7 +316,7 @@ class SampledRollouts(RolloutSource):
         return score
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
-        """The replicas' leaders share the groups, unless the engine has verified them already."""
+        """Verify responses, divided among the replicas' leaders by group, unless the engine has already done so."""
         in_parts = self._ahead is not None and isinstance(self._ahead.how, Parts)
         if in_parts or not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)

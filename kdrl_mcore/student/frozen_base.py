@@ -35,7 +35,7 @@ class FrozenBase:
         """See `ScoreSource`. For a divergence over the vocabulary the teacher's head is the student's, which has no adapter."""
         rollouts = as_read(rollouts, self._name)
         if DISTRIBUTION in wanted:
-            self._student.take_teacher_head()
+            self._student.use_own_head_as_teachers()
         with without_adapters(self.chunks):
             return score_with(self._student.parts, rollouts, wanted, temperature=temperature, micro_tokens=micro_tokens)
 

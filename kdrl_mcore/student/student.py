@@ -87,7 +87,7 @@ class Student:
     """The learning model of one rank.
 
     Attributes:
-        lora: the settings of the adapters, if they are what is trained, beside frozen weights.
+        lora: the settings of the adapters, if adapters are trained and the other weights frozen; otherwise None.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Student:
             self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
 
     @torch.no_grad()
-    def take_teacher_head(self) -> None:
-        """Make this rank's columns of the student's own head, with its weights of this moment, the teacher's. Does nothing
-        except on the last stage. No communication.
+    def use_own_head_as_teachers(self) -> None:
+        """Use this rank's columns of the student's own head, with its weights of this moment, as the teacher's head. Does
+        nothing except on the last stage. No communication.
 
         Raises:
             ConfigError: see `TeacherHead`.
@@ -232,7 +232,7 @@ class Student:
         self.version = version
 
     def _sharded_weights(self, chunk: LanguageModel, *, loading: bool) -> dict[str, Any]:
-        """What of a chunk is saved: its weights, or beside frozen ones only the adapters."""
+        """The part of a chunk that is saved: its weights, or only the adapters if the weights are frozen."""
         if self.lora is not None:
             return sharded_factors(chunk, self.groups)
         return mcore.weights_to_load(chunk) if loading else chunk.sharded_state_dict()

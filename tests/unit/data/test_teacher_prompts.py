@@ -17,7 +17,7 @@ from kdrl_mcore.data.table import PromptTable
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
-from kdrl_mcore.teacher.leak import RUN, leak_metrics
+from kdrl_mcore.teacher.leak import NGRAM, leak_metrics
 from kdrl_mcore.types import Rollout
 from tests.reference.tiny_models import make_qwen2
 from tests.support.tokenizers import byte_level, save_tokenizer
@@ -131,8 +131,8 @@ def test_what_the_teacher_reads_is_in_rollout_files(tmp_path: Path) -> None:
 
 
 def test_copied_text_and_early_answers_are_measured() -> None:
-    copies = rollout([5, *range(103, 103 + RUN + 1), 6], "so 42 it is", "42")
-    short = rollout([*range(100, 100 + RUN - 1), 7, 8, 9], "none", "42")
+    copies = rollout([5, *range(103, 103 + NGRAM + 1), 6], "so 42 it is", "42")
+    short = rollout([*range(100, 100 + NGRAM - 1), 7, 8, 9], "none", "42")
     metrics = leak_metrics([copies, short])
-    assert metrics == {"teacher_text_copied": (RUN + 1) / 21, "answer_place": 3 / 11}
+    assert metrics == {"teacher_text_copied": (NGRAM + 1) / 21, "answer_place": 3 / 11}
     assert leak_metrics([replace(short, teacher_prompts={})]) == {}
