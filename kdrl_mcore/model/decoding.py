@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdrl_mcore.model.attention import PackedSequences
 from kdrl_mcore.model.gpt import LanguageModel
-from kdrl_mcore.model.linear import ColumnParallel, RowParallel, pack
+from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.lora import ADAPTER
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.layout import ModelGroups
@@ -91,18 +91,16 @@ def pack_weights(chunks: Iterable[LanguageModel]) -> None:
     this helps. Copies do not follow their weights: no weight may be updated before `unpack_weights`."""
     for chunk in chunks:
         for module in _linear_layers(chunk):
-            if module.packed is None:
-                module.packed = pack(module.weight)
-        if chunk.post_process and chunk.packed_head is None:
-            chunk.packed_head = pack(chunk.head_weight())
+            module.pack_weight()
+        chunk.pack_head()
 
 
 def unpack_weights(chunks: Iterable[LanguageModel]) -> None:
     """Drop the copies."""
     for chunk in chunks:
         for module in _linear_layers(chunk):
-            module.packed = None
-        chunk.packed_head = None
+            module.unpack_weight()
+        chunk.unpack_head()
 
 
 def _linear_layers(chunk: LanguageModel) -> Iterator[ColumnParallel | RowParallel]:

@@ -18,7 +18,7 @@ from kdrl_mcore.model.attention import PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.layer_spec import block_spec, transformer_config, uses_transformer_engine
-from kdrl_mcore.model.linear import product
+from kdrl_mcore.model.linear import pack, product
 from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.offload import ActivationOffload
 from kdrl_mcore.model.rope import RotaryFrequencies, rotary_frequencies
@@ -91,6 +91,15 @@ class LanguageModel(GPTModel):
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> this rank's columns of the logits [N, V/tp], without gradients."""
         return product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
+
+    def pack_head(self) -> None:
+        """Make `packed_head`, unless it exists or another stage has the output head."""
+        if self.post_process and self.packed_head is None:
+            self.packed_head = pack(self.head_weight())
+
+    def unpack_head(self) -> None:
+        """Drop `packed_head`."""
+        self.packed_head = None
 
     def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
         """Register a function that is called each time before the weight of the output head is read."""

@@ -64,6 +64,15 @@ class ColumnParallel(ColumnParallelLinear):
 
     packed: Tensor | None = None
 
+    def pack_weight(self) -> None:
+        """Make `packed`, unless it exists."""
+        if self.packed is None:
+            self.packed = pack(self.weight)
+
+    def unpack_weight(self) -> None:
+        """Drop `packed`."""
+        self.packed = None
+
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -93,6 +102,15 @@ class RowParallel(RowParallelLinear):
     """
 
     packed: Tensor | None = None
+
+    def pack_weight(self) -> None:
+        """Make `packed`, unless it exists."""
+        if self.packed is None:
+            self.packed = pack(self.weight)
+
+    def unpack_weight(self) -> None:
+        """Drop `packed`."""
+        self.packed = None
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, ..., K of this rank] -> ([S, ..., N], the bias if the caller is to add it).
