@@ -227,7 +227,7 @@ def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> Non
         own = tuple(f"model.layers.{{layer}}.{kind.hf}.{name}.weight" for name in kind.projections)
         if asked and names.get(f"decoder.layers.{{layer}}.{kind.path}.weight") != own:
             raise ConfigError(
-                f"student.lora.target_modules: {architecture.family} has no {asked[0]} of its own, so `peft` could not load "
+                f"student.lora.target_modules: {architecture.family} has no separate {asked[0]}, so `peft` could not load "
                 "its adapter: leave it out"
             )
     if architecture.num_key_value_heads % tensor and {*QKV.projections} & {*lora.target_modules}:

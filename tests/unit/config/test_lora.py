@@ -55,7 +55,7 @@ def test_the_model_refuses(settings: dict[str, Any], model: str, tensor: int, me
 
 def test_a_fused_projection_has_no_adapter_of_its_parts(tmp_path: Path) -> None:
     phi = read_architecture(make_model("phi3", tmp_path, seed=1))
-    with pytest.raises(ConfigError, match="Phi3ForCausalLM has no q_proj of its own"):
+    with pytest.raises(ConfigError, match="Phi3ForCausalLM has no separate q_proj"):
         check_lora(LoraConfig(rank=4), phi, 1)
     check_lora(LoraConfig(rank=4, target_modules=["o_proj", "down_proj"]), phi, 1)
 
