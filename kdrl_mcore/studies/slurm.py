@@ -15,7 +15,7 @@ from kdrl_mcore.studies.local import is_finished
 from kdrl_mcore.studies.study import StudyRun
 
 LISTS = ".slurm"
-"""A folder beside the runs. Its file `JOB` has a line for each element of that job array: the run's identity, `train` or
+"""A folder next to the runs. Its file `JOB` has a line for each element of that job array: the run's identity, `train` or
 `plan`, and its overrides."""
 
 
