@@ -91,7 +91,7 @@ check_array() { # array tasks that run at the same time need separate run direct
   # A caller of this script, or slurm/experiments.sh, may have given each task different arguments.
   [[ $0 == */slurm_script && "${submitted[*]-}" == "$*" ]] || return 0
   for word; do [[ $word != run.dir=*@(%a|SLURM_)* ]] || return 0; done
-  fail "the tasks of an array need run directories of their own: run.dir=.../%a (%a becomes the task's number, in any override); \
+  fail "the tasks of an array need separate run directories: run.dir=.../%a (%a becomes the task's number, in any override); \
 tasks that resume from each other's checkpoint run one at a time: sbatch --array=${SLURM_ARRAY_TASK_MIN:-0}-${SLURM_ARRAY_TASK_MAX:-N}%1"
 }
 

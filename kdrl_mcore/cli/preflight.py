@@ -3,7 +3,7 @@
     kdrl-preflight [--ranks N] [--min-bandwidth GB/s] [key=value ...]       the overrides of kdrl-train
 
 All checks run and all failures are listed; the exit code is 1 if there are any. Nothing is trained, and no weights are read
-except a head that is stored beside tied embeddings.
+except a head that is stored along with tied embeddings.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class CombineConfig:
 
     kind: str = key(
         "add",
-        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, a function of your own",
+        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, your own function",
         choices=("add", "gate", "sign", "relu", "modulate", "ratio", "reference"),
         takes_functions=True,
     )
@@ -584,7 +584,7 @@ class LocalRewardConfig:
 class RewardConfig:
     """The verifier, which decides what is correct, and further rewards that are added to its reward."""
 
-    kind: str = key("math_verify", "the verifier: a registered kind (docs/rewards.md), or MODULE:NAME for one of your own")
+    kind: str = key("math_verify", "the verifier: a registered kind (docs/rewards.md), or MODULE:NAME, your own")
     extract: str = key(
         "boxed",
         r"math_verify: boxed (nothing but a \\boxed{} is an answer) or anywhere (for base models)",

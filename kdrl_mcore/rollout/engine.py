@@ -127,7 +127,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Sample at most so many tokens of each response as its request says, and verify none.
+        """Sample at most the number of tokens of each response that its request allows, and verify none.
 
         Every rank passes the same requests.
 

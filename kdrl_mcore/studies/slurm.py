@@ -59,7 +59,7 @@ def _queued(folder: Path) -> set[str]:
 def _run(command: Sequence[str]) -> str:
     # A user's settings for squeue (SQUEUE_STATES, ...) could hide elements of the queue.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    if (slurm_dir().parent / "__init__.py").is_file():  # installed: there is no .venv beside the script
+    if (slurm_dir().parent / "__init__.py").is_file():  # installed: there is no .venv next to the script
         environment.setdefault("KDRL_PYTHON", sys.executable)
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -152,7 +152,7 @@ def test_jobs_of_users_with_ways_of_their_own(cluster: Cluster, pair: Path, scri
     assert cluster.end_of(unequal) == "FAILED"
     assert "error: beta has 2 GPUs for this job and cluster.gpus_per_node is 3: ask for them by sbatch" in log(unequal)
     assert {cluster.end_of(f"{shared}_{task}") for task in (0, 1)} == {"FAILED"}
-    assert "error: the tasks of an array need run directories of their own: run.dir=.../%a" in log(shared)
+    assert "error: the tasks of an array need separate run directories: run.dir=.../%a" in log(shared)
     assert "sbatch --array=0-1%1" in log(shared) and not (folder / "runs" / "shared").exists()
 
     cluster.wait(lambda: [cluster.state(f"{array}_{task}") for task in (0, 1)] == ["RUNNING"] * 2, "the array to start", 60)
