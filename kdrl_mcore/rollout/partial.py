@@ -12,7 +12,7 @@ from kdrl_mcore.types import Rollout
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartialSampling:
     """How responses are cut.
 
     Attributes:
@@ -55,7 +55,7 @@ class Parts:
         return found
 
 
-def measures(trained: Sequence[Rollout], waiting: Sequence[Entry]) -> dict[str, float]:
+def continuation_metrics(trained: Sequence[Rollout], waiting: Sequence[Entry]) -> dict[str, float]:
     """Metrics: the share of a batch's responses that were continued and how often, and the number of unfinished ones that
     wait."""
     continued = [rollout.continuations for rollout in trained if rollout.continuations]
