@@ -48,7 +48,7 @@ from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
-from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
+from kdrl_mcore.rollout.given import GivenResponses, WithGivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
 from kdrl_mcore.rollout.partial import PartialSampling
@@ -381,7 +381,7 @@ def build_source(
         if cut_off and dist.get_rank() == 0:
             logger.warning("%s: %d responses were cut off and are left out", rollout.given.path, cut_off)
     given = PromptStream.of(domains, 1, seed + 1, shuffle)  # an order different from that of the prompts to sample
-    return BesideGiven(source, given, student, partial(num_given, config))
+    return WithGivenResponses(source, given, student, partial(num_given, config))
 
 
 def build_sampling_source(

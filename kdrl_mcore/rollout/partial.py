@@ -13,7 +13,7 @@ from kdrl_mcore.types import Rollout
 
 @dataclass(frozen=True)
 class PartialSampling:
-    """How responses are cut.
+    """Sampling of responses in parts.
 
     Attributes:
         tokens: the most tokens of a response that are sampled at a time.

@@ -44,7 +44,7 @@ def sample(
     Args:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
-        temperature: divides the logits; 0 takes the most likely token, with its log-prob in the unscaled distribution.
+        temperature: divides the logits; 0 selects the most likely token, with its log-prob in the unscaled distribution.
         top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p.
         top_k: above 0, sample among this many of the likeliest tokens.
         min_p: above 0, sample among tokens with at least this share of the likeliest one's probability. As in vLLM, min_p comes

@@ -129,7 +129,7 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
 
 def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:
     """A study with its interpolations resolved at a point of the grid, where `${AXIS}` is the choice on that axis; an empty
-    point takes each axis's first choice."""
+    point stands for each axis's first choice."""
     raw: Any = OmegaConf.to_container(merged.grid, resolve=False)
     names = {axis: point.get(axis, next(iter(choices), "")) for axis, choices in raw.items() if axis not in merged}
     result: Any = OmegaConf.to_container(OmegaConf.merge(merged, names), resolve=True)
