@@ -132,8 +132,8 @@ class RolloutEngine(Protocol):
         Every rank passes the same requests.
 
         Args:
-            sampling: only its rules for drawing tokens and `max_response_tokens` are used; a response that has fewer tokens and did not
-                end is "partial".
+            sampling: only its rules for drawing tokens and `max_response_tokens` are used; a response that has fewer tokens and
+                did not end is "partial".
 
         Returns:
             The responses so far in the order of the requests, whose indices are their groups, on every rank.
