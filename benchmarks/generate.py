@@ -42,7 +42,7 @@ class Generation:
 
     Attributes:
         model: HF folder.
-        sequences: numbers of sequences that are generated at once, in turn, each from a prompt of its own.
+        sequences: numbers of sequences that are generated at once, in turn, each from a different prompt.
         eager: vLLM runs without torch.compile, as this trainer runs it on a CPU.
     """
 
@@ -59,8 +59,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine and number of sequences: seconds of each whole generation, and of each that ends with its first token; and the
-    same of CPU time, the better measure on a busy machine with `--threads 1` (of several threads it includes waiting)."""
+    """One engine with one number of sequences: the seconds of each whole generation and of each that stops after the first
+    token, and the same in CPU time, which on a busy machine is the better measure with `--threads 1` (with more threads it
+    includes waiting)."""
 
     engine: str
     sequences: int
@@ -70,7 +71,7 @@ class Measured:
     first_cpu: list[float]
 
     def step(self, tokens: int) -> float:
-        """Seconds of a decoding step: what the tokens after the first take."""
+        """Seconds of a decoding step, from the tokens after the first."""
         return (median(self.all) - median(self.first)) / max(1, tokens - 1)
 
 
@@ -78,9 +79,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the sub-command."""
     parser = commands.add_parser(
         "generate",
-        help="the embedded engine beside transformers and vLLM",
+        help="the embedded engine compared with transformers and vLLM",
         description="Responses of a fixed length to random prompts, sampled at temperature 1 by the embedded engine, by "
-        "transformers and by vLLM (if installed), and the bare matrix products of it, each in a process of its own, one after "
+        "transformers and by vLLM (if installed), and the model's bare matrix products, each in a separate process, one after "
         f"the other, on CPU. {RANDOM} stands for a random model of the shape of Qwen2-0.5B.",
         formatter_class=Defaults,
     )
@@ -91,7 +92,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="tokens of a response")
     parser.add_argument("--repeats", type=int, default=3, help="measured generations; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="who is measured")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, help="the engines to measure")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file")
 
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
         for model in options.models:
             path = make_random(folder / "random") if model == RANDOM else Path(model).resolve()
             if not (path / "config.json").is_file():
-                raise ConfigError(f"--models: {path} is no HF folder")
+                raise ConfigError(f"--models: {path} is not an HF folder")
             vocab = json.loads((path / "config.json").read_text())["vocab_size"]
             for dtype in options.dtypes:
                 work = Generation(
@@ -136,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def make_random(folder: Path) -> Path:
-    """A random model of the shape of Qwen2-0.5B, in bfloat16, unless it is there."""
+    """Write a random model of the shape of Qwen2-0.5B in bfloat16, unless it exists."""
     if not folder.exists():
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -147,7 +148,7 @@ def make_random(folder: Path) -> Path:
 
 
 def measure(engine: str, folder: Path, work: Generation) -> list[Measured]:
-    """One engine in its own process.
+    """Measure one engine in a separate process.
 
     Raises:
         KdrlError: it failed.

@@ -1,7 +1,7 @@
 """The engines of `tools/bench.py generate`, one process each: `python -m benchmarks.generate_engines ENGINE FOLDER`.
 
-`FOLDER/work.json` says what is generated. The last line is a JSON object: for every number of sequences the seconds of each
-repeat of a whole generation, and of one that ends with its first token, each by the clock and of CPU time.
+`FOLDER/work.json` describes what is generated. The last line is a JSON object: for every number of sequences the seconds of
+each repeat of a whole generation, and of one that ends with its first token, each by the clock and of CPU time.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ DIVERGENCES: dict[str, Divergence | None] = {
     "top_k_jsd": TopKJensenShannon(TOP_K, "teacher", "bucket", 0.5),
     "eopd": TopKForwardKL(TOP_K, "teacher", "truncate"),
 }
-"""The divergence in the loss of each problem; None for k2, which takes the teacher's log-probs as given. `eopd` needs the
+"""The divergence in the loss of each problem; None for k2, for which the teacher's log-probs are given. `eopd` needs the
 teacher's entropy too (arXiv 2603.07079)."""
 
 

@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
     if options.tokens <= PROMPT:
         raise ConfigError(f"--tokens={options.tokens} must be more than the prompt's {PROMPT}")
     if options.model is not None and any(_mixture(name) for name in options.layouts):
-        raise ConfigError("--model takes --layouts without experts")
+        raise ConfigError("--model needs --layouts without experts")
     console, rows = Console(width=None if sys.stdout.isatty() else 130), []
     with console.status("") as status, tempfile.TemporaryDirectory(prefix="kdrl_bench_") as folder:
         for mixture in {_mixture(name) for name in options.layouts}:

@@ -31,7 +31,7 @@ from kdrl_mcore.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "1.16.0"
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-"""Installed beside TRL in the versions of this environment."""
+"""Installed together with TRL, in the versions of this environment."""
 BETA = 0.002
 PHASES = ("generation", "teacher", "train")
 SHARED = "this trainer, prompts shared"
@@ -83,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the sub-command."""
     parser = commands.add_parser(
         "peers",
-        help="a step beside TRL and a plain PyTorch loop",
+        help="a step compared with TRL and a plain PyTorch loop",
         description="Whole GRPO steps (with --teacher: with a KL term to the teacher) of this trainer, of TRL and "
         "of a plain loop with transformers, each in a separate process, one after the other, on CPU. A copy of the student "
         "whose stop token is never sampled makes all responses equally long. "

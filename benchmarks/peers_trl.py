@@ -1,6 +1,6 @@
 """TRL's part of `tools/bench.py peers`: `python peers_trl.py FOLDER MICRO_BATCHES`, in TRL's own environment.
 
-Prints the seconds of each step as its last line, in JSON. Imports nothing of this project.
+Prints the seconds of each step as its last line, in JSON. It imports nothing from this project.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The part of `python tools/bench.py step` that needs a vLLM server: whole iterations of GRPO and KDRL, plain, with the teacher
-scoring while the server samples, and with sampling one step ahead. One rank trains and one engine samples, each with one
-thread."""
+scoring while the server samples, and with responses sampled one step ahead. One rank trains and one engine samples, each with
+one thread."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _iteration(job: Job) -> dict[str, float]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """One thread for this process and one for the engine that it starts, so that each has one of two cores."""
+    """One thread for this process and one for the engine that it starts, so that each has one of the two cores."""
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -21,6 +21,7 @@ from kdrl_mcore.config.derived import (
     longest_response,
     num_given,
     num_updates,
+    reads_own_prompt,
     reads_scores,
     replays,
     samples,
@@ -47,10 +48,10 @@ from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
-from kdrl_mcore.rollout.given import BesideGiven, GivenResponses, read_given
+from kdrl_mcore.rollout.given import GivenResponses, WithGivenResponses, read_given
 from kdrl_mcore.rollout.group_filter import GroupFilter
 from kdrl_mcore.rollout.megatron import MegatronEngine
-from kdrl_mcore.rollout.partial import Parts
+from kdrl_mcore.rollout.partial import PartialSampling
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
@@ -225,7 +226,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     student also loads the teacher's head. Collective over the world."""
     if not uses_teacher(config.objective):
         return None
-    kd, name = config.objective.kd, TEACHER if config.teacher.prompt.template != "student" else None
+    kd, name = config.objective.kd, TEACHER if reads_own_prompt(config) else None
     if kd.clamp is not None and dist.get_rank() == 0:
         logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
     if reads_scores(config):
@@ -233,7 +234,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
         return read_recorded(config.rollout.path, config, vocab_size)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
-            student.take_teacher_head()
+            student.use_own_head_as_teachers()
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
@@ -380,7 +381,7 @@ def build_source(
         if cut_off and dist.get_rank() == 0:
             logger.warning("%s: %d responses were cut off and are left out", rollout.given.path, cut_off)
     given = PromptStream.of(domains, 1, seed + 1, shuffle)  # an order different from that of the prompts to sample
-    return BesideGiven(source, given, student, partial(num_given, config))
+    return WithGivenResponses(source, given, student, partial(num_given, config))
 
 
 def build_sampling_source(
@@ -403,9 +404,9 @@ def build_sampling_source(
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None
     ahead = None
     if rollout.steps_ahead:
-        how: FlowingEngine | Parts
+        how: FlowingEngine | PartialSampling
         if rollout.partial_tokens is not None:
-            how = Parts(rollout.partial_tokens, rollout.max_continuations)
+            how = PartialSampling(rollout.partial_tokens, rollout.max_continuations)
         else:
             assert isinstance(engine, VllmEngine)
             how = engine

@@ -47,7 +47,7 @@ launch() { # launch EXPERIMENT [key=value ...]
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
   start_servers
-  go_on_from_own_checkpoint
+  resume_from_own_checkpoint
   run_step train kdrl_mcore.train "${overrides[@]}" "${server_overrides[@]}"
   say "finished"
 }
@@ -176,7 +176,7 @@ run_step() { # run_step NAME MODULE ARGUMENTS...: runs on all training nodes; re
   fail "$name ended with exit code $code; its output: $KDRL_LOG_DIR/$name-node*.log"
 }
 
-go_on_from_own_checkpoint() { # checkpoint.resume applies to the job's first start, not to those after a requeue
+resume_from_own_checkpoint() { # checkpoint.resume applies to the job's first start, not to those after a requeue
   local found=$run_dir/logs/$SLURM_JOB_ID-found latest
   latest=$(stat -c '%N %Z' "$run_dir/checkpoints/latest" 2>/dev/null) || true
   if [[ ! -e $found ]]; then

@@ -1,7 +1,7 @@
 """The packages for `make gpu-check` on a bare machine that has only torch and Triton, and no network.
 
 python -m tools.gpu_wheels pack [--python 3.12]   with a network: download the wheels for that Python to build/gpu-wheels
-python -m tools.gpu_wheels unpack                 on the machine: install to build/gpu-site, which goes on PYTHONPATH, what it
+python -m tools.gpu_wheels unpack                 on the machine: install to build/gpu-site, a folder for PYTHONPATH, what it
                                                   lacks or has in other versions than the tests pass with
 """
 

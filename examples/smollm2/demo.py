@@ -42,7 +42,7 @@ def main() -> int:
         help="held-out problems of each domain, at most 200 and 100 (default: %(default)s)",
     )
     parser.add_argument(
-        "--eval-every", type=int, default=0, help="also evaluate every so many steps (default: at the start and the end)"
+        "--eval-every", type=int, default=0, help="steps between evaluations (default: only at the start and the end)"
     )
     arguments = parser.parse_args()
     try:

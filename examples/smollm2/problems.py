@@ -1,4 +1,4 @@
-"""Two domains of problems from `reasoning-gym`, with short worked answers of our own.
+"""Two domains of problems from `reasoning-gym`, with our own short worked answers.
 
 `purse`, arithmetic in words (the sums are those of `chain_sum`):
 

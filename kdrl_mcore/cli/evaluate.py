@@ -233,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help=f"of the sampled responses (default: {config.trainer.seed})")
     parser.add_argument("--block", type=int, default=BLOCK, help="prompts sampled at a time (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, help="folder of responses and metrics (default: a folder of the model's own in runs/evaluation)"
+        "--output",
+        type=Path,
+        help="folder of responses and metrics (default: a separate folder for each model in runs/evaluation)",
     )
     add_config_options(parser, "KEY=VALUE")
     return parser

@@ -3,7 +3,7 @@
     kdrl-preflight [--ranks N] [--min-bandwidth GB/s] [key=value ...]       the overrides of kdrl-train
 
 All checks run and all failures are listed; the exit code is 1 if there are any. Nothing is trained, and no weights are read
-except a head that is stored beside tied embeddings.
+except a head that is stored along with tied embeddings.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     )
     add_ranks_option(parser)
     add_config_options(parser)
+    failed = False
     with Program() as program:
         options = parser.parse_intermixed_args(arguments)
         from kdrl_mcore.preflight.checks import run_checks  # its imports take seconds
@@ -45,8 +46,8 @@ def main(arguments: list[str]) -> int:
             if errors:
                 print_last("\n".join(errors))
         dist.barrier()  # torchrun ends rank 0 as soon as another rank has failed
-        program.exit_code = 1 if errors else 0
-    return program.exit_code
+        failed = bool(errors)
+    return program.exit_code or int(failed)
 
 
 def _least_bandwidth(text: str) -> float:

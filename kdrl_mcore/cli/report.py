@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         nargs="?",
         const=WATCH_SECONDS,
         metavar="SECONDS",
-        help=f"rewrite the page every so many seconds (default: {WATCH_SECONDS:g}) until all runs have reached their last step",
+        help=f"rewrite the page every SECONDS (default: {WATCH_SECONDS:g}) until all runs have reached their last step",
     )
     options = parser.parse_args(arguments)
     try:

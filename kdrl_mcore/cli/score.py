@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Write `log_probs` and `entropy` of every response token and, with a teacher, `teacher_log_probs`, `teacher_entropy` and
-    whose they are. Collective over the world: rank 0 writes."""
+    their record. Collective over the world: rank 0 writes."""
     # Megatron-Core reads torch.cuda when it is imported, so the platform is prepared first.
     from kdrl_mcore.data.limits import Limits, check_rollouts
     from kdrl_mcore.data.vocabulary import shared_vocabulary
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher-prompt",
         choices=("student", "own"),
         default="student",
-        help="what it reads: the student's prompts, or its own of the file's teacher_prompts (default: %(default)s)",
+        help="the prompts it reads: the student's, or its own from the file's teacher_prompts (default: %(default)s)",
     )
     parser.add_argument("--input", type=Path, required=True, help="rollout file (JSONL), or the scored file to compare")
     parser.add_argument("--output", type=Path, help="scored file to write")

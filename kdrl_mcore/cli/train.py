@@ -31,7 +31,7 @@ USAGE = """usage: kdrl-train [OPTION] [group=choice] [key=value] ...
 
 --ranks N          start N ranks on this machine (on several machines: torchrun or SLURM)
 --config FILE      a YAML file of keys, such as RUN/config.yaml of another run; overrides take precedence
---config-dir DIR   a folder of your own choices, DIR/experiment/NAME.yaml and the like, beside those of conf/ (may be repeated)
+--config-dir DIR   a folder with your own choices, such as DIR/experiment/NAME.yaml, in addition to conf/ (may be repeated)
 --completion bash  print a script that completes keys and choices: source <(kdrl-train --completion bash)
 
 Groups: experiment, objective, prompt, rollout, reward, dataset (see conf/). A value with special characters needs quotes

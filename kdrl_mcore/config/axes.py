@@ -87,15 +87,15 @@ def _check_policy(objective: ObjectiveConfig) -> None:
     if objective.policy_loss == "cispo" and objective.dual_clip is not None:
         raise ConfigError("objective.dual_clip bounds policy_loss=clip; cispo has no ratio in its gradient: leave one out")
     if objective.ratio != "token" and objective.combine.kind == "ratio":
-        raise ConfigError("objective.combine.kind=ratio has a ratio of its own for each token: leave objective.ratio at token")
+        raise ConfigError("objective.combine.kind=ratio has a separate ratio for each token: leave objective.ratio at token")
 
 
 def _check_correction(config: Config) -> None:
     correction, kd = config.objective.sampler_correction, config.objective.kd
     if config.objective.clip_against == "sampler" and correction.kind != "none":
         raise ConfigError(
-            f"objective.clip_against=sampler has pi/mu in the ratio, objective.sampler_correction.kind={correction.kind} would "
-            "correct for mu again: set it to none"
+            f"objective.clip_against=sampler has pi/mu in the ratio, so objective.sampler_correction.kind={correction.kind} "
+            "would correct for mu again: set it to none"
         )
     if correction.level != "token" and correction.kind == "none":
         raise ConfigError(
@@ -216,7 +216,7 @@ def _check_given(config: Config) -> None:
         raise ConfigError(f"{name} distils given responses, but objective.beta is never positive: set it to 0")
     if replays(config) and given.path is None:
         raise ConfigError(
-            f"{name} takes responses from the training data, which rollout=replay does not read: set rollout.given.path"
+            f"{name} uses responses of the training data, which rollout=replay does not read: set rollout.given.path"
         )
     if kd.estimator not in ("exact", "top_k") or kd.mix != "none":
         now = f"estimator={kd.estimator}" if kd.mix == "none" else f"mix={kd.mix}"
@@ -240,7 +240,7 @@ def _largest(schedule: ScheduleConfig) -> float:
     if schedule.delta < 0 and schedule.kind in ("linear", *SWITCHES):
         return math.inf
     if ":" in schedule.kind:
-        return 0.0  # a function of your own keeps its bounds itself
+        return 0.0  # a user's function is responsible for its own bounds
     if schedule.kind in SWITCHES:
         return max(schedule.init, schedule.after, schedule.min)
     return schedule.max if schedule.kind == "adaptive" else max(schedule.init, schedule.min)

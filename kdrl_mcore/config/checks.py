@@ -124,7 +124,7 @@ def _check_sources(data: DataConfig) -> None:
         if not name or "/" in name:
             raise ConfigError(f"data.sources[{i}].name={name!r} must be a word without a slash")
         if names.count(name) > 1:
-            raise ConfigError(f"two of data.sources are called '{name}': give each a `name` of its own")
+            raise ConfigError(f"two of data.sources are called '{name}': give each its own `name`")
 
 
 def domain_name(source: SourceConfig) -> str:
@@ -246,17 +246,17 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
 
 def _check_plateaus(config: Config) -> None:
     """Check the settings that depend on evaluations during training."""
-    on_the_way = evaluates(config) and config.eval.every > 0
+    during_training = evaluates(config) and config.eval.every > 0
     for key, is_set in (
         ("trainer.stop_after", config.trainer.stop_after > 0),
         ("checkpoint.best", config.checkpoint.best is not None),
     ):
-        if is_set and not on_the_way:
-            raise ConfigError(f"{key} follows the evaluations: set eval.every, and data.eval or eval.benchmarks")
+        if is_set and not during_training:
+            raise ConfigError(f"{key} depends on evaluations during training: set eval.every, and data.eval or eval.benchmarks")
     if config.checkpoint.best is not None and config.checkpoint.every < 0:
         raise ConfigError("checkpoint.best keeps a checkpoint, but checkpoint.every=-1 writes none: leave one out")
     for name in ("alpha", "beta"):
-        if getattr(config.objective, name).kind == "plateau" and not on_the_way:
+        if getattr(config.objective, name).kind == "plateau" and not during_training:
             raise ConfigError(
                 f"objective.{name}.kind=plateau watches eval/accuracy: set eval.every, and data.eval or eval.benchmarks"
             )
@@ -319,9 +319,7 @@ def _check_overlap(config: Config) -> None:
         raise ConfigError("rollout.max_continuations is for responses in parts: set rollout.partial_tokens, or leave it out")
     if not rollout.steps_ahead:
         if rollout.partial_tokens is not None:
-            raise ConfigError(
-                "rollout.partial_tokens needs prompts of further steps beside the step's: set rollout.steps_ahead to at least 1"
-            )
+            raise ConfigError("rollout.partial_tokens needs prompts of further steps: set rollout.steps_ahead to at least 1")
         for name, is_set in (("max_age", rollout.max_age is not None), ("unfinished", rollout.unfinished != "wait")):
             if is_set:
                 raise ConfigError(
@@ -337,7 +335,7 @@ def _check_overlap(config: Config) -> None:
         if rollout.unfinished != "wait":
             raise ConfigError(
                 f"rollout.unfinished={rollout.unfinished} is for servers that sample while the student trains; with "
-                "rollout.partial_tokens none does: leave one out"
+                "rollout.partial_tokens no engine does: leave one out"
             )
         if rollout.partial_tokens > rollout.max_response_tokens:
             raise ConfigError(
@@ -366,7 +364,7 @@ def _check_reduction(config: Config) -> None:
         ("parallel.overlap_param_gather", parallel.overlap_param_gather),
     ):
         if cut and not parallel.overlap_grad_reduce:
-            raise ConfigError(f"{key} needs buckets, which only parallel.overlap_grad_reduce=true makes")
+            raise ConfigError(f"{key} needs buckets, which exist only with parallel.overlap_grad_reduce=true")
     if parallel.overlap_param_gather and not uses_distributed_optimizer(config):
         raise ConfigError(
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and optimizer.name=adam: otherwise "
@@ -416,15 +414,17 @@ def _check_teacher(config: Config) -> None:
         if teacher.path and teaches_itself(config):
             raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
         if teacher.weights == "base" and config.student.lora.rank == 0:
-            raise ConfigError(f"{name} are those below adapters, and student.lora.rank=0 has none: set it, or other weights")
+            raise ConfigError(
+                f"{name} are the weights without adapters, but student.lora.rank=0 has none: set the rank, or other weights"
+            )
         if prompt.template == "student" and teacher.weights == "present":
             raise ConfigError(
                 f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
             )
         if teacher.parallel != TeacherParallelConfig():
-            raise ConfigError(f"{name} has no layout of its own: leave teacher.parallel alone")
+            raise ConfigError(f"{name} has no separate layout: leave teacher.parallel alone")
         if teacher.score_while_sampling:
-            raise ConfigError(f"{name} are scored with between sampling and training: set teacher.score_while_sampling=false")
+            raise ConfigError(f"{name} score only between sampling and training: set teacher.score_while_sampling=false")
     if teacher.weights == "recorded":
         _check_recorded(config)
     for key, kind in (("decay", "average"), ("refresh_every", "refreshed"), ("min_ess", "recorded")):
@@ -457,8 +457,8 @@ def _check_recorded(config: Config) -> None:
     if DISTRIBUTION in wanted_scores(config.objective):
         key = "control_variate=true" if kd.control_variate else f"estimator={kd.estimator}"
         raise ConfigError(
-            f"{name} has the teacher's log-probs of the sampled tokens, and objective.kd.{key} needs its whole distribution: "
-            "set objective.kd.estimator to k1, k2 or k3, without control_variate"
+            f"{name} has the teacher's log-probs of the sampled tokens only, but objective.kd.{key} needs its whole "
+            "distribution: set objective.kd.estimator to k1, k2 or k3, without control_variate"
         )
     if uses_given(config):
         raise ConfigError(f"{name} has no scores of given responses: set rollout.given.share=0")

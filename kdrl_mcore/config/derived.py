@@ -20,8 +20,8 @@ OVER_THE_VOCABULARY = ("exact", "top_k", "top_k_unbiased")
 """The estimators that need the teacher's whole distribution, not only its log-probs of the sampled tokens."""
 
 LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
-"""What a teacher can say of a token: log T of the one that was sampled, the entropy of T, and all of T (a hidden state, beside
-the teacher's output head)."""
+"""The scores of a token that a teacher can give: log T of the sampled one, the entropy of T, and all of T (as a hidden state,
+with the teacher's output head)."""
 
 TEACHER = "teacher"
 """The name of the teacher's prompts in rollouts."""
@@ -37,7 +37,7 @@ WEIGHTS_OF_SCORES = ("entropy", "magnitude", "trusted_prefix")
 
 
 def can_be_positive(schedule: ScheduleConfig) -> bool:
-    """Whether a coefficient schedule is above zero at some step, as a function of your own may be."""
+    """Whether a coefficient schedule is, or with a user's function may be, above zero at some step."""
     if ":" in schedule.kind:
         return True
     values = {
@@ -64,7 +64,7 @@ def teaches_itself(config: Config) -> bool:
 
 
 def loads_teacher(config: Config) -> bool:
-    """Whether the teacher is a model of its own in this job."""
+    """Whether the teacher is a separate model in this job."""
     return uses_teacher(config.objective) and config.teacher.weights == "path"
 
 
@@ -74,7 +74,7 @@ def reads_scores(config: Config) -> bool:
 
 
 def keeps_earlier_weights(config: Config) -> bool:
-    """Whether the student keeps earlier weights of its own beside the present ones, in float32 and sharded as the optimizer's
+    """Whether the student keeps earlier weights in addition to the present ones, in float32 and sharded as the optimizer's
     state is: 4 bytes per parameter, divided among its replicas."""
     return teaches_itself(config) and config.teacher.weights not in ("present", "base")
 
@@ -103,8 +103,8 @@ def teaches_by_advantage(objective: ObjectiveConfig) -> bool:
 
 
 def weighs_by_scores(objective: ObjectiveConfig) -> bool:
-    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses; a function of your
-    own may do so."""
+    """Whether the rule of `objective.kd.token_weight` compares both models' scores of whole responses, as a user's function
+    may."""
     kind = objective.kd.token_weight.kind
     return kind in WEIGHTS_OF_SCORES or ":" in kind
 

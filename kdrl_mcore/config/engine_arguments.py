@@ -42,7 +42,7 @@ def extra_arguments(words: Sequence[str], where: str) -> dict[str, Any]:
     """Further arguments of vLLM's engine, from words NAME=VALUE with values in JSON, or texts as they are.
 
     Raises:
-        ConfigError: a word is no such pair, is there twice, or names one of `OWN`.
+        ConfigError: a word is not such a pair, or its name occurs twice or is one of `OWN`.
     """
     arguments: dict[str, Any] = {}
     for word in words:

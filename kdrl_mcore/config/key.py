@@ -14,7 +14,7 @@ _META = "key"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """A key's meaning; its allowed values if it is a choice, and whether it may also be MODULE:NAME, a function of your own;
+    """A key's meaning; its allowed values if it is a choice, and whether it may also be MODULE:NAME, a user's function;
     its range if it is a number (for a list, that of each item)."""
 
     meaning: str

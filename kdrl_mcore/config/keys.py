@@ -55,7 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {name: meta.choices for name, _, meta in d
 """The allowed values of every key that is a choice."""
 
 TAKE_FUNCTIONS = frozenset(name for name, _, meta in described(Config()) if meta.takes_functions)
-"""The choices that may also be a function of your own, MODULE:NAME."""
+"""The choices that may also be MODULE:NAME, a user's function."""
 
 RANGES: dict[str, Range] = {
     f"{name}[]" if isinstance(value, list) else name: meta.range

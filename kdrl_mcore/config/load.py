@@ -101,7 +101,7 @@ def add_config_options(parser: argparse.ArgumentParser, metavar: str = "key=valu
         metavar="DIR",
         action="append",
         default=[],
-        help="a folder of your own experiment/, objective/, ... files",
+        help="a folder with your own experiment/, objective/, ... files",
     )
     parser.add_argument("overrides", nargs="*", metavar=metavar, help="of the training configuration (docs/configuration.md)")
 

@@ -50,7 +50,7 @@ RULES: dict[str, Rule] = {
     "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
-        "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when a key of its own changes"
+        "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when one of its keys changes"
     ),
     "objective.kind": Rule("fixed", "KDRL and supervised fine-tuning are two experiments"),
     "rollout": Rule("wins", "sampling; responses that were sampled ahead with other settings are sampled again"),

@@ -31,7 +31,7 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 """Megatron-Core's names of what selective recompute covers (model/activations.py)."""
 DEFAULT_RECOMPUTE = ("mlp", "moe")
 OFFLOAD_MODULES = ("qkv_linear", "core_attn", "attn_proj", "mlp", "moe")
-"""The parts of a layer whose saved activations can be off-loaded (model/offload.py)."""
+"""The parts of a layer whose saved activations can be moved to host memory (model/offload.py)."""
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections that can have adapters (model/lora.py)."""
 
@@ -48,7 +48,7 @@ class ProfileConfig:
     """Traces of single steps, for torch's profiler viewers (docs/operations.md)."""
 
     steps: list[int] = key([], "steps to trace, such as [3,4]; a trace of a large step takes gigabytes", range=COUNT)
-    ranks: list[int] = key([0], "ranks that write one, in RUN/profile", range=COUNT_OR_OFF)
+    ranks: list[int] = key([0], "ranks that write a trace, in RUN/profile", range=COUNT_OR_OFF)
 
 
 @dataclass
@@ -97,8 +97,8 @@ class LoraConfig:
 
     rank: int = key(0, "the rank of each adapter; 0 is off: all weights are trained", range=COUNT_OR_OFF)
     alpha: float = key(32.0, "adapters are scaled by alpha / rank", range=POSITIVE)
-    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have one, of {', '.join(LORA_MODULES)}")
-    path: str | None = key(None, "a PEFT folder, whose adapters are the start; null: new ones, which change nothing at first")
+    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have adapters, of {', '.join(LORA_MODULES)}")
+    path: str | None = key(None, "a PEFT folder with the adapters to start from; null: new ones, which at first change nothing")
 
 
 @dataclass
@@ -128,11 +128,11 @@ class TeacherPromptConfig:
         "student (the student's prompt, token by token), chat (the chat template of the teacher's own tokenizer) or plain",
         choices=("student", "chat", "plain"),
     )
-    plain_template: str = key("{prompt}", "plain: the text; @FILE takes that of a file")
+    plain_template: str = key("{prompt}", "plain: the text; @FILE reads it from a file")
     message_template: str = key("{prompt}", "chat: the user's message; or @FILE")
-    system_prompt: str | None = key(None, "chat: instead of the prompt's own; or @FILE")
-    template_arguments: list[str] = key([], "chat: what else the template asks for, such as [enable_thinking=false]")
-    max_tokens: int | None = key(None, "the most tokens of it; null: rollout.max_prompt_tokens", range=COUNT)
+    system_prompt: str | None = key(None, "chat: the system prompt, instead of the prompt's own; or @FILE")
+    template_arguments: list[str] = key([], "chat: further variables of the template, such as [enable_thinking=false]")
+    max_tokens: int | None = key(None, "the most tokens of this prompt; null: rollout.max_prompt_tokens", range=COUNT)
 
 
 @dataclass
@@ -144,14 +144,14 @@ class TeacherConfig:
         "path",
         "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
         "average), refreshed (every refresh_every updates), present, or base (without the adapters of student.lora); or "
-        "recorded: its scores are in the file of rollout.path",
+        "recorded (its scores are in the file rollout.path)",
         choices=("path", "start", "average", "refreshed", "present", "base", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
     refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
     min_ess: float = key(
         0.1,
-        "recorded: the run ends when the effective sample size of pi/mu is a smaller share of the tokens; 0 is off",
+        "recorded: the run ends when the effective sample size of pi/mu falls below this share of the tokens; 0 is off",
         range=Range(0, 1),
     )
     prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
@@ -185,14 +185,14 @@ class ParallelConfig:
         "parts of a layer whose activations are held in host memory until the backward pass (CUDA only), of "
         f"{', '.join(OFFLOAD_MODULES)}",
     )
-    offload_min_elements: int = key(2**20, "smaller tensors are not off-loaded", range=COUNT_OR_OFF)
+    offload_min_elements: int = key(2**20, "smaller tensors stay on the device", range=COUNT_OR_OFF)
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks (adam only)")
     overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass")
     overlap_param_gather: bool = key(
         False, "gather the updated weights during the next forward pass (distributed_optimizer only)"
     )
     bucket_size: int | None = key(
-        None, "number of weights that are reduced or gathered together, with overlap; null: Megatron's choice", range=COUNT
+        None, "with overlap, the number of weights that are reduced or gathered together; null: Megatron's choice", range=COUNT
     )
 
 
@@ -218,7 +218,9 @@ class ScheduleConfig:
         0.0, "below: the share by which the KL must fall from the first one measured, instead of target", range=DECAY
     )
     ramp: int = key(
-        0, "below: rises linearly to init over so many steps, after which it switches at the latest", range=COUNT_OR_OFF
+        0,
+        "below: the number of steps over which it rises linearly to init, after which it switches at the latest",
+        range=COUNT_OR_OFF,
     )
     patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
@@ -231,17 +233,17 @@ class CombineConfig:
 
     kind: str = key(
         "add",
-        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, a function of your own",
+        "add, gate, sign, relu, modulate, ratio or reference; or MODULE:NAME, your own function",
         choices=("add", "gate", "sign", "relu", "modulate", "ratio", "reference"),
         takes_functions=True,
     )
     signal: str = key(
         "correct",
-        "sign and relu: what the teacher agrees or disagrees with, correct (the verdict) or advantage (its sign)",
+        "sign and relu: what the teacher agrees or disagrees with: correct (the verdict) or advantage (its sign)",
         choices=("correct", "advantage"),
     )
     agree: float = key(1.8, "sign: weight of distillation where the teacher agrees", range=NOT_NEGATIVE)
-    differ: float = key(1.0, "sign: and where it does not", range=NOT_NEGATIVE)
+    differ: float = key(1.0, "sign: weight of distillation where it does not", range=NOT_NEGATIVE)
     clip: float = key(0.2, "modulate: T / pi is clipped to [1 - clip, 1 + clip]", range=Range(0, 1))
     bounds: str = key("both", "modulate: which bounds hold, both or upper", choices=("both", "upper"))
     extrapolation: float = key(
@@ -269,7 +271,9 @@ class TokenWeightConfig:
         choices=("response", "batch"),
     )
     more: float = key(
-        0.1, "entropy: of the tokens left, the share with the largest |log T - log pi| is taught as well", range=Range(0, 1)
+        0.1,
+        "entropy: the share of the other tokens, those with the largest |log T - log pi|, that is taught as well",
+        range=Range(0, 1),
     )
     tokens: int = key(0, "prefix: the number of tokens, instead of a share", range=COUNT_OR_OFF)
     rate: float = key(
@@ -277,7 +281,7 @@ class TokenWeightConfig:
         "teacher_entropy: how fast the weight falls; trusted_prefix: by how much the first token counts more than the last",
         range=POSITIVE,
     )
-    low: float = key(0.25, "rising: weight of the first tokens, that of the last ones is 1", range=Range(0, 1))
+    low: float = key(0.25, "rising: weight of the first tokens; that of the last ones is 1", range=Range(0, 1))
     middle: float = key(0.3, "rising: where in the response it is half-way, as a share of its length", range=Range(0, 1))
     width: float = key(0.1, "rising: how wide the rise is, as a share of the length", range=POSITIVE)
     solved: float = key(1.0, "pass_rate: a of p^a (1 - p)^b, p the share of correct responses of the group", range=NOT_NEGATIVE)
@@ -303,9 +307,9 @@ class DistillationConfig:
     jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
     mix: str = key(
         "none",
-        "beside a forward divergence k2 of the sampled token: none, entropy (k2 everywhere, the divergence where the teacher's "
-        "entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or drawn_trust "
-        "(one of the two, drawn with these probabilities); or MODULE:NAME",
+        "how a forward divergence is mixed with k2 of the sampled token: none, entropy (k2 everywhere, the divergence where "
+        "the teacher's entropy is above mix_above), trust (k2 with the weight min(T / pi, 1), the divergence with the rest) or "
+        "drawn_trust (one of the two, drawn with these probabilities); or MODULE:NAME",
         choices=("none", "entropy", "trust", "drawn_trust"),
         takes_functions=True,
     )
@@ -442,14 +446,14 @@ class VllmConfig:
         choices=("colocated", "server"),
     )
     tensor: int = key(1, "GPUs that split each layer of one engine, independent of the student's layout", range=DEGREE)
-    replicas: int = key(0, "engines; 0 takes as many as the ranks' GPUs hold (colocated) or 1 (server)", range=Range(0, 2**20))
+    replicas: int = key(0, "engines; 0: as many as fit on the ranks' GPUs (colocated), or 1 (server)", range=Range(0, 2**20))
     servers: list[str] = key([], "host:port of running servers; their token comes in KDRL_ENGINE_TOKEN")
     gpu_memory_utilization: float | None = key(
         None, "share of each GPU for an engine; null: what training leaves, or 0.85", range=SHARE
     )
     kv_cache_gib: float = key(1.0, "KV cache of an engine on CPU", range=POSITIVE)
     startup_timeout: float = key(1200.0, "seconds until an engine must answer", range=SECONDS)
-    generation_timeout: float = key(300.0, "seconds without a sign of progress after which an engine hangs", range=SECONDS)
+    generation_timeout: float = key(300.0, "seconds without progress after which an engine counts as hanging", range=SECONDS)
     refit_timeout: float = key(600.0, "seconds for all weights", range=SECONDS)
     refit_bucket_mib: int = key(
         256, "weights are sent in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)
@@ -458,7 +462,7 @@ class VllmConfig:
         [],
         "further arguments of vLLM's engine (docs/rollout.md), such as ['kv_cache_dtype=fp8']; values in JSON",
     )
-    restarts: int = key(3, "of an engine during one batch, before the run stops with a checkpoint", range=COUNT_OR_OFF)
+    restarts: int = key(3, "restarts of an engine during one batch before the run stops with a checkpoint", range=COUNT_OR_OFF)
 
 
 @dataclass
@@ -467,12 +471,12 @@ class GroupFilterConfig:
 
     rounds: int = key(
         0,
-        "further samplings of prompts_per_step prompts in a step, at most, until so many groups have signal; 0 is off",
+        "the most further rounds of prompts_per_step prompts in a step, until that many groups have signal; 0 is off",
         range=Range(0, 1000),
     )
     others: str = key(
         "drop",
-        "groups without signal: drop, or teach (they stay in the batch, for a teacher)",
+        "groups without signal: drop, or teach (they stay in the batch for distillation)",
         choices=("drop", "teach"),
     )
 
@@ -486,7 +490,7 @@ class GivenConfig:
         "their share of a step's responses, in addition to those to prompts_per_step prompts; 0 is off",
         range=Range(0, 1, high_is_open=True),
     )
-    path: str | None = key(None, "a rollout file (JSONL) to take them from; null: data.response_key of the training data")
+    path: str | None = key(None, "a rollout file (JSONL) with the responses; null: data.response_key of the training data")
 
 
 @dataclass
@@ -495,7 +499,7 @@ class RolloutConfig:
 
     engine: str = key("megatron", "megatron (the student itself), replay, or vllm", choices=("megatron", "replay", "vllm"))
     path: str | None = key(None, "replay: the rollout file (JSONL)")
-    prompts_per_step: int = key(16, "P", range=COUNT)
+    prompts_per_step: int = key(16, "P, the number of prompts", range=COUNT)
     responses_per_prompt: int = key(8, "G, the size of a group", range=COUNT)
     max_prompt_tokens: int = key(
         1024, "longer prompts are an error when the data is loaded, or dropped (data.long_prompts)", range=COUNT
@@ -503,7 +507,7 @@ class RolloutConfig:
     max_response_tokens: int = key(64, 'a longer response is cut off (finish reason "length")', range=COUNT)
     temperature: float = key(1.0, "of sampling, and of every log-prob of student and teacher in training", range=TEMPERATURE)
     top_p: float = key(1.0, "1.0 is off; the log-probs are then those of the truncated distribution", range=SHARE)
-    top_k: int = key(0, "draw among so many of the likeliest tokens, likewise; 0 is off", range=COUNT_OR_OFF)
+    top_k: int = key(0, "draw among this many of the likeliest tokens, likewise; 0 is off", range=COUNT_OR_OFF)
     min_p: float = key(
         0.0,
         "draw among tokens with at least this share of the likeliest one's probability, likewise; 0 is off",
@@ -580,7 +584,7 @@ class LocalRewardConfig:
 class RewardConfig:
     """The verifier, which decides what is correct, and further rewards that are added to its reward."""
 
-    kind: str = key("math_verify", "the verifier: a registered kind (docs/rewards.md), or MODULE:NAME for one of your own")
+    kind: str = key("math_verify", "the verifier: a registered kind (docs/rewards.md), or MODULE:NAME, your own")
     extract: str = key(
         "boxed",
         r"math_verify: boxed (nothing but a \\boxed{} is an answer) or anywhere (for base models)",
@@ -603,7 +607,9 @@ class RewardConfig:
     )
     terms: list[RewardTermConfig] = key([], "further rewards, such as [{kind: format, weight: 0.1}]")
     timeout: float = key(
-        5.0, "seconds for one answer; a verifier that takes longer is killed: score 0, counted as such", range=SECONDS
+        5.0,
+        "seconds for one answer; a verifier that needs longer is killed, and the response gets the score 0 and is counted",
+        range=SECONDS,
     )
     workers: int = key(2, "verifier processes per data-parallel replica", range=Range(1, 2**16))
     remote: RemoteRewardConfig = field(default_factory=RemoteRewardConfig)
@@ -615,8 +621,8 @@ class SourceConfig:
     """One of several training sets (domains). Null values are taken from `data`."""
 
     path: str | None = key(None, "a JSONL or parquet file, or a hub id; null with `dataset`: that one's")
-    dataset: str | None = key(None, "of conf/dataset, such as gsm8k: its columns, and its verifier")
-    name: str | None = key(None, "of the domain, in metrics and rollout files; null: the file's")
+    dataset: str | None = key(None, "a name of conf/dataset, such as gsm8k, which sets the columns and the verifier")
+    name: str | None = key(None, "name of the domain in metrics and rollout files; null: the file's")
     weight: float = key(1.0, "its share of the prompts of a step is weight / sum of weights", range=POSITIVE)
     reward: str | None = key(None, "kind of its verifier; null: reward.kind")
     split: str | None = key(None, "for a hub id")
@@ -642,10 +648,10 @@ class DataConfig:
     answer_key: str = key("answer", "column of the reference answer")
     context_key: str | None = key(None, "column of a text that comes before the problem, if it is not empty")
     choices_key: str | None = key(
-        None, "column of a list of choices, shown as A, B, ...; the answer is one's number from 0 or text"
+        None, "column of a list of choices, shown as A, B, ...; the answer is the number (from 0) or the text of one"
     )
     response_key: str = key("response", "sft and rollout.given: the given response")
-    columns: list[str] = key([], "further columns, which rewards get (docs/rewards.md)")
+    columns: list[str] = key([], "further columns that rewards receive (docs/rewards.md)")
     prompt_pattern: str | None = key(
         None, "regular expression with one group, the problem, if the column contains more than the problem"
     )
@@ -657,9 +663,9 @@ class DataConfig:
     template: str = key("chat", "chat (the tokenizer's chat template) or plain (`plain_template`)", choices=("chat", "plain"))
     plain_template: str = key("{prompt}", "plain: the text around the problem; @FILE reads it from a file")
     message_template: str = key("{prompt}", "chat: the user's message around the problem; or @FILE")
-    system_prompt: str | None = key(None, "chat template only; or @FILE")
+    system_prompt: str | None = key(None, "chat: the system prompt; or @FILE")
     template_arguments: list[str] = key(
-        [], "chat template only: what else it asks for, such as [enable_thinking=false]; in evaluation too"
+        [], "chat: further variables of the template, such as [enable_thinking=false]; in evaluation too"
     )
     chat_date: str = key("2024-07-26", "the date passed to chat templates that ask for today's, so that prompts stay the same")
     shuffle: bool = key(True, "a new order in each epoch, a function of the seed")
@@ -678,9 +684,9 @@ class EvalConfig:
     top_p: float | None = key(None, "of the sampled responses; null: rollout.top_p", range=SHARE)
     top_k: int | None = key(None, "likewise; null: rollout.top_k", range=COUNT_OR_OFF)
     min_p: float | None = key(None, "likewise; null: rollout.min_p", range=Range(0, 1))
-    max_prompts: int = key(0, "of each benchmark; 0 takes all", range=COUNT_OR_OFF)
+    max_prompts: int = key(0, "the most prompts of each benchmark; 0: all", range=COUNT_OR_OFF)
     block: int = key(
-        0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0 takes all", range=COUNT_OR_OFF
+        0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0: all", range=COUNT_OR_OFF
     )
 
 
@@ -760,8 +766,8 @@ class LoggingConfig:
     progress: bool = key(True, "live display on rank 0")
     tensorboard: bool | None = key(None, "true adds tensorboard to the loggers, false leaves it out; null changes nothing")
     loggers: list[str] = key(["tensorboard"], "also wandb, mlflow, trackio, or MODULE:NAME")
-    project: str = key("kdrl", "of the loggers that have projects (MLflow's experiment)")
-    run_name: str | None = key(None, "of the run in its loggers; null: its folder below runs/, or the name of run.dir")
+    project: str = key("kdrl", "the project, in loggers that have projects (MLflow's experiment)")
+    run_name: str | None = key(None, "the run's name in loggers; null: its folder below runs/, or the name of run.dir")
     rollouts: bool = key(True, "write rollouts/step_*.jsonl")
     gradient_split_every: int = key(
         0, "updates between measurements of both gradients' norms and cosine (two more backward passes)", range=COUNT_OR_OFF
@@ -781,7 +787,7 @@ class FaultConfig:
     step: int = key(1, "the step in which it strikes; slow lasts from this step on", range=COUNT_OR_OFF)
     phase: str = key(
         "train",
-        'at whose beginning: rollout, ...; "load student" is in step 0, update after the optimizer\'s step',
+        'the phase at whose beginning it strikes; "load student" is in step 0, update after the optimizer\'s step',
         choices=(
             "load student",
             "refit",
@@ -807,15 +813,15 @@ class ClusterConfig:
     server_nodes: int = key(
         0, "further machines of the same job, filled with servers for rollout=vllm (slurm/serve.sh)", range=Range(0, 2**20)
     )
-    name: str = key("", "of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for kdrl-plan")
+    name: str = key("", "name of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for kdrl-plan")
     memory_gib: float = key(0.0, "memory of one GPU, GiB", range=RATE)
-    peak_tflops: float = key(0.0, "dense bfloat16 matrix products, TFLOP/s of one GPU", range=RATE)
+    peak_tflops: float = key(0.0, "peak of dense bfloat16 matrix products, TFLOP/s of one GPU", range=RATE)
     fp8_peak_tflops: float = key(0.0, "the same in FP8; 0 where there is none", range=RATE)
     memory_gbs: float = key(0.0, "memory bandwidth of one GPU, GB/s", range=RATE)
-    node_gbs: float = key(0.0, "between GPUs of a node, GB/s of one GPU in one direction", range=RATE)
-    network_gbs: float = key(0.0, "between nodes, GB/s of one GPU in one direction", range=RATE)
-    host_gbs: float = key(0.0, "between one GPU and host memory, GB/s in one direction", range=RATE)
-    storage_gbs: float = key(0.0, "one node's writes to the file system, GB/s", range=RATE)
+    node_gbs: float = key(0.0, "bandwidth between GPUs of a node, GB/s of one GPU in one direction", range=RATE)
+    network_gbs: float = key(0.0, "bandwidth between nodes, GB/s of one GPU in one direction", range=RATE)
+    host_gbs: float = key(0.0, "bandwidth between one GPU and host memory, GB/s in one direction", range=RATE)
+    storage_gbs: float = key(0.0, "write bandwidth of one node to the file system, GB/s", range=RATE)
     usd_per_gpu_hour: float = key(0.0, "price of one GPU for one hour, USD", range=RATE)
 
 

@@ -57,7 +57,7 @@ def import_hf(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Convert an HF checkpoint to Megatron's torch_dist format, with config and tokenizer beside it.
+    """Convert an HF checkpoint to Megatron's torch_dist format, together with config and tokenizer.
 
     Args:
         dtype: cast every tensor to this dtype; None casts nothing.

@@ -135,7 +135,7 @@ def _refuse_rivals(path: Path, names: list[str]) -> None:
     adapter = next((name for name in ADAPTERS if (path / name).is_file()), None)
     if adapter is not None:
         raise ModelError(
-            f"{path} holds an adapter ({adapter}) beside its weights and would ignore it: merge it into the weights, or move it"
+            f"{path} holds an adapter ({adapter}) besides weights and would ignore it: merge it into the weights, or move it"
         )
     rival = next((file.name for file in sorted(path.glob("model*.safetensors")) if file.name not in names), None)
     if rival is not None:
@@ -152,7 +152,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise ModelError(f"{index} is not a valid index of safetensors files: its weight_map names none")
     outside = [file for file in named.values() if Path(file).name != file]
     if outside:
-        raise ModelError(f"{index} names {outside[0]}, which is not a file beside it")
+        raise ModelError(f"{index} names {outside[0]}, which is not a file next to it")
     return named
 
 

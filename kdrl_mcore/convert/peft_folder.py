@@ -1,4 +1,4 @@
-"""Adapters as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`), which `peft` and vLLM load."""
+"""Adapters as a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`), which `peft` and vLLM can load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdrl_mcore.convert.targets import replacing_folder
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
-from kdrl_mcore.model.lora import PLACES, factors_by_name
+from kdrl_mcore.model.lora import ADAPTABLE_LINEARS, factors_by_name
 from kdrl_mcore.resilience.waiting import waits_for_others
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,10 +42,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def factor_names(architecture: Architecture, lora: LoraConfig) -> list[str]:
     """The names of all the factors of a model, layer by layer."""
     return [
-        f"{_PREFIX}model.layers.{layer}.{place.hf}.{projection}.lora_{factor}.weight"
+        f"{_PREFIX}model.layers.{layer}.{linear.hf}.{projection}.lora_{factor}.weight"
         for layer in range(architecture.num_layers)
-        for place in PLACES
-        for projection in place.projections
+        for linear in ADAPTABLE_LINEARS
+        for projection in linear.projections
         if projection in lora.target_modules
         for factor in "AB"
     ]
@@ -56,14 +56,17 @@ def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig) -> No
     """Fill this rank's adapters from a PEFT folder, cast to the model's dtype. No communication.
 
     Raises:
-        ModelError: the folder is not one of these adapters for this model, or is damaged.
+        ModelError: the folder does not hold these adapters of this model, or is damaged.
     """
     check_peft_folder(folder, lora)
     path, tensor = Path(folder) / WEIGHTS, parts.groups.tensor
     try:
         with safe_open(path, framework="pt") as file:
             found, expected = set(file.keys()), set(factor_names(parts.architecture, lora))
-            for names, problem in ((expected - found, "has no"), (found - expected, "has, beside student.lora's factors,")):
+            for names, problem in (
+                (expected - found, "has no"),
+                (found - expected, "has, besides student.lora's factors,"),
+            ):
                 if names:
                     raise ModelError(
                         f"{path} {problem} {min(names)} ({len(names)} in all): set student.lora.target_modules to its modules"
@@ -84,7 +87,7 @@ def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig) -> No
 
 
 def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
-    """Check that a folder's adapters compute what `student.lora` does.
+    """Check that a folder's adapters compute what `student.lora` describes.
 
     Raises:
         ModelError: it has no readable adapter_config.json, or another rank, alpha or kind of adapter.
@@ -93,7 +96,7 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"student.lora.path={folder} is no PEFT folder: {CONFIG} cannot be read ({error})") from error
+        raise ModelError(f"student.lora.path={folder} is not a PEFT folder: {CONFIG} cannot be read ({error})") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ModelError(f"{path}: only adapters of peft_type LORA can be trained")
     for key, allowed in _NEUTRAL.items():
@@ -106,7 +109,7 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
 
 @waits_for_others
 def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, target: str | Path) -> None:
-    """Write the adapters as a PEFT folder; an earlier one of ours is replaced. Collective over the world: rank 0 gathers the
+    """Write the adapters as a PEFT folder, which replaces an earlier export. Collective over the world: rank 0 gathers the
     factors from the first replica.
 
     Args:
@@ -127,7 +130,7 @@ def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, targe
 
 
 def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
-    """The whole factors in host memory by their names in a PEFT file, on rank 0; empty on the others. Collective over the
+    """On rank 0 the whole factors, in host memory, by their names in a PEFT file; empty on other ranks. Collective over the
     world."""
     mine = [
         (_PREFIX + name, dim, parts.groups.tensor.rank(), parameter.detach().cpu())

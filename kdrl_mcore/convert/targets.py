@@ -87,7 +87,7 @@ def replacing_folder(
 
 
 def begin(target: str | Path, sources: Sequence[str | Path] = (), *, overwrite: bool) -> Path:
-    """Make the empty temporary folder beside `target`, and remove the leftovers of an interrupted write.
+    """Make the empty temporary folder next to `target`, and remove the leftovers of an interrupted write.
 
     Raises:
         ModelError: see `check_target`.

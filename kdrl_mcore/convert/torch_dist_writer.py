@@ -181,7 +181,7 @@ _NOT_USED: dict[str, Any] = {
     "config_logger_dir": "",
     "cp_comm_type": ["p2p"],
     "transformer_impl": "transformer_engine",
-    "tokenizer_type": "NullTokenizer",  # only counts the vocabulary; the tokenizer lies beside the weights
+    "tokenizer_type": "NullTokenizer",  # only counts the vocabulary; the tokenizer's files are next to the weights
 }
 
 

@@ -179,8 +179,8 @@ def check_names(weights: Weights, architecture: Architecture, rules: list[Weight
     """Compare a checkpoint's tensors with those of its architecture.
 
     Raises:
-        ModelError: a tensor is missing, unexpected or has the wrong shape, or a head stored beside tied embeddings differs from
-            them.
+        ModelError: a tensor is missing, unexpected or has the wrong shape, or a head stored along with tied embeddings differs
+            from them.
     """
     expected = {name: None for tensor in global_tensors(rules, architecture) for name in tensor.hf_names}
     missing = [name for name in expected if name not in weights.names]
@@ -200,7 +200,7 @@ def check_names(weights: Weights, architecture: Architecture, rules: list[Weight
 
 
 def check_tied_head(weights: Weights) -> None:
-    """Check that a head stored beside tied embeddings is a second copy of them. Reads both.
+    """Check that a head stored along with tied embeddings is a second copy of them. Reads both.
 
     Raises:
         ModelError: it is not. `transformers` would then use the head, vLLM would not, and the config agrees with vLLM.

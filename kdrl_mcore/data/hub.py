@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from kdrl_mcore.config import Config, can_be_positive
+from kdrl_mcore.config import Config
+from kdrl_mcore.config.derived import uses_teacher
 from kdrl_mcore.convert.hub import HubId, download, find_commit, hub_id
 from kdrl_mcore.data.arrow_rows import COMMIT
 from kdrl_mcore.data.files import is_file
@@ -52,7 +53,7 @@ def resolve_models(config: Config) -> dict[str, str]:
         ModelError: on every rank: a model cannot be obtained.
     """
     used = {"student.path": config.student.path}
-    if config.objective.kind != "sft" and can_be_positive(config.objective.beta):
+    if uses_teacher(config.objective):
         used["teacher.path"] = config.teacher.path
     folders, commits = resolve({key: path for key, path in used.items() if path})
     config.student.path = folders.get("student.path", config.student.path)

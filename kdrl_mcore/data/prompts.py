@@ -57,7 +57,7 @@ def load_prompts(
         needs_answers: every row must have an answer; supervised fine-tuning needs none.
         domain: see `Prompt`.
         long_prompts: see `data.long_prompts`; None if dropping prompts is not an option.
-        teachers: by name, the teachers that read prompts of their own (`Prompt.teacher_prompts`).
+        teachers: by name, the teachers that read other prompts (`Prompt.teacher_prompts`).
         on_chunk: called after each chunk of rows.
 
     Raises:

@@ -36,10 +36,11 @@ class Template:
             source: the data set's name, for error messages.
             section: the section of these settings in the configuration, likewise.
             chat_date: see `data.chat_date`.
-            columns: the columns that stand in the texts beside {prompt} and {answer}; None: only {prompt} does.
+            columns: the columns that the texts may contain in addition to {prompt} and {answer}; None: only {prompt}.
 
         Raises:
-            ConfigError: a text has no {prompt} or names what is no column, or a setting belongs to the other kind of template.
+            ConfigError: a text has no {prompt} or names something that is not a column, or a setting belongs to the other kind
+                of template.
             DataError: the tokenizer has no chat template.
         """
         self._source, self._section, self._settings, self._tokenizer = source, section, settings, tokenizer

@@ -86,7 +86,7 @@ class Tokenizer:
         return repr(self._backend.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def template_asks_for(self, name: str) -> bool:
-        """Whether this word stands in the chat template."""
+        """Whether this word occurs in the chat template."""
         return re.search(rf"\b{re.escape(name)}\b", str(self._backend.chat_template or "")) is not None
 
     def chat_text(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What attention needs to know about a packed micro-batch; a superset of what Transformer Engine's kernels take.
+    """What attention needs to know about a packed micro-batch; a superset of what Transformer Engine's kernels use.
 
     Attributes:
         rotary: for each rotary embedding of the model, the cosines and sines of every token, both [S, 1, D/2] (of the rotated
@@ -148,10 +148,10 @@ class PackedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         """Args:
-        rotary: which of the model's rotary embeddings this layer has; None for none.
-        window: the keys that a query sees, its own included; None for all up to its own.
-        norm_of_all_heads: queries and keys are normalised over all heads of a token, which Megatron's spec does not have.
-        args, kwargs: Megatron's own.
+        rotary: the index of this layer's rotary embedding among the model's; None if it has none.
+        window: the number of keys that a query sees, including its own; None for all keys up to its own.
+        norm_of_all_heads: queries and keys are normalised over all heads of a token, which Megatron's spec does not support.
+        args, kwargs: those of Megatron's class.
         """
         super().__init__(*args, **kwargs)
         self.rotary, self.window = rotary, window
@@ -189,8 +189,8 @@ class PackedSelfAttention(SelfAttention):
         return self.linear_proj(context.reshape(context.size(0), 1, -1))
 
     def decode(self, hidden_SH: Tensor, packed: PackedSequences) -> Tensor:
-        """The same up to the output projection, for one new token of every sequence in the cache, without gradients and with
-        our own linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
+        """The forward pass up to the output projection for one new token of every sequence in the cache, without gradients and
+        with our linear layers: [S, H], all rows on every tensor-parallel rank -> [S, N * D]."""
         assert packed.cache is not None
         linear: ColumnParallel = self.linear_qkv
         query, key, value = self._split(linear.product(hidden_SH))
@@ -227,11 +227,11 @@ class PackedDotProductAttention(nn.Module):
     """Causal attention within each packed sequence: one call of a kernel for sequences of any lengths, or torch's
     scaled_dot_product_attention, run by run.
 
-    With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. Either way the inputs are
-    views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first, because
-    a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of a
-    prompt that responses share are copied for each response, as if each response had its own prompt; in the backward pass their
-    gradients add up.
+    With the latter, sequences of equal length are adjacent (packing sorts them) and share one call. In both cases the inputs
+    are views: nothing is padded or copied. Under context parallelism the keys and values of all ranks are gathered first,
+    because a rank needs all tokens before its own; with grouped heads they are several times smaller than the queries. Those of
+    a prompt that responses share are copied for each response, as if each response had its own prompt; in the backward pass
+    their gradients add up.
     """
 
     def __init__(
@@ -303,9 +303,10 @@ def _attend_to_run(
 def _attend_in_windows(query: Tensor, key: Tensor, value: Tensor, window: int, **settings: Any) -> Tensor:
     """Attention of the last queries [B, N, S, D] of sequences with keys [B, K, F, D], each to the `window` keys up to its own.
 
-    Blocks of `window` queries meet the keys that any of them sees: two windows at most, whatever the length of a sequence.
+    Each block of `window` queries is multiplied by the keys that any of them sees: at most two windows, however long the
+    sequence is.
     """
-    earlier = key.size(2) - query.size(2)  # keys before the first query's own
+    earlier = key.size(2) - query.size(2)  # keys before that of the first query
     outputs = []
     for start in range(0, query.size(2), window):
         block = query[:, :, start : start + window]

@@ -1,10 +1,10 @@
 """A decoding step: one token of every sequence through a model chunk's layers.
 
-It computes what the modules compute, with their weights and over their groups, in fewer operations: Megatron-Core's
-modules prepare for gradients, recompute and overlap, which costs as much time as the products of a few rows. All rows are
-on every tensor-parallel rank, under sequence parallelism as well: with so few, splitting them saves nothing.
+It gives the same result as the modules, with their weights and over their groups, in fewer operations: Megatron-Core's modules
+prepare for gradients, recompute and overlap, which costs as much time as the matrix products of a few rows. Every
+tensor-parallel rank has all rows, under sequence parallelism as well: splitting so few would save nothing.
 
-N rows (one per sequence, and fillers), H hidden size.
+N rows (one per sequence, and padding), H hidden size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from kdrl_mcore.model.attention import PackedSequences
 from kdrl_mcore.model.gpt import LanguageModel
-from kdrl_mcore.model.linear import ColumnParallel, RowParallel, pack
+from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.lora import ADAPTER
 from kdrl_mcore.parallel.collectives import all_gather_single
 from kdrl_mcore.parallel.layout import ModelGroups
 
 
 def can_decode(chunk: LanguageModel) -> bool:
-    """Whether `decode` computes this chunk: its linear layers are ours, not Transformer Engine's, and have no adapters."""
+    """Whether `decode` supports this chunk: its linear layers are ours, not Transformer Engine's, and have no adapters."""
     linear_layers = [layer.self_attention.linear_qkv for layer in chunk.decoder.layers]
     adapted = any(hasattr(module, ADAPTER) for module in chunk.decoder.modules())
     return not adapted and all(isinstance(each, ColumnParallel) for each in linear_layers)
@@ -33,11 +33,11 @@ def can_decode(chunk: LanguageModel) -> bool:
 def decode(
     chunk: LanguageModel, groups: ModelGroups, tokens_N: Tensor, hidden_NH: Tensor | None, packed: PackedSequences
 ) -> Tensor:
-    """One token of each sequence through this chunk, without gradients.
+    """Run one token of each sequence through this chunk, without gradients.
 
     Args:
-        hidden_NH: what the chunk before returned; None for the first.
-        packed: the positions, and the cache, which must be decoding.
+        hidden_NH: the output of the previous chunk; None for the first.
+        packed: the positions and the cache, whose `begin_decoding` has been called.
 
     Returns:
         Hidden states [N, H], normalised after the last layer of the model. Collectives over the tensor-parallel group: a SUM
@@ -59,8 +59,8 @@ def decode(
 
 
 def _feed_forward(mlp: Any, x_NH: Tensor, groups: ModelGroups) -> tuple[Tensor, Tensor | None]:
-    """Output, and the bias to be added, of the MLP, or of the module with its experts, of which each rank under sequence
-    parallelism routes its own rows."""
+    """The output of an MLP or of a mixture of experts, and the bias that is still to be added. Under sequence parallelism each
+    rank routes its own rows to the experts."""
     if hasattr(mlp, "linear_fc1"):
         gate, up = mlp.linear_fc1.product(x_NH).chunk(2, dim=-1)
         return _sum(mlp.linear_fc2.product(mlp.config.activation_func(gate).mul_(up)), groups), mlp.linear_fc2.bias
@@ -71,14 +71,14 @@ def _feed_forward(mlp: Any, x_NH: Tensor, groups: ModelGroups) -> tuple[Tensor, 
 
 
 def _sum(x_NH: Tensor, groups: ModelGroups) -> Tensor:
-    """The sum over the tensor-parallel group, in place."""
+    """Sum over the tensor-parallel group, in place."""
     if groups.layout.tensor > 1:
         dist.all_reduce(x_NH, group=groups.tensor)
     return x_NH
 
 
 def _whole(x: Tensor, groups: ModelGroups) -> Tensor:
-    """The rows of all tensor-parallel ranks, where each has its own."""
+    """The rows of all tensor-parallel ranks, which under sequence parallelism are gathered."""
     if not groups.layout.sequence_parallel:
         return x
     whole = x.new_empty(len(x) * groups.tensor.size(), x.size(1))
@@ -87,22 +87,20 @@ def _whole(x: Tensor, groups: ModelGroups) -> Tensor:
 
 
 def pack_weights(chunks: Iterable[LanguageModel]) -> None:
-    """Give every large weight of the linear layers and of the output head a copy that is faster to multiply with (on CPUs that
-    gain by it), until `unpack_weights`. A copy does not follow the weight: nothing may be updated in between."""
+    """Make a copy of every large weight of the linear layers and the output head that is faster to multiply by, on CPUs where
+    this helps. Copies do not follow their weights: no weight may be updated before `unpack_weights`."""
     for chunk in chunks:
         for module in _linear_layers(chunk):
-            if module.packed is None:
-                module.packed = pack(module.weight)
-        if chunk.post_process and chunk.packed_head is None:
-            chunk.packed_head = pack(chunk.head_weight())
+            module.pack_weight()
+        chunk.pack_head()
 
 
 def unpack_weights(chunks: Iterable[LanguageModel]) -> None:
     """Drop the copies."""
     for chunk in chunks:
         for module in _linear_layers(chunk):
-            module.packed = None
-        chunk.packed_head = None
+            module.unpack_weight()
+        chunk.unpack_head()
 
 
 def _linear_layers(chunk: LanguageModel) -> Iterator[ColumnParallel | RowParallel]:

@@ -18,7 +18,7 @@ from kdrl_mcore.model.attention import PackedSequences, pack_attention
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.layer_spec import block_spec, transformer_config, uses_transformer_engine
-from kdrl_mcore.model.linear import product
+from kdrl_mcore.model.linear import pack, product
 from kdrl_mcore.model.lora import add_adapters
 from kdrl_mcore.model.offload import ActivationOffload
 from kdrl_mcore.model.rope import RotaryFrequencies, rotary_frequencies
@@ -37,7 +37,7 @@ class LanguageModel(GPTModel):
     the next one.
 
     Attributes:
-        packed_head: while it generates, the output head from `linear.pack`.
+        packed_head: while the model generates, the output head from `linear.pack`.
     """
 
     architecture: Architecture
@@ -48,7 +48,7 @@ class LanguageModel(GPTModel):
     _head_pre_hook: Callable[[], None] | None = None
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
-        """One packed micro-batch through this chunk's layers."""
+        """Run one packed micro-batch through this chunk's layers."""
         return self(input_ids=tokens_S[None], position_ids=positions_S[None], attention_mask=None, packed_seq_params=packed)
 
     def pack(self, runs: tuple[SequenceRun, ...], positions_S: Tensor, cache: KVCache) -> PackedSequences:
@@ -81,7 +81,7 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> Tensor:
         """The output head [V/tp, H] of the last stage (the embedding's weight where they are tied). It is read outside its
-        module, so no hook of that module runs except the one from `register_head_pre_hook`."""
+        module, so none of that module's hooks run except the one from `register_head_pre_hook`."""
         if self._head_pre_hook is not None:
             self._head_pre_hook()
         return (
@@ -92,12 +92,21 @@ class LanguageModel(GPTModel):
         """[N, H] -> this rank's columns of the logits [N, V/tp], without gradients."""
         return product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
 
+    def pack_head(self) -> None:
+        """Make `packed_head`, unless it exists or another stage has the output head."""
+        if self.post_process and self.packed_head is None:
+            self.packed_head = pack(self.head_weight())
+
+    def unpack_head(self) -> None:
+        """Drop `packed_head`."""
+        self.packed_head = None
+
     def register_head_pre_hook(self, hook: Callable[[], None]) -> None:
         """Register a function that is called each time before the weight of the output head is read."""
         self._head_pre_hook = hook
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """Hidden states take the scale of the logits, so that whoever multiplies them with the head has the model's logits."""
+        """Multiply the hidden states by the scale of the logits, so that their product with the head is the model's logits."""
         scale = self.architecture.logit_scale
         return hidden_states * scale if self.post_process and scale != 1 else hidden_states
 
@@ -107,7 +116,7 @@ class ModelParts:
     """This rank's share of a model: one chunk per virtual pipeline stage.
 
     Attributes:
-        share_prompts: in its micro-batches, responses to equal prompts share the prompt's rows.
+        share_prompts: whether responses to equal prompts share the prompt's rows in a micro-batch.
     """
 
     chunks: list[LanguageModel]
@@ -149,13 +158,13 @@ def build_model(
 
     Args:
         vocab_size: the number of real tokens; no softmax includes the columns beyond it.
-        activations: what the backward pass recomputes and what waits for it in host memory.
-        share_prompts: see `ModelParts`; it takes our attention instead of Transformer Engine's.
-        lora: the adapters, of which alone the gradients are computed; None for a model without.
+        activations: which activations the backward pass recomputes, and which wait for it in host memory.
+        share_prompts: see `ModelParts`; attention is then ours instead of Transformer Engine's.
+        lora: the adapters, the only parameters that then have gradients; None for a model without adapters.
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
-        ConfigError: the layout does not fit the architecture, or an activation to recompute or off-load does not exist in it.
+        ConfigError: the layout does not fit the architecture, or the architecture lacks an activation to recompute or off-load.
     """
     check_layout(architecture, groups.layout, trainable=trainable)
     activations.check(architecture, transformer_engine=uses_transformer_engine(model))

@@ -39,7 +39,8 @@ class KVCache:
     ) -> None:
         """Args:
         prompt_lengths: the prompts' lengths in packed order; slots follow in that order, `responses` for each.
-        responses: how many share the keys and values of one forward pass over their prompt, of each or of all prompts.
+        responses: the number of responses to each prompt, or one number for all; responses to a prompt share the keys and
+            values of one forward pass over it.
         max_response: the most columns that decoding can need.
         few_shapes: attend to all allocated columns rather than only to those written.
         """
@@ -49,13 +50,13 @@ class KVCache:
         self._few_shapes = few_shapes
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
-        lengths, copies = torch.tensor(prompt_lengths), torch.tensor(responses)
+        lengths, counts = torch.tensor(prompt_lengths), torch.tensor(responses)
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(self.columns) - (self.columns - lengths)[:, None]
-        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(copies, dim=0)
+        rows = (starts[:, None] + offsets.clamp(min=0)).repeat_interleave(counts, dim=0)
         self._prompt_rows = to_device(rows)  # [slots, columns]
         # Added to the scores: attention would convert a boolean mask to this at every call.
-        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(copies, dim=0)
+        bias = torch.where(offsets >= 0, 0.0, -torch.inf).repeat_interleave(counts, dim=0)
         self._bias = F.pad(to_device(bias), (0, self._capacity() - self.columns), value=-torch.inf)
 
     def fill(self, layer: int, key_SKD: Tensor, value_SKD: Tensor) -> None:
@@ -81,16 +82,16 @@ class KVCache:
         scale: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Store the new token's key and value for every slot, and attend to it and everything before, or the last `window`
-        tokens of it: [S, N, D] -> [S, N, D].
+        """Store the new token's key and value for every slot, and attend to it and all tokens before it, or to the last
+        `window` of these: [S, N, D] -> [S, N, D].
 
-        Rows beyond the slots (token alignment) get zeros.
+        The result is zero in rows beyond the slots, which only pad the number of tokens.
         """
         slots, capacity = self._bias.shape
         for store, new in ((self._keys, key_SKD), (self._values, value_SKD)):
             store[layer][:, :, self.columns] = new[:slots]
         heads, kv_heads, width = query_SND.size(1), key_SKD.size(1), query_SND.size(2)
-        # The query heads that share a key/value head take the axis of the query's time steps.
+        # The query heads that share a key/value head are laid along the axis of the query's time steps.
         query = query_SND[:slots].reshape(slots, kv_heads, heads // kv_heads, width)
         # A slot's tokens lie in adjacent columns, so all slots have the same window.
         first = 0 if window is None else max(0, self.columns + 1 - window)

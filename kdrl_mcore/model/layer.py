@@ -62,13 +62,13 @@ def _normed(choose: Callable[[bool, bool], AddBranch], norm: RMSNorm) -> Callabl
 class AllHeadsNorm(nn.Module):
     """RMSNorm of queries or keys over all heads of a token, which the tensor-parallel ranks share.
 
-    Each rank has the weights of its own heads. A SUM all-reduce of one scalar a token over the tensor-parallel group, forward
-    and backward.
+    Each rank has the weights of its own heads. One scalar per token is all-reduced (SUM) over the tensor-parallel group, in
+    the forward and in the backward pass.
     """
 
     def __init__(self, config: TransformerConfig, heads: int, tp_group: dist.ProcessGroup) -> None:
         """Args:
-        heads: heads of all ranks.
+        heads: the number of heads of all ranks together.
         tp_group: the ranks that share them.
         """
         super().__init__()
@@ -101,7 +101,7 @@ class AllHeadsNorm(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over a group of what each rank has. Every rank uses the sum, so its gradient is summed as well."""
+    """The sum of a tensor over the ranks of a group. Every rank uses the sum, so the gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -40,7 +40,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers consist of Transformer Engine's modules.
 
     Raises:
-        ConfigError: the configuration asks for Transformer Engine, which cannot be used in this process.
+        ConfigError: the configuration asks for Transformer Engine, but this process cannot use it.
     """
     asked = asks_for_transformer_engine(model)
     if asked is False:
@@ -130,7 +130,7 @@ def block_spec(
     and linear layers.
 
     Args:
-        separate_norms: Transformer Engine's linear layers do not contain the norms before them, whose outputs adapters need.
+        separate_norms: keep norms out of Transformer Engine's linear layers, because adapters need the norms' outputs.
     """
     use_te = uses_transformer_engine(model)
     layer: ModuleSpec = mcore.layer_submodules(
@@ -159,9 +159,9 @@ def block_spec(
         layer.module = NormsAfterLayer
     if architecture.norms == "after":
         mcore.drop_norms_before(layer, use_transformer_engine=use_te)
-    # Transformer Engine's context parallelism needs every sequence padded; ours cuts the packed sequence. In float32 its
-    # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper of it has no causal mask
-    # for fewer queries than keys, which responses to a shared prompt have.
+    # Transformer Engine's context parallelism needs every sequence padded; ours splits the packed sequence. In float32 its
+    # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper has no causal mask for
+    # fewer queries than keys, as responses to a shared prompt have.
     float32 = config.params_dtype == torch.float32
     if not use_te or groups.layout.context > 1 or float32 or share_prompts or architecture.has_windows:
         attention.submodules.core_attention = PackedDotProductAttention
@@ -174,13 +174,13 @@ def block_spec(
 
 def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) -> ModuleSpec:
     """A layer's spec with the window and the rotary embedding of layer `number` of the whole model."""
-    sees = architecture.attention(number)
-    rotary = None if sees.rope is None else architecture.rotary_embeddings.index(sees.rope)
+    described = architecture.attention(number)
+    rotary = None if described.rope is None else architecture.rotary_embeddings.index(described.rope)
     attention = layer.submodules.self_attention
     submodules = attention.submodules
-    if sees.window is not None:
-        windowed = ModuleSpec(module=submodules.core_attention, params={"window": sees.window})
+    if described.window is not None:
+        windowed = ModuleSpec(module=submodules.core_attention, params={"window": described.window})
         submodules = replace(submodules, core_attention=windowed)
-    params = {"rotary": rotary, "window": sees.window, "norm_of_all_heads": architecture.qk_norm_of_all_heads}
+    params = {"rotary": rotary, "window": described.window, "norm_of_all_heads": architecture.qk_norm_of_all_heads}
     attention = replace(attention, submodules=submodules, params={**attention.params, **params})
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention))

@@ -1,8 +1,8 @@
-"""Products with a weight without gradients, and Megatron-Core's parallel linear layers with them.
+"""Matrix products without gradients, and Megatron-Core's parallel linear layers that use them.
 
-On a CPU, oneDNN computes them rather than MKL, which is slower on AMD's processors; and while a model generates, each large
-weight has a copy in the order in which oneDNN's kernels read it: with the few rows of a decoding step, reading the weight takes
-most of the time. Measured in docs/benchmarks.md.
+On CPUs oneDNN computes these products rather than MKL, which is slower on AMD processors. While a model generates, each large
+weight also has a copy in the memory order of oneDNN's kernels: with the few rows of a decoding step, reading the weight takes
+most of the time. docs/benchmarks.md has measurements.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LEAST_ELEMENTS = 2**17
-"""Smaller weights stay in the cache of a core (512 KiB and more), where all products are equally fast."""
+"""Smaller weights fit in the cache of a core (512 KiB or more), where all products are equally fast."""
 _TYPICAL_ROWS = 32
-"""What a packed weight is ordered for. It is as fast with any other number of rows up to 128."""
+"""The number of rows for which packed weights are laid out. They are as fast with any other number up to 128."""
 
 
 def pack(weight_NK: Tensor) -> Tensor | None:
-    """A copy of the weight for `product`, in the order in which oneDNN reads it; None where there is nothing to gain."""
+    """A copy of the weight for `product` in oneDNN's memory order; None where it would not be faster."""
     if not _is_onednns(weight_NK) or (weight_NK.dtype != torch.float32 and not _has_bfloat16()):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), _TYPICAL_ROWS)
@@ -36,12 +36,12 @@ def product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tenso
     if weight_NK.is_mkldnn or (weight_NK.dtype == torch.float32 and _is_onednns(weight_NK)):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
         return result
-    # In two dimensions: with more, torch may multiply with a copy of the weight for each of the first one.
+    # In two dimensions: with more, torch may copy the weight for each index of the first.
     return F.linear(x.flatten(0, -2), weight_NK, bias_N).view(*x.shape[:-1], len(weight_NK))
 
 
 def _is_onednns(weight_NK: Tensor) -> bool:
-    """Whether oneDNN, called directly, is the faster one for this weight. torch itself calls it in bfloat16."""
+    """Whether calling oneDNN directly is faster for this weight. In bfloat16, torch itself calls it."""
     return (
         weight_NK.device.type == "cpu"
         and weight_NK.dtype in (torch.float32, torch.bfloat16)
@@ -64,6 +64,15 @@ class ColumnParallel(ColumnParallelLinear):
 
     packed: Tensor | None = None
 
+    def pack_weight(self) -> None:
+        """Make `packed`, unless it exists."""
+        if self.packed is None:
+            self.packed = pack(self.weight)
+
+    def unpack_weight(self) -> None:
+        """Drop `packed`."""
+        self.packed = None
+
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -81,7 +90,7 @@ class ColumnParallel(ColumnParallelLinear):
         return self.product(input_), None
 
     def product(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
-        """This rank's columns of the result, of all rows: without collectives and without gradients."""
+        """This rank's columns of the result for all rows, without collectives and without gradients."""
         return product(x, self.weight if self.packed is None else self.packed, self.bias if with_bias else None)
 
 
@@ -93,6 +102,15 @@ class RowParallel(RowParallelLinear):
     """
 
     packed: Tensor | None = None
+
+    def pack_weight(self) -> None:
+        """Make `packed`, unless it exists."""
+        if self.packed is None:
+            self.packed = pack(self.weight)
+
+    def unpack_weight(self) -> None:
+        """Drop `packed`."""
+        self.packed = None
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, ..., K of this rank] -> ([S, ..., N], the bias if the caller is to add it).
@@ -109,5 +127,5 @@ class RowParallel(RowParallelLinear):
         return reduce_from_tensor_model_parallel_region(result, group=self.tp_group), None
 
     def product(self, x: Tensor) -> Tensor:
-        """This rank's term of the result, without bias: without collectives and without gradients."""
+        """This rank's term of the result, without the bias, without collectives and without gradients."""
         return product(x, self.weight if self.packed is None else self.packed)

@@ -1,21 +1,21 @@
-"""LoRA (https://arxiv.org/abs/2106.09685): low-rank adapters beside a frozen model's linear layers.
+"""LoRA (https://arxiv.org/abs/2106.09685): low-rank adapters of a frozen model's linear layers.
 
 y = x W^T + (alpha / rank) x A^T B^T for each adapted projection, A [rank, in] and B [out, rank]; only A and B are trained. Our
-layers fuse query, key and value, and gate and up. Each projection has factors of its own, the same as `peft` has; a fused layer
-multiplies all its A's as one matrix, and all its B's as one.
+layers fuse query, key and value, and gate and up. Each projection has separate factors, as in `peft`; a fused layer multiplies
+by all its A's as one matrix, and by all its B's as one.
 
-Tensor parallelism splits a column-parallel layer's B by rows and a row-parallel layer's A by columns. The other factor is whole
-on every rank, and its gradient is summed over the ranks, once per update (`sum_shared_gradients`). In a pass over the model:
+Tensor parallelism splits a column-parallel layer's B by rows and a row-parallel layer's A by columns. Every rank holds the
+other factor whole, and the ranks sum its gradient once per update (`sum_shared_gradients`). In a pass over the model:
 
-- a row-parallel layer (o_proj, down_proj) adds its adapter before its own all-reduce or reduce-scatter: nothing else is
+- a row-parallel layer (o_proj, down_proj) adds its adapter's output before its all-reduce or reduce-scatter: nothing else is
   communicated;
-- a column-parallel layer (q_proj, k_proj, v_proj, gate_proj, up_proj) without sequence parallelism adds the adapter's gradient
-  of the input before its own all-reduce: nothing else is communicated;
+- a column-parallel layer (q_proj, k_proj, v_proj, gate_proj, up_proj) without sequence parallelism adds the adapter's input
+  gradient before its all-reduce: nothing else is communicated;
 - with sequence parallelism such a layer computes x A^T from this rank's tokens, then gathers it: `rank` values per token and
-  projection, beside its own gather of the hidden size, and as much in a reduce-scatter of the backward pass. In return the
-  adapter keeps this rank's tokens for the backward pass, not those of all ranks.
+  projection, in addition to the layer's gather of the hidden states, and as many in a reduce-scatter of the backward pass. In
+  return the adapter keeps only this rank's tokens for the backward pass, not those of all ranks.
 
-S tokens, K inputs and N outputs of a layer on this rank, R rank, P adapted projections of the layer.
+S tokens; K inputs and N outputs of a layer on this rank; R the adapters' rank; P adapted projections of the layer.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ ADAPTER = "lora"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A linear layer that can be adapted.
+class AdaptableLinear:
+    """One of the linear layers of a transformer layer that can have adapters.
 
     Attributes:
         path: its name in Megatron-Core's transformer layer.
         projections: the projections that it consists of.
-        is_row: it is row-parallel; otherwise column-parallel.
+        is_row: whether it is row-parallel; otherwise it is column-parallel.
         hf: the module of an HF layer that holds the projections.
     """
 
@@ -68,16 +68,17 @@ class Place:
     hf: str
 
 
-PLACES = (
-    Place("self_attention.linear_qkv", ("q_proj", "k_proj", "v_proj"), False, "self_attn"),
-    Place("self_attention.linear_proj", ("o_proj",), True, "self_attn"),
-    Place("mlp.linear_fc1", ("gate_proj", "up_proj"), False, "mlp"),
-    Place("mlp.linear_fc2", ("down_proj",), True, "mlp"),
+QKV = AdaptableLinear("self_attention.linear_qkv", ("q_proj", "k_proj", "v_proj"), False, "self_attn")
+ATTENTION_LINEARS = (QKV, AdaptableLinear("self_attention.linear_proj", ("o_proj",), True, "self_attn"))
+MLP_LINEARS = (
+    AdaptableLinear("mlp.linear_fc1", ("gate_proj", "up_proj"), False, "mlp"),
+    AdaptableLinear("mlp.linear_fc2", ("down_proj",), True, "mlp"),
 )
+ADAPTABLE_LINEARS = (*ATTENTION_LINEARS, *MLP_LINEARS)
 
 
 class Factors(nn.Module):
-    """A and B of one projection, this rank's share.
+    """This rank's share of one projection's A and B.
 
     Attributes:
         a: [R, K], split by columns in a row-parallel layer.
@@ -95,48 +96,49 @@ class Factors(nn.Module):
 
     @property
     def shared(self) -> nn.Parameter:
-        """The factor that tensor-parallel ranks hold whole, each with a part of its gradient."""
+        """The factor that every tensor-parallel rank holds whole, with a part of its gradient."""
         return self.b if self.is_row else self.a
 
 
 class Adapter(nn.Module):
-    """The adapters of one linear layer, beside it.
+    """The adapters of one linear layer.
 
     Attributes:
-        enabled: off, the layer is the frozen model's.
+        enabled: whether they are added to the layer's output; otherwise the layer is the frozen model's.
     """
 
     def __init__(
-        self, linear: Any, place: Place, layer: int, lora: LoraConfig, architecture: Architecture, groups: ModelGroups
+        self, linear: Any, kind: AdaptableLinear, layer: int, lora: LoraConfig, architecture: Architecture, groups: ModelGroups
     ) -> None:
         """Attach uninitialised adapters to the layer, and take over its collectives where that saves some.
 
         Args:
-            linear: Megatron-Core's layer, our own or Transformer Engine's.
+            linear: the layer: Megatron-Core's, ours or Transformer Engine's.
+            kind: which of a transformer layer's linear layers it is.
             layer: the number of the transformer layer.
         """
         super().__init__()
         self.scale, self.enabled = lora.alpha / lora.rank, True
-        self._group, self._is_row = groups.tensor, place.is_row
+        self._group, self._is_row = groups.tensor, kind.is_row
         self._splits_tokens = groups.layout.sequence_parallel
         weight: Tensor = linear.weight
         ranks, outputs = groups.tensor.size(), weight.size(0)
-        rows = {name: each for name, each in _rows_of(place, architecture, outputs).items() if name in lora.target_modules}
+        rows = {name: each for name, each in _rows_of(kind, architecture, outputs).items() if name in lora.target_modules}
         for name, own in rows.items():
             factors = Factors(
                 weight.new_empty(lora.rank, weight.size(1)),
                 weight.new_empty(len(own), lora.rank),
-                weight.size(1) * (ranks if place.is_row else 1),
-                len(own) * (1 if place.is_row else ranks),
-                f"model.layers.{layer}.{place.hf}.{name}",
-                is_row=place.is_row,
+                weight.size(1) * (ranks if kind.is_row else 1),
+                len(own) * (1 if kind.is_row else ranks),
+                f"model.layers.{layer}.{kind.hf}.{name}",
+                is_row=kind.is_row,
             )
             self.add_module(name, factors)
         self._shape = (outputs, len(rows), lora.rank)
-        place_of_row = [torch.tensor(own) for own in rows.values()]
+        row_indices = [torch.tensor(own) for own in rows.values()]
         projection_of_row = [torch.full((len(own),), index) for index, own in enumerate(rows.values())]
-        whole = len(rows) == 1 and len(place_of_row[0]) == outputs
-        self._rows = None if whole else (torch.cat(place_of_row), torch.cat(projection_of_row))
+        whole = len(rows) == 1 and len(row_indices[0]) == outputs
+        self._rows = None if whole else (torch.cat(row_indices), torch.cat(projection_of_row))
         self._attach(linear)
 
     @property
@@ -145,7 +147,7 @@ class Adapter(nn.Module):
         return [module for module in self.children() if isinstance(module, Factors)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """scale * x A^T B^T, [S, ..., K] -> [S, ..., N]; for a row-parallel layer this rank's term of the sum.
+        """scale * x A^T B^T, [S, ..., K] -> [S, ..., N]; in a row-parallel layer, this rank's term of the sum.
 
         With sequence parallelism a column-parallel layer gathers x A^T over the tensor-parallel group.
         """
@@ -156,8 +158,8 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """W + scale * B A [N, K] in the type of W, rounded once."""
-        own = weight.to(torch.float32, copy=True)  # the weight stays as it is
+        """W + scale * B A [N, K] in the dtype of W, rounded once."""
+        own = weight.to(torch.float32, copy=True)  # leaves the weight unchanged
         return own.addmm_(self._all_b().float(), self._all_a().float(), alpha=self.scale).to(weight.dtype)
 
     def _all_a(self) -> Tensor:
@@ -166,7 +168,7 @@ class Adapter(nn.Module):
         return factors[0].a if len(factors) == 1 else torch.cat([each.a for each in factors])
 
     def _all_b(self) -> Tensor:
-        """[N, P R]: each row has its projection's values in its projection's columns, and zeros elsewhere."""
+        """[N, P R]: each row has its projection's B in the columns of that projection, and zeros elsewhere."""
         values = torch.cat([each.b for each in self.factors])
         if self._rows is None:
             return values
@@ -182,7 +184,7 @@ class Adapter(nn.Module):
         linear.register_forward_hook(self._add)
 
     def _share_input(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradients of the layer and of its adapter are all-reduced as one."""
+        """Let the input gradients of the layer and of its adapter be all-reduced together."""
         return (copy_to_tensor_model_parallel_region(args[0], group=self._group), *args[1:])
 
     def _add(self, _: nn.Module, args: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -197,38 +199,38 @@ class Adapter(nn.Module):
         return output, bias
 
 
-def _rows_of(place: Place, architecture: Architecture, outputs: int) -> dict[str, list[int]]:
+def _rows_of(kind: AdaptableLinear, architecture: Architecture, outputs: int) -> dict[str, list[int]]:
     """The rows of each projection in this rank's layer of `outputs` rows."""
     rows = np.arange(outputs)
-    if len(place.projections) == 1:
+    if len(kind.projections) == 1:
         parts = [rows]
-    elif len(place.projections) == 2:
+    elif len(kind.projections) == 2:
         parts = np.split(rows, 2)
     else:  # group by group: its queries, its key, its value
         head = architecture.head_dim
         queries = architecture.num_attention_heads // architecture.num_key_value_heads * head
         parts = np.split(rows.reshape(-1, queries + 2 * head), [queries, queries + head], axis=1)
-    return {name: part.flatten().tolist() for name, part in zip(place.projections, parts, strict=True)}
+    return {name: part.flatten().tolist() for name, part in zip(kind.projections, parts, strict=True)}
 
 
 def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> None:
     """Raise ConfigError if the architecture cannot have these adapters on `tensor` tensor-parallel ranks."""
-    of_mlp = [name for place in PLACES[2:] for name in place.projections if name in lora.target_modules]
+    of_mlp = [name for kind in MLP_LINEARS for name in kind.projections if name in lora.target_modules]
     if architecture.experts is not None and of_mlp:
         raise ConfigError(
             f"student.lora.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
             "name only q_proj, k_proj, v_proj and o_proj"
         )
     names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
-    for place in PLACES:
-        asked = [name for name in place.projections if name in lora.target_modules]
-        own = tuple(f"model.layers.{{layer}}.{place.hf}.{name}.weight" for name in place.projections)
-        if asked and names.get(f"decoder.layers.{{layer}}.{place.path}.weight") != own:
+    for kind in ADAPTABLE_LINEARS:
+        asked = [name for name in kind.projections if name in lora.target_modules]
+        own = tuple(f"model.layers.{{layer}}.{kind.hf}.{name}.weight" for name in kind.projections)
+        if asked and names.get(f"decoder.layers.{{layer}}.{kind.path}.weight") != own:
             raise ConfigError(
-                f"student.lora.target_modules: {architecture.family} has no {asked[0]} of its own, so `peft` could not load "
+                f"student.lora.target_modules: {architecture.family} has no separate {asked[0]}, so `peft` could not load "
                 "its adapter: leave it out"
             )
-    if architecture.num_key_value_heads % tensor and {*PLACES[0].projections} & {*lora.target_modules}:
+    if architecture.num_key_value_heads % tensor and {*QKV.projections} & {*lora.target_modules}:
         raise ConfigError(
             f"student.lora cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
             f"parallel.tensor={tensor}, which must divide them: lower it, or name other target_modules"
@@ -250,11 +252,11 @@ def add_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
     check_lora(lora, chunk.architecture, groups.tensor.size())
     chunk.requires_grad_(False)
     for layer in chunk.decoder.layers:
-        for place in PLACES:
-            if {*place.projections} & {*lora.target_modules}:
-                Adapter(layer.get_submodule(place.path), place, layer.layer_number - 1, lora, chunk.architecture, groups)
+        for kind in ADAPTABLE_LINEARS:
+            if {*kind.projections} & {*lora.target_modules}:
+                Adapter(layer.get_submodule(kind.path), kind, layer.layer_number - 1, lora, chunk.architecture, groups)
     if chunk.pre_process:
-        # What a layer recomputes is differentiated only if the layer's input is.
+        # Recomputed activations get gradients only if the layer's input requires one.
         chunk.embedding.register_forward_hook(_require_gradient)
 
 
@@ -269,8 +271,8 @@ def adapters(chunks: Iterable[nn.Module]) -> Iterator[Adapter]:
 
 
 def factors_by_name(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """Every factor of a model chunk: `HF NAME.lora_A.weight` or `lora_B`, this rank's share, and the dimension along which
-    tensor-parallel ranks split it; None if each holds it whole."""
+    """Every factor of a model chunk: its name (`HF_NAME.lora_A.weight`, or `lora_B`), this rank's share of it, and the
+    dimension along which tensor-parallel ranks split it; None if each rank holds it whole."""
     for adapter in adapters([chunk]):
         for factors in adapter.factors:
             yield f"{factors.hf_name}.lora_A.weight", factors.a, 1 if factors.is_row else None
@@ -279,8 +281,8 @@ def factors_by_name(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter, int |
 
 @torch.no_grad()
 def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, seed: int) -> None:
-    """A as in `peft`, uniform in +-1 / sqrt(inputs), and B zero, so that the model begins as the frozen one. The draws are a
-    function of the seed and the projection's name, the same in every layout. No communication."""
+    """Set A as `peft` does, uniform in +-1 / sqrt(inputs), and B to zero, so that the model begins as the frozen one. The draws
+    are a function of the seed and the projection's name, the same in every layout. No communication."""
     for adapter in adapters(chunks):
         for factors in adapter.factors:
             rng = np.random.default_rng([seed, *factors.hf_name.encode()])
@@ -292,8 +294,8 @@ def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, 
 
 
 def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedTensor]:
-    """The factors of a model chunk as Megatron's sharded tensors, which are the parameters themselves: whole tensors of each
-    projection, cut as tensor-parallel ranks split them."""
+    """The factors of a model chunk as Megatron's sharded tensors: a tensor for each factor of a projection, divided as
+    tensor-parallel ranks split it. They share memory with the parameters."""
     tensor, replica = groups.tensor, groups.replicas.rank()
     state: dict[str, ShardedTensor] = {}
     for name, parameter, dim in factors_by_name(chunk):
@@ -304,7 +306,7 @@ def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedT
 
 
 @torch.no_grad()
-def take_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy what `dist_checkpointing.load` returned for `sharded_factors` into the adapters."""
     for name, parameter, _ in factors_by_name(chunk):
         parameter.copy_(values[name])
@@ -312,7 +314,7 @@ def take_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def without_adapters(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside this context the model is the frozen one."""
+    """A context in which the model computes without its adapters, as the frozen one."""
     found = list(adapters(chunks))
     for adapter in found:
         adapter.enabled = False
@@ -324,8 +326,8 @@ def without_adapters(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def sum_shared_gradients(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup) -> None:
-    """Sum the main gradients of the factors that tensor-parallel ranks hold whole: each rank has the part that comes from its
-    outputs, its inputs, or its tokens. One all-reduce over the tensor-parallel group."""
+    """Sum the main gradients of the factors that every tensor-parallel rank holds whole, of which each rank has computed the
+    part of its own outputs, inputs or tokens. One all-reduce over the tensor-parallel group."""
     shared = [factors.shared.main_grad for adapter in adapters(chunks) for factors in adapter.factors]  # type: ignore[attr-defined]
     if tensor.size() == 1 or not shared:
         return

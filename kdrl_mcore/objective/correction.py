@@ -40,7 +40,7 @@ def sampler_correction(
     """The detached weight [T] of the policy loss of tokens that mu sampled instead of pi_old.
 
     `truncate`: min(pi_old / mu, bound), truncated importance sampling. `mask`: 1 where pi_old / mu lies in [1/bound, bound],
-    else 0. `none`: 1. Or what a function of your own makes of the ratio and the bound.
+    else 0. `none`: 1. Or the result of a user's function of the ratio and the bound.
 
     Bias of the policy gradient, relative to its norm, over all sequences of a small policy (`test_sequences_expectation.py`):
     0.57 with `none`; 0.52 and 0.77 with `truncate` and `mask` of tokens at 1.2; 0.06 and 0.48 of sequences at 2 (none without a
@@ -67,7 +67,7 @@ def bounded_importance(
     w_T: Tensor, log_probs_T: Tensor, settings: DistillationConfig, response_log_ratios_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """w = pi / mu within the bounds of `importance` [T], with the gradient of log pi: `truncate` min(w, bound); `mask` w, or 0
-    outside [1/bound, bound]; or what a function of your own makes of w and the bound. And where that changed it (bool) [T],
+    outside [1/bound, bound]; or the result of a user's function of w and the bound. And where that changed it (bool) [T],
     None where `importance` and its level leave each token's own w.
 
     It is the bounded number times pi / sg(pi). (Differentiating the bound itself would take the gradient of k1 and k3 from

@@ -24,7 +24,7 @@ def importance_weight(log_probs_T: Tensor, sampler_log_probs_T: Tensor) -> Tenso
 
 def on_policy_weight(log_probs_T: Tensor, estimator: str) -> Tensor:
     """w = 1, for tokens sampled by the student's present weights. For k1 it carries the gradient of log pi, the only one
-    that k1 has, and for a function of your own. For k2 and k3 it is a constant, the paper's form, so k3 has the biased
+    that k1 has, and for a user's function. For k2 and k3 it is a constant, the paper's form, so k3 has the biased
     gradient of the paper's ablation."""
     w_T = (log_probs_T - log_probs_T.detach()).exp()
     return w_T.detach() if estimator in ("k2", "k3") else w_T

@@ -15,7 +15,7 @@ def distillation_mask(correct_N: Tensor, group_ids_N: Tensor, mask: str) -> Tens
 
     Args:
         correct_N: whether the verifier found the answer correct (bool); the reward itself does not matter.
-        mask: one of `MASKS`, or MODULE:NAME of a function of your own.
+        mask: one of `MASKS`, or MODULE:NAME, a user's function.
     """
     return find_function("objective.kd.mask", mask, MASKS)(correct_N, group_ids_N)
 

@@ -12,7 +12,7 @@ from kdrl_mcore.config.derived import SWITCHES
 from kdrl_mcore.objective.functions import find_function
 
 OWN: dict[str, Callable[[int, ScheduleConfig], float]] = {}
-"""What a function of your own, MODULE:NAME, is: (optimizer step, settings) -> coefficient."""
+"""The type of a user's function, MODULE:NAME: (optimizer step, settings) -> coefficient."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Coefficient:
     constant: init. linear: max(init - delta t, min). cosine: from init to min over `steps`. switch: init before step
         `steps`, then `after`.
     below: init until the measured KL per token is at most `target`, or (1 - `drop`) of the first one, then `after`. With `ramp`
-        it rises to init within so many steps, and switches at their end at the latest. plateau: init until `patience`
+        it rises to init within that many steps, after which it switches at the latest. plateau: init until `patience`
         evaluations in a row have brought no higher accuracy, then `after`. Neither switches back.
     If `delta` is set, the coefficient is max(after - delta (t - s), min) once one of these three has switched at step s.
     MODULE:NAME: what this function of the step and the settings returns.

@@ -1,7 +1,7 @@
-"""Earlier weights of a model in training, or their average, beside its present ones: in float32, sharded as the optimizer is.
+"""A float32 copy of earlier weights of a model in training, or of their average, sharded as the optimizer's state is.
 
-They take the place of the present weights for a while (`EarlierWeights.in_place`), so no second copy of the model is needed: 4
-bytes per parameter, divided among the replicas where the optimizer is distributed. An average in bfloat16 would lose every
+The copy replaces the present weights for a while (`EarlierWeights.in_model`), so no second model is needed: 4 bytes per
+parameter, divided among the replicas where the optimizer is distributed. An average in bfloat16 would lose every
 update that is smaller than 1/256 of its weight.
 """
 
@@ -33,8 +33,8 @@ class EarlierWeights:
         self._earlier = [self._copy(held.weight, on_host=on_host) for held in self._held]
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copy the present weights."""
+    def refresh(self) -> None:
+        """Copy the present weights again."""
         for held, earlier in zip(self._held, self._earlier, strict=True):
             earlier.copy_(held.weight.data)
 
@@ -47,11 +47,11 @@ class EarlierWeights:
                 earlier.copy_(moved)
 
     @contextmanager
-    def in_place(self, gather: Callable[[], None]) -> Iterator[None]:
-        """Inside this context the model has the earlier weights; afterwards it has the present ones again, bit for bit.
+    def in_model(self, gather: Callable[[], None]) -> Iterator[None]:
+        """A context in which the model has the earlier weights; afterwards it has the present ones again, bit for bit.
 
         Args:
-            gather: lets each replica gather the weights that others hold; called before and after. Collective.
+            gather: gathers the weights that other replicas hold; called at both ends of the context. Collective.
         """
         self._exchange(gather)
         try:
@@ -70,7 +70,7 @@ class EarlierWeights:
     @torch.no_grad()
     def _exchange(self, gather: Callable[[], None]) -> None:
         for held, earlier in zip(self._held, self._earlier, strict=True):
-            present = held.weight.data.clone()  # one weight's at a time
+            present = held.weight.data.clone()  # of one weight at a time
             held.weight.data.copy_(earlier)
             earlier.copy_(present)
         mcore.copy_to_model(self._optimizer)

@@ -29,7 +29,7 @@ OPTIMIZER, OPTIMIZER_TENSORS = "optimizer", "optimizer_tensors"
 _NAME = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<weight>.+)")
 
 EARLIER = "earlier"
-"""Key of the weights that the student keeps beside its present ones, where it does, in what is saved."""
+"""The key, in what is saved, of the weights that a student may keep in addition to its present ones."""
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size along each dimension."""

@@ -94,7 +94,7 @@ def prepare_platform(deterministic: bool = False) -> None:
 
 def choose_threads() -> str | None:
     """Without a GPU, set the number of OpenMP threads of this rank: `OMP_NUM_THREADS`, which torchrun sets to 1 for several
-    ranks, or else its share of the cores less one for the processes beside it (verifiers, engines, checkpoint writers). All
+    ranks, or else its share of the cores less one for other processes (verifiers, engines, checkpoint writers). All
     other threads spin while they wait for one that shares its core.
 
     Returns:

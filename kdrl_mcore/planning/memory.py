@@ -41,7 +41,7 @@ LAYERS_MOVING = 2
 ATTENTION = ("qkv_linear", "core_attn", "attn_proj")
 """The parts of a layer that the planner off-loads by its own choice: attention saves few bytes for the time that it takes."""
 GLOO_COPY = "gloo's copy"
-"""The kind of memory that gloo's reduce-scatter allocates internally, which is no tensor of ours."""
+"""The kind of memory that gloo's reduce-scatter allocates internally, not for a tensor of ours."""
 PHASES = ("rollout", "teacher", "head", "backward", "update")
 
 

@@ -131,7 +131,7 @@ def pipeline_pass(setup: Setup, model: Placed, packed: Packing, loss_tokens: flo
             again = recomputed_forward(model, rates, attended, parallel.recompute_modules)
             backward, kernels = backward + again, kernels + LAYER_KERNELS // 2
         layer = forward + backward
-        if model.shard.layer.host:  # each way beside one layer's work
+        if model.shard.layer.host:  # each way during one layer's work
             copy = rates.host(model.shard.layer.host)
             layer[HOST] += max(0.0, copy - forward.total) + max(0.0, copy - backward.total)
     stages = []

@@ -46,7 +46,7 @@ from kdrl_mcore.planning.live import LiveBytes  # noqa: E402
 from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  # noqa: E402
 
 TRACED_TOKENS = 1024
-"""The tokens of the traced micro-batch on one rank: so many that memory which does not grow with them is negligible."""
+"""The tokens of the traced micro-batch on one rank, enough to make memory that does not grow with them negligible."""
 FEW = 32
 """Saved tensors with fewer elements per token count as too small to be off-loaded."""
 

@@ -99,7 +99,7 @@ class Watchdog:
         self._told = 0  # marks already added to the store
         self._total = -1
         self._moved = time.monotonic()
-        self._interval = max(SAMPLE_SECONDS, min(5.0, (timeout or 50.0) / 10))  # between looks at the other ranks
+        self._interval = max(SAMPLE_SECONDS, min(5.0, (timeout or 50.0) / 10))  # between checks of the other ranks
         self._grace = 2 * self._interval + min(5.0, timeout)  # time for the others to answer
         self._own: defaultdict[str, float] = defaultdict(float)
         self._counting = threading.Lock()  # the main thread and the watching thread both count

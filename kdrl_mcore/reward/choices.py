@@ -27,7 +27,7 @@ _WITH_TEXT = re.compile(rf"(?i:{_LEAD})(\([A-Za-z]\)|\[[A-Z]\]|[A-Z][).:\]]|[a-z
 _SMALL = re.compile(rf"(?i:{_LEAD})\(?([a-z])\)?[).:\]]*")
 _RUN = re.compile(r"[A-J]{2,10}")
 _KIND = r"(?:options?|choices?|answers?|letters?|statements?|alternatives?|one)"
-# A character at a time and at most so many words: any text takes linear time, and these run without a time limit.
+# A character at a time and a limited number of words: any text takes linear time, and these run without a time limit.
 _FILLER = (
     r"(?:\s*[:=\-–—是为选]|\s+(?:to|for|of)\s+(?:the|this|that)\s+\w+|\s+(?:is|are|was|be|would|will|must|should|seems|to|"
     r"therefore|thus|hence|then|clearly|indeed|simply|probably|likely|surely|definitely|just|the|correct|following|options?|"

@@ -36,8 +36,8 @@ _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?)?")
 
 
 def region_of(form: Form, like: Form | None = None) -> Region | None:
-    """The set that an answer describes; None if it describes none. A bare list is a set only beside another description of
-    one, `like`: `1, 2` beside `x \\in \\{1, 2\\}`."""
+    """The set that an answer describes; None if it describes none. A bare list is a set only if compared with another
+    description of one, `like`: `1, 2` with `x \\in \\{1, 2\\}`."""
     if isinstance(form, Relation):
         return _region(form.text)
     if isinstance(form, Items):

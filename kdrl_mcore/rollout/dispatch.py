@@ -3,7 +3,7 @@ once, whatever fails.
 
 The work is cut into assignments: one prompt with some or all of its responses, which share the prompt's KV cache. Of prompts
 that were submitted together, the longest are sent first, each to the server with the fewest expected tokens left. A server
-takes no more responses than it decodes at once; the remaining assignments wait for a free server.
+is sent no more responses than it decodes at once; the remaining assignments wait for a free server.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def with_beginning(request: Request, part: Rollout, limit: int, decode: Callable
 
 
 OnPart = Callable[[Mapping[int, Rollout]], None]
-"""Takes whole verified groups, by the responses' indices in the batch, while others are still being sampled. Collective over
+"""Receives whole verified groups, by the responses' indices in the batch, while others are still being sampled. Collective over
 the world."""
 
 
@@ -115,7 +115,7 @@ class RolloutEngine(Protocol):
     """Whether it verifies responses while others are still being sampled, if `Sampling.verify` is set."""
 
     def refit(self, student: Weights) -> None:
-        """Take the student's current weights, and be ready to sample."""
+        """Receive the student's current weights, and be ready to sample."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, on_part: OnPart | None = None) -> list[Rollout]:
@@ -127,16 +127,16 @@ class RolloutEngine(Protocol):
         ...
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Sample at most so many tokens of each response as its request says, and verify none.
+        """Sample at most the number of tokens of each response that its request allows, and verify none.
 
         Every rank passes the same requests.
 
         Args:
-            sampling: only how tokens are drawn, and `max_response_tokens`, count; a response that has fewer tokens and did not
-                end is "partial".
+            sampling: only its rules for drawing tokens and `max_response_tokens` are used; a response that has fewer tokens and
+                did not end is "partial".
 
         Returns:
-            The responses so far in the order of the requests, whose places are their groups, on every rank.
+            The responses so far in the order of the requests, whose indices are their groups, on every rank.
         """
         ...
 

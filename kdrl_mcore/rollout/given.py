@@ -42,7 +42,7 @@ class GivenResponses(RolloutSource):
         self._prompts.load_state_dict(state["prompts"])
 
 
-class BesideGiven(RolloutSource):
+class WithGivenResponses(RolloutSource):
     """The rollouts of another source, followed by given responses (so that the others keep their indices), each a separate
     group. At every step the next given responses are drawn, even if the others were sampled steps ahead or are replayed."""
 
@@ -59,7 +59,7 @@ class BesideGiven(RolloutSource):
         others = self._source.rollouts(step, on_part)
         given = self._given.next_batch(self._num_given(len(others)))
         first_group = 1 + max((rollout.group_id for rollout in others), default=-1)
-        return [*others, *as_rollouts(given, self._student.version, first_group, beside_sampled=True)]
+        return [*others, *as_rollouts(given, self._student.version, first_group, in_addition=True)]
 
     def first(self, count: int, sampling: Sampling) -> list[Rollout]:
         """See `RolloutSource`: rollouts of the other source."""
@@ -106,9 +106,7 @@ class BesideGiven(RolloutSource):
         self._source.close()
 
 
-def as_rollouts(
-    prompts: Sequence[Prompt], version: int, first_group: int = 0, *, beside_sampled: bool = False
-) -> list[Rollout]:
+def as_rollouts(prompts: Sequence[Prompt], version: int, first_group: int = 0, *, in_addition: bool = False) -> list[Rollout]:
     """The given responses to prompts as rollouts that were not sampled: each a separate group, log mu = 0, no verdict."""
     rollouts = []
     for group, prompt in enumerate(prompts, start=first_group):
@@ -125,7 +123,7 @@ def as_rollouts(
                 prompt=prompt.text,
                 answer=prompt.answer,
                 domain=prompt.domain,
-                given=beside_sampled,
+                given=in_addition,
                 teacher_prompts=prompt.teacher_prompts,
             )
         )

@@ -15,8 +15,8 @@ from kdrl_mcore.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Draw:
-    """What determines the random draws of a prompt's responses: the step for which it was drawn, the number of the step's
-    further round (0 for its first prompts), and its index among the prompts of that round."""
+    """What determines the random numbers of a prompt's responses: the step for which the prompt was drawn, the number of the
+    further round in that step (0 for the step's first prompts), and the prompt's index in that round."""
 
     step: int
     round: int
@@ -34,7 +34,7 @@ class Entry:
 
     Attributes:
         position: its position in the data.
-        draw: None if it must be sampled again, for the step that takes it next.
+        draw: None if it must be sampled again, for the next step that draws prompts.
         rollouts: its responses once all have been sampled, otherwise None.
         begun: its responses so far, some of them unfinished, until all have been sampled; None before the first.
     """
@@ -44,6 +44,15 @@ class Entry:
     draw: Draw | None = None
     rollouts: list[Rollout] | None = None
     begun: list[Rollout] | None = None
+
+    def record(self, first: int, rollouts: Sequence[Rollout]) -> None:
+        """Record responses, new or continued, from number `first` of the group on."""
+        group = list(self.begun or ())
+        group[first : first + len(rollouts)] = rollouts
+        if any(map(is_unfinished, group)):
+            self.begun = group
+        else:
+            self.rollouts, self.begun = group, None
 
 
 class Ledger:
@@ -55,7 +64,7 @@ class Ledger:
     def __init__(self, prompts: PromptStream) -> None:
         self.prompts = prompts
         self.waiting: list[Entry] = []
-        """The prompts that were neither trained nor dropped, in the order in which they were drawn."""
+        """The prompts that were neither trained on nor dropped, in the order in which they were drawn."""
         self.until = 0
         """The last step for which prompts were drawn."""
         self.trained = 0
@@ -91,7 +100,7 @@ class Ledger:
         """Record the responses to prompts that were sampled together, numbered in the order of the prompts. Returns the
         entries."""
         for entry, group in zip(entries, groups_of(rollouts), strict=True):
-            entry.rollouts = group
+            entry.record(0, group)
         return list(entries)
 
     def train(self, entries: Sequence[Entry]) -> list[Rollout]:
@@ -142,7 +151,7 @@ class Ledger:
         return {"prompts": self.prompts.state_dict(), "ledger": {**counts, "waiting": waiting}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, also from one of version 0.2, which had no counts."""
+        """Continue from a `state_dict`, including one of version 0.2, which had no counts."""
         if "ledger" not in state:
             self._load_0_2(state)
             return
@@ -188,6 +197,11 @@ def _responses(rows: Sequence[Any] | None, prompt: Prompt) -> list[Rollout] | No
         replace(from_row(row, (*FINISH_REASONS, "partial")), columns=prompt.columns, teacher_prompts=prompt.teacher_prompts)
         for row in rows
     ]
+
+
+def is_unfinished(rollout: Rollout) -> bool:
+    """Whether a response waits to be continued."""
+    return rollout.finish_reason == "partial"
 
 
 def groups_of(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:

@@ -31,7 +31,7 @@ _COMPACT_BELOW = 0.75  # share of the batch that is still running
 _MANY_SEQUENCES = 8
 _WORTH_PACKING = 128
 """Decoding steps, times sequences up to `_MANY_SEQUENCES`, from which copies of the weights (`pack_weights`) save more time
-than they take to make: 16 steps of many sequences, but more of one, where the order of a weight matters less."""
+than they cost: 16 steps of many sequences, but more of a single one, for which a weight's memory order matters less."""
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 16}
 """Decoding steps between two checks for finished responses, by kind of device. On CUDA the host waits for the device at each
 check; the superfluous decoding in between, of at most 15 tokens after the longest response, costs less."""
@@ -43,8 +43,8 @@ class MegatronEngine:
     Each replica (context-parallel ranks are replicas here) takes its share of the prompts, balanced by prompt length, and
     decodes up to `max_sequences` responses at once; a prompt's responses share one forward pass over it. Every few steps
     finished responses leave the batch; in between the host does not wait for the device. Replicas decode independently, unless
-    experts are distributed over several of them: then all take as many steps as the longest, so that none waits for another's
-    experts. On CPUs large weights have a copy while a batch is sampled (`model/linear.py`).
+    experts are distributed over several of them: then all run as many steps as the one with the most, because each needs the
+    others' experts. On CPUs large weights have a second copy while a batch is sampled (`model/linear.py`).
     """
 
     verifies = False
@@ -76,7 +76,7 @@ class MegatronEngine:
         requests = [Request(prompt, sampling.key, i * count, count, limit) for i, prompt in enumerate(prompts)]
         return self.sample(requests, sampling)
 
-    @torch.no_grad()  # not inference_mode: Megatron-Core keeps buffers for all its passes, and training cannot use such tensors
+    @torch.no_grad()  # not inference_mode, whose tensors training cannot use: Megatron-Core keeps buffers for all its passes
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine`. Collective over the world."""
         groups = self._parts.groups
@@ -89,7 +89,7 @@ class MegatronEngine:
         try:
             for number in range(self._most(len(waves))):
                 if number < len(waves):
-                    rollouts += self._sample_wave({mine[place]: requests[mine[place]] for place in waves[number]}, sampling)
+                    rollouts += self._sample_wave({mine[index]: requests[mine[index]] for index in waves[number]}, sampling)
                 else:  # so that the other replicas can use this one's experts
                     self._sample_wave({0: replace(requests[0], count=1)}, sampling)
         finally:
@@ -100,14 +100,14 @@ class MegatronEngine:
         return [rollout for _, rollout in gathered]
 
     def _waves(self, counts: Sequence[int]) -> list[list[int]]:
-        """The places of the requests that are decoded at once, given the numbers of their responses."""
+        """The indices of the requests that are decoded together, given the number of responses of each."""
         waves: list[list[int]] = []
         room = 0
-        for place, count in enumerate(counts):
+        for index, count in enumerate(counts):
             if count > room:
                 waves.append([])
                 room = max(count, self._max_sequences)
-            waves[-1].append(place)
+            waves[-1].append(index)
             room -= count
         return waves
 
@@ -126,18 +126,18 @@ class MegatronEngine:
         return own, most
 
     def _sample_wave(self, wave: Mapping[int, Request], sampling: Sampling) -> list[tuple[tuple[int, int], Rollout]]:
-        """((place of its request, its number there), rollout) of each response to these requests, by place."""
+        """((index of its request, its number there), rollout) of each response to these requests, which are given by index."""
         alignment, where = self._parts.groups.layout.replica_alignment, device()
-        packed = pack([(place, each.token_ids, _NO_IDS) for place, each in wave.items()], alignment).on_device()
-        requests = [wave[place] for place in packed.order]
-        copies = torch.tensor([request.count for request in requests])
+        packed = pack([(index, each.token_ids, _NO_IDS) for index, each in wave.items()], alignment).on_device()
+        requests = [wave[index] for index in packed.order]
+        counts = torch.tensor([request.count for request in requests])
         lengths = torch.tensor([len(request.token_ids) for request in requests])
-        limits = torch.tensor([request.tokens for request in requests]).repeat_interleave(copies)
+        limits = torch.tensor([request.tokens for request in requests]).repeat_interleave(counts)
         limit = int(limits.max())
         random = to_device(torch.cat([_draws(request, limit) for request in requests]))
-        cache = KVCache(lengths.tolist(), copies.tolist(), limit, few_shapes=where.type == "cuda")
+        cache = KVCache(lengths.tolist(), counts.tolist(), limit, few_shapes=where.type == "cuda")
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
-        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(copies))
+        ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(counts))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
         # After a forward pass: before it, weights may still be on their way from other replicas.
@@ -146,11 +146,11 @@ class MegatronEngine:
 
         count = len(limits)
         slots = torch.arange(count, device=where)  # the response of each cache slot
-        positions = to_device(lengths.repeat_interleave(copies))
+        positions = to_device(lengths.repeat_interleave(counts))
         tokens = torch.full((count, limit), _NO_TOKEN, device=where)
         log_probs = torch.zeros(count, limit, device=where)
         running = torch.ones(count, dtype=torch.bool, device=where)  # by slot
-        ends_before = to_device(limits) if limits.min() < limit else None  # of some the limit is lower
+        ends_before = to_device(limits) if limits.min() < limit else None  # some responses have a lower limit
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
             tokens[slots, step], log_probs[slots, step] = token, log_prob
@@ -163,8 +163,8 @@ class MegatronEngine:
                 num_running, most = self._own_and_most(running.sum())
                 if most == 0:
                     break
-                # Dropping finished sequences copies the cache, which costs about as much as a step. Until then they are decoded
-                # further, and the tokens after their end are ignored.
+                # Dropping finished sequences copies the cache, which costs about as much as a step. Until then decoding
+                # continues for them, and the tokens after their end are ignored.
                 if 0 < num_running <= _COMPACT_BELOW * len(slots):
                     kept = (~running).byte().sort(stable=True).indices[:num_running]
                     slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
@@ -173,7 +173,7 @@ class MegatronEngine:
             cache.advance()
             positions = positions + 1
         indices = [
-            (place, number) for place, request in zip(packed.order, requests, strict=True) for number in range(request.count)
+            (index, number) for index, request in zip(packed.order, requests, strict=True) for number in range(request.count)
         ]
         parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy())
         to_text, most = self._tokenizer.decode_response, sampling.max_response_tokens

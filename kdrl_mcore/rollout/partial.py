@@ -1,5 +1,5 @@
-"""Partial rollouts: a step samples at most so many tokens of a response, and unfinished ones continue in the next step with
-its weights (Kimi k1.5, arXiv 2501.12599). No step then waits for the longest responses."""
+"""Partial rollouts: a step samples a limited number of tokens of each response, and unfinished responses continue in the next
+step with its weights (Kimi k1.5, arXiv 2501.12599). No step then waits for the longest responses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kdrl_mcore.rollout.engine import Request, RolloutEngine, Sampling
-from kdrl_mcore.rollout.ledger import Entry
+from kdrl_mcore.rollout.ledger import Entry, is_unfinished
 from kdrl_mcore.types import Rollout
 
 
 @dataclass(frozen=True)
-class Parts:
-    """How responses are cut.
+class PartialSampling:
+    """Sampling of responses in parts.
 
     Attributes:
         tokens: the most tokens of a response that are sampled at a time.
@@ -27,23 +27,16 @@ class Parts:
         """Sample the next part of every unfinished response to these prompts, together. Collective over the world.
 
         Args:
-            sampling: its key is the beginning of the keys of the prompts' draws.
+            sampling: its key is the prefix of each prompt's key.
         """
         asked = [(entry, number, request) for entry in entries for number, request in self._requests(entry, sampling)]
         requests = [request for _, _, request in asked]
         rollouts = iter(engine.sample(requests, replace(sampling, verify=False, part_tokens=0)) if requests else ())
         for entry, number, request in asked:
-            parts = [next(rollouts) for _ in range(request.count)]
-            if entry.begun is None:
-                entry.begun = parts
-            else:
-                entry.begun[number] = parts[0]
-        for entry in entries:
-            if entry.begun is not None and not any(map(is_unfinished, entry.begun)):
-                entry.rollouts, entry.begun = entry.begun, None
+            entry.record(number, [next(rollouts) for _ in range(request.count)])
 
     def _requests(self, entry: Entry, sampling: Sampling) -> list[tuple[int, Request]]:
-        """(number of the first response in its group, request) for what is missing of a group."""
+        """For each request for the missing tokens of a group: (number of its first response in the group, request)."""
         if entry.rollouts is not None:
             return []
         assert entry.draw is not None
@@ -62,13 +55,9 @@ class Parts:
         return found
 
 
-def is_unfinished(rollout: Rollout) -> bool:
-    """Whether a response waits to be continued."""
-    return rollout.finish_reason == "partial"
-
-
-def measures(trained: Sequence[Rollout], waiting: Sequence[Entry]) -> dict[str, float]:
-    """How many of a batch's responses were continued and how often, and how many unfinished ones wait, as metrics."""
+def continuation_metrics(trained: Sequence[Rollout], waiting: Sequence[Entry]) -> dict[str, float]:
+    """Metrics: the share of a batch's responses that were continued and how often, and the number of unfinished ones that
+    wait."""
     continued = [rollout.continuations for rollout in trained if rollout.continuations]
     unfinished = sum(is_unfinished(rollout) for entry in waiting for rollout in entry.begun or ())
     return {

@@ -44,15 +44,15 @@ def sample(
     Args:
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
-        temperature: divides the logits; 0 takes the most likely token, with its log-prob in the unscaled distribution.
+        temperature: divides the logits; 0 selects the most likely token, with its log-prob in the unscaled distribution.
         top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p.
-        top_k: above 0, sample among so many of the likeliest.
+        top_k: above 0, sample among this many of the likeliest tokens.
         min_p: above 0, sample among tokens with at least this share of the likeliest one's probability. As in vLLM, min_p comes
-            first, then top_k, then top_p of what is left. Log-probs are those of the truncated distribution.
+            first, then top_k, then top_p of the remaining tokens. Log-probs are those of the truncated distribution.
 
     Returns:
         (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
-        numbers per row and one SUM all-reduce of two; where the distribution is truncated an all-gather of the logits instead.
+        numbers per row and one SUM all-reduce of two; if the distribution is truncated, an all-gather of the logits instead.
     """
     if temperature not in (0, 1):
         logits_NV /= temperature
@@ -61,7 +61,7 @@ def sample(
     if temperature > 0 and (top_p < 1 or top_k > 0 or min_p > 0):
         return _sample_truncated(_gather_columns(logits_NV, shard), uniform_N, top_p, top_k, min_p)
     peak_N = logits_NV.amax(dim=1)
-    # Each rank scales by its own peak. Rounding in float32, as that of the logits, changes a token once in millions.
+    # Each rank scales by its own peak. Rounding to float32, like that of the logits, changes one token in millions.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
     peak_N = peak_N.double()
     peak_RN, mass_RN = _gather_rows(torch.stack((peak_N, masses.total_N)), shard).unbind(dim=1)

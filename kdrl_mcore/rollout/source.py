@@ -16,7 +16,7 @@ from kdrl_mcore.reward.verifier import Verifier, verify_together
 from kdrl_mcore.rollout.engine import Choose, FlowingEngine, OnPart, RolloutEngine, Sampling, Weights
 from kdrl_mcore.rollout.group_filter import Choice, GroupFilter
 from kdrl_mcore.rollout.ledger import Entry, Ledger
-from kdrl_mcore.rollout.partial import Parts, measures
+from kdrl_mcore.rollout.partial import PartialSampling, continuation_metrics
 from kdrl_mcore.types import Rollout
 
 
@@ -97,7 +97,7 @@ class Ahead:
         updates_per_step: optimizer updates of a step.
     """
 
-    how: FlowingEngine | Parts
+    how: FlowingEngine | PartialSampling
     steps: int
     max_age: int
     waits: bool
@@ -164,8 +164,8 @@ class SampledRollouts(RolloutSource):
         rollouts = self.ledger.train(chosen)
         if ahead is not None:
             self._measures = ages(rollouts, self._student.version)
-            if isinstance(ahead.how, Parts):
-                self._measures |= measures(rollouts, self.ledger.waiting)
+            if isinstance(ahead.how, PartialSampling):
+                self._measures |= continuation_metrics(rollouts, self.ledger.waiting)
             else:
                 self._draw_ahead(step, ahead)
                 self._submit()
@@ -192,7 +192,7 @@ class SampledRollouts(RolloutSource):
         return None if self._choice is None else self._choice.indices
 
     def verify(self, rollouts: Sequence[Rollout]) -> None:
-        """See `RolloutSource`. Does nothing if groups are filtered, which has verified them."""
+        """See `RolloutSource`. Does nothing if groups are filtered, because the filter has verified them."""
         if self._filter is None:
             self._verify(rollouts)
 
@@ -222,7 +222,7 @@ class SampledRollouts(RolloutSource):
         self.ledger.draw_until(step, step)
         if self._ahead is None:
             return self._sample_now(self.ledger.due(step), on_part)
-        if isinstance(self._ahead.how, Parts):
+        if isinstance(self._ahead.how, PartialSampling):
             self._draw_ahead(step, self._ahead)
         due = self.ledger.due(step - (self._ahead.max_age - self._ahead.steps))
         return self._first_complete(self.prompts.batch_size, due)
@@ -257,8 +257,8 @@ class SampledRollouts(RolloutSource):
                 return None
             return [*due, *others][:count]
 
-        if isinstance(self._ahead.how, Parts):
-            while True:  # at least one part, so that every response of the ledger grows in every step
+        if isinstance(self._ahead.how, PartialSampling):
+            while True:  # at least one part, so that every unfinished response grows in every step
                 self._ahead.how.sample(self.engine, self.ledger.waiting, self._sampling)
                 chosen = picked(self._complete())
                 if chosen is not None:
@@ -281,7 +281,7 @@ class SampledRollouts(RolloutSource):
 
     def _submit(self) -> None:
         """Submit the waiting prompts without responses to the engine, in the order in which they were drawn."""
-        assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
+        assert self._ahead is not None and not isinstance(self._ahead.how, PartialSampling)
         begun = set(self._submitted.values())
         missing = [entry for entry in self.ledger.waiting if entry.draw and entry.rollouts is None and entry not in begun]
         for _, together in groupby(missing, key=_key_of):
@@ -293,11 +293,11 @@ class SampledRollouts(RolloutSource):
 
     def _take_out(self, choose: Choose) -> list[Entry]:
         """Take complete groups from the engine. Returns their prompts."""
-        assert self._ahead is not None and not isinstance(self._ahead.how, Parts)
+        assert self._ahead is not None and not isinstance(self._ahead.how, PartialSampling)
         taken = []
         for ticket, rollouts in self._ahead.how.collect(choose).items():
             entry = self._submitted.pop(ticket)
-            entry.rollouts = rollouts
+            entry.record(0, rollouts)
             taken.append(entry)
         return taken
 
@@ -316,8 +316,8 @@ class SampledRollouts(RolloutSource):
         return score
 
     def _verify(self, rollouts: Sequence[Rollout]) -> None:
-        """The replicas' leaders share the groups, unless the engine has verified them already."""
-        in_parts = self._ahead is not None and isinstance(self._ahead.how, Parts)
+        """Verify responses, divided among the replicas' leaders by group, unless the engine has already done so."""
+        in_parts = self._ahead is not None and isinstance(self._ahead.how, PartialSampling)
         if in_parts or not self.engine.verifies:
             verify_together(self._student.parts.groups, self.verifier, rollouts)
 

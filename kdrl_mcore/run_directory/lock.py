@@ -2,8 +2,8 @@
 
 The lock is a small file that names its owner: machine, process and SLURM job. A thread of the owner touches it every `BEAT`
 seconds. A dead owner loses it. An owner on the same machine is looked up by its process id; for one on another machine the file
-is watched, and the lock is free if nobody touches it for `SILENCE` seconds; if a SLURM job starts again, its earlier start is
-over. Kernel locks would not suffice: cluster file systems are often mounted without them, and child processes inherit them.
+is watched, and the lock is free if nobody touches it for `SILENCE` seconds; if a SLURM job starts again, its earlier start has
+ended. Kernel locks would not suffice: cluster file systems are often mounted without them, and child processes inherit them.
 """
 
 from __future__ import annotations

@@ -72,13 +72,13 @@ def choose_start(config: Config) -> Start:
     for key, model in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
         if model and Path(model).resolve().is_relative_to((run_dir / "hf").resolve()):
             raise ConfigError(f"{key}={model} is where this run exports its student: set another run.dir")
-    on_first_rank(partial(_check_place, run_dir))
+    on_first_rank(partial(_check_location, run_dir))
     record = on_first_rank(partial(read_record, run_dir))
     path = find_checkpoint(run_dir / "checkpoints", config.checkpoint.resume, record.lineage, record.origin)
     return on_first_rank(partial(_begin if path is None else partial(_resume, path), config, record))
 
 
-def _check_place(run_dir: Path) -> None:
+def _check_location(run_dir: Path) -> None:
     path = run_dir.resolve()
     for above in path.parents:
         part = path.relative_to(above).parts[0]

@@ -1,4 +1,4 @@
-"""The model below the student's adapters as its reference and its teacher: the student with its adapters off, not a second
+"""The base model of the student's adapters as its reference and its teacher: the student with its adapters off, not a second
 copy."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class FrozenBase:
 
     def __init__(self, student: Student, name: str | None = None) -> None:
         """Args:
-        name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
+        name: which of `Rollout.teacher_prompts` it reads; None for the student's prompts.
         """
         self._student, self._name = student, name
 
@@ -32,10 +32,10 @@ class FrozenBase:
     def scores_of(
         self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
     ) -> TeacherScores:
-        """See `ScoreSource`. The head for a divergence over the vocabulary is the student's, which has no adapter."""
+        """See `ScoreSource`. For a divergence over the vocabulary the teacher's head is the student's, which has no adapter."""
         rollouts = as_read(rollouts, self._name)
         if DISTRIBUTION in wanted:
-            self._student.take_teacher_head()
+            self._student.use_own_head_as_teachers()
         with without_adapters(self.chunks):
             return score_with(self._student.parts, rollouts, wanted, temperature=temperature, micro_tokens=micro_tokens)
 

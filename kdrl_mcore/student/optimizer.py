@@ -78,7 +78,7 @@ class Optimizer:
 
     @contextmanager
     def earlier_weights(self) -> Iterator[None]:
-        """Inside this context the model has the weights of `teacher.weights`; afterwards it has the present ones again.
+        """A context in which the model has the weights of `teacher.weights`; afterwards it has the present ones again.
         Collective over the data-parallel group."""
         if self._earlier is None:
             yield
@@ -86,7 +86,7 @@ class Optimizer:
         self.wait_for_weights()
         if self._host_state is not None:
             self._host_state.enter()
-        with self._earlier.in_place(self._gather_now):
+        with self._earlier.in_model(self._gather_now):
             yield
         self.leave_device()
 
@@ -95,7 +95,7 @@ class Optimizer:
         if self._earlier is not None and self._teacher.weights == "average":
             self._earlier.average(self._teacher.decay)
         elif self._earlier is not None and self._teacher.weights == "refreshed" and updates % self._teacher.refresh_every == 0:
-            self._earlier.take()
+            self._earlier.refresh()
 
     def _gather_now(self) -> None:
         """Gather the weights that other replicas hold, and wait for them."""

@@ -14,11 +14,11 @@ from kdrl_mcore.types import Rollout
 
 
 class SelfTeacher:
-    """Scores given tokens with the student's own layers, in which earlier weights take the place of the present ones."""
+    """Scores given tokens with the student's own layers, in which earlier weights replace the present ones."""
 
     def __init__(self, student: Student, name: str | None) -> None:
         """Args:
-        name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
+        name: which of `Rollout.teacher_prompts` it reads; None for the student's prompts.
         """
         self._student, self._name = student, name
 
@@ -30,12 +30,12 @@ class SelfTeacher:
     def scores_of(
         self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
     ) -> TeacherScores:
-        """See `ScoreSource`. The teacher's head for a divergence over the vocabulary is taken from the same weights."""
+        """See `ScoreSource`. For a divergence over the vocabulary the teacher's head is copied from the same weights."""
         parts = self._student.parts
         with self._student.optimizer.earlier_weights():
             scores = score_with(
                 parts, as_read(rollouts, self._name), wanted, temperature=temperature, micro_tokens=micro_tokens
             )
             if DISTRIBUTION in wanted:
-                self._student.take_teacher_head()
+                self._student.use_own_head_as_teachers()
         return scores

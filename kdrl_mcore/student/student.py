@@ -20,7 +20,7 @@ from kdrl_mcore.convert.peft_folder import load_adapters
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import initialise_adapters, sharded_factors, take_factors
+from kdrl_mcore.model.lora import initialise_adapters, load_factors, sharded_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -87,7 +87,7 @@ class Student:
     """The learning model of one rank.
 
     Attributes:
-        lora: the settings of the adapters, if they are what is trained, beside frozen weights.
+        lora: the settings of the adapters, if adapters are trained and the other weights frozen; otherwise None.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Student:
             self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
 
     @torch.no_grad()
-    def take_teacher_head(self) -> None:
-        """Make this rank's columns of the student's own head, with its weights of this moment, the teacher's. Does nothing
-        except on the last stage. No communication.
+    def use_own_head_as_teachers(self) -> None:
+        """Use this rank's columns of the student's own head, with its weights of this moment, as the teacher's head. Does
+        nothing except on the last stage. No communication.
 
         Raises:
             ConfigError: see `TeacherHead`.
@@ -222,7 +222,7 @@ class Student:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Load what `dist_checkpointing.load` returned for `sharded_state(loading=True)`. The optimizer's tensors were already
         loaded in place; of its scalars only the step count is used, all others are this run's."""
-        take = mcore.take_weights if self.lora is None else take_factors
+        take = mcore.take_weights if self.lora is None else load_factors
         for name, chunk in self._named_chunks().items():
             take(chunk, state[name])
         self.optimizer.load_sharded_state(state)
@@ -232,7 +232,7 @@ class Student:
         self.version = version
 
     def _sharded_weights(self, chunk: LanguageModel, *, loading: bool) -> dict[str, Any]:
-        """What of a chunk is saved: its weights, or beside frozen ones only the adapters."""
+        """The part of a chunk that is saved: its weights, or only the adapters if the weights are frozen."""
         if self.lora is not None:
             return sharded_factors(chunk, self.groups)
         return mcore.weights_to_load(chunk) if loading else chunk.sharded_state_dict()

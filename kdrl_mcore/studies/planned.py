@@ -86,8 +86,8 @@ def _outcome(run: StudyRun, config: Config | KdrlError) -> Outcome:
 
 
 def write_plan(config: Config, folder: Path) -> None:
-    """Plan a run and write the plan, or the reason if its layout is impossible. Colocated engines take the memory that training
-    leaves, at most what the configuration allows.
+    """Plan a run and write the plan, or the reason if its layout is impossible. Colocated engines use the memory that training
+    leaves, at most as much as the configuration allows.
 
     Raises:
         ConfigError: a model is missing, or the cluster is not described.

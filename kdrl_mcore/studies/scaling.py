@@ -75,7 +75,7 @@ def collect_points(runs: Sequence[StudyRun]) -> list[Point]:
     for run in runs:
         answer = read_answer(run)
         if answer is not None and answer["fits"]:
-            found.setdefault(_place(run), {})[_named(run).get("run", "strong")] = answer
+            found.setdefault(_series_and_nodes(run), {})[_named(run).get("run", "strong")] = answer
     return [
         Point(series, answers["strong"], answers.get("weak"), answers.get("grpo"))
         for (series, _), answers in found.items()
@@ -87,7 +87,7 @@ def _named(run: StudyRun) -> dict[str, str]:
     return dict(zip(run.axes, run.setting, strict=True))
 
 
-def _place(run: StudyRun) -> tuple[str, str]:
+def _series_and_nodes(run: StudyRun) -> tuple[str, str]:
     """A run's series, and its choice on the axis `nodes`."""
     named = _named(run)
     return " ".join(name for axis, name in named.items() if axis not in SPECIAL), named.get("nodes", "")
@@ -177,7 +177,7 @@ def page(points: Sequence[Point], runs: Sequence[StudyRun], study: Path, picture
     plan = points[0].strong
     named = study.stem if study.resolve().parent == (conf_dir() / "study").resolve() else study
     strong = [run for run in runs if _named(run).get("run", "strong") == "strong"]
-    missing = [_place(run) for run in strong if (answer := read_answer(run)) is None or not answer["fits"]]
+    missing = [_series_and_nodes(run) for run in strong if (answer := read_answer(run)) is None or not answer["fits"]]
     left_out = ", ".join(f"{series}{f' on {nodes} nodes' if nodes else ''}" for series, nodes in missing) or "nothing"
     lines = [
         f"# {study.stem.replace('_', ' ').capitalize()}: a plan, not a measurement",
@@ -187,7 +187,7 @@ def page(points: Sequence[Point], runs: Sequence[StudyRun], study: Path, picture
         "",
         f"The {plan['responses']} responses of a step (strong scaling) have {plan['response_tokens']} tokens on average, at "
         f"most {plan['longest_response']}, after prompts of {plan['prompt_tokens']} tokens.",
-        "Data parallelism and rollout engines grow with the GPUs; an engine takes what training leaves of a GPU, in steps of",
+        "Data parallelism and rollout engines grow with the GPUs; an engine uses what training leaves of a GPU, in steps of",
         f"1 %. Left out because a GPU is too small or the layout is impossible: {left_out}.",
         "",
         f"![Planned]({picture})",
@@ -196,7 +196,7 @@ def page(points: Sequence[Point], runs: Sequence[StudyRun], study: Path, picture
         "Efficiency is relative to the series' first row. Strong (a fixed batch): the first row's time x GPUs over this row's.",
         "Weak (the batch grows with the GPUs): this row's tokens/s/GPU over the first row's. It exceeds 100 % where the first",
         "row's GPUs are so full that their KV cache holds few responses at once. GiB: a GPU's peak outside generation, whose",
-        "engine takes the rest. KDRL / GRPO: the time of an iteration with the teacher over that without, no mask.",
+        "engine uses the rest. KDRL / GRPO: the time of an iteration with the teacher over that without, no mask.",
     ]
     return "\n".join(lines) + "\n"
 

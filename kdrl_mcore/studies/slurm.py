@@ -15,7 +15,7 @@ from kdrl_mcore.studies.local import is_finished
 from kdrl_mcore.studies.study import StudyRun
 
 LISTS = ".slurm"
-"""A folder beside the runs. Its file `JOB` has a line for each element of that job array: the run's identity, `train` or
+"""A folder next to the runs. Its file `JOB` has a line for each element of that job array: the run's identity, `train` or
 `plan`, and its overrides."""
 
 
@@ -59,7 +59,7 @@ def _queued(folder: Path) -> set[str]:
 def _run(command: Sequence[str]) -> str:
     # A user's settings for squeue (SQUEUE_STATES, ...) could hide elements of the queue.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    if (slurm_dir().parent / "__init__.py").is_file():  # installed: there is no .venv beside the script
+    if (slurm_dir().parent / "__init__.py").is_file():  # installed: there is no .venv next to the script
         environment.setdefault("KDRL_PYTHON", sys.executable)
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)

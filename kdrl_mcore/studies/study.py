@@ -1,6 +1,6 @@
 """Studies: a grid of settings x seeds over a pair of models, read from a YAML file such as those of `conf/study/`.
 
-A study names a `base` (the pair, a file in the folder `base` beside it), `seeds`, and a `grid` of axes; each choice of an axis
+A study names a `base` (the pair: a file in the folder `base` next to it), `seeds`, and a `grid` of axes; each choice of an axis
 is a list of training overrides. The grid's product, with every seed, gives the runs. `${times:2e-3,${scale}}` multiplies,
 `${AXIS}` is the name chosen on that axis. With `planned: true` nothing is trained: each run is a plan (docs/planning.md), with
 one seed and no base.
@@ -26,7 +26,7 @@ from kdrl_mcore.config.keys import nearest
 from kdrl_mcore.errors import ConfigError
 
 OWN_KEYS = ("base", "seeds", "root")
-"""What the command line can set of the study itself; every other key is an override of the runs' configuration."""
+"""Keys of the study itself that the command line can set; every other key is an override of the runs' configuration."""
 CONFIG_FILE = "config.yaml"
 
 
@@ -103,7 +103,7 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
     base_name = own.get("base", study.get("base"))
     planned = bool(study.get("planned"))
     if not base_name and not planned:
-        raise ConfigError(f"{path}: it names no base; set base=NAME, a file in {path.parent / 'base'}")
+        raise ConfigError(f"{path} names no base: set base=NAME, a file in {path.parent / 'base'}")
     base_path = path.parent / "base" / f"{base_name}.yaml"
     base = _read(base_path) if base_name else {"seeds": [1]}
     own |= {key: value for key, value in overrides.items() if key in base}
@@ -129,7 +129,7 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
 
 def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:
     """A study with its interpolations resolved at a point of the grid, where `${AXIS}` is the choice on that axis; an empty
-    point takes each axis's first choice."""
+    point stands for each axis's first choice."""
     raw: Any = OmegaConf.to_container(merged.grid, resolve=False)
     names = {axis: point.get(axis, next(iter(choices), "")) for axis, choices in raw.items() if axis not in merged}
     result: Any = OmegaConf.to_container(OmegaConf.merge(merged, names), resolve=True)

@@ -118,7 +118,7 @@ def decimals(count: int) -> Callable[[float], str]:
 
 
 def measured_ends(value: Callable[[str], Value], metric: str) -> Ends:
-    """The ends that the evaluation wrote beside the value, by bootstrap over the held-out problems."""
+    """The ends that the evaluation wrote along with the value, by bootstrap over the held-out problems."""
     low, high = value(f"{metric}_low"), value(f"{metric}_high")
 
     def ends(rows: Rows) -> tuple[float, float] | None:
@@ -211,8 +211,8 @@ def equal_time_statistics(runs: Iterable[Rows]) -> list[Statistic]:
     time (the sum of `time/step`, without evaluations and checkpoints) that the fastest run took."""
     runs = list(runs)
     trained = [seconds for rows in runs if (seconds := total("time/step")(rows))]
-    on_the_way = any(0 < step < rows[-1]["step"] for rows in runs for step in curve(rows, "eval/accuracy")[0])
-    if not trained or not on_the_way:
+    during_training = any(0 < step < rows[-1]["step"] for rows in runs for step in curve(rows, "eval/accuracy")[0])
+    if not trained or not during_training:
         return []
     limit = min(trained) * (1 + 1e-9)  # the fastest run's own last evaluation counts, however its sum is rounded
 

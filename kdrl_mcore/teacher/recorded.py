@@ -1,7 +1,8 @@
 """Scores that were computed beforehand (arXiv 2604.13010): a file of `kdrl-score --teacher`, and training without the teacher.
 
-A frozen teacher's scores do not age. They belong to a model, a temperature, a vocabulary and the tokens that it read, which the
-file states of each response (`RECORD`); scores of others are refused. The rollouts do age: `check_age` bounds that.
+A frozen teacher's scores do not age. They depend on the model, the temperature, the vocabulary and the tokens before the
+response, which the file records for each response (`RECORD`); scores with a different record are refused. The rollouts do age,
+which `check_age` bounds.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from kdrl_mcore.teacher.scores import TeacherScores
 from kdrl_mcore.types import Rollout, TokenFloats, TokenIds
 
 RECORD = "teacher_scores"
-"""The key of a rollout file that says whose its scores are."""
+"""The key of the `Record` of a response's scores in a rollout file."""
 LISTS = {"log_probs": "teacher_log_probs", "entropies": "teacher_entropy"}
-"""The keys of the scores."""
+"""The keys of the scores themselves."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Whose scores a response has.
+    """How the scores of a response were computed.
 
     Attributes:
-        model: the fingerprint of its weights and tokenizer.
-        temperature: the logits were divided by it.
-        columns: the vocabulary columns of the softmax.
+        model: the fingerprint of the teacher's weights and tokenizer.
+        temperature: the temperature by which the logits were divided.
+        columns: the number of vocabulary columns in the softmax.
         read: the fingerprint of the tokens before the response.
     """
 
@@ -51,27 +52,27 @@ def fingerprint_of_tokens(ids: TokenIds) -> str:
 
 
 def records_of(rollouts: Sequence[Rollout], model: Path, temperature: float, columns: int) -> list[dict[str, Any]]:
-    """The record of each rollout that this model scored after its prompt."""
+    """The record of each rollout that this model scored, with its prompt before it."""
     digest = fingerprint(str(model))
     assert digest is not None
     return [asdict(Record(digest, temperature, columns, fingerprint_of_tokens(each.prompt_token_ids))) for each in rollouts]
 
 
 class RecordedScores:
-    """The scores of a rollout file that is replayed, as a teacher."""
+    """A teacher whose scores are those of the rollout file that is replayed."""
 
     chunks: Sequence[LanguageModel] = ()
 
     def __init__(self, scores: Sequence[Mapping[str, TokenFloats]]) -> None:
         """Args:
-        scores: of each line of the file, the lists that `LISTS` names.
+        scores: for each line of the file, the lists that `LISTS` names.
         """
         self._scores = scores
 
     def scores_of(
         self, rollouts: Mapping[int, Rollout], wanted: frozenset[str], *, temperature: float, micro_tokens: int
     ) -> TeacherScores:
-        """See `ScoreSource`: the index of a rollout is its line's. No communication."""
+        """See `ScoreSource`; a rollout's index is that of its line. No communication."""
         found = TeacherScores({index: len(each.response_token_ids) for index, each in rollouts.items()})
         for name, values in (("log_probs", found.log_probs), ("entropies", found.entropies)):
             if name in wanted:
@@ -80,13 +81,13 @@ class RecordedScores:
 
 
 def read_recorded(path: str | Path, config: Config, columns: int) -> RecordedScores:
-    """The scores of a rollout file, every line of which must be of this run's teacher.
+    """The scores of a rollout file, every line of which must have been scored by this run's teacher.
 
     Args:
-        columns: the vocabulary columns of this run.
+        columns: the number of vocabulary columns in this run's softmax.
 
     Raises:
-        DataError: a line has no scores, or those of another teacher, temperature, vocabulary or prompt.
+        DataError: a line has no scores, or scores for another teacher, temperature, vocabulary or prompt.
     """
     own, teacher = reads_own_prompt(config), config.teacher.path
     expected = fingerprint(teacher)
@@ -133,6 +134,7 @@ def check_age(config: Config, step: int, metrics: Mapping[str, float]) -> None:
     share = metrics.get("rollout_ess", 1.0)
     if config.teacher.weights == "recorded" and share < config.teacher.min_ess:
         raise NumericalError(
-            f"step {step}: the student has moved away from what sampled its rollouts: the effective sample size of pi/mu is "
-            f"{share:.3g} of their tokens, less than teacher.min_ess={config.teacher.min_ess:g}: sample and score new ones"
+            f"step {step}: the student has moved too far from the model that sampled its rollouts: the effective sample size "
+            f"of pi/mu is {share:.3g} of the tokens, less than teacher.min_ess={config.teacher.min_ess:g}: sample and score "
+            "new ones"
         )

@@ -1,4 +1,4 @@
-"""What a teacher says of a rollout batch, and what kinds of scores there are."""
+"""The teacher's scores of a rollout batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class TeacherScores:
 
     Attributes:
         scored: the number of tokens scored of each response.
-        dropped_tokens: further ones, whose responses the batch lost afterwards.
+        dropped_tokens: the number of tokens scored of responses that were dropped from the batch afterwards.
         log_probs, entropies: log T of the sampled tokens and the entropies of T [response tokens], 0 for tokens that were not
             scored.
-        hidden: the last hidden states, for a divergence over the vocabulary; then log-probs and entropies are there only
+        hidden: the last hidden states, for a divergence over the vocabulary; log-probs and entropies then exist only
             if token weights need them.
     """
 
@@ -48,19 +48,19 @@ class TeacherScores:
         self.scored |= scores.scored
 
     def skip(self, index: int, length: int) -> None:
-        """Record a response of which the teacher can read nothing."""
+        """Record a response of which the teacher can score no token."""
         self.scored[index] = 0
         self.log_probs[index] = self.entropies[index] = np.zeros(length, np.float32)
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Drop the scores of all responses but these; those at `places[i]` become those of response i."""
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop the scores of all responses but these; the scores of response `indices[i]` become those of response i."""
         log_probs, entropies, hidden = self.log_probs, self.entropies, self.hidden
-        self.log_probs = {index: log_probs[place] for index, place in enumerate(places) if place in log_probs}
-        self.entropies = {index: entropies[place] for index, place in enumerate(places) if place in entropies}
-        self.hidden = None if hidden is None else hidden.select(places)
+        self.log_probs = {new: log_probs[index] for new, index in enumerate(indices) if index in log_probs}
+        self.entropies = {new: entropies[index] for new, index in enumerate(indices) if index in entropies}
+        self.hidden = None if hidden is None else hidden.select(indices)
         before = self.tokens
-        self.scored = {index: self.scored[place] for index, place in enumerate(places) if place in self.scored}
+        self.scored = {new: self.scored[index] for new, index in enumerate(indices) if index in self.scored}
         self.dropped_tokens = before - self.tokens
 
-    def __contains__(self, place: int) -> bool:
-        return place in self.log_probs or (self.hidden is not None and place in self.hidden.owner)
+    def __contains__(self, index: int) -> bool:
+        return index in self.log_probs or (self.hidden is not None and index in self.hidden.owner)

@@ -1,7 +1,7 @@
-"""A source of scores: what a teacher is to the rest of the program, and how a model of this job becomes one.
+"""Sources of scores: the interface of a teacher to the rest of the program, and scoring with a model of this job.
 
-The objective says what it needs of each token (`config.derived.wanted_scores`), a source what it provides. Where the weights
-are, and which prompt they read, is known to the source alone.
+The objective determines which scores of each token it needs (`config.derived.wanted_scores`). Only the source knows where the
+weights are, and which prompt they read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ScoreSource(Protocol):
     """Scores given tokens.
 
     Attributes:
-        chunks: the models of this rank that it runs, to be watched.
+        chunks: the model chunks that it runs on this rank, so that their forward passes can be monitored.
     """
 
     @property
@@ -41,7 +41,7 @@ class ScoreSource(Protocol):
 
 
 def as_read(rollouts: Mapping[int, Rollout], name: str | None) -> Mapping[int, Rollout]:
-    """The rollouts behind the prompts that the teacher of this name reads; None: behind their own."""
+    """The rollouts after the prompts that the teacher of this name reads; None for their own prompts."""
     if name is None:
         return rollouts
     return {index: rollout.after(rollout.teacher_prompts[name]) for index, rollout in rollouts.items()}
@@ -71,9 +71,7 @@ def score_with(
         scored = score_rollouts(parts, responses, temperature=temperature, micro_tokens=micro_tokens, on_hidden=on_hidden)
     elif responses:
         run_forward(parts, responses, micro_tokens, keep)
-    scores = TeacherScores({index: len(each.response_token_ids) for index, each in rollouts.items()})
-    scores.log_probs = {index: log_probs for index, (log_probs, _) in zip(indices, scored, strict=False)}
-    scores.entropies = {index: entropies for index, (_, entropies) in zip(indices, scored, strict=False)}
+    hidden = None
     if distribution:
         owner = {
             indices[item]: layout.rank(pipeline=layout.pipeline - 1, data=data)
@@ -81,15 +79,20 @@ def score_with(
             for items in batches
             for item in items
         }
-        scores.hidden = HiddenStates(parts.config.hidden_size, parts.config.params_dtype, owner, local)
-    return scores
+        hidden = HiddenStates(parts.config.hidden_size, parts.config.params_dtype, owner, local)
+    return TeacherScores(
+        scored={index: len(each.response_token_ids) for index, each in rollouts.items()},
+        log_probs={index: log_probs for index, (log_probs, _) in zip(indices, scored, strict=False)},
+        entropies={index: entropies for index, (_, entropies) in zip(indices, scored, strict=False)},
+        hidden=hidden,
+    )
 
 
 def _of_whole_responses(
     parts: ModelParts, batch: PackedBatch, responses: Sequence[Rollout], hidden_SH: Tensor
 ) -> dict[int, Tensor]:
-    """The hidden states that predict each response's tokens [response tokens, H], by its place in `responses`. Under context
-    parallelism every rank has some of a response's rows, and one sum over the group brings them together."""
+    """The hidden states that predict each response's tokens [response tokens, H], by its index in `responses`. Under context
+    parallelism every rank has some of a response's rows, and a SUM all-reduce over the group joins them."""
     if parts.config.sequence_parallel:
         hidden_SH = gather_from_sequence_parallel_region(hidden_SH, False, parts.groups.tensor)
     states_TH = hidden_SH[batch.rows_T]

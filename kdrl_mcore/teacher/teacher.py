@@ -40,10 +40,10 @@ class Teacher:
 
         Args:
             path: an HF model directory.
-            vocab_size: the number of tokens of the shared tokenizer; further columns are masked out of the softmax.
+            vocab_size: the number of tokens of the shared tokenizer; the softmax excludes columns beyond it.
             on_parameter: called before each parameter is read.
             share_prompts: compute a prompt once for all responses to it in a micro-batch.
-            name: the prompts that it reads (`Rollout.teacher_prompts`); None: the student's.
+            name: which of `Rollout.teacher_prompts` it reads; None for the student's prompts.
         """
         self._name = name
         layout = teacher_layout(world_size, teacher.parallel)

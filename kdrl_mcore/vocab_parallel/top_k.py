@@ -42,8 +42,8 @@ All except `TopKUnbiased` are biased: docs/method.md has a table of how much eac
 """
 
 LEAST_DIVISOR = 2**20
-"""A mass outside S below so many of the smallest normal numbers is not divided by: the quotient could overflow, and its tokens'
-probabilities are practically 0."""
+"""A mass outside S below this multiple of the smallest normal number is never a divisor: the quotient could overflow, and the
+probabilities of its tokens are practically 0."""
 
 
 @dataclass(frozen=True)

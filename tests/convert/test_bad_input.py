@@ -129,7 +129,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "index that is no JSON": (lambda hf: (hf / INDEX).write_text("{"), f"{INDEX} is not a valid index"),
     "file elsewhere": (
         lambda hf: (hf / INDEX).write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}})),
-        "not a file beside it",
+        "not a file next to it",
     ),
     "unknown architecture": (lambda hf: change_config(hf, architectures=["MambaForCausalLM"]), "MambaForCausalLM.*supported:"),
     "remote code": (lambda hf: change_config(hf, auto_map={"AutoModel": "x.Y"}), "remote code is never run"),

@@ -180,7 +180,7 @@ def _averaged_on_rank() -> float:
     earlier = EarlierWeights(Optimizer(), on_host=False)
     main.data.fill_(1.25)
     earlier.average(0.999)
-    with earlier.in_place(lambda: None):
+    with earlier.in_model(lambda: None):
         moved = float(main.data[0] - 1)
     assert torch.equal(main.data, torch.full((4,), 1.25)) and torch.equal(model.data.float(), main.data)
     return moved

@@ -81,7 +81,7 @@ def test_a_colocated_engine_has_its_ranks_gpus_and_a_server_those_that_no_rank_h
     in_a_job(monkeypatch, world_size=4, local=4)
     server = config("placement=server", "tensor=2", "replicas=3")
     assert vllm_placement._environment(server, 1) == {"CUDA_VISIBLE_DEVICES": "1,0"}
-    with pytest.raises(ConfigError, match="engine 2 needs 2 GPUs beside those of 4 ranks, but the node has 8"):
+    with pytest.raises(ConfigError, match="engine 2 needs 2 GPUs in addition to those of 4 ranks, but the node has 8"):
         vllm_placement._environment(server, 2)
 
 

@@ -67,10 +67,10 @@ def generate_on_rank(
 def in_parts(engine: Any, prompts: list[Any], sampling: Any, tokens: int, continuations: int) -> list[Any]:
     """Sample in parts; every other prompt is begun one part later."""
     from kdrl_mcore.rollout.ledger import Draw, Entry
-    from kdrl_mcore.rollout.partial import Parts
+    from kdrl_mcore.rollout.partial import PartialSampling
 
     entries = [Entry(("", i), prompt, Draw(7, 0, i)) for i, prompt in enumerate(prompts)]
-    parts, begun = Parts(tokens, continuations), entries[::2]
+    parts, begun = PartialSampling(tokens, continuations), entries[::2]
     while any(entry.rollouts is None for entry in entries):
         parts.sample(engine, begun, replace(sampling, key=sampling.key[:-1]))
         begun = entries

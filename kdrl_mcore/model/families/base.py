@@ -1,5 +1,5 @@
-"""What a family declares: the shape of its models, and where each HF tensor goes (one map for import, export, verification,
-loading and refit)."""
+"""What a family declares: the shape of its models, and the map of its weights between HF and Megatron-Core, which import,
+export, verification, loading and refit share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["replicated", "column", "row", "vocabulary", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One Megatron parameter and the HF tensors it is made of.
+    """One Megatron parameter and the HF tensors that it is made of.
 
     `{layer}` stands for the global layer number, `{expert}` for the global expert number.
 
@@ -54,10 +54,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What the attention of one layer sees, and how it knows positions.
+    """The window and the rotary embedding of one layer's attention.
 
     Attributes:
-        window: the keys that a query sees, its own included; None for all keys up to its own.
+        window: the number of keys that a query sees, including its own; None for all keys up to its own.
         rope: the rotary embedding; None for a layer without one.
     """
 
@@ -72,10 +72,10 @@ class Architecture:
     Attributes:
         qk_norm: queries and keys are normalised, each head by itself.
         qk_norm_of_all_heads: they are normalised over all heads of a token together.
-        layers: the attention of each layer, where not all layers see everything with the same `rope`; otherwise empty.
-        norms: where a layer's norms stand: before attention and MLP, after them, or both.
+        layers: the attention of each layer; empty where every layer has full attention with `rope`.
+        norms: where a layer's norms are: before attention and MLP, after them, or both.
         zero_centered_norms: norms multiply by 1 + weight.
-        activation: of the MLP's gate.
+        activation: the activation function of the MLP's gate.
         embedding_scale: multiplies the embeddings.
         residual_scale: multiplies what attention and MLP add to the residual stream.
         attention_scale: multiplies the products of queries and keys; None for 1 / sqrt(head_dim).
@@ -178,14 +178,14 @@ _CHANGES_OUTPUTS: dict[str, object] = {
     "is_encoder_decoder": False,
 }
 """Keys of other families and of forks, with the value at which they have no effect. `transformers` ignores them in a config of
-a supported family, but whoever wrote one meant a different model, and vLLM honours some."""
+a supported family, but a config that contains one describes a different model, and vLLM honours some."""
 
 
 def dense_architecture(hf: dict, path: str, family: str, *, reads: Collection[str] = (), **fields: object) -> Architecture:
     """The architecture from the fields that all Llama-like families share.
 
     Args:
-        reads: keys that mean something in this family, which reads them itself; in others they are refused.
+        reads: keys that this family reads itself; in other families they are refused.
         fields: fields of the architecture, in addition to the shared ones or instead of them.
 
     Raises:
@@ -235,7 +235,7 @@ def with_windows(
         slides: whether a layer (from 0) has it, where the config has no `layer_types`.
 
     Raises:
-        ModelError: `layer_types` are not one known kind for each layer, or the window of a layer that has one is not a size.
+        ModelError: `layer_types` does not name one known kind for each layer, or a layer's window is not a size.
     """
     kinds = hf.get("layer_types")
     if kinds is None:
@@ -257,7 +257,8 @@ def with_windows(
 
 
 def with_late_windows(hf: dict, path: str, architecture: Architecture) -> Architecture:
-    """The architecture of Qwen2 or Qwen3, where `use_sliding_window` gives layers from `max_window_layers` on a window."""
+    """The architecture of Qwen2 or Qwen3, where `use_sliding_window` gives a window to the layers from `max_window_layers`
+    on."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     first = hf.get("max_window_layers", 28)
     if not isinstance(first, int):
@@ -291,7 +292,7 @@ _NORMS = {
         "post_mlp_layernorm": "post_feedforward_layernorm",
     },
 }
-"""A layer's norms and their names in HF checkpoints, by where they stand."""
+"""A layer's norms and their names in HF checkpoints, by where the norms are."""
 
 
 def attention_rules(architecture: Architecture, *, fused: bool = False) -> list[WeightRule]:

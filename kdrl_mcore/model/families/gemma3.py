@@ -1,5 +1,5 @@
-"""Gemma 3, text only (270M, 1B): norms around attention and MLP, windows in five of six layers with a rotary base of their
-own, scaled embeddings (https://arxiv.org/abs/2503.19786)."""
+"""Gemma 3, text only (270M, 1B): norms before and after attention and MLP, scaled embeddings, and in five of six layers
+a sliding window with a separate rotary base (https://arxiv.org/abs/2503.19786)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _read(hf: dict, path: str) -> Architecture:
 
 
 def _pattern(hf: dict, path: str) -> int:
-    """One layer in how many sees everything."""
+    """The period of the layers with full attention."""
     pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
     if not is_size(pattern):
         raise ModelError(f"{path}/config.json: sliding_window_pattern={pattern} must be a number of layers")

@@ -1,4 +1,4 @@
-"""Granite 3: Llama with scales of its own for embeddings, residual branches, attention and logits."""
+"""Granite 3: Llama with configurable scales of embeddings, residual branches, attention and logits."""
 
 from __future__ import annotations
 

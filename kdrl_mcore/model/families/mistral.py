@@ -1,4 +1,4 @@
-"""Mistral and Mistral Small: Llama with a head dimension of its own and, in some models, a sliding window in every layer."""
+"""Mistral and Mistral Small: Llama with an explicit head dimension and, in some models, a sliding window in every layer."""
 
 from __future__ import annotations
 

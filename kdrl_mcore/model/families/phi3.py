@@ -1,4 +1,5 @@
-"""Phi-3 and Phi-4: Llama whose projections are stored in one tensor each, with a rotary embedding of a share of each head."""
+"""Phi-3 and Phi-4: Llama with fused tensors (query, key and value; gate and up), and a rotary embedding of part of each
+head."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def _read(hf: dict, path: str) -> Architecture:
     if len(counts) > 1:
         raise ModelError(f"{path}/config.json: num_experts and num_local_experts differ: remove the one that is wrong")
     if not is_size(count) or not is_size(width):
-        raise ModelError(f"{path}/config.json has no num_experts or moe_intermediate_size: it does not describe its experts")
+        raise ModelError(f"{path}/config.json has no num_experts or no moe_intermediate_size: it does not describe its experts")
     per_token, normalized = hf.get("num_experts_per_tok", 8), hf.get("norm_topk_prob", False)
     if not is_size(per_token) or per_token > count or not isinstance(normalized, bool):
         raise ModelError(

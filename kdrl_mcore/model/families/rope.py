@@ -83,7 +83,7 @@ def read_rope(hf: dict, path: str, *, default_theta: float = 10000.0, partial: b
 
     Args:
         default_theta: the family's base, where the config has none.
-        partial: the family knows `partial_rotary_factor`, the share of each head that is rotated.
+        partial: the family supports `partial_rotary_factor`, the share of each head that is rotated.
 
     Raises:
         ModelError: two places contradict each other, or the scaling is not supported or lacks a parameter.
@@ -134,25 +134,25 @@ def read_rope_of_kinds(
 ) -> tuple[Rope, Rope]:
     """The rotary embeddings of layers with full and with sliding attention.
 
-    The new form of `rope_parameters` has one set for each. In the old one `rope_theta` and `rope_scaling` are those of full
-    attention only.
+    The new form of `rope_parameters` has a set for each of them. In the old form, `rope_theta` and `rope_scaling` apply only to
+    full attention.
 
     Args:
         sliding_theta: the key of sliding attention's base in the old form.
 
     Raises:
-        ModelError: as `read_rope`, or only one kind has parameters.
+        ModelError: as for `read_rope`, or only one of them has parameters.
     """
     given, kinds = hf.get("rope_parameters"), {"full_attention", "sliding_attention"}
     if isinstance(given, dict) and kinds & given.keys():
         if given.keys() != kinds:
             raise ModelError(
-                f"{path}/config.json: rope_parameters must be of full_attention and sliding_attention, and no other"
+                f"{path}/config.json: rope_parameters must have exactly the keys full_attention and sliding_attention"
             )
         outside = {key: hf[key] for key in ("rope_theta", "rope_scaling", sliding_theta) if key and hf.get(key) is not None}
         if outside:
             raise ModelError(
-                f"{path}/config.json: {next(iter(outside))} beside rope_parameters of each kind: remove one of them"
+                f"{path}/config.json: {next(iter(outside))} is set as well as rope_parameters of each kind: remove one of them"
             )
         full, sliding = ({**hf, "rope_parameters": given[kind]} for kind in ("full_attention", "sliding_attention"))
     else:

@@ -1,6 +1,6 @@
-"""Seed-OSS: Llama with biases in the query, key and value projections and a head dimension of its own.
+"""Seed-OSS: Llama with biases in the query, key and value projections and an explicit head dimension.
 
-Its published configs have dropout, which only pretraining used; like every model here it trains without.
+Its published configs have dropout, which only pretraining used; like every model here, it is trained without.
 """
 
 from __future__ import annotations

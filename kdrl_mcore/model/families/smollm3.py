@@ -36,7 +36,7 @@ def _read(hf: dict, path: str) -> Architecture:
 
 
 def _rotated_layers(hf: dict, path: str, num_layers: int) -> list[bool]:
-    """Whether each layer has a rotary embedding: 1 in `no_rope_layers`, whose name says the opposite."""
+    """Whether each layer has a rotary embedding, which despite the name is what 1 means in `no_rope_layers`."""
     given = hf.get("no_rope_layers")
     if given is None:
         interval = hf.get("no_rope_layer_interval", 4)

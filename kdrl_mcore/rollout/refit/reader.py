@@ -32,7 +32,7 @@ class WeightReader:
         self._device = device
         self._deadline = time.monotonic() + spec["timeout"]
         self._receiver: Receiver | None = None
-        self._place = "the connection"
+        self._position = "the connection"
         addresses = spec["addresses"]  # of each worker's writer, or one for all
         if len(addresses) not in (1, ranks):
             raise RefitError(f"the engine has {ranks} workers, but {len(addresses)} ranks serve them")
@@ -78,7 +78,7 @@ class WeightReader:
         num_bytes = number = 0
         while "entries" in (message := self._channel.receive()):
             entries = message["entries"]
-            self._place = entries[0][0]
+            self._position = entries[0][0]
             data = self._receiver.take(message["slot"], entries[-1][2] + entries[-1][3])
             whole = []
             for name, start, offset, length in entries:
@@ -107,7 +107,7 @@ class WeightReader:
 
     def _error(self, error: Exception) -> RefitError:
         why = "the sender does not answer" if isinstance(error, TimeoutError) else str(error)
-        return RefitError(f"worker {self._rank}, at {self._place}: {why}")
+        return RefitError(f"worker {self._rank}, at {self._position}: {why}")
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -93,13 +93,13 @@ def send_weights(
     refit = _Refit(parts, servers, version, deadline, bucket_bytes, workers if colocated else None, dtype)
     result = _run_within(timeout, refit.run)
     if result is None:
-        raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.place)}")
+        raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.waits_for)}")
     return result
 
 
 @dataclass
 class _Refit:
-    """One refit on one rank. `place` names what it is waiting for."""
+    """One refit on one rank. `waits_for` names what the rank is waiting for."""
 
     parts: ModelParts
     servers: Sequence[WeightServer]
@@ -108,7 +108,7 @@ class _Refit:
     bucket_bytes: int
     workers: int | None  # of each colocated engine; None: the engines are reached through the network
     dtype: torch.dtype | None
-    place: str = "the other ranks to begin"
+    waits_for: str = "the other ranks to begin"
     checksums: dict[str, str] = field(default_factory=dict)
     is_expert: dict[str, bool] = field(default_factory=dict)  # of this rank's HF names
     scratch: Tensor | None = None
@@ -134,16 +134,16 @@ class _Refit:
             served = [rank + worker for rank in engines for worker in range(self.workers or 1)]
             for rank, tensors in _turns(owned_by_rank):
                 self._take_turn(rank, tensors, owned_by_rank[rank], writer, shared=served != [rank])
-            self.place = "the other ranks to have sent everything"
+            self.waits_for = "the other ranks to have sent everything"
             sent = {name: value for checksums in gather_objects(self.checksums) for name, value in checksums.items()}
             total = digest(table, sent)
             if writer is not None:
-                self.place = "its engines to load the last tensors"
+                self.waits_for = "its engines to load the last tensors"
                 writer.finish(sent, total)
         finally:
             if writer is not None:
                 writer.close()
-        self.place = "the other ranks to report their results"
+        self.waits_for = "the other ranks to report their results"
         for rank, error in enumerate(gather_objects(None if writer is None else writer.error)):
             if error is not None:
                 raise RefitError(f"refit to version {self.version} failed on rank {rank}, {error}")
@@ -156,7 +156,7 @@ class _Refit:
         driver = next((each for each in engines if each <= rank < each + (self.workers or 1)), None)
         writer = None
         if driver is not None:
-            self.place = "the connection of its engines"
+            self.waits_for = "the connection of its engines"
             writer = WeightWriter(
                 engines[driver],
                 self.servers,
@@ -180,7 +180,7 @@ class _Refit:
         for bucket in cut({name: _num_bytes(*described) for name, described in tensors.items()}, self.bucket_bytes):
             slot = self._slot(writer) if owns or shared or writer else None
             for entry in bucket:
-                self.place = f"rank {owner}, tensor {entry.name}"
+                self.waits_for = f"rank {owner}, tensor {entry.name}"
                 while entry.name in names and current != entry.name:
                     current, tensor = next(stream)
                     if owns and current == entry.name:
@@ -260,7 +260,7 @@ def _num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 def _run_within(timeout: float, function: Callable[[], RefitResult]) -> RefitResult | None:
     """Run a function in a thread; at the time-out abandon the thread and return None. So the collectives in which it may hang
-    need no separate time-out."""
+    need no time-out."""
     outcome: list[RefitResult | BaseException] = []
     index = torch.cuda.current_device() if device().type == "cuda" else None
 
@@ -283,9 +283,9 @@ def _run_within(timeout: float, function: Callable[[], RefitResult]) -> RefitRes
     return outcome[0]
 
 
-def _silent_ranks(call: int, place: str) -> str:
-    """The ranks that do not even report their time-out, and what this rank waited for. Uses the process group's store, which
-    needs no other rank."""
+def _silent_ranks(call: int, waited_for: str) -> str:
+    """Which ranks do not even report their time-out, and what this rank waited for. Uses the process group's store, for which
+    no other rank is needed."""
     store = dist.PrefixStore(f"kdrl_mcore/refit/{call}", dist.distributed_c10d._get_default_store())
     store.set(str(dist.get_rank()), "late")
     give_up = time.monotonic() + _SILENCE
@@ -294,4 +294,4 @@ def _silent_ranks(call: int, place: str) -> str:
         silent = [rank for rank in silent if not store.check([str(rank)])]
         time.sleep(0.05)
     who = f"rank {', '.join(map(str, silent))} does not answer" if silent else "every rank answers, but too late"
-    return f"{who}; rank {dist.get_rank()} waited for {place}"
+    return f"{who}; rank {dist.get_rank()} waited for {waited_for}"

@@ -94,17 +94,21 @@ class Channel:
         """
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connected
-        self.deadline = deadline
+        self._deadline = deadline
 
     @property
     def host(self) -> str:
         """This side's address."""
         return self._socket.getsockname()[0]
 
+    def extend(self, deadline: float) -> None:
+        """Move the deadline."""
+        self._deadline = deadline
+
     def send(self, message: Mapping[str, object]) -> None:
         """Send a message. Raises TimeoutError after the deadline, OSError or EOFError if the other side is gone."""
         data = json.dumps(message).encode()
-        self._socket.settimeout(remaining(self.deadline))
+        self._socket.settimeout(remaining(self._deadline))
         self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self) -> dict:
@@ -123,7 +127,7 @@ class Channel:
     def _read(self, length: int) -> bytes:
         data = bytearray()
         while len(data) < length:
-            self._socket.settimeout(remaining(self.deadline))
+            self._socket.settimeout(remaining(self._deadline))
             more = self._socket.recv(length - len(data))
             if not more:
                 raise EOFError("the other side closed the connection")

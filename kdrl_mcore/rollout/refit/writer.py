@@ -1,5 +1,5 @@
-"""The sending end of a refit on a rank that serves workers of engines: it passes bucket after bucket to them. The rank that
-drives an engine also starts its reading."""
+"""The sending end of a refit, on a rank that passes the buckets on to workers of engines. The rank that drives an engine also
+asks it to start reading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POLL = 0.2
 _HELLO = 5.0
 """Seconds for a new connection to identify itself."""
 _LAST_WORDS = 5.0
-"""Seconds for a server to report why it closed the connection."""
+"""Seconds for a server to report why it has closed the connection."""
 
 Table = Mapping[str, tuple[Sequence[int], str]]
 """Shape and dtype of each tensor of the model, by its HF name."""
@@ -70,7 +70,7 @@ class WeightWriter:
         self._engines, self._servers, self._worker = engines, servers, worker
         self._version, self._table = version, table
         self._bucket_bytes, self._device, self._deadline = bucket_bytes, device, deadline
-        self._place = "the connection"
+        self._position = "the connection"
         self._published = 0
         self._channels: dict[tuple[int, int], Channel] = {}  # by server and worker
         self._replies: list[Future[list[dict[str, Any]]]] = []
@@ -85,7 +85,7 @@ class WeightWriter:
             self._fail(error)
 
     def open(self, addresses: Sequence[list[Any] | None]) -> None:
-        """Start the reading of the servers that this rank drives, and connect to the workers.
+        """Ask the servers that this rank drives to start reading, and connect to the workers.
 
         Args:
             addresses: the address of each worker's writer, or one for all.
@@ -120,7 +120,7 @@ class WeightWriter:
         """Send the bucket, which is complete in the slot that `next_slot` returned."""
         if self._sender is None:
             return
-        self._place = bucket[0].name
+        self._position = bucket[0].name
         slot = self._published % SLOTS
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the bytes must be there before the message
@@ -137,7 +137,7 @@ class WeightWriter:
         """Announce the end, and wait until every worker has loaded its tensors and reported the digest."""
         if self.error is not None:
             return
-        self._place = "the end"
+        self._position = "the end"
         try:
             for channel in self._channels.values():
                 channel.send({"checksums": dict(checksums)})
@@ -167,7 +167,7 @@ class WeightWriter:
             self._sender = None
 
     def _open(self, addresses: Sequence[list[Any] | None]) -> None:
-        """Start the requests, and pass every worker that this rank serves its end of the transport."""
+        """Send the requests, and describe to every worker that this rank serves its end of the transport."""
         if None in addresses:
             raise RefitError("another rank that serves its workers cannot listen for them")
         assert self.address is not None and self._listening is not None
@@ -199,7 +199,7 @@ class WeightWriter:
         listening.settimeout(_POLL)
         while missing:
             number, worker = min(missing)
-            self._place = f"the connection of worker {worker} of engine {self._engines[number]}"
+            self._position = f"the connection of worker {worker} of engine {self._engines[number]}"
             remaining(self._deadline)
             for reply in self._replies:
                 if reply.done():
@@ -216,7 +216,7 @@ class WeightWriter:
             if "error" in hello:
                 channel.close()
                 raise RefitError(hello["error"])
-            channel.deadline = self._deadline
+            channel.extend(self._deadline)
             if self._worker is None:
                 missing |= {(hello["server"], rank) for rank in range(hello["ranks"])} - self._channels.keys()
             elif hello["ranks"] != num_writers:
@@ -244,13 +244,12 @@ class WeightWriter:
             except RefitError as cause:
                 causes.append(str(cause))
         names = ", ".join(f"engine {index}" for index in self._engines)
-        self.error = f"at {self._place}: {'; '.join(causes) or f'{names}: {why}'}"
+        self.error = f"at {self._position}: {'; '.join(causes) or f'{names}: {why}'}"
         self.close()
 
 
 def _request(server: WeightServer, version: int, spec: Mapping[str, Any]) -> Future[list[dict[str, Any]]]:
-    """Send a server the request in a thread that nothing has to wait for, not even the end of the process if the server
-    hangs."""
+    """Send a server the request in a thread that nothing has to wait for: even if the server hangs, this process can end."""
     reply: Future[list[dict[str, Any]]] = Future()
 
     def ask() -> None:

@@ -79,7 +79,7 @@ class Finished:
     log_probs: list[float]
     finish_reason: str
     versions: list[tuple[int | None, int]]
-    """(version of the weights, tokens that they sampled), in order; None is the model directory's."""
+    """(version of the weights, number of tokens that they sampled), in order; None stands for the model directory's weights."""
 
 
 class Engine:
@@ -142,7 +142,7 @@ class Engine:
                 yield Finished(token_ids, log_probs, part.finish_reason, _versions(part.weight_versions))
 
     async def _outputs(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Any]:
-        """vLLM's outputs for a request. It is restarted if the weights change before its first token."""
+        """vLLM's outputs for a request, which is restarted if the weights change before its first token."""
         while True:
             updates = self._updates
             # Only requests that were begun under the same weights share blocks of the cache.
@@ -168,11 +168,11 @@ class Engine:
         """Have every worker receive the weights of a refit (`transfer.RefitBackend`). Returns each worker's report.
 
         Args:
-            unfinished: how unfinished responses continue: `wait`: there are none; `keep`: with the cache that older weights
-                computed; `recompute`: with a new one. In no case does another response use that cache.
+            unfinished: what happens to unfinished responses: `wait`: there are none; `keep`: they continue with the cache that
+                older weights computed; `recompute`: they continue with a new cache. No other response ever uses the old cache.
 
         Raises:
-            RefitError: a worker did not receive them. The engine must not be used any more.
+            RefitError: a worker did not receive them. The engine must no longer be used.
         """
         if unfinished != "wait":
             await self._llm.pause_generation(mode="keep", clear_cache=unfinished == "recompute")

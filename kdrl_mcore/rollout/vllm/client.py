@@ -1,4 +1,4 @@
-"""The trainer's side of an engine server: its HTTP interface and, if started here, its process. Imports nothing of vLLM."""
+"""The trainer's side of an engine server: its HTTP interface and, if started here, its process. It does not import vLLM."""
 
 from __future__ import annotations
 
@@ -98,6 +98,10 @@ class EngineServer:
     def pid(self) -> int | None:
         """The process and process group of a server that was started here."""
         return None if self._process is None else self._process.pid
+
+    def set_address(self, address: str | None, token: str | None) -> None:
+        """Set the address and token that the server's owner has found."""
+        self.address, self.token = address, token
 
     def start(self) -> None:
         """Start the process without waiting until it is ready."""
@@ -326,7 +330,7 @@ def last_line(log: Path) -> str:
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """A training rank's environment without the variables that describe the rank, which vLLM would take for its own, and
+    """A training rank's environment without the variables that describe the rank, which vLLM would mistake for its own, and
     without expandable segments, whose memory vLLM's workers cannot share (slurm/serve.sh does the same)."""
     result = {
         name: without_expandable_segments(value) if name in ALLOCATOR_VARIABLES else value

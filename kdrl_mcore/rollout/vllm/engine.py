@@ -53,7 +53,7 @@ class VllmEngine:
         replicas: the servers, started and ready.
         verifier: on rank 0; verifies all responses that have an answer to compare with.
         vocab_size: the number of token ids that can be trained on.
-        on_progress: called on every rank while the servers make progress (time-outs find one that does not).
+        on_progress: called on every rank while the servers make progress (one that makes none is found by time-outs).
         """
         self._replicas, self._config, self._settings = replicas, config, config.vllm
         self._tokenizer, self._verifier, self._vocab_size = tokenizer, verifier, vocab_size
@@ -117,8 +117,8 @@ class VllmEngine:
         wanted, decode = set(tickets), self._tokenizer.decode_response
         groups = self._collect(lambda complete: tickets if wanted <= set(complete) else None, None)
         return [
-            with_beginning(request, replace(part, group_id=place), sampling.max_response_tokens, decode)
-            for place, (ticket, request) in enumerate(zip(tickets, requests, strict=True))
+            with_beginning(request, replace(part, group_id=index), sampling.max_response_tokens, decode)
+            for index, (ticket, request) in enumerate(zip(tickets, requests, strict=True))
             for part in groups[ticket]
         ]
 
@@ -222,7 +222,7 @@ class VllmEngine:
         world.
 
         Colocated engines allocate their memory in two steps: first for the weights, then, after the refit has freed its own
-        memory, for the KV cache, which takes all that training leaves.
+        memory, for the KV cache, which uses all that training leaves.
         """
         settings = self._settings
         self._replicas.make_room()
@@ -268,7 +268,8 @@ def _submitted(ticket: int, request: Request, sampling: Sampling) -> Submitted:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts that `generate` passes on while other groups are sampled: groups of these tickets, with a minimum of tokens."""
+    """The parts that `generate` passes on while other groups are sampled: groups of these tickets with at least `tokens`
+    tokens."""
 
     tickets: Sequence[int]
     tokens: int

@@ -53,7 +53,7 @@ def give_back() -> None:
 
 
 def free_share() -> float:
-    """The free share of this rank's GPU that an engine beside it may use."""
+    """The free share of this rank's GPU that an engine on the same GPU may use."""
     free, total = torch.cuda.mem_get_info()
     return min(ENGINE_SHARE, math.floor(100 * (free / total - RESERVE)) / 100)
 

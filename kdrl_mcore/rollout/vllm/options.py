@@ -33,10 +33,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--host", default="127.0.0.1", help="address to bind to: loopback, or the job's interface (%(default)s)"
     )
-    result.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    result.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
+    result.add_argument("--port", type=int, default=0, help="0: any free port")
+    result.add_argument("--parent", type=int, default=0, help="process id of the parent; the server ends when it ends")
     result.add_argument(
-        "--vocabulary", dest="vocab_size", type=int, default=0, help="tokens that may be sampled; 0 takes the tokenizer's"
+        "--vocabulary",
+        dest="vocab_size",
+        type=int,
+        default=0,
+        help="number of tokens that may be sampled; 0: all of the tokenizer",
     )
     result.add_argument(
         "--extra",

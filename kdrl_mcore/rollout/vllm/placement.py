@@ -93,7 +93,7 @@ class Replicas:
         mine = {server.index: (server.address, server.token) for server in self.own(range(len(self)))}
         for addresses in gather_objects(mine):
             for index, (address, token) in addresses.items():
-                self.servers[index].address, self.servers[index].token = address, token
+                self.servers[index].set_address(address, token)
 
     def stop(self) -> None:
         """End the servers that this rank started."""
@@ -216,7 +216,7 @@ def find_owners(config: Config) -> list[int]:
 
 
 def _is_there(server: EngineServer) -> bool:
-    """Whether this server has already been started."""
+    """Whether this server has been started already."""
     if not address_path(server.run_dir, server.index).is_file():
         return False
     server.read_address()
@@ -250,8 +250,8 @@ def _environment(config: Config, index: int) -> dict[str, str]:
     mine = devices[first : first + settings.tensor]
     if len(mine) < settings.tensor:
         raise ConfigError(
-            f"engine {index} needs {settings.tensor} GPUs beside those of {local} ranks, but the node has {len(devices)}: "
-            "use fewer ranks, rollout.vllm.placement=colocated, or servers on other nodes (docs/rollout.md)"
+            f"engine {index} needs {settings.tensor} GPUs in addition to those of {local} ranks, but the node has "
+            f"{len(devices)}: use fewer ranks, rollout.vllm.placement=colocated, or servers on other nodes (docs/rollout.md)"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 

@@ -48,8 +48,8 @@ class WeightReceiver(ABC):
         return reader.result
 
     def try_to_receive_weights(self, spec: dict) -> dict:
-        """Like `receive_weights`, but returns an error as a result too (`error`): after a worker's exception vLLM would take
-        the other workers' results for those of the next call."""
+        """Like `receive_weights`, but returns an error as a result too (`error`): after a worker's exception vLLM would
+        mistake the other workers' results for those of the next call."""
         try:
             return self.receive_weights(spec)
         except Exception as error:

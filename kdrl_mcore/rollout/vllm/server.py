@@ -71,8 +71,9 @@ class _Served:
     Attributes:
         usable: whether the weights can be used: not while asleep, during a refit, or after one that failed.
         version: the version of the engine's weights; None for those of the model directory, or for unusable ones.
-        replaced: the previous version, if responses continue when weights change: requests sent before the change name it.
-        changing: whether new weights are being received, and responses wait for them.
+        replaced: the previous version, if responses continue when the weights change, because requests that were sent before
+            the change name it.
+        changing: whether new weights are being received, for which responses wait.
         parts: the number of parts of responses that the engine has produced since it started.
     """
 
@@ -87,58 +88,73 @@ class _Served:
         return self.usable and (version == self.version or (version is not None and version == self.replaced))
 
 
-def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callable[[], None]) -> FastAPI:
-    """The application with all routes, which require the token.
+class _Routes:
+    """The routes of one engine, and the state that they share."""
 
-    Args:
-        stop: ends the server.
-    """
-    app = FastAPI(openapi_url=None)
-    held = _Served(usable=settings.load_format != "dummy")
+    def __init__(self, engine: Engine, settings: EngineSettings, stop: Callable[[], None]) -> None:
+        self._engine, self._stop = engine, stop
+        self._max_model_len = settings.max_model_len
+        self._state = _Served(usable=settings.load_format != "dummy")
 
-    @app.middleware("http")
-    async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("authorization", "")
-        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            return Response("wrong or missing token", status_code=401)
-        return await proceed(request)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        if engine.dead:
+    async def health(self) -> dict[str, Any]:
+        """The version of the weights, and whether they can be used."""
+        if self._engine.dead:
             raise HTTPException(503, "vLLM's engine process has died")
-        await engine.check_health()
-        return {"version": held.version, "usable": held.usable}
+        await self._engine.check_health()
+        return {"version": self._state.version, "usable": self._state.usable}
 
-    @app.post("/generate")
-    async def generate(request: Request) -> StreamingResponse:
+    async def generate(self, request: Request) -> StreamingResponse:
+        """Sample responses; see `_stream`."""
         body: GenerateBody = await request.json()
-        if not held.has(body["version"]):
-            have = held.version if held.usable else "no usable weights"
+        if not self._state.has(body["version"]):
+            have = self._state.version if self._state.usable else "no usable weights"
             raise HTTPException(409, f"asked for weight version {body['version']}, the engine has {have}")
-        limit = settings.max_model_len - body["sampling"]["max_tokens"]
+        limit = self._max_model_len - body["sampling"]["max_tokens"]
         for each in body["requests"]:
             if not 0 < len(each["prompt_token_ids"]) <= limit:
                 length = len(each["prompt_token_ids"])
                 raise HTTPException(
                     400, f"request {each['id']}: a prompt of {length} tokens, but only 1 to {limit} leave room for a response"
                 )
-        return StreamingResponse(stream(body), media_type="application/x-ndjson")
+        return StreamingResponse(self._stream(body), media_type="application/x-ndjson")
 
-    async def stream(body: GenerateBody) -> AsyncIterator[str]:
+    async def weights(self, request: Request) -> dict[str, Any]:
+        """Receive the weights of a refit."""
+        body: WeightsBody = await request.json()
+        state, continues = self._state, body["unfinished"] != "wait"
+        state.usable, state.changing = state.usable and continues, continues
+        try:
+            workers = await self._engine.receive_weights(body["spec"], body["version"], body["unfinished"])
+        except Exception as error:  # vLLM wraps its worker's error in many types; the trainer decides what to do
+            state.usable = False
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        finally:
+            state.changing = False
+        state.replaced = state.version if continues and state.version != body["version"] else None
+        state.version, state.usable = body["version"], True
+        return {"version": body["version"], "workers": workers}
+
+    async def sleep(self) -> dict[str, bool]:
+        """Free GPU memory."""
+        gone = await self._engine.sleep()
+        if gone:
+            self._state.usable = False
+        return {"gone": gone}
+
+    async def wake(self, request: Request) -> None:
+        """Allocate GPU memory again."""
+        await self._engine.wake((await request.json())["tags"])
+
+    async def stop(self) -> None:
+        """End the server."""
+        self._stop()
+
+    async def _stream(self, body: GenerateBody) -> AsyncIterator[str]:
         """A line for each finished response, and an empty object for each second in which the engine sampled or waited for new
         weights."""
         results: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        seen = held.parts
-
-        async def run(each: SampleRequest) -> None:
-            name = f"{each['id']}-{secrets.token_hex(4)}"  # vLLM needs names that it has never seen
-            async for out in engine.generate(name, each["prompt_token_ids"], each["seed"], body["sampling"]):
-                held.parts += 1
-                if isinstance(out, Finished):
-                    results.put_nowait({"id": each["id"], **vars(out)})
-
-        tasks = [asyncio.create_task(run(each)) for each in body["requests"]]
+        seen = self._state.parts
+        tasks = [asyncio.create_task(self._sample(each, body["sampling"], results)) for each in body["requests"]]
         for task in tasks:
             task.add_done_callback(lambda _: results.put_nowait(None))
         try:
@@ -147,8 +163,8 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
                 try:
                     line = await asyncio.wait_for(results.get(), _SIGN_SECONDS)
                 except TimeoutError:
-                    if held.parts > seen or held.changing:
-                        seen = held.parts
+                    if self._state.parts > seen or self._state.changing:
+                        seen = self._state.parts
                         yield "{}\n"
                     continue
                 if line is not None:
@@ -164,37 +180,38 @@ def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callabl
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    @app.post("/weights")
-    async def weights(request: Request) -> dict[str, Any]:
-        body: WeightsBody = await request.json()
-        goes_on = body["unfinished"] != "wait"
-        held.usable, held.changing = held.usable and goes_on, goes_on
-        try:
-            workers = await engine.receive_weights(body["spec"], body["version"], body["unfinished"])
-        except Exception as error:  # vLLM wraps its worker's error in many types; the trainer decides what to do
-            held.usable = False
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
-        finally:
-            held.changing = False
-        held.replaced = held.version if goes_on and held.version != body["version"] else None
-        held.version, held.usable = body["version"], True
-        return {"version": body["version"], "workers": workers}
+    async def _sample(
+        self, request: SampleRequest, sampling: dict[str, Any], results: asyncio.Queue[dict[str, Any] | None]
+    ) -> None:
+        """Sample one response, count its parts, and put it into `results`."""
+        name = f"{request['id']}-{secrets.token_hex(4)}"  # vLLM needs names that it has never seen
+        async for out in self._engine.generate(name, request["prompt_token_ids"], request["seed"], sampling):
+            self._state.parts += 1
+            if isinstance(out, Finished):
+                results.put_nowait({"id": request["id"], **vars(out)})
 
-    @app.post("/sleep")
-    async def sleep() -> dict[str, bool]:
-        gone = await engine.sleep()
-        if gone:
-            held.usable = False
-        return {"gone": gone}
 
-    @app.post("/wake")
-    async def wake(request: Request) -> None:
-        await engine.wake((await request.json())["tags"])
+def make_app(engine: Engine, settings: EngineSettings, token: str, stop: Callable[[], None]) -> FastAPI:
+    """The application with all routes, which require the token.
 
-    @app.post("/stop")
-    async def end() -> None:
-        stop()
+    Args:
+        stop: ends the server.
+    """
+    app, routes = FastAPI(openapi_url=None), _Routes(engine, settings, stop)
 
+    @app.middleware("http")
+    async def authorize(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return Response("wrong or missing token", status_code=401)
+        return await proceed(request)
+
+    app.get("/health")(routes.health)
+    app.post("/generate")(routes.generate)
+    app.post("/weights")(routes.weights)
+    app.post("/sleep")(routes.sleep)
+    app.post("/wake")(routes.wake)
+    app.post("/stop")(routes.stop)
     return app
 
 

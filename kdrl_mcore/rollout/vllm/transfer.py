@@ -24,7 +24,7 @@ BACKEND = "kdrl"
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
-    """Nothing: every refit makes its own connection."""
+    """Nothing: each refit makes its own connection."""
 
 
 @dataclass
@@ -39,13 +39,13 @@ class RefitBackend(WeightTransferEngine[NoInitInfo, RefitInfo]):
 
     vLLM gathers a layer's tensors, then processes them (on CPU it packs them for its kernels) into the memory of the old ones.
     If the stream breaks off, some layers are incomplete, and vLLM would add the next stream's tensors to them. An update
-    therefore never raises: it is finished with the tensors that have arrived, the report has the error, the weights are wrong,
-    and the next refit replaces all of them.
+    therefore never raises: it ends with the tensors that have arrived, and the report contains the error. The weights are then
+    wrong until the next refit, which replaces all of them.
     """
 
     init_info_cls, update_info_cls = NoInitInfo, RefitInfo
     report: dict[str, Any]
-    """Of the last update: what `WeightReceiver.try_to_receive_weights` returned."""
+    """The result of `WeightReceiver.try_to_receive_weights` in the last update."""
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """See vLLM."""
@@ -55,7 +55,7 @@ class RefitBackend(WeightTransferEngine[NoInitInfo, RefitInfo]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """See vLLM, whose own one waits for an accelerator, and fails without one."""
+        """See vLLM, whose implementation waits for an accelerator and fails without one."""
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()

@@ -31,7 +31,7 @@ class Curve:
         key: the metric, or the name of a quantity computed from several.
         title, unit, family: the labels; "%" is a share. Panels of a family are adjacent.
         is_held_out: whether it is measured in some steps only by the evaluation, which also writes the ends of its interval.
-        of: computes the quantity; None takes the metric itself.
+        of: computes the quantity; None for the metric itself.
         is_largest: whether a point that stands for several steps shows the largest value instead of the mean.
     """
 

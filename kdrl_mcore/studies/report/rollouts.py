@@ -58,7 +58,7 @@ def sample_rollouts(run: RunHistory, max_tokens: int) -> list[dict[str, Any]]:
 
 
 def rollout_files(run: RunHistory) -> list[Path]:
-    """The run's rollout files in the order of their steps; other files beside them, such as copies, are left out."""
+    """The run's rollout files in the order of their steps; other files there, such as copies, are left out."""
     found = (run.directory / "rollouts").glob("step_*.jsonl")
     return sorted(path for path in found if path.is_file() and re.fullmatch(r"step_\d{6,}\.jsonl", path.name))
 
@@ -121,7 +121,7 @@ def token_texts(run: RunHistory) -> Callable[[int], str]:
     for file in (folder / "tokenizer.json" for folder in folders):
         try:
             tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception:  # it is missing or damaged: the library has no error class of its own
+        except Exception:  # it is missing or damaged: the library defines no error class
             continue
         return lambda token: tokenizer.decode([token], skip_special_tokens=False)
     return lambda token: f"[{token}]"

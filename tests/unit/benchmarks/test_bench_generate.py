@@ -39,4 +39,4 @@ def test_engines_generate_what_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["generate", "--models", str(tmp_path)]) == 2
-    assert f"--models: {tmp_path} is no HF folder" in capsys.readouterr().err
+    assert f"--models: {tmp_path} is not an HF folder" in capsys.readouterr().err

@@ -101,8 +101,11 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         (f"{GIVEN}.path=r", "needs rollout.given.share above 0"),
         (f"objective=grpo {GIVEN}.share=0.5", "objective.beta is never positive"),
         (f"objective=sft {GIVEN}.share=0.5", "objective=sft trains only on given ones"),
-        ("trainer.stop_after=2", "trainer.stop_after follows the evaluations: set eval.every"),
-        ("checkpoint.best=eval/accuracy data.eval=e.jsonl", "checkpoint.best follows the evaluations: set eval.every"),
+        ("trainer.stop_after=2", "trainer.stop_after depends on evaluations during training: set eval.every"),
+        (
+            "checkpoint.best=eval/accuracy data.eval=e.jsonl",
+            "checkpoint.best depends on evaluations during training: set eval.every",
+        ),
         ("checkpoint.best=eval/accuracy data.eval=e.jsonl eval.every=2 checkpoint.every=-1", "leave one out"),
         ("objective.beta.kind=plateau", "objective.beta.kind=plateau watches eval/accuracy"),
     ],

@@ -55,7 +55,7 @@ def test_the_model_refuses(settings: dict[str, Any], model: str, tensor: int, me
 
 def test_a_fused_projection_has_no_adapter_of_its_parts(tmp_path: Path) -> None:
     phi = read_architecture(make_model("phi3", tmp_path, seed=1))
-    with pytest.raises(ConfigError, match="Phi3ForCausalLM has no q_proj of its own"):
+    with pytest.raises(ConfigError, match="Phi3ForCausalLM has no separate q_proj"):
         check_lora(LoraConfig(rank=4), phi, 1)
     check_lora(LoraConfig(rank=4, target_modules=["o_proj", "down_proj"]), phi, 1)
 
@@ -79,7 +79,7 @@ def test_attention_beside_experts_and_other_projections_are_not_refused() -> Non
 )
 def test_the_folder_refuses(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     lora = LoraConfig(rank=8)
-    with pytest.raises(ModelError, match="is no PEFT folder"):
+    with pytest.raises(ModelError, match="is not a PEFT folder"):
         check_peft_folder(tmp_path, lora)
     (tmp_path / "adapter_config.json").write_text(json.dumps(peft_config(lora, "base")))
     check_peft_folder(tmp_path, lora)

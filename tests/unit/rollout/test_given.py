@@ -15,7 +15,7 @@ from kdrl_mcore.data.limits import Limits
 from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.rollout.files import write_rollouts
-from kdrl_mcore.rollout.given import BesideGiven, read_given
+from kdrl_mcore.rollout.given import WithGivenResponses, read_given
 from kdrl_mcore.rollout.replay import ReplayedRollouts
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.types import FinishReason, Prompt, Rollout
@@ -27,7 +27,7 @@ ANSWERED = [Prompt(f"g{i}", "q", np.array([i]), "a", target=np.array([i, 9])) fo
 
 def beside(source: Any, answered: list[Prompt] = ANSWERED) -> Any:
     """A source with as many given responses as others."""
-    joined: Any = BesideGiven(source, PromptStream(answered, 1, 0, shuffle=True), source._student, lambda others: others)
+    joined: Any = WithGivenResponses(source, PromptStream(answered, 1, 0, shuffle=True), source._student, lambda others: others)
     joined._student = source._student
     return joined
 

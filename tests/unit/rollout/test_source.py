@@ -11,7 +11,7 @@ from kdrl_mcore.data.stream import PromptStream
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.files import to_row
-from kdrl_mcore.rollout.partial import Parts
+from kdrl_mcore.rollout.partial import PartialSampling
 from kdrl_mcore.rollout.source import Ahead, SampledRollouts, refuse_stale
 from kdrl_mcore.types import Rollout
 from tests.support.sources import PROMPTS, make, run, through_json
@@ -149,7 +149,7 @@ LONGEST, PART = 12, 4
 
 def in_parts(steps_ahead: int, max_age: int, most: int | None, steps: int) -> Any:
     source, stream = make(0), PromptStream(PROMPTS, 2, 0, shuffle=False)
-    ahead = Ahead(Parts(PART, most), steps_ahead, max_age, False, steps, 1)
+    ahead = Ahead(PartialSampling(PART, most), steps_ahead, max_age, False, steps, 1)
     sampling = Sampling(1.0, 1.0, LONGEST, 3, (7, 0))
     return SampledRollouts(source.engine, source._student, stream, None, sampling, ahead=ahead)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdrl_mcore.teacher.leak import RUN, leak_metrics
+from kdrl_mcore.teacher.leak import NGRAM, leak_metrics
 from kdrl_mcore.types import Rollout
 
 
@@ -18,8 +18,8 @@ def rollout(response: list[int], text: str, answer: str) -> Rollout:
 
 
 def test_copied_text_and_early_answers_are_measured() -> None:
-    copies = rollout([5, *range(103, 103 + RUN + 1), 6], "so 42 it is", "42")
-    short = rollout([*range(100, 100 + RUN - 1), 7, 8, 9], "none", "42")
+    copies = rollout([5, *range(103, 103 + NGRAM + 1), 6], "so 42 it is", "42")
+    short = rollout([*range(100, 100 + NGRAM - 1), 7, 8, 9], "none", "42")
     metrics = leak_metrics([copies, short])
-    assert metrics == {"teacher_text_copied": (RUN + 1) / 21, "answer_place": 3 / 11}
+    assert metrics == {"teacher_text_copied": (NGRAM + 1) / 21, "answer_place": 3 / 11}
     assert leak_metrics([replace(short, teacher_prompts={})]) == {}
