@@ -55,13 +55,14 @@ def _has_bfloat16() -> bool:
     return supported
 
 
-class ColumnParallel(ColumnParallelLinear):
-    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need.
+class _PackableWeight:
+    """A layer whose weight has a packed copy for a while.
 
     Attributes:
         packed: while a model generates, the weight from `pack`.
     """
 
+    weight: Tensor
     packed: Tensor | None = None
 
     def pack_weight(self) -> None:
@@ -72,6 +73,10 @@ class ColumnParallel(ColumnParallelLinear):
     def unpack_weight(self) -> None:
         """Drop `packed`."""
         self.packed = None
+
+
+class ColumnParallel(_PackableWeight, ColumnParallelLinear):
+    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -94,23 +99,8 @@ class ColumnParallel(ColumnParallelLinear):
         return product(x, self.weight if self.packed is None else self.packed, self.bias if with_bias else None)
 
 
-class RowParallel(RowParallelLinear):
-    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need.
-
-    Attributes:
-        packed: while a model generates, the weight from `pack`.
-    """
-
-    packed: Tensor | None = None
-
-    def pack_weight(self) -> None:
-        """Make `packed`, unless it exists."""
-        if self.packed is None:
-            self.packed = pack(self.weight)
-
-    def unpack_weight(self) -> None:
-        """Drop `packed`."""
-        self.packed = None
+class RowParallel(_PackableWeight, RowParallelLinear):
+    """Megatron-Core's layer, which without gradients computes `product` and skips what only gradients need."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, ..., K of this rank] -> ([S, ..., N], the bias if the caller is to add it).

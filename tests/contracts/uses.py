@@ -168,6 +168,7 @@ class Reader(ast.NodeVisitor):
         self._names: dict[str, tuple[str, ...]] = dict(RECEIVERS.get(file, {}))
         self._dictionaries: dict[str, set[str]] = {}  # keys of the enclosing function's dictionaries, by variable
         self._own: list[tuple[str, set[str]]] = []  # of the enclosing class: its foreign base, and what it defines itself
+        self._classes: dict[str, set[str]] = {}  # what each class of the file defines
         self._derived: dict[str, str] = {}  # the foreign base of each of the file's dataclasses that has one
         self._added: dict[str, set[str]] = defaultdict(set)  # by such a base, the fields that are ours
 
@@ -197,7 +198,9 @@ class Reader(ast.NodeVisitor):
         if bases and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             self._derived[node.name] = bases[0]
             self._added[bases[0]] |= fields
-        self._own.append((bases[0] if bases else "", defined | fields | assigned))
+        inherited = {name for base in node.bases for name in self._classes.get(ast.unparse(base), ())}
+        self._classes[node.name] = defined | fields | assigned | inherited
+        self._own.append((bases[0] if bases else "", self._classes[node.name]))
         self.generic_visit(node)
         self._own.pop()
 

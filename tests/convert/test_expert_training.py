@@ -84,7 +84,7 @@ def test_experts_spread_over_replicas_sample_the_same_tokens(
     (alone,) = ranks1.run(generate_on_rank, *given)
     for spread in ranks2.run(generate_on_rank, [*overrides, "parallel.expert=2"], *given[1:]):
         assert tokens_of(spread) == tokens_of(alone)
-        assert len({len(row["response_token_ids"]) for row in spread["plain"]}) > 1
+        assert prompts == 1 or len({len(row["response_token_ids"]) for row in spread["plain"]}) > 1
         for one, other in zip(alone["plain"], spread["plain"], strict=True):
             assert one["sampler_log_probs"] == pytest.approx(other["trainer_log_probs"], abs=1e-4)
     (packed, copies, left), _ = ranks2.run(generate_with_packed_weights, [*overrides, "parallel.expert=2"], *given[1:])

@@ -85,13 +85,14 @@ def generate_with_packed_weights(
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
-    from kdrl_mcore.model import decoding, linear
+    from kdrl_mcore.model import gpt, linear
     from kdrl_mcore.rollout import megatron
 
     alive: list[weakref.ref[torch.Tensor]] = []
+    pack_really = linear.pack
 
     def pack(weight: torch.Tensor) -> torch.Tensor | None:
-        packed = linear.pack(weight)
+        packed = pack_really(weight)
         assert packed is not None and packed.is_mkldnn
         alive.append(weakref.ref(packed))
         return packed
@@ -99,7 +100,8 @@ def generate_with_packed_weights(
     with (
         mock.patch.object(linear, "_LEAST_ELEMENTS", 0),
         mock.patch.object(megatron, "_WORTH_PACKING", 0),
-        mock.patch.object(decoding, "pack", pack),
+        mock.patch.object(linear, "pack", pack),
+        mock.patch.object(gpt, "pack", pack),
     ):
         result = generate_on_rank(overrides, prompts, samplings)
     return result, len(alive) // len(samplings), sum(packed() is not None for packed in alive)
