@@ -59,7 +59,7 @@ def in_decoding() -> Any:
 def in_the_teacher() -> Any:
     from kdrl_mcore.teacher.teacher import Teacher
 
-    return patch.object(Teacher, "scores", run_out)
+    return patch.object(Teacher, "scores_of", run_out)
 
 
 def in_the_checkpoint() -> Any:
