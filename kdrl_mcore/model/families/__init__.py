@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from kdrl_mcore.errors import ModelError
-from kdrl_mcore.model.families import (
-    gemma3,
-    granite,
-    llama,
-    ministral,
-    mistral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    seed_oss,
-    smollm3,
-)
 from kdrl_mcore.model.families.base import Architecture, Family
 
-_MODULES = (
-    gemma3,
-    granite,
-    llama,
-    ministral,
-    mistral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    seed_oss,
-    smollm3,
-)
-FAMILIES: dict[str, Family] = {module.FAMILY.hf_architecture: module.FAMILY for module in _MODULES}
+_MODULES = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+FAMILIES: dict[str, Family] = {each.FAMILY.hf_architecture: each.FAMILY for each in _MODULES if hasattr(each, "FAMILY")}
 """The supported families by the name in an HF config's `architectures`."""
 
 
