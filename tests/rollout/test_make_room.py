@@ -31,6 +31,9 @@ class Engine:
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
+    def set_address(self, address: str | None, token: str | None) -> None:
+        self.address, self.token = address, token
+
     def start(self) -> None:
         self.events.append("start")
 
