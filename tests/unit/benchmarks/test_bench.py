@@ -63,11 +63,12 @@ def test_peak_memory_is_that_of_the_run() -> None:
 
     def measured() -> float:
         # The system may reclaim idle pages of this process at the same time, which hides as many new ones; on a busy machine
-        # this may happen three times in a row.
-        return max(_extra_memory(run, inputs)[0] for _ in range(10))
+        # this may happen many times in a row.
+        found = (_extra_memory(run, inputs)[0] for _ in range(200))
+        return next(size for size in found if size > 60 * 2**20)
 
     for _ in range(2):  # the second peak does not include the first
-        assert 60 * 2**20 < measured() < 100 * 2**20
+        assert measured() < 100 * 2**20
 
 
 @pytest.fixture
