@@ -58,7 +58,7 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
 
     cluster.start_again(number, restarts=1)  # it was submitted for one node and asked for a second one
-    assert "it needs 2 nodes" in job_log(tmp_path, number)
+    assert "needs 2 nodes" in job_log(tmp_path, number)
     cluster.wait_in_job(number, lambda: len(steps_done(run_dir)) >= 3, "three steps")
     assert cluster.job(number)["NumNodes"] == "2"
     cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--wrap=true", cwd=tmp_path)

@@ -166,7 +166,7 @@ def test_jobs_of_users_with_ways_of_their_own(cluster: Cluster, pair: Path, scri
     cluster.run("scontrol", "hold", last)
     assert cluster.state(last) == "RUNNING"
     cluster.run("scancel", "--batch", "--signal=USR1", last)
-    cluster.wait(lambda: start_of(last) == "1" and cluster.state(last) == "PENDING", "the task to go back to the queue", 60)
+    cluster.wait(lambda: start_of(last) == "1" and cluster.state(last) == "PENDING", "the task to go back to the queue", 240)
     assert cluster.job(last)["Priority"] == "0"
     assert (start_of(other), cluster.state(other)) == ("0", "RUNNING")
     cluster.run("scancel", array)

@@ -95,7 +95,7 @@ class RankPool:
         """The process ids of the running ranks, in order; empty when the pool is not started."""
         return [rank.pid for rank in self._ranks]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """Call `function(*args)` on all ranks at once and return the results by rank.
 
         Args:
