@@ -68,18 +68,24 @@ def train_on_paper(overrides: Sequence[str], triton: bool = False) -> Outcome:
 
 
 def train_in_shapes_of_a_gpu(overrides: Sequence[str]) -> Outcome:
-    """`train_on_rank` on the CPU, decoding over padded keys and looking for finished responses every 16 tokens, as on a GPU:
-    sums then have the same order."""
+    """`train_on_rank` on the CPU, decoding over padded keys, looking for finished responses every 16 tokens, and with
+    Megatron-Core's own linear layers, as on a GPU: sums then have the same order."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
+    from kdrl_mcore.model import linear
     from kdrl_mcore.rollout import megatron
 
     def cache(*args: Any, few_shapes: bool) -> Any:
         return KVCache(*args, few_shapes=True)
 
     KVCache, looks = megatron.KVCache, megatron._STEPS_BETWEEN_LOOKS
-    with patch.object(megatron, "KVCache", cache), patch.dict(looks, {"cpu": looks["cuda"]}):
+    with (
+        patch.object(megatron, "KVCache", cache),
+        patch.dict(looks, {"cpu": looks["cuda"]}),
+        patch.object(linear.ColumnParallel, "forward", linear.ColumnParallelLinear.forward),
+        patch.object(linear.RowParallel, "forward", linear.RowParallelLinear.forward),
+    ):
         return train_on_rank(overrides)
 
 
