@@ -17,6 +17,7 @@ from kdrl_mcore.config.derived import (
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
+    is_supervised,
     loads_teacher,
     longest_response,
     num_given,
@@ -361,7 +362,7 @@ def build_source(
 ) -> RolloutSource:
     """Where the rollouts of each step come from."""
     rollout, seed, shuffle = config.rollout, config.trainer.seed, config.data.shuffle
-    if config.objective.kind == "sft":
+    if is_supervised(config.objective):
         return GivenResponses(PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle), student)
     source: RolloutSource
     if replays(config):

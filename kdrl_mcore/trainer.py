@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
+from kdrl_mcore.config.derived import is_supervised
 from kdrl_mcore.convert.export import export_hf
 from kdrl_mcore.convert.peft_folder import export_adapters
 from kdrl_mcore.errors import EngineError, NumericalError, RewardError, StorageError
@@ -205,7 +206,7 @@ class Trainer:
 
     def _run_step(self, step: int) -> None:
         config, clock = self.config, Clock(self._enter)
-        if config.objective.kind == "sft":
+        if is_supervised(config.objective):
             metrics = run_supervised_iteration(self.job, step, clock)
         else:
             rollouts, metrics = run_iteration(self.job, step, clock)

@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
+    is_supervised,
     learns_from_reward,
     loads_teacher,
     replays,
@@ -379,7 +380,7 @@ def _check_objective(config: Config) -> None:
             f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
             "update needs at least one prompt"
         )
-    if objective.kind == "sft":
+    if is_supervised(objective):
         if config.rollout.given.share or config.rollout.given.path:
             raise ConfigError(
                 "rollout.given adds given responses to sampled ones, but objective=sft trains only on given ones: leave it out"
