@@ -94,7 +94,7 @@ def _run(config: Config, overrides: list[str], stop: StopRequest, run: int, thre
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     on_first_rank(partial(check_logger_packages, config.logging))
-    hub = resolve_hub(config)
+    config, hub = resolve_hub(config)
     with RunDirectory(config, overrides, hub) as directory:
         _run_in(directory, config, stop, run, threads)
 

@@ -26,7 +26,6 @@ from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.peft_folder import check_peft_folder
 from kdrl_mcore.convert.weight_map import check_names, global_tensors
 from kdrl_mcore.data.files import is_file
-from kdrl_mcore.data.hub import resolve_models
 from kdrl_mcore.data.limits import (
     Limits,
     check_prompts,
@@ -55,12 +54,6 @@ from kdrl_mcore.rollout.given import read_given
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.teacher.recorded import read_recorded
-
-
-def check_hub(config: Config) -> str:
-    """Models that are named by a hub id are downloaded, once on each node, and found by their folder from here on."""
-    found = resolve_models(config)
-    return ", ".join(f"{key} {model}" for key, model in found.items()) or "no model by hub id"
 
 
 def check_models(config: Config) -> str:
