@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_mcore.parallel.packing import PackedBatch, Shape, lay_out_rows, pack, partition, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.micro_batches import Shape, partition, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import PackedBatch, lay_out_rows, pack
 
 Sequence = tuple[int, np.ndarray, np.ndarray]
 Lengths = list[tuple[int, int]]
