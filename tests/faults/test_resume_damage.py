@@ -38,8 +38,8 @@ def copied(checkpoints: Path, tmp_path: Path) -> Path:
 def flip_one_bit(path: Path) -> None:
     """Damage the file at a random position."""
     data = bytearray(path.read_bytes())
-    place = random.Random(path.name).randrange(len(data))
-    data[place] ^= 1 << (place % 8)
+    index = random.Random(path.name).randrange(len(data))
+    data[index] ^= 1 << (index % 8)
     path.write_bytes(data)
 
 
