@@ -349,9 +349,8 @@ class Trainer:
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
         bad = state["bad_updates"]
-        self._bad_updates = (
-            bad if bad < self.config.trainer.max_bad_updates else 0
-        )  # the faults ended the run, which may now try again
+        ended_run = bad >= self.config.trainer.max_bad_updates  # if so, the run may now try again
+        self._bad_updates = 0 if ended_run else bad
         records = {name: Record(**of) for name, of in state.get("records", {}).items() if name not in start.restarted}
         self._accuracy, self._best = (records.get(name, Record()) for name in ("accuracy", "best"))  # none in those of 0.2
         self._alerts.load_state_dict(state["alerts"])

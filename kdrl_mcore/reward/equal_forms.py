@@ -152,10 +152,10 @@ def _same_matrices(first: Form, second: Form) -> bool:
         rows = next(form.rows for form in (first, second) if isinstance(form, Matrix))
         other = second if isinstance(first, Matrix) else first
         return isinstance(other, Value) and len(rows) == 1 and len(rows[0]) == 1 and equal_forms(rows[0][0], other)
-    return [len(row) for row in first.rows] == [len(row) for row in second.rows] and all(
-        equal_forms(one, other) for row, other_row in zip(first.rows, second.rows, strict=True)
-        for one, other in zip(row, other_row, strict=True)
-    )  # fmt: skip
+    if [len(row) for row in first.rows] != [len(row) for row in second.rows]:
+        return False
+    pairs = zip(first.rows, second.rows, strict=True)
+    return all(equal_forms(one, other) for rows in pairs for one, other in zip(*rows, strict=True))
 
 
 def _same_items(first: Form, second: Form) -> bool:
