@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdrl_mcore.resilience.interrupt import STOP_SIGNALS
@@ -57,13 +57,18 @@ def launch(ranks: int, command: Sequence[str]) -> int:
         rank, first = error.get_first_failure()
         said = any("error: " in str(failure.message) for failure in error.failures.values())  # the ranks record what they print
         if not said:
-            how = f"ended with exit code {first.exitcode}" if first.exitcode > 0 else f"was ended by {first.signal_name()}"
+            how = f"ended with exit code {first.exitcode}" if first.exitcode > 0 else f"was ended by {_signal(first)}"
             with suppress(OSError):  # the terminal is gone
                 print(f"error: rank {rank} {how}", file=sys.stderr)
         return max(1, *(failure.exitcode for failure in error.failures.values()))
     except SignalException as stopped:  # SIGQUIT, and before torch 2.9 any
         return 128 + stopped.sigval
     return 0
+
+
+def _signal(failure: ProcessFailure) -> str:
+    killed = failure.signal_name() == signal.SIGKILL.name
+    return f"{failure.signal_name()}{' (by Linux, if the machine ran out of memory)' if killed else ''}"
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -44,7 +44,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def newer_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    """Ranks that would wait forever for the lock of a compilation that was killed, if they compiled Megatron-Core's extension."""
+    """Ranks that would wait forever for a compilation that was killed, if they compiled Megatron-Core's extension."""
     lock = tmp_path_factory.mktemp("extensions") / "share_storage_ext" / "lock"
     lock.parent.mkdir()
     lock.touch()

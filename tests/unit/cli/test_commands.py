@@ -60,7 +60,7 @@ time.sleep(60)
     ("what", "code", "output", "errors"),
     [
         ("stopped", 0, {"rank 0 of 2 saves", "rank 1 of 2 saves"}, ""),
-        ("killed", 1, set(), "error: rank 1 was ended by SIGKILL\n"),
+        ("killed", 1, set(), "error: rank 1 was ended by SIGKILL (by Linux, if the machine ran out of memory)\n"),
     ],
 )
 def test_ranks_hear_signals_and_one_that_fails_is_named(
