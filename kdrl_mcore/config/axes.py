@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     samples,
     uses_teacher,
 )
+from kdrl_mcore.config.effects import check_effects
 from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from kdrl_mcore.errors import ConfigError
 
@@ -36,6 +37,7 @@ def check_axes(config: Config) -> None:
     _check_control_variate(objective)
     _check_group_filter(config)
     _check_given(config)
+    check_effects(objective)
 
 
 def _check_combine(config: Config) -> None:

@@ -164,7 +164,7 @@ def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Pa
 @pytest.mark.parametrize("combine", ["gate", "relu", "modulate"])
 def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
     """Every response is correct: there is no advantage, and nothing for a mask to keep."""
-    changes: dict[str, Any] = {"combine": combine, "mask": "response", "signal": "advantage"}
+    changes: dict[str, Any] = {"combine": combine, "mask": "response"} | ({"signal": "advantage"} if combine == "relu" else {})
     check(Case(2, LAYOUTS["dp2"], replace(JOINT, **changes), rollouts="all_correct"), zoo, pools[2], tmp_path)
 
 

@@ -35,7 +35,7 @@ AXES: dict[str, dict[str, Changes]] = {
         "entropy": {"token_weight": "entropy", "share": 0.3, "more": 0.4},
         "magnitude": {"token_weight": "magnitude"},
         "prefix": {"token_weight": "prefix"},
-        "rising": {"token_weight": "rising", "rate": 2.0},
+        "rising": {"token_weight": "rising"},
         "pass-rate": {"token_weight": "pass_rate", "unsolved": 2.0},
         "trusted-prefix": {"token_weight": "trusted_prefix"},
         "teacher-entropy": {"token_weight": "teacher_entropy", "rate": 0.5},
