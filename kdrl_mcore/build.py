@@ -40,6 +40,7 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
+from kdrl_mcore.model.lora import TEACHER_ADAPTER
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
@@ -235,6 +236,10 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.use_own_head_as_teachers()
+        if config.teacher.weights == "adapters":
+            assert config.teacher.path is not None
+            student.add_teacher_adapters(config.teacher.path)
+            return FrozenBase(student, name, TEACHER_ADAPTER)
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")

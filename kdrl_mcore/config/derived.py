@@ -76,7 +76,7 @@ def reads_scores(config: Config) -> bool:
 def keeps_earlier_weights(config: Config) -> bool:
     """Whether the student keeps earlier weights in addition to the present ones, in float32 and sharded as the optimizer's
     state is: 4 bytes per parameter, divided among its replicas."""
-    return teaches_itself(config) and config.teacher.weights not in ("present", "base")
+    return teaches_itself(config) and config.teacher.weights not in ("present", "base", "adapters")
 
 
 def reads_own_prompt(config: Config) -> bool:

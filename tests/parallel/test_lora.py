@@ -5,6 +5,8 @@ nor optimizer state, and adapters add no all-reduce to a pass over the model.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,9 @@ import torch
 
 pytest.importorskip("peft")
 
-from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.cli import convert
+from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.convert.torch_dist import read_metadata
-from kdrl_mcore.errors import CheckpointError
 from tests.reference import adapters, dense
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
 from tests.support import lora
@@ -158,7 +160,7 @@ def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools
 
 @pytest.mark.timeout(900)  # saves start processes
 def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
-    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path
+    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["optimizer.lr=0.01", "optimizer.adam_eps=1e-3", f"objective.beta.init={SETTINGS.beta}", *FAST]
 
@@ -175,13 +177,36 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     sizes = {name: described.size.numel() for name, described in names.items() if hasattr(described, "size")}
     assert sum(sizes.values()) == 4 * factors  # the factors, their main weights and two moments
     assert all(".lora_" in name for name in sizes)
-    with pytest.raises(CheckpointError, match=r"holds adapters alone .* take RUN/hf"):
-        open_weights(saved)
+    _export_and_compare(saved, tmp_path, capsys)
     train("parted", 4, -1, 2, "parallel.pipeline=2 parallel.virtual_pipeline=2")
     straight, parted = (metrics_of(tmp_path / run) for run in ("straight", "parted"))
     for name in ("loss", "grad_norm", "kl", "lr"):
         assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-4), name
     assert len({row["loss"] for row in parted}) == 4
+
+
+def _export_and_compare(saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kdrl-convert export` writes from a checkpoint what the run wrote at its end, and takes no other base than the run's."""
+    run, base = saved.parent.parent, Path(json.loads((saved / STATE_FILE).read_text())["config"]["student"]["path"])
+
+    def export(name: str, *words: str) -> int:
+        return convert.main(["export", "--checkpoint", str(saved), "--output", str(folder / name), *words])
+
+    assert export("merged") == export("adapters", "--adapter") == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapters" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    wanted, merged = read_hf_weights(run / "hf"), read_hf_weights(folder / "merged")
+    assert wanted.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=2e-7, atol=1e-7)
+    moved = shutil.copytree(base, folder / "moved")
+    assert export("from moved", "--adapter", "--base", str(moved)) == 0
+    weights = moved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert export("from another", "--base", str(moved)) != 0
+    assert "holds adapters of another model" in capsys.readouterr().err
+    assert export("from nowhere", "--base", str(folder / "gone")) != 0
+    assert "does not exist here: name its folder with --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,6 +220,23 @@ def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
     settings = replace(SETTINGS, reference=0.2, estimator=estimator)
     itself = replace(untied, teacher=None)
     assert lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student) == 1
+
+
+@pytest.mark.parametrize(
+    "layout, estimator, other_base",
+    [("parallel.tensor=2", "k2", False), (SP, "exact", False), ("parallel.tensor=2 teacher.parallel.tensor=2", "k2", True)],
+    ids=["tp2", "exact", "another base"],
+)
+def test_other_adapters_teach(
+    layout: str, estimator: str, other_base: bool, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Over the student's base they are a second set of adapters, without a second copy; over another they are merged into it."""
+    base = zoo.model("teacher") if other_base else untied.student
+    modules = ("q_proj", "o_proj", "up_proj", "down_proj")
+    folder = adapters.make_adapter(base, tmp_path / "teacher", seed=9, rank=3, alpha=5.0, modules=modules)
+    taught = replace(untied, teacher=base if other_base else None, teacher_adapter=folder)
+    settings = replace(SETTINGS, estimator=estimator)
+    assert lora.check(taught, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run") == 1 + other_base
 
 
 def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
