@@ -341,7 +341,15 @@ def build_engine(
     if not samples(config) and not evaluates(config):
         return None
     replicas = start_replicas(config, data.vocab_size, _engine_share(config), on_wait)
-    return VllmEngine(replicas, config.rollout, data.tokenizer, verifier, vocab_size=data.vocab_size, on_progress=on_progress)
+    return VllmEngine(
+        replicas,
+        config.rollout,
+        data.tokenizer,
+        verifier,
+        vocab_size=data.vocab_size,
+        on_progress=on_progress,
+        lora=config.student.lora if config.rollout.vllm.refit_adapters else None,
+    )
 
 
 def _engine_share(config: Config) -> float | None:

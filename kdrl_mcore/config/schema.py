@@ -454,6 +454,11 @@ class VllmConfig:
     kv_cache_gib: float = key(1.0, "KV cache of an engine on CPU", range=POSITIVE)
     startup_timeout: float = key(1200.0, "seconds until an engine must answer", range=SECONDS)
     generation_timeout: float = key(300.0, "seconds without progress after which an engine counts as hanging", range=SECONDS)
+    refit_adapters: bool = key(
+        False,
+        "server, with student.lora: a refit sends the adapters alone, for vLLM's own LoRA support; the servers load the base "
+        "from student.path",
+    )
     refit_timeout: float = key(600.0, "seconds for all weights", range=SECONDS)
     refit_bucket_mib: int = key(
         256, "weights are sent in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)

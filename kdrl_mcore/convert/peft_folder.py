@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.export import on_rank_0
 from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.convert.folders import is_peft_folder
+from kdrl_mcore.convert.hf_files import Described
 from kdrl_mcore.convert.peft_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, read_peft_config, write_peft_folder
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import base_of_adapters
@@ -142,6 +144,35 @@ def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
     for name, dim, rank, share in (each for part in everyone or () for each in part):
         shares.setdefault(name, []).append((rank, dim, share))
     return {name: _joined(parts) for name, parts in shares.items()}
+
+
+def factor_shapes(parts: ModelParts) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole factors of this rank's layers, by their names in a PEFT file. No communication."""
+    ranks = parts.groups.tensor.size()
+    return {
+        PEFT_PREFIX + name: tuple(size * (ranks if dim == split else 1) for dim, size in enumerate(parameter.shape))
+        for chunk in parts.chunks
+        for name, parameter, split in factors_by_name(chunk)
+    }
+
+
+def owned_factors(parts: ModelParts) -> Described:
+    """Shape and dtype of the whole factors that this rank owns: tensor-parallel rank 0 of each stage in the first replica."""
+    owns = parts.groups.replicas.rank() == 0 and parts.groups.tensor.rank() == 0
+    return {name: (shape, parts.config.params_dtype) for name, shape in factor_shapes(parts).items() if owns}
+
+
+def whole_factors(parts: ModelParts) -> Iterator[tuple[str, Tensor | None]]:
+    """The factors of this rank's layers by their names in a PEFT file, whole on tensor-parallel rank 0 and None on the others.
+    One gather over the tensor-parallel group for each factor that its ranks split, so all of them must iterate."""
+    tensor = parts.groups.tensor
+    for name, parameter, dim in (each for chunk in parts.chunks for each in factors_by_name(chunk)):
+        local = parameter.detach().contiguous()
+        shares = [local]
+        if dim is not None and tensor.size() > 1:
+            shares = [torch.empty_like(local) for _ in range(tensor.size() if tensor.rank() == 0 else 0)]
+            dist.gather(local, shares or None, dst=dist.get_global_rank(tensor, 0), group=tensor)
+        yield PEFT_PREFIX + name, torch.cat(shares, dim or 0).contiguous() if tensor.rank() == 0 else None
 
 
 def _joined(shares: list[tuple[int, int | None, Tensor]]) -> Tensor:

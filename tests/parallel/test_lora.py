@@ -22,13 +22,13 @@ from kdrl_mcore.convert.torch_dist import read_metadata
 from tests.reference import adapters, dense
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
 from tests.support import lora
-from tests.support.agreement import SETTINGS, assert_gradients
+from tests.support.agreement import SETTINGS, about, assert_gradients
 from tests.support.late_weights import OVERLAPPED
 from tests.support.lora import Adapted, adapt
 from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, play_transformer_engine
-from tests.support.training import FAST, PROMPTS, QUIET, metrics_of, train_on_rank
+from tests.support.training import FAST, PROBE, PROBE_LR, PROMPTS, QUIET, metrics_of, objective_overrides, train_on_rank
 from tests.support.zoo import Zoo
 
 SP = "parallel.tensor=2 parallel.sequence_parallel=true"
@@ -230,7 +230,7 @@ def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
 def test_other_adapters_teach(
     layout: str, estimator: str, other_base: bool, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    """Over the student's base they are a second set of adapters, without a second copy; over another they are merged into it."""
+    """Over the student's base they are a second set of adapters, without a second copy; over another they are merged."""
     base = zoo.model("teacher") if other_base else untied.student
     modules = ("q_proj", "o_proj", "up_proj", "down_proj")
     folder = adapters.make_adapter(base, tmp_path / "teacher", seed=9, rank=3, alpha=5.0, modules=modules)
@@ -293,3 +293,57 @@ def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
 def _is_whole(name: str) -> bool:
     """Whether each tensor-parallel rank holds the whole factor."""
     return ("lora_B" in name) == ("o_proj" in name or "down_proj" in name)
+
+
+@pytest.mark.parametrize(
+    "weights, layout, estimator",
+    [("average", "", "k2"), ("refreshed", SP, "exact")],
+    ids=["average, dp2", "refreshed, exact, tp2 sp"],
+)
+def test_earlier_adapters_teach(
+    weights: str, layout: str, estimator: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    steps, lr, decay = 3, 0.01, 0.5
+    settings = replace(SETTINGS, estimator=estimator)
+    model = adapters.load_adapted(untied.student, untied.adapter)
+    teacher = adapters.load_adapted(untied.student, untied.adapter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), eps=1e-2, weight_decay=0)
+    losses = []
+    for step in range(1, steps + 1):
+        losses.append(dense.kdrl_of_models(model, teacher, zoo.rows("uneven"), settings).loss)
+        adam.step()
+        share = 1 - decay if weights == "average" else float(step % 2 == 0)
+        with torch.no_grad():
+            for mine, present in zip(teacher.parameters(), model.parameters(), strict=True):
+                mine.lerp_(present, share)
+    words = [word for word in untied.overrides if "teacher" not in word]
+    extra = f"teacher.decay={decay}" if weights == "average" else "teacher.refresh_every=2"
+    optimizer = f"optimizer.lr={lr} optimizer.adam_eps=1e-2 optimizer.adam_beta2=0.95 optimizer.weight_decay=0"
+    run = tmp_path / "run"
+    overrides = [f"run.dir={run}", *words, f"teacher.weights={weights}", extra, *objective_overrides(settings), *FAST]
+    rest = f"optimizer.clip_grad=0 trainer.steps={steps} {optimizer} {layout}"
+    outcomes = ranks2.run(train_on_rank, [*overrides, *rest.split()])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert [row["loss"] for row in metrics_of(run)] == [about(loss) for loss in losses]
+
+
+def test_in_bfloat16_the_gradient_is_that_of_peft_to_rounding(
+    zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """The reference has the weights that bfloat16 holds, and does not round otherwise."""
+    model, teacher = adapters.load_adapted(untied.student, untied.adapter), dense.load_model(zoo.model("teacher"))
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *teacher.parameters()):
+            parameter.copy_(parameter.bfloat16())
+    result = dense.kdrl_of_models(model, teacher, zoo.rows("uneven"), SETTINGS)
+    gradients = {name.replace(".default", ""): each for name, each in result.gradients.items() if "lora_" in name}
+    words = [*untied.overrides, *objective_overrides(SETTINGS), *PROBE, *FAST, "model.dtype=bfloat16", *SP.split()]
+    outcomes = ranks2.run(train_on_rank, [f"run.dir={tmp_path / 'run'}", *words])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    before, after = adapters.read_factors(untied.adapter), adapters.read_factors(tmp_path / "run" / "adapter")
+    own = {name: (before[name].double() - after[name].double()) / PROBE_LR for name in before}
+    apart = {name: float((own[name] - right).norm() / right.norm()) for name, right in gradients.items()}
+    assert max(apart.values()) <= 0.15, apart
+    both = [torch.cat([of[name].flatten().double() for name in before]) for of in (own, gradients)]
+    assert (both[0] - both[1]).norm() <= 20 * 2.0**-9 * both[1].norm()
