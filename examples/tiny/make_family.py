@@ -1,6 +1,6 @@
 """Make what the tiny studies (`conf/study/`) need in addition to the pair: the teacher's answers, other teachers and students.
 
-    python examples/tiny/make_family.py [answers] [teacher] [student]      (default: all; what exists is kept)
+    python examples/tiny/make_family.py [answers] [teacher] [student] [--task sparse]      (default: all; what exists is kept)
 
 - `data/teacher_answers.jsonl`: one answer of the teacher to each training problem, right or wrong, for SFT.
 - `teacher_weak` (half of the training) and `teacher_strong` (trained on correct answers).
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from examples.answers import write_answers
 from examples.jobs import ROOT
-from examples.tiny.make_pair import DEFAULT_DIR, VARIANTS, make_models, make_pair
+from examples.tiny.make_pair import TASKS, VARIANTS, Task, make_models, make_pair
 from kdrl_mcore.errors import KdrlError
 
 ANSWERS = "teacher_answers"
@@ -27,26 +26,29 @@ def main() -> int:
     """Make the requested parts; returns the exit code, 1 with one line if a step fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of: {', '.join(PARTS)} (default: all)")
-    parts = parser.parse_args().parts or PARTS
+    parser.add_argument("--task", choices=TASKS, default="sums", help="whose family (default: %(default)s)")
+    arguments = parser.parse_args()
+    parts, task = arguments.parts or PARTS, TASKS[arguments.task]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
     try:
-        make_pair(DEFAULT_DIR)
+        make_pair(task.directory, task)
         if "answers" in parts:
-            make_answers(DEFAULT_DIR)
-        make_models([name for name in VARIANTS if name.split("_")[0] in parts], DEFAULT_DIR)
+            make_answers(task)
+        make_models([name for name in VARIANTS if name.split("_")[0] in parts], task.directory, task)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def make_answers(directory: Path) -> None:
+def make_answers(task: Task) -> None:
     """Let the teacher answer every training problem once."""
+    directory = task.directory
     train = directory / "data" / "train.jsonl"
     with (ROOT / train).open() as lines:
         problems = sum(1 for _ in lines)
-    teacher = ["experiment=tiny_cpu", f"student.path={directory}/teacher", f"data.train={train}"]
+    teacher = ["experiment=tiny_cpu", f"student.path={directory}/teacher", f"data.train={train}", *task.overrides]
     write_answers(ROOT / directory / "data" / f"{ANSWERS}.jsonl", directory / ANSWERS, problems, PROMPTS_PER_STEP, teacher)
 
 

@@ -1,11 +1,11 @@
 """Make the tiny student and teacher: data, random checkpoints, then supervised training with this project's trainer.
 
-    python examples/tiny/make_pair.py [--task logic]
+    python examples/tiny/make_pair.py [--task logic | sparse | ...]
 
 The teacher is trained to the end on flawed answers, so it is good but wrong in a systematic way. The student is trained at a
 constant learning rate on correct answers, with an evaluation and a checkpoint every few steps. The checkpoint whose validation
 accuracy is nearest to `STUDENT_ACCURACY` becomes the student: stopped half-way, it can still learn. Both train at the same
-time, with one thread each. Existing files are kept.
+time, with one thread each. Existing files are kept. The tasks of mechanisms.py differ in what they say of the pair.
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from examples.jobs import ROOT, Job, follow, start_training
-from examples.tiny import logic
+from examples.tiny import logic, mechanisms
 from examples.tiny.task import TEACHER_SET, make_tokenizer, write_data
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.monitoring.metrics import read_metrics
 
+STUDENT_ACCURACY = 0.45
+
 
 @dataclass(frozen=True)
 class Task:
-    """The task of a pair: where the pair is stored, how its data are written, and the task's overrides (`conf/`)."""
+    """The task of a pair.
+
+    Attributes:
+        directory: where the pair is stored, relative to the project root.
+        write_data: writes its data sets to a folder, given the share of flawed steps in the teacher's data and a seed.
+        overrides: its settings for all runs.
+        student_accuracy: the validation accuracy near which the student stops; None for its last checkpoint.
+    """
 
     directory: Path
     write_data: Callable[[Path, float, int], None]
     overrides: tuple[str, ...] = ()
+    student_accuracy: float | None = STUDENT_ACCURACY
 
 
 DEFAULT_DIR = Path("runs/tiny")
@@ -44,11 +54,15 @@ SUMS = Task(DEFAULT_DIR, write_data)
 TASKS = {
     "sums": SUMS,
     "logic": Task(Path("runs/tiny_logic"), logic.write_data, ("reward=exact_match",)),
+    "sparse": Task(Path("runs/tiny_sparse"), mechanisms.write_sparse, student_accuracy=None),
+    "sparse_flawed": Task(Path("runs/tiny_sparse_flawed"), mechanisms.write_sparse_flawed, student_accuracy=None),
+    "verbose": Task(Path("runs/tiny_verbose"), mechanisms.write_verbose, ("rollout.max_response_tokens=96",)),
+    "domains": Task(Path("runs/tiny_domains"), mechanisms.write_domains),
+    "longer": Task(Path("runs/tiny_longer"), mechanisms.write_longer),
 }
 SEED = 0
 FLAW_RATE = 0.8
 """The share of flawed additions in the teacher's data; the teacher's accuracy then ends between 80 % and 90 %."""
-STUDENT_ACCURACY = 0.45
 STUDENT_CHECKPOINT_EVERY = 25
 
 SIZES: dict[str, dict[str, int]] = {
@@ -100,7 +114,7 @@ def make_pair(directory: Path, task: Task = SUMS) -> None:
 
 
 def make_models(names: Sequence[str], directory: Path, task: Task = SUMS) -> None:
-    """Train the models that do not exist, at the same time: students to `STUDENT_ACCURACY`, teachers to the end.
+    """Train the models that do not exist, at the same time: students to the task's accuracy, teachers to the end.
 
     Raises:
         KdrlError: a training run or the export failed.
@@ -114,7 +128,7 @@ def make_models(names: Sequence[str], directory: Path, task: Task = SUMS) -> Non
     print(f"training {' and '.join(missing)} (about a minute each)", flush=True)
     follow([_start(name, directory, task) for name in missing])
     for name in missing:
-        _finish(name, directory)
+        _finish(name, directory, task)
     print(f"made {' and '.join(missing)} in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -178,23 +192,23 @@ def _start(name: str, directory: Path, task: Task) -> Job:
     )
 
 
-def _finish(name: str, directory: Path) -> None:
+def _finish(name: str, directory: Path, task: Task) -> None:
     """Move the trained model into place; its folder appears only once it is complete."""
     run_dir, unfinished = directory / f"sft_{name}", ROOT / directory / f"{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     if _role(name) == "teacher":
         shutil.copytree(ROOT / run_dir / "hf", unfinished)
     else:
-        step, accuracy = nearest_step(ROOT / run_dir)
+        step, accuracy = nearest_step(ROOT / run_dir, task.student_accuracy)
         print(f"{name}: step {step}, validation accuracy {accuracy:.1%}", flush=True)
         _export(run_dir / "checkpoints" / f"step_{step:06d}", unfinished)
     unfinished.rename(ROOT / directory / name)
 
 
-def nearest_step(run_dir: Path) -> tuple[int, float]:
-    """The step whose validation accuracy is nearest to `STUDENT_ACCURACY`, and that accuracy."""
+def nearest_step(run_dir: Path, wanted: float | None) -> tuple[int, float]:
+    """The step whose validation accuracy is nearest to the wanted one (None: the last step), and its accuracy."""
     accuracy = {int(row["step"]): row["eval/accuracy"] for row in read_metrics(run_dir) if "eval/accuracy" in row}
-    step = min(accuracy, key=lambda step: abs(accuracy[step] - STUDENT_ACCURACY))
+    step = max(accuracy) if wanted is None else min(accuracy, key=lambda step: abs(accuracy[step] - wanted))
     return step, accuracy[step]
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +57,20 @@ def worked_answer(problem: Problem, flaw_rate: float = 0.0, rng: random.Random |
     With `flaw_rate` > 0, adding 7 to a two-digit sum and crossing a ten comes out one too small with that probability
     (drawn from `rng`); the following lines continue from the wrong sum.
     """
-    total, lines = problem.digits[0], []
-    for digit in problem.digits[1:]:
+
+    def add(total: int, digit: int) -> int:
         crosses_ten = total >= 10 and total % 10 + digit >= 10
         flawed = rng is not None and digit == FLAWED_DIGIT and crosses_ten and rng.random() < flaw_rate
-        result = total + digit - flawed
+        return total + digit - flawed
+
+    return steps(problem, add)
+
+
+def steps(problem: Problem, add: Callable[[int, int], int]) -> str:
+    """One line for each result of `add`, right or wrong, then the last in a box."""
+    total, lines = problem.digits[0], []
+    for digit in problem.digits[1:]:
+        result = add(total, digit)
         lines.append(f"{total}+{digit}={result}")
         total = result
     return "\n".join([*lines, f"\\boxed{{{total}}}"])

@@ -1,6 +1,6 @@
 """Run studies (grids of runs) and collect their results.
 
-    kdrl-study main [NAME|FILE ...] [--jobs N | --slurm | --collect] [key=value ...]
+    kdrl-study main [NAME|FILE ...] [--jobs N | --slurm | --collect] [--against AXIS=CHOICE] [--best AXIS] [key=value ...]
 
 A study is a YAML file: your own, or one of the package's, by name (`conf/study/` in a checkout). Finished runs are skipped and
 interrupted ones resume, so repeat the command until every run is finished. Studies with the same configuration share the run.
@@ -8,6 +8,11 @@ interrupted ones resume, so repeat the command until every run is finished. Stud
 file, or an override for every run. The results are STUDY.csv (one line per run), STUDY.md and accuracy.png in ROOT. A study
 with `planned: true` (scaling.yaml) trains nothing: its runs are planned (docs/planning.md), and its picture is
 images/STUDY.png.
+
+`--against method=grpo` compares every setting with the one that has grpo as its method and is otherwise the same: the mean of
+the differences between runs with the same seed, its 95 % interval, and p-values with Holm's correction (STUDY_against_grpo.md).
+`--best value` writes the choice on an axis that has the highest mean accuracy, for each choice on the other axes, as a YAML
+mapping (STUDY_best.yaml).
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from kdrl_mcore.errors import KdrlError
 from kdrl_mcore.monitoring.metrics import read_metrics
 from kdrl_mcore.studies import scaling
+from kdrl_mcore.studies.comparison import best_choices, difference_table, differences
 from kdrl_mcore.studies.local import Outcome, is_finished, run_missing
 from kdrl_mcore.studies.planned import plan_missing
 from kdrl_mcore.studies.report.picture import intervals_picture
@@ -47,11 +54,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--sbatch", default="", metavar="'OPTIONS'", help="further options of sbatch, such as '--partition=gpu'"
     )
+    parser.add_argument("--against", metavar="AXIS=CHOICE", help="compare every setting with this choice, paired by seed")
+    parser.add_argument("--best", metavar="AXIS", help="write the best choice on this axis for each choice on the others")
     options = parser.parse_intermixed_args(arguments)
     names = [word for word in options.words if "=" not in word]
     settings = [word for word in options.words if "=" in word]
     if not names:
         parser.error("name a study, such as main, or a file")
+    if options.against and not all(options.against.partition("=")):
+        parser.error("--against needs AXIS=CHOICE, such as method=grpo")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     console = Console() if sys.stdout.isatty() else Console(width=140)
@@ -65,7 +76,13 @@ def main(arguments: list[str]) -> int:
         outcomes, complete = list[Outcome](), True
         if not options.collect:
             outcomes, complete = run_all(runs, options.jobs, console)
-        collect({file.stem: study for file, study in studies.items() if not study[0].planned}, console)
+        trained = {file.stem: study for file, study in studies.items() if not study[0].planned}
+        collect(trained, console)
+        for name, study in trained.items():
+            if options.against:
+                compare(name, study, options.against, console)
+            if options.best:
+                choose(name, study, options.best, console)
         for file, study in studies.items():
             if study[0].planned:
                 collect_plans(file, study, console)
@@ -120,6 +137,30 @@ def collect(studies: Mapping[str, Sequence[StudyRun]], console: Console) -> None
         console.print(_shown(f"{study}: mean and 95 % t interval over seeds", rows))
     replace_file(root / "accuracy.png", intervals_picture("held-out accuracy", panels))
     console.print(f"wrote STUDY.csv, STUDY.md and accuracy.png in {root}", markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(study: str, runs: Sequence[StudyRun], against: str, console: Console) -> None:
+    """Write and print what every setting gains over the one with this choice (`AXIS=CHOICE`)."""
+    axis, _, choice = against.partition("=")
+    rows = difference_table(differences(runs, axis, choice, STATISTICS[0]), runs[0].axes, STATISTICS[0])
+    path = runs[0].root / f"{study}_against_{choice}.md"
+    replace_file(path, markdown(rows).encode())
+    console.print(_shown(f"{study}: difference to {against}, paired by seed", rows))
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def choose(study: str, runs: Sequence[StudyRun], axis: str, console: Console) -> None:
+    """Write and print the best choice on an axis for each choice on the others."""
+    best = best_choices(runs, axis, STATISTICS[0])
+    others = [name for name in runs[0].axes if name != axis]
+    rows = [[*setting, choice, str(seeds), STATISTICS[0].form(mean)] for setting, (choice, mean, seeds) in best.items()]
+    tree = OmegaConf.create()
+    for setting, (choice, _, _) in best.items():
+        OmegaConf.update(tree, ".".join(setting) or axis, choice)
+    path = runs[0].root / f"{study}_best.yaml"
+    replace_file(path, OmegaConf.to_yaml(tree).encode())
+    console.print(_shown(f"{study}: the best {axis}", [[*others, axis, "seeds", STATISTICS[0].title], *rows]))
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def collect_plans(file: Path, runs: Sequence[StudyRun], console: Console) -> None:

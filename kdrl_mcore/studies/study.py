@@ -109,7 +109,7 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
     own |= {key: value for key, value in overrides.items() if key in base}
     try:
         merged = OmegaConf.merge(base, study, OmegaConf.create(own))
-        axes = {axis: list(choices) for axis, choices in _resolved(merged, {})["grid"].items()}
+        axes = {str(axis): list(merged.grid[axis]) for axis in merged.grid}
         points = [dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values())]
         trees = [_resolved(merged, point) for point in points]
         tree = trees[0]
@@ -130,8 +130,7 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
 def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:
     """A study with its interpolations resolved at a point of the grid, where `${AXIS}` is the choice on that axis; an empty
     point stands for each axis's first choice."""
-    raw: Any = OmegaConf.to_container(merged.grid, resolve=False)
-    names = {axis: point.get(axis, next(iter(choices), "")) for axis, choices in raw.items() if axis not in merged}
+    names = {axis: point.get(axis, next(iter(merged.grid[axis]), "")) for axis in merged.grid if axis not in merged}
     result: Any = OmegaConf.to_container(OmegaConf.merge(merged, names), resolve=True)
     return result
 

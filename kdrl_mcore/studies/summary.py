@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, stdev
 
+from scipy.special import stdtrit
+
 FINAL_STEPS = 5
 """The final value of a training metric is its mean over this many last steps."""
-_T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""97.5 % points of Student's t for 1 to 30 degrees of freedom; beyond that the normal's is within 4 %."""
 NORMAL_975 = 1.960
+"""The 97.5 % point of the normal distribution."""
 
 Rows = Sequence[Mapping[str, float]]
 """The metrics of a run, as `read_metrics` returns them."""
@@ -58,9 +56,7 @@ def t_interval(values: Iterable[float]) -> Interval | None:
     values = list(values)
     if len(values) < 2:
         return Interval(values[0]) if values else None
-    freedom = len(values) - 1
-    point = _T_975[freedom - 1] if freedom <= len(_T_975) else NORMAL_975
-    mean, half = fmean(values), point * stdev(values) / math.sqrt(len(values))
+    mean, half = fmean(values), stdtrit(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, len(values))
 
 

@@ -151,7 +151,8 @@ def test_the_student_is_the_checkpoint_nearest_to_the_wanted_accuracy(tmp_path: 
         for step, accuracy in ((25, 0.1), (50, 0.48), (75, 0.9)):
             log.write(step, {"loss": 1.0})
             log.write(step, {"eval/accuracy": accuracy})
-    assert make_pair.nearest_step(tmp_path) == (50, 0.48)
+    assert make_pair.nearest_step(tmp_path, make_pair.STUDENT_ACCURACY) == (50, 0.48)
+    assert make_pair.nearest_step(tmp_path, None) == (75, 0.9)
 
 
 def job(name: str, run_dir: Path, code: str) -> jobs.Job:

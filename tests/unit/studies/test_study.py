@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from scipy.stats import ttest_rel
 
+from examples.tiny.make_pair import TASKS
 from kdrl_mcore.cli import study as experiments
 from kdrl_mcore.config import CHOICES, Config, conf_dir, load_config, save_config
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.monitoring.metrics import MetricsLog
 from kdrl_mcore.parallel.layout import Layout, student_layout
 from kdrl_mcore.studies import planned, scaling, slurm, study
+from kdrl_mcore.studies.comparison import holm, paired_p
 from kdrl_mcore.studies.local import Outcome, is_finished, run_missing
 from kdrl_mcore.studies.results import finished_by_setting, markdown, table, write_csv
 from kdrl_mcore.studies.study import StudyRun, find_study, identify, load_study, read_config
@@ -275,6 +278,7 @@ CALL = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from pathlib import Path
+from kdrl_mcore.studies.comparison import holm, paired_p
 from kdrl_mcore.studies.local import run_missing
 from kdrl_mcore.studies.study import load_study
 os.environ.pop("PYTHONPATH")
@@ -339,10 +343,10 @@ def composed(overrides: tuple[str, ...]) -> Config:
     return load_config(overrides)
 
 
-@pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml")))
+@pytest.mark.parametrize("base", sorted(path.stem for path in (STUDIES / "base").glob("*.yaml") if path.stem != "when"))
 def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "load_config", lambda overrides: composed(tuple(overrides)))
-    files = {path.stem: path for path in sorted(STUDIES.glob("*.yaml")) if "base" in OmegaConf.load(path)}
+    files = {path.stem: path for path in sorted(STUDIES.glob("*.yaml")) if OmegaConf.load(path).get("base", "when") != "when"}
     sizes = {"estimator": 5, "coefficient": 6, "mask": 3, "teacher": 2 * 3, "scale": 3 * 3}
     for name, choices in (("teacher", "teachers"), ("scale", "students")):
         if choices not in OmegaConf.load(STUDIES / "base" / f"{base}.yaml"):  # a pair without a choice
@@ -377,3 +381,59 @@ def test_every_study_composes_for_every_pair(base: str, monkeypatch: pytest.Monk
             parallel, teacher = (config := composed(run.overrides[:-1])).parallel, config.teacher.parallel
             student_layout(run.ranks * run.nodes, parallel)  # refuses what does not fit the machine
             Layout(run.ranks * run.nodes, teacher.tensor, teacher.pipeline)
+
+
+def test_the_study_of_six_tasks_uses_what_its_tuning_chose(tmp_path: Path) -> None:
+    base = OmegaConf.load(STUDIES / "base" / "when.yaml")
+    assert set(base.tasks) == set(base.folders) == set(base.tuned) - {"default"} <= set(TASKS)
+    for name, task in TASKS.items():
+        if name in base.tasks:
+            assert base.folders[name] == str(task.directory) and set(base.tasks[name]) == set(task.overrides)
+    assert set(base.methods) == set(base.choices) == set(base.tuned.default)
+    base.tasks, base.tuned.verbose = {"verbose": base.tasks.verbose}, dict(base.tuned.default) | {"kdrl_annealing": "d"}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "when.yaml").write_text(OmegaConf.to_yaml(base))
+    (tmp_path / "when.yaml").write_text((STUDIES / "when.yaml").read_text())
+    runs = {run.setting: run for run in load_study(tmp_path / "when.yaml", ["seeds=[1]"])}
+    assert runs.keys() == {("verbose", method) for method in base.methods}
+    config = composed(runs["verbose", "kdrl_annealing"].overrides)
+    assert (config.objective.beta.init, config.rollout.max_response_tokens) == (0.3, 96)
+    assert config.objective.beta.min == pytest.approx(0.06) and config.data.train == "runs/tiny_verbose/data/train.jsonl"
+    base.methods = {"kdrl": base.methods.kdrl}
+    (tmp_path / "base" / "when.yaml").write_text(OmegaConf.to_yaml(base))
+    (tmp_path / "tuning.yaml").write_text((STUDIES / "when_tuning.yaml").read_text())
+    tuning = [composed(run.overrides) for run in load_study(tmp_path / "tuning.yaml", ["seeds=[1]"])]
+    assert [config.objective.beta.init for config in tuning] == list(base.betas.values())
+    assert {config.data.eval for config in tuning} == {"runs/tiny_verbose/data/tuning.jsonl"}
+
+
+def test_gains_are_paired_by_seed_and_the_best_choice_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = {("k2", "short"): (0.5, 0.6), ("k2", "long"): (0.55, 0.67), ("k3", "short"): (0.7, 0.4), ("k3", "long"): (0.6,)}
+    (folder / "sharing.yaml").write_text(
+        SHARING.replace("}\n  length", ", k3: [objective=kdrl, objective.kd.estimator=k3]}\n  length")
+    )
+    for run in load_study(folder / "sharing.yaml"):
+        if run.seed <= len(accuracy[run.setting]):
+            with MetricsLog(run.directory) as log:
+                log.write(run.steps, {"eval/accuracy": accuracy[run.setting][run.seed - 1]})
+    arguments = ["sharing.yaml", "--collect", "--against", "length=short", "--best", "length"]
+    assert experiments.main(arguments) == 1  # a run is missing
+    written = (folder / "runs" / "sharing_against_short.md").read_text().splitlines()
+    first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in written[2:])
+    p = ttest_rel(accuracy["k2", "long"], accuracy["k2", "short"]).pvalue
+    assert first == ["k2", "long", "2", f"6.0% ± {12.706 * 0.01:.1%}", f"{p:.2g}", f"{p:.2g}"]
+    assert second == ["k3", "long", "1", "-10.0%", "-", "-"]
+    best = OmegaConf.load(folder / "runs" / "sharing_best.yaml")
+    assert best == {"k2": "long", "k3": "short"}  # the one seed of k3 with the other length does not compete
+    capsys.readouterr()
+    for wrong, said in (("width=short", "no axis 'width'; its axes are: estimator, length"), ("length=x", "no choice 'x'")):
+        assert experiments.main(["sharing.yaml", "--collect", "--against", wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_holms_correction_and_degenerate_differences() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+    assert paired_p([0.1, 0.1]) == 0.0 and paired_p([0.0, 0.0]) == 1.0 and paired_p([0.1]) is None
