@@ -42,6 +42,7 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
+from kdrl_mcore.model.lora import TEACHER_ADAPTER
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
@@ -240,6 +241,10 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.use_own_head_as_teachers()
+        if config.teacher.weights == "adapters":
+            assert config.teacher.path is not None
+            student.add_teacher_adapters(config.teacher.path)
+            return FrozenBase(student, name, TEACHER_ADAPTER)
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
     assert config.teacher.path is not None
     on_parameter = partial(on_phase, "load teacher")
@@ -341,7 +346,15 @@ def build_engine(
     if not samples(config) and not evaluates(config):
         return None
     replicas = start_replicas(config, data.vocab_size, _engine_share(config), on_wait)
-    return VllmEngine(replicas, config.rollout, data.tokenizer, verifier, vocab_size=data.vocab_size, on_progress=on_progress)
+    return VllmEngine(
+        replicas,
+        config.rollout,
+        data.tokenizer,
+        verifier,
+        vocab_size=data.vocab_size,
+        on_progress=on_progress,
+        lora=config.student.lora if config.rollout.vllm.refit_adapters else None,
+    )
 
 
 def _engine_share(config: Config) -> float | None:

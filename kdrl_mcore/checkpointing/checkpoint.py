@@ -20,8 +20,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kdrl_mcore.checkpointing.lineage import STATE_FILE, Lineage, lineage_of
+from kdrl_mcore.checkpointing.lineage import Lineage, lineage_of
 from kdrl_mcore.checkpointing.manifest import find_damage
+from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.convert.torch_dist import read_metadata
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.gpt import ModelParts

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE_FILE = "trainer_state.json"
+from kdrl_mcore.convert.folders import STATE_FILE
+
 EARLIER = ""
 """The branch of every checkpoint that does not name one because its version did not record lineages."""
 

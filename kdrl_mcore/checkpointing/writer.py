@@ -31,8 +31,9 @@ from kdrl_mcore.checkpointing.checkpoint import (
     set_link,
     step_of,
 )
-from kdrl_mcore.checkpointing.lineage import STATE_FILE, lineage_of
+from kdrl_mcore.checkpointing.lineage import lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
+from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.convert.hf_files import copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.parallel import mcore

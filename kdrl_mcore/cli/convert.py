@@ -2,9 +2,11 @@
 
     kdrl-convert import --hf DIR --output CKPT [--dtype bfloat16] [--overwrite]
     kdrl-convert export --checkpoint CKPT --output HF_DIR [--max-shard-size 5GB] [--overwrite] [--push ORG/NAME]
+    kdrl-convert export --checkpoint CKPT --output PEFT_DIR --adapter [--base HF_DIR]
     kdrl-convert verify --hf DIR --checkpoint CKPT
 
-CKPT is a converted checkpoint or a training checkpoint (RUN/checkpoints/step_NNNNNN), saved in any layout.
+CKPT is a converted checkpoint or a training checkpoint (RUN/checkpoints/step_NNNNNN), saved in any layout. That
+of a run with adapters (student.lora) is exported with the adapters merged into their base, or with --adapter on their own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from kdrl_mcore.convert.adapted import export_adapter_folder
 from kdrl_mcore.convert.convert import Start, export_hf_folder, import_hf
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.hub import make_repository, push
@@ -47,9 +50,18 @@ def main(arguments: list[str]) -> int:
             if options.command == "import":
                 dtype = DTYPES.get(options.dtype)
                 import_hf(options.hf, options.output, dtype, start, options.threads, overwrite=options.overwrite)
+            elif options.command == "export" and options.adapter:
+                export_adapter_folder(options.checkpoint, options.output, options.base, overwrite=options.overwrite)
             elif options.command == "export":
-                size = options.max_shard_size
-                export_hf_folder(options.checkpoint, options.output, start, size, options.threads, overwrite=options.overwrite)
+                export_hf_folder(
+                    options.checkpoint,
+                    options.output,
+                    start,
+                    options.max_shard_size,
+                    options.threads,
+                    overwrite=options.overwrite,
+                    base=options.base,
+                )
             else:
                 comparison = verify(options.hf, options.checkpoint, start, options.threads)
     except KdrlError as error:
@@ -84,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", type=Path, required=True, help="a converted or a training checkpoint")
     export.add_argument("--output", type=Path, required=True, help="the HF directory to write")
     export.add_argument("--max-shard-size", type=_size, default="5GB", help="largest file, such as 5GB (default: %(default)s)")
+    export.add_argument("--adapter", action="store_true", help="write the adapters (student.lora) alone, as a PEFT folder")
+    export.add_argument("--base", type=Path, help="the folder of the adapters' base, if it has moved since the run began")
     export.add_argument("--push", metavar="ORG/NAME", help="upload the HF directory to this model repository of the hub")
     export.add_argument(
         "--private", action="store_true", help="with --push: create the repository as private, if it does not exist"

@@ -10,6 +10,7 @@ from typing import Any
 
 from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
+    LORA_RANKS,
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
@@ -132,7 +133,17 @@ def _check_items(flat: dict[str, Any]) -> None:
 
 def _check_lora(config: Config) -> None:
     """Check the adapters' settings; model/lora.py checks them against the model."""
-    lora = config.student.lora
+    lora, vllm = config.student.lora, config.rollout.vllm
+    if vllm.refit_adapters and (lora.rank == 0 or not engines_have_own_gpus(config.rollout)):
+        raise ConfigError(
+            "rollout.vllm.refit_adapters=true needs student.lora.rank > 0 and rollout.vllm.placement=server (colocated engines "
+            "give up their base when they sleep): leave it at false, which sends merged weights"
+        )
+    if vllm.refit_adapters and lora.rank > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"vLLM takes adapters of rank {LORA_RANKS[-1]} at most, not student.lora.rank={lora.rank}: set "
+            "rollout.vllm.refit_adapters=false, which sends merged weights"
+        )
     if lora.rank == 0:
         defaults = LoraConfig()
         for name in ("alpha", "target_modules", "path"):

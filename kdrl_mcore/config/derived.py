@@ -23,6 +23,9 @@ LOG_PROBS, ENTROPIES, DISTRIBUTION = "log_probs", "entropies", "distribution"
 """The scores of a token that a teacher can give: log T of the sampled one, the entropy of T, and all of T (as a hidden state,
 with the teacher's output head)."""
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks for which vLLM can reserve memory."""
+
 TEACHER = "teacher"
 """The name of the teacher's prompts in rollouts."""
 
@@ -81,7 +84,7 @@ def reads_scores(config: Config) -> bool:
 def keeps_earlier_weights(config: Config) -> bool:
     """Whether the student keeps earlier weights in addition to the present ones, in float32 and sharded as the optimizer's
     state is: 4 bytes per parameter, divided among its replicas."""
-    return teaches_itself(config) and config.teacher.weights not in ("present", "base")
+    return teaches_itself(config) and config.teacher.weights not in ("present", "base", "adapters")
 
 
 def shares_teacher_head(config: Config) -> bool:
@@ -316,6 +319,9 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
         "seed": config.trainer.seed,
         "load-format": "dummy",  # the weights come with a refit; until then the server refuses to sample
     }
+    if rollout.vllm.refit_adapters:
+        rank = next(rank for rank in LORA_RANKS if rank >= config.student.lora.rank)
+        values |= {"load-format": "auto", "lora-rank": rank}  # only adapters come with a refit
     if share is not None:
         values["gpu-memory-utilization"] = share
     extra = [word for argument in rollout.vllm.extra for word in ("--extra", argument)]

@@ -182,7 +182,7 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration reads the file."""
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
-        own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded")
+        own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded", "adapters")
         return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"

@@ -139,13 +139,13 @@ class TeacherPromptConfig:
 class TeacherConfig:
     """The model that only scores."""
 
-    path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
+    path: str | None = key(None, "an HF checkpoint directory, a hub id, or a PEFT folder, with the student's tokenizer")
     weights: str = key(
         "path",
         "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates), present, or base (without the adapters of student.lora); or "
-        "recorded (its scores are in the file rollout.path)",
-        choices=("path", "start", "average", "refreshed", "present", "base", "recorded"),
+        "average), refreshed (every refresh_every updates), present, base (without the adapters of student.lora) or adapters "
+        "(with those in teacher.path instead); or recorded (its scores are in the file rollout.path)",
+        choices=("path", "start", "average", "refreshed", "present", "base", "adapters", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
     refresh_every: int = key(10, "refreshed: updates between one copy of the student's weights and the next", range=COUNT)
@@ -454,6 +454,11 @@ class VllmConfig:
     kv_cache_gib: float = key(1.0, "KV cache of an engine on CPU", range=POSITIVE)
     startup_timeout: float = key(1200.0, "seconds until an engine must answer", range=SECONDS)
     generation_timeout: float = key(300.0, "seconds without progress after which an engine counts as hanging", range=SECONDS)
+    refit_adapters: bool = key(
+        False,
+        "server, with student.lora: a refit sends the adapters alone, for vLLM's own LoRA support; the servers load the base "
+        "from student.path",
+    )
     refit_timeout: float = key(600.0, "seconds for all weights", range=SECONDS)
     refit_bucket_mib: int = key(
         256, "weights are sent in buckets of this size; sender and receiver hold two", range=Range(1, 2**20)

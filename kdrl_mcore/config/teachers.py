@@ -33,11 +33,13 @@ def check_teacher(config: Config) -> None:
     if teacher.weights != "path":
         if not uses_teacher(config.objective):
             raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
-        if teacher.path and teaches_itself(config):
+        if teacher.weights == "adapters" and not teacher.path:
+            raise ConfigError(f"{name} are those in a PEFT folder: name it with teacher.path")
+        if teacher.path and teaches_itself(config) and teacher.weights != "adapters":
             raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
-        if teacher.weights == "base" and config.student.lora.rank == 0:
+        if teacher.weights in ("base", "adapters") and config.student.lora.rank == 0:
             raise ConfigError(
-                f"{name} are the weights without adapters, but student.lora.rank=0 has none: set the rank, or other weights"
+                f"{name} needs the frozen weights of student.lora, but student.lora.rank=0: set the rank, or other weights"
             )
         if prompt.template == "student" and teacher.weights == "present":
             raise ConfigError(

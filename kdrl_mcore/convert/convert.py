@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from kdrl_mcore.convert.adapted import open_weights
 from kdrl_mcore.convert.byte_ranges import NO_KERNEL_COPY, ByteRange, StoredTensor, num_elements, raw_bytes, write_at
-from kdrl_mcore.convert.folders import RELEASE, TRACKER, open_weights, torch_dist_folder
+from kdrl_mcore.convert.folders import RELEASE, TRACKER, torch_dist_folder
 from kdrl_mcore.convert.hf_files import (
     HFWeights,
     copy_side_files,
@@ -107,30 +108,34 @@ def export_hf_folder(
     threads: int | None = None,
     *,
     overwrite: bool = False,
+    base: str | Path | None = None,
 ) -> None:
-    """Write a converted or a training checkpoint as an HF checkpoint, without vocabulary padding.
+    """Write a converted or a training checkpoint as an HF checkpoint, without vocabulary padding. If it holds adapters alone,
+    they are merged into their base.
 
     Args:
         max_shard_bytes: the size of the largest file (or one tensor).
         overwrite: an earlier output may be replaced (`check_target`).
+        base: see `open_weights`.
 
     Raises:
         ModelError, CheckpointError: the source is damaged, or the output cannot be written. The output is then unchanged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    check_target(output, [checkpoint], overwrite=overwrite)
+    sources = [checkpoint, *([] if base is None else [base])]
+    check_target(output, sources, overwrite=overwrite)
     if torch_dist_folder(checkpoint) is None:
         raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
     config = config_folder(checkpoint)
     architecture = read_architecture(checkpoint)
     rules = FAMILIES[architecture.family].rules(architecture)
-    with open_weights(checkpoint) as weights:
+    with open_weights(checkpoint, base) as weights:
         check_names(weights, architecture, rules)
         names = sorted(weights.names)
         tensors = {name: (weights.shape(name), weights.dtype(name)) for name in names}
         shards = split_into_shards(tensors, max_shard_bytes)
         total = sum(num_elements(shape) * dtype.itemsize for shape, dtype in tensors.values())
-        with replacing_folder(output, total, [checkpoint], overwrite=overwrite) as temporary:
+        with replacing_folder(output, total, sources, overwrite=overwrite) as temporary:
             copies = []
             for number, shard in enumerate(shards, 1):
                 laid_out = lay_out(temporary / shard_name(number, len(shards)), {name: tensors[name] for name in shard})

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kdrl_mcore.convert.folders import torch_dist_folder
+from kdrl_mcore.convert.folders import is_peft_folder, torch_dist_folder
+from kdrl_mcore.model.families import base_of_adapters
 
 WHOLE = 256 * 2**20
 SAMPLE = 2**20
@@ -14,7 +15,8 @@ SAMPLE = 2**20
 
 
 def fingerprint(path: str | None) -> str | None:
-    """The fingerprint of a file, or of a model directory's weights and tokenizer; None if the path does not exist."""
+    """The fingerprint of a file, or of a model directory's weights and tokenizer, which for adapters (a PEFT folder) includes
+    their base; None if the path does not exist."""
     source = Path(path) if path else None
     if source is None or not source.exists():
         return None
@@ -24,6 +26,9 @@ def fingerprint(path: str | None) -> str | None:
         weights = torch_dist_folder(source) or source
         files = sorted([*source.glob("*.safetensors"), *source.glob("tokenizer.json"), *weights.glob("*.distcp")])
     digest = hashlib.sha256()
+    if is_peft_folder(source):
+        files.append(source / "adapter_config.json")
+        digest.update(f"{fingerprint(str(base_of_adapters(source)))} ".encode())
     for file in files:
         digest.update(f"{file.stat().st_size} ".encode())
         _read_into(digest, file)

@@ -1,20 +1,19 @@
-"""Model folders: distinguish HF checkpoints from converted ones."""
+"""Model folders: distinguish HF checkpoints from converted ones, and from adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from kdrl_mcore.convert.hf_files import INDEX, HFWeights
-from kdrl_mcore.convert.torch_dist import METADATA, TorchDistWeights, read_metadata
-from kdrl_mcore.errors import CheckpointError, ModelError
-from kdrl_mcore.model.families import config_folder, read_architecture
+from kdrl_mcore.convert.torch_dist import METADATA
+from kdrl_mcore.errors import CheckpointError
+from kdrl_mcore.model.families import ADAPTER_CONFIG, config_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's pointer from a checkpoint folder to the folder of one iteration."""
 RELEASE = "release"
 """Megatron-LM's name for weights that come from no training iteration; conversion writes these."""
-ADAPTED = ".lora_A."
-"""In the name of an adapter's tensor."""
+STATE_FILE = "trainer_state.json"
+"""What a training checkpoint holds besides tensors."""
 
 
 def torch_dist_folder(path: str | Path) -> Path | None:
@@ -47,20 +46,7 @@ def find_model(path: str | Path) -> Path:
     return path
 
 
-def open_weights(path: str | Path) -> HFWeights | TorchDistWeights:
-    """The weights of a model folder of either kind.
-
-    Raises:
-        ModelError, CheckpointError: the folder is of neither kind, or damaged.
-    """
-    folder = torch_dist_folder(path)
-    if folder is not None and any((Path(path) / name).is_file() for name in ("model.safetensors", INDEX)):
-        raise ModelError(f"{path} holds a converted checkpoint and safetensors: remove one of the two")
-    if folder is None:
-        return HFWeights(path)
-    if any(ADAPTED in name for name in read_metadata(folder).state_dict_metadata):
-        raise CheckpointError(
-            f"{path} holds adapters alone (student.lora), not the model that they belong to: take RUN/hf, which the run "
-            "exports at its end with both, or RUN/adapter"
-        )
-    return TorchDistWeights(folder, read_architecture(path))
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether a folder holds adapters in PEFT's format, without the model that they belong to."""
+    path = Path(path)
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.adapted import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.parameters import map_chunk
 from kdrl_mcore.convert.weight_map import check_names

@@ -12,7 +12,7 @@ from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
 from kdrl_mcore.model.gpt import LanguageModel
-from kdrl_mcore.model.lora import ADAPTER, Adapter
+from kdrl_mcore.model.lora import ADAPTER, TEACHER_ADAPTER, Adapter
 from kdrl_mcore.parallel.layout import ModelGroups
 
 # Transformer Engine fuses each norm into the linear layer that follows it and keeps the norm's weight there.
@@ -52,7 +52,7 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
     by_name = {rule.megatron: rule for rule in rules}
     tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
     for name, parameter in chunk.named_parameters():
-        if f".{ADAPTER}." in name:
+        if f".{ADAPTER}." in name or f".{TEACHER_ADAPTER}." in name:
             continue
         layer, expert, generic = _generic_name(chunk, name, groups)
         if tied_copy and generic == "output_layer.weight":

@@ -10,6 +10,7 @@ import io
 import pickle
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,13 @@ class TorchDistWeights:
     """The weights of a torch_dist checkpoint of any layout under their HF names, read on demand, without vocabulary padding. A
     context manager: it keeps files open."""
 
-    def __init__(self, folder: str | Path, architecture: Architecture) -> None:
-        """Raises CheckpointError: the metadata is missing or damaged, or one chunk stores several layers or experts."""
+    def __init__(self, folder: str | Path, tensors: Iterable[GlobalTensor]) -> None:
+        """Args:
+            tensors: those to read.
+
+        Raises:
+            CheckpointError: the metadata is missing or damaged, or one chunk stores several layers or experts.
+        """
         self.path = Path(folder)
         self.files = Files()
         self._archives = _Archives()
@@ -103,7 +109,7 @@ class TorchDistWeights:
         self._chunks: dict[tuple[str, tuple[int, ...]], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
         self._of: dict[str, tuple[GlobalTensor, int]] = {}
         depth: dict[str, int] = {}
-        for tensor in global_tensors(FAMILIES[architecture.family].rules(architecture), architecture):
+        for tensor in tensors:
             depth[tensor.key] = len(tensor.grid)
             if tensor.key in self._tensors:
                 for index, name in enumerate(tensor.hf_names):
@@ -115,6 +121,11 @@ class TorchDistWeights:
                 self._chunks[key, tuple(chunk.offsets[:lead])].append((tuple(chunk.offsets), tuple(chunk.sizes)))
         self._expected_keys = set(depth)
         self.names = frozenset(self._of)
+
+    @staticmethod
+    def of_model(folder: str | Path, architecture: Architecture) -> TorchDistWeights:
+        """The weights of a whole model. Raises as the constructor does."""
+        return TorchDistWeights(folder, global_tensors(FAMILIES[architecture.family].rules(architecture), architecture))
 
     @property
     def unexpected_keys(self) -> list[str]:

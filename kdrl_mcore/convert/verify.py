@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdrl_mcore.convert.adapted import holds_adapters
 from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes
 from kdrl_mcore.convert.convert import Progress, Start, blocks, run_all
 from kdrl_mcore.convert.folders import torch_dist_folder
@@ -61,10 +62,14 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
     folder = torch_dist_folder(checkpoint)
     if folder is None:
         raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
+    if holds_adapters(folder):
+        raise CheckpointError(
+            f"{checkpoint} holds adapters alone (student.lora), and only whole models are compared: export it, and compare that"
+        )
     architecture = read_architecture(checkpoint)
     result = Verification()
     lines: tuple[dict[str, str], dict[str, str]] = ({}, {})  # digests of each side's tensors
-    with HFWeights(hf) as source, TorchDistWeights(folder, architecture) as converted:
+    with HFWeights(hf) as source, TorchDistWeights.of_model(folder, architecture) as converted:
         check_shapes(converted, architecture, FAMILIES[architecture.family].rules(architecture))
         if architecture.tied_embeddings:
             check_tied_head(source)

@@ -47,8 +47,8 @@ from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import ModelGroups
 
-ADAPTER = "lora"
-"""The name of an adapter among the submodules of its linear layer."""
+ADAPTER, TEACHER_ADAPTER = "lora", "teacher_lora"
+"""The names, among the submodules of a linear layer, of the adapter that is trained and of the one that teaches."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,14 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, linear: Any, kind: AdaptableLinear, layer: int, lora: LoraConfig, architecture: Architecture, groups: ModelGroups
+        self,
+        linear: Any,
+        kind: AdaptableLinear,
+        layer: int,
+        lora: LoraConfig,
+        architecture: Architecture,
+        groups: ModelGroups,
+        name: str = ADAPTER,
     ) -> None:
         """Attach uninitialised adapters to the layer, and take over its collectives where that saves some.
 
@@ -116,30 +123,34 @@ class Adapter(nn.Module):
             linear: the layer: Megatron-Core's, ours or Transformer Engine's.
             kind: which of a transformer layer's linear layers it is.
             layer: the number of the transformer layer.
+            name: `ADAPTER`, or `TEACHER_ADAPTER` for frozen ones, which are disabled at first.
         """
         super().__init__()
-        self.scale, self.enabled = lora.alpha / lora.rank, True
+        self.scale, self.enabled, self.name = lora.alpha / lora.rank, name == ADAPTER, name
         self._group, self._is_row = groups.tensor, kind.is_row
         self._splits_tokens = groups.layout.sequence_parallel
         weight: Tensor = linear.weight
         ranks, outputs = groups.tensor.size(), weight.size(0)
-        rows = {name: each for name, each in _rows_of(kind, architecture, outputs).items() if name in lora.target_modules}
-        for name, own in rows.items():
+        rows = {p: each for p, each in _rows_of(kind, architecture, outputs).items() if p in lora.target_modules}
+        for projection, own in rows.items():
             factors = Factors(
                 weight.new_empty(lora.rank, weight.size(1)),
                 weight.new_empty(len(own), lora.rank),
                 weight.size(1) * (ranks if kind.is_row else 1),
                 len(own) * (1 if kind.is_row else ranks),
-                f"model.layers.{layer}.{kind.hf}.{name}",
+                f"model.layers.{layer}.{kind.hf}.{projection}",
                 is_row=kind.is_row,
             )
-            self.add_module(name, factors)
+            self.add_module(projection, factors)
         self._shape = (outputs, len(rows), lora.rank)
         row_indices = [torch.tensor(own) for own in rows.values()]
         projection_of_row = [torch.full((len(own),), index) for index, own in enumerate(rows.values())]
         whole = len(rows) == 1 and len(row_indices[0]) == outputs
         self._rows = None if whole else (torch.cat(row_indices), torch.cat(projection_of_row))
-        self._attach(linear)
+        setattr(linear, name, self)
+        if not hasattr(linear, "adapted_output"):
+            linear.adapted_output = _Sum(linear, groups, is_row=kind.is_row)
+        linear.adapted_output.adapters.append(self)
 
     @property
     def factors(self) -> list[Factors]:
@@ -175,11 +186,17 @@ class Adapter(nn.Module):
         self._rows = tuple(each.to(values.device) for each in self._rows)  # type: ignore[assignment]
         return values.new_zeros(self._shape).index_put(self._rows, values).flatten(1)
 
-    def _attach(self, linear: Any) -> None:
-        setattr(linear, ADAPTER, self)
-        if self._group.size() > 1 and (self._is_row or not self._splits_tokens):
+
+class _Sum:
+    """A linear layer's output, to which those of its adapters that are enabled are added. It takes over the layer's collectives
+    where they can serve both."""
+
+    def __init__(self, linear: Any, groups: ModelGroups, *, is_row: bool) -> None:
+        self.adapters: list[Adapter] = []
+        self._group, self._is_row, self._splits_tokens = groups.tensor, is_row, groups.layout.sequence_parallel
+        if self._group.size() > 1 and (is_row or not self._splits_tokens):
             mcore.leave_out_collectives(linear)
-            if not self._is_row:
+            if not is_row:
                 linear.register_forward_pre_hook(self._share_input)
         linear.register_forward_hook(self._add)
 
@@ -189,8 +206,9 @@ class Adapter(nn.Module):
 
     def _add(self, _: nn.Module, args: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         output, bias = outputs
-        if self.enabled:
-            output = output + self(args[0])
+        for adapter in self.adapters:
+            if adapter.enabled:
+                output = output + adapter(args[0])
         if self._is_row and self._group.size() > 1:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region if self._splits_tokens else reduce_from_tensor_model_parallel_region
@@ -213,12 +231,16 @@ def _rows_of(kind: AdaptableLinear, architecture: Architecture, outputs: int) ->
     return {name: part.flatten().tolist() for name, part in zip(kind.projections, parts, strict=True)}
 
 
-def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> None:
-    """Raise ConfigError if the architecture cannot have these adapters on `tensor` tensor-parallel ranks."""
+def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int, key: str = "student.lora") -> None:
+    """Raise ConfigError if the architecture cannot have these adapters on `tensor` tensor-parallel ranks.
+
+    Args:
+        key: what describes them, for the message.
+    """
     of_mlp = [name for kind in MLP_LINEARS for name in kind.projections if name in lora.target_modules]
     if architecture.experts is not None and of_mlp:
         raise ConfigError(
-            f"student.lora.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
+            f"{key}.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
             "name only q_proj, k_proj, v_proj and o_proj"
         )
     names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
@@ -227,18 +249,18 @@ def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int) -> Non
         own = tuple(f"model.layers.{{layer}}.{kind.hf}.{name}.weight" for name in kind.projections)
         if asked and names.get(f"decoder.layers.{{layer}}.{kind.path}.weight") != own:
             raise ConfigError(
-                f"student.lora.target_modules: {architecture.family} has no separate {asked[0]}, so `peft` could not load "
+                f"{key}.target_modules: {architecture.family} has no separate {asked[0]}, so `peft` could not load "
                 "its adapter: leave it out"
             )
     if architecture.num_key_value_heads % tensor and {*QKV.projections} & {*lora.target_modules}:
         raise ConfigError(
-            f"student.lora cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
+            f"{key} cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
             f"parallel.tensor={tensor}, which must divide them: lower it, or name other target_modules"
         )
     size = min(architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim)
     if lora.rank > size:
         raise ConfigError(
-            f"student.lora.rank={lora.rank} is more than the {size} rows of the smallest projection: there it would train more "
+            f"{key}.rank={lora.rank} is more than the {size} rows of the smallest projection: there it would train more "
             "weights than the projection has"
         )
 
@@ -260,20 +282,35 @@ def add_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
         chunk.embedding.register_forward_hook(_require_gradient)
 
 
+def add_teacher_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
+    """Give the layers of a model chunk with frozen weights a second, frozen set of uninitialised adapters, which is off.
+
+    Raises:
+        ConfigError: see `check_lora`.
+    """
+    check_lora(lora, chunk.architecture, groups.tensor.size(), "the adapters of teacher.path")
+    for layer in chunk.decoder.layers:
+        for kind in ADAPTABLE_LINEARS:
+            if {*kind.projections} & {*lora.target_modules}:
+                linear, number = layer.get_submodule(kind.path), layer.layer_number - 1
+                adapter = Adapter(linear, kind, number, lora, chunk.architecture, groups, TEACHER_ADAPTER)
+                adapter.requires_grad_(False).eval()
+
+
 def _require_gradient(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
     return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
 
 
-def adapters(chunks: Iterable[nn.Module]) -> Iterator[Adapter]:
-    """Every adapter of some model chunks."""
+def adapters(chunks: Iterable[nn.Module], name: str = ADAPTER) -> Iterator[Adapter]:
+    """Every adapter of some model chunks: those that are trained, or those that teach."""
     for chunk in chunks:
-        yield from (module for module in chunk.modules() if isinstance(module, Adapter))
+        yield from (module for module in chunk.modules() if isinstance(module, Adapter) and module.name == name)
 
 
-def factors_by_name(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+def factors_by_name(chunk: nn.Module, name: str = ADAPTER) -> Iterator[tuple[str, nn.Parameter, int | None]]:
     """Every factor of a model chunk: its name (`HF_NAME.lora_A.weight`, or `lora_B`), this rank's share of it, and the
     dimension along which tensor-parallel ranks split it; None if each rank holds it whole."""
-    for adapter in adapters([chunk]):
+    for adapter in adapters([chunk], name):
         for factors in adapter.factors:
             yield f"{factors.hf_name}.lora_A.weight", factors.a, 1 if factors.is_row else None
             yield f"{factors.hf_name}.lora_B.weight", factors.b, None if factors.is_row else 0
@@ -313,16 +350,17 @@ def load_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def without_adapters(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """A context in which the model computes without its adapters, as the frozen one."""
-    found = list(adapters(chunks))
-    for adapter in found:
-        adapter.enabled = False
+def with_adapters(chunks: Sequence[nn.Module], name: str | None) -> Iterator[None]:
+    """A context in which the model computes with the adapters of this name in place of those that are trained; None: with none,
+    as the frozen model."""
+    trained, others = list(adapters(chunks)), [] if name is None else list(adapters(chunks, name))
+    for adapter in (*trained, *others):
+        adapter.enabled = adapter.name == name
     try:
         yield
     finally:
-        for adapter in found:
-            adapter.enabled = True
+        for adapter in (*trained, *others):
+            adapter.enabled = adapter.name == ADAPTER
 
 
 def sum_shared_gradients(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup) -> None:

@@ -21,9 +21,9 @@ from kdrl_mcore.config.derived import (
     used_models,
     uses_given,
 )
-from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.convert.adapted import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
-from kdrl_mcore.convert.peft_folder import check_peft_folder
+from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.convert.weight_map import check_names
 from kdrl_mcore.data.files import is_file
 from kdrl_mcore.data.limits import (
@@ -64,9 +64,12 @@ def check_models(config: Config) -> str:
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
     if (lora := config.student.lora).rank:
+        check_student_base(models["student"])
         check_lora(lora, read_architecture(models["student"]), config.parallel.tensor)
         if lora.path is not None:
             check_peft_folder(lora.path, lora)
+    if config.teacher.weights == "adapters":
+        check_teacher_adapters(str(config.teacher.path), models["student"])
     for name, path in models.items():
         architecture = read_architecture(path)
         with open_weights(path) as weights:

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from kdrl_mcore.checkpointing.checkpoint import candidates_in, find_checkpoint
-from kdrl_mcore.checkpointing.lineage import STATE_FILE, Lineage, from_json, new_lineage
+from kdrl_mcore.checkpointing.lineage import Lineage, from_json, new_lineage
 from kdrl_mcore.config import Config, flatten
 from kdrl_mcore.config.resuming import changes, refused, restarted, rule_of
+from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.errors import CheckpointError, ConfigError
 from kdrl_mcore.monitoring.metrics import METRICS_FILE
 from kdrl_mcore.parallel.collect import on_first_rank

@@ -1,14 +1,15 @@
-"""The base model of the student's adapters as its reference and its teacher: the student with its adapters off, not a second
-copy."""
+"""The base model of the student's adapters as its reference and its teacher, on its own or with other adapters: the student
+with its own adapters off, not a second copy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from kdrl_mcore.model.lora import without_adapters
+from kdrl_mcore.model.lora import with_adapters
 from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.student.self_teacher import SelfTeacher
+from kdrl_mcore.student.student import Student
 from kdrl_mcore.types import Rollout, TokenFloats
 
 
@@ -16,9 +17,17 @@ class FrozenBase(SelfTeacher):
     """Scores given tokens with the student's frozen weights, in the student's layout. Its head is the student's, which has no
     adapter."""
 
+    def __init__(self, student: Student, name: str | None = None, adapters: str | None = None) -> None:
+        """Args:
+        name: which of `Rollout.teacher_prompts` it reads; None for the student's prompts.
+        adapters: which adapters are on instead of the student's (`TEACHER_ADAPTER`); None for none.
+        """
+        super().__init__(student, name)
+        self._adapters = adapters
+
     def weights(self) -> AbstractContextManager[None]:
-        """Inside it the student's adapters are off. No communication."""
-        return without_adapters(self.chunks)
+        """Inside it the student's adapters are off, and the teacher's on if it has any. No communication."""
+        return with_adapters(self.chunks, self._adapters)
 
     def score(self, rollouts: Sequence[Rollout], *, temperature: float, micro_tokens: int) -> list[TokenFloats]:
         """log p(o_t | s_t) [response tokens] for each rollout, on every rank. Collective over the world."""

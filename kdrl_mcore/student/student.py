@@ -17,11 +17,12 @@ from torch import Tensor
 from kdrl_mcore.config import Config, DistillationConfig
 from kdrl_mcore.config.derived import is_supervised, shares_teacher_head
 from kdrl_mcore.convert.load import load_weights
-from kdrl_mcore.convert.peft_folder import load_adapters
+from kdrl_mcore.convert.peft_files import read_peft_folder
+from kdrl_mcore.convert.peft_folder import check_student_base, check_teacher_adapters, load_adapters
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import initialise_adapters, load_factors, sharded_factors
+from kdrl_mcore.model.lora import TEACHER_ADAPTER, add_teacher_adapters, initialise_adapters, load_factors, sharded_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -105,6 +106,8 @@ class Student:
         assert config.student.path is not None
         self.groups = create_student_groups(layout)
         self.lora = config.student.lora if config.student.lora.rank else None
+        if self.lora is not None:
+            check_student_base(config.student.path)
         self.parts: ModelParts = build_model(
             read_architecture(config.student.path),
             config.model,
@@ -120,6 +123,7 @@ class Student:
             load_adapters(self.parts, self.lora.path, self.lora)
         elif self.lora is not None:
             initialise_adapters(self.parts.chunks, self.groups.tensor, config.trainer.seed)
+        self._path = config.student.path
         self.source = str(config_folder(config.student.path))
         self.version = 0  # number of optimizer updates of the weights
         self._temperature = 1.0 if is_supervised(config.objective) else config.rollout.temperature
@@ -143,6 +147,21 @@ class Student:
         """
         if self.groups.is_last_stage:
             self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
+
+    def add_teacher_adapters(self, folder: str) -> None:
+        """Add a second set of adapters to the frozen weights, which is off until a teacher scores with it. No communication.
+
+        Args:
+            folder: a PEFT folder.
+
+        Raises:
+            ConfigError, ModelError: its adapters belong to another model, or cannot be used.
+        """
+        check_teacher_adapters(folder, self._path)
+        lora, _ = read_peft_folder(folder)
+        for chunk in self.parts.chunks:
+            add_teacher_adapters(chunk, lora, self.groups)
+        load_adapters(self.parts, folder, lora, TEACHER_ADAPTER)
 
     @torch.no_grad()
     def use_own_head_as_teachers(self) -> None:

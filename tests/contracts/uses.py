@@ -96,6 +96,8 @@ INDIRECT: dict[str, tuple[str, ...]] = {
             "finish_weight_update": (),
         }.items()
     },
+    # Adapters, in its worker processes.
+    f"{_WORKER}.add_lora": ("lora_request",),
     # Weights that change while responses are unfinished.
     f"{_ENGINE}.pause_generation": ("mode", "clear_cache"),
     f"{_ENGINE}.resume_generation": (),

@@ -347,8 +347,8 @@ def test_copies_that_nobody_prefers_are_told(tmp_path: Path) -> None:
 
 
 def test_an_adapter_alone_is_told(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="only an adapter's: merge it into its base first"):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ModelError, match="its base org/base is not a model folder here"):
         read_architecture(tmp_path)
 
 

@@ -5,28 +5,31 @@ nor optimizer state, and adapters add no all-reduce to a pass over the model.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("peft")
 
-from kdrl_mcore.convert.folders import open_weights
+from kdrl_mcore.cli import convert
+from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.convert.torch_dist import read_metadata
-from kdrl_mcore.errors import CheckpointError
 from tests.reference import adapters, dense
 from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, read_hf_weights, read_jsonl, write_jsonl
 from tests.support import lora
-from tests.support.agreement import SETTINGS, assert_gradients
+from tests.support.agreement import SETTINGS, about, assert_gradients
 from tests.support.late_weights import OVERLAPPED
 from tests.support.lora import Adapted, adapt
 from tests.support.newer_core import BESIDE, assert_newer, needs_newer_core
 from tests.support.ranks import RankPool
 from tests.support.te_ranks import STUBS, play_transformer_engine
-from tests.support.training import FAST, PROMPTS, QUIET, metrics_of, train_on_rank
+from tests.support.training import FAST, PROBE, PROBE_LR, PROMPTS, QUIET, metrics_of, objective_overrides, train_on_rank
 from tests.support.zoo import Zoo
 
 SP = "parallel.tensor=2 parallel.sequence_parallel=true"
@@ -158,7 +161,7 @@ def test_the_merged_student_is_the_unmerged_one(zoo: Zoo, untied: Adapted, pools
 
 @pytest.mark.timeout(900)  # saves start processes
 def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
-    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path
+    zoo: Zoo, untied: Adapted, pools: dict[int, RankPool], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["optimizer.lr=0.01", "optimizer.adam_eps=1e-3", f"objective.beta.init={SETTINGS.beta}", *FAST]
 
@@ -175,13 +178,36 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     sizes = {name: described.size.numel() for name, described in names.items() if hasattr(described, "size")}
     assert sum(sizes.values()) == 4 * factors  # the factors, their main weights and two moments
     assert all(".lora_" in name for name in sizes)
-    with pytest.raises(CheckpointError, match=r"holds adapters alone .* take RUN/hf"):
-        open_weights(saved)
+    _export_and_compare(saved, tmp_path, capsys)
     train("parted", 4, -1, 2, "parallel.pipeline=2 parallel.virtual_pipeline=2")
     straight, parted = (metrics_of(tmp_path / run) for run in ("straight", "parted"))
     for name in ("loss", "grad_norm", "kl", "lr"):
         assert [row[name] for row in parted] == pytest.approx([row[name] for row in straight], rel=1e-4), name
     assert len({row["loss"] for row in parted}) == 4
+
+
+def _export_and_compare(saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kdrl-convert export` writes from a checkpoint what the run wrote at its end, and takes no other base than the run's."""
+    run, base = saved.parent.parent, Path(json.loads((saved / STATE_FILE).read_text())["config"]["student"]["path"])
+
+    def export(name: str, *words: str) -> int:
+        return convert.main(["export", "--checkpoint", str(saved), "--output", str(folder / name), *words])
+
+    assert export("merged") == export("adapters", "--adapter") == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapters" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    wanted, merged = read_hf_weights(run / "hf"), read_hf_weights(folder / "merged")
+    assert wanted.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=2e-7, atol=1e-7)
+    moved = shutil.copytree(base, folder / "moved")
+    assert export("from moved", "--adapter", "--base", str(moved)) == 0
+    weights = moved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert export("from another", "--base", str(moved)) != 0
+    assert "holds adapters of another model" in capsys.readouterr().err
+    assert export("from nowhere", "--base", str(folder / "gone")) != 0
+    assert "does not exist here: name its folder with --base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,23 @@ def test_the_base_is_the_reference_and_the_teacher_without_a_copy(
     settings = replace(SETTINGS, reference=0.2, estimator=estimator)
     itself = replace(untied, teacher=None)
     assert lora.check(itself, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run", untied.student) == 1
+
+
+@pytest.mark.parametrize(
+    "layout, estimator, other_base",
+    [("parallel.tensor=2", "k2", False), (SP, "exact", False), ("parallel.tensor=2 teacher.parallel.tensor=2", "k2", True)],
+    ids=["tp2", "exact", "another base"],
+)
+def test_other_adapters_teach(
+    layout: str, estimator: str, other_base: bool, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """Over the student's base they are a second set of adapters, without a second copy; over another they are merged."""
+    base = zoo.model("teacher") if other_base else untied.student
+    modules = ("q_proj", "o_proj", "up_proj", "down_proj")
+    folder = adapters.make_adapter(base, tmp_path / "teacher", seed=9, rank=3, alpha=5.0, modules=modules)
+    taught = replace(untied, teacher=base if other_base else None, teacher_adapter=folder)
+    settings = replace(SETTINGS, estimator=estimator)
+    assert lora.check(taught, zoo.rows("uneven"), settings, ranks2, layout, tmp_path / "run") == 1 + other_base
 
 
 def test_the_adapters_of_the_start_teach(zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path) -> None:
@@ -251,3 +294,63 @@ def test_what_is_frozen_costs_nothing_and_adapters_add_no_all_reduce(
 def _is_whole(name: str) -> bool:
     """Whether each tensor-parallel rank holds the whole factor."""
     return ("lora_B" in name) == ("o_proj" in name or "down_proj" in name)
+
+
+@pytest.mark.parametrize(
+    "weights, layout, estimator",
+    [("average", "", "k2"), ("refreshed", SP, "exact")],
+    ids=["average, dp2", "refreshed, exact, tp2 sp"],
+)
+def test_earlier_adapters_teach(
+    weights: str, layout: str, estimator: str, zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    steps, lr, decay = 3, 0.01, 0.5
+    settings = replace(SETTINGS, estimator=estimator)
+    model = adapters.load_adapted(untied.student, untied.adapter)
+    teacher = adapters.load_adapted(untied.student, untied.adapter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), eps=1e-2, weight_decay=0)
+    losses = []
+    for step in range(1, steps + 1):
+        losses.append(dense.kdrl_of_models(model, teacher, zoo.rows("uneven"), settings).loss)
+        adam.step()
+        share = 1 - decay if weights == "average" else float(step % 2 == 0)
+        with torch.no_grad():
+            for mine, present in zip(teacher.parameters(), model.parameters(), strict=True):
+                mine.lerp_(present, share)
+    words = [word for word in untied.overrides if "teacher" not in word]
+    extra = f"teacher.decay={decay}" if weights == "average" else "teacher.refresh_every=2"
+    optimizer = f"optimizer.lr={lr} optimizer.adam_eps=1e-2 optimizer.adam_beta2=0.95 optimizer.weight_decay=0"
+    run = tmp_path / "run"
+    overrides = [f"run.dir={run}", *words, f"teacher.weights={weights}", extra, *objective_overrides(settings), *FAST]
+    rest = f"optimizer.clip_grad=0 trainer.steps={steps} {optimizer} {layout}"
+    outcomes = ranks2.run(train_on_rank, [*overrides, *rest.split()])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    assert [row["loss"] for row in metrics_of(run)] == [about(loss) for loss in losses]
+
+
+def test_in_bfloat16_the_gradient_is_that_of_peft_to_rounding(
+    zoo: Zoo, untied: Adapted, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """The reference has the weights that bfloat16 holds, and does not round otherwise. The adapters are small beside the base,
+    as trained ones are."""
+    factors = {
+        name: value * (0.1 if "lora_B" in name else 1.0) for name, value in adapters.read_factors(untied.adapter).items()
+    }
+    untied = replace(untied, adapter=shutil.copytree(untied.adapter, tmp_path / "small"))
+    save_file(factors, untied.adapter / "adapter_model.safetensors")
+    model, teacher = adapters.load_adapted(untied.student, untied.adapter), dense.load_model(zoo.model("teacher"))
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *teacher.parameters()):
+            parameter.copy_(parameter.bfloat16())
+    result = dense.kdrl_of_models(model, teacher, zoo.rows("uneven"), SETTINGS)
+    gradients = {name.replace(".default", ""): each for name, each in result.gradients.items() if "lora_" in name}
+    words = [*untied.overrides, *objective_overrides(SETTINGS), *PROBE, *FAST, "model.dtype=bfloat16", *SP.split()]
+    outcomes = ranks2.run(train_on_rank, [f"run.dir={tmp_path / 'run'}", *words])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    before, after = adapters.read_factors(untied.adapter), adapters.read_factors(tmp_path / "run" / "adapter")
+    own = {name: (before[name].double() - after[name].double()) / PROBE_LR for name in before}
+    apart = {name: float((own[name] - right).norm() / right.norm()) for name, right in gradients.items()}
+    assert max(apart.values()) <= 0.15, apart
+    both = [torch.cat([of[name].flatten().double() for name in before]) for of in (own, gradients)]
+    assert (both[0] - both[1]).norm() <= 20 * 2.0**-9 * both[1].norm()

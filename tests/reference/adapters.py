@@ -40,11 +40,19 @@ def load_adapted(base: Path, folder: Path, dtype: torch.dtype = torch.float64) -
 
 
 def kdrl_of_adapters(
-    base: Path, folder: Path, teacher: Path, rows: Sequence[dense.Row], settings: dense.Settings, reference: Path | None = None
+    base: Path,
+    folder: Path,
+    teacher: Path,
+    rows: Sequence[dense.Row],
+    settings: dense.Settings,
+    reference: Path | None = None,
+    teacher_folder: Path | None = None,
 ) -> tuple[dense.Result, dict[str, Tensor]]:
-    """The loss of one KDRL update, and the gradient of every factor by its name in a PEFT file."""
+    """The loss of one KDRL update, and the gradient of every factor by its name in a PEFT file. The teacher may have adapters,
+    too."""
     initial = None if reference is None else dense.load_model(reference)
-    result = dense.kdrl_of_models(load_adapted(base, folder), dense.load_model(teacher), rows, settings, reference=initial)
+    teaches = dense.load_model(teacher) if teacher_folder is None else load_adapted(teacher, teacher_folder)
+    result = dense.kdrl_of_models(load_adapted(base, folder), teaches, rows, settings, reference=initial)
     return result, {name.replace(".default", ""): gradient for name, gradient in result.gradients.items() if "lora_" in name}
 
 

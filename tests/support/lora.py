@@ -27,6 +27,8 @@ class Adapted:
     teacher: Path | None
     rollouts: Path
     modules: Sequence[str] = MODULES
+    teacher_adapter: Path | None = None
+    """Adapters of the teacher, which then is the student's base if no other is given."""
 
     @property
     def overrides(self) -> list[str]:
@@ -36,10 +38,16 @@ class Adapted:
             f"student.lora.rank={RANK}",
             f"student.lora.alpha={ALPHA}",
             f"student.lora.target_modules=[{','.join(self.modules)}]",
-            "teacher.weights=base" if self.teacher is None else f"teacher.path={self.teacher}",
+            *self._teacher,
             "rollout=replay",
             f"rollout.path={self.rollouts}",
         ]
+
+    @property
+    def _teacher(self) -> list[str]:
+        if self.teacher_adapter is None:
+            return ["teacher.weights=base" if self.teacher is None else f"teacher.path={self.teacher}"]
+        return [f"teacher.path={self.teacher_adapter}", *(["teacher.weights=adapters"] if self.teacher is None else [])]
 
 
 def adapt(folder: Path, student: Path, teacher: Path | None, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
@@ -60,7 +68,13 @@ def check(
     """In one update the loss, the log-probs of every token, the gradient of every factor and the gradient's norm are those of
     `peft`. Returns how many models a rank has loaded."""
     expected, gradients = adapters.kdrl_of_adapters(
-        adapted.student, adapted.adapter, adapted.teacher or adapted.student, rows, settings, reference
+        adapted.student,
+        adapted.adapter,
+        adapted.teacher or adapted.student,
+        rows,
+        settings,
+        reference,
+        adapted.teacher_adapter,
     )
     overrides = [f"run.dir={run}", *adapted.overrides, *objective_overrides(settings), *PROBE, *FAST, *layout.split()]
     outcomes = pool.run(score_and_count_models_on_rank, overrides)

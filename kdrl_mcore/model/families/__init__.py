@@ -15,9 +15,36 @@ FAMILIES: dict[str, Family] = {each.FAMILY.hf_architecture: each.FAMILY for each
 """The supported families by the name in an HF config's `architectures`."""
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that marks a folder as adapters (PEFT)."""
+
+
+def base_of_adapters(folder: str | Path) -> Path:
+    """The folder of the model that the adapters of a PEFT folder belong to.
+
+    Raises:
+        ModelError: it names none, or one that does not exist here.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} names no base (base_model_name_or_path): {error!r}") from error
+    if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{path}: its base {name} is not a model folder here: set base_model_name_or_path to the folder")
+    return Path(name)
+
+
 def config_folder(path: str | Path) -> Path:
-    """The folder with config and tokenizer: the folder itself, or `model` in a training checkpoint."""
+    """The folder with config and tokenizer: the folder itself, `model` in a training checkpoint, or for adapters (a PEFT
+    folder) that of their base.
+
+    Raises:
+        ModelError: adapters name no base that exists here.
+    """
     path = Path(path)
+    if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
+        return base_of_adapters(path)
     return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
@@ -29,9 +56,7 @@ def read_hf_config(path: str | Path) -> dict:
     """
     file = config_folder(path) / "config.json"
     if not file.is_file():
-        adapter = Path(path) / "adapter_config.json"
-        hint = ", only an adapter's: merge it into its base first" if adapter.is_file() else ""
-        raise ModelError(f"{path} is not a model directory: it has no config.json{hint}")
+        raise ModelError(f"{path} is not a model directory: it has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_contradiction)
     except ValueError as error:

@@ -24,8 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes
 from kdrl_mcore.convert.export import hf_tensors, mapped_parameters, owned_tensors
+from kdrl_mcore.convert.peft_files import peft_config
+from kdrl_mcore.convert.peft_folder import factor_names, factor_shapes, owned_factors, whole_factors
 from kdrl_mcore.convert.weight_map import global_tensors
 from kdrl_mcore.errors import RefitError
 from kdrl_mcore.model.families import FAMILIES
@@ -70,6 +73,7 @@ def send_weights(
     colocated: bool,
     workers: int = 1,
     dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
 ) -> RefitResult:
     """Send the student's current weights to every engine. Collective over the world.
 
@@ -82,6 +86,8 @@ def send_weights(
             the worker on its GPU; otherwise through the network.
         workers: the number of workers of each colocated engine.
         dtype: the engines' dtype; by default the student's.
+        lora: send these adapters alone, to engines that have their base; None sends whole weights, with adapters merged into
+            them.
 
     Raises:
         RefitError: on every rank; the message names the tensor and the engine or rank that was waited for. If a rank does not
@@ -90,7 +96,7 @@ def send_weights(
     """
     call = next(_calls)
     deadline = time.monotonic() + timeout * _SERVERS_SHARE
-    refit = _Refit(parts, servers, version, deadline, bucket_bytes, workers if colocated else None, dtype)
+    refit = _Refit(parts, servers, version, deadline, bucket_bytes, workers if colocated else None, dtype, lora)
     result = _run_within(timeout, refit.run)
     if result is None:
         raise RefitError(f"refit to version {version} did not end within {timeout:g} s: {_silent_ranks(call, refit.waits_for)}")
@@ -108,6 +114,7 @@ class _Refit:
     bucket_bytes: int
     workers: int | None  # of each colocated engine; None: the engines are reached through the network
     dtype: torch.dtype | None
+    lora: LoraConfig | None = None
     waits_for: str = "the other ranks to begin"
     checksums: dict[str, str] = field(default_factory=dict)
     is_expert: dict[str, bool] = field(default_factory=dict)  # of this rank's HF names
@@ -118,9 +125,11 @@ class _Refit:
         begin = time.perf_counter()
         owned = {
             name: (shape, str(self.dtype or dtype).removeprefix("torch."))
-            for name, (shape, dtype) in owned_tensors(self.parts).items()
+            for name, (shape, dtype) in (owned_tensors if self.lora is None else owned_factors)(self.parts).items()
         }
-        self.is_expert = {n: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for n in mapped.hf_names}
+        self.is_expert = dict.fromkeys(factor_shapes(self.parts), False)
+        if self.lora is None:
+            self.is_expert = {n: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for n in mapped.hf_names}
         everyone = gather_objects((owned, [server.index for server in self.servers]))
         table: Table = {name: described for tensors, _ in everyone for name, described in tensors.items()}
         self._check_complete([name for tensors, _ in everyone for name in tensors], table)
@@ -166,6 +175,7 @@ class _Refit:
                 self.bucket_bytes,
                 device(),
                 self.deadline,
+                None if self.lora is None else peft_config(self.lora, ""),
             )
         addresses = gather_objects(None if writer is None else writer.address)
         if writer is not None and driver is not None:
@@ -199,14 +209,17 @@ class _Refit:
         it."""
         gathered = {name for name in tensors if not self.is_expert.get(name, True)}  # over the owner's tensor-parallel group
         if dist.get_rank() == owner:
-            stream, names = partial(hf_tensors, self.parts, experts_only=not gathered), set(tensors)
+            stream, names = partial(self._tensors, experts_only=not gathered), set(tensors)
         elif owner in dist.get_process_group_ranks(self.parts.groups.tensor) and gathered:
-            stream, names = partial(hf_tensors, self.parts), gathered
+            stream, names = partial(self._tensors), gathered
         else:
             return iter(()), set()
         if owner not in self.streams:
             self.streams[owner] = stream()
         return self.streams[owner], names
+
+    def _tensors(self, *, experts_only: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+        return hf_tensors(self.parts, experts_only=experts_only) if self.lora is None else whole_factors(self.parts)
 
     def _slot(self, writer: WeightWriter | None) -> Tensor:
         if writer is not None:
@@ -218,14 +231,16 @@ class _Refit:
     def _check_complete(self, names: Sequence[str], table: Table) -> None:
         """Check that the ranks own exactly the architecture's tensors, each once."""
         architecture = self.parts.architecture
-        expected = {
+        expected: dict[str, tuple[int, ...] | None] = {
             name: tuple(shape)
             for tensor in global_tensors(FAMILIES[architecture.family].rules(architecture), architecture)
             for name, shape in zip(tensor.hf_names, tensor.hf_shapes, strict=True)
         }
+        if self.lora is not None:
+            expected = dict.fromkeys(factor_names(architecture, self.lora))
         counts = Counter(names)
         for name in sorted(expected.keys() | table.keys()):
-            if counts[name] != 1 or name not in expected or tuple(table[name][0]) != expected[name]:
+            if counts[name] != 1 or name not in expected or expected[name] not in (None, tuple(table[name][0])):
                 raise RefitError(
                     f"tensor {name}: the architecture has shape {expected.get(name)}, but the ranks own "
                     f"{[tuple(table[name][0])] * names.count(name) if name in table else 'none'}"

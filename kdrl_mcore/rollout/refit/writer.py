@@ -54,6 +54,7 @@ class WeightWriter:
         bucket_bytes: int,
         device: torch.device,
         deadline: float,
+        peft_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Listen for the workers; `open` connects to them.
 
@@ -64,7 +65,9 @@ class WeightWriter:
                 CUDA on this rank's GPU. None serves every worker of every server through the network.
             device: where the weights are.
             deadline: the `time.monotonic()` after which everything fails.
+            peft_config: the adapter_config.json of adapters; None for whole weights.
         """
+        self._peft_config = peft_config
         self.error: str | None = None
         self.address: list[Any] | None = None  # host, port and secret, for the workers
         self._engines, self._servers, self._worker = engines, servers, worker
@@ -174,7 +177,12 @@ class WeightWriter:
         host, kind = self.address[0], "broadcast"
         if self._worker is not None:
             kind = {"cpu": "shared_memory", "cuda": "cuda_ipc"}[self._device.type]
-        spec = {"addresses": addresses, "version": self._version, "timeout": remaining(self._deadline)}
+        spec = {
+            "addresses": addresses,
+            "version": self._version,
+            "timeout": remaining(self._deadline),
+            "peft_config": self._peft_config,
+        }
         self._replies = [
             _request(server, self._version, {**spec, "server": number}) for number, server in enumerate(self._servers)
         ]

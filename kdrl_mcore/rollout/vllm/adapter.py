@@ -20,6 +20,7 @@ import torch
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -54,6 +55,7 @@ class EngineSettings:
         gpu_memory_utilization: share of a GPU for weights and KV cache.
         kv_cache_gib: size of the KV cache on CPU, GiB.
         load_format: how weights are loaded; `dummy` if they come with a refit.
+        lora_rank: the largest rank of adapters that come with a refit; 0: whole weights come.
         extra: further arguments of vLLM's engine, which take precedence.
     """
 
@@ -68,6 +70,7 @@ class EngineSettings:
     gpu_memory_utilization: float
     kv_cache_gib: float
     load_format: str
+    lora_rank: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +104,8 @@ class Engine:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
             torch.compiler.set_stance("force_eager")  # compiling the sampler takes longer than it saves; forks inherit this
         self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+        # The workers have them before any request, so this path is never read.
+        self._adapters = adapters_at("refit") if settings.lora_rank else None
         self._updates = 0  # of the weights, so far
         self._without_tokens: set[asyncio.Future[Any]] = set()  # the first outputs of requests that wait for them
 
@@ -147,7 +152,7 @@ class Engine:
             updates = self._updates
             # Only requests that were begun under the same weights share blocks of the cache.
             prompt: Any = {"prompt_token_ids": list(prompt_token_ids), "cache_salt": str(updates)}
-            stream = self._llm.generate(prompt, params, f"{request_id}.{updates}")
+            stream = self._llm.generate(prompt, params, f"{request_id}.{updates}", lora_request=self._adapters)
             first = asyncio.ensure_future(anext(stream))
             self._without_tokens.add(first)
             try:
@@ -176,10 +181,13 @@ class Engine:
         """
         if unfinished != "wait":
             await self._llm.pause_generation(mode="keep", clear_cache=unfinished == "recompute")
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest({"spec": dict(spec)}))
-        await self._llm.finish_weight_update()
-        answers = await self._llm.collective_rpc("refit_report")
+        if self._adapters is not None:
+            answers = await self._llm.collective_rpc("receive_adapters", args=(dict(spec),))
+        else:
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest({"spec": dict(spec)}))
+            await self._llm.finish_weight_update()
+            answers = await self._llm.collective_rpc("refit_report")
         errors = {answer["error"] for answer in answers if "error" in answer}
         if errors:
             raise RefitError("; ".join(sorted(errors)))
@@ -208,6 +216,16 @@ class Engine:
     def shutdown(self) -> None:
         """End vLLM's processes at once; they have nothing to save."""
         self._llm.shutdown(timeout=0)
+
+
+def adapters_at(path: str, *, replace: bool = False) -> LoRARequest:
+    """The adapters of the student, of which an engine has one set at a time.
+
+    Args:
+        path: the PEFT folder from which a worker that does not have them reads them.
+        replace: they replace those that the worker has.
+    """
+    return LoRARequest(lora_name="student", lora_int_id=1, lora_path=path, load_inplace=replace)
 
 
 def _versions(spans: Any) -> list[tuple[int | None, int]]:
@@ -258,6 +276,8 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
+    if settings.lora_rank:
+        values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": settings.lora_rank}
     return AsyncEngineArgs(**{**values, **on_device, **settings.extra})
 
 

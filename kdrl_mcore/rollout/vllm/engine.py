@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from kdrl_mcore.config import RolloutConfig
+from kdrl_mcore.config import LoraConfig, RolloutConfig
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.parallel.collect import from_first_rank
@@ -48,11 +48,13 @@ class VllmEngine:
         *,
         vocab_size: int,
         on_progress: Callable[[], None] = lambda: None,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Args:
         replicas: the servers, started and ready.
         verifier: on rank 0; verifies all responses that have an answer to compare with.
         vocab_size: the number of token ids that can be trained on.
+        lora: the student's adapters, if a refit sends these alone.
         on_progress: called on every rank while the servers make progress (one that makes none is found by time-outs).
         """
         self._replicas, self._config, self._settings = replicas, config, config.vllm
@@ -64,7 +66,7 @@ class VllmEngine:
         self._unfinished: set[int] = set()  # tickets that were not taken out yet
         self._work: _Work | None = None  # rank 0's part, while there are any
         self._restarts = [0] * len(replicas)  # since the replica last took part in a whole batch
-        self._on_progress = on_progress
+        self._on_progress, self._lora = on_progress, lora
 
     def refit(self, student: Weights) -> None:
         """See `RolloutEngine`. Does nothing if the servers already have these weights.
@@ -240,6 +242,7 @@ class VllmEngine:
                 settings.refit_bucket_mib * 2**20,
                 colocated=settings.placement == "colocated",
                 workers=settings.tensor,
+                lora=self._lora,
             )
             if dist.get_rank() == 0:
                 logger.debug("refit to version %d: %d bytes in %.2f s", result.version, result.num_bytes, result.seconds)

@@ -16,6 +16,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "seed": (1, "the engine's seed; each request has its own"),
     "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
     "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
+    "lora_rank": (0, "the largest rank of adapters, which come with a refit and without which nothing is sampled; 0: none"),
     "load_format": ("auto", "auto, or dummy if the weights come with a refit"),
 }
 """The options that are fields of `adapter.EngineSettings`: default and help."""

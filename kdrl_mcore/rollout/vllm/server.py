@@ -94,7 +94,7 @@ class _Routes:
     def __init__(self, engine: Engine, settings: EngineSettings, stop: Callable[[], None]) -> None:
         self._engine, self._stop = engine, stop
         self._max_model_len = settings.max_model_len
-        self._state = _Served(usable=settings.load_format != "dummy")
+        self._state = _Served(usable=settings.load_format != "dummy" and not settings.lora_rank)
 
     async def health(self) -> dict[str, Any]:
         """The version of the weights, and whether they can be used."""

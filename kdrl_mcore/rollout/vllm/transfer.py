@@ -5,19 +5,29 @@ vLLM's worker processes import this module for `RefitWorker`, which registers th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from kdrl_mcore.errors import RefitError
+from kdrl_mcore.rollout.vllm.adapter import adapters_at
 from kdrl_mcore.rollout.vllm.receiver import WeightReceiver
 
+_MEMORY = "/dev/shm"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BACKEND = "kdrl"
 """The backend's name in vLLM's configuration."""
 
@@ -63,6 +73,9 @@ class RefitBackend(WeightTransferEngine[NoInitInfo, RefitInfo]):
     def receive_weights(self, update_info: RefitInfo) -> None:
         """See vLLM."""
         config = self.vllm_config.parallel_config
+        if update_info.spec.get("peft_config") is not None:
+            self.report = {"error": "the trainer sends adapters, but the engine was started without --lora-rank"}
+            return
         receiver = _Loading(config.rank, config.world_size, self.device, self.model)
         self.report = receiver.try_to_receive_weights(update_info.spec)
 
@@ -85,10 +98,46 @@ class _Loading(WeightReceiver):
         self._model.load_weights(weights)
 
 
+class _Adapters(WeightReceiver):
+    """vLLM reads adapters from a PEFT folder only; this one is in memory, where the system has a file system for that."""
+
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, add: Callable[[LoRARequest], bool], spec: dict[str, Any]
+    ) -> None:
+        super().__init__(rank, world_size, device)
+        self._add, self._config = add, spec["peft_config"]
+
+    def load_received(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """See `WeightReceiver`. Nothing is loaded unless every tensor is intact."""
+        tensors = {name: tensor.cpu() for name, tensor in weights}
+        if self._config is None:
+            raise RefitError("the engine takes adapters (--lora-rank), but the trainer sends whole weights")
+        with tempfile.TemporaryDirectory(dir=_MEMORY if _has_room(tensors) else None) as folder:
+            save_file(tensors, Path(folder) / PEFT_WEIGHTS)
+            (Path(folder) / PEFT_CONFIG).write_text(json.dumps(self._config))
+            if not self._add(adapters_at(folder, replace=True)):
+                raise RefitError("vLLM did not load the adapters")
+
+
+def _has_room(tensors: dict[str, Tensor]) -> bool:
+    """Whether the memory's file system can hold the tensors."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return Path(_MEMORY).is_dir() and shutil.disk_usage(_MEMORY).free > 2 * size
+
+
 class RefitWorker:
     """An extension of vLLM's workers (`worker_extension_cls`), which reports the result of an update."""
 
     weight_transfer_engine: Any
+    vllm_config: Any
+    device: torch.device
+    add_lora: Any
+
+    def receive_adapters(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Receive adapters, which replace those of the last refit. Returns the result of
+        `WeightReceiver.try_to_receive_weights`."""
+        config = self.vllm_config.parallel_config
+        return _Adapters(config.rank, config.world_size, self.device, self.add_lora, spec).try_to_receive_weights(spec)
 
     def refit_report(self) -> dict[str, Any]:
         """`RefitBackend.report`."""

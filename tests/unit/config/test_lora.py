@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdrl_mcore.config import LoraConfig, load_config
-from kdrl_mcore.convert.peft_folder import check_peft_folder, peft_config
+from kdrl_mcore.convert.fingerprint import fingerprint
+from kdrl_mcore.convert.peft_files import peft_config
+from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.lora import check_lora
@@ -31,7 +34,14 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
             "qproj is not one of: .* did you mean 'q_proj'",
         ),
-        (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0 has none"),
+        (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
+        (["teacher.weights=adapters", "objective.beta.init=1"], "are those in a PEFT folder: name it with teacher.path"),
+        (["teacher.weights=adapters", "teacher.path=a", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
+        (["rollout=vllm", "rollout.vllm.refit_adapters=true", "student.lora.rank=8"], "rollout.vllm.placement=server"),
+        (
+            ["rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=600"],
+            "takes adapters of rank 512 at most",
+        ),
     ],
 )
 def test_the_configuration_refuses(words: list[str], message: str) -> None:
@@ -86,3 +96,19 @@ def test_the_folder_refuses(changed: dict[str, Any], message: str, tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text(json.dumps({**peft_config(lora, "base"), **changed}))
     with pytest.raises(ModelError, match=message):
         check_peft_folder(tmp_path, lora)
+
+
+def test_adapters_that_are_not_of_the_base_are_refused(tmp_path: Path) -> None:
+    base, other = (make_model("qwen2", tmp_path / name, seed=seed) for name, seed in (("base", 1), ("other", 2)))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config(LoraConfig(rank=8), base)))
+    check_teacher_adapters(folder, base)
+    check_teacher_adapters(folder, shutil.copytree(base, tmp_path / "copy"))
+    with pytest.raises(ConfigError, match="not to the student's base"):
+        check_teacher_adapters(folder, other)
+    with pytest.raises(ConfigError, match="is not a PEFT folder"):
+        check_teacher_adapters(base, base)
+    with pytest.raises(ConfigError, match=r"set student\.path to their base"):
+        check_student_base(folder)
+    assert fingerprint(str(folder)) not in (None, fingerprint(str(base)))
