@@ -33,7 +33,8 @@ from kdrl_mcore.checkpointing.checkpoint import (
 )
 from kdrl_mcore.checkpointing.lineage import STATE_FILE, lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
-from kdrl_mcore.convert.hf_files import copy_side_files
+from kdrl_mcore.convert.convert import write_kept
+from kdrl_mcore.convert.hf_files import KEPT, copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_objects
@@ -204,6 +205,8 @@ def _prepare(temporary: Path, source: Path, state: dict[str, Any]) -> None:
     (temporary / WEIGHTS_DIR).mkdir()
     (temporary / MODEL_DIR).mkdir()
     copy_side_files(source, temporary / MODEL_DIR)
+    if (source / "config.json").is_file():
+        write_kept(source, temporary / MODEL_DIR / KEPT)
     write_durably(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdrl_mcore.convert.hf_files import INDEX, HFWeights
+from kdrl_mcore.convert.hf_files import INDEX, KEPT, HFWeights
 from kdrl_mcore.convert.torch_dist import METADATA, TorchDistWeights, read_metadata
 from kdrl_mcore.errors import CheckpointError, ModelError
 from kdrl_mcore.model.families import config_folder, read_architecture
@@ -63,4 +63,4 @@ def open_weights(path: str | Path) -> HFWeights | TorchDistWeights:
             f"{path} holds adapters alone (student.lora), not the model that they belong to: take RUN/hf, which the run "
             "exports at its end with both, or RUN/adapter"
         )
-    return TorchDistWeights(folder, read_architecture(path))
+    return TorchDistWeights(folder, read_architecture(path), config_folder(path) / KEPT)

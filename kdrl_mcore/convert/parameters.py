@@ -15,6 +15,8 @@ from kdrl_mcore.model.gpt import LanguageModel
 from kdrl_mcore.model.lora import ADAPTER, Adapter
 from kdrl_mcore.parallel.layout import ModelGroups
 
+CORRECTION_BIAS = "expert_bias"
+"""Megatron-Core's name for the correction bias of a router, which is a buffer."""
 # Transformer Engine fuses each norm into the linear layer that follows it and keeps the norm's weight there.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -27,11 +29,12 @@ class MappedParameter:
     """One parameter of this rank and the HF slices it holds; rows that no slice covers are vocabulary padding.
 
     Attributes:
+        parameter: a parameter, or the buffer with a router's correction bias.
         adapter: what LoRA adds to it, if anything.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     rule: WeightRule
     hf_names: tuple[str, ...]
     slices: tuple[TensorSlice, ...]
@@ -51,7 +54,7 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
     """
     by_name = {rule.megatron: rule for rule in rules}
     tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in _weights(chunk):
         if f".{ADAPTER}." in name:
             continue
         layer, expert, generic = _generic_name(chunk, name, groups)
@@ -71,6 +74,18 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
             tuple(tensor_slices(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
             _adapter_of(chunk, name),
         )
+
+
+def _weights(chunk: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and the correction biases of routers, module by module."""
+    seen: set[int] = set()
+    for path, module in chunk.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        bias = getattr(module, CORRECTION_BIAS, None)
+        for name, value in {**own, **({} if bias is None else {CORRECTION_BIAS: bias})}.items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{path}.{name}" if path else name, value
 
 
 def _adapter_of(chunk: LanguageModel, name: str) -> Adapter | None:

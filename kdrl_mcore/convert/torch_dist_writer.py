@@ -31,7 +31,7 @@ from torch.serialization import skip_data
 
 from kdrl_mcore.convert.byte_ranges import StoredTensor, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor
-from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.families.base import Architecture, moe_layer_freq
 
 FILES = 4
 """How many `.distcp` files chunks are distributed over at a time: threads that write to the same file wait for each other."""
@@ -120,17 +120,19 @@ class TorchDistWriter:
         torch.save([None], blob)
         begin = file.tell()
         file.write(blob.getvalue())
-        layers = architecture.num_layers
+        layers, stacked = architecture.num_layers, not architecture.mixes_layers
         names = ["decoder.final_layernorm._extra_state/shard_0_1"]
-        names += [f"decoder.layers.{each}._extra_state/shard_{i}_{layers}" for each in _EXTRA_STATES for i in range(layers)]
-        if architecture.experts is not None:
-            count = architecture.experts.count
-            names += [
-                f"decoder.layers.mlp.experts.experts.{linear}._extra_state/shard_{layer}.{expert}_{layers}.{count}"
-                for linear in ("linear_fc1", "linear_fc2")
-                for layer in range(layers)
-                for expert in range(count)
-            ]
+        for layer in range(layers):
+            prefix, place = ("decoder.layers.", f"{layer}_{layers}") if stacked else (f"decoder.layers.{layer}.", "0_1")
+            names += [f"{prefix}{each}._extra_state/shard_{place}" for each in _EXTRA_STATES]
+            if architecture.experts is not None and architecture.has_experts(layer):
+                count = architecture.experts.count
+                places = (f"{layer}.{{}}_{layers}.{count}" if stacked else f"{{}}_{count}").format
+                names += [
+                    f"{prefix}mlp.experts.experts.{linear}._extra_state/shard_{places(expert)}"
+                    for linear in ("linear_fc1", "linear_fc2")
+                    for expert in range(count)
+                ]
         for name in names:
             self._metadata[name] = BytesStorageMetadata()
             self._add(MetadataIndex(name), file, begin)
@@ -222,6 +224,7 @@ def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.N
         moe_router_topk=experts.per_token if experts else 2,
         moe_ffn_hidden_size=experts.ffn_hidden_size if experts else None,
         moe_router_pre_softmax=bool(experts and not experts.normalized),
+        moe_layer_freq=moe_layer_freq(architecture),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

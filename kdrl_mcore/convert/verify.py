@@ -15,11 +15,11 @@ from torch import Tensor
 from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes
 from kdrl_mcore.convert.convert import Progress, Start, blocks, run_all
 from kdrl_mcore.convert.folders import torch_dist_folder
-from kdrl_mcore.convert.hf_files import HFWeights
+from kdrl_mcore.convert.hf_files import KEPT, HFWeights
 from kdrl_mcore.convert.torch_dist import TorchDistWeights
 from kdrl_mcore.convert.weight_map import HEAD, Weights, check_shapes, check_tied_head
 from kdrl_mcore.errors import CheckpointError
-from kdrl_mcore.model.families import FAMILIES, read_architecture
+from kdrl_mcore.model.families import FAMILIES, config_folder, read_architecture
 
 STATUSES = ("equal", "cast", "missing", "different")
 
@@ -62,9 +62,9 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
     if folder is None:
         raise CheckpointError(f"{checkpoint} is neither a converted nor a training checkpoint")
     architecture = read_architecture(checkpoint)
-    result = Verification()
+    result, kept = Verification(), config_folder(checkpoint) / KEPT
     lines: tuple[dict[str, str], dict[str, str]] = ({}, {})  # digests of each side's tensors
-    with HFWeights(hf) as source, TorchDistWeights(folder, architecture) as converted:
+    with HFWeights(hf) as source, TorchDistWeights(folder, architecture, kept) as converted:
         check_shapes(converted, architecture, FAMILIES[architecture.family].rules(architecture))
         if architecture.tied_embeddings:
             check_tied_head(source)

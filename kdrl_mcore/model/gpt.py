@@ -235,7 +235,8 @@ def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool)
         raise ConfigError("a mixture of experts with parallel.tensor > 1 trains only with parallel.sequence_parallel=true")
     for name, size, by in (
         ("attention heads", architecture.num_attention_heads, layout.tensor),
-        ("MLP width", 0 if experts else architecture.ffn_hidden_size, layout.tensor),
+        ("MLP width", architecture.ffn_hidden_size if architecture.has_mlps else 0, layout.tensor),
+        ("shared experts' width", experts.shared_ffn_hidden_size if experts else 0, layout.tensor),
         ("experts", experts.count if experts else 0, layout.expert),
         ("layers", architecture.num_layers, chunks),
     ):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     MinistralConfig,
@@ -146,6 +147,21 @@ def make_model(
                 "norm_topk_prob": True,
             },
         ),
+        "glm4_moe": (
+            Glm4MoeConfig,
+            {
+                "head_dim": 32,
+                "attention_bias": True,
+                "use_qk_norm": True,
+                "n_routed_experts": 8,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": 1,
+                "num_nextn_predict_layers": 0,
+            },
+        ),
     }
     config_class, own = classes[family]
     return _write_random(config_class(**{**shared, **own, **settings}), path, seed, dtype, max_shard_size)
@@ -163,6 +179,9 @@ def _write_random(config: Any, path: str | Path, seed: int, dtype: torch.dtype, 
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of the size of the scores' differences
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(str(path), max_shard_size=max_shard_size)
     return Path(path)
 
