@@ -203,11 +203,21 @@ def _prepare(temporary: Path, source: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     (temporary / WEIGHTS_DIR).mkdir()
-    (temporary / MODEL_DIR).mkdir()
-    copy_side_files(source, temporary / MODEL_DIR)
-    if (source / "config.json").is_file():
-        write_kept(source, temporary / MODEL_DIR / KEPT)
+    copy_model(source, temporary / MODEL_DIR)
     write_durably(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Make a folder of what a checkpoint holds of a model besides its weights: config, tokenizer, and the tensors that are
+    in none of its layers.
+
+    Raises:
+        ModelError: the model folder is damaged.
+    """
+    target.mkdir()
+    copy_side_files(source, target)
+    if (target / "config.json").is_file():
+        write_kept(source, target / KEPT)
 
 
 def _raise_first(errors: list[Exception]) -> None:

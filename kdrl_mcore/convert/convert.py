@@ -152,8 +152,8 @@ def export_hf_folder(
 
 
 def write_kept(model: str | Path, file: Path) -> Described:
-    """Write the tensors of a model folder that belong to no layer of the model to a safetensors file, unchanged. Where there are
-    none, no file is written.
+    """Write the tensors of a model folder that belong to no layer of the model to a safetensors file, unchanged, and describe
+    them. Where there are none, no file is written.
 
     Raises:
         ModelError, CheckpointError: the model folder is damaged.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError

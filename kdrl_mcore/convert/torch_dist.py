@@ -157,7 +157,11 @@ class TorchDistWeights:
         """
         if name in self._kept:
             stored = self._kept[name]
-            return self.files.read_rows(stored, start, length) if dim == 0 else self.files.read_block(stored, 0, stored.shape[0], start, length)
+            return (
+                self.files.read_rows(stored, start, length)
+                if dim == 0
+                else self.files.read_block(stored, 0, stored.shape[0], start, length)
+            )
         tensor, index = self._tensor(name)
         shape = tensor.hf_shapes[index]
         column, columns = (start, length) if dim == 1 else (0, num_elements(shape[1:]))

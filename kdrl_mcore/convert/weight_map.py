@@ -125,8 +125,8 @@ class GlobalTensor:
     """One whole Megatron tensor (of one layer, of one expert) as Megatron's own checkpoints hold it.
 
     Attributes:
-        key: the name, shared by the tensors of all layers (and experts), which are stacked along leading axes. Where some layers
-            have experts and others do not, Megatron-Core does not stack layers: their numbers are in the names.
+        key: the name, shared by the tensors of all layers (and experts), which are stacked along leading axes. Where some
+            layers have experts and others do not, Megatron-Core does not stack layers: their numbers are in the names.
         position: this tensor's index along the leading axes: (), (layer,), (layer, expert) or (expert,).
         grid: the sizes of the leading axes.
         shape: the shape without the leading axes.

@@ -14,7 +14,7 @@ from kdrl_mcore.model.families.base import Architecture
 
 
 def layer_matrices(architecture: Architecture, layer: int) -> int:
-    """Elements of the matrices that a token is multiplied with in a layer (from 0), counting only the experts it is routed to."""
+    """Elements of the matrices that a token is multiplied with in a layer (from 0), counting only experts it is routed to."""
     a = architecture
     attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_key_value_heads)
     router = a.hidden_size * a.experts.count if a.experts is not None and a.has_experts(layer) else 0

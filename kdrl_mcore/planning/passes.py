@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
     """
     a, layout, bytes_ = model.architecture, model.layout, model.element
     held = model.shard.stages[0]
-    width = _mean(a.active_ffn_size(layer) for layer in range(a.num_layers))
+    width = fmean(a.active_ffn_size(layer) for layer in range(a.num_layers))
     heads = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     split = layout.tensor if layout.sequence_parallel else 1
     touched = 10 * a.hidden_size / split + (2 * heads + 3 * width) / layout.tensor
@@ -63,17 +63,13 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
     return seconds
 
 
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
 def _dispatch(model: Placed, rates: Rates) -> float:
     """The seconds in which a token goes to its experts and back, over the expert-parallel ranks: the mean of all layers."""
     a, layout = model.architecture, model.layout
     if a.experts is None or layout.expert == 1:
         return 0.0
     sent = 2 * a.experts.per_token * a.hidden_size * model.element / layout.tensor * (layout.expert - 1) / layout.expert
-    return rates.link(sent, layout.expert, 1) * _mean(a.has_experts(layer) for layer in range(a.num_layers))
+    return rates.link(sent, layout.expert, 1) * fmean(a.has_experts(layer) for layer in range(a.num_layers))
 
 
 def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
@@ -105,7 +101,7 @@ def recomputed_forward(model: Placed, rates: Rates, attended: float, modules: Se
     if "layernorm" in modules:
         touched += 4 * a.hidden_size / split
     if "moe_act" in modules:
-        touched += 3 * _mean(a.active_ffn_size(layer) * a.has_experts(layer) for layer in range(a.num_layers)) / layout.tensor
+        touched += 3 * fmean(a.active_ffn_size(layer) * a.has_experts(layer) for layer in range(a.num_layers)) / layout.tensor
     again = [layer for layer in range(a.num_layers) if ("moe" if a.has_experts(layer) else "mlp") in modules]
     width = sum(a.active_ffn_size(layer) for layer in again) / a.num_layers
     seconds[FLOP] += rates.matmul(2 * 3 * a.hidden_size * width / layout.tensor)

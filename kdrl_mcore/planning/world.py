@@ -85,7 +85,7 @@ def build_shard(request: ShardRequest) -> Shard:
     # Context parallelism and what is kept change no weight. All stages between the first and the last have the same layers,
     # unless the model mixes kinds of layers.
     plain, last = replace(request, context=1, recomputed=(), offloaded=()), request.pipeline - 1
-    alike = {} if architecture.mixes_layers else {stage: 1 for stage in range(1, last)}
+    alike = {} if architecture.mixes_layers else dict.fromkeys(range(1, last), 1)
     stages = tuple(_build_stage(plain, alike.get(stage, stage)) for stage in range(request.pipeline))
     layer = _layer_memory(architecture, request)
     groups_here = max(1, architecture.num_key_value_heads // request.tensor)
@@ -146,7 +146,11 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
     architecture, layout = read_architecture(request.path), _smallest_layout(request)
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     size = architecture.num_layers // chunks
-    held = [layer for first in range(stage * size, architecture.num_layers, layout.pipeline * size) for layer in range(first, first + size)]
+    held = [
+        layer
+        for first in range(stage * size, architecture.num_layers, layout.pipeline * size)
+        for layer in range(first, first + size)
+    ]
     layers, outside = [], 0
     for layer in held:
         of_layer, outside = _build_kind(request, stage, architecture.has_experts(layer))

@@ -24,8 +24,7 @@ from tests.support.expert_training import CORRECTION_BIAS, Probe, check, make_pr
 from tests.support.ranks import RankPool
 from tests.support.sampling import PROMPTS, generate_on_rank, generate_with_packed_weights, tokens_of
 
-
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen3_moe, some dense": {"mlp_only_layers": [1]},
     "glm4_moe": {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
@@ -87,7 +86,8 @@ def test_correction_biases_follow_the_load_if_asked(probes: dict[str, Probe], ra
     student, _, overrides = probes["glm4_moe"]
     words = ["parallel.expert=2", "model.router_bias_update=0.01", f"run.dir={tmp_path}"]
     assert ranks2.run(conversion_ranks.train, [*overrides, *words], timeout=250) == [0, 0]
-    model, loads = load_model(student), {}
+    model = load_model(student)
+    loads: dict[str, torch.Tensor] = {}
 
     def count(module: Any, _: Any, output: tuple[Any, ...], name: str) -> None:
         loads[name] = loads.get(name, 0) + torch.bincount(output[2].flatten(), minlength=8)
@@ -96,7 +96,7 @@ def test_correction_biases_follow_the_load_if_asked(probes: dict[str, Probe], ra
         if name.endswith("mlp.gate"):
             module.register_forward_hook(partial(count, name=f"{name}.{CORRECTION_BIAS}"))
     for row in read_jsonl(student.parent / "rollouts.jsonl"):
-        model(torch.tensor([[*row["prompt_token_ids"], *row["response_token_ids"]][:-1]]))
+        model(torch.tensor([[*row["prompt_token_ids"], *row["response_token_ids"]]]))
     before, after = read_hf_weights(student), read_hf_weights(tmp_path / "hf")
     assert len(loads) == 3
     for name, load in loads.items():

@@ -223,8 +223,8 @@ def read_corrected_experts(hf: dict, path: str) -> Experts:
         raise ModelError(f"{where}: topk_group={groups_per_token} of n_group={groups} of {count} experts is impossible")
     if groups > 1 and (per_token // groups_per_token != 2 or per_token % groups_per_token or count // groups < 2):
         raise ModelError(
-            f"{where}: num_experts_per_tok={per_token} must be twice topk_group={groups_per_token}, as Megatron-Core's router ranks "
-            "groups by as many of their experts as a token takes from each, and this model by two"
+            f"{where}: num_experts_per_tok={per_token} must be twice topk_group={groups_per_token}: the model ranks groups by "
+            "their two best experts, Megatron-Core's router by as many as a token takes from each"
         )
     if groups > 1 and count // groups * groups_per_token < per_token:
         raise ModelError(f"{where}: {groups_per_token} groups of {count // groups} experts are fewer than {per_token}")
