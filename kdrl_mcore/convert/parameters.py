@@ -11,12 +11,10 @@ from torch import Tensor
 from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
-from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.model.gpt import CORRECTION_BIAS, LanguageModel
 from kdrl_mcore.model.lora import ADAPTER, Adapter
 from kdrl_mcore.parallel.layout import ModelGroups
 
-CORRECTION_BIAS = "expert_bias"
-"""Megatron-Core's name for the correction bias of a router, which is a buffer."""
 # Transformer Engine fuses each norm into the linear layer that follows it and keeps the norm's weight there.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

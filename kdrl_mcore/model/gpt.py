@@ -138,6 +138,17 @@ def expert_parameters(chunk: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
+CORRECTION_BIAS = "expert_bias"
+"""Megatron-Core's name for the correction bias of a router, which is a buffer."""
+
+
+def correction_biases(chunk: nn.Module) -> Iterator[Tensor]:
+    """The correction biases of the routers in a model chunk."""
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(f".{CORRECTION_BIAS}"):
+            yield buffer
+
+
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """The vocabulary size rounded up to a multiple of the tensor-parallel size."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel

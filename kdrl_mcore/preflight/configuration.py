@@ -212,4 +212,4 @@ def check_loggers(config: Config) -> str:
 def num_parameters(architecture: Architecture) -> int:
     """The number of the model's parameters, without padding."""
     rules = FAMILIES[architecture.family].rules(architecture)
-    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture))
+    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture) if not tensor.keeps_dtype)

@@ -82,7 +82,7 @@ def test_on_four_ranks(name: str, layout: str, probes: dict[str, Probe], ranks4:
 
 
 def test_correction_biases_follow_the_load_if_asked(probes: dict[str, Probe], ranks2: RankPool, tmp_path: Path) -> None:
-    """Each moves by the rate: up if its expert got fewer tokens than the mean, down if more."""
+    """Each moves by the rate: up if its expert got fewer tokens than the mean, down if more. A skipped update moves none."""
     student, _, overrides = probes["glm4_moe"]
     words = ["parallel.expert=2", "model.router_bias_update=0.01", f"run.dir={tmp_path}"]
     assert ranks2.run(conversion_ranks.train, [*overrides, *words], timeout=250) == [0, 0]
@@ -102,6 +102,10 @@ def test_correction_biases_follow_the_load_if_asked(probes: dict[str, Probe], ra
     for name, load in loads.items():
         expected = before[name] + 0.01 * torch.sign(load.float().mean() - load)
         torch.testing.assert_close(after[name], expected, msg=name)
+    words = [*words[:2], "fault.kind=nan", "fault.phase=train", "fault.step=1", "fault.rank=1", f"run.dir={tmp_path}/skipped"]
+    assert ranks2.run(conversion_ranks.train, [*overrides, *words], timeout=250) == [0, 0]
+    skipped = read_hf_weights(tmp_path / "skipped" / "hf")
+    assert all(torch.equal(before[name], skipped[name]) for name in before)
 
 
 def test_a_teacher_with_its_experts_spread(ranks2: RankPool, tmp_path: Path) -> None:
