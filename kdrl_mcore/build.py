@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from kdrl_mcore.config.derived import (
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
+    is_supervised,
     loads_teacher,
     longest_response,
     num_given,
@@ -45,6 +47,7 @@ from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.layout import teacher_layout
 from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.planning.host_memory import too_little_memory
 from kdrl_mcore.planning.memory import GIB, plan_engine_share
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.engine import FlowingEngine, RolloutEngine, Sampling
@@ -80,6 +83,8 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         ConfigError, DataError, ModelError: before anything is trained, naming what to change.
     """
     check_outcome(config)
+    if not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0" and (wrong := too_little_memory(config)):
+        logger.warning("%s; otherwise Linux may kill them", wrong)
     data = build_training_data(config, on_phase)
     student = Student(config, dist.get_world_size(), data.vocab_size, partial(on_phase, "load student"))
     evaluation = build_evaluation(config, data, student, on_phase)
@@ -361,7 +366,7 @@ def build_source(
 ) -> RolloutSource:
     """Where the rollouts of each step come from."""
     rollout, seed, shuffle = config.rollout, config.trainer.seed, config.data.shuffle
-    if config.objective.kind == "sft":
+    if is_supervised(config.objective):
         return GivenResponses(PromptStream.of(data.domains, rollout.prompts_per_step, seed, shuffle), student)
     source: RolloutSource
     if replays(config):

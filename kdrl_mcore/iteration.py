@@ -52,9 +52,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     with clock("train"):
         for batch in job.split(rollouts, teacher, distil_N):  # one batch per optimizer step
             batch = job.score_before_update(batch)  # log pi, where a setting needs whole responses
-            advantages_N = compute_advantages(
-                objective, batch, alpha, beta, job.mask_stop_token
-            )  # A_i: r_i relative to its group
+            advantages_N = compute_advantages(objective, batch, alpha, beta, job.mask_stop_token)  # A_i, relative to its group
             weighted = weigh_responses(job.config, batch, advantages_N)  # each response's weight in L_GRPO and L_KD
             weighted = job.weigh_tokens(weighted)  # and that of its tokens, and sequence ratios
             updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_mcore.config.derived import is_supervised
 from kdrl_mcore.errors import NumericalError
 from kdrl_mcore.job import Job
 from kdrl_mcore.model.gpt import LanguageModel
@@ -47,7 +48,7 @@ def run_self_test(job: Job) -> None:
     Raises:
         NumericalError: a check failed; the message names the worst tokens.
     """
-    if job.config.objective.kind == "sft":
+    if is_supervised(job.config.objective):
         return
     start = time.perf_counter()
     settings = job.config.rollout

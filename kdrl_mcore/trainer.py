@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
 from kdrl_mcore.checkpointing.writer import CheckpointWriter
+from kdrl_mcore.config.derived import is_supervised
 from kdrl_mcore.convert.export import export_hf
 from kdrl_mcore.convert.peft_folder import export_adapters
 from kdrl_mcore.errors import EngineError, NumericalError, RewardError, StorageError
@@ -205,7 +206,7 @@ class Trainer:
 
     def _run_step(self, step: int) -> None:
         config, clock = self.config, Clock(self._enter)
-        if config.objective.kind == "sft":
+        if is_supervised(config.objective):
             metrics = run_supervised_iteration(self.job, step, clock)
         else:
             rollouts, metrics = run_iteration(self.job, step, clock)
@@ -348,9 +349,8 @@ class Trainer:
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
         bad = state["bad_updates"]
-        self._bad_updates = (
-            bad if bad < self.config.trainer.max_bad_updates else 0
-        )  # the faults ended the run, which may now try again
+        ended_run = bad >= self.config.trainer.max_bad_updates  # if so, the run may now try again
+        self._bad_updates = 0 if ended_run else bad
         records = {name: Record(**of) for name, of in state.get("records", {}).items() if name not in start.restarted}
         self._accuracy, self._best = (records.get(name, Record()) for name in ("accuracy", "best"))  # none in those of 0.2
         self._alerts.load_state_dict(state["alerts"])

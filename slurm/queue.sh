@@ -47,14 +47,24 @@ why_it_stays() { # why this job cannot go back to the queue; prints nothing if i
     echo "it is interactive"
   elif [[ $(field Requeue) == 0 ]]; then
     echo "it has --no-requeue"
-  elif [[ -n $asked && $(field TimeLimit) =~ ^00:(0[0-9]|1[0-6]): ]] && ((asked < 120)); then # which would recur each time
-    echo "SLURM warned it of its time limit $asked s after its start: the limit, $(field TimeLimit), must be longer than the time \
-between warning and limit (--signal, 900 s): increase it with --time, or use sbatch --signal=B:USR1@60"
+  elif is_warned_at_each_start; then
+    echo "it was asked to stop $asked s after its start, as it would be each time: its time limit, $(field TimeLimit), must be longer \
+than the time between SLURM's warning and the limit (--signal, 900 s): increase it with --time, or use sbatch --signal=B:USR1@60"
   fi
 }
 
+is_warned_at_each_start() { # whether this start was asked to stop because its time limit is shorter than the warning's lead time
+  # SLURM does not say why it sent a signal, nor which lead time sbatch was given. It looks at time limits about once a minute, so
+  # such a warning comes in the first two; no lead time is an hour; and a preemption is in the record.
+  [[ -n $asked && $(field TimeLimit) == 00:* ]] && ((asked < 120)) && ! is_in_this_start PreemptTime
+}
+
+is_in_this_start() { # is_in_this_start NAME: whether this time in the record is after the job's last start
+  [[ $(field "$1") == [0-9]* && ! $(field "$1") < $(field StartTime) ]]
+}
+
 was_suspended() { # whether the job was suspended since this start
-  read_record 3 && [[ $(field SuspendTime) == [0-9]* && ! $(field SuspendTime) < $(field StartTime) ]]
+  read_record 3 && is_in_this_start SuspendTime
 }
 
 grow() { # grow NODES: restarts the job with NODES nodes. SLURM_JOB_ID is unset for scontrol, which would otherwise resize its

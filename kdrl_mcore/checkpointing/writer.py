@@ -38,7 +38,12 @@ from kdrl_mcore.convert.hf_files import KEPT, copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_objects
-from kdrl_mcore.resilience.interrupt import children_ignore_stop_signals, let_threads_finish, start_resource_tracker
+from kdrl_mcore.resilience.interrupt import (
+    children_ignore_stop_signals,
+    end_with_parent,
+    let_threads_finish,
+    start_resource_tracker,
+)
 from kdrl_mcore.student.student import Student
 
 logger = logging.getLogger(__name__)
@@ -94,7 +99,7 @@ class CheckpointWriter:
                 self._on_rank_0(partial(mcore.write_common_state, common, folder / WEIGHTS_DIR))
                 assert request is not None
                 if request.async_fn is not None:
-                    request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder))
+                    request = request._replace(async_fn=partial(_write_and_checksum, request.async_fn, folder, os.getpid()))
                 request.add_finalize_fn(partial(self._publish, step, is_best, prunes))
                 let_threads_finish()
                 self._queue.schedule_async_request(request)  # copies tensors on the GPU before it returns
@@ -225,8 +230,10 @@ def _raise_first(errors: list[Exception]) -> None:
         raise errors[0]
 
 
-def _write_and_checksum(write: Callable[..., None], temporary: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """In a child process: run Megatron-Core's writer, then compute the checksums of the files it wrote."""
+def _write_and_checksum(write: Callable[..., None], temporary: Path, parent: int, rank: int, *args: Any, **kwargs: Any) -> None:
+    """In a child process: run Megatron-Core's writer, then compute the checksums of the files it wrote. It ends with `parent`,
+    the rank: nobody would complete the checkpoint, and it would print a traceback after the run's last line."""
+    end_with_parent(parent)
     write(rank, *args, **kwargs)
     sums = checksum(temporary, sorted((temporary / WEIGHTS_DIR).glob(f"__{rank}_*")))
     write_durably(temporary / _sums_file(rank), json.dumps(sums))

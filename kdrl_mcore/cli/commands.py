@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 RANKS = "--ranks"
+LAUNCHER = "KDRL_LAUNCHER_PID"
+"""The environment variable by which a rank knows the process that started it for `--ranks`."""
 
 
 def train() -> int:
@@ -66,6 +68,7 @@ def slurm() -> int:
 
 def _on_ranks(name: str) -> int:
     """Run the command; with `--ranks N`, on N ranks that are started on this machine."""
+    end_with_launcher()
     arguments, ranks = take_ranks(sys.argv[1:])
     if ranks is None or {"-h", "--help"} & set(arguments):
         return _run(f"kdrl_mcore.cli.{name}")
@@ -78,6 +81,15 @@ def _on_ranks(name: str) -> int:
     from kdrl_mcore.cli.ranks import launch
 
     return launch(int(ranks), [sys.executable, "-u", "-m", "kdrl_mcore.cli", name, *arguments])
+
+
+def end_with_launcher() -> None:
+    """In a rank that `--ranks` started: end when the launcher is killed. Otherwise the ranks would train on, and hold the run
+    directory."""
+    if LAUNCHER in os.environ:
+        from kdrl_mcore.resilience.interrupt import end_with_parent
+
+        end_with_parent(int(os.environ.pop(LAUNCHER)))
 
 
 def take_ranks(arguments: Sequence[str]) -> tuple[list[str], str | None]:

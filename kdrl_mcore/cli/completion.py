@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdrl_mcore.config.help import documented_keys
-from kdrl_mcore.config.load import Sources
+from kdrl_mcore.config.sources import Sources
 from kdrl_mcore.errors import ConfigError
 
 COMMANDS = ("kdrl-train", "kdrl-evaluate", "kdrl-preflight", "kdrl-plan", "kdrl-study")

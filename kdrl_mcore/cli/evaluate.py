@@ -45,9 +45,8 @@ def main(arguments: list[str]) -> int:
         model = str(find_model(options.model))
         if Path(model) != Path(options.model) and is_first_rank():
             print(f"evaluating {model}", file=sys.stderr)
-        options.model = model
         output = options.output or Path("runs/evaluation") / output_name(Path(model).resolve())
-        config = load_config([override("run.dir", str(output)), *_overrides(options), *config_arguments(options)])
+        config = load_config([override("run.dir", str(output)), *_overrides(options, model), *config_arguments(options)])
         if not config.data.eval and not config.eval.benchmarks:
             raise ConfigError("nothing to evaluate on: name --data FILE or --benchmarks NAME")
         if config.rollout.engine == "replay":
@@ -56,7 +55,7 @@ def main(arguments: list[str]) -> int:
         from kdrl_mcore.data.hub import resolve_models  # reads torch.cuda, so the platform is prepared first
 
         advice = key_to_lower(config, "evaluation") + ", or raise parallel.tensor"
-        resolve_models(config)
+        config, _ = resolve_models(config)
         with gpu_memory_errors("evaluation", dist.get_rank(), advice), _file_errors(output):
             evaluate(config, output)
     return program.exit_code
@@ -196,8 +195,9 @@ KEYS = {
 """The configuration key that each option sets."""
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
+def _overrides(options: argparse.Namespace, model: str) -> list[str]:
     values = {key: getattr(options, name) for name, key in KEYS.items() if getattr(options, name) is not None}
+    values["student.path"] = model
     return [
         "objective=grpo",  # none of its settings matter here, but it needs no teacher
         *([f"eval.benchmarks=[{options.benchmarks}]"] if options.benchmarks is not None else []),

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.parallel.platform import destroy_groups, initialize_distributed, prepare_platform
+from kdrl_mcore.parallel.platform import choose_threads, destroy_groups, initialize_distributed, prepare_platform
 from kdrl_mcore.resilience.error_line import error_was_printed, print_error
 
 _runs = itertools.count()  # programs that this process has run: the same number on every rank
@@ -27,12 +27,14 @@ class Program:
     Attributes:
         run: the number of this run, the same on every rank.
         created: whether `join` created the world.
+        threads: a log line with the number of threads of each rank; None on CUDA, or if the world existed before.
         exit_code: 0, or the exit code of the error.
     """
 
     def __init__(self) -> None:
         self.run = next(_runs)
         self.created = False
+        self.threads: str | None = None
         self.exit_code = 0
         self._kept: set[object] = set()
 
@@ -45,6 +47,8 @@ class Program:
         """
         prepare_platform(deterministic)
         self.created = initialize_distributed(timeout_minutes)
+        if self.created:
+            self.threads = choose_threads()
         self._kept = set(dist.distributed_c10d._world.pg_map)
 
     def leave(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -46,15 +46,13 @@ def main(arguments: list[str]) -> int:
     with Program() as program:
         options = _parser().parse_args(arguments)
         _check(options)
-        for name in ("model", "teacher"):
-            if getattr(options, name) is not None:
-                setattr(options, name, find_model(getattr(options, name)))
         if _scores(options):
+            models = {name: find_model(path) for name in ("model", "teacher") if (path := getattr(options, name)) is not None}
             program.join(Config().trainer.distributed_timeout_minutes)
-            _resolve(options)
+            models = _resolve(models)
             advice = f"lower --micro-tokens (now {options.micro_tokens}), or raise --tensor-parallel or --pipeline-parallel"
             with gpu_memory_errors("scoring", dist.get_rank(), advice):
-                score(options)
+                score(options, models.get("model"), models.get("teacher"))
         if options.compare is not None and is_first_rank():
             left = read_scored(options.output if _scores(options) else options.input)
             comparisons = compare_scores(left, read_scored(options.compare))
@@ -64,13 +62,12 @@ def main(arguments: list[str]) -> int:
     return program.exit_code
 
 
-def _resolve(options: argparse.Namespace) -> None:
-    """Replace hub ids of models by their downloaded folders. Collective over the world."""
+def _resolve(models: Mapping[str, Path]) -> dict[str, Path]:
+    """The models' folders, downloaded where they are hub ids. Collective over the world."""
     from kdrl_mcore.data.hub import resolve
 
-    named = {f"--{name}": str(path) for name in ("model", "teacher") if (path := getattr(options, name)) is not None}
-    for option, folder in resolve(named)[0].items():
-        setattr(options, option.removeprefix("--"), Path(folder))
+    folders, _ = resolve({f"--{name}": str(path) for name, path in models.items()})
+    return {name: Path(folders.get(f"--{name}", path)) for name, path in models.items()}
 
 
 def _scores(options: argparse.Namespace) -> bool:
@@ -100,7 +97,7 @@ def _check(options: argparse.Namespace) -> None:
         check_number("--tolerance", options.tolerance, NOT_NEGATIVE)
 
 
-def score(options: argparse.Namespace) -> None:
+def score(options: argparse.Namespace, model: Path | None, teacher: Path | None) -> None:
     """Write `log_probs` and `entropy` of every response token and, with a teacher, `teacher_log_probs`, `teacher_entropy` and
     their record. Collective over the world: rank 0 writes."""
     # Megatron-Core reads torch.cuda when it is imported, so the platform is prepared first.
@@ -109,21 +106,21 @@ def score(options: argparse.Namespace) -> None:
     from kdrl_mcore.teacher.recorded import LISTS, RECORD, records_of
 
     rollouts = read_rollouts(options.input)
-    models = [path for path in (options.model, options.teacher) if path is not None]
+    models = [path for path in (model, teacher) if path is not None]
     _, vocab_size = shared_vocabulary(*models)
     limits = Limits.of(vocab_size, models)
     check_rollouts(rollouts, options.input, limits)
     layout = (options.tensor_parallel, options.pipeline_parallel)
     scores, records = {}, {}
-    if options.model is not None:
-        scores["log_probs"], scores["entropy"] = _score_with(options, options.model, layout, rollouts, vocab_size)
-    if options.teacher is not None:
+    if model is not None:
+        scores["log_probs"], scores["entropy"] = _score_with(options, model, layout, rollouts, vocab_size)
+    if teacher is not None:
         teacher_layout = (options.teacher_tensor_parallel or layout[0], options.teacher_pipeline_parallel or layout[1])
         read = _as_teacher_reads(options, rollouts)
         check_rollouts(read, options.input, limits)
-        found = _score_with(options, options.teacher, teacher_layout, read, vocab_size)
+        found = _score_with(options, teacher, teacher_layout, read, vocab_size)
         scores |= dict(zip(LISTS.values(), found, strict=True))
-        records[RECORD] = records_of(read, options.teacher, options.temperature, vocab_size)
+        records[RECORD] = records_of(read, teacher, options.temperature, vocab_size)
     if is_first_rank():
         try:
             write_rollouts(options.output, rollouts, scores, records)

@@ -17,7 +17,6 @@ from kdrl_mcore.cli.program import Program
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.config.help import help_text
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.parallel.platform import choose_threads
 from kdrl_mcore.resilience.error_line import error_was_printed, print_last
 from kdrl_mcore.resilience.interrupt import StopRequest
 
@@ -74,8 +73,7 @@ def main(overrides: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for library in ("megatron", "httpx", "httpx2"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        threads = choose_threads() if program.created else None
-        _run(config, overrides, stop, program.run, threads)
+        _run(config, overrides, stop, program.run, program.threads)
         program.leave()
     return program.exit_code
 
@@ -94,7 +92,7 @@ def _run(config: Config, overrides: list[str], stop: StopRequest, run: int, thre
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     on_first_rank(partial(check_logger_packages, config.logging))
-    hub = resolve_hub(config)
+    config, hub = resolve_hub(config)
     with RunDirectory(config, overrides, hub) as directory:
         _run_in(directory, config, stop, run, threads)
 

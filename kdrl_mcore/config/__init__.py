@@ -7,16 +7,7 @@ Hydra, so the command line takes Hydra overrides (`key=value`, `group=choice`).
 from kdrl_mcore.config.checks import check_config, domain_name, flatten, without_revision
 from kdrl_mcore.config.derived import can_be_positive
 from kdrl_mcore.config.keys import CHOICES
-from kdrl_mcore.config.load import (
-    add_config_options,
-    conf_dir,
-    config_arguments,
-    load_benchmark,
-    load_config,
-    load_saved,
-    save_config,
-    slurm_dir,
-)
+from kdrl_mcore.config.load import load_benchmark, load_config, load_saved, save_config
 from kdrl_mcore.config.overrides import override
 from kdrl_mcore.config.schema import (
     REWARD_KINDS,
@@ -56,6 +47,7 @@ from kdrl_mcore.config.schema import (
     TrainerConfig,
     VllmConfig,
 )
+from kdrl_mcore.config.sources import add_config_options, conf_dir, config_arguments, slurm_dir
 
 __all__ = [
     "CHOICES",

@@ -10,56 +10,36 @@ from typing import Any
 
 from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
-    DISTRIBUTION,
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
+    is_supervised,
     learns_from_reward,
-    loads_teacher,
     replays,
-    teaches_itself,
-    uses_distributed_optimizer,
-    uses_given,
-    uses_teacher,
-    wanted_scores,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
+from kdrl_mcore.config.parallelism import check_activations, check_layout, check_reduction
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
-    DEFAULT_RECOMPUTE,
     LOGGERS,
     LORA_MODULES,
-    OFFLOAD_MODULES,
     OWN_SCALES,
-    RECOMPUTE_MODULES,
     REWARD_KINDS,
     Config,
     DataConfig,
     LoraConfig,
     OptimizerConfig,
-    ParallelConfig,
     RewardConfig,
     ScheduleConfig,
     SourceConfig,
-    TeacherConfig,
-    TeacherParallelConfig,
-    TeacherPromptConfig,
     VllmConfig,
 )
+from kdrl_mcore.config.teachers import check_teacher
 from kdrl_mcore.errors import ConfigError
 
 MAY_BE_EMPTY = ("cluster.name",)
 """Keys whose text may be empty; for all others an empty text counts as a forgotten value."""
-
-RECOMPUTED_PARTS = {
-    "core_attn": ("core_attn",),
-    "layernorm": ("qkv_linear", "mlp", "moe"),  # each begins with its norm
-    "mlp": ("mlp",),
-    "moe": ("moe",),
-    "moe_act": ("moe",),
-}
-"""For each recomputed module, the off-loadable parts that contain it."""
 
 
 def check_config(config: Config) -> None:
@@ -86,15 +66,15 @@ def check_config(config: Config) -> None:
             "naming the rank that hangs"
         )
     _check_lora(config)
-    _check_layout(config.parallel)
-    _check_activations(config.parallel)
+    check_layout(config.parallel)
+    check_activations(config.parallel)
     if config.rollout.engine == "replay" and not config.rollout.path:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
     _check_optimizer(config.optimizer)
     _check_overlap(config)
-    _check_reduction(config)
+    check_reduction(config)
     _check_rewards(config.reward, config.data)
     _check_sources(config.data)
     _check_loggers(config.logging.loggers)
@@ -168,54 +148,6 @@ def _check_lora(config: Config) -> None:
             )
         if lora.target_modules.count(name) > 1:
             raise ConfigError(f"student.lora.target_modules names {name} twice: leave one out")
-
-
-def _check_layout(parallel: ParallelConfig) -> None:
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor > 1")
-    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} cuts the layers of pipeline ranks: it needs "
-            "parallel.pipeline > 1 (or set it to null)"
-        )
-
-
-def _check_activations(parallel: ParallelConfig) -> None:
-    """Check which activations are recomputed and off-loaded; model/activations.py checks them against the model."""
-    recomputed, offloaded = parallel.recompute_modules, parallel.offload_activations
-    for key, names, known in (
-        ("recompute_modules", recomputed, RECOMPUTE_MODULES),
-        ("offload_activations", offloaded, OFFLOAD_MODULES),
-    ):
-        for name in names:
-            if name not in known:
-                raise ConfigError(f"parallel.{key}: {name} is not one of: {', '.join(known)}{nearest(name, known)}")
-            if names.count(name) > 1:
-                raise ConfigError(f"parallel.{key} names {name} twice: leave one out")
-    if "attn_proj" in offloaded and "core_attn" not in offloaded:
-        raise ConfigError(
-            "parallel.offload_activations: the input of attn_proj is the output of core_attn, which also keeps it: name both"
-        )
-    if parallel.recompute != "selective":
-        if sorted(recomputed) != sorted(DEFAULT_RECOMPUTE):
-            raise ConfigError("parallel.recompute_modules needs parallel.recompute=selective")
-        if parallel.recompute == "full" and offloaded:
-            raise ConfigError(
-                "parallel.recompute=full keeps only the inputs of layers, so parallel.offload_activations has nothing to move: "
-                "leave it out, or set parallel.recompute=selective"
-            )
-        return
-    if not recomputed:
-        raise ConfigError("parallel.recompute=selective with no parallel.recompute_modules: name some, or set it to none")
-    if "moe" in recomputed and "moe_act" in recomputed:
-        raise ConfigError("parallel.recompute_modules: moe already recomputes moe_act; leave one out")
-    for module, parts in RECOMPUTED_PARTS.items():
-        both = [part for part in offloaded if module in recomputed and part in parts]
-        if both:
-            raise ConfigError(
-                f"parallel.recompute_modules has {module} and parallel.offload_activations has {both[0]}, which covers it: "
-                "recomputed activations are not kept, so leave one out"
-            )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -356,22 +288,6 @@ def _check_overlap(config: Config) -> None:
         )
 
 
-def _check_reduction(config: Config) -> None:
-    """Check how gradients are reduced and updated weights are gathered."""
-    parallel = config.parallel
-    for key, cut in (
-        ("parallel.bucket_size", parallel.bucket_size is not None),
-        ("parallel.overlap_param_gather", parallel.overlap_param_gather),
-    ):
-        if cut and not parallel.overlap_grad_reduce:
-            raise ConfigError(f"{key} needs buckets, which exist only with parallel.overlap_grad_reduce=true")
-    if parallel.overlap_param_gather and not uses_distributed_optimizer(config):
-        raise ConfigError(
-            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and optimizer.name=adam: otherwise "
-            "every rank updates all its weights and gathers none"
-        )
-
-
 def _check_objective(config: Config) -> None:
     objective, updates = config.objective, config.batch.updates_per_step
     if updates > config.rollout.prompts_per_step and not replays(config):
@@ -379,7 +295,7 @@ def _check_objective(config: Config) -> None:
             f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
             "update needs at least one prompt"
         )
-    if objective.kind == "sft":
+    if is_supervised(objective):
         if config.rollout.given.share or config.rollout.given.path:
             raise ConfigError(
                 "rollout.given adds given responses to sampled ones, but objective=sft trains only on given ones: leave it out"
@@ -390,7 +306,7 @@ def _check_objective(config: Config) -> None:
             "rollout.responses_per_prompt=1 has no group to compare with: GRPO needs at least 2 "
             "(or set objective.alpha.init=0 for plain distillation)"
         )
-    _check_teacher(config)
+    check_teacher(config)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
@@ -398,70 +314,6 @@ def _check_objective(config: Config) -> None:
             f"objective.kd.estimator={objective.kd.estimator} only fits placement=loss"
         )
     check_axes(config)
-
-
-def _check_teacher(config: Config) -> None:
-    teacher, prompt = config.teacher, config.teacher.prompt
-    name = f"teacher.weights={teacher.weights}"
-    if loads_teacher(config) and not teacher.path:
-        raise ConfigError(
-            "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
-            "(teacher.weights), or use objective=grpo"
-        )
-    if teacher.weights != "path":
-        if not uses_teacher(config.objective):
-            raise ConfigError(f"{name} teaches, but objective.beta is never positive: leave it at path")
-        if teacher.path and teaches_itself(config):
-            raise ConfigError(f"{name} are the student's own, and teacher.path={teacher.path} is not read: leave one out")
-        if teacher.weights == "base" and config.student.lora.rank == 0:
-            raise ConfigError(
-                f"{name} are the weights without adapters, but student.lora.rank=0 has none: set the rank, or other weights"
-            )
-        if prompt.template == "student" and teacher.weights == "present":
-            raise ConfigError(
-                f"{name} with the student's own prompt is the student itself: set teacher.prompt.template, or other weights"
-            )
-        if teacher.parallel != TeacherParallelConfig():
-            raise ConfigError(f"{name} has no separate layout: leave teacher.parallel alone")
-        if teacher.score_while_sampling:
-            raise ConfigError(f"{name} score only between sampling and training: set teacher.score_while_sampling=false")
-    if teacher.weights == "recorded":
-        _check_recorded(config)
-    for key, kind in (("decay", "average"), ("refresh_every", "refreshed"), ("min_ess", "recorded")):
-        if getattr(teacher, key) != getattr(TeacherConfig, key) and teacher.weights != kind:
-            raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
-    _check_teacher_prompt(config)
-
-
-def _check_teacher_prompt(config: Config) -> None:
-    prompt = config.teacher.prompt
-    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
-    for key, default in asdict(TeacherPromptConfig()).items():
-        if key not in ("template", *used) and getattr(prompt, key) != default:
-            raise ConfigError(
-                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
-                "leave it out"
-            )
-    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
-        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
-    if prompt.template != "student" and not uses_teacher(config.objective):
-        raise ConfigError(
-            f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
-        )
-
-
-def _check_recorded(config: Config) -> None:
-    name, kd = "teacher.weights=recorded", config.objective.kd
-    if not replays(config):
-        raise ConfigError(f"{name} reads scores from a rollout file: set rollout=replay and rollout.path")
-    if DISTRIBUTION in wanted_scores(config.objective):
-        key = "control_variate=true" if kd.control_variate else f"estimator={kd.estimator}"
-        raise ConfigError(
-            f"{name} has the teacher's log-probs of the sampled tokens only, but objective.kd.{key} needs its whole "
-            "distribution: set objective.kd.estimator to k1, k2 or k3, without control_variate"
-        )
-    if uses_given(config):
-        raise ConfigError(f"{name} has no scores of given responses: set rollout.given.share=0")
 
 
 def flatten(tree: Any) -> dict[str, Any]:

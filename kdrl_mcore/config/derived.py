@@ -48,14 +48,19 @@ def can_be_positive(schedule: ScheduleConfig) -> bool:
     return max(values.get(schedule.kind, (schedule.init, schedule.min))) > 0
 
 
+def is_supervised(objective: ObjectiveConfig) -> bool:
+    """Whether the run is supervised fine-tuning on given responses: nothing is sampled, rewarded or distilled."""
+    return objective.kind == "sft"
+
+
 def learns_from_reward(objective: ObjectiveConfig) -> bool:
     """Whether the loss has the GRPO term at some step."""
-    return objective.kind != "sft" and can_be_positive(objective.alpha)
+    return not is_supervised(objective) and can_be_positive(objective.alpha)
 
 
 def uses_teacher(objective: ObjectiveConfig) -> bool:
     """Whether the loss has the distillation term at some step, so that a teacher is loaded."""
-    return objective.kind != "sft" and can_be_positive(objective.beta)
+    return not is_supervised(objective) and can_be_positive(objective.beta)
 
 
 def teaches_itself(config: Config) -> bool:
@@ -79,6 +84,13 @@ def keeps_earlier_weights(config: Config) -> bool:
     return teaches_itself(config) and config.teacher.weights not in ("present", "base")
 
 
+def shares_teacher_head(config: Config) -> bool:
+    """Whether the teacher's output head is the student's at every update, so that no copy of it is needed: the student teaches
+    itself with its present weights and makes one update per batch, or its head is frozen under adapters."""
+    same_weights = config.teacher.weights == "present" and config.batch.updates_per_step == 1
+    return teaches_itself(config) and (same_weights or config.student.lora.rank > 0)
+
+
 def reads_own_prompt(config: Config) -> bool:
     """Whether the teacher reads another prompt than the student."""
     return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
@@ -92,7 +104,9 @@ def teacher_prompt_tokens(config: Config) -> int:
 def uses_reference(objective: ObjectiveConfig) -> bool:
     """Whether the loss has a KL to the initial student, which is then loaded as the reference."""
     extrapolates = objective.combine.kind == "reference" and objective.combine.extrapolation != 1
-    return objective.kind != "sft" and (objective.reference_kl.coefficient > 0 or (extrapolates and uses_teacher(objective)))
+    return not is_supervised(objective) and (
+        objective.reference_kl.coefficient > 0 or (extrapolates and uses_teacher(objective))
+    )
 
 
 def teaches_by_advantage(objective: ObjectiveConfig) -> bool:
@@ -137,7 +151,7 @@ def needs_scores(config: Config) -> bool:
     """Whether a setting needs log pi (or the entropy) of whole responses at the weights that an update begins with, so that a
     pass without gradient comes before it: 2 of the update's 6 FLOP per parameter and token."""
     objective, several = config.objective, config.batch.updates_per_step > 1
-    return objective.kind != "sft" and (
+    return not is_supervised(objective) and (
         (objective.ratio != "token" and (several or objective.clip_against == "sampler"))
         or (objective.sampler_correction.kind != "none" and objective.sampler_correction.level != "token" and not several)
         or (uses_teacher(objective) and (weighs_by_scores(objective) or objective.kd.importance_level != "token"))
@@ -151,12 +165,12 @@ def compares_over_vocabulary(objective: ObjectiveConfig) -> bool:
 
 def replays(config: Config) -> bool:
     """Whether every step trains on the responses of a rollout file instead of prompts."""
-    return config.objective.kind != "sft" and config.rollout.engine == "replay"
+    return not is_supervised(config.objective) and config.rollout.engine == "replay"
 
 
 def samples(config: Config) -> bool:
     """Whether the responses that a step trains on are sampled, that is, neither given (sft) nor replayed."""
-    return config.objective.kind != "sft" and config.rollout.engine != "replay"
+    return not is_supervised(config.objective) and config.rollout.engine != "replay"
 
 
 def longest_response(config: Config) -> int | None:
@@ -166,12 +180,12 @@ def longest_response(config: Config) -> int | None:
 
 def uses_given(config: Config) -> bool:
     """Whether a step distils given responses in addition to the others."""
-    return config.objective.kind != "sft" and config.rollout.given.share > 0
+    return not is_supervised(config.objective) and config.rollout.given.share > 0
 
 
 def reads_responses(config: Config) -> bool:
     """Whether the training data must hold a response to each prompt."""
-    return config.objective.kind == "sft" or (uses_given(config) and config.rollout.given.path is None)
+    return is_supervised(config.objective) or (uses_given(config) and config.rollout.given.path is None)
 
 
 def num_given(config: Config, others: int) -> int:

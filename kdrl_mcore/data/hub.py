@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,24 +31,26 @@ logger = logging.getLogger(__name__)
 _calls = itertools.count()  # the same number on every rank
 
 
-def resolve_hub(config: Config) -> dict[str, str]:
+def resolve_hub(config: Config) -> tuple[Config, dict[str, str]]:
     """Call `resolve_models` and resolve the commits of the data sets. Collective over the world.
 
     Returns:
-        `org/name@commit` for each configuration key whose model or data set comes from the hub.
+        The configuration with the models' folders, and `org/name@commit` for each key whose model or data set comes from the
+        hub.
 
     Raises:
         ModelError: on every rank: a model cannot be obtained.
     """
-    return resolve_models(config) | on_first_rank(partial(_data_commits, config))
+    resolved, commits = resolve_models(config)
+    return resolved, commits | on_first_rank(partial(_data_commits, config))
 
 
-def resolve_models(config: Config) -> dict[str, str]:
-    """Download the models that the configuration names by hub id, and replace their paths by folders of the hub's cache.
-    Collective over the world.
+def resolve_models(config: Config) -> tuple[Config, dict[str, str]]:
+    """Download the models that the configuration names by hub id. Collective over the world.
 
     Returns:
-        `org/name@commit` for each configuration key whose model comes from the hub.
+        The configuration with folders of the hub's cache in place of hub ids, and `org/name@commit` for each key whose model
+        comes from the hub.
 
     Raises:
         ModelError: on every rank: a model cannot be obtained.
@@ -56,9 +59,9 @@ def resolve_models(config: Config) -> dict[str, str]:
     if uses_teacher(config.objective):
         used["teacher.path"] = config.teacher.path
     folders, commits = resolve({key: path for key, path in used.items() if path})
-    config.student.path = folders.get("student.path", config.student.path)
-    config.teacher.path = folders.get("teacher.path", config.teacher.path)
-    return commits
+    student = replace(config.student, path=folders.get("student.path", config.student.path))
+    teacher = replace(config.teacher, path=folders.get("teacher.path", config.teacher.path))
+    return replace(config, student=student, teacher=teacher), commits
 
 
 def resolve(paths: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -9,7 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from kdrl_mcore.config import Config, DataConfig, SourceConfig, domain_name
-from kdrl_mcore.config.derived import TEACHER, reads_own_prompt, reads_responses, teacher_prompt_tokens, used_models
+from kdrl_mcore.config.derived import (
+    TEACHER,
+    is_supervised,
+    reads_own_prompt,
+    reads_responses,
+    teacher_prompt_tokens,
+    used_models,
+)
 from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.sharing import once_per_node
 from kdrl_mcore.data.stream import Domain
@@ -50,7 +57,7 @@ def read_domains(
 ) -> list[PromptTable]:
     """The prompts of `load_domains`, read by this process without communication."""
     tables, teachers = [], _teacher_prompts(config, tokenizer)
-    sft = config.objective.kind == "sft"
+    sft = is_supervised(config.objective)
     for source, data in training_sources(config):
         kind, domain = source.reward or config.reward.kind, domain_name(source) if config.data.sources else ""
         if not sft:

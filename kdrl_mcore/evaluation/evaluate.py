@@ -176,8 +176,8 @@ def metric_names(config: Config) -> list[str]:
         verifier = reward_class(kind)
         compares = verifier is not None and issubclass(verifier, AnswerReward)
         token = np.zeros(1, dtype=np.int64)
-        response = Rollout("", 0, token, token, np.zeros(1, dtype=np.float32), "stop", 0)
-        response.extra = {"answer_class": 0.0} if compares else {}
+        extra = {"answer_class": 0.0} if compares else {}
+        response = Rollout("", 0, token, token, np.zeros(1, dtype=np.float32), "stop", 0, extra=extra)
         results.append(Result(name, 1, [response] * config.eval.samples, [response] * config.eval.greedy))
     return sorted(summarize(results))
 

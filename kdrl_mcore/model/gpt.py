@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -40,12 +40,46 @@ class LanguageModel(GPTModel):
         packed_head: while the model generates, the output head from `linear.pack`.
     """
 
-    architecture: Architecture
-    shard: VocabShard
-    context_group: dist.ProcessGroup | None
-    frequencies: tuple[RotaryFrequencies, ...]
-    packed_head: Tensor | None = None
-    _head_pre_hook: Callable[[], None] | None = None
+    def __init__(
+        self,
+        architecture: Architecture,
+        groups: ModelGroups,
+        config: TransformerConfig,
+        layers: TransformerBlockSubmodules,
+        frequencies: tuple[RotaryFrequencies, ...],
+        *,
+        vocab_size: int,
+        vp_stage: int | None,
+    ) -> None:
+        """One chunk of the model with uninitialised parameters.
+
+        Args:
+            config: what Megatron-Core reads of the architecture and the layout.
+            layers: the modules of this chunk's layers.
+            frequencies: those of each of the architecture's rotary embeddings.
+            vocab_size: the number of real tokens.
+            vp_stage: which of this rank's virtual pipeline stages it is; None without them.
+        """
+        layout, stage = groups.layout, vp_stage or 0
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layers,
+            vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=groups.pipeline.rank() == 0 and stage == 0,
+            post_process=groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="none",
+            pg_collection=groups.groups,
+            vp_stage=vp_stage,
+        )
+        self.architecture, self.frequencies = architecture, frequencies
+        self.shard = vocab_shard(architecture, groups, vocab_size)
+        self.context_group = groups.context if layout.context > 1 else None
+        self.packed_head: Tensor | None = None
+        self._head_pre_hook: Callable[[], None] | None = None
+        if self.pre_process and architecture.embedding_scale != 1:
+            _scale_output(self.embedding, architecture.embedding_scale)
 
     def run(self, tokens_S: Tensor, positions_S: Tensor, packed: PackedSequences) -> Tensor:
         """Run one packed micro-batch through this chunk's layers."""
@@ -180,34 +214,15 @@ def build_model(
     check_layout(architecture, groups.layout, trainable=trainable)
     activations.check(architecture, transformer_engine=uses_transformer_engine(model))
     config = transformer_config(architecture, model, groups, activations)
-    layout = groups.layout
+    frequencies = tuple(rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings)
+    virtual = groups.layout.virtual_pipeline
+    vp_stages: Sequence[int | None] = range(virtual) if virtual else (None,)
     chunks = []
-    for stage in range(layout.virtual_pipeline or 1):
-        vp_stage = stage if layout.virtual_pipeline else None
-        first = groups.pipeline.rank() == 0 and stage == 0
-        last = groups.is_last_stage and stage == (layout.virtual_pipeline or 1) - 1
-        chunk = LanguageModel(
-            config=config,
-            transformer_layer_spec=block_spec(
-                model, architecture, config, groups, vp_stage, share_prompts=share_prompts, separate_norms=lora is not None
-            ),
-            vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
-            max_sequence_length=architecture.max_positions,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="none",
-            pg_collection=groups.groups,
-            vp_stage=vp_stage,
+    for vp_stage in vp_stages:
+        layers = block_spec(
+            model, architecture, config, groups, vp_stage, share_prompts=share_prompts, separate_norms=lora is not None
         )
-        chunk.architecture = architecture
-        chunk.shard = vocab_shard(architecture, groups, vocab_size)
-        chunk.context_group = groups.context if layout.context > 1 else None
-        chunk.frequencies = tuple(
-            rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings
-        )
-        if first and architecture.embedding_scale != 1:
-            _scale_output(chunk.embedding, architecture.embedding_scale)
+        chunk = LanguageModel(architecture, groups, config, layers, frequencies, vocab_size=vocab_size, vp_stage=vp_stage)
         chunk.requires_grad_(trainable).train(trainable)
         mcore.mark_tensor_parallel(chunk)
         for parameter in expert_parameters(chunk):

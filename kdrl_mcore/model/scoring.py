@@ -14,7 +14,8 @@ from torch import Tensor
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_from_replicas
-from kdrl_mcore.parallel.packing import PackedBatch, Span, pack, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.micro_batches import plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import PackedBatch, Span, pack
 from kdrl_mcore.types import Rollout, TokenFloats
 from kdrl_mcore.vocab_parallel import head_log_probs
 

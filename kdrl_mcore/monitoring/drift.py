@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import is_on_policy, learns_from_reward, samples, uses_teacher
+from kdrl_mcore.config.derived import is_on_policy, is_supervised, learns_from_reward, samples, uses_teacher
 from kdrl_mcore.errors import NumericalError
 from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, AlertThresholds
 
@@ -64,7 +64,7 @@ def alert_thresholds(config: Config) -> AlertThresholds:
     return AlertThresholds(
         drift_max=drift_max,
         sampled=samples(config),
-        has_sampler=config.objective.kind != "sft",
+        has_sampler=not is_supervised(config.objective),
         rewarded=learns_from_reward(config.objective),
         distilled=uses_teacher(config.objective),
     )

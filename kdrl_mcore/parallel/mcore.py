@@ -55,6 +55,7 @@ def layer_submodules(use_transformer_engine: bool, qk_norm: bool, num_experts: i
     """Megatron-Core's own transformer layer, as a spec whose submodules the caller may replace."""
     from megatron.core.models.gpt import gpt_layer_specs
 
+    _recompute_without_compiler()
     if use_transformer_engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_norm
@@ -111,6 +112,27 @@ def _recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+def _recompute_without_compiler() -> None:
+    """Make Megatron-Core's selective recompute of norms and activations copy what it recomputed, as before 0.19. Idempotent.
+
+    From 0.19 on it shares the storage instead, with a C++ function that torch compiles in the first backward pass. That takes a
+    compiler on every node and about a minute, and if the process is killed meanwhile, torch's lock file in the user's cache
+    stays behind, for which every later run waits forever and silently.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if hasattr(random, "_get_share_storage"):
+        setattr(random, "_get_share_storage", lambda: _copy_storage)  # noqa: B010
+
+
+@torch.no_grad()
+def _copy_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Fill the emptied storage of `output`, which views may share, with that of `recomputed`."""
+    storage = recomputed.untyped_storage()
+    output.untyped_storage().resize_(storage.size())
+    output.untyped_storage().copy_(storage)
 
 
 @contextmanager

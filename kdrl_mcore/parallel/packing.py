@@ -1,17 +1,16 @@
-"""From rollouts to micro-batches: balanced over data-parallel ranks by tokens, packed without padding between sequences.
+"""The rows of a micro-batch: its sequences packed one after the other, without padding between them.
 
 Responses to one prompt can share its rows (`batch.share_prompts`): the prompt is computed once, and every response attends to
 it and to itself. Log-probs and gradients are the same, because a causal model computes the same values for a prompt whatever
 follows it, and the gradients of the responses add up in its keys and values.
 
-S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). Plans are pure functions of the
-lengths and of which prompts are equal, so every rank computes the same one without communication.
+S rows of the packed sequence (prompt and response tokens), T loss rows (response tokens). `micro_batches.py` decides which
+sequences form a micro-batch.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdrl_mcore.parallel.micro_batches import Shape, by_prompt, shapes_of
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.types import TokenIds
 
@@ -43,21 +43,6 @@ class SequenceRun:
     def whole(cls, start: int, count: int, length: int) -> SequenceRun:
         """`count` whole sequences of the same length."""
         return cls(start, count, length, start, length)
-
-
-class Shape(NamedTuple):
-    """A sequence without its tokens.
-
-    Attributes:
-        rollout: its index in the global batch.
-        prompt, response: its numbers of tokens.
-        shared: a key, equal for all sequences whose prompts may share rows; None if it shares nothing.
-    """
-
-    rollout: int
-    prompt: int
-    response: int
-    shared: Hashable = None
 
 
 class Span(NamedTuple):
@@ -104,103 +89,6 @@ class PackedBatch:
         names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows", "key_rows")
         tensors: dict[str, Any] = {name: to_device(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **tensors)
-
-
-def partition(weights: Sequence[int], bins: int) -> list[list[int]]:
-    """Distribute items over bins of nearly equal weight: heaviest first, each to the lightest bin so far.
-
-    Returns:
-        The item indices of each bin, each list ascending. Bins may be empty.
-    """
-    heap = [(0, index) for index in range(bins)]
-    result: list[list[int]] = [[] for _ in range(bins)]
-    for item in sorted(range(len(weights)), key=lambda index: (-weights[index], index)):
-        total, index = heapq.heappop(heap)
-        result[index].append(item)
-        heapq.heappush(heap, (total + weights[item], index))
-    return [sorted(items) for items in result]
-
-
-def shapes_of(sequences: Iterable[tuple[int, TokenIds, TokenIds]], *, share_prompts: bool) -> list[Shape]:
-    """The shapes of (index, prompt ids, response ids)."""
-    return [
-        Shape(index, len(prompt), len(response), prompt.tobytes() if share_prompts else None)
-        for index, prompt, response in sequences
-    ]
-
-
-def plan_micro_batches(
-    shapes: Sequence[Shape], data_parallel: int, micro_tokens: int, multiple_of: int = 1
-) -> list[list[list[int]]]:
-    """Assign sequences to data-parallel ranks and micro-batches.
-
-    Every rank gets the same number of micro-batches (its last ones may be empty), as pipelines and expert parallelism need.
-    No micro-batch exceeds `micro_tokens`, except that a single longer sequence forms a micro-batch alone. Sequences that may
-    share their prompt's rows stay together as far as this limit and an equal load of the ranks allow.
-
-    Args:
-        micro_tokens: the limit for a whole micro-batch, which with context parallelism is that of its ranks together.
-        multiple_of: round the number of micro-batches up to a multiple of this (interleaved pipelines).
-
-    Returns:
-        plan[rank][micro-batch] = positions in `shapes`, ascending.
-    """
-    bundles, lengths = _bundles(shapes, data_parallel, micro_tokens)
-    per_rank = []
-    for items in partition(lengths, data_parallel):
-        bins: list[list[int]] = []
-        totals: list[int] = []
-        for item in sorted(items, key=lambda index: (-lengths[index], index)):
-            fits = [index for index, total in enumerate(totals) if total + lengths[item] <= micro_tokens]
-            if fits:
-                target = min(fits, key=lambda index: totals[index])
-                bins[target].append(item)
-                totals[target] += lengths[item]
-            else:
-                bins.append([item])
-                totals.append(lengths[item])
-        per_rank.append([sorted(member for item in bin_ for member in bundles[item]) for bin_ in bins])
-    count = max([1, *map(len, per_rank)])
-    count = -(-count // multiple_of) * multiple_of
-    return [bins + [[] for _ in range(count - len(bins))] for bins in per_rank]
-
-
-def _bundles(shapes: Sequence[Shape], data_parallel: int, micro_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """Sequences that one micro-batch takes together (positions in `shapes`), and the rows that each bundle needs."""
-    bundles: list[list[int]] = []
-    rows: list[int] = []
-    alone, together = _by_prompt(shapes)
-    for position in alone:
-        bundles.append([position])
-        rows.append(shapes[position].prompt + shapes[position].response)
-    total = sum(rows) + sum(
-        shapes[members[0]].prompt + sum(shapes[member].response for member in members) for members in together
-    )
-    limit = min(micro_tokens, -(-total // data_parallel))
-    for members in together:
-        first = len(bundles)  # of this prompt
-        for member in sorted(members, key=lambda position: (-shapes[position].response, position)):
-            _, prompt, response, _ = shapes[member]
-            fits = [bundle for bundle in range(first, len(bundles)) if rows[bundle] + response <= limit]
-            if fits:
-                target = min(fits, key=lambda bundle: rows[bundle])
-                bundles[target].append(member)
-                rows[target] += response
-            else:
-                bundles.append([member])
-                rows.append(prompt + response)
-    return bundles, rows
-
-
-def _by_prompt(shapes: Sequence[Shape]) -> tuple[list[int], list[list[int]]]:
-    """Positions of the sequences that share their prompt with no other one, and those of the others, prompt by prompt."""
-    members: dict[Hashable, list[int]] = {}
-    for position, shape in enumerate(shapes):
-        if shape.shared is not None and shape.response:
-            members.setdefault(shape.shared, []).append(position)
-    together = [positions for positions in members.values() if len(positions) > 1]
-    sharing = {position for positions in together for position in positions}
-    return [position for position in range(len(shapes)) if position not in sharing], together
 
 
 def pack(
@@ -347,7 +235,7 @@ def _segments(shapes: Sequence[Shape]) -> tuple[list[Segment], list[Shape]]:
     segments: list[Segment] = []
     prompts: dict[Hashable, range] = {}
     start = 0
-    for shape in sorted((shapes[members[0]] for members in _by_prompt(shapes)[1]), key=lambda one: (one.prompt, one.rollout)):
+    for shape in sorted((shapes[members[0]] for members in by_prompt(shapes)[1]), key=lambda one: (one.prompt, one.rollout)):
         segments.append(Segment(shape.rollout, start, shape.prompt))
         prompts[shape.shared] = range(start, start + shape.prompt)
         start += shape.prompt

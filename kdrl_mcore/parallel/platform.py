@@ -13,7 +13,6 @@ import functools
 import gc
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.groups import forget_groups
+from kdrl_mcore.parallel.host_limits import num_cores
 from kdrl_mcore.parallel.interfaces import set_gloo_interface
 
 _FACTORIES = (
@@ -102,15 +102,14 @@ def choose_threads() -> str | None:
     """
     if torch.cuda.is_available():
         return None
-    ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _num_cores()
-    if "OMP_NUM_THREADS" not in os.environ:
+    ranks, cores, chosen = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), num_cores(), os.environ.get("OMP_NUM_THREADS")
+    first = (chosen or "").split(",")[0].strip()  # further numbers are for nested regions, which torch does not have
+    is_number = first.isdecimal() and int(first) > 0
+    if not is_number:
         torch.set_num_threads(max(1, cores // ranks - 1))
-    return f"{ranks} rank(s) on {cores} cores, OpenMP threads of each: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)"
-
-
-def _num_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    ignored = chosen is not None and not is_number
+    how = f"OMP_NUM_THREADS={chosen!r} is no number and ignored" if ignored else "OMP_NUM_THREADS sets them"
+    return f"{ranks} rank(s) on {cores} cores, OpenMP threads of each: {torch.get_num_threads()} ({how})"
 
 
 def initialize_distributed(timeout_minutes: int) -> bool:

@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     keeps_earlier_weights,
     max_sequence_tokens,
     samples,
+    shares_teacher_head,
     teaches_itself,
     uses_distributed_optimizer,
 )
@@ -209,8 +210,8 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
         if exact:
             assert setup.teacher is not None
             columns, width = student.shard.columns, setup.teacher.architecture.hidden_size
-            shared = setup.config.teacher.weights == "present" and setup.updates == 1  # then it is the student's own head
-            items.append(Item("teacher head", 0 if shared else columns * width * student.element))
+            own = 0 if shares_teacher_head(setup.config) else columns * width * student.element
+            items.append(Item("teacher head", own))
     return items
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdrl_mcore.config.derived import (
+    is_supervised,
     keeps_earlier_weights,
     needs_scores,
     samples,
@@ -105,7 +106,7 @@ def make_plan(setup: Setup) -> Plan:
     Raises:
         ConfigError: the configuration does not describe the cluster.
     """
-    sft = setup.config.objective.kind == "sft"
+    sft = is_supervised(setup.config.objective)
     phases = []
     sampled = generation(setup) if samples(setup.config) else None
     if sampled is not None:
@@ -157,7 +158,7 @@ def _training(setup: Setup) -> Seconds:
     gather = rates.ring(student.element * stage.trained, copies, stride) if distributed else 0.0
     if setup.config.parallel.overlap_param_gather:
         # Only the next update's first forward pass can hide it; what follows the last update of a step reads the weights.
-        followed = 1.0 if setup.config.objective.kind == "sft" else 1 - 1 / setup.updates
+        followed = 1.0 if is_supervised(setup.config.objective) else 1 - 1 / setup.updates
         forward = layer_forward(student, rates, setup.workload.attended(setup.sharing)) * stage.layers
         gather -= followed * min(gather, forward.total * packed.tokens / packed.micro_batches)
     held = stage.trained / (copies if distributed else 1)

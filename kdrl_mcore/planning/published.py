@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdrl_mcore.config import load_config
+from kdrl_mcore.config.derived import is_supervised
 from kdrl_mcore.planning.plan import Plan, make_plan
 from kdrl_mcore.planning.setup import Choices, make_setup
 from kdrl_mcore.planning.workload import workload_of
@@ -59,7 +60,7 @@ class Published:
     def plan(self) -> Plan:
         """The plan of the run."""
         config = load_config(self.overrides.split())
-        prompt = 0 if config.objective.kind == "sft" else PROMPT
+        prompt = 0 if is_supervised(config.objective) else PROMPT
         workload = workload_of(config, prompt_tokens=prompt, response_tokens=self.tokens - prompt)
         return make_plan(make_setup(config, workload, self.choices))
 

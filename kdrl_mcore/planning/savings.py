@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import teaches_itself
+from kdrl_mcore.config.derived import is_supervised, teaches_itself
 from kdrl_mcore.planning.memory import ATTENTION, leaves_attention
 from kdrl_mcore.planning.plan import Plan, make_plan, old_policy_seconds
 from kdrl_mcore.planning.setup import make_setup
@@ -127,7 +127,7 @@ def _of_teacher(plan: Plan) -> Iterator[Saving]:
 
 def _of_sampling(plan: Plan) -> Iterator[Saving]:
     setup, config = plan.setup, plan.setup.config
-    if config.objective.kind == "sft":
+    if is_supervised(config.objective):
         return
     yield _switch(plan, "prompts computed once", "batch.share_prompts", config.batch.share_prompts)
     updates, seconds = config.batch.updates_per_step, old_policy_seconds(setup)

@@ -29,7 +29,7 @@ from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.parallel.layout import Layout, student_layout, teacher_layout
-from kdrl_mcore.parallel.packing import Shape
+from kdrl_mcore.parallel.micro_batches import Shape
 from kdrl_mcore.planning.shards import Shard, ShardRequest, find_shape, get_shards
 from kdrl_mcore.planning.workload import Packing, Workload, packing
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kdrl_mcore.config import Config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.parallel.packing import Shape, num_rows, plan_micro_batches
+from kdrl_mcore.parallel.micro_batches import Shape, plan_micro_batches
+from kdrl_mcore.parallel.packing import num_rows
 
 MEAN_SHARE = 0.5
 """The mean response length if none is given, as a share of the longest allowed one."""

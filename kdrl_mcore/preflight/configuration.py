@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import (
+    engines_share_gpus,
     loads_teacher,
     longest_response,
     reads_scores,
@@ -24,9 +24,8 @@ from kdrl_mcore.config.derived import (
 from kdrl_mcore.convert.folders import open_weights
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.peft_folder import check_peft_folder
-from kdrl_mcore.convert.weight_map import check_names, global_tensors
+from kdrl_mcore.convert.weight_map import check_names
 from kdrl_mcore.data.files import is_file
-from kdrl_mcore.data.hub import resolve_models
 from kdrl_mcore.data.limits import (
     Limits,
     check_prompts,
@@ -42,25 +41,21 @@ from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import FAMILIES, read_architecture
-from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.lora import check_lora
 from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
+from kdrl_mcore.parallel.host_limits import free_memory
 from kdrl_mcore.parallel.layout import student_layout, teacher_layout
 from kdrl_mcore.parallel.platform import device
+from kdrl_mcore.planning.host_memory import num_parameters, too_little_memory
 from kdrl_mcore.planning.memory import GIB, plan_run_memory
 from kdrl_mcore.preflight.findings import CheckFailed
 from kdrl_mcore.rollout.files import read_rollouts
 from kdrl_mcore.rollout.given import read_given
+from kdrl_mcore.rollout.vllm.host_memory import engine_gib
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.teacher.recorded import read_recorded
-
-
-def check_hub(config: Config) -> str:
-    """Models that are named by a hub id are downloaded, once on each node, and found by their folder from here on."""
-    found = resolve_models(config)
-    return ", ".join(f"{key} {model}" for key, model in found.items()) or "no model by hub id"
 
 
 def check_models(config: Config) -> str:
@@ -190,9 +185,13 @@ def _only_files(config: Config) -> Config:
 
 
 def check_memory(config: Config) -> str:
-    """Every rank's planned memory (docs/planning.md) fits the smallest GPU. Rank 0 makes the plan."""
+    """Every rank's planned memory (docs/planning.md) fits the smallest GPU; rank 0 makes the plan. Without GPUs, each machine
+    has the memory that its ranks and engines cannot do without."""
     if not torch.cuda.is_available():
-        return "no GPU; kdrl-plan shows the memory that this run needs on one"
+        wrong = too_little_memory(config, _engines_gib(config))
+        if wrong is not None:
+            raise CheckFailed(wrong)
+        return f"{free_memory() / GIB:.1f} GiB are free; kdrl-plan shows the memory that this run needs on a GPU"
     smallest = min(gather_objects(torch.cuda.get_device_properties(device()).total_memory)) / GIB
     planned = on_first_rank(lambda: plan_run_memory(config, dist.get_world_size(), smallest))
     worst = max(planned, key=lambda rank: rank.peak)
@@ -203,13 +202,17 @@ def check_memory(config: Config) -> str:
     return text
 
 
+def _engines_gib(config: Config) -> float:
+    """The GiB that the engines of this machine need, without GPUs."""
+    if not engines_share_gpus(config.rollout):
+        return 0.0
+    settings, here = config.rollout.vllm, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    engines = sum(first <= owner < first + here for owner in find_owners(config))
+    return engines * engine_gib(str(config.student.path), config.model.dtype, settings.tensor, settings.kv_cache_gib)
+
+
 def check_loggers(config: Config) -> str:
     """The packages of the run's loggers are installed for rank 0, which alone starts them."""
     names = on_first_rank(lambda: check_logger_packages(config.logging))
     return ", ".join(["metrics.jsonl", *names])
-
-
-def num_parameters(architecture: Architecture) -> int:
-    """The number of the model's parameters, without padding."""
-    rules = FAMILIES[architecture.family].rules(architecture)
-    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture) if not tensor.keeps_dtype)

@@ -10,6 +10,8 @@ import re
 import unicodedata
 
 TEXT_BEGIN, TEXT_END = "\ue000", "\ue001"
+MARKS = re.compile(f"[{TEXT_BEGIN}{TEXT_END}\\s]")
+"""What separates words: the two marks, and space."""
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "₽": "ruble", "₩": "won", "¢": "cent"}
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))

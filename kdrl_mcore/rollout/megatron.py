@@ -19,7 +19,8 @@ from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.collectives import all_gather_single
-from kdrl_mcore.parallel.packing import SequenceRun, pack, partition
+from kdrl_mcore.parallel.micro_batches import partition
+from kdrl_mcore.parallel.packing import SequenceRun, pack
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.sampling import sample, uniforms

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kdrl_mcore.objective.joint import TokenBatch
 from kdrl_mcore.parallel.layout import ModelGroups
-from kdrl_mcore.parallel.packing import Shape, Span, is_scored, lay_out_rows, pack, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.micro_batches import Shape, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import Span, is_scored, lay_out_rows, pack
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
 from kdrl_mcore.teacher.hidden_states import HiddenStates

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from kdrl_mcore.config import Config, DistillationConfig
+from kdrl_mcore.config.derived import is_supervised, shares_teacher_head
 from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.convert.peft_folder import load_adapters
 from kdrl_mcore.model.activations import Activations
@@ -121,15 +122,12 @@ class Student:
             initialise_adapters(self.parts.chunks, self.groups.tensor, config.trainer.seed)
         self.source = str(config_folder(config.student.path))
         self.version = 0  # number of optimizer updates of the weights
-        self._temperature = config.rollout.temperature if config.objective.kind == "kdrl" else 1.0
+        self._temperature = 1.0 if is_supervised(config.objective) else config.rollout.temperature
         self._dtype = config.model.dtype
         self.is_float32 = DTYPES[self._dtype] == torch.float32
         self.teacher_head: TeacherHead | None = None
         self._kd = config.objective.kd
-        # Then the teacher's head is the student's own, and no copy of it is needed.
-        self._teaches_at_once = (
-            config.teacher.weights == "present" and config.batch.updates_per_step == 1
-        ) or self.lora is not None  # whose head is frozen
+        self._shares_teacher_head = shares_teacher_head(config)
         self._head_time = Stopwatch()
         self.optimizer = Optimizer(self.parts, config)
 
@@ -159,8 +157,10 @@ class Student:
         chunk = self.parts.chunks[-1]
         weight_VH = chunk.head_weight().detach()[: chunk.shard.real_columns]
         if self.teacher_head is None:
-            self.teacher_head = TeacherHead(weight_VH if self._teaches_at_once else weight_VH.clone(), chunk.shard, self._kd)
-        elif not self._teaches_at_once:
+            self.teacher_head = TeacherHead(
+                weight_VH if self._shares_teacher_head else weight_VH.clone(), chunk.shard, self._kd
+            )
+        elif not self._shares_teacher_head:
             self.teacher_head.weight_VG.copy_(weight_VH)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:

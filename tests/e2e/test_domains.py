@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_pair(tmp_path_factory.mktemp("domains"), PROMPTS)
     rows = read_jsonl(folder / "train.jsonl")
     write_jsonl(
-        folder / "sums.jsonl", [{**row, "response": "1", "info": {"level": place}} for place, row in enumerate(rows[:5])]
+        folder / "sums.jsonl", [{**row, "response": "1", "info": {"level": index}} for index, row in enumerate(rows[:5])]
     )
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows[5:]]
     rest = {"gold": {"it": "B"}, "response": "2", "info": {"level": 7.5}}

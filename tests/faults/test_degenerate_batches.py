@@ -39,8 +39,8 @@ def one_short_group(rows: Rows) -> Rows:
     pair = [row for row in rows if row["group_id"] == rows[0]["group_id"]][:2]
     short = [{**row, "response_token_ids": row["response_token_ids"][:1]} for row in pair]
     return [
-        {**row, "sampler_log_probs": row["sampler_log_probs"][:1], "reward": float(place), "correct": bool(place)}
-        for place, row in enumerate(short)
+        {**row, "sampler_log_probs": row["sampler_log_probs"][:1], "reward": float(index), "correct": bool(index)}
+        for index, row in enumerate(short)
     ]
 
 

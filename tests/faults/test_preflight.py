@@ -192,7 +192,15 @@ def _a_wrong_sum() -> Iterator[None]:
         yield
 
 
-TROUBLES = {"version": _another_version, "disk": _a_disk_of_its_own, "sum": _a_wrong_sum}
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    from kdrl_mcore.planning import host_memory
+
+    with patch.object(host_memory, "free_memory", lambda: 2**20):
+        yield
+
+
+TROUBLES = {"version": _another_version, "disk": _a_disk_of_its_own, "sum": _a_wrong_sum, "memory": _little_memory}
 
 
 @pytest.mark.parametrize(
@@ -200,6 +208,7 @@ TROUBLES = {"version": _another_version, "disk": _a_disk_of_its_own, "sum": _a_w
     [
         ("version", "versions", ["torch is ", "and 0.1 on ", "same environment"]),
         ("disk", "run.dir", ["does not see what another node wrote", "run.dir"]),
+        ("memory", "memory", ["has 0.0 GiB of free memory", "2 rank(s) need more than", "student.lora.rank"]),
         ("sum", "all-reduce", ["rank 1 on ", "wrong sum"]),
     ],
 )

@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from tests.paper_cuda import streams
 from tests.paper_cuda.streams import PaperCudaError, Stream
-from tests.paper_cuda.syncs import place
+from tests.paper_cuda.syncs import own_line
 
 _GRANULARITY = 512  # bytes; torch's caching allocator rounds up to a multiple
 _untyped_storage = torch.Tensor.untyped_storage
@@ -45,7 +45,7 @@ class Block:
     def __init__(self, index: int | None, size: int, operation: str) -> None:
         self.index = index
         self.size = _rounded(size)
-        self.made = f"{operation} at {place()}"
+        self.made = f"{operation} at {own_line()}"
         self._stream = streams.current() if index is not None else streams.host
         self._own = {False: 0, True: 0}  # that stream's last work that reads, and that writes, any of it
         self._others: list[Use] = []

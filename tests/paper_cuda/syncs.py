@@ -11,10 +11,10 @@ syncs: Counter[str] = Counter()
 
 def count_sync(kind: str) -> None:
     """The host waits."""
-    syncs[f"{place()} {kind}"] += 1
+    syncs[f"{own_line()} {kind}"] += 1
 
 
-def place() -> str:
+def own_line() -> str:
     """The line of kdrl_mcore that the calling thread is in, as "file:line", or "-"."""
     frame = sys._getframe(1)
     while frame is not None:

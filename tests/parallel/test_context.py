@@ -67,8 +67,8 @@ def plain_attention(lengths: list[tuple[int, int]], size: int) -> list[Tensor]:
     ranks = [packed_on_rank(lengths, rank, size) for rank in range(size)]
     order = ranks[0].context_rows
     positions = torch.empty_like(order).index_copy_(0, order, torch.cat([batch.positions_S for batch in ranks]))
-    sequence, place = (positions == 0).cumsum(0), torch.arange(len(order))
-    visible = (sequence[:, None] == sequence[None]) & (place[None] <= place[:, None])
+    sequence, row = (positions == 0).cumsum(0), torch.arange(len(order))
+    visible = (sequence[:, None] == sequence[None]) & (row[None] <= row[:, None])
     query, key, value, gradient = inputs(len(order))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     every_head = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]

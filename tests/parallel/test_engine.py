@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from tests.reference import dense
 from tests.support.ranks import RankPool
 from tests.support.sampling import (
-    COPIES,
     LIMIT,
     PROMPTS,
+    RESPONSES,
     SAMPLINGS,
     assert_close,
     generate_on_rank,
@@ -137,8 +137,8 @@ def test_every_mixture_samples_from_its_distribution(family: str, zoo: Zoo, rank
 
 def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[str, list[dict[str, Any]]]) -> None:
     for name, rows in alone.items():
-        assert [row["prompt_token_ids"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(COPIES)]
-        assert [row["group_id"] for row in rows] == [group for group in range(len(PROMPTS)) for _ in range(COPIES)]
+        assert [row["prompt_token_ids"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(RESPONSES)]
+        assert [row["group_id"] for row in rows] == [group for group in range(len(PROMPTS)) for _ in range(RESPONSES)]
         for row in rows:
             ids = row["response_token_ids"]
             assert 0 not in ids[:-1] and max(ids) < TOKENS

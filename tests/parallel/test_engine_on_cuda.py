@@ -96,7 +96,7 @@ def test_gpus_sample_the_tokens_of_the_cpu(layout: str, zoo: Zoo, gpus: RankPool
 def test_the_host_waits_once_in_16_tokens_and_attention_meets_few_shapes(layout: str, zoo: Zoo, gpus: RankPool) -> None:
     for (short, long), columns in gpus.run(syncs_on_rank, overrides_of(zoo, layout)):
         assert columns == {64, 128}
-        more = {place: count - short.get(place, 0) for place, count in long.items() if count != short.get(place, 0)}
+        more = {line: count - short.get(line, 0) for line, count in long.items() if count != short.get(line, 0)}
         assert sum(more.values()) == (LIMITS[1] - LIMITS[0]) // 16, more
         assert sum(short.values()) <= 12, short
 

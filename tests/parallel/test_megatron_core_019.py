@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,20 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def newer_ranks() -> Iterator[RankPool]:
+def newer_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Ranks that would wait forever for a compilation that was killed, if they compiled Megatron-Core's extension."""
+    lock = tmp_path_factory.mktemp("extensions") / "share_storage_ext" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
     pool = RankPool(2, import_first=[str(BESIDE)])
+    pool.run(use_extensions_of, str(lock.parents[1]))
     yield pool
     pool.close()
+
+
+def use_extensions_of(folder: str) -> None:
+    """On a rank: torch keeps what it compiles in this folder."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))

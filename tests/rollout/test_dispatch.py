@@ -123,7 +123,7 @@ def run(
 
 
 def everything(prompts: int, responses_per_prompt: int) -> set[tuple[int, int]]:
-    return {(place, copy) for place in range(prompts) for copy in range(responses_per_prompt)}
+    return {(index, response) for index in range(prompts) for response in range(responses_per_prompt)}
 
 
 def test_every_response_comes_once_and_no_server_is_idle() -> None:
@@ -144,8 +144,8 @@ def test_a_servers_failure_costs_and_doubles_nothing() -> None:
     got, failures = run(servers, prompts_of(8), on_failure=revive)
     assert sorted(failure.index for failure in failures) == [0, 1]
     assert set(got) == everything(8, 4)
-    for place, response in got.items():  # repeated requests give the same draws
-        assert response.token_ids.tolist() == alone[place].token_ids.tolist()
+    for index, response in got.items():  # repeated requests give the same draws
+        assert response.token_ids.tolist() == alone[index].token_ids.tolist()
     redone = [name for name, times in Counter(servers[0].begun + servers[1].begun).items() if times > 1]
     assert redone and all(Counter(servers[0].finished + servers[1].finished)[name] == 1 for name in redone)
 
@@ -325,6 +325,6 @@ def test_expected_lengths() -> None:
 
 
 def test_seeds_are_distinct_and_fit_a_signed_64_bit_number() -> None:
-    seeds = {request_seed((1, 0, 3), place, copy) for place in range(50) for copy in range(20)}
+    seeds = {request_seed((1, 0, 3), index, response) for index in range(50) for response in range(20)}
     assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed((1, 0, 3), 0, 1) != request_seed((1, 0, 4), 0, 1)

@@ -112,7 +112,7 @@ def test_an_engine_starts_and_starts_again_on_gpus_that_training_has_left(
     shares: list[float] = []
     monkeypatch.setattr(vllm_placement, "EngineServer", lambda *args, **settings: Engine(events))
     monkeypatch.setattr(vllm_placement, "_arguments", lambda config, vocab_size, single, share: shares.append(share) or ())
-    monkeypatch.setattr(vllm_placement, "tight_memory", lambda *args: None)
+    monkeypatch.setattr(vllm_placement, "engine_gib", lambda *args: 0.0)
     replicas = start_replicas(load_config(["rollout=vllm", "objective=grpo"]), 61, 0.6)
     assert events == [*ROOM, "start", "ready"] and shares == [0.6]
     events.clear()

@@ -22,7 +22,7 @@ from kdrl_mcore.types import Prompt
 from tests.support.sources import through_json
 
 PROMPTS = [Prompt(f"p{i}", "q", np.array([i + 1]), "a") for i in range(60)]
-STEPS, WANTED, COPIES = 15, 4, 2
+STEPS, WANTED, RESPONSES = 15, 4, 2
 
 
 class MortalServer:
@@ -117,7 +117,7 @@ def test_prompts_and_versions_survive_killed_servers_and_resumptions(
     def make() -> Any:
         engine: Any = vllm.VllmEngine(Replicas(servers), config, Letters(), None, vocab_size=99)  # type: ignore[arg-type]
         ahead = Ahead(engine, steps_ahead, max_age, waits, STEPS, 1)
-        sampling = Sampling(1.0, 1.0, 12, COPIES, (5, 0))
+        sampling = Sampling(1.0, 1.0, 12, RESPONSES, (5, 0))
         return SampledRollouts(engine, student, PromptStream(PROMPTS, WANTED, 0, shuffle=False), None, sampling, ahead=ahead)
 
     source, trained, changed = make(), Counter[str](), 0
@@ -139,7 +139,7 @@ def test_prompts_and_versions_survive_killed_servers_and_resumptions(
         assert {len(set(r.response_token_ids)) for r in rollouts} == {1}
         trained.update(rollout.prompt_id for rollout in rollouts)
         student.version += 1
-    assert trained == dict.fromkeys((prompt.prompt_id for prompt in PROMPTS), COPIES)
+    assert trained == dict.fromkeys((prompt.prompt_id for prompt in PROMPTS), RESPONSES)
     assert source.ledger.counts()["prompts_waiting"] == 0 and source.engine._work is None
     assert sum(server.deaths for server in servers) > 5 and (changed > 0) is not waits
     source.engine.close()

@@ -20,7 +20,7 @@ from tests.support.vllm_models import QUIET_ENGINE, environment, make_prompts, m
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
-PROMPTS, COPIES = 4, 4
+PROMPTS, RESPONSES = 4, 4
 
 
 @dataclass
@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "trainer.steps=6",
         "optimizer.lr=1e-2",
         f"rollout.prompts_per_step={PROMPTS}",
-        f"rollout.responses_per_prompt={COPIES}",
+        f"rollout.responses_per_prompt={RESPONSES}",
         "rollout.max_response_tokens=200",
         "rollout.max_prompt_tokens=16",
         "logging.progress=false",
@@ -103,10 +103,10 @@ def test_a_restarted_engine_has_the_students_present_weights(run: Run) -> None:
 def test_no_response_is_lost_doubled_or_made_up(run: Run) -> None:
     for step in (1, 2, 3, 4):
         lines = run.rollouts(step)
-        assert [line["group_id"] for line in lines] == [group for group in range(PROMPTS) for _ in range(COPIES)]
-        assert Counter(line["prompt_id"] for line in lines).most_common(1)[0][1] == COPIES
+        assert [line["group_id"] for line in lines] == [group for group in range(PROMPTS) for _ in range(RESPONSES)]
+        assert Counter(line["prompt_id"] for line in lines).most_common(1)[0][1] == RESPONSES
         assert all(line["response_token_ids"] for line in lines)
-        assert len({(line["prompt_id"], tuple(line["response_token_ids"])) for line in lines}) > PROMPTS * COPIES * 0.7
+        assert len({(line["prompt_id"], tuple(line["response_token_ids"])) for line in lines}) > PROMPTS * RESPONSES * 0.7
 
 
 def test_verification_on_the_way_is_that_of_afterwards(run: Run) -> None:

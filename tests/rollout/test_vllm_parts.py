@@ -18,8 +18,8 @@ from kdrl_mcore.rollout.engine import Sampling
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.types import Prompt, Rollout
 
-COPIES = 2
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, responses_per_prompt=COPIES, key=(1, 0, 7))
+RESPONSES = 2
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=50, responses_per_prompt=RESPONSES, key=(1, 0, 7))
 
 
 @dataclass
@@ -102,7 +102,7 @@ def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, 
 
     def take(part: dict[int, Rollout]) -> None:
         parts.append(part)
-        if sum(map(len, parts)) == 3 * COPIES or part_tokens == 20:
+        if sum(map(len, parts)) == 3 * RESPONSES or part_tokens == 20:
             gate.set()
 
     if part_tokens == 0:
@@ -111,13 +111,13 @@ def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, 
     rollouts = engine.generate(prompts, sampling, take)
     engine.close()
 
-    assert [rollout.prompt_id for rollout in rollouts] == [f"p{i}" for i in range(4) for _ in range(COPIES)]
+    assert [rollout.prompt_id for rollout in rollouts] == [f"p{i}" for i in range(4) for _ in range(RESPONSES)]
     assert len(verifier.seen) == len(rollouts) and all(rollout.correct for rollout in rollouts)
     assert bool(parts) == (part_tokens > 0)
     for part in parts:
         assert sum(rollout.num_tokens for rollout in part.values()) >= part_tokens
-        assert len(part) >= least * COPIES and all(rollouts[place] is rollout for place, rollout in part.items())
+        assert len(part) >= least * RESPONSES and all(rollouts[index] is rollout for index, rollout in part.items())
         groups = {rollout.group_id for rollout in part.values()}
-        assert set(part) == {group * COPIES + copy for group in groups for copy in range(COPIES)}
-    places = [place for part in parts for place in part]
-    assert len(places) == len(set(places))
+        assert set(part) == {group * RESPONSES + response for group in groups for response in range(RESPONSES)}
+    indices = [index for part in parts for index in part]
+    assert len(indices) == len(set(indices))

@@ -85,6 +85,12 @@ def test_a_colocated_engine_has_its_ranks_gpus_and_a_server_those_that_no_rank_h
         vllm_placement._environment(server, 2)
 
 
+def test_an_engine_without_a_gpu_has_its_ranks_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine of a machine would otherwise start a thread for every core."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert vllm_placement._environment(config(), 0) == {"OMP_NUM_THREADS": "3"}
+
+
 @pytest.mark.parametrize(("single_node", "host"), [(True, "127.0.0.1"), (False, "10.0.0.5")])
 def test_servers_bind_to_loopback_or_to_the_interface_of_the_job(
     single_node: bool, host: str, monkeypatch: pytest.MonkeyPatch

@@ -147,7 +147,7 @@ def test_log_probs_are_those_of_the_distribution_that_is_sampled_from(temperatur
 
 def test_more_prompt_tokens_than_one_step_of_vllm_takes(served: Served, model: Any) -> None:
     """vLLM cannot cut a seeded request's prompt in two on CPU: such prompts wait for the next step."""
-    prompts = [[1 + (7 * place + step * step) % (TOKENS - 1) for step in range(MAX_MODEL_LEN - 4)] for place in range(128)]
+    prompts = [[1 + (7 * index + step * step) % (TOKENS - 1) for step in range(MAX_MODEL_LEN - 4)] for index in range(128)]
     lines = served.generate(prompts, range(128), max_tokens=4)
     assert len(lines) == 128
     for prompt, line in list(zip(prompts, lines, strict=True))[::9]:

@@ -17,7 +17,7 @@ from tests.support.vllm_models import QUIET_ENGINE, environment, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(590)]
 
-STEPS, MAX_AGE, COPIES = 8, 4, 4
+STEPS, MAX_AGE, RESPONSES = 8, 4, 4
 
 
 def test_killed_engines_lose_and_double_nothing(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_killed_engines_lose_and_double_nothing(tmp_path: Path) -> None:
 
     steps = [read_jsonl(tmp_path / "run/rollouts" / f"step_{step:06d}.jsonl") for step in range(1, STEPS + 1)]
     assert Counter(line["prompt_id"] for step in steps for line in step) == {
-        f"prompts-{i + 1}": COPIES for i in range(4 * STEPS)
+        f"prompts-{i + 1}": RESPONSES for i in range(4 * STEPS)
     }
     for number, step in enumerate(steps):
         for line in step:

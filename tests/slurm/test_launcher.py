@@ -55,7 +55,7 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     layout = ["cluster.nodes=2", "cluster.gpus_per_node=1", "parallel.tensor=2"]
     unhurried = ["fault.kind=slow", "fault.seconds=0.25"]  # so that the job does not end before it is preempted
     overrides = [*tiny_job, *layout, *unhurried, f"run.dir={run_dir}", f"trainer.steps={STEPS}", "checkpoint.every=5"]
-    number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
+    number = submit(cluster, tmp_path, overrides, "--time=59", KDRL_PREFLIGHT="0")
 
     cluster.start_again(number, restarts=1)  # it was submitted for one node and asked for a second one
     assert "needs 2 nodes" in job_log(tmp_path, number)
@@ -63,6 +63,7 @@ def test_a_job_grows_to_its_nodes_is_preempted_warned_of_its_time_limit_and_fini
     assert cluster.job(number)["NumNodes"] == "2"
     cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--wrap=true", cwd=tmp_path)
 
+    cluster.run("scontrol", "update", f"jobid={number}", "timelimit=UNLIMITED")
     cluster.start_again(number, restarts=2)
     first = stopped_after(run_dir, number, 1)
     cluster.wait_in_job(number, lambda: steps_done(run_dir)[-1] >= first + 2, "two more steps")

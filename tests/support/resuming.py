@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,14 +181,15 @@ def find(directory: str, resume: str = "auto") -> str:
         return f"error: {error}"
 
 
-def leave_write_results_process() -> int:
-    """On a rank: a process starts the one that returns the results of its checkpoint writers, and is killed. Returns the id of
-    the started process."""
+def leave_writers() -> list[int]:
+    """On a rank: a process starts a checkpoint writer and the process that returns the results of its writers, and is killed.
+    Returns the ids of both."""
     from kdrl_mcore.parallel.platform import prepare_platform
 
     prepare_platform()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from kdrl_mcore.checkpointing.writer import _write_and_checksum
     from kdrl_mcore.parallel.mcore import start_write_results_process
 
     answer, ask = os.pipe()
@@ -194,9 +197,12 @@ def leave_write_results_process() -> int:
     if child == 0:
         filesystem_async._results_queue = None
         start_write_results_process()
-        os.write(ask, str(filesystem_async._results_queue._manager._process.pid).encode())
+        fork = multiprocessing.get_context("fork")
+        writer = fork.Process(target=_write_and_checksum, args=(lambda rank: time.sleep(600), Path(), os.getpid(), 0))
+        writer.start()
+        os.write(ask, f"{filesystem_async._results_queue._manager._process.pid} {writer.pid}".encode())
         os.kill(os.getpid(), signal.SIGKILL)
-    started = int(os.read(answer, 20))
+    started = [int(pid) for pid in os.read(answer, 40).split()]
     os.waitpid(child, 0)
     os.close(answer)
     os.close(ask)

@@ -13,7 +13,7 @@ import torch
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33, 1], [40, 41, 42, 43, 44], [2, 3], [60]]  # token ids
 LIMIT = 20  # tokens of a response
-COPIES = 3  # responses per prompt
+RESPONSES = 3  # responses per prompt
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.0, "top_p": 1.0},
     "cool": {"temperature": 0.6, "top_p": 1.0},
@@ -45,7 +45,7 @@ def generate_on_rank(
     asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
     result = {}
     for name, how in samplings.items():
-        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=COPIES, key=(1, 0, 7), **how)
+        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=RESPONSES, key=(1, 0, 7), **how)
         rollouts = job.engine.generate(asked, sampling) if parts is None else in_parts(job.engine, asked, sampling, *parts)
         scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
         result[name] = [

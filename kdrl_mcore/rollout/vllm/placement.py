@@ -30,7 +30,7 @@ from kdrl_mcore.parallel.interfaces import own_address
 from kdrl_mcore.parallel.mcore import drop_gathering_buffer
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, Launch, ServerFailed, address_path
 from kdrl_mcore.rollout.vllm.gpu_memory import ENGINE_SHARE, free_share, give_back
-from kdrl_mcore.rollout.vllm.host_memory import tight_memory
+from kdrl_mcore.rollout.vllm.host_memory import engine_gib, tight_memory
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,9 @@ def _announce(config: Config, owners: Sequence[int]) -> None:
         logger.info("starting vLLM engines: the first start of a model on a machine takes minutes of compilation")
         return
     here = sum(owner < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) for owner in owners)
-    settings, model = config.rollout.vllm, str(config.student.path)
-    tight = tight_memory(model, config.model.dtype, here, settings.tensor, settings.kv_cache_gib)
+    settings = config.rollout.vllm
+    each = engine_gib(str(config.student.path), config.model.dtype, settings.tensor, settings.kv_cache_gib)
+    tight = tight_memory(each, here)
     if tight is not None:
         logger.warning(tight)
 
@@ -240,9 +241,10 @@ def _arguments(config: Config, vocab_size: int, single_node: bool, share: float)
 
 
 def _environment(config: Config, index: int) -> dict[str, str]:
-    """The environment variables that select the server's GPUs."""
+    """The environment variables that select the server's GPUs, or without a GPU the number of its threads: this rank's, which
+    otherwise each of the machine's engines would have for every core."""
     if not torch.cuda.is_available():
-        return {}
+        return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     settings = config.rollout.vllm
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     devices, local = visible.split(","), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kdrl_mcore.cli import commands, ranks, serve
@@ -40,37 +45,93 @@ def test_ranks_run_the_command_with_the_other_words(monkeypatch: pytest.MonkeyPa
 
 
 RANK = """import os, pathlib, signal, sys, time
-rank, what, ready = os.environ["RANK"], sys.argv[1], pathlib.Path(sys.argv[2])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-def save(*_):
-    os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']} saves\\n".encode())  # in one piece, beside the other rank's
-    sys.exit(0)
-signal.signal(signal.SIGINT, save)
-if rank == "1":
-    {"killed": lambda: os.kill(os.getpid(), 9), "stopped": ready.touch}[what]()
-else:
-    while not ready.exists():
-        time.sleep(0.05)
-    os.kill(os.getppid(), signal.SIGINT)  # one Ctrl-C, where the terminal reaches the launcher alone
+from kdrl_mcore.cli.commands import end_with_launcher
+launcher, folder = os.getppid(), pathlib.Path(sys.argv[2])
+end_with_launcher()
+rank, ranks, what, _, name, to = os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]
+def save(number, _):
+    time.sleep(0.1)  # while the same signal may arrive again
+    os.write(1, f"rank {rank} of {ranks} saves on {signal.Signals(number).name}\\n".encode())  # in one piece
+    os._exit(0)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL if what == "starting" else save)
+if what == "interrupted":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+(folder / f"{rank}-{os.getpid()}").touch()
+while len(list(folder.iterdir())) < int(ranks):
+    time.sleep(0.02)
+if rank == "0" and what == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif rank == "0":
+    {"group": os.killpg, "leader": os.kill}[to](launcher, getattr(signal, name))
 time.sleep(60)
 """
 
 
+LAUNCHERS = """import json, os, sys
+from kdrl_mcore.cli.ranks import launch
+for line in sys.stdin:
+    ranks, words, files = json.loads(line)
+    launcher = os.fork()
+    if launcher == 0:
+        os.setsid()
+        for number, file in files:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644), number)
+        code = 1
+        try:
+            code = launch(ranks, [sys.executable, *words])
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]), flush=True)
+"""
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
+
+@pytest.fixture(scope="module")
+def launchers() -> Iterator[subprocess.Popen[str]]:
+    """Loads torch once, which takes seconds, and forks each launcher."""
+    command = [sys.executable, "-c", LAUNCHERS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize(
-    ("what", "code", "output", "errors"),
+    ("ranks", "what", "name", "to", "code"),
     [
-        ("stopped", 0, {"rank 0 of 2 saves", "rank 1 of 2 saves"}, ""),
-        ("killed", 1, set(), "error: rank 1 was ended by SIGKILL\n"),
+        *((ranks, "stopped", name, to, 0) for ranks in (1, 2) for name in SIGNALS for to in ("group", "leader")),
+        *((2, "starting", name, "leader", 128 + getattr(signal, name)) for name in SIGNALS),
+        (2, "interrupted", "SIGINT", "group", 130),
+        (2, "killed", "", "", 1),
+        (2, "orphaned", "SIGKILL", "leader", -signal.SIGKILL),
     ],
 )
 def test_ranks_hear_signals_and_one_that_fails_is_named(
-    what: str, code: int, output: set[str], errors: str, tmp_path: Path
+    ranks: int, what: str, name: str, to: str, code: int, launchers: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    """The launcher takes a second or two to load torch."""
-    program = "import sys; from kdrl_mcore.cli.ranks import launch; sys.exit(launch(2, [sys.executable, *sys.argv[1:]]))"
-    command = [sys.executable, "-c", program, "-c", RANK, what, str(tmp_path / "ready")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert (done.returncode, set(done.stdout.splitlines()), done.stderr) == (code, output, errors)
+    """A terminal, `timeout` or SLURM signals the launcher's process group, `kill` the launcher alone; no rank is in the group.
+    Ranks that are still starting end by the signal, and those that are interrupted again with their own line: both without
+    an error. If the launcher is killed, its ranks end."""
+    (started := tmp_path / "started").mkdir()
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    words = ["-c", RANK, what, str(started), name, to]
+    assert launchers.stdin is not None and launchers.stdout is not None
+    print(json.dumps([ranks, words, [(1, str(output)), (2, str(errors))]]), file=launchers.stdin, flush=True)
+    assert int(launchers.stdout.readline()) == code, errors.read_text()
+    saved = {f"rank {rank} of {ranks} saves on {name}" for rank in range(ranks)} if what == "stopped" else set()
+    killed = "error: rank 0 was ended by SIGKILL (by Linux, if the machine ran out of memory)\n" if what == "killed" else ""
+    assert errors.read_text() == killed
+    assert what == "killed" or set(output.read_text().splitlines()) == saved  # the launcher ends the rank that was not killed
+    deadline = time.monotonic() + 20
+    while still := [file.name for file in started.iterdir() if is_running(int(file.name.partition("-")[2]))]:
+        assert time.monotonic() < deadline, still
+        time.sleep(0.05)
 
 
 def test_modules_of_the_working_folder_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

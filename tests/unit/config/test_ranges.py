@@ -15,6 +15,7 @@ from kdrl_mcore.config import BenchmarkConfig, Config, load_config
 from kdrl_mcore.config import load as loading
 from kdrl_mcore.config.keys import RANGES, key_types
 from kdrl_mcore.config.ranges import Range, check_number, numbers
+from kdrl_mcore.config.sources import Sources
 from kdrl_mcore.errors import ConfigError
 
 TYPES = key_types()
@@ -50,7 +51,7 @@ def composed_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kept: dict[str, Any] = {}
     compose = loading._compose
 
-    def compose_once(sources: loading.Sources, chosen: dict[str, Any]) -> Any:
+    def compose_once(sources: Sources, chosen: dict[str, Any]) -> Any:
         if str(chosen) not in kept:
             kept[str(chosen)] = compose(sources, chosen)
         return copy.deepcopy(kept[str(chosen)])

@@ -10,6 +10,7 @@ from kdrl_mcore.config import load_config, save_config
 from kdrl_mcore.config.derived import (
     keeps_earlier_weights,
     loads_teacher,
+    shares_teacher_head,
     teacher_prompt_tokens,
     teaches_itself,
     used_models,
@@ -56,6 +57,22 @@ def test_the_student_is_its_own_teacher() -> None:
     assert teaches_itself(config) and keeps_earlier_weights(config) and not loads_teacher(config)
     assert used_models(config) == {"student": "s"} and teacher_prompt_tokens(config) == 99
     assert not keeps_earlier_weights(load(f"{SELF}=present"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [
+        (f"{SELF}=present", True),
+        (f"{SELF}=present batch.updates_per_step=2", False),  # the second update's head is not the teacher's
+        (f"{SELF}=start", False),
+        (f"{SELF}=start student.lora.rank=8", True),
+        (f"{SELF}=base student.lora.rank=8 batch.updates_per_step=2", True),
+        ("student.lora.rank=8", False),
+        ("teacher.weights=path batch.updates_per_step=1", False),
+    ],
+)
+def test_the_teacher_has_the_students_head_where_neither_changes(settings: str, shared: bool) -> None:
+    assert shares_teacher_head(load(settings)) == shared
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_peak_is_what_the_configuration_says_or_known_by_the_gpus_name() -> 
     "tokens, shared, window", [(12, 0, None), (12, 5, None), (12, 0, 4), (12, 3, 4), (12, 9, 4), (3, 2, 40)]
 )
 def test_a_window_counts_the_keys_in_it(tokens: int, shared: int, window: int | None) -> None:
-    seen = sum(min(shared + place + 0.5, (window or tokens + shared)) for place in range(tokens))
-    causal = 2 * sum(shared + place + 0.5 for place in range(tokens))
+    seen = sum(min(shared + token + 0.5, (window or tokens + shared)) for token in range(tokens))
+    causal = 2 * sum(shared + token + 0.5 for token in range(tokens))
     assert _attended(tokens, shared, None) == causal
     assert _attended(tokens, shared, window) == pytest.approx(2 * seen, abs=1)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdrl_mcore.model.kv_cache import KVCache, padded_columns
 
-PROMPTS, COPIES, HEADS, GROUPS, WIDTH = [2, 5, 61], 2, 4, 2, 8
+PROMPTS, RESPONSES, HEADS, GROUPS, WIDTH = [2, 5, 61], 2, 4, 2, 8
 STEPS = 72
 WINDOWS = {1: None, 2: 66}  # the second is reached while decoding
 CHECKED = (0, 1, 2, 3, 4, 66, 67, 70, 71)  # before and after slots leave, and the cache grows
@@ -22,14 +22,14 @@ def draw(rows: int, heads: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("few_shapes", [True, False])
 def test_decoding_attends_to_the_prompt_and_all_tokens_before(few_shapes: bool) -> None:
     """There are two layers, one with a window, copies of prompts, slots that leave, and rows beyond the slots."""
-    cache = KVCache(PROMPTS, COPIES, STEPS, few_shapes=few_shapes)
+    cache = KVCache(PROMPTS, RESPONSES, STEPS, few_shapes=few_shapes)
     prompts = {layer: (draw(sum(PROMPTS), GROUPS, layer), draw(sum(PROMPTS), GROUPS, 10 + layer)) for layer in (1, 2)}
     for layer, (key, value) in prompts.items():
         cache.fill(layer, key, value)
     seen: dict[int, list[list[Tensor]]] = {}  # [layer][slot]: keys and values so far
     for layer, pair in prompts.items():
         parts = zip(*(x.split(PROMPTS) for x in pair), strict=True)
-        seen[layer] = [list(part) for part in parts for _ in range(COPIES)]
+        seen[layer] = [list(part) for part in parts for _ in range(RESPONSES)]
     cache.begin_decoding()
     for step in range(STEPS):
         if step in (3, 70):

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_mcore.parallel.packing import PackedBatch, Shape, lay_out_rows, pack, partition, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.micro_batches import Shape, partition, plan_micro_batches, shapes_of
+from kdrl_mcore.parallel.packing import PackedBatch, lay_out_rows, pack
 
 Sequence = tuple[int, np.ndarray, np.ndarray]
 Lengths = list[tuple[int, int]]
@@ -73,13 +74,13 @@ def test_every_token_is_on_exactly_one_rank(shapes: Lengths, context: int, tenso
     by_index = {index: [*prompt.tolist(), *response.tolist()] for index, prompt, response in sequences(shapes)}
     packed = [token for index in batches[0].order for token in by_index[index]]
     assert tokens[:real] == packed
-    assert positions[:real] == [place for index in batches[0].order for place in range(len(by_index[index]))]
+    assert positions[:real] == [position for index in batches[0].order for position in range(len(by_index[index]))]
     assert sorted(batches[0].order) == sorted(by_index)
 
 
 @properties
 @given(shapes=lengths, context=context_sizes, data=st.data())
-def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come_first(
+def test_every_loss_row_is_on_the_rank_of_its_predictor_and_scored_ones_come_first(
     shapes: Lengths, context: int, data: st.DataObject
 ) -> None:
     scored = {2 * i: data.draw(st.integers(0, shape[1])) for i, shape in enumerate(shapes) if data.draw(st.booleans())}
@@ -87,16 +88,18 @@ def test_every_loss_row_is_on_one_rank_behind_its_predictor_and_scored_ones_come
     by_index = {index: (prompt, response) for index, prompt, response in sequences(shapes)}
     seen: list[tuple[int, int]] = []
     for batch in batches:
-        rows = [(span.rollout, place) for span in batch.spans for place in range(span.start, span.stop)]
+        rows = [(span.rollout, position) for span in batch.spans for position in range(span.start, span.stop)]
         assert len(rows) == len(batch.rows_T) == len(batch.targets_T)
-        assert [place < scored.get(index, 0) for index, place in rows] == [row < batch.num_scored for row in range(len(rows))]
-        for (index, place), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
+        assert [position < scored.get(index, 0) for index, position in rows] == [
+            row < batch.num_scored for row in range(len(rows))
+        ]
+        for (index, position), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
             prompt, response = by_index[index]
-            assert target == response[place]
-            assert batch.tokens_S[row] == [*prompt, *response][len(prompt) + place - 1]
+            assert target == response[position]
+            assert batch.tokens_S[row] == [*prompt, *response][len(prompt) + position - 1]
         seen += rows
     assert len(seen) == len(set(seen))
-    assert set(seen) == {(index, place) for index, (_, response) in by_index.items() for place in range(len(response))}
+    assert set(seen) == {(index, position) for index, (_, response) in by_index.items() for position in range(len(response))}
 
 
 @properties
@@ -188,13 +191,13 @@ def test_with_shared_prompts_every_token_is_computed_once_and_sees_what_it_saw(
         assert list(attended) == list(range(len(batch.tokens_S)))
         for row, visible_tokens in attended.items():
             assert len(visible_tokens) == batch.positions_S[row] + 1 and visible_tokens[-1] == batch.tokens_S[row]
-        rows = [(span.rollout, place) for span in batch.spans for place in range(span.start, span.stop)]
-        for (index, place), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
+        rows = [(span.rollout, position) for span in batch.spans for position in range(span.start, span.stop)]
+        for (index, position), row, target in zip(rows, batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
             prompt, response = by_index[index]
-            assert attended[row] == [*prompt, *response][: len(prompt) + place] and target == response[place]
-        assert [place < scored[index] for index, place in rows] == [row < batch.num_scored for row in range(len(rows))]
+            assert attended[row] == [*prompt, *response][: len(prompt) + position] and target == response[position]
+        assert [position < scored[index] for index, position in rows] == [row < batch.num_scored for row in range(len(rows))]
         seen |= set(rows)
-    assert seen == {(index, place) for index, (_, response) in by_index.items() for place in range(len(response))}
+    assert seen == {(index, position) for index, (_, response) in by_index.items() for position in range(len(response))}
 
 
 def test_responses_of_equal_length_to_shared_prompts_share_one_run() -> None:

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdrl_mcore.config import Config, load_config
 from kdrl_mcore.model.families import read_architecture
+from kdrl_mcore.planning.host_memory import num_parameters
 from kdrl_mcore.planning.plan import make_plan
 from kdrl_mcore.planning.setup import Choices, make_setup
 from kdrl_mcore.planning.shards import ShardRequest, get_shards
 from kdrl_mcore.planning.workload import workload_of
-from kdrl_mcore.preflight.configuration import num_parameters
 from tests.support import ROOT
 
 CONFIGS = ROOT / "kdrl_mcore" / "planning" / "shapes"

@@ -14,7 +14,8 @@ from kdrl_mcore.cli import plan as plan_tool
 from kdrl_mcore.config import ClusterConfig, load_config
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.layout import Layout
-from kdrl_mcore.parallel.packing import Shape, num_rows
+from kdrl_mcore.parallel.micro_batches import Shape
+from kdrl_mcore.parallel.packing import num_rows
 from kdrl_mcore.planning import published
 from kdrl_mcore.planning.advice import advise
 from kdrl_mcore.planning.live import LiveBytes

@@ -15,7 +15,7 @@ from kdrl_mcore.errors import DataError
 from kdrl_mcore.rollout.files import read_rollouts, read_scored, write_rollouts
 from kdrl_mcore.types import Rollout
 
-CONTRACT = [
+KEYS = [
     *("prompt_id", "group_id", "prompt_token_ids", "response_token_ids", "sampler_log_probs", "reward", "correct"),
     *("finish_reason", "weight_version", "prompt", "response", "answer"),
 ]
@@ -75,10 +75,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     for left, right in zip(rollouts, read_rollouts(path), strict=True):
         assert_equal(left, right)
     lines = path.read_text(encoding="utf-8").split("\n")
-    assert [list(json.loads(line)) for line in lines[:-1]] == [[*CONTRACT, "advantage"], CONTRACT]
+    assert [list(json.loads(line)) for line in lines[:-1]] == [[*KEYS, "advantage"], KEYS]
 
 
-def test_the_teachers_log_probs_stand_where_it_gave_them(tmp_path: Path) -> None:
+def test_the_teachers_log_probs_are_written_where_it_gave_them(tmp_path: Path) -> None:
     log_probs = np.array([-0.3, -2.5], dtype=np.float32)
     write_rollouts(tmp_path / "r.jsonl", [rollout(teacher_log_probs=log_probs), rollout()])
     (_, with_teacher), (_, without) = read_scored(tmp_path / "r.jsonl")
@@ -139,7 +139,7 @@ def test_non_finite_log_probs_are_written_as_evidence_and_refused(tmp_path: Path
         read_rollouts(path)
 
 
-@pytest.mark.parametrize("key", CONTRACT[:9])
+@pytest.mark.parametrize("key", KEYS[:9])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     damaged = {name: value for name, value in row().items() if name != key}
     with pytest.raises(DataError, match=f"line 2: '{key}' is missing"):

@@ -92,7 +92,14 @@ def job(tmp_path: Path) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("record", "name"), [({}, "70"), ({"array": "ArrayJobId=70 ArrayTaskId=4 "}, "70_4")], ids=["a job", "an array's last task"]
+    ("record", "name"),
+    [
+        ({}, "70"),
+        ({"array": "ArrayJobId=70 ArrayTaskId=4 "}, "70_4"),
+        ({"gres": "TimeLimit=00:15:00 PreemptTime=2026-01-01T10:00:01 "}, "70"),
+        ({"gres": "TimeLimit=1-00:15:00 PreemptTime=None "}, "70"),
+    ],
+    ids=["a job", "an array's last task", "preempted at its start", "asked by hand at its start"],
 )
 def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
     record: dict[str, str], name: str, job: Job
@@ -113,8 +120,9 @@ def test_a_stopped_job_goes_back_to_the_queue_and_takes_no_other_task_with_it(
         ({}, "exit 1", "SLURM refused to requeue it: "),
         ({"array": "JobId="}, "", "SLURM does not respond, so the job cannot go back to the queue: "),
         ({"gres": "TimeLimit=00:15:00 "}, "", "(--signal, 900 s): increase it with --time, or use sbatch --signal=B:USR1@60: "),
+        ({"gres": "TimeLimit=00:45:00 PreemptTime=2026-01-01T09:59:59 "}, "", "or use sbatch --signal=B:USR1@60: "),
     ],
-    ids=["--no-requeue", "salloc", "refused", "no answer", "a warning at its start, which each start would get"],
+    ids=["--no-requeue", "salloc", "refused", "no answer", "a warning at each start", "a long lead time"],
 )
 def test_a_job_that_cannot_go_back_to_the_queue_says_how_to_go_on(
     record: dict[str, str], on_request: str, message: str, job: Job
@@ -132,7 +140,7 @@ def test_rules_and_functions_that_the_users_shell_exports_change_nothing(job: Jo
     functions = {f"BASH_FUNC_{name}%%": f"() {{ echo of the user; command {name} -h; }}" for name in ("cd", "grep", "srun")}
     options = {"POSIXLY_CORRECT": "1", "SHELLOPTS": "noglob:noclobber:braceexpand", "BASHOPTS": "nullglob:failglob"}
     done = job.run(
-        record={"gres": "TimeLimit=00:20:00 "}, ON_TRAIN=STOPPED, SLURM_TIME_FORMAT="relative", **options, **functions
+        record={"gres": "TimeLimit=01:00:00 "}, ON_TRAIN=STOPPED, SLURM_TIME_FORMAT="relative", **options, **functions
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "train was asked to stop: job 70 goes back to the queue" in done.stdout and "of the user" not in done.stdout

@@ -187,10 +187,10 @@ def test_gradients_agree_with_finite_differences(student: Path, teacher: Path, r
     unit = {name: value / length for name, value in gradients.items()}
     assert slope(unit, step) == pytest.approx(length, rel=rel)
     for name in ("model.layers.0.self_attn.v_proj.weight", "model.norm.weight"):
-        place = int(gradients[name].abs().argmax())
+        index = int(gradients[name].abs().argmax())
         one = torch.zeros_like(gradients[name])
-        one.view(-1)[place] = 1
-        assert slope({name: one}, step) == pytest.approx(float(gradients[name].view(-1)[place]), rel=1e-2)
+        one.view(-1)[index] = 1
+        assert slope({name: one}, step) == pytest.approx(float(gradients[name].view(-1)[index]), rel=1e-2)
 
 
 def test_grpo_by_hand(student: Path, rows: list[Row]) -> None:

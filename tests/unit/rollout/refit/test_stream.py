@@ -24,12 +24,12 @@ def test_buckets_hold_every_byte_once_and_are_full(sizes: list[int], bucket_byte
 
 
 @pytest.mark.parametrize("of", [checksum, device_checksum])
-@given(data=st.binary(min_size=2, max_size=60), place=st.integers(0, 59), bit=st.integers(0, 7))
-def test_a_checksum_sees_a_changed_bit_and_a_changed_order(of: object, data: bytes, place: int, bit: int) -> None:
+@given(data=st.binary(min_size=2, max_size=60), index=st.integers(0, 59), bit=st.integers(0, 7))
+def test_a_checksum_sees_a_changed_bit_and_a_changed_order(of: object, data: bytes, index: int, bit: int) -> None:
     assert callable(of)
     bytes_N = torch.tensor(list(data), dtype=torch.uint8)
     other_N = bytes_N.clone()
-    other_N[place % len(data)] ^= 1 << bit
+    other_N[index % len(data)] ^= 1 << bit
     assert of(bytes_N) == of(bytes_N.clone()) != of(other_N)
     words = torch.arange(8 * 6, dtype=torch.uint8).view(6, 8)
     assert of(words.flatten()) != of(words.flip(0).flatten())

@@ -18,16 +18,8 @@ def test_engines_that_do_not_fit_are_told(
     (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(host_memory.GIB)
-    monkeypatch.setattr(host_memory, "_free_bytes", lambda: int(10.5 * host_memory.GIB))
-    said = host_memory.tight_memory(str(tmp_path), "float32", engines, tensor, 1.5)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: int(10.5 * host_memory.GIB))
+    said = host_memory.tight_memory(host_memory.engine_gib(str(tmp_path), "float32", tensor, 1.5), engines)
     assert (said is None) == fits
     if said is not None:
         assert f"{engines} engine(s)" in said and "10.5 GiB are free" in said and "rollout.vllm.replicas" in said
-
-
-def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
-    free = host_memory._free_bytes()
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("3000\n")
-    assert host_memory._free_bytes() == 2000 < free
