@@ -33,8 +33,9 @@ from kdrl_mcore.checkpointing.checkpoint import (
 )
 from kdrl_mcore.checkpointing.lineage import lineage_of
 from kdrl_mcore.checkpointing.manifest import checksum, first_missing, sync_directory, write_durably, write_manifest
+from kdrl_mcore.convert.convert import write_kept
 from kdrl_mcore.convert.folders import STATE_FILE
-from kdrl_mcore.convert.hf_files import copy_side_files
+from kdrl_mcore.convert.hf_files import KEPT, copy_side_files
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.collect import gather_objects
@@ -208,9 +209,21 @@ def _prepare(temporary: Path, source: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     (temporary / WEIGHTS_DIR).mkdir()
-    (temporary / MODEL_DIR).mkdir()
-    copy_side_files(source, temporary / MODEL_DIR)
+    copy_model(source, temporary / MODEL_DIR)
     write_durably(temporary / STATE_FILE, json.dumps(state, indent=2) + "\n")
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Make a folder of what a checkpoint holds of a model besides its weights: config, tokenizer, and the tensors that are
+    in none of its layers.
+
+    Raises:
+        ModelError: the model folder is damaged.
+    """
+    target.mkdir()
+    copy_side_files(source, target)
+    if (target / "config.json").is_file():
+        write_kept(source, target / KEPT)
 
 
 def _raise_first(errors: list[Exception]) -> None:

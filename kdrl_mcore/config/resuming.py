@@ -38,6 +38,7 @@ RULES: dict[str, Rule] = {
     "trainer": Rule("wins", "length, checks and time-outs", False),
     "trainer.seed": Rule("fixed", "data order and sampling are functions of it"),
     "model.dtype": Rule("fixed", "the optimizer's state is of this type of weights"),
+    "model.router_bias_update": Rule("wins", "how far each update moves the biases"),
     "model.spec": Rule("wins", "the same weights in other kernels", False),
     "student.path": Rule("content", "the model from which training started"),
     "student.lora": Rule("fixed", "the adapters are what is trained, and what their checkpoints hold"),

@@ -89,6 +89,12 @@ class ModelConfig:
         "auto (Transformer Engine, where it imports, for bfloat16 on CUDA; or local), local, transformer_engine",
         choices=("auto", "local", "transformer_engine"),
     )
+    router_bias_update: float = key(
+        0.0,
+        "how far an update moves the correction bias of each expert against its load, where routers have one (published models "
+        "were trained with 0.001); 0 keeps it",
+        range=NOT_NEGATIVE,
+    )
 
 
 @dataclass

@@ -15,12 +15,12 @@ from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.byte_ranges import ByteRange
 from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.convert.folders import STATE_FILE, is_peft_folder, torch_dist_folder
-from kdrl_mcore.convert.hf_files import INDEX, HFWeights
+from kdrl_mcore.convert.hf_files import INDEX, KEPT, HFWeights
 from kdrl_mcore.convert.peft_files import FACTOR_A, FACTOR_B, PEFT_PREFIX, read_peft_folder, write_peft_folder
 from kdrl_mcore.convert.torch_dist import TorchDistWeights, read_metadata
 from kdrl_mcore.convert.weight_map import GlobalTensor, TensorSlice
 from kdrl_mcore.errors import CheckpointError, ModelError
-from kdrl_mcore.model.families import base_of_adapters, read_architecture
+from kdrl_mcore.model.families import base_of_adapters, config_folder, read_architecture
 from kdrl_mcore.parallel.dtypes import DTYPES
 
 
@@ -132,7 +132,9 @@ def _open_whole(path: str | Path) -> HFWeights | TorchDistWeights:
     folder = torch_dist_folder(path)
     if is_peft_folder(path) or (folder is not None and holds_adapters(folder)):
         raise ModelError(f"{path} holds adapters, and cannot be the base of others: merge them first (kdrl-convert export)")
-    return HFWeights(path) if folder is None else TorchDistWeights.of_model(folder, read_architecture(path))
+    if folder is None:
+        return HFWeights(path)
+    return TorchDistWeights.of_model(folder, read_architecture(path), config_folder(path) / KEPT)
 
 
 def holds_adapters(folder: Path) -> bool:

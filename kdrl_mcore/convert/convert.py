@@ -16,6 +16,8 @@ from kdrl_mcore.convert.adapted import open_weights
 from kdrl_mcore.convert.byte_ranges import NO_KERNEL_COPY, ByteRange, StoredTensor, num_elements, raw_bytes, write_at
 from kdrl_mcore.convert.folders import RELEASE, TRACKER, torch_dist_folder
 from kdrl_mcore.convert.hf_files import (
+    KEPT,
+    Described,
     HFWeights,
     copy_side_files,
     lay_out,
@@ -29,6 +31,7 @@ from kdrl_mcore.convert.torch_dist_writer import TorchDistWriter
 from kdrl_mcore.convert.weight_map import Weights, check_names, global_tensors
 from kdrl_mcore.errors import CheckpointError, ModelError
 from kdrl_mcore.model.families import FAMILIES, config_folder, read_architecture
+from kdrl_mcore.model.families.base import Architecture, WeightRule
 
 BLOCK_BYTES = 16 * 2**20
 """How much one thread reads, casts and writes at a time."""
@@ -74,19 +77,22 @@ def import_hf(
     with HFWeights(hf) as weights:
         check_names(weights, architecture, rules)
         tensors = list(global_tensors(rules, architecture))
-        found = {weights.dtype(name) for tensor in tensors for name in tensor.hf_names}
+        found = {weights.dtype(name) for tensor in tensors if not tensor.keeps_dtype for name in tensor.hf_names}
         if len(found) > 1 and dtype is None:
             raise ModelError(f"{hf} mixes {' and '.join(sorted(map(str, found)))}: choose one with --dtype")
         to = dtype or found.pop()
-        total = sum(num_elements(tensor.shape) for tensor in tensors) * to.itemsize
+        dtypes = [weights.dtype(tensor.hf_names[0]) if tensor.keeps_dtype else to for tensor in tensors]
+        kept = _kept(weights, architecture)
+        total = sum(num_elements(tensor.shape) * each.itemsize for tensor, each in zip(tensors, dtypes, strict=True))
+        total += sum(num_elements(shape) * each.itemsize for shape, each in kept.values())
         with replacing_folder(output, total, [hf], overwrite=overwrite) as temporary:
             writer = TorchDistWriter(temporary / RELEASE)
-            copies = []
-            for tensor in tensors:
+            copies = _copies(lay_out(temporary / KEPT, kept)) if kept else []
+            for tensor, stored_as in zip(tensors, dtypes, strict=True):
                 # Megatron stores gate and up in separate chunks, and query, key and value interleaved in one.
                 bounds = [0, tensor.hf_shapes[0][0], tensor.shape[0]] if len(tensor.hf_names) == 2 else [0, tensor.shape[0]]
                 for low, high in pairwise(bounds):
-                    target = writer.place(tensor, low, high - low, to)
+                    target = writer.place(tensor, low, high - low, stored_as)
                     copies += [
                         Copy(tensor_slice.hf, tensor_slice.hf_start, tensor_slice.length, target, tensor_slice.start - low)
                         for tensor_slice in tensor.slices
@@ -136,17 +142,47 @@ def export_hf_folder(
         shards = split_into_shards(tensors, max_shard_bytes)
         total = sum(num_elements(shape) * dtype.itemsize for shape, dtype in tensors.values())
         with replacing_folder(output, total, sources, overwrite=overwrite) as temporary:
-            copies = []
+            copies: list[Copy] = []
             for number, shard in enumerate(shards, 1):
                 laid_out = lay_out(temporary / shard_name(number, len(shards)), {name: tensors[name] for name in shard})
-                copies += [Copy(name, 0, target.shape[0], target, 0) for name, target in laid_out.items()]
+                copies += _copies(laid_out)
             copy_all(weights, copies, start(total), threads)
             write_index(temporary, shards, total)
-            dtypes = {weights.dtype(name) for name in names}
+            own = {name for rule in rules if rule.keeps_dtype for name in _names_of(rule, architecture)}
+            dtypes = {weights.dtype(name) for name in names if name not in own and not architecture.keeps(name)}
             if len(dtypes) == 1:
                 write_config(config, temporary, dtypes.pop())
             else:
                 copy_side_files(config, temporary)
+
+
+def write_kept(model: str | Path, file: Path) -> Described:
+    """Write the tensors of a model folder that belong to no layer of the model to a safetensors file, unchanged, and describe
+    them. Where there are none, no file is written.
+
+    Raises:
+        ModelError, CheckpointError: the model folder is damaged.
+    """
+    architecture = read_architecture(model)
+    if not architecture.kept_layers:
+        return {}
+    with open_weights(model) as weights:
+        if kept := _kept(weights, architecture):
+            copy_all(weights, _copies(lay_out(file, kept)), lambda _: None)
+    return kept
+
+
+def _kept(weights: Weights, architecture: Architecture) -> Described:
+    return {name: (weights.shape(name), weights.dtype(name)) for name in sorted(weights.names) if architecture.keeps(name)}
+
+
+def _copies(laid_out: dict[str, StoredTensor]) -> list[Copy]:
+    """Copies of whole tensors."""
+    return [Copy(name, 0, target.shape[0], target, 0) for name, target in laid_out.items()]
+
+
+def _names_of(rule: WeightRule, architecture: Architecture) -> list[str]:
+    return [name.format(layer=layer) for layer in range(architecture.num_layers) for name in rule.hf]
 
 
 def blocks(start: int, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

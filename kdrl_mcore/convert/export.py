@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes, write_at
-from kdrl_mcore.convert.hf_files import Described, lay_out, shard_name, split_into_shards, write_config, write_index
+from kdrl_mcore.convert.convert import write_kept
+from kdrl_mcore.convert.hf_files import KEPT, Described, lay_out, shard_name, split_into_shards, write_config, write_index
 from kdrl_mcore.convert.parameters import MappedParameter, map_chunk
 from kdrl_mcore.convert.targets import begin, put_in_place
 from kdrl_mcore.convert.weight_map import TensorSlice, hf_shapes, tensor_slices
@@ -115,9 +116,13 @@ def export_hf(parts: ModelParts, source: str | Path, target: str | Path, max_sha
             if errors:
                 raise CheckpointError(errors[0])
             files = [file for each in gathered for file in each.files]
+            num_bytes = sum(each.num_bytes for each in gathered)
+            if kept := write_kept(source, temporary / KEPT):
+                files.append((KEPT, list(kept)))
+                num_bytes += sum(num_elements(shape) * dtype.itemsize for shape, dtype in kept.values())
             for number, (name, _) in enumerate(files, 1):
                 os.replace(temporary / name, temporary / shard_name(number, len(files)))
-            write_index(temporary, [tensors for _, tensors in files], sum(each.num_bytes for each in gathered))
+            write_index(temporary, [tensors for _, tensors in files], num_bytes)
             write_config(Path(source), temporary, parts.config.params_dtype)
             put_in_place(temporary, target, [source], overwrite=True)
         finally:

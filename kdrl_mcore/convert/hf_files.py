@@ -15,6 +15,8 @@ from kdrl_mcore.errors import ModelError
 from kdrl_mcore.parallel.dtypes import SAFETENSORS_DTYPES
 
 INDEX = "model.safetensors.index.json"
+KEPT = "kept.safetensors"
+"""In a converted model or a training checkpoint: the tensors that belong to no layer of the model (`Architecture.keeps`)."""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -63,7 +65,7 @@ class HFWeights:
         for name in names:
             if not (self.path / name).is_file():
                 raise ModelError(f"{index} names {name}, which does not exist: the checkpoint is incomplete")
-            found = _read_header(self.path / name)
+            found = read_header(self.path / name)
             for twice in found.keys() & self._tensors.keys():
                 raise ModelError(
                     f"{self.path}: both {self._tensors[twice].path.name} and {name} hold {twice}: remove one of them"
@@ -123,7 +125,7 @@ def unread_files(path: str | Path) -> list[str]:
 
 
 def _is_weights(file: Path) -> bool:
-    return file.name.startswith("model") and file.suffix == ".safetensors"
+    return file.name == KEPT or (file.name.startswith("model") and file.suffix == ".safetensors")
 
 
 def _refuse_rivals(path: Path, names: list[str]) -> None:
@@ -156,7 +158,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return named
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors file lies (https://huggingface.co/docs/safetensors: eight bytes with the header's
     length, the header in JSON, the data)."""
     try:

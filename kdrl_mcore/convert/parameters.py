@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdrl_mcore.convert.weight_map import TensorSlice, tensor_slices
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families.base import WeightRule
-from kdrl_mcore.model.gpt import LanguageModel
+from kdrl_mcore.model.gpt import CORRECTION_BIAS, LanguageModel
 from kdrl_mcore.model.lora import ADAPTER, TEACHER_ADAPTER, Adapter
 from kdrl_mcore.parallel.layout import ModelGroups
 
@@ -27,11 +27,12 @@ class MappedParameter:
     """One parameter of this rank and the HF slices it holds; rows that no slice covers are vocabulary padding.
 
     Attributes:
+        parameter: a parameter, or the buffer with a router's correction bias.
         adapter: what LoRA adds to it, if anything.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     rule: WeightRule
     hf_names: tuple[str, ...]
     slices: tuple[TensorSlice, ...]
@@ -51,7 +52,7 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
     """
     by_name = {rule.megatron: rule for rule in rules}
     tied_copy = chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in _weights(chunk):
         if f".{ADAPTER}." in name or f".{TEACHER_ADAPTER}." in name:
             continue
         layer, expert, generic = _generic_name(chunk, name, groups)
@@ -71,6 +72,18 @@ def map_chunk(chunk: LanguageModel, rules: list[WeightRule], groups: ModelGroups
             tuple(tensor_slices(rule, hf_names, chunk.architecture, rank, ranks, shard_size)),
             _adapter_of(chunk, name),
         )
+
+
+def _weights(chunk: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and the correction biases of routers, module by module."""
+    seen: set[int] = set()
+    for path, module in chunk.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        bias = getattr(module, CORRECTION_BIAS, None)
+        for name, value in {**own, **({} if bias is None else {CORRECTION_BIAS: bias})}.items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{path}.{name}" if path else name, value
 
 
 def _adapter_of(chunk: LanguageModel, name: str) -> Adapter | None:

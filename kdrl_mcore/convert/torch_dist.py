@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.serialization import skip_data
 
 from kdrl_mcore.convert.byte_ranges import ByteRange, Files, StoredTensor, num_elements
+from kdrl_mcore.convert.hf_files import read_header
 from kdrl_mcore.convert.weight_map import GlobalTensor, global_tensors
 from kdrl_mcore.errors import CheckpointError
 from kdrl_mcore.model.families import FAMILIES
@@ -91,9 +92,10 @@ class TorchDistWeights:
     """The weights of a torch_dist checkpoint of any layout under their HF names, read on demand, without vocabulary padding. A
     context manager: it keeps files open."""
 
-    def __init__(self, folder: str | Path, tensors: Iterable[GlobalTensor]) -> None:
+    def __init__(self, folder: str | Path, tensors: Iterable[GlobalTensor], kept: Path | None = None) -> None:
         """Args:
             tensors: those to read.
+            kept: a file with further tensors, which belong to no layer of the model; it need not exist.
 
         Raises:
             CheckpointError: the metadata is missing or damaged, or one chunk stores several layers or experts.
@@ -120,12 +122,13 @@ class TorchDistWeights:
                     raise CheckpointError(f"{self.path}: {key} is stored with several layers or experts in one chunk")
                 self._chunks[key, tuple(chunk.offsets[:lead])].append((tuple(chunk.offsets), tuple(chunk.sizes)))
         self._expected_keys = set(depth)
-        self.names = frozenset(self._of)
+        self._kept = read_header(kept) if kept is not None and kept.is_file() else {}
+        self.names = frozenset({*self._of, *self._kept})
 
     @staticmethod
-    def of_model(folder: str | Path, architecture: Architecture) -> TorchDistWeights:
-        """The weights of a whole model. Raises as the constructor does."""
-        return TorchDistWeights(folder, global_tensors(FAMILIES[architecture.family].rules(architecture), architecture))
+    def of_model(folder: str | Path, architecture: Architecture, kept: Path) -> TorchDistWeights:
+        """The weights of a whole model. Arguments and errors are the constructor's."""
+        return TorchDistWeights(folder, global_tensors(FAMILIES[architecture.family].rules(architecture), architecture), kept)
 
     @property
     def unexpected_keys(self) -> list[str]:
@@ -139,6 +142,8 @@ class TorchDistWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an HF tensor; if the stored tensor does not have the shape that the architecture expects, the stored
         shape."""
+        if name in self._kept:
+            return self._kept[name].shape
         tensor, index = self._tensor(name)
         size = tuple(self._tensors[tensor.key].size)[len(tensor.grid) :]
         whole = (*tensor.grid, *tensor.shape) == tuple(self._tensors[tensor.key].size)
@@ -147,6 +152,8 @@ class TorchDistWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of an HF tensor."""
+        if name in self._kept:
+            return self._kept[name].dtype
         return self._tensors[self._tensor(name)[0].key].properties.dtype
 
     def read(self, name: str, start: int, length: int, dim: int = 0) -> Tensor:
@@ -155,6 +162,13 @@ class TorchDistWeights:
         Raises:
             CheckpointError: there is no such tensor, or some of its rows are not stored.
         """
+        if name in self._kept:
+            stored = self._kept[name]
+            return (
+                self.files.read_rows(stored, start, length)
+                if dim == 0
+                else self.files.read_block(stored, 0, stored.shape[0], start, length)
+            )
         tensor, index = self._tensor(name)
         shape = tensor.hf_shapes[index]
         column, columns = (start, length) if dim == 1 else (0, num_elements(shape[1:]))
@@ -169,6 +183,9 @@ class TorchDistWeights:
 
     def ranges(self, name: str, start: int, length: int) -> list[ByteRange] | None:
         """Where the bytes of these rows lie, in order; None if the checkpoint's layout splits rows."""
+        if name in self._kept:
+            stored = self._kept[name]
+            return [ByteRange(stored.path, stored.offset + start * stored.row_bytes, length * stored.row_bytes)]
         tensor, _ = self._tensor(name)
         lead, result, found = len(tensor.grid), [], 0
         columns = num_elements(tensor.shape[1:])

@@ -31,7 +31,7 @@ from torch.serialization import skip_data
 
 from kdrl_mcore.convert.byte_ranges import StoredTensor, num_elements
 from kdrl_mcore.convert.weight_map import GlobalTensor
-from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.families.base import Architecture, moe_layer_freq
 
 FILES = 4
 """How many `.distcp` files chunks are distributed over at a time: threads that write to the same file wait for each other."""
@@ -49,6 +49,8 @@ _EXTRA_STATES = (
 )
 """Modules of a layer that ask a checkpoint for `_extra_state` (scaling factors of FP8 training, which these weights do not
 have) under one of Megatron's layer specs. Each gets an empty one; a spec ignores those that it does not ask for."""
+_SHARED_EXPERTS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+"""Further ones, where there are shared experts."""
 
 
 class _Frame(io.RawIOBase):
@@ -120,17 +122,20 @@ class TorchDistWriter:
         torch.save([None], blob)
         begin = file.tell()
         file.write(blob.getvalue())
-        layers = architecture.num_layers
+        layers, stacked = architecture.num_layers, not architecture.mixes_layers
         names = ["decoder.final_layernorm._extra_state/shard_0_1"]
-        names += [f"decoder.layers.{each}._extra_state/shard_{i}_{layers}" for each in _EXTRA_STATES for i in range(layers)]
-        if architecture.experts is not None:
-            count = architecture.experts.count
-            names += [
-                f"decoder.layers.mlp.experts.experts.{linear}._extra_state/shard_{layer}.{expert}_{layers}.{count}"
-                for linear in ("linear_fc1", "linear_fc2")
-                for layer in range(layers)
-                for expert in range(count)
-            ]
+        for layer in range(layers):
+            prefix, place = ("decoder.layers.", f"{layer}_{layers}") if stacked else (f"decoder.layers.{layer}.", "0_1")
+            shared = _SHARED_EXPERTS if architecture.experts and architecture.experts.shared_ffn_hidden_size else ()
+            names += [f"{prefix}{each}._extra_state/shard_{place}" for each in (*_EXTRA_STATES, *shared)]
+            if architecture.experts is not None and architecture.has_experts(layer):
+                count = architecture.experts.count
+                places = (f"{layer}.{{}}_{layers}.{count}" if stacked else f"{{}}_{count}").format
+                names += [
+                    f"{prefix}mlp.experts.experts.{linear}._extra_state/shard_{places(expert)}"
+                    for linear in ("linear_fc1", "linear_fc2")
+                    for expert in range(count)
+                ]
         for name in names:
             self._metadata[name] = BytesStorageMetadata()
             self._add(MetadataIndex(name), file, begin)
@@ -209,7 +214,7 @@ def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.N
         hidden_dropout=0.0,
         position_embedding_type="yarn" if rope.kind == "yarn" else "rope",
         rotary_base=int(rope.theta) if math.isclose(rope.theta, int(rope.theta)) else rope.theta,
-        rotary_percent=1.0,
+        rotary_percent=rope.share,
         rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=rope.factor if rope.kind == "linear" else None,
         use_rope_scaling=rope.kind == "llama3",
@@ -222,6 +227,13 @@ def _megatron_args(architecture: Architecture, dtype: torch.dtype) -> argparse.N
         moe_router_topk=experts.per_token if experts else 2,
         moe_ffn_hidden_size=experts.ffn_hidden_size if experts else None,
         moe_router_pre_softmax=bool(experts and not experts.normalized),
+        moe_layer_freq=moe_layer_freq(architecture),
+        moe_shared_expert_intermediate_size=(experts.shared_ffn_hidden_size or None) if experts else None,
+        moe_router_score_function=experts.scoring if experts else "softmax",
+        moe_router_enable_expert_bias=bool(experts and experts.corrected),
+        moe_router_topk_scaling_factor=experts.scale if experts and experts.scale != 1 else None,
+        moe_router_num_groups=experts.groups if experts and experts.groups > 1 else None,
+        moe_router_group_topk=experts.groups_per_token if experts and experts.groups > 1 else None,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

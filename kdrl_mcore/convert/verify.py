@@ -16,11 +16,11 @@ from kdrl_mcore.convert.adapted import holds_adapters
 from kdrl_mcore.convert.byte_ranges import num_elements, raw_bytes
 from kdrl_mcore.convert.convert import Progress, Start, blocks, run_all
 from kdrl_mcore.convert.folders import torch_dist_folder
-from kdrl_mcore.convert.hf_files import HFWeights
+from kdrl_mcore.convert.hf_files import KEPT, HFWeights
 from kdrl_mcore.convert.torch_dist import TorchDistWeights
 from kdrl_mcore.convert.weight_map import HEAD, Weights, check_shapes, check_tied_head
 from kdrl_mcore.errors import CheckpointError
-from kdrl_mcore.model.families import FAMILIES, read_architecture
+from kdrl_mcore.model.families import FAMILIES, config_folder, read_architecture
 
 STATUSES = ("equal", "cast", "missing", "different")
 
@@ -67,9 +67,9 @@ def verify(hf: str | Path, checkpoint: str | Path, start: Start, threads: int | 
             f"{checkpoint} holds adapters alone (student.lora), and only whole models are compared: export it, and compare that"
         )
     architecture = read_architecture(checkpoint)
-    result = Verification()
+    result, kept = Verification(), config_folder(checkpoint) / KEPT
     lines: tuple[dict[str, str], dict[str, str]] = ({}, {})  # digests of each side's tensors
-    with HFWeights(hf) as source, TorchDistWeights.of_model(folder, architecture) as converted:
+    with HFWeights(hf) as source, TorchDistWeights.of_model(folder, architecture, kept) as converted:
         check_shapes(converted, architecture, FAMILIES[architecture.family].rules(architecture))
         if architecture.tied_embeddings:
             check_tied_head(source)

@@ -58,15 +58,19 @@ def hf_shapes(rule: WeightRule, architecture: Architecture) -> list[tuple[int, .
     """The shape of each HF tensor of a rule."""
     hidden, head = architecture.hidden_size, architecture.head_dim
     query, kv = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    ffn = architecture.experts.ffn_hidden_size if rule.is_expert and architecture.experts else architecture.ffn_hidden_size
+    ffn, experts = architecture.ffn_hidden_size, architecture.experts
+    if experts is not None and rule.is_expert:
+        ffn = experts.ffn_hidden_size
+    elif experts is not None and ".shared_experts." in rule.megatron:
+        ffn = experts.shared_ffn_hidden_size
     rows_or_columns: dict[str, list[tuple[int, ...]]] = {
         "vocabulary": [(architecture.vocab_size, hidden)],
         "gate_up": [(ffn, hidden)] * 2 if len(rule.hf) == 2 else [(2 * ffn, hidden)],
     }
     if rule.kind in rows_or_columns:
         return rows_or_columns[rule.kind]
-    if rule.megatron.endswith("mlp.router.weight") and architecture.experts:
-        return [(architecture.experts.count, hidden)]
+    if rule.megatron.endswith(("mlp.router.weight", "mlp.router.expert_bias")) and architecture.experts:
+        return [(architecture.experts.count, hidden)[: 2 if rule.megatron.endswith("weight") else 1]]
     if rule.kind == "qkv":
         heights = (query, kv, kv) if len(rule.hf) == 3 else (query + 2 * kv,)
         return [(rows,) if rule.megatron.endswith("bias") else (rows, hidden) for rows in heights]
@@ -121,12 +125,14 @@ class GlobalTensor:
     """One whole Megatron tensor (of one layer, of one expert) as Megatron's own checkpoints hold it.
 
     Attributes:
-        key: the name, shared by the tensors of all layers (and experts), which are stacked along leading axes.
-        position: this tensor's index along the leading axes: (), (layer,) or (layer, expert).
+        key: the name, shared by the tensors of all layers (and experts), which are stacked along leading axes. Where some
+            layers have experts and others do not, Megatron-Core does not stack layers: their numbers are in the names.
+        position: this tensor's index along the leading axes: (), (layer,), (layer, expert) or (expert,).
         grid: the sizes of the leading axes.
         shape: the shape without the leading axes.
         hf_names, hf_shapes: the HF tensors it is made of.
         slices: where the rows of each HF tensor lie in it.
+        keeps_dtype: see `WeightRule`.
     """
 
     key: str
@@ -136,16 +142,18 @@ class GlobalTensor:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     slices: tuple[TensorSlice, ...]
+    keeps_dtype: bool = False
 
 
 def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Iterator[GlobalTensor]:
     """Every tensor of a model, layer by layer."""
-    count = architecture.experts.count if architecture.experts else 1
+    count, stacked = architecture.experts.count if architecture.experts else 1, not architecture.mixes_layers
     for layer in range(architecture.num_layers):
         for rule in rules:
             layered = "{layer}" in rule.megatron
-            if not layered and layer > 0:
+            if (not layered and layer > 0) or (rule.layers is not None and layer not in rule.layers):
                 continue
+            axes = [0] * (layered and stacked) + [1] * rule.is_expert
             shapes = tuple(hf_shapes(rule, architecture))
             rows = sum(shape[0] for shape in shapes)
             for expert in range(count) if rule.is_expert else (0,):
@@ -155,22 +163,24 @@ def global_tensors(rules: list[WeightRule], architecture: Architecture) -> Itera
                 if not single:
                     whole = tensor_slices(rule, names, architecture, 0, 1, rows)
                 yield GlobalTensor(
-                    key=_checkpoint_key(rule, architecture),
-                    position=(layer, expert)[: layered + rule.is_expert],
-                    grid=(architecture.num_layers, count)[: layered + rule.is_expert],
+                    key=_checkpoint_key(rule, architecture, layer),
+                    position=tuple((layer, expert)[axis] for axis in axes),
+                    grid=tuple((architecture.num_layers, count)[axis] for axis in axes),
                     shape=(rows, *shapes[0][1:]),
                     hf_names=names,
                     hf_shapes=shapes,
                     slices=tuple(whole),
+                    keeps_dtype=rule.keeps_dtype,
                 )
 
 
-def _checkpoint_key(rule: WeightRule, architecture: Architecture) -> str:
-    """The name in Megatron's checkpoints: without layer and expert numbers, and with each norm's weight in the linear layer
-    that follows it, where Transformer Engine keeps it (except before experts)."""
-    key = rule.megatron.replace(".{layer}", "").replace("local_experts.{expert}", "experts")
+def _checkpoint_key(rule: WeightRule, architecture: Architecture, layer: int) -> str:
+    """The name in Megatron's checkpoints: without the numbers of what is stacked, and with each norm's weight in the linear
+    layer that follows it, where Transformer Engine keeps it (except before experts)."""
+    key = rule.megatron.replace(".{layer}", f".{layer}" if architecture.mixes_layers else "")
+    key = key.replace("local_experts.{expert}", "experts")
     key = key.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
-    if architecture.experts is None:
+    if not architecture.has_experts(layer):
         key = key.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
     return key
 
@@ -189,6 +199,7 @@ def check_names(weights: Weights, architecture: Architecture, rules: list[Weight
     # Tied weights may also be stored as the head, and old exports stored computed buffers.
     known = {HEAD} if architecture.tied_embeddings else set()
     unexpected = sorted(name for name in weights.names - set(expected) - known if not name.endswith("rotary_emb.inv_freq"))
+    unexpected = [name for name in unexpected if not architecture.keeps(name)]
     unexpected += getattr(weights, "unexpected_keys", [])
     if unexpected:
         raise ModelError(

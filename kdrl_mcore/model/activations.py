@@ -62,7 +62,7 @@ class Activations:
 
 def _check_kind(key: str, names: Sequence[str], architecture: Architecture) -> None:
     experts = architecture.experts is not None
-    absent = ("mlp",) if experts else ("moe", "moe_act")
+    absent = () if architecture.mixes_layers else ("mlp",) if experts else ("moe", "moe_act")
     for name in names:
         if name in absent and OTHER_KIND.get(name, name) not in {*names} - {name}:
             has = "experts, no dense MLP: name moe" if experts else "no experts: name mlp"

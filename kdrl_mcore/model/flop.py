@@ -13,14 +13,12 @@ from kdrl_mcore.config import ClusterConfig, conf_dir
 from kdrl_mcore.model.families.base import Architecture
 
 
-def layer_matrices(architecture: Architecture) -> int:
-    """Elements of the matrices that a token is multiplied with in one layer, counting only the experts it is routed to."""
+def layer_matrices(architecture: Architecture, layer: int) -> int:
+    """Elements of the matrices that a token is multiplied with in a layer (from 0), counting only experts it is routed to."""
     a = architecture
     attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_key_value_heads)
-    if a.experts is None:
-        return attention + 3 * a.hidden_size * a.ffn_hidden_size
-    router = a.hidden_size * a.experts.count
-    return attention + router + 3 * a.hidden_size * a.experts.ffn_hidden_size * a.experts.per_token
+    router = a.hidden_size * a.experts.count if a.experts is not None and a.has_experts(layer) else 0
+    return attention + router + 3 * a.hidden_size * a.active_ffn_size(layer)
 
 
 def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int, int]], *, frozen: bool = False) -> float:
@@ -34,9 +32,10 @@ def training_flop(architecture: Architecture, sequences: Iterable[tuple[int, int
     """
     a = architecture
     of_matrices = of_attention = 0.0
+    matrices = sum(layer_matrices(a, layer) for layer in range(a.num_layers))
     for tokens, rows, shared in sequences:
         attended = sum(_attended(tokens, shared, a.attention(layer).window) for layer in range(a.num_layers))
-        of_matrices += a.num_layers * layer_matrices(a) * tokens + a.hidden_size * a.vocab_size * rows
+        of_matrices += matrices * tokens + a.hidden_size * a.vocab_size * rows
         of_attention += a.num_attention_heads * a.head_dim * attended
     return (4 if frozen else 6) * of_matrices + 6 * of_attention
 

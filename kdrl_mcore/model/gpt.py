@@ -172,6 +172,17 @@ def expert_parameters(chunk: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
+CORRECTION_BIAS = "expert_bias"
+"""Megatron-Core's name for the correction bias of a router, which is a buffer."""
+
+
+def correction_biases(chunk: nn.Module) -> Iterator[Tensor]:
+    """The correction biases of the routers in a model chunk."""
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(f".{CORRECTION_BIAS}"):
+            yield buffer
+
+
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """The vocabulary size rounded up to a multiple of the tensor-parallel size."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
@@ -250,7 +261,8 @@ def check_layout(architecture: Architecture, layout: Layout, *, trainable: bool)
         raise ConfigError("a mixture of experts with parallel.tensor > 1 trains only with parallel.sequence_parallel=true")
     for name, size, by in (
         ("attention heads", architecture.num_attention_heads, layout.tensor),
-        ("MLP width", 0 if experts else architecture.ffn_hidden_size, layout.tensor),
+        ("MLP width", architecture.ffn_hidden_size if architecture.has_mlps else 0, layout.tensor),
+        ("shared experts' width", experts.shared_ffn_hidden_size if experts else 0, layout.tensor),
         ("experts", experts.count if experts else 0, layout.expert),
         ("layers", architecture.num_layers, chunks),
     ):

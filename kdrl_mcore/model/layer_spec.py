@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from kdrl_mcore.config.derived import asks_for_transformer_engine
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.attention import PackedDotProductAttention, PackedSelfAttention
-from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.families.base import Architecture, moe_layer_freq
 from kdrl_mcore.model.layer import NormsAfterLayer, scaled_add
 from kdrl_mcore.model.linear import ColumnParallel, RowParallel
 from kdrl_mcore.model.norm import RMSNorm
@@ -64,8 +65,16 @@ def transformer_config(
             "moe_ffn_hidden_size": architecture.experts.ffn_hidden_size,
             # A softmax over the chosen experts only equals scaling their probabilities to sum to one.
             "moe_router_pre_softmax": not architecture.experts.normalized,
+            "moe_router_score_function": architecture.experts.scoring,
+            "moe_router_enable_expert_bias": architecture.experts.corrected,
+            "moe_router_bias_update_rate": model.router_bias_update,
+            "moe_router_topk_scaling_factor": None if architecture.experts.scale == 1 else architecture.experts.scale,
+            "moe_router_num_groups": architecture.experts.groups if architecture.experts.groups > 1 else None,
+            "moe_router_group_topk": architecture.experts.groups_per_token if architecture.experts.groups > 1 else None,
+            "moe_shared_expert_intermediate_size": architecture.experts.shared_ffn_hidden_size or None,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
+            "moe_layer_freq": moe_layer_freq(architecture),
             "moe_grouped_gemm": uses_transformer_engine(model),
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": 1,
@@ -133,24 +142,54 @@ def block_spec(
         separate_norms: keep norms out of Transformer Engine's linear layers, because adapters need the norms' outputs.
     """
     use_te = uses_transformer_engine(model)
-    layer: ModuleSpec = mcore.layer_submodules(
-        use_te, architecture.qk_norm, None if architecture.experts is None else architecture.experts.count
-    )
-    attention = layer.submodules.self_attention
-    attention.module = PackedSelfAttention
-    final_norm = None
+    final_norm: Any = RMSNorm
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
         final_norm = TENorm
+
+    @cache
+    def layer_spec(has_experts: bool) -> ModuleSpec:
+        layer = _layer_spec(architecture, has_experts, use_transformer_engine=use_te, separate_norms=separate_norms)
+        # Transformer Engine's context parallelism needs every sequence padded; ours splits the packed sequence. In float32 its
+        # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper has no causal mask
+        # for fewer queries than keys, as responses to a shared prompt have.
+        float32 = config.params_dtype == torch.float32
+        if not use_te or groups.layout.context > 1 or float32 or share_prompts or architecture.has_windows:
+            layer.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
+        return layer
+
+    pp_rank = groups.pipeline.rank()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [
+        _with_attention(layer_spec(architecture.has_experts(number)), architecture, number)
+        for number in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _layer_spec(
+    architecture: Architecture, has_experts: bool, *, use_transformer_engine: bool, separate_norms: bool
+) -> ModuleSpec:
+    """The spec of a layer with experts or with an MLP."""
+    experts = architecture.experts if has_experts else None
+    layer: ModuleSpec = mcore.layer_submodules(
+        use_transformer_engine, architecture.qk_norm, None if experts is None else experts.count
+    )
+    attention = layer.submodules.self_attention
+    attention.module = PackedSelfAttention
+    if use_transformer_engine:
         if separate_norms:
-            mcore.separate_norms(layer, architecture.experts is not None)
+            mcore.separate_norms(layer, has_experts)
     else:
-        final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        feed_forward = mcore.feed_forward_submodules(layer, architecture.experts is not None)
+        feed_forward = mcore.feed_forward_submodules(layer, has_experts)
         attention.submodules.linear_qkv = feed_forward.linear_fc1 = ColumnParallel
         attention.submodules.linear_proj = feed_forward.linear_fc2 = RowParallel
+        if has_experts:
+            shared = mcore.shared_expert_submodules(layer)
+            shared.linear_fc1, shared.linear_fc2 = ColumnParallel, RowParallel
         if architecture.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     if architecture.residual_scale != 1:
@@ -158,18 +197,8 @@ def block_spec(
     if architecture.norms != "before":
         layer.module = NormsAfterLayer
     if architecture.norms == "after":
-        mcore.drop_norms_before(layer, use_transformer_engine=use_te)
-    # Transformer Engine's context parallelism needs every sequence padded; ours splits the packed sequence. In float32 its
-    # attention would also hold the scores of every sequence, padded to the longest. Megatron's wrapper has no causal mask for
-    # fewer queries than keys, as responses to a shared prompt have.
-    float32 = config.params_dtype == torch.float32
-    if not use_te or groups.layout.context > 1 or float32 or share_prompts or architecture.has_windows:
-        attention.submodules.core_attention = PackedDotProductAttention
-    pp_rank = groups.pipeline.rank()
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [_with_attention(layer, architecture, number) for number in range(first, first + count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+        mcore.drop_norms_before(layer, use_transformer_engine=use_transformer_engine)
+    return layer
 
 
 def _with_attention(layer: ModuleSpec, architecture: Architecture, number: int) -> ModuleSpec:

@@ -75,6 +75,11 @@ def feed_forward_submodules(layer: Any, has_experts: bool) -> Any:
     return _submodules(submodules.experts) if has_experts else submodules
 
 
+def shared_expert_submodules(layer: Any) -> Any:
+    """The linear layers of the shared experts of a layer with experts, to be replaced in the spec."""
+    return _submodules(_submodules(layer.submodules.mlp).shared_experts)
+
+
 def separate_norms(layer: Any, has_experts: bool) -> None:
     """Replace the layers of Transformer Engine's spec that are a norm and a linear layer in one by one of each."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm

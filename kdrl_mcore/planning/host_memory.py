@@ -23,7 +23,7 @@ GIB = 2**30
 def num_parameters(architecture: Architecture) -> int:
     """The number of the model's parameters, without padding."""
     rules = FAMILIES[architecture.family].rules(architecture)
-    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture))
+    return sum(math.prod(tensor.shape) for tensor in global_tensors(rules, architecture) if not tensor.keeps_dtype)
 
 
 def least_bytes(config: Config, world_size: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
     """
     a, layout, bytes_ = model.architecture, model.layout, model.element
     held = model.shard.stages[0]
-    width = a.experts.per_token * a.experts.ffn_hidden_size if a.experts else a.ffn_hidden_size
+    width = fmean(a.active_ffn_size(layer) for layer in range(a.num_layers))
     heads = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     split = layout.tensor if layout.sequence_parallel else 1
     touched = 10 * a.hidden_size / split + (2 * heads + 3 * width) / layout.tensor
@@ -58,10 +59,17 @@ def layer_forward(model: Placed, rates: Rates, attended: float, *, overlap_tenso
         seconds[NETWORK] = 4 * rates.ring(a.hidden_size * bytes_, layout.tensor, 1)
     keys = 2 * max(1, a.num_key_value_heads // layout.tensor) * a.head_dim * bytes_
     seconds[NETWORK] += rates.ring(keys * layout.context, layout.context, layout.tensor)
-    if a.experts and layout.expert > 1:
-        sent = 2 * a.experts.per_token * a.hidden_size * bytes_ / layout.tensor * (layout.expert - 1) / layout.expert
-        seconds[NETWORK] += rates.link(sent, layout.expert, 1)
+    seconds[NETWORK] += _dispatch(model, rates)
     return seconds
+
+
+def _dispatch(model: Placed, rates: Rates) -> float:
+    """The seconds in which a token goes to its experts and back, over the expert-parallel ranks: the mean of all layers."""
+    a, layout = model.architecture, model.layout
+    if a.experts is None or layout.expert == 1:
+        return 0.0
+    sent = 2 * a.experts.per_token * a.hidden_size * model.element / layout.tensor * (layout.expert - 1) / layout.expert
+    return rates.link(sent, layout.expert, 1) * fmean(a.has_experts(layer) for layer in range(a.num_layers))
 
 
 def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tensor: bool = False) -> Seconds:
@@ -83,7 +91,6 @@ def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tens
 def recomputed_forward(model: Placed, rates: Rates, attended: float, modules: Sequence[str]) -> Seconds:
     """The seconds of one token through those parts of a layer that selective recompute runs again."""
     a, layout, bytes_ = model.architecture, model.layout, model.element
-    width = a.experts.per_token * a.experts.ffn_hidden_size if a.experts else a.ffn_hidden_size
     split = layout.tensor if layout.sequence_parallel else 1
     seconds, touched = Seconds(), 0.0
     if "core_attn" in modules:
@@ -94,16 +101,15 @@ def recomputed_forward(model: Placed, rates: Rates, attended: float, modules: Se
     if "layernorm" in modules:
         touched += 4 * a.hidden_size / split
     if "moe_act" in modules:
-        touched += 3 * width / layout.tensor
-    if "moe" in modules if a.experts else "mlp" in modules:
-        seconds[FLOP] += rates.matmul(2 * 3 * a.hidden_size * width / layout.tensor)
-        touched += 2 * a.hidden_size / split + 3 * width / layout.tensor
-        # Experts lie whole on their ranks: tokens go to them and back, over the expert-parallel ranks.
-        if a.experts and layout.expert > 1:
-            sent = 2 * a.experts.per_token * a.hidden_size * bytes_ / layout.tensor * (layout.expert - 1) / layout.expert
-            seconds[NETWORK] += rates.link(sent, layout.expert, 1)
-        elif not a.experts:
-            seconds[NETWORK] += 2 * rates.ring(a.hidden_size * bytes_, layout.tensor, 1)
+        touched += 3 * fmean(a.active_ffn_size(layer) * a.has_experts(layer) for layer in range(a.num_layers)) / layout.tensor
+    again = [layer for layer in range(a.num_layers) if ("moe" if a.has_experts(layer) else "mlp") in modules]
+    width = sum(a.active_ffn_size(layer) for layer in again) / a.num_layers
+    seconds[FLOP] += rates.matmul(2 * 3 * a.hidden_size * width / layout.tensor)
+    touched += 2 * a.hidden_size / split * len(again) / a.num_layers + 3 * width / layout.tensor
+    if "moe" in modules:  # experts lie whole on their ranks
+        seconds[NETWORK] += _dispatch(model, rates)
+    dense = sum(not a.has_experts(layer) for layer in again)
+    seconds[NETWORK] += 2 * rates.ring(a.hidden_size * bytes_, layout.tensor, 1) * dense / a.num_layers
     seconds[MEMORY] += rates.memory(touched * bytes_)
     return seconds
 

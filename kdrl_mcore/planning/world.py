@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -72,8 +73,8 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
 def build_shard(request: ShardRequest) -> Shard:
     """Build the first tensor-parallel rank of every stage, and trace a layer.
 
-    The smallest world that holds the model is enough, as data parallelism changes no shard. All layers of a chunk are alike, so
-    one is built per chunk and counted once for each of them.
+    The smallest world that holds the model is enough, as data parallelism changes no shard. A chunk's layers of one kind are
+    alike, so one is built per chunk and counted once for each of them.
 
     Raises:
         ConfigError: the model does not fit the layout.
@@ -81,10 +82,11 @@ def build_shard(request: ShardRequest) -> Shard:
     architecture = read_architecture(request.path)
     layout = _smallest_layout(request)
     gpt.check_layout(architecture, layout, trainable=request.trainable)
-    # All stages between the first and the last are alike, and context parallelism and what is kept change no weight.
-    plain = replace(request, context=1, recomputed=(), offloaded=())
-    built = {stage: _build_stage(plain, stage) for stage in {0, min(1, request.pipeline - 1), request.pipeline - 1}}
-    stages = tuple(built[stage] if stage in built else built[1] for stage in range(request.pipeline))
+    # Context parallelism and what is kept change no weight. All stages between the first and the last have the same layers,
+    # unless the model mixes kinds of layers.
+    plain, last = replace(request, context=1, recomputed=(), offloaded=()), request.pipeline - 1
+    alike = {} if architecture.mixes_layers else dict.fromkeys(range(1, last), 1)
+    stages = tuple(_build_stage(plain, alike.get(stage, stage)) for stage in range(request.pipeline))
     layer = _layer_memory(architecture, request)
     groups_here = max(1, architecture.num_key_value_heads // request.tensor)
     size = torch.empty(0, dtype=DTYPES[request.dtype]).element_size()
@@ -93,25 +95,36 @@ def build_shard(request: ShardRequest) -> Shard:
 
 
 def _layer_memory(architecture: Architecture, request: ShardRequest) -> LayerMemory:
-    """The memory of one layer. Off-loaded activations belong to other parts of the layer than recomputed ones."""
+    """The memory of one layer: what is kept is the mean of all layers, the peaks are those of the largest."""
+    experts = [architecture.has_experts(layer) for layer in range(architecture.num_layers)]
+    kinds = {kind: _memory_of_kind(architecture.of_one_kind(experts=kind, num_layers=1), request) for kind in set(experts)}
+    kept = ("input", "saved", "host")
+    means = {name: statistics.fmean(getattr(kinds[kind], name) for kind in experts) for name in kept}
+    peaks = {name: max(getattr(kind, name) for kind in kinds.values()) for name in ("forward", "backward")}
+    return LayerMemory(**means, **peaks)
+
+
+def _memory_of_kind(architecture: Architecture, request: ShardRequest) -> LayerMemory:
+    """The memory of one layer of a model whose layers are alike. Off-loaded activations belong to other parts of the layer than
+    recomputed ones."""
     traced = TracedLayer(
         *(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel),
         *(request.lora_rank, request.lora_modules),
     )
-    memory = _trace(traced, _as_dense(request.recomputed))
-    if "moe_act" in request.recomputed:  # what the activation function returns is not kept
-        assert architecture.experts is not None
+    memory = _trace(traced, _as_dense(request.recomputed, architecture))
+    if "moe_act" in request.recomputed and architecture.experts is not None:  # what the activation function returns is not kept
         width = architecture.experts.per_token * architecture.experts.ffn_hidden_size
         memory = replace(memory, saved=memory.saved - width * DTYPES[request.dtype].itemsize / request.tensor)
     if request.offloaded:
-        moved, host = _trace_off_load(traced, _as_dense(request.offloaded))
+        moved, host = _trace_off_load(traced, _as_dense(request.offloaded, architecture))
         memory = replace(memory, saved=memory.saved - moved, backward=memory.backward - moved, host=host)
     return memory
 
 
-def _as_dense(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts of a layer by their names in the dense layer that is traced."""
-    dense = {"mlp": "mlp", "moe": "mlp", "moe_act": ""}
+def _as_dense(names: tuple[str, ...], architecture: Architecture) -> tuple[str, ...]:
+    """Parts of a layer by their names in the dense layer that is traced, without those that the layer does not have."""
+    own = "mlp" if architecture.experts is None else "moe"
+    dense = {"mlp": "", "moe": "", "moe_act": "", own: "mlp"}
     return tuple(sorted({dense.get(name, name) for name in names} - {""}))
 
 
@@ -128,15 +141,42 @@ def _smallest_layout(request: ShardRequest) -> Layout:
     )
 
 
-@cache
 def _build_stage(request: ShardRequest, stage: int) -> Stage:
+    """A stage, from one layer of each kind that it has: with experts, or with an MLP."""
     architecture, layout = read_architecture(request.path), _smallest_layout(request)
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
-    per_chunk = architecture.num_layers // chunks
+    size = architecture.num_layers // chunks
+    held = [
+        layer
+        for first in range(stage * size, architecture.num_layers, layout.pipeline * size)
+        for layer in range(first, first + size)
+    ]
+    layers, outside = [], 0
+    for layer in held:
+        of_layer, outside = _build_kind(request, stage, architecture.has_experts(layer))
+        layers.append(of_layer)
+    return replace(
+        layers[0],
+        layers=len(held),
+        parameters=sum(each.parameters for each in layers) + outside,
+        experts=sum(each.experts for each in layers),
+        layer_matrices=sum(each.layer_matrices for each in layers) // len(held),
+        adapters=sum(each.adapters for each in layers),
+    )
+
+
+@cache
+def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage, int]:
+    """A stage with one layer, with experts or with an MLP, and the number of its parameters outside of layers; `parameters` are
+    those of the layer."""
+    architecture, layout = read_architecture(request.path), _smallest_layout(request)
+    if not experts:
+        layout = replace(layout, expert=1)
+    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     rank = layout.rank(pipeline=stage, data=0)
     with fake_world(rank, layout.world_size), FakeTensorMode():
         parts = gpt.build_model(
-            replace(architecture, num_layers=chunks),
+            architecture.of_one_kind(experts=experts, num_layers=chunks),
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
             vocab_size=architecture.vocab_size,
@@ -144,25 +184,25 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
-        in_layers = {name: p.numel() for name, p in names.items() if ".decoder.layers." in name}
-        experts = sum(size for name, size in in_layers.items() if ".mlp.experts." in name)
-        adapters = sum(size for name, size in in_layers.items() if f".{ADAPTER}." in name)
-        matrices = sum(p.numel() for name, p in names.items() if ".decoder.layers." in name and p.dim() == 2)
-        others = sum(p.numel() for name, p in names.items() if ".decoder.layers." not in name)
-        mixture = architecture.experts
+        in_layers = {name: p for name, p in names.items() if ".decoder.layers." in name}
+
+        def of_one_layer(*marks: str) -> int:
+            return sum(p.numel() for name, p in in_layers.items() if all(mark in name for mark in marks)) // len(parts.chunks)
+
+        matrices = sum(p.numel() for name, p in in_layers.items() if p.dim() == 2 and ".mlp.experts." not in name)
         # On average a rank's experts process as many tokens as if they were the experts of its own tokens.
-        working = 0 if mixture is None else _active_expert_elements(architecture, layout)
+        working = _active_expert_elements(architecture, layout) if experts else 0
         last = parts.chunks[-1]
-        on_last = parts.groups.is_last_stage
-        return Stage(
-            layers=per_chunk * len(parts.chunks),
-            parameters=per_chunk * sum(in_layers.values()) + others,
-            experts=per_chunk * experts,
-            layer_matrices=(matrices - experts) // len(parts.chunks) + working,
+        kind = Stage(
+            layers=1,
+            parameters=of_one_layer(),
+            experts=of_one_layer(".mlp.experts."),
+            layer_matrices=matrices // len(parts.chunks) + working,
             embedding=parts.chunks[0].embedding.word_embeddings.weight.numel() if parts.chunks[0].pre_process else 0,
-            head=last.head_weight().numel() if on_last else 0,
-            adapters=per_chunk * adapters,
+            head=last.head_weight().numel() if parts.groups.is_last_stage else 0,
+            adapters=of_one_layer(f".{ADAPTER}."),
         )
+        return kind, sum(p.numel() for name, p in names.items() if name not in in_layers)
 
 
 def _active_expert_elements(architecture: Architecture, layout: Layout) -> int:
@@ -195,7 +235,7 @@ class TracedLayer:
         or nothing: `run(keep)` returns the live bytes, the output and the bytes of the input."""
         architecture, mixture = self.architecture, self.architecture.experts
         if mixture is not None:
-            width = mixture.per_token * mixture.ffn_hidden_size
+            width = architecture.active_ffn_size(0)
             architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
         layout = Layout(
             self.tensor * self.context, tensor=self.tensor, context=self.context, sequence_parallel=self.sequence_parallel

@@ -17,7 +17,7 @@ from torch import Tensor
 from kdrl_mcore.config import Config, OptimizerConfig, ParallelConfig
 from kdrl_mcore.config.derived import keeps_earlier_weights, uses_distributed_optimizer
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.model.gpt import ModelParts
+from kdrl_mcore.model.gpt import ModelParts, correction_biases
 from kdrl_mcore.model.lora import sum_shared_gradients
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.adam import Adam
@@ -50,6 +50,9 @@ class Optimizer:
         self._clip_grad, self._weight_decay = settings.clip_grad, settings.weight_decay
         self._distributed = distributed
         self._overlaps_gather = config.parallel.overlap_param_gather
+        moving = config.model.router_bias_update > 0
+        self._biases = [bias for chunk in parts.chunks for bias in correction_biases(chunk)] if moving else []
+        self._moved_biases: list[Tensor] = []  # their values after the next step
         self._finite: Tensor | None = None  # whether this rank's updated weights are finite, on the device
         self.ddp = _wrap_in_ddp(parts, config.parallel, distributed=distributed)
         dtype = DTYPES[config.model.dtype]
@@ -112,9 +115,13 @@ class Optimizer:
         config, no_sync = self._config, [chunk.no_sync for chunk in self.ddp]
         config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         config.finalize_model_grads_func = partial(_reduce_gradients, self._tensor)
+        before = [bias.clone() for bias in self._biases]
         try:
             yield
+            self._moved_biases = [bias.clone() for bias in self._biases]
         finally:
+            for bias, value in zip(self._biases, before, strict=True):
+                bias.copy_(value)  # Megatron moves them with the reduction, but an update may be skipped
             config.no_sync_func = config.finalize_model_grads_func = None
 
     def prepare_gradient(self) -> float:
@@ -131,7 +138,7 @@ class Optimizer:
         return bool(torch.stack([buffer.grad_data.norm() for buffer in buffers]).isfinite().all())
 
     def step(self, lr: float, grad_norm: float) -> None:
-        """Update this rank's share of the weights.
+        """Update this rank's share of the weights, and the correction biases of routers (`model.router_bias_update`).
 
         Args:
             grad_norm: the norm from `prepare_gradient`, used for clipping.
@@ -142,6 +149,8 @@ class Optimizer:
             group["lr"] = lr
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         self.megatron.step_with_ready_grads()
+        for bias, value in zip(self._biases, self._moved_biases, strict=True):
+            bias.copy_(value)
         self._look_at_weights()
 
     def weights_are_finite(self) -> bool:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.convert.verify import verify
 from tests.reference.dense import load_model
-from tests.reference.tiny_models import make_model, make_tokenizer
+from tests.reference.tiny_models import add_kept_layer, make_model, make_tokenizer
 from tests.support import conversion_ranks
 from tests.support.hf_folders import all_tensors, assert_same_bytes, quiet
 from tests.support.ranks import RankPool
@@ -44,6 +44,8 @@ def converted(source: Path) -> Path:
         ("qwen3", {}),
         ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 64}),
         ("qwen3_moe", {}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 2]}),
+        ("glm4_moe", {}),
         ("phi3", {}),
         ("olmo2", {}),
         ("gemma3", {}),
@@ -51,6 +53,8 @@ def converted(source: Path) -> Path:
 )
 def test_there_and_back_is_the_same_bytes(family: str, settings: dict, dtype: torch.dtype, tmp_path: Path) -> None:
     hf = make_model(family, tmp_path / "hf", seed=1, dtype=dtype, max_shard_size="100KB", **settings)
+    if family == "glm4_moe":
+        add_kept_layer(hf)
     import_hf(hf, tmp_path / "megatron", None, quiet)
     export_hf_folder(tmp_path / "megatron", tmp_path / "back", quiet, max_shard_bytes=70_000)
     assert_same_bytes(hf, tmp_path / "back")
@@ -99,10 +103,16 @@ def test_transformers_loads_the_export(source: Path, converted: Path, tmp_path: 
     assert torch.equal(original(tokens).logits, back(tokens).logits)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "glm4_moe"])
 def test_the_keys_and_chunks_are_those_megatron_itself_saves(
-    converted: Path, source: Path, ranks1: RankPool, tmp_path: Path
+    family: str, converted: Path, source: Path, ranks1: RankPool, tmp_path: Path
 ) -> None:
     """Megatron-Core's `dist_checkpointing.save` writes the same keys, shapes, dtypes and chunks for the same model."""
+    if family != "qwen2":
+        source, converted = make_model(family, tmp_path / "hf", seed=2), tmp_path / "megatron"
+        import_hf(source, converted, None, quiet)
+    tmp_path = tmp_path / "theirs"
+    tmp_path.mkdir()
     ranks1.run(conversion_ranks.save_with_megatron, str(source), str(tmp_path))
     theirs, ours = (
         FileSystemReader(folder).read_metadata().state_dict_metadata for folder in (tmp_path, converted / "release")
@@ -126,7 +136,7 @@ def test_megatron_loads_it_in_any_layout(layout: dict, source: Path, converted: 
     "layout", [{"expert": 2}, {"pipeline": 2}, {"tensor": 2, "sequence_parallel": True}], ids=["ep2", "pp2", "tp2-sp"]
 )
 def test_megatron_loads_experts_in_any_layout(layout: dict, ranks2: RankPool, tmp_path: Path) -> None:
-    hf = make_model("qwen3_moe", tmp_path / "hf", seed=4)
+    hf = make_model("qwen3_moe" if "expert" in layout else "glm4_moe", tmp_path / "hf", seed=4)
     import_hf(hf, tmp_path / "megatron", None, quiet)
     assert all(ranks2.run(conversion_ranks.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
 
@@ -145,7 +155,7 @@ def test_a_converted_model_is_a_model(source: Path, converted: Path, ranks2: Ran
         ("phi3", {"tensor": 2, "pipeline": 2}),
         ("olmo3", {"tensor": 2, "pipeline": 2}),
         ("gemma3", {"tensor": 2, "sequence_parallel": True, "pipeline": 2}),
-        ("qwen3_moe", {"pipeline": 2, "expert": 2}),
+        ("glm4_moe", {"pipeline": 2, "expert": 2}),
         ("qwen3_moe", {"tensor": 2, "expert": 4, "sequence_parallel": True}),
     ],
 )
@@ -154,6 +164,8 @@ def test_a_running_model_exports_the_bytes_it_was_loaded_from(
 ) -> None:
     """So does the checkpoint that it saves: through a change of layout, with a padded vocabulary."""
     hf = make_model(family, tmp_path / "hf", seed=6)
+    if family == "glm4_moe":
+        add_kept_layer(hf)
     ranks4.run(conversion_ranks.export_and_save, str(hf), layout, str(tmp_path / "exported"), str(tmp_path / "saved"))
     assert_same_bytes(hf, tmp_path / "exported")
     export_hf_folder(tmp_path / "saved", tmp_path / "back", quiet)

@@ -41,6 +41,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {}),
     "gemma3": ("gemma3", {}),
     "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe some dense": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "use_qk_norm": False}),
     "qwen3_moe unnormalized": ("qwen3_moe", {"norm_topk_prob": False, "rope_parameters": YARN}),
 }
 
@@ -136,8 +139,9 @@ def test_a_yarn_model_differs_from_the_plain_one(models: dict[str, Path]) -> Non
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("qwen3", {"hidden_size": None}, "has no valid hidden_size"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer with experts"),
         ("qwen3_moe", {"num_local_experts": None}, "num_experts"),
         ("qwen2", {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ("qwen2", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "remote code is never run"),

@@ -21,7 +21,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 CASES = [
     *((name, "tp2 sp") for name in FAMILIES),
     *(("gemma3", "pp2"), ("granite", "pp2"), ("one_kv_head", "tp2")),
-    *(("qwen3_moe", layout) for layout in LAYOUTS),
+    *(("qwen3_moe", layout) for layout in ("tp2", "pp2")),
+    *(("glm4_moe", layout) for layout in ("tp2 sp", "pp2")),
 ]
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tests.support.sampling import (
     tokens_of,
 )
 from tests.support.training import FAST
-from tests.support.zoo import FAMILIES, TOKENS, Zoo
+from tests.support.zoo import FAMILIES, MIXTURES, TOKENS, Zoo
 
 LAYOUTS = {
     "tp2": (2, "parallel.tensor=2"),
@@ -92,9 +93,13 @@ def test_nucleus_log_probs_are_those_of_the_truncated_distribution(alone: dict[s
 
 
 def test_greedy_is_what_transformers_generates(alone: dict[str, list[dict[str, Any]]], zoo: Zoo) -> None:
-    model = AutoModelForCausalLM.from_pretrained(zoo.model("untied"), dtype=torch.float32)
+    assert_greedy(alone["greedy"], zoo.model("untied"))
+
+
+def assert_greedy(rows: list[dict[str, Any]], path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     beyond = list(range(TOKENS, model.config.vocab_size))  # columns without a token
-    for row in alone["greedy"]:
+    for row in rows:
         ids = torch.tensor([row["prompt_token_ids"]])
         out = model.generate(
             ids,
@@ -116,6 +121,18 @@ def test_every_family_samples_from_its_distribution(family: str, zoo: Zoo, ranks
     model = dense.load_model(zoo.model(family))
     for row in found["plain"]:
         assert_close(row["sampler_log_probs"], dense_log_probs(model, row, SAMPLINGS["plain"]["temperature"]))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_mixture_samples_from_its_distribution(family: str, zoo: Zoo, ranks2: RankPool) -> None:
+    """Also greedily: shared experts, the routers' correction biases and layers without experts also apply while decoding."""
+    layout = "parallel.tensor=2 parallel.sequence_parallel=true parallel.expert=2"
+    samplings = {name: SAMPLINGS[name] for name in ("plain", "greedy")}
+    (found, _) = ranks2.run(generate_on_rank, overrides_of(zoo, layout, family), PROMPTS, samplings, None)
+    model = dense.load_model(zoo.model(family))
+    for row in found["plain"]:
+        assert_close(row["sampler_log_probs"], dense_log_probs(model, row, SAMPLINGS["plain"]["temperature"]))
+    assert_greedy(found["greedy"], zoo.model(family))
 
 
 def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(alone: dict[str, list[dict[str, Any]]]) -> None:

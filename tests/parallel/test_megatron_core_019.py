@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kdrl_mcore.convert.convert import import_hf
-from tests.reference.tiny_models import make_model
-from tests.support import conversion_ranks
+from tests.reference.tiny_models import make_model, make_qwen2
+from tests.support import conversion_ranks, expert_training
 from tests.support.agreement import JOINT, Case, StudentLayout, case, check, check_adam
 from tests.support.checkpoint_shares import PATIENCE, SMALL_BUCKETS, differing_tensors, save_on_rank
 from tests.support.hf_folders import quiet
@@ -129,12 +129,20 @@ def test_checkpoints_hold_the_same_bits_in_both_versions(
 
 @pytest.mark.parametrize(
     "family, layout",
-    [("qwen2", {"tensor": 2}), ("olmo2", {"tensor": 2}), ("gemma3", {"tensor": 2}), ("qwen3_moe", {"expert": 2})],
+    [("qwen2", {"tensor": 2}), ("olmo2", {"tensor": 2}), ("gemma3", {"tensor": 2}), ("glm4_moe", {"expert": 2})],
 )
 def test_it_loads_a_converted_model(family: str, layout: dict[str, int], newer_ranks: RankPool, tmp_path: Path) -> None:
     hf = make_model(family, tmp_path / "hf", seed=4)
     import_hf(hf, tmp_path / "megatron", None, quiet)
     assert all(newer_ranks.run(conversion_ranks.megatron_loads_the_same, str(hf), str(tmp_path / "megatron"), layout))
+    assert_newer(newer_ranks)
+
+
+def test_experts_train(newer_ranks: RankPool, tmp_path: Path) -> None:
+    student = make_model("glm4_moe", tmp_path / "student", seed=11, vocab_size=64)
+    probe = expert_training.make_probe(tmp_path, student, make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64))
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert=2"]
+    expert_training.check(probe, newer_ranks, layout, tmp_path / "run")
     assert_newer(newer_ranks)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     MinistralConfig,
@@ -146,6 +147,21 @@ def make_model(
                 "norm_topk_prob": True,
             },
         ),
+        "glm4_moe": (
+            Glm4MoeConfig,
+            {
+                "head_dim": 32,
+                "attention_bias": True,
+                "use_qk_norm": True,
+                "n_routed_experts": 8,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": 1,
+                "num_nextn_predict_layers": 0,
+            },
+        ),
     }
     config_class, own = classes[family]
     return _write_random(config_class(**{**shared, **own, **settings}), path, seed, dtype, max_shard_size)
@@ -163,8 +179,29 @@ def _write_random(config: Any, path: str | Path, seed: int, dtype: torch.dtype, 
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of the size of the scores' differences
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(str(path), max_shard_size=max_shard_size)
     return Path(path)
+
+
+def add_kept_layer(path: Path) -> Path:
+    """Add some tensors of a layer that predicts further tokens, which published checkpoints of GLM-4.5 hold."""
+    config = json.loads((path / "config.json").read_text())
+    layer, hidden = config["num_hidden_layers"], config["hidden_size"]
+    generator = torch.Generator().manual_seed(9)
+    more = {
+        "eh_proj.weight": torch.randn(hidden, 2 * hidden, generator=generator).bfloat16(),
+        "enorm.weight": torch.randn(hidden, generator=generator).bfloat16(),
+        "mlp.gate.e_score_correction_bias": torch.randn(8, generator=generator),
+    }
+    (path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}, indent=2) + "\n")
+    tensors = {**read_hf_weights(path), **{f"model.layers.{layer}.{name}": tensor for name, tensor in more.items()}}
+    for file in [*path.glob("*.safetensors"), *path.glob("*.index.json")]:
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def make_tokenizer(path: str | Path, *, extra_tokens: Sequence[str] = (), all_bytes: bool = False) -> int:

@@ -32,7 +32,7 @@ def receiver() -> Iterator[Process]:
         (2, "qwen2", {"pipeline": 2}, {"tie_word_embeddings": True}),
         (2, "phi3", {"tensor": 2}, {}),
         (2, "olmo2", {"tensor": 2}, {}),
-        (2, "qwen3_moe", {"expert": 2}, {}),
+        (2, "glm4_moe", {"expert": 2}, {}),
         (2, "qwen3_moe", {"tensor": 2, "expert": 2, "sequence_parallel": True}, {}),
         (4, "qwen3_moe", {"tensor": 2, "pipeline": 2, "expert": 2, "sequence_parallel": True}, {"vocab_size": 67}),
     ],

@@ -76,12 +76,13 @@ def megatron_loads_the_same(path: str, converted: str, layout: dict[str, Any]) -
     from megatron.core import dist_checkpointing
 
     parts = build(path, layout, student=True)
-    expected = {name: value.clone() for name, value in parts.chunks[0].named_parameters()}
-    for value in parts.parameters():
+    held = {name: value for name, value in parts.chunks[0].state_dict().items() if torch.is_tensor(value)}
+    expected = {name: value.clone() for name, value in held.items()}
+    for value in held.values():
         value.fill_(float("nan"))
     loaded = dist_checkpointing.load(parts.chunks[0].sharded_state_dict(), f"{converted}/release")
     parts.chunks[0].load_state_dict(loaded, strict=False)
-    return all(torch.equal(value, expected[name]) for name, value in parts.chunks[0].named_parameters())
+    return all(torch.equal(value, expected[name]) for name, value in held.items())
 
 
 def export_and_save(path: str, layout: dict[str, Any], exported: str, saved: str) -> None:
@@ -90,15 +91,14 @@ def export_and_save(path: str, layout: dict[str, Any], exported: str, saved: str
 
     from megatron.core import dist_checkpointing
 
+    from kdrl_mcore.checkpointing.writer import copy_model
     from kdrl_mcore.convert.export import export_hf
-    from kdrl_mcore.convert.hf_files import copy_side_files
 
     parts = build(path, layout, student=True)
     export_hf(parts, path, exported, max_shard_bytes=100_000)
     if dist.get_rank() == 0:
         (Path(saved) / "weights").mkdir(parents=True)
-        (Path(saved) / "model").mkdir()
-        copy_side_files(Path(path), Path(saved) / "model")
+        copy_model(Path(path), Path(saved) / "model")
     dist.barrier()
     dist_checkpointing.save({"model": parts.chunks[0].sharded_state_dict()}, f"{saved}/weights")
     dist.barrier()

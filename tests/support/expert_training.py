@@ -17,6 +17,8 @@ LEARNING_RATE = 0.5
 
 SETTINGS = Settings(alpha=1.0, beta=0.1, estimator="k2", vocab_size=64)
 
+CORRECTION_BIAS = "e_score_correction_bias"
+
 Probe = tuple[Path, dict[str, torch.Tensor], list[str]]
 """The student's folder, its gradient by HF tensor name from the dense reference, and the run's overrides."""
 
@@ -41,7 +43,11 @@ def make_probe(folder: Path, student: Path, teacher: Path) -> Probe:
         "logging.progress=false",
         "logging.tensorboard=false",
     ]
-    return student, one_by_one(reference.gradients), overrides
+    gradients = one_by_one(reference.gradients)
+    for name, tensor in read_hf_weights(student).items():
+        if name.endswith(CORRECTION_BIAS):  # no gradient reaches it
+            gradients[name] = torch.zeros_like(tensor)
+    return student, gradients, overrides
 
 
 def one_by_one(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -70,6 +76,7 @@ def check(probe: Probe, pool: RankPool, layout: list[str], run_dir: Path) -> Non
     assert json.loads(line)["grad_norm"] == pytest.approx(norm, rel=1e-4)
     before, after = read_hf_weights(student), read_hf_weights(run_dir / "hf")
     assert before.keys() == after.keys() == gradients.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(CORRECTION_BIAS))
     moved = {name: (before[name].double() - after[name].double()) / LEARNING_RATE for name in before}
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():

@@ -12,6 +12,8 @@ from tests.reference.tiny_models import make_model, make_qwen2, make_rollouts, m
 TOKENS = 61  # in the tokenizer; the models have more columns
 FAMILIES = ("mistral", "ministral", "seed_oss", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3")
 
+MIXTURES = ("glm4_moe",)
+
 
 @dataclass(frozen=True)
 class Zoo:
@@ -85,7 +87,7 @@ def make_zoo(folder: Path) -> Zoo:
         make_qwen2(folder / name, **shape)  # type: ignore[arg-type]
         if "no_tokenizer" not in name:
             assert make_tokenizer(folder / name) == TOKENS
-    for name in FAMILIES:
+    for name in (*FAMILIES, *MIXTURES):
         make_model(name, folder / name, seed=7)
         assert make_tokenizer(folder / name) == TOKENS
     batches: dict[str, dict[str, object]] = {

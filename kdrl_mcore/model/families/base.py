@@ -23,11 +23,17 @@ class WeightRule:
     second. `vocabulary`: padded, then split along the first. `qkv` (query, key, value; one HF tensor each, or all in one):
     interleaved by key/value head, then split along the first. `gate_up` (gate, up; likewise): every rank holds its share of
     both, gate first. Experts are never split: expert-parallel ranks hold whole ones.
+
+    Attributes:
+        layers: the layers (from 0) that have it; None for all of them.
+        keeps_dtype: it has its own dtype, and is never cast.
     """
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
+    layers: tuple[int, ...] | None = None
+    keeps_dtype: bool = False
 
     @property
     def is_expert(self) -> bool:
@@ -37,19 +43,32 @@ class WeightRule:
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture-of-experts layers that replace every MLP.
+    """The mixtures of experts that replace the MLPs, of all layers or of some.
 
     Attributes:
         count: experts in a layer.
         per_token: experts that each token is routed to.
         ffn_hidden_size: width of one expert.
         normalized: whether the chosen experts' probabilities are scaled to sum to one.
+        dense_layers: the layers (from 0) that have an MLP instead.
+        shared_ffn_hidden_size: width of the shared experts together, which every token passes; 0 for none.
+        scoring: how a router turns its logits into scores.
+        corrected: experts are chosen by their scores plus a bias (https://arxiv.org/abs/2408.15664), which no gradient changes.
+        scale: multiplies the weights of the chosen experts.
+        groups, groups_per_token: experts are chosen from this many groups of them (https://arxiv.org/abs/2412.19437).
     """
 
     count: int
     per_token: int
     ffn_hidden_size: int
     normalized: bool
+    dense_layers: tuple[int, ...] = ()
+    shared_ffn_hidden_size: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    corrected: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,8 @@ class Architecture:
         residual_scale: multiplies what attention and MLP add to the residual stream.
         attention_scale: multiplies the products of queries and keys; None for 1 / sqrt(head_dim).
         logit_scale: multiplies the logits.
+        kept_layers: the layers that checkpoints may hold after those of the model, to predict further tokens. They are not
+            trained or used, and kept as they are.
     """
 
     family: str
@@ -106,6 +127,39 @@ class Architecture:
     residual_scale: float = 1.0
     attention_scale: float | None = None
     logit_scale: float = 1.0
+    kept_layers: int = 0
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint, by its HF name, belongs to a layer that is only kept."""
+        if not self.kept_layers:
+            return False
+        return name.startswith(tuple(f"model.layers.{self.num_layers + each}." for each in range(self.kept_layers)))
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, by its number in the whole model from 0, has experts rather than an MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def has_mlps(self) -> bool:
+        """Whether some layer has an MLP rather than experts."""
+        return self.experts is None or bool(self.experts.dense_layers)
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether some layers have experts, and others an MLP."""
+        return self.experts is not None and bool(self.experts.dense_layers)
+
+    def active_ffn_size(self, layer: int) -> int:
+        """The width of the MLPs that a token passes in a layer: the layer's, or those of the experts of one token."""
+        if self.experts is None or not self.has_experts(layer):
+            return self.ffn_hidden_size
+        return self.experts.per_token * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
+
+    def of_one_kind(self, *, experts: bool, num_layers: int) -> Architecture:
+        """A model with only the layers that have experts, or only those that have an MLP."""
+        kept = None if self.experts is None or not experts else replace(self.experts, dense_layers=())
+        family = self.family if experts or self.experts is None else "Qwen3ForCausalLM"
+        return replace(self, experts=kept, num_layers=num_layers, family=family)
 
     def attention(self, layer: int) -> LayerAttention:
         """The attention of a layer by its number in the whole model, from 0."""
@@ -146,6 +200,65 @@ class Family:
     model_type: str | None = None
 
 
+def read_corrected_experts(hf: dict, path: str) -> Experts:
+    """The experts of GLM-4.5 and DeepSeek-V3: some shared ones, and others chosen by sigmoid scores with a correction bias, in
+    all layers but the first.
+
+    Raises:
+        ModelError: a number is missing or impossible, or Megatron-Core's router would choose or weigh other experts.
+    """
+    where = f"{path}/config.json"
+    counts = {hf[key] for key in ("n_routed_experts", "num_local_experts") if hf.get(key) is not None}
+    if len(counts) > 1:
+        raise ModelError(f"{where}: n_routed_experts and num_local_experts differ: remove the one that is wrong")
+    count, width, per_token = next(iter(counts), None), hf.get("moe_intermediate_size"), hf.get("num_experts_per_tok", 8)
+    groups, groups_per_token = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    shared, first, layers = hf.get("n_shared_experts", 1), hf.get("first_k_dense_replace", 1), hf.get("num_hidden_layers")
+    scale = hf.get("routed_scaling_factor", 1.0)
+    if not is_size(count) or not is_size(width) or not is_size(shared):
+        raise ModelError(f"{where} has no n_routed_experts, n_shared_experts or moe_intermediate_size")
+    if not is_size(per_token) or not 1 < per_token <= count:
+        raise ModelError(f"{where}: num_experts_per_tok={per_token} of {count} experts is not supported (at least 2 are)")
+    if not is_size(groups) or not is_size(groups_per_token) or count % groups or groups_per_token > groups:
+        raise ModelError(f"{where}: topk_group={groups_per_token} of n_group={groups} of {count} experts is impossible")
+    if groups > 1 and (per_token // groups_per_token != 2 or per_token % groups_per_token or count // groups < 2):
+        raise ModelError(
+            f"{where}: num_experts_per_tok={per_token} must be twice topk_group={groups_per_token}: the model ranks groups by "
+            "their two best experts, Megatron-Core's router by as many as a token takes from each"
+        )
+    if groups > 1 and count // groups * groups_per_token < per_token:
+        raise ModelError(f"{where}: {groups_per_token} groups of {count // groups} experts are fewer than {per_token}")
+    if not is_number(scale) or scale <= 0:
+        raise ModelError(f"{where}: routed_scaling_factor={scale} must be a number above 0")
+    if not is_size(layers) or isinstance(first, bool) or first not in range(layers):
+        raise ModelError(f"{where}: first_k_dense_replace={first} must leave some of {layers} layers with experts")
+    refuse(hf, path, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    return Experts(
+        *(count, per_token, width, True, tuple(range(first)), shared * width, "sigmoid", True, float(scale)),
+        *(groups, groups_per_token),
+    )
+
+
+def read_kept_layers(hf: dict, path: str) -> int:
+    """The number of layers for the prediction of further tokens, which checkpoints hold after the model's own.
+
+    Raises:
+        ModelError: it is not a number, or two keys differ.
+    """
+    counts = {hf[key] for key in ("num_nextn_predict_layers", "num_mtp_layers") if hf.get(key) is not None}
+    count = next(iter(counts), 0)
+    if len(counts) > 1 or isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ModelError(f"{path}/config.json: num_nextn_predict_layers={sorted(counts, key=str)} must be one number of layers")
+    return count
+
+
+def moe_layer_freq(architecture: Architecture) -> int | list[int]:
+    """Which layers have experts, in the form of Megatron-Core's setting of this name: 1 for all, or 0 or 1 for each."""
+    if not architecture.mixes_layers:
+        return 1
+    return [int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)]
+
+
 _CHANGES_OUTPUTS: dict[str, object] = {
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
@@ -175,6 +288,9 @@ _CHANGES_OUTPUTS: dict[str, object] = {
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
     "first_k_dense_replace": 0,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
     "is_encoder_decoder": False,
 }
 """Keys of other families and of forks, with the value at which they have no effect. `transformers` ignores them in a config of
@@ -325,29 +441,53 @@ def attention_rules(architecture: Architecture, *, fused: bool = False) -> list[
     return rules
 
 
+def mlp_rules(*, fused: bool = False, layers: tuple[int, ...] | None = None) -> list[WeightRule]:
+    """The weight map of the MLPs.
+
+    Args:
+        fused: gate and up are stored as one tensor.
+        layers: the layers that have an MLP; None for all.
+    """
+    mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
+    gate_up = tuple(f"{mlp}{name}_proj.weight" for name in (["gate_up"] if fused else ["gate", "up"]))
+    return [
+        WeightRule(layer + "linear_fc1.weight", gate_up, "gate_up", layers),
+        WeightRule(layer + "linear_fc2.weight", (f"{mlp}down_proj.weight",), "row", layers),
+    ]
+
+
 def dense_decoder_rules(architecture: Architecture, *, fused: bool = False) -> list[WeightRule]:
     """The weight map shared by the dense Llama-like families.
 
     Args:
         fused: query, key and value are stored as one tensor, and so are gate and up.
     """
-    mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
-    gate_up = tuple(f"{mlp}{name}_proj.weight" for name in (["gate_up"] if fused else ["gate", "up"]))
-    return [
-        *attention_rules(architecture, fused=fused),
-        WeightRule(layer + "linear_fc1.weight", gate_up, "gate_up"),
-        WeightRule(layer + "linear_fc2.weight", (f"{mlp}down_proj.weight",), "row"),
-    ]
+    return [*attention_rules(architecture, fused=fused), *mlp_rules(fused=fused)]
 
 
 def expert_decoder_rules(architecture: Architecture) -> list[WeightRule]:
-    """The weight map of families in which every MLP is a router with experts."""
+    """The weight map of families in which MLPs, all or some, are routers with experts."""
     mlp, layer = "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
     expert = mlp + "experts.{expert}."
     local = layer + "experts.local_experts.{expert}."
+    sparse = dense = None
+    if architecture.experts is not None and architecture.mixes_layers:
+        dense = architecture.experts.dense_layers
+        sparse = tuple(number for number in range(architecture.num_layers) if number not in dense)
+    gate_up = (f"{expert}gate_proj.weight", f"{expert}up_proj.weight")
+    more = []
+    if architecture.experts is not None and architecture.experts.corrected:
+        bias = (f"{mlp}gate.e_score_correction_bias",)
+        more.append(WeightRule(layer + "router.expert_bias", bias, "replicated", sparse, keeps_dtype=True))
+    if architecture.experts is not None and architecture.experts.shared_ffn_hidden_size:
+        shared, names = layer + "shared_experts.", tuple(f"{mlp}shared_experts.{name}_proj.weight" for name in ("gate", "up"))
+        more.append(WeightRule(shared + "linear_fc1.weight", names, "gate_up", sparse))
+        more.append(WeightRule(shared + "linear_fc2.weight", (f"{mlp}shared_experts.down_proj.weight",), "row", sparse))
     return [
         *attention_rules(architecture),
-        WeightRule(layer + "router.weight", (f"{mlp}gate.weight",), "replicated"),
-        WeightRule(local + "linear_fc1.weight", (f"{expert}gate_proj.weight", f"{expert}up_proj.weight"), "gate_up"),
-        WeightRule(local + "linear_fc2.weight", (f"{expert}down_proj.weight",), "row"),
+        *([] if dense is None else mlp_rules(layers=dense)),
+        *more,
+        WeightRule(layer + "router.weight", (f"{mlp}gate.weight",), "replicated", sparse),
+        WeightRule(local + "linear_fc1.weight", gate_up, "gate_up", sparse),
+        WeightRule(local + "linear_fc2.weight", (f"{expert}down_proj.weight",), "row", sparse),
     ]

@@ -1,4 +1,4 @@
-"""Qwen3 mixture of experts (30B-A3B): Qwen3's attention, and a router with experts in place of every MLP."""
+"""Qwen3 mixture of experts (30B-A3B): Qwen3's attention, and a router with experts in place of the MLPs, all or some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdrl_mcore.model.families.base import (
 
 
 def _read(hf: dict, path: str) -> Architecture:
-    refuse(hf, path, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[])
+    refuse(hf, path, attention_bias=False)
     counts = {hf[key] for key in ("num_experts", "num_local_experts") if hf.get(key) is not None}
     count, width = next(iter(counts), None), hf.get("moe_intermediate_size")
     if len(counts) > 1:
@@ -28,8 +28,21 @@ def _read(hf: dict, path: str) -> Architecture:
             f"{path}/config.json: num_experts_per_tok={per_token} of {count} experts with norm_topk_prob={normalized} is "
             "impossible"
         )
-    experts = Experts(count, per_token, width, normalized)
+    experts = Experts(count, per_token, width, normalized, _dense_layers(hf, path))
     return dense_architecture(hf, path, "Qwen3MoeForCausalLM", qk_norm=True, experts=experts)
+
+
+def _dense_layers(hf: dict, path: str) -> tuple[int, ...]:
+    """The layers with an MLP: those in `mlp_only_layers`, and all but every `decoder_sparse_step`th."""
+    count, step, listed = hf.get("num_hidden_layers"), hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    if not is_size(count) or not is_size(step):
+        raise ModelError(f"{path}/config.json: decoder_sparse_step={step} of {count} layers must be a number of layers")
+    if not isinstance(listed, list) or any(isinstance(each, bool) or each not in range(count) for each in listed):
+        raise ModelError(f"{path}/config.json: mlp_only_layers={listed} must name some of {count} layers")
+    dense = tuple(layer for layer in range(count) if layer in listed or (layer + 1) % step)
+    if len(dense) == count:
+        raise ModelError(f"{path}/config.json: decoder_sparse_step={step} and mlp_only_layers leave no layer with experts")
+    return dense
 
 
 FAMILY = Family("Qwen3MoeForCausalLM", _read, expert_decoder_rules, model_type="qwen3_moe")

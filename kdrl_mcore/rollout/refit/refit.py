@@ -118,18 +118,25 @@ class _Refit:
     waits_for: str = "the other ranks to begin"
     checksums: dict[str, str] = field(default_factory=dict)
     is_expert: dict[str, bool] = field(default_factory=dict)  # of this rank's HF names
+    uncast: set[str] = field(default_factory=set)  # those of them that are sent in their own dtype
     scratch: Tensor | None = None
     streams: dict[int, Iterator[tuple[str, Tensor | None]]] = field(default_factory=dict)  # by owner
 
     def run(self) -> RefitResult:
         begin = time.perf_counter()
-        owned = {
-            name: (shape, str(self.dtype or dtype).removeprefix("torch."))
-            for name, (shape, dtype) in (owned_tensors if self.lora is None else owned_factors)(self.parts).items()
-        }
-        self.is_expert = dict.fromkeys(factor_shapes(self.parts), False)
         if self.lora is None:
-            self.is_expert = {n: mapped.rule.is_expert for mapped in mapped_parameters(self.parts) for n in mapped.hf_names}
+            rules = {name: mapped.rule for mapped in mapped_parameters(self.parts) for name in mapped.hf_names}
+            self.is_expert = {name: rule.is_expert for name, rule in rules.items()}
+            self.uncast = {name for name, rule in rules.items() if rule.keeps_dtype or self.dtype is None}
+            own = owned_tensors(self.parts)
+        else:
+            self.is_expert = dict.fromkeys(factor_shapes(self.parts), False)
+            self.uncast = set(self.is_expert if self.dtype is None else ())
+            own = owned_factors(self.parts)
+        owned = {
+            name: (shape, str(dtype if name in self.uncast else self.dtype).removeprefix("torch."))
+            for name, (shape, dtype) in own.items()
+        }
         everyone = gather_objects((owned, [server.index for server in self.servers]))
         table: Table = {name: described for tensors, _ in everyone for name, described in tensors.items()}
         self._check_complete([name for tensors, _ in everyone for name in tensors], table)
@@ -195,7 +202,7 @@ class _Refit:
                     current, tensor = next(stream)
                     if owns and current == entry.name:
                         assert tensor is not None
-                        data = raw_bytes(tensor if self.dtype is None else tensor.to(self.dtype))
+                        data = raw_bytes(tensor if current in self.uncast else tensor.to(self.dtype))
                         self.checksums[current] = checksum(data)
                 if owns and slot is not None:
                     slot[entry.offset : entry.offset + entry.length].copy_(data[entry.start : entry.start + entry.length])

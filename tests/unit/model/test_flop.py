@@ -57,7 +57,7 @@ def test_the_head_works_on_loss_rows_alone_and_sequences_add_up(tmp_path: Path) 
     parts = [(10, 0, 0), (30, 30, 10)]  # a prompt, and the response that continues it
     assert training_flop(architecture, parts) == training_flop(architecture, [(40, 30, 0)])
     more = replace(architecture, num_layers=6)
-    assert training_flop(more, [(1, 0, 0)]) == pytest.approx(6 * 6 * layer_matrices(architecture), rel=1e-2)
+    assert training_flop(more, [(1, 0, 0)]) == pytest.approx(6 * 6 * layer_matrices(architecture, 0), rel=1e-2)
 
 
 def test_the_peak_is_what_the_configuration_says_or_known_by_the_gpus_name() -> None:

@@ -20,6 +20,7 @@ from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.planning.host_memory import num_parameters
 from kdrl_mcore.planning.plan import make_plan
 from kdrl_mcore.planning.setup import Choices, make_setup
+from kdrl_mcore.planning.shards import ShardRequest, get_shards
 from kdrl_mcore.planning.workload import workload_of
 from tests.support import ROOT
 
@@ -138,6 +139,14 @@ def test_the_planner_counts_the_parameters_that_ranks_hold(
         for role, model in (("student", setup.student), ("teacher", setup.teacher)):
             stage = rank["rank"] // (world_size(config) // model.layout.pipeline)
             assert rank[role]["parameters"] == model.shard.stages[stage].parameters
+
+
+def test_the_planner_counts_the_parameters_of_layers_with_and_without_experts(models: Path) -> None:
+    path = models / "GLM-4.5-Air"
+    (shard,) = get_shards([ShardRequest(str(path), "bfloat16", pipeline=2, expert=8)])
+    experts = sum(stage.experts for stage in shard.stages)
+    assert sum(stage.parameters for stage in shard.stages) + 7 * experts == num_parameters(read_architecture(path))
+    assert shard.stages[0].experts * 23 == shard.stages[1].experts * 22  # the first of 46 layers has none
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in CONFIGS.glob("*/config.json")))
