@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     DISTRIBUTION,
+    DOMAIN,
+    ENTROPIES,
+    TEACHER,
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
     learns_from_reward,
     loads_teacher,
+    may_teach_together,
     replays,
     teaches_itself,
     uses_distributed_optimizer,
     uses_given,
     uses_teacher,
     wanted_scores,
+    weighs_by_scores,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
-from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
+from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, general_name, key_types, nearest
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     DEFAULT_RECOMPUTE,
@@ -37,6 +42,7 @@ from kdrl_mcore.config.schema import (
     Config,
     DataConfig,
     LoraConfig,
+    NamedTeacherConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
@@ -75,9 +81,10 @@ def check_config(config: Config) -> None:
     for key, value in flat.items():
         if isinstance(value, str) and not value.strip() and key not in MAY_BE_EMPTY:
             raise ConfigError(f"{key} is empty: give it a value, or leave it out")
-    for key, allowed in CHOICES.items():
-        value, own = flat[key], ", or MODULE:NAME" if key in TAKE_FUNCTIONS else ""
-        if value not in allowed and not (own and ":" in str(value)):
+    for key, value in flat.items():
+        general = general_name(key)
+        allowed, own = CHOICES.get(general), ", or MODULE:NAME" if general in TAKE_FUNCTIONS else ""
+        if allowed is not None and value not in allowed and not (own and ":" in str(value)):
             raise ConfigError(f"{key}={value} is not one of: {', '.join(allowed)}{own}{nearest(str(value), allowed)}")
     if not config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
         raise ConfigError(
@@ -111,7 +118,7 @@ def check_ranges(tree: Mapping[str, Any]) -> None:
         ConfigError: the message names the first key out of range, and the range.
     """
     for name, value in numbers(tree):
-        check_number(name, value, RANGES[re.sub(r"\[\d+\]", "[]", name)])
+        check_number(name, value, RANGES[general_name(re.sub(r"\[\d+\]", "[]", name))])
 
 
 def _check_sources(data: DataConfig) -> None:
@@ -142,12 +149,12 @@ def without_revision(source: str) -> str:
 
 def _check_items(flat: dict[str, Any]) -> None:
     """Check the types of list items, which Hydra does not check for nested lists."""
-    for name, types in key_types().items():
-        if not name.endswith("[]"):
-            continue
-        for index, item in enumerate(flat[name.removesuffix("[]")]):
-            if not isinstance(item, types):
-                raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
+    types_of = key_types()
+    for name, value in flat.items():
+        types = types_of.get(f"{general_name(name)}[]")
+        for index, item in enumerate(value if types is not None else ()):
+            if not isinstance(item, types or ()):
+                raise ConfigError(f"{name}[{index}]: Cannot convert {item!r} to {(types or (str,))[0].__name__}")
 
 
 def _check_lora(config: Config) -> None:
@@ -391,6 +398,7 @@ def _check_objective(config: Config) -> None:
             "(or set objective.alpha.init=0 for plain distillation)"
         )
     _check_teacher(config)
+    check_teachers(config)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(
@@ -403,7 +411,7 @@ def _check_objective(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     teacher, prompt = config.teacher, config.teacher.prompt
     name = f"teacher.weights={teacher.weights}"
-    if loads_teacher(config) and not teacher.path:
+    if loads_teacher(config) and not teacher.path and not config.teachers:
         raise ConfigError(
             "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
             "(teacher.weights), or use objective=grpo"
@@ -430,24 +438,125 @@ def _check_teacher(config: Config) -> None:
     for key, kind in (("decay", "average"), ("refresh_every", "refreshed"), ("min_ess", "recorded")):
         if getattr(teacher, key) != getattr(TeacherConfig, key) and teacher.weights != kind:
             raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
-    _check_teacher_prompt(config)
-
-
-def _check_teacher_prompt(config: Config) -> None:
-    prompt = config.teacher.prompt
-    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
-    for key, default in asdict(TeacherPromptConfig()).items():
-        if key not in ("template", *used) and getattr(prompt, key) != default:
-            raise ConfigError(
-                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
-                "leave it out"
-            )
-    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
-        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
+    check_teacher_prompt(prompt, "teacher.prompt")
     if prompt.template != "student" and not uses_teacher(config.objective):
         raise ConfigError(
             f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
         )
+
+
+def check_teachers(config: Config) -> None:
+    """Check the settings of `teachers`.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    if not config.teachers:
+        return
+    teacher, names = config.teacher, list(config.teachers)
+    if not uses_teacher(config.objective):
+        raise ConfigError(f"teachers ({', '.join(names)}) teach, but objective.beta is never positive: leave them out")
+    if teacher != replace(TeacherConfig(), score_while_sampling=teacher.score_while_sampling):
+        raise ConfigError(
+            "teacher and teachers are both set: name one teacher, or several in teachers.NAME (of `teacher` only "
+            "score_while_sampling concerns these)"
+        )
+    domains = [domain_name(source) for source in config.data.sources]
+    for name, each in config.teachers.items():
+        section = f"teachers.{name}"
+        if not each.path:
+            raise ConfigError(f"{section}.path is not set: name the teacher")
+        if name == TEACHER:
+            raise ConfigError(f"{section}: choose another name than {TEACHER}, which is that of an only teacher")
+        check_teacher_prompt(each.prompt, f"{section}.prompt")
+        _check_schedule(f"{section}.share", each.share)
+        if not can_be_positive(each.share):
+            raise ConfigError(f"{section}.share is never positive: leave this teacher out, or set {section}.share.init")
+        if each.share.kind == "plateau" and not (evaluates(config) and config.eval.every > 0):
+            raise ConfigError(f"{section}.share.kind=plateau watches eval/accuracy: set eval.every and something to evaluate on")
+        _check_taught_values(config, section, each, domains)
+    _check_mixture(config)
+
+
+def _check_taught_values(config: Config, section: str, teacher: NamedTeacherConfig, domains: Sequence[str]) -> None:
+    column = f"{section}.column={teacher.column}"
+    if len(set(teacher.values)) < len(teacher.values):
+        raise ConfigError(f"{section}.values names a value twice: leave one out")
+    if not teacher.values:
+        if teacher.column != DOMAIN:
+            raise ConfigError(f"{column} without {section}.values teaches every prompt: name the values, or leave column out")
+        return
+    if teacher.column != DOMAIN and teacher.column not in config.data.columns:
+        raise ConfigError(f"{column} is not among the columns that are read: add it to data.columns")
+    if teacher.column != DOMAIN and replays(config):
+        raise ConfigError(f"{column}: rollout files hold no columns of the data; with rollout=replay choose by domain")
+    if teacher.column != DOMAIN or DOMAIN in config.data.columns or replays(config):
+        return
+    if not domains:
+        raise ConfigError(f"{section}.values are domains, but the data have none: name them in data.sources")
+    for value in teacher.values:
+        if value not in domains:
+            there = f"there are: {', '.join(domains)}{nearest(value, domains)}"
+            raise ConfigError(f"{section}.values: no domain of data.sources is called '{value}'; {there}")
+
+
+def _check_mixture(config: Config) -> None:
+    """Check the settings that cannot be computed exactly where several teachers teach one prompt, or where their shares make
+    beta differ by prompt."""
+    objective, kd = config.objective, config.objective.kd
+    if objective.combine.kind in ("modulate", "ratio", "reference"):
+        raise ConfigError(
+            f"objective.combine.kind={objective.combine.kind} has one beta for all prompts, which the shares of teachers would "
+            "make differ: use another rule, or one teacher"
+        )
+    if not may_teach_together(config):
+        return
+    together = "several teachers may teach one prompt"
+    over = "control_variate=true" if kd.control_variate else f"estimator={kd.estimator}"
+    if kd.mixture == "arithmetic":
+        if DISTRIBUTION in wanted_scores(objective):
+            raise ConfigError(
+                f"{together}, and with objective.kd.mixture=arithmetic only k1, k2 and k3 are exact, not objective.kd.{over}: set "
+                "mixture=geometric, or give each prompt one teacher"
+            )
+        if ENTROPIES in wanted_scores(objective):
+            raise ConfigError(
+                f"{together}, and objective.kd.token_weight.kind={kd.token_weight.kind} needs the entropy of their mixture, which "
+                "does not follow from theirs: use another rule, or give each prompt one teacher"
+            )
+        return
+    needs_log_probs = {
+        f"kd.token_weight.kind={kd.token_weight.kind}": weighs_by_scores(objective) or kd.token_weight.kind == "teacher_entropy",
+    }
+    if DISTRIBUTION not in wanted_scores(objective):  # otherwise the mixture is formed over the vocabulary
+        needs_log_probs |= {
+            f"kd.estimator={kd.estimator}": kd.estimator not in ("k1", "k2"),
+            f"kd.placement={kd.placement}": kd.placement == "reward",
+            f"kd.clamp={kd.clamp}": kd.clamp is not None,
+            f"combine.kind={objective.combine.kind}": objective.combine.kind not in ("add", "gate"),
+        }
+    for key, needs in needs_log_probs.items():
+        if needs:
+            raise ConfigError(
+                f"{together}, and objective.{key} needs the log-probs of their normalised geometric mixture, which k1 and k2 do "
+                "without: set objective.kd.mixture=arithmetic, or give each prompt one teacher"
+            )
+
+
+def check_teacher_prompt(prompt: TeacherPromptConfig, section: str) -> None:
+    """Check what a teacher reads before a response, whose settings are in `section`.
+
+    Raises:
+        ConfigError: a setting has no effect.
+    """
+    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
+    for key, default in asdict(TeacherPromptConfig()).items():
+        if key not in ("template", *used) and getattr(prompt, key) != default:
+            raise ConfigError(
+                f"{section}.{key} has no effect with {section}.template={prompt.template}: set the template, or leave it out"
+            )
+    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
+        raise ConfigError(f"{section}.plain_template belongs to {section}.template=plain: leave one out")
 
 
 def _check_recorded(config: Config) -> None:
