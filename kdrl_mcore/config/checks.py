@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     DOMAIN,
     ENTROPIES,
     TEACHER,
+    bounds_importance,
     can_be_positive,
     engines_have_own_gpus,
     evaluates,
@@ -453,9 +454,7 @@ def check_teachers(config: Config) -> None:
     """
     if not config.teachers:
         return
-    teacher, names = config.teacher, list(config.teachers)
-    if not uses_teacher(config.objective):
-        raise ConfigError(f"teachers ({', '.join(names)}) teach, but objective.beta is never positive: leave them out")
+    teacher = config.teacher
     if teacher != replace(TeacherConfig(), score_while_sampling=teacher.score_while_sampling):
         raise ConfigError(
             "teacher and teachers are both set: name one teacher, or several in teachers.NAME (of `teacher` only "
@@ -473,9 +472,12 @@ def check_teachers(config: Config) -> None:
         if not can_be_positive(each.share):
             raise ConfigError(f"{section}.share is never positive: leave this teacher out, or set {section}.share.init")
         if each.share.kind == "plateau" and not (evaluates(config) and config.eval.every > 0):
-            raise ConfigError(f"{section}.share.kind=plateau watches eval/accuracy: set eval.every and something to evaluate on")
+            raise ConfigError(
+                f"{section}.share.kind=plateau watches eval/accuracy: set eval.every and something to evaluate on"
+            )
         _check_taught_values(config, section, each, domains)
-    _check_mixture(config)
+    if uses_teacher(config.objective):
+        _check_mixture(config)
 
 
 def _check_taught_values(config: Config, section: str, teacher: NamedTeacherConfig, domains: Sequence[str]) -> None:
@@ -516,30 +518,32 @@ def _check_mixture(config: Config) -> None:
     if kd.mixture == "arithmetic":
         if DISTRIBUTION in wanted_scores(objective):
             raise ConfigError(
-                f"{together}, and with objective.kd.mixture=arithmetic only k1, k2 and k3 are exact, not objective.kd.{over}: set "
-                "mixture=geometric, or give each prompt one teacher"
+                f"{together}, and with objective.kd.mixture=arithmetic only k1, k2 and k3 are exact, not objective.kd.{over}: "
+                "set mixture=geometric, or give each prompt one teacher"
             )
         if ENTROPIES in wanted_scores(objective):
             raise ConfigError(
-                f"{together}, and objective.kd.token_weight.kind={kd.token_weight.kind} needs the entropy of their mixture, which "
-                "does not follow from theirs: use another rule, or give each prompt one teacher"
+                f"{together}, and objective.kd.token_weight.kind={kd.token_weight.kind} needs the entropy of their mixture, "
+                "which does not follow from theirs: use another rule, or give each prompt one teacher"
             )
         return
     needs_log_probs = {
-        f"kd.token_weight.kind={kd.token_weight.kind}": weighs_by_scores(objective) or kd.token_weight.kind == "teacher_entropy",
+        f"kd.token_weight.kind={kd.token_weight.kind}": weighs_by_scores(objective)
+        or kd.token_weight.kind == "teacher_entropy",
     }
     if DISTRIBUTION not in wanted_scores(objective):  # otherwise the mixture is formed over the vocabulary
         needs_log_probs |= {
             f"kd.estimator={kd.estimator}": kd.estimator not in ("k1", "k2"),
             f"kd.placement={kd.placement}": kd.placement == "reward",
             f"kd.clamp={kd.clamp}": kd.clamp is not None,
+            f"kd.importance={kd.importance}": bounds_importance(kd),
             f"combine.kind={objective.combine.kind}": objective.combine.kind not in ("add", "gate"),
         }
     for key, needs in needs_log_probs.items():
         if needs:
             raise ConfigError(
-                f"{together}, and objective.{key} needs the log-probs of their normalised geometric mixture, which k1 and k2 do "
-                "without: set objective.kd.mixture=arithmetic, or give each prompt one teacher"
+                f"{together}, and objective.{key} needs the log-probs of their normalised geometric mixture, which k1 and k2 "
+                "do without: set objective.kd.mixture=arithmetic, or give each prompt one teacher"
             )
 
 

@@ -83,7 +83,7 @@ def loaded_teachers(config: Config) -> dict[str, TeacherConfig | NamedTeacherCon
     """The models in this job that teach, by name, with their settings; the only one is called `TEACHER`."""
     if not loads_teacher(config):
         return {}
-    return dict(config.teachers) if config.teachers else {TEACHER: config.teacher}
+    return {**config.teachers} if config.teachers else {TEACHER: config.teacher}
 
 
 def section_of(config: Config, name: str) -> str:
@@ -95,7 +95,7 @@ def prompts_of_teachers(config: Config) -> dict[str, TeacherPromptConfig]:
     """The templates of the teachers that read other prompts than the student, by the name of these prompts in rollouts."""
     if not uses_teacher(config.objective):
         return {}
-    found = {name: each.prompt for name, each in (config.teachers or {TEACHER: config.teacher}).items()}
+    found = {name: each.prompt for name, each in config.teachers.items()} or {TEACHER: config.teacher.prompt}
     return {name: prompt for name, prompt in found.items() if prompt.template != "student"}
 
 
@@ -254,7 +254,8 @@ def engines_have_own_gpus(rollout: RolloutConfig) -> bool:
 
 def evaluates(config: Config) -> bool:
     """Whether there is something to evaluate on, and evaluation is not off."""
-    return config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
+    named = config.data.eval or config.eval.benchmarks or any(source.eval for source in config.data.sources)
+    return config.eval.every >= 0 and bool(named)
 
 
 def num_updates(config: Config) -> int:

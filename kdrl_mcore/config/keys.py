@@ -11,7 +11,7 @@ from typing import Any
 
 from kdrl_mcore.config.key import Meta, meta_of
 from kdrl_mcore.config.ranges import Range
-from kdrl_mcore.config.schema import Config
+from kdrl_mcore.config.schema import Config, NamedTeacherConfig
 
 
 def key_types(schema: type = Config) -> dict[str, tuple[type, ...]]:
@@ -39,8 +39,8 @@ def _types_of(annotation: Any, name: str) -> Iterator[tuple[str, tuple[type, ...
 
 
 def described(node: object, prefix: str = "") -> Iterator[tuple[str, Any, Meta]]:
-    """Every key below a dataclass with its value and its `Meta`, in the schema's order. A list or mapping of sections is followed
-    by the keys of its items, `NAME[].KEY` or `SECTION.NAME.KEY`, with their defaults."""
+    """Every key below a dataclass with its value and its `Meta`, in the schema's order. A list or mapping of sections is
+    followed by the keys of its items, `NAME[].KEY` or `SECTION.NAME.KEY`, with their defaults."""
     annotations = typing.get_type_hints(type(node))
     for field in dataclasses.fields(typing.cast(Any, node)):
         value, name, meta = getattr(node, field.name), f"{prefix}{field.name}", meta_of(field)
@@ -68,8 +68,8 @@ RANGES: dict[str, Range] = {
 null, where a key allows it."""
 
 
-MAPPINGS = ("teachers",)
-"""The sections whose items have names of the user's choice."""
+MAPPINGS = {"teachers": NamedTeacherConfig}
+"""The sections whose items have names of the user's choice, and the schema of an item."""
 
 
 def general_name(name: str) -> str:

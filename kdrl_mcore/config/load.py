@@ -402,9 +402,10 @@ def _expand_homes(config: Config) -> None:
         value = getattr(section, name)
         if value and value.startswith("~"):
             setattr(section, name, os.path.expanduser(value))
-    for named in (*config.data.sources, *config.teachers.values()):
-        named.path = os.path.expanduser(named.path) if named.path else None
+    for teacher in config.teachers.values():
+        teacher.path = os.path.expanduser(teacher.path) if teacher.path else None
     for source in config.data.sources:
+        source.path = os.path.expanduser(source.path) if source.path else None
         source.eval = os.path.expanduser(source.eval) if source.eval else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from kdrl_mcore.config.keys import MAPPINGS, general_name, key_types, nearest, sections
@@ -155,7 +155,8 @@ def _add_item(config: DictConfig, name: str) -> None:
     if section in MAPPINGS and rest[0] not in config[section]:
         if not rest[0].isidentifier():
             raise ValueError(f"{section}.{rest[0]}: a name consists of letters, digits and _")
-        config[section][rest[0]] = {}
+        with open_dict(config):
+            config[section][rest[0]] = OmegaConf.structured(MAPPINGS[section])
 
 
 def first_line(error: Exception) -> str:

@@ -181,7 +181,9 @@ def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
     differ = [change.key for change in changes(old, new)]
     schedules = {key.split(".")[1] for key in differ if key.startswith(("objective.alpha.", "objective.beta."))}
     schedules |= {key.rpartition(".")[0] for key in differ if general_name(key).startswith("teachers.NAME.share.")}
-    records = {"accuracy", "best"} if EVALUATED.intersection(differ) else {"best"} if "checkpoint.best" in differ else set()
+    held_out = [[source.get("eval") for source in flat.get("data.sources") or ()] for flat in (old, new)]
+    measures_anew = EVALUATED.intersection(differ) or [*filter(None, held_out[0])] != [*filter(None, held_out[1])]
+    records = {"accuracy", "best"} if measures_anew else {"best"} if "checkpoint.best" in differ else set()
     return schedules | records
 
 

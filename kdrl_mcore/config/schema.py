@@ -158,7 +158,8 @@ class TeacherConfig:
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
-        False, "score complete groups while servers sample the others (rollout.vllm.placement=server); of every one of `teachers`"
+        False,
+        "score complete groups while servers sample the others (rollout.vllm.placement=server); of every one of `teachers`",
     )
 
 

@@ -55,9 +55,12 @@ def resolve_models(config: Config) -> dict[str, str]:
     used = {"student.path": config.student.path}
     if uses_teacher(config.objective):
         used["teacher.path"] = config.teacher.path
+        used |= {f"teachers.{name}.path": teacher.path for name, teacher in config.teachers.items()}
     folders, commits = resolve({key: path for key, path in used.items() if path})
     config.student.path = folders.get("student.path", config.student.path)
     config.teacher.path = folders.get("teacher.path", config.teacher.path)
+    for name, teacher in config.teachers.items():
+        teacher.path = folders.get(f"teachers.{name}.path", teacher.path)
     return commits
 
 
@@ -122,6 +125,7 @@ def _data_commits(config: Config) -> dict[str, str]:
     data = config.data
     named = {"data.train": data.train, "data.eval": data.eval if config.eval.every >= 0 else None}
     named |= {f"data.sources[{index}].path": source.path for index, source in enumerate(data.sources)}
+    named |= {f"data.sources[{index}].eval": source.eval for index, source in enumerate(data.sources) if config.eval.every >= 0}
     commits = {}
     for key, source in named.items():
         if source is None or is_file(source):
