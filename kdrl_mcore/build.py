@@ -43,6 +43,7 @@ from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
+from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
@@ -117,6 +118,9 @@ def check_outcome(config: Config) -> None:
     """
     models = used_models(config)
     check_functions(config.objective)
+    for name, teacher in config.teachers.items():
+        if ":" in teacher.share.kind:
+            find_function(f"teachers.{name}.share.kind", teacher.share.kind, {})
     if config.trainer.steps == 0 and not evaluates(config):
         raise ConfigError(
             "trainer.steps=0 only evaluates, and there is nothing to evaluate on: set data.eval or eval.benchmarks, and leave "
