@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from kdrl_mcore.config import NamedTeacherConfig, ScheduleConfig, flatten, load_config, load_saved, save_config
+from kdrl_mcore.config import (
+    Config,
+    NamedTeacherConfig,
+    ScheduleConfig,
+    check_config,
+    flatten,
+    load_config,
+    load_saved,
+    save_config,
+)
 from kdrl_mcore.config.derived import may_teach_together, used_models
+from kdrl_mcore.config.overrides import apply, read_overrides
 from kdrl_mcore.config.resuming import changes, refused, restarted
 from kdrl_mcore.data.taught import count_taught, describe_taught
 from kdrl_mcore.errors import ConfigError, DataError
@@ -26,8 +39,20 @@ APART = ("teachers.m.path=M", "teachers.m.values=[maths]", "teachers.l.path=L", 
 TOGETHER = (*APART, "teachers.l.values=[logic,maths]")
 
 
-def load(*settings: str):
-    return load_config(["objective=kdrl", "student.path=s", DATA, *settings])
+@cache
+def base() -> Config:
+    return load_config(["objective=kdrl", "student.path=s", DATA, *APART])
+
+
+def load(*settings: str) -> Config:
+    """The configuration with these overrides, composed only once."""
+    composed = OmegaConf.structured(deepcopy(base()))
+    for each in read_overrides(settings, ()):
+        apply(composed, each.name, each.value, each.word)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -43,7 +68,7 @@ def load(*settings: str):
         (("teachers.m.column=kind",), "add it to data.columns"),
         (("teachers.m.column=kind", "teachers.m.values=[]"), "without teachers.m.values teaches every prompt"),
         (
-            ("teachers.m.column=kind", "data.columns=[kind]", "rollout=replay", "rollout.path=r.jsonl"),
+            ("teachers.m.column=kind", "data.columns=[kind]", "rollout.engine=replay", "rollout.path=r.jsonl"),
             "with rollout=replay choose by domain",
         ),
         (("teachers.m.share.init=0",), "teachers.m.share is never positive"),
@@ -180,4 +205,4 @@ def test_an_alert_names_the_teacher_from_which_the_student_moves_away() -> None:
         kl_of_l = 0.2 if step < 4 else 0.9
         found += watch.observe({"kl": kl_of_l, "teacher/m/kl": 0.3, "teacher/l/kl": kl_of_l})
     assert [each.name for each in found] == ["kl_blow_up of l"]
-    assert "KL to the teacher l rose to 0.900 from 0.200" in found[0].message
+    assert "KL to the teacher l rose to 0.550 from 0.200" in found[0].message
