@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.config import Config, TeacherConfig, TeacherParallelConfig
+from kdrl_mcore.config import Config, NamedTeacherConfig, TeacherConfig, TeacherParallelConfig
 from kdrl_mcore.config.derived import (
     TEACHER,
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
     is_supervised,
+    loaded_teachers,
     loads_teacher,
     longest_response,
     num_given,
     num_updates,
+    prompts_of_teachers,
     reads_own_prompt,
     reads_scores,
     replays,
@@ -33,16 +35,18 @@ from kdrl_mcore.config.derived import (
     uses_reference,
     uses_teacher,
 )
-from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts
+from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts, limits_of
 from kdrl_mcore.data.prompts import describe_prompt
 from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
 from kdrl_mcore.data.stream import Domain, PromptStream
+from kdrl_mcore.data.taught import describe_taught
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_tokens
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
 from kdrl_mcore.job import Job
 from kdrl_mcore.model.lora import TEACHER_ADAPTER
+from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
@@ -64,6 +68,7 @@ from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.pool import Member, TeacherPool
 from kdrl_mcore.teacher.recorded import read_recorded
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
@@ -89,8 +94,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     data = build_training_data(config, on_phase)
     student = Student(config, dist.get_world_size(), data.vocab_size, partial(on_phase, "load student"))
     evaluation = build_evaluation(config, data, student, on_phase)
-    if dist.get_rank() == 0:
-        describe_data(data, evaluation)
+    on_first_rank(lambda: describe_data(config, data, evaluation))
     teacher = build_teacher(config, student, data.vocab_size, on_phase)
     reference = build_reference(config, student, data.vocab_size, on_phase)
     on_phase("start engines")
@@ -120,6 +124,9 @@ def check_outcome(config: Config) -> None:
     """
     models = used_models(config)
     check_functions(config.objective)
+    for name, teacher in config.teachers.items():
+        if ":" in teacher.share.kind:
+            find_function(f"teachers.{name}.share.kind", teacher.share.kind, {})
     if config.trainer.steps == 0 and not evaluates(config):
         raise ConfigError(
             "trainer.steps=0 only evaluates, and there is nothing to evaluate on: set data.eval or eval.benchmarks, and leave "
@@ -153,7 +160,7 @@ class TrainingData:
     vocab_size: int
     limits: Limits
     domains: list[Domain]
-    unshared: frozenset[int] = frozenset()
+    unshared: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
 def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
@@ -164,9 +171,10 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
     """
     on_phase("load tokenizers")
     assert config.student.path is not None
-    tokenizer, vocab_size = shared_vocabulary(config.student.path, config.teacher.path, added_may_differ=loads_teacher(config))
+    teachers = [each.path for each in config.teachers.values()] or [config.teacher.path]
+    tokenizer, vocab_size = shared_vocabulary(config.student.path, *teachers, added_may_differ=loads_teacher(config))
     unshared = find_unshared(config)
-    limits = Limits.of(vocab_size, list(used_models(config).values()))
+    limits = limits_of(config, vocab_size)
     if tokenizer is None and not replays(config):
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
     if tokenizer is None and evaluates(config):
@@ -179,30 +187,32 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
         for (source, _), domain in zip(sources, domains, strict=True):
             check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
             check_teacher_prompts(domain.prompts, str(source.path), config, unshared)
-    return TrainingData(tokenizer, vocab_size, limits, domains, frozenset(unshared))
+    return TrainingData(tokenizer, vocab_size, limits, domains, unshared)
 
 
-def find_unshared(config: Config) -> dict[int, str]:
-    """The student's added tokens at whose ids the teacher has others. Rank 0 says what follows from it.
+def find_unshared(config: Config) -> dict[str, frozenset[int]]:
+    """By teacher, the student's added tokens at whose ids it has others. Rank 0 says what follows from it.
 
     Raises:
         ConfigError: the loss compares both models over the vocabulary.
     """
-    if not loads_teacher(config):
-        return {}
-    assert config.student.path is not None and config.teacher.path is not None
-    unshared = unshared_tokens(config.student.path, config.teacher.path)
+    return {name: frozenset(_unshared_by(config, str(each.path))) for name, each in loaded_teachers(config).items()}
+
+
+def _unshared_by(config: Config, teacher: str) -> dict[int, str]:
+    assert config.student.path is not None
+    unshared = unshared_tokens(config.student.path, teacher)
     if unshared and compares_over_vocabulary(config.objective):
         first = min(unshared)
         raise ConfigError(
-            f"the teacher {config.teacher.path} has other added tokens than the student ({len(unshared)}, the first at id "
+            f"the teacher {teacher} has other added tokens than the student ({len(unshared)}, the first at id "
             f"{first}, {unshared[first]!r}), and objective.kd.estimator={config.objective.kd.estimator} compares the whole "
             "vocabulary (as kd.control_variate does): set it to k1, k2 or k3"
         )
     if unshared and dist.get_rank() == 0:
         logger.warning(
             "the teacher %s has other added tokens at %d ids: a response is distilled up to the first of %s",
-            *(config.teacher.path, len(unshared), _listed(unshared)),
+            *(teacher, len(unshared), _listed(unshared)),
         )
     return unshared
 
@@ -217,11 +227,18 @@ def build_evaluation(config: Config, data: TrainingData, student: Student, on_ph
     return Evaluation(config, data.tokenizer, student.groups, limits)
 
 
-def describe_data(data: TrainingData, evaluation: Evaluation | None) -> None:
-    """Log a summary of the data, and one prompt as the models see it."""
+def describe_data(config: Config, data: TrainingData, evaluation: Evaluation | None) -> None:
+    """Log a summary of the data, and one prompt as the models see it.
+
+    Raises:
+        DataError: one of several teachers teaches a value that no prompt has.
+    """
     benchmarks = [] if evaluation is None else evaluation.benchmarks
     for line in data_notes(data.domains, benchmarks):
         logger.warning("%s", line)
+    if data.domains:
+        for line in describe_taught(config, [domain.prompts for domain in data.domains]):
+            logger.info("%s", line)
     prompts = [*(domain.prompts for domain in data.domains), *(benchmark.prompts for benchmark in benchmarks)]
     if prompts and data.tokenizer is not None:
         logger.info("%s", describe_prompt(prompts[0][0], data.tokenizer))
@@ -246,12 +263,23 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
             student.add_teacher_adapters(config.teacher.path)
             return FrozenBase(student, name, TEACHER_ADAPTER)
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
-    assert config.teacher.path is not None
-    on_parameter = partial(on_phase, "load teacher")
-    teacher = _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
     if compares_over_vocabulary(config.objective):
-        student.load_teacher_head(config.teacher.path, kd)
-    return teacher
+        student.load_teacher_head([str(each.path) for each in loaded_teachers(config).values()], kd)
+    on_parameter = partial(on_phase, "load teacher")
+    if config.teachers:
+        return _build_pool(config, vocab_size, on_parameter)
+    assert config.teacher.path is not None
+    return _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
+
+
+def _build_pool(config: Config, vocab_size: int, on_parameter: Callable[[], None]) -> TeacherPool:
+    members, own = {}, prompts_of_teachers(config)
+    for name, settings in config.teachers.items():
+        assert settings.path is not None
+        source = _frozen(settings.path, settings, config, vocab_size, on_parameter, name if name in own else None)
+        hidden_size = source.parts.config.hidden_size
+        members[name] = Member(settings, Coefficient(settings.share), source, hidden_size)
+    return TeacherPool(members, config.objective.kd.mixture)
 
 
 def masks_stop_token(config: Config) -> bool:
@@ -260,16 +288,21 @@ def masks_stop_token(config: Config) -> bool:
     rule, objective = config.objective.kd.stop_token, config.objective
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
-    if config.teacher.path is None:
-        return False
-    assert config.student.path is not None and config.teacher.path is not None
-    student, teacher = (stop_tokens(path) for path in (config.student.path, config.teacher.path))
+    paths = [each.path for each in config.teachers.values()] or [config.teacher.path]
+    ends_otherwise = [_ends_otherwise(config, path) for path in paths if path is not None]  # each teacher is reported
+    return any(ends_otherwise)
+
+
+def _ends_otherwise(config: Config, path: str) -> bool:
+    """Whether a teacher ends its responses with another token than the student. Rank 0 reports it."""
+    assert config.student.path is not None
+    student, teacher = stop_tokens(config.student.path), stop_tokens(path)
     differ = student is not None and teacher is not None and student.keys() != teacher.keys()
     if dist.get_rank() != 0:
         return differ
     name = "objective.kd.stop_token=auto"
     if student is None or teacher is None:
-        unknown = config.student.path if student is None else config.teacher.path
+        unknown = config.student.path if student is None else path
         logger.warning(
             "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
             "responses with the same token: set it to keep if they do, otherwise to mask",
@@ -306,7 +339,7 @@ def build_reference(config: Config, student: Student, vocab_size: int, on_phase:
 
 def _frozen(
     path: str,
-    settings: TeacherConfig,
+    settings: TeacherConfig | NamedTeacherConfig,
     config: Config,
     vocab_size: int,
     on_parameter: Callable[[], None],
@@ -444,5 +477,6 @@ def _part_tokens(config: Config) -> int:
     replica. 0 without a teacher."""
     if not uses_teacher(config.objective):
         return 0
-    layout = teacher_layout(dist.get_world_size(), config.teacher.parallel)
-    return config.batch.micro_tokens * layout.context * layout.pipeline * layout.data
+    teachers = config.teachers.values() if config.teachers else [config.teacher]
+    layouts = [teacher_layout(dist.get_world_size(), teacher.parallel) for teacher in teachers]
+    return config.batch.micro_tokens * max(layout.context * layout.pipeline * layout.data for layout in layouts)

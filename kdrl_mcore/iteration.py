@@ -21,7 +21,7 @@ from kdrl_mcore.monitoring.clock import Clock
 from kdrl_mcore.objective.advantages import group_advantages, have_equal_rewards, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
 from kdrl_mcore.objective.masks import distillation_mask
-from kdrl_mcore.step_metrics import step_metrics, utilization
+from kdrl_mcore.step_metrics import step_metrics, teacher_metrics, utilization
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.update import advance_schedules, update
 from kdrl_mcore.teacher.scores import TeacherScores
@@ -34,7 +34,8 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
     teacher = TeacherScores()
 
     def score_part(part: Mapping[int, Rollout]) -> None:  # verified groups, while others are sampled
-        job.score_with_teacher(teacher, part, mask_responses(objective, list(part.values()), beta))
+        responses = list(part.values())
+        job.score_with_teacher(teacher, part, mask_responses(objective, responses, beta) & job.has_teacher(responses))
 
     with clock("refit"):
         job.source.refit()  # mu <- pi
@@ -45,7 +46,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
         early_tokens = teacher.tokens
     with clock("reward"):
         job.source.verify(rollouts)  # r_i, and whether the response is correct
-    distil_N = mask_responses(objective, rollouts, beta)  # the responses that L_KD covers
+    distil_N = mask_responses(objective, rollouts, beta) & job.has_teacher(rollouts)  # the responses that L_KD covers
     with clock("teacher"):
         job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N)  # T( . | s_t) for these responses only
     updates = []
@@ -56,9 +57,12 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
             weighted = weigh_responses(job.config, batch, advantages_N)  # each response's weight in L_GRPO and L_KD
             weighted = job.weigh_tokens(weighted)  # and that of its tokens, and sequence ratios
             updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD
+    scored_N, shares = job.scored_tokens(rollouts, distil_N), {name: share.value for name, share in job.shares.items()}
+    metrics = step_metrics(rollouts, scored_N, updates, alpha, beta, clock)
+    if job.pool is not None:
+        metrics |= teacher_metrics(job.pool.taught_by(rollouts), scored_N, updates, shares, beta)
     for result in updates:
-        advance_schedules(result, job.alpha, job.beta)  # alpha_t and beta_t follow the optimizer steps
-    metrics = step_metrics(rollouts, job.scored_tokens(rollouts, distil_N), updates, alpha, beta, clock)
+        advance_schedules(result, job.alpha, job.beta, job.shares)  # alpha_t and beta_t follow the optimizer steps
     metrics |= utilization(job.student.parts, rollouts, metrics["time/train"], job.config.cluster)
     if job.source.chosen is not None:
         metrics["teacher_tokens_dropped"] = float(teacher.dropped_tokens)
@@ -105,17 +109,19 @@ def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) 
     lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in batch.rollouts])
     truncated_N = torch.tensor([rollout.finish_reason == "length" for rollout in batch.rollouts])
     dropped_N = batch.given_N | (truncated_N if objective.truncated == "drop" else torch.zeros_like(truncated_N))
+    distilled_N = distillation_weights(lengths_N, batch.distil_N, objective.aggregation, limit, objective.kd.denominator)
+    if batch.teacher_shares_N is not None:
+        distilled_N = distilled_N * batch.teacher_shares_N  # beta is multiplied by the shares of the response's teachers
     return batch.with_weights(
         advantages_N=advantages_N,
         policy_weights_N=response_weights(lengths_N, objective.aggregation, limit, dropped_N),
-        distillation_weights_N=distillation_weights(
-            lengths_N, batch.distil_N, objective.aggregation, limit, objective.kd.denominator
-        ),
+        distillation_weights_N=distilled_N,
     )
 
 
 def _log_ratio_sums(batch: TrainingBatch, mask_stop_token: bool) -> Tensor:
-    """sum_t (log T - log pi) of each response [N], pi as the sampler reported it; 0 where the teacher did not score it."""
+    """sum_t (log T - log pi) of each response [N], pi as the sampler reported it, times the shares of its teachers where there
+    are several; 0 where the teacher did not score it."""
     teacher: Sequence[TokenFloats | None] = batch.teacher_log_probs or [None] * len(batch.rollouts)
     sums = []
     scored = batch.scored()
@@ -124,7 +130,8 @@ def _log_ratio_sums(batch: TrainingBatch, mask_stop_token: bool) -> Tensor:
         tokens = min(tokens, scored.get(index, 0))
         difference = None if scores is None else scores.astype("float64") - rollout.sampler_log_probs
         sums.append(0.0 if difference is None else float(difference[:tokens].sum()))
-    return torch.tensor(sums, dtype=torch.float64)
+    sums_N = torch.tensor(sums, dtype=torch.float64)
+    return sums_N if batch.teacher_shares_N is None else sums_N * batch.teacher_shares_N
 
 
 def _column(rollouts: Sequence[Rollout], name: str) -> Tensor:

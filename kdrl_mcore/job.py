@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdrl_mcore.config import Config
@@ -21,6 +22,7 @@ from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
+from kdrl_mcore.teacher.pool import TeacherPool
 from kdrl_mcore.teacher.scores import TeacherScores
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
@@ -43,8 +45,24 @@ class Job:
     mask_stop_token: bool = False
     """Whether the token that ends a response is left out of distillation (`objective.kd.stop_token`)."""
 
-    unshared: frozenset[int] = frozenset()
-    """The token ids that mean something else to the teacher: from the first one on, a response is not distilled."""
+    unshared: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """By teacher, the token ids that mean something else to it: from the first one on, a response is not distilled."""
+
+    @property
+    def pool(self) -> TeacherPool | None:
+        """The teachers, if there are several."""
+        return self.teacher if isinstance(self.teacher, TeacherPool) else None
+
+    @property
+    def shares(self) -> dict[str, Coefficient]:
+        """The schedules of the shares that several teachers have of beta; empty for one."""
+        return {} if self.pool is None else self.pool.shares
+
+    def has_teacher(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Whether some teacher teaches each response at this step [N]. Not collective."""
+        if self.pool is None:
+            return torch.ones(len(rollouts), dtype=torch.bool)
+        return self.pool.total_shares(rollouts) > 0
 
     def score_with_teacher(self, scores: TeacherScores, rollouts: Mapping[int, Rollout], distil_N: Tensor) -> None:
         """Let the teacher score each response to distil once, up to its last token with a weight, and no others. The log-probs
@@ -77,11 +95,15 @@ class Job:
         """How many tokens of each response, from its start, the teacher scores [N]. Not collective."""
         lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in rollouts], dtype=torch.long)
         scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, distil_N)
-        if not self.unshared:
+        if not any(self.unshared.values()):
             return scored_N
-        unshared = np.array(sorted(self.unshared))
-        readable = [np.append(np.isin(each.response_token_ids, unshared), True).argmax() for each in rollouts]
+        readable = [np.append(np.isin(each.response_token_ids, self._unshared_in(each)), True).argmax() for each in rollouts]
         return torch.minimum(scored_N, torch.tensor(readable, dtype=torch.long))
+
+    def _unshared_in(self, rollout: Rollout) -> NDArray[np.int64]:
+        """The token ids that one of the response's teachers does not share."""
+        names = self.unshared if self.pool is None else self.pool.shares_of(rollout)
+        return np.array(sorted({each for name in names for each in self.unshared.get(name, ())}), dtype=np.int64)
 
     def split(self, rollouts: Sequence[Rollout], teacher: TeacherScores, distil_N: Tensor) -> list[TrainingBatch]:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
@@ -107,6 +129,8 @@ class Job:
             reference,
             teacher_entropies=of_all(teacher.entropies),
             scored_N=self.scored_tokens(rollouts, distil_N),
+            teacher_shares_N=None if self.pool is None else self.pool.total_shares(rollouts),
+            taught_by_N=None if self.pool is None else self.pool.taught_by(rollouts),
         )
         return batch.split_by_group(updates)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -58,6 +59,33 @@ def step_metrics(
         metrics |= {"given_responses": float(given.sum()), "given_tokens": float(lengths[given].sum())}
     metrics |= leak_metrics(sampled)
     return {**metrics, **domain_metrics(sampled, tuple(MEASURES)), **update_metrics(rollouts, updates, clock)}
+
+
+def teacher_metrics(
+    taught_by_N: Tensor, scored_N: Tensor, updates: Sequence[UpdateResult], shares: Mapping[str, float], beta: float
+) -> dict[str, float]:
+    """The metrics of each of several teachers, `teacher/NAME/...`: its present beta, the responses and tokens that it scored,
+    and the KL on the sampled ones of its tokens; and the number of responses that none teaches.
+
+    Args:
+        taught_by_N, scored_N: which teachers teach each response, as a sum of 2^k, and how many of its tokens are scored.
+        shares: of beta, by teacher.
+    """
+    metrics = {"untaught_responses": float((taught_by_N == 0).sum())}
+    for number, (name, share) in enumerate(shares.items()):
+        own_N = torch.where((taught_by_N >> number) & 1 != 0, scored_N, 0)
+        of_teacher = f"teacher/{name}"
+        metrics |= {
+            f"{of_teacher}/beta": beta * share,
+            f"{of_teacher}/responses": float((own_N > 0).sum()),
+            f"{of_teacher}/tokens": float(own_N.sum()),
+        }
+        tokens = sum(update.sums.get(f"{of_teacher}/tokens", 0.0) for update in updates)
+        for measure, new in (("kl_k1", "kl"), ("kl_full", "kl_full")):
+            values = [update.sums[key] for update in updates if (key := f"{of_teacher}/{measure}") in update.sums]
+            if values and tokens:
+                metrics[f"{of_teacher}/{new}"] = sum(values) / tokens
+    return metrics
 
 
 def domain_metrics(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:

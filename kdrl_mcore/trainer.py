@@ -240,7 +240,7 @@ class Trainer:
             metrics = summarize(job.evaluation.run(engine, generations))
         engine.sleep()
         metrics = from_first_rank(metrics)
-        for coefficient in (job.alpha, job.beta):
+        for coefficient in (job.alpha, job.beta, *job.shares.values()):
             coefficient.observe(metrics["eval/accuracy"])
         self._accuracy.observe(metrics["eval/accuracy"])
         if self.config.checkpoint.best is not None:
@@ -309,6 +309,7 @@ class Trainer:
             "weight_version": job.student.version,
             "alpha": job.alpha.state_dict(),
             "beta": job.beta.state_dict(),
+            "shares": {name: share.state_dict() for name, share in job.shares.items()},
             **job.source.state_dict(),
             "bad_updates": self._bad_updates,
             "records": {"accuracy": asdict(self._accuracy), "best": asdict(self._best)},
@@ -347,6 +348,10 @@ class Trainer:
         measures_anew = "accuracy" in start.restarted
         for name, coefficient in (("alpha", job.alpha), ("beta", job.beta)):
             coefficient.load_state_dict(state[name], restart=name in start.restarted, measures_anew=measures_anew)
+        saved = state.get("shares", {})  # none of a teacher that is new: its schedule begins now
+        for name in saved.keys() & job.shares.keys():
+            restart = f"teachers.{name}.share" in start.restarted
+            job.shares[name].load_state_dict(saved[name], restart=restart, measures_anew=measures_anew)
         job.source.load_state_dict(state, resamples=start.resamples)
         bad = state["bad_updates"]
         ended_run = bad >= self.config.trainer.max_bad_updates  # if so, the run may now try again

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
             print(f"evaluating {model}", file=sys.stderr)
         output = options.output or Path("runs/evaluation") / output_name(Path(model).resolve())
         config = load_config([override("run.dir", str(output)), *_overrides(options, model), *config_arguments(options)])
-        if not config.data.eval and not config.eval.benchmarks:
+        if not (config.data.eval or config.eval.benchmarks or any(source.eval for source in config.data.sources)):
             raise ConfigError("nothing to evaluate on: name --data FILE or --benchmarks NAME")
         if config.rollout.engine == "replay":
             raise ConfigError("rollout.engine=replay samples nothing: leave it out, or use rollout=vllm")

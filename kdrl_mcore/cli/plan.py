@@ -89,6 +89,8 @@ def show(console: Console, plan: Plan) -> None:
         console.print(
             f"a checkpoint takes {plan.checkpoint_host_bytes / GIB:.1f} GiB of each node's host memory until it is written"
         )
+    if plan.teacher_host_bytes:
+        console.print(f"off-loaded teachers take {plan.teacher_host_bytes / GIB:.1f} GiB of each node's host memory")
     if plan.activation_host_bytes:
         console.print(f"off-loaded activations take {plan.activation_host_bytes / GIB:.1f} GiB of each node's host memory")
     console.print(_time_table(plan))

@@ -4,8 +4,8 @@ The YAML files in `conf/` set values for presets and experiments and never repea
 Hydra, so the command line takes Hydra overrides (`key=value`, `group=choice`).
 """
 
-from kdrl_mcore.config.checks import check_config, domain_name, flatten, without_revision
-from kdrl_mcore.config.derived import can_be_positive
+from kdrl_mcore.config.checks import check_config, flatten
+from kdrl_mcore.config.derived import can_be_positive, domain_name, without_revision
 from kdrl_mcore.config.keys import CHOICES
 from kdrl_mcore.config.load import load_benchmark, load_config, load_saved, save_config
 from kdrl_mcore.config.overrides import override
@@ -26,6 +26,7 @@ from kdrl_mcore.config.schema import (
     LoggingConfig,
     LoraConfig,
     ModelConfig,
+    NamedTeacherConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
+    "NamedTeacherConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",

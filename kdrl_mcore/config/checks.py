@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     LORA_RANKS,
     can_be_positive,
+    domain_name,
     engines_have_own_gpus,
     evaluates,
     is_supervised,
@@ -19,7 +19,7 @@ from kdrl_mcore.config.derived import (
     replays,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
-from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, key_types, nearest
+from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, general_name, key_types, nearest
 from kdrl_mcore.config.parallelism import check_activations, check_layout, check_reduction
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
@@ -33,9 +33,9 @@ from kdrl_mcore.config.schema import (
     OptimizerConfig,
     RewardConfig,
     ScheduleConfig,
-    SourceConfig,
     VllmConfig,
 )
+from kdrl_mcore.config.several_teachers import check_teachers
 from kdrl_mcore.config.teachers import check_teacher
 from kdrl_mcore.errors import ConfigError
 
@@ -56,9 +56,10 @@ def check_config(config: Config) -> None:
     for key, value in flat.items():
         if isinstance(value, str) and not value.strip() and key not in MAY_BE_EMPTY:
             raise ConfigError(f"{key} is empty: give it a value, or leave it out")
-    for key, allowed in CHOICES.items():
-        value, own = flat[key], ", or MODULE:NAME" if key in TAKE_FUNCTIONS else ""
-        if value not in allowed and not (own and ":" in str(value)):
+    for key, value in flat.items():
+        general = general_name(key)
+        allowed, own = CHOICES.get(general), ", or MODULE:NAME" if general in TAKE_FUNCTIONS else ""
+        if allowed is not None and value not in allowed and not (own and ":" in str(value)):
             raise ConfigError(f"{key}={value} is not one of: {', '.join(allowed)}{own}{nearest(str(value), allowed)}")
     if not config.trainer.hang_timeout < 60 * config.trainer.distributed_timeout_minutes:
         raise ConfigError(
@@ -92,7 +93,7 @@ def check_ranges(tree: Mapping[str, Any]) -> None:
         ConfigError: the message names the first key out of range, and the range.
     """
     for name, value in numbers(tree):
-        check_number(name, value, RANGES[re.sub(r"\[\d+\]", "[]", name)])
+        check_number(name, value, RANGES[general_name(re.sub(r"\[\d+\]", "[]", name))])
 
 
 def _check_sources(data: DataConfig) -> None:
@@ -108,27 +109,14 @@ def _check_sources(data: DataConfig) -> None:
             raise ConfigError(f"two of data.sources are called '{name}': give each its own `name`")
 
 
-def domain_name(source: SourceConfig) -> str:
-    """The name of a source in metrics and rollout files: its `name`, or else that of its file or hub id."""
-    if source.name is not None:
-        return source.name
-    return Path(without_revision(str(source.path)).removesuffix(".gz")).stem
-
-
-def without_revision(source: str) -> str:
-    """A hub id without its `@revision`; the name of a file unchanged."""
-    is_file = source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
-    return source if is_file else source.partition("@")[0]
-
-
 def _check_items(flat: dict[str, Any]) -> None:
     """Check the types of list items, which Hydra does not check for nested lists."""
-    for name, types in key_types().items():
-        if not name.endswith("[]"):
-            continue
-        for index, item in enumerate(flat[name.removesuffix("[]")]):
-            if not isinstance(item, types):
-                raise ConfigError(f"{name[:-2]}[{index}]: Cannot convert {item!r} to {types[0].__name__}")
+    types_of = key_types()
+    for name, value in flat.items():
+        types = types_of.get(f"{general_name(name)}[]")
+        for index, item in enumerate(value if types is not None else ()):
+            if not isinstance(item, types or ()):
+                raise ConfigError(f"{name}[{index}]: Cannot convert {item!r} to {(types or (str,))[0].__name__}")
 
 
 def _check_lora(config: Config) -> None:
@@ -318,6 +306,9 @@ def _check_objective(config: Config) -> None:
             "(or set objective.alpha.init=0 for plain distillation)"
         )
     check_teacher(config)
+    check_teachers(config)
+    for name, each in config.teachers.items():
+        _check_schedule(f"teachers.{name}.share", each.share)
     in_advantage = objective.kd.placement == "advantage" and objective.kd.mix != "none"
     if objective.kd.placement != "loss" and objective.kd.estimator not in ("k1", "k2") and not in_advantage:
         raise ConfigError(

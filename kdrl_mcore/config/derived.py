@@ -10,9 +10,13 @@ from kdrl_mcore.config.schema import (
     Config,
     DistillationConfig,
     ModelConfig,
+    NamedTeacherConfig,
     ObjectiveConfig,
     RolloutConfig,
     ScheduleConfig,
+    SourceConfig,
+    TeacherConfig,
+    TeacherPromptConfig,
 )
 from kdrl_mcore.errors import ConfigError
 
@@ -27,7 +31,10 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM can reserve memory."""
 
 TEACHER = "teacher"
-"""The name of the teacher's prompts in rollouts."""
+"""The name of the only teacher, and of its prompts in rollouts."""
+
+DOMAIN = "domain"
+"""The column of a prompt's domain, which every prompt has."""
 
 TEACH_INCORRECT = ("gate",)
 """The rules of `objective.combine` that distil only incorrect responses, so that the teacher scores no others."""
@@ -72,8 +79,44 @@ def teaches_itself(config: Config) -> bool:
 
 
 def loads_teacher(config: Config) -> bool:
-    """Whether the teacher is a separate model in this job."""
+    """Whether the teacher is a separate model in this job, or several are."""
     return uses_teacher(config.objective) and config.teacher.weights == "path"
+
+
+def has_several_teachers(config: Config) -> bool:
+    """Whether the teachers are those of `teachers`."""
+    return loads_teacher(config) and bool(config.teachers)
+
+
+def loaded_teachers(config: Config) -> dict[str, TeacherConfig | NamedTeacherConfig]:
+    """The models in this job that teach, by name, with their settings; the only one is called `TEACHER`."""
+    if not loads_teacher(config):
+        return {}
+    return {**config.teachers} if config.teachers else {TEACHER: config.teacher}
+
+
+def section_of(config: Config, name: str) -> str:
+    """Where a teacher's settings are in the configuration."""
+    return f"teachers.{name}" if config.teachers else TEACHER
+
+
+def prompts_of_teachers(config: Config) -> dict[str, TeacherPromptConfig]:
+    """The templates of the teachers that read other prompts than the student, by the name of these prompts in rollouts."""
+    if not uses_teacher(config.objective):
+        return {}
+    found = {name: each.prompt for name, each in config.teachers.items()} or {TEACHER: config.teacher.prompt}
+    return {name: prompt for name, prompt in found.items() if prompt.template != "student"}
+
+
+def may_teach_together(config: Config) -> bool:
+    """Whether two of `teachers` may teach one prompt, as far as the configuration shows: those that choose by the same column
+    teach one only if they share a value."""
+    teachers = list(config.teachers.values()) if has_several_teachers(config) else []
+    pairs = [(one, other) for index, one in enumerate(teachers) for other in teachers[:index]]
+    return any(
+        one.column != other.column or not one.values or not other.values or set(one.values) & set(other.values)
+        for one, other in pairs
+    )
 
 
 def reads_scores(config: Config) -> bool:
@@ -96,12 +139,13 @@ def shares_teacher_head(config: Config) -> bool:
 
 def reads_own_prompt(config: Config) -> bool:
     """Whether the teacher reads another prompt than the student."""
-    return uses_teacher(config.objective) and config.teacher.prompt.template != "student"
+    return TEACHER in prompts_of_teachers(config)
 
 
-def teacher_prompt_tokens(config: Config) -> int:
-    """The most tokens that the teacher reads before a response."""
-    return (reads_own_prompt(config) and config.teacher.prompt.max_tokens) or config.rollout.max_prompt_tokens
+def teacher_prompt_tokens(config: Config, name: str = TEACHER) -> int:
+    """The most tokens that a teacher reads before a response."""
+    prompt = prompts_of_teachers(config).get(name)
+    return (prompt is not None and prompt.max_tokens) or config.rollout.max_prompt_tokens
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:
@@ -228,7 +272,8 @@ def engines_have_own_gpus(rollout: RolloutConfig) -> bool:
 
 def evaluates(config: Config) -> bool:
     """Whether there is something to evaluate on, and evaluation is not off."""
-    return config.eval.every >= 0 and bool(config.data.eval or config.eval.benchmarks)
+    named = config.data.eval or config.eval.benchmarks or any(source.eval for source in config.data.sources)
+    return config.eval.every >= 0 and bool(named)
 
 
 def num_updates(config: Config) -> int:
@@ -253,7 +298,8 @@ def asks_for_transformer_engine(model: ModelConfig) -> bool | None:
 
 
 def used_models(config: Config) -> dict[str, str]:
-    """The paths of the models that process training sequences, by role: the student and, if used, the teacher.
+    """The paths of the models that process training sequences, by role: "student" and, if used, "teacher" (one of several is
+    "teacher NAME").
 
     Raises:
         ConfigError: `student.path` is not set.
@@ -261,9 +307,9 @@ def used_models(config: Config) -> dict[str, str]:
     if not config.student.path:
         raise ConfigError("student.path is not set: name an HF model directory")
     models = {"student": config.student.path}
-    if loads_teacher(config):
-        assert config.teacher.path is not None
-        models["teacher"] = config.teacher.path
+    for name, teacher in loaded_teachers(config).items():
+        assert teacher.path is not None
+        models[TEACHER if name == TEACHER else f"teacher {name}"] = teacher.path
     return models
 
 
@@ -282,8 +328,9 @@ def ranks_per_node(config: Config, gpus: int) -> int:
     if gpus:
         return per_node
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-    teacher = config.teacher.parallel.tensor * config.teacher.parallel.pipeline
-    return max(per_node, -(-math.lcm(student, teacher) // config.cluster.nodes))
+    teachers = config.teachers.values() if config.teachers else [config.teacher]
+    ranks = [teacher.parallel.tensor * teacher.parallel.pipeline for teacher in teachers]
+    return max(per_node, -(-math.lcm(student, *ranks) // config.cluster.nodes))
 
 
 def servers_per_node(config: Config, gpus: int) -> int:
@@ -326,3 +373,16 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
         values["gpu-memory-utilization"] = share
     extra = [word for argument in rollout.vllm.extra for word in ("--extra", argument)]
     return [word for name, value in values.items() for word in (f"--{name}", str(value))] + extra
+
+
+def domain_name(source: SourceConfig) -> str:
+    """The name of a source in metrics and rollout files: its `name`, or else that of its file or hub id."""
+    if source.name is not None:
+        return source.name
+    return Path(without_revision(str(source.path)).removesuffix(".gz")).stem
+
+
+def without_revision(source: str) -> str:
+    """A hub id without its `@revision`; the name of a file unchanged."""
+    is_file = source.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+    return source if is_file else source.partition("@")[0]

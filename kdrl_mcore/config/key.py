@@ -29,7 +29,7 @@ def key(
     """A dataclass field with this default and a `Meta`. Like `dataclasses.field`, it is typed as its default."""
     metadata = {_META: Meta(meaning, tuple(choices), range, takes_functions)}
     made: Any
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         made = dataclasses.field(default_factory=default.copy, metadata=metadata)
     else:
         made = dataclasses.field(default=default, metadata=metadata)

@@ -11,12 +11,12 @@ from typing import Any
 
 from kdrl_mcore.config.key import Meta, meta_of
 from kdrl_mcore.config.ranges import Range
-from kdrl_mcore.config.schema import Config
+from kdrl_mcore.config.schema import Config, NamedTeacherConfig
 
 
 def key_types(schema: type = Config) -> dict[str, tuple[type, ...]]:
     """Every key of a schema and the types of its value, including `NoneType` if it may be null. The items of a list are
-    `NAME[]`, the keys of its items `NAME[].KEY`."""
+    `NAME[]`, the keys of its items `NAME[].KEY`; those of the items of a mapping are `SECTION.NAME.KEY`."""
     return dict(_types(schema, ""))
 
 
@@ -32,13 +32,15 @@ def _types_of(annotation: Any, name: str) -> Iterator[tuple[str, tuple[type, ...
     elif typing.get_origin(annotation) is list:
         yield name, (list,)
         yield from _types_of(typing.get_args(annotation)[0], f"{name}[]")
+    elif typing.get_origin(annotation) is dict:
+        yield from _types_of(typing.get_args(annotation)[1], f"{name}.NAME")
     else:
         yield name, typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def described(node: object, prefix: str = "") -> Iterator[tuple[str, Any, Meta]]:
-    """Every key below a dataclass with its value and its `Meta`, in the schema's order. A list of sections is followed by the
-    keys of its items, `NAME[].KEY`, with their defaults."""
+    """Every key below a dataclass with its value and its `Meta`, in the schema's order. A list or mapping of sections is
+    followed by the keys of its items, `NAME[].KEY` or `SECTION.NAME.KEY`, with their defaults."""
     annotations = typing.get_type_hints(type(node))
     for field in dataclasses.fields(typing.cast(Any, node)):
         value, name, meta = getattr(node, field.name), f"{prefix}{field.name}", meta_of(field)
@@ -48,7 +50,7 @@ def described(node: object, prefix: str = "") -> Iterator[tuple[str, Any, Meta]]
         yield name, value, meta
         for item in typing.get_args(annotations[field.name]):
             if dataclasses.is_dataclass(item):
-                yield from described(typing.cast(Any, item)(), f"{name}[].")
+                yield from described(typing.cast(Any, item)(), f"{name}.NAME." if isinstance(value, dict) else f"{name}[].")
 
 
 CHOICES: dict[str, tuple[str, ...]] = {name: meta.choices for name, _, meta in described(Config()) if meta.choices}
@@ -64,6 +66,16 @@ RANGES: dict[str, Range] = {
 }
 """The range of every numeric key; the items of a list are `NAME[]`, the keys of its items `NAME[].KEY`. It does not apply to
 null, where a key allows it."""
+
+
+MAPPINGS = {"teachers": NamedTeacherConfig}
+"""The sections whose items have names of the user's choice, and the schema of an item."""
+
+
+def general_name(name: str) -> str:
+    """The name of a key in the schema: `teachers.NAME.path` for `teachers.maths.path`; any other name is returned unchanged."""
+    section, *rest = name.split(".")
+    return ".".join([section, "NAME", *rest[1:]]) if section in MAPPINGS and rest else name
 
 
 def sections(keys: Iterable[str]) -> list[str]:

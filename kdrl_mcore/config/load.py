@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kdrl_mcore.config.checks import check_config, check_ranges, flatten
-from kdrl_mcore.config.keys import nearest
+from kdrl_mcore.config.keys import general_name, nearest
 from kdrl_mcore.config.overrides import (
     KEY_TYPES,
     SECTIONS,
@@ -91,7 +91,8 @@ def load_config(arguments: Sequence[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML; `--config` reads it back as the same configuration."""
     tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    for section, name in itertools.product((tree["data"], tree["teacher"]["prompt"]), TEMPLATES):
+    prompts = [tree["teacher"]["prompt"], *(teacher["prompt"] for teacher in tree["teachers"].values())]
+    for section, name in itertools.product((tree["data"], *prompts), TEMPLATES):
         if (section[name] or "").startswith("@"):
             section[name] = f"@{section[name]}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a report may be reading the file of a run that resumes
@@ -108,6 +109,10 @@ def load_saved(flat: Mapping[str, Any]) -> Config:
         if flat[name] != defaults[name] and "${" not in str(flat[name]):
             with suppress(OmegaConfBaseException):
                 OmegaConf.update(config, name, flat[name])
+    for name in sorted(flat.keys() - defaults.keys()):
+        if general_name(name) != name and "${" not in str(flat[name]):
+            with suppress(ConfigError):
+                apply(config, name, flat[name], name)
     loaded = OmegaConf.to_object(config)
     assert isinstance(loaded, Config)
     return loaded
@@ -224,7 +229,7 @@ def _leaves(tree: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[t
     for key, value in tree.items():
         name = f"{prefix}{key}"
         check_key(name, where=f"{path}: ")
-        if name not in SECTIONS:
+        if general_name(name) not in SECTIONS:
             yield name, value
         elif isinstance(value, Mapping):
             yield from _leaves(value, path, f"{name}.")
@@ -258,9 +263,9 @@ def _keys_of(file: Path, group: str) -> set[str]:
 
 def _read_templates(config: Config) -> None:
     """Replace `@FILE` by the file's text, unchanged; `@@` stands for a text that begins with `@`."""
-    for (key, section), name in itertools.product(
-        (("data", config.data), ("teacher.prompt", config.teacher.prompt)), TEMPLATES
-    ):
+    prompts = [("teacher.prompt", config.teacher.prompt)]
+    prompts += [(f"teachers.{name}.prompt", teacher.prompt) for name, teacher in config.teachers.items()]
+    for (key, section), name in itertools.product((("data", config.data), *prompts), TEMPLATES):
         text = getattr(section, name)
         if text is None or not text.startswith("@"):
             continue
@@ -284,8 +289,11 @@ def _expand_homes(config: Config) -> None:
         value = getattr(section, name)
         if value and value.startswith("~"):
             setattr(section, name, os.path.expanduser(value))
+    for teacher in config.teachers.values():
+        teacher.path = os.path.expanduser(teacher.path) if teacher.path else None
     for source in config.data.sources:
         source.path = os.path.expanduser(source.path) if source.path else None
+        source.eval = os.path.expanduser(source.eval) if source.eval else None
 
 
 def _without_interpolations(node: Any) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from kdrl_mcore.config.keys import key_types, nearest, sections
+from kdrl_mcore.config.keys import MAPPINGS, general_name, key_types, nearest, sections
 from kdrl_mcore.errors import ConfigError
 
 KEY_TYPES = key_types()
@@ -82,8 +82,8 @@ def check_key(name: str, groups: Sequence[str] = (), where: str = "") -> None:
     Args:
         where: the beginning of the message, such as the file that contains the name.
     """
-    general = ".".join(part for part in name.split(".") if not part.isdigit())  # items of a list may be named by number
-    if general in _PLAIN or name in SECTIONS or general.replace("terms.", "terms[].") in KEY_TYPES:
+    general = ".".join(part for part in general_name(name).split(".") if not part.isdigit())  # a list's items by number
+    if general in _PLAIN or general_name(name) in SECTIONS or general.replace("terms.", "terms[].") in KEY_TYPES:
         return
     near = nearest(name, [*_PLAIN, *SECTIONS, *groups])
     own = "" if near or "." in name or where else "; name the folder of a group of your own with --config-dir DIR"
@@ -98,7 +98,7 @@ def _read(word: str) -> Override:
         cause = f"the value cannot be parsed ({str(error).splitlines()[0]})"
         raise ConfigError(f"{_shown(word)}: {cause}: {_quote_it(name, text)}") from error
     if parsed.is_sweep_override():
-        types = KEY_TYPES.get(name, ())
+        types = KEY_TYPES.get(general_name(name), ())
         advice = (
             f"a list is written in brackets: {_in_shell(f'{name}=[{text}]')}"
             if list in types
@@ -127,14 +127,15 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
     Raises:
         ConfigError: the value does not have the key's type, or contains an unknown key.
     """
-    if name in SECTIONS:
+    general = general_name(name)
+    if general in SECTIONS:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{_shown(word)}: '{name}' is a section, which takes no value itself: set {name}.KEY=value")
         for key, inner in value.items():
             check_key(f"{name}.{key}", where=f"{_shown(word)}: ")
             apply(config, f"{name}.{key}", inner, word)
         return
-    types = KEY_TYPES.get(name, ())
+    types = KEY_TYPES.get(general, ())
     if value is None and types and type(None) not in types:
         raise ConfigError(f"{_shown(word)}: this key needs a value")
     if str in types and isinstance(value, (dict, list)):
@@ -142,9 +143,20 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
     if list in types and isinstance(value, str):
         raise ConfigError(f"{_shown(word)}: this key takes a list: write {_in_shell(f'{name}=[{value}]')}")
     try:
+        _add_item(config, name)
         OmegaConf.update(config, name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"{_shown(word)}: {first_line(error)}") from error
+
+
+def _add_item(config: DictConfig, name: str) -> None:
+    """Add the item of a mapping that a key belongs to, with its defaults, if there is none of this name yet."""
+    section, *rest = name.split(".")
+    if section in MAPPINGS and rest[0] not in config[section]:
+        if not rest[0].isidentifier():
+            raise ValueError(f"{section}.{rest[0]}: a name consists of letters, digits and _")
+        with open_dict(config):
+            config[section][rest[0]] = OmegaConf.structured(MAPPINGS[section])
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from kdrl_mcore.config.checks import flatten
 from kdrl_mcore.config.derived import uses_teacher
+from kdrl_mcore.config.keys import general_name, key_types
 from kdrl_mcore.config.schema import Config, ObjectiveConfig, ScheduleConfig, TeacherConfig
+
+KEY_TYPES = key_types()
 
 Effect = Literal["wins", "fixed", "content", "start"]
 """wins: the new value is used, and a log line shows old -> new. fixed: another value is refused. content: another path is
@@ -49,6 +52,10 @@ RULES: dict[str, Rule] = {
     "teacher.refresh_every": Rule("wins", "counted in updates from the first"),
     "teacher.min_ess": Rule("wins", "a bound"),
     "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
+    "teachers": Rule("wins", "as of `teacher`; a schedule of `share` restarts when one of its keys changes"),
+    "teachers.NAME.path": Rule("content", "the models that teach, if they taught before"),
+    "teachers.NAME.parallel": Rule("wins", "its layout", False),
+    "teachers.NAME.offload": Rule("wins", "its off-load", False),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
         "wins", "coefficients, and how the loss is formed; an adaptive schedule restarts when one of its keys changes"
@@ -109,7 +116,7 @@ def rule_of(key: str) -> Rule:
     Raises:
         KeyError: no rule matches.
     """
-    parts = key.split(".")
+    parts = general_name(key).split(".")
     for length in range(len(parts), 0, -1):
         if (rule := RULES.get(".".join(parts[:length]))) is not None:
             return rule
@@ -119,12 +126,26 @@ def rule_of(key: str) -> Rule:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every key that differs, except those of a single start. Both configurations are flat. A key that is missing in one of
     them (it was saved by another version) has its default there."""
-    defaults = flatten(asdict(Config()))
+    defaults = _defaults(old, new)
+    old, new = (_without_held_out(flat) for flat in (old, new))
     return [
         Change(key, old.get(key, default), new.get(key, default))
         for key, default in defaults.items()
         if rule_of(key).effect != "start" and old.get(key, default) != new.get(key, default)
     ]
+
+
+def _without_held_out(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the held-out prompts of the domains, from which nothing is learned."""
+    sources = [{key: value for key, value in source.items() if key != "eval"} for source in flat.get("data.sources") or ()]
+    return {**flat, "data.sources": sources}
+
+
+def _defaults(*flats: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key and its default, with those of the items of mappings that one of the configurations has; an item that only one
+    of them has counts as None in the other."""
+    defaults = flatten(asdict(Config()))
+    return defaults | {key: None for flat in flats for key in flat if key not in defaults and general_name(key) != key}
 
 
 def refused(
@@ -138,7 +159,7 @@ def refused(
     """
     differences = {change.key: change for change in changes(old, new)}
     found = []
-    for key, default in flatten(asdict(Config())).items():
+    for key, default in _defaults(old, new).items():
         rule, before, now = rule_of(key), old.get(key, default), new.get(key, default)
         change = differences.get(key)
         replays = key == "rollout.engine" and "replay" in (before, now)
@@ -155,11 +176,15 @@ def refused(
 
 
 def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """The names of what restarts because one of its keys differs: the schedules `alpha` and `beta`, `accuracy` (the record of
+    """The names of what restarts because one of its keys differs: the schedules `alpha`, `beta` and `teachers.NAME.share`,
+    `accuracy` (the record of
     eval/accuracy, if the evaluation differs) and `best` (the record of `checkpoint.best`, likewise)."""
     differ = [change.key for change in changes(old, new)]
     schedules = {key.split(".")[1] for key in differ if key.startswith(("objective.alpha.", "objective.beta."))}
-    records = {"accuracy", "best"} if EVALUATED.intersection(differ) else {"best"} if "checkpoint.best" in differ else set()
+    schedules |= {key.rpartition(".")[0] for key in differ if general_name(key).startswith("teachers.NAME.share.")}
+    held_out = [[source.get("eval") for source in flat.get("data.sources") or ()] for flat in (old, new)]
+    measures_anew = EVALUATED.intersection(differ) or [*filter(None, held_out[0])] != [*filter(None, held_out[1])]
+    records = {"accuracy", "best"} if measures_anew else {"best"} if "checkpoint.best" in differ else set()
     return schedules | records
 
 
@@ -176,11 +201,13 @@ def markdown() -> str:
 
 
 def _is_key(name: str) -> bool:
-    return name in flatten(asdict(Config()))
+    return name in flatten(asdict(Config())) or name in KEY_TYPES
 
 
 def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a run with this configuration reads the file."""
+    if general_name(key) == "teachers.NAME.path":
+        return flat.get(key) is not None  # a teacher may be added or left out
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
         own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded", "adapters")

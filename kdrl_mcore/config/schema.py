@@ -164,7 +164,8 @@ class TeacherConfig:
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
-        False, "score complete groups while servers sample the others (rollout.vllm.placement=server)"
+        False,
+        "score complete groups while servers sample the others (rollout.vllm.placement=server); of every one of `teachers`",
     )
 
 
@@ -230,6 +231,21 @@ class ScheduleConfig:
     )
     patience: int = key(3, "plateau: evaluations without a better eval/accuracy until it switches", range=COUNT)
     eta: float = key(0.1, "adaptive: gain of the controller", range=NOT_NEGATIVE)
+
+
+@dataclass
+class NamedTeacherConfig:
+    """One of several teachers: a model in this job, and the prompts that it teaches (docs/teachers.md)."""
+
+    path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
+    column: str = key(
+        "domain", "the column that says whether it teaches a prompt: domain (of data.sources), or one of data.columns"
+    )
+    values: list[str] = key([], "the values of this column that it teaches, such as [maths]; []: every prompt")
+    share: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(init=1.0))
+    prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
 
 
 @dataclass
@@ -320,6 +336,12 @@ class DistillationConfig:
         takes_functions=True,
     )
     mix_above: float = key(0.8, "see mix; nats", range=NOT_NEGATIVE)
+    mixture: str = key(
+        "geometric",
+        "where several of `teachers` teach one prompt: geometric (the weighted sum of their divergences) or arithmetic (one "
+        "divergence from the mean of their probabilities; k1, k2 and k3)",
+        choices=("geometric", "arithmetic"),
+    )
     control_variate: bool = key(
         False, "k1 and k2: subtract the expectation of log T - log pi over the vocabulary, which costs what exact does"
     )
@@ -636,6 +658,7 @@ class SourceConfig:
     name: str | None = key(None, "name of the domain in metrics and rollout files; null: the file's")
     weight: float = key(1.0, "its share of the prompts of a step is weight / sum of weights", range=POSITIVE)
     reward: str | None = key(None, "kind of its verifier; null: reward.kind")
+    eval: str | None = key(None, "held-out prompts of this domain, evaluated by its name with its columns and verifier")
     split: str | None = key(None, "for a hub id")
     subset: str | None = key(None, "for a hub id of several subsets")
     prompt_key: str | None = key(None, "see data.prompt_key, and so on")
@@ -845,6 +868,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, NamedTeacherConfig] = key({}, "instead of teacher.path: several, each by a name of your choice")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -25,7 +25,7 @@ def check_teacher(config: Config) -> None:
     """
     teacher, prompt = config.teacher, config.teacher.prompt
     name = f"teacher.weights={teacher.weights}"
-    if loads_teacher(config) and not teacher.path:
+    if loads_teacher(config) and not teacher.path and not config.teachers:
         raise ConfigError(
             "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
             "(teacher.weights), or use objective=grpo"
@@ -54,24 +54,27 @@ def check_teacher(config: Config) -> None:
     for key, kind in (("decay", "average"), ("refresh_every", "refreshed"), ("min_ess", "recorded")):
         if getattr(teacher, key) != getattr(TeacherConfig, key) and teacher.weights != kind:
             raise ConfigError(f"teacher.{key}={getattr(teacher, key):g} belongs to teacher.weights={kind}: leave it out")
-    _check_teacher_prompt(config)
-
-
-def _check_teacher_prompt(config: Config) -> None:
-    prompt = config.teacher.prompt
-    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
-    for key, default in asdict(TeacherPromptConfig()).items():
-        if key not in ("template", *used) and getattr(prompt, key) != default:
-            raise ConfigError(
-                f"teacher.prompt.{key} has no effect with teacher.prompt.template={prompt.template}: set the template, or "
-                "leave it out"
-            )
-    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
-        raise ConfigError("teacher.prompt.plain_template belongs to teacher.prompt.template=plain: leave one out")
+    check_teacher_prompt(prompt, "teacher.prompt")
     if prompt.template != "student" and not uses_teacher(config.objective):
         raise ConfigError(
             f"teacher.prompt.template={prompt.template} is read by no teacher: set objective.beta, or leave it out"
         )
+
+
+def check_teacher_prompt(prompt: TeacherPromptConfig, section: str) -> None:
+    """Check what a teacher reads before a response, whose settings are in `section`.
+
+    Raises:
+        ConfigError: a setting has no effect.
+    """
+    used = {"student": (), "plain": ("plain_template", "max_tokens"), "chat": tuple(asdict(prompt))}[prompt.template]
+    for key, default in asdict(TeacherPromptConfig()).items():
+        if key not in ("template", *used) and getattr(prompt, key) != default:
+            raise ConfigError(
+                f"{section}.{key} has no effect with {section}.template={prompt.template}: set the template, or leave it out"
+            )
+    if prompt.template == "chat" and prompt.plain_template != TeacherPromptConfig.plain_template:
+        raise ConfigError(f"{section}.plain_template belongs to {section}.template=plain: leave one out")
 
 
 def _check_recorded(config: Config) -> None:

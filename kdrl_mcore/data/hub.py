@@ -58,10 +58,14 @@ def resolve_models(config: Config) -> tuple[Config, dict[str, str]]:
     used = {"student.path": config.student.path}
     if uses_teacher(config.objective):
         used["teacher.path"] = config.teacher.path
+        used |= {f"teachers.{name}.path": teacher.path for name, teacher in config.teachers.items()}
     folders, commits = resolve({key: path for key, path in used.items() if path})
     student = replace(config.student, path=folders.get("student.path", config.student.path))
     teacher = replace(config.teacher, path=folders.get("teacher.path", config.teacher.path))
-    return replace(config, student=student, teacher=teacher), commits
+    teachers = {
+        name: replace(each, path=folders.get(f"teachers.{name}.path", each.path)) for name, each in config.teachers.items()
+    }
+    return replace(config, student=student, teacher=teacher, teachers=teachers), commits
 
 
 def resolve(paths: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -125,6 +129,7 @@ def _data_commits(config: Config) -> dict[str, str]:
     data = config.data
     named = {"data.train": data.train, "data.eval": data.eval if config.eval.every >= 0 else None}
     named |= {f"data.sources[{index}].path": source.path for index, source in enumerate(data.sources)}
+    named |= {f"data.sources[{index}].eval": source.eval for index, source in enumerate(data.sources) if config.eval.every >= 0}
     commits = {}
     for key, source in named.items():
         if source is None or is_file(source):

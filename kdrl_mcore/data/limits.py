@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import TEACHER, longest_response, reads_own_prompt, used_models
+from kdrl_mcore.config import Config, NamedTeacherConfig
+from kdrl_mcore.config.derived import (
+    TEACHER,
+    has_several_teachers,
+    longest_response,
+    prompts_of_teachers,
+    section_of,
+    used_models,
+)
+from kdrl_mcore.data.taught import teaches
 from kdrl_mcore.errors import DataError
 from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.types import Prompt, Rollout, TokenIds
@@ -109,70 +118,120 @@ def check_rollouts(rollouts: Sequence[Rollout], path: str | Path, limits: Limits
             )
 
 
-def check_teacher_prompts(prompts: Sequence[Prompt], source: str, config: Config, unshared: Collection[int] = ()) -> None:
-    """Check that the teacher can read what stands before responses, with the longest response to it.
+def limits_of(config: Config, tokens: int) -> Limits:
+    """The limits of the student, and of the teacher if it is the only one: of several, each reads only the prompts that it
+    teaches (`check_teacher_prompts`).
+
+    Raises:
+        ModelError: one of the models is not a model.
+    """
+    models = used_models(config)
+    return Limits.of(tokens, [models["student"]] if has_several_teachers(config) else list(models.values()))
+
+
+def check_teacher_prompts(
+    prompts: Sequence[Prompt], source: str, config: Config, unshared: Mapping[str, Collection[int]] = MappingProxyType({})
+) -> None:
+    """Check that each teacher can read what stands before responses, with the longest response to it.
 
     Args:
-        unshared: token ids that mean something else to the teacher.
+        unshared: by teacher, the token ids that mean something else to it.
 
     Raises:
         DataError: it cannot; the message names the row (from 1).
     """
-    own, longest = reads_own_prompt(config), longest_response(config) or 0
-    if not own and not unshared:
-        return
-    limits = _teacher_limits(config)
-    for row, prompt in enumerate(prompts, start=1):
-        ids = prompt.teacher_prompts[TEACHER] if own else prompt.token_ids
-        given = 0 if prompt.target is None else len(prompt.target)
-        _check_teacher_prompt(f"{source} row {row}", ids, max(given, longest), limits, () if own else unshared)
+    longest = longest_response(config) or 0
+    for reader in _readers(config, unshared):
+        for row, prompt in enumerate(prompts, start=1):
+            if reader.reads(prompt):
+                ids = prompt.teacher_prompts[reader.name] if reader.own else prompt.token_ids
+                given = 0 if prompt.target is None else len(prompt.target)
+                reader.check(f"{source} row {row}", ids, max(given, longest))
 
 
 def check_teacher_rollouts(
-    rollouts: Sequence[Rollout], path: str | Path, config: Config, unshared: Collection[int] = ()
+    rollouts: Sequence[Rollout],
+    path: str | Path,
+    config: Config,
+    unshared: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> None:
-    """Check that a file's rollouts hold what the teacher reads, and that it can read it.
+    """Check that a file's rollouts hold what each teacher reads, and that it can read it.
 
     Raises:
         DataError: as `check_teacher_prompts`; the message names the line (from 1).
     """
-    own = reads_own_prompt(config)
-    if not own and not unshared:
-        return
-    limits = _teacher_limits(config)
-    for line, rollout in enumerate(rollouts, start=1):
-        where, ids = f"{path} line {line}", rollout.teacher_prompts.get(TEACHER) if own else rollout.prompt_token_ids
-        if ids is None:
+    for reader in _readers(config, unshared):
+        for line, rollout in enumerate(rollouts, start=1):
+            if not reader.reads(rollout):
+                continue
+            where = f"{path} line {line}"
+            ids = rollout.teacher_prompts.get(reader.name) if reader.own else rollout.prompt_token_ids
+            if ids is None:
+                raise DataError(
+                    f"{where} has no teacher_prompts.{reader.name}, which {reader.section}.prompt.template={reader.template} "
+                    "asks for: name a file of a run that had this setting, or set it to student"
+                )
+            reader.check(where, ids, len(rollout.response_token_ids))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A teacher, and what it can read.
+
+    Attributes:
+        section, template: where its settings are, and the template of its prompts.
+        own: whether it reads other prompts than the student.
+        limits: those of its model.
+        unshared: token ids that its prompts must not have.
+        settings: if it is one of several.
+    """
+
+    name: str
+    section: str
+    template: str
+    own: bool
+    limits: Limits
+    unshared: Collection[int]
+    settings: NamedTeacherConfig | None
+
+    def reads(self, item: Prompt | Rollout) -> bool:
+        """Whether it teaches this prompt."""
+        return self.settings is None or teaches(self.settings, item)
+
+    def check(self, where: str, ids: TokenIds, response_tokens: int) -> None:
+        """Check that it can read these ids with a response of this length."""
+        what = "what the teacher reads" if self.settings is None else f"what the teacher {self.name} reads"
+        prompt, model = f"{self.section}.prompt", self.limits.model
+        largest = int(ids.max())
+        if largest >= self.limits.tokens:
             raise DataError(
-                f"{where} has no teacher_prompts.{TEACHER}, which teacher.prompt.template={config.teacher.prompt.template} "
-                "asks for: name a file of a run that had this setting, or set it to student"
+                f"{where}: {what} has token id {largest}, but {model} has only {self.limits.tokens} rows: change "
+                f"{prompt}, or resize the model's embeddings to its tokenizer"
             )
-        _check_teacher_prompt(where, ids, len(rollout.response_token_ids), limits, () if own else unshared)
+        if len(ids) + response_tokens > self.limits.positions:
+            raise DataError(
+                f"{where}: {what} has {len(ids)} tokens, and with a response of {response_tokens} exceeds the "
+                f"{self.limits.positions} positions of {model} (max_position_embeddings): shorten {prompt}, or remove the row"
+            )
+        other = sorted(set(ids.tolist()) & set(self.unshared))
+        if other:
+            raise DataError(
+                f"{where}: the prompt has token {other[0]}, which is another one in the teacher's tokenizer: let the teacher "
+                f"read its own template ({prompt}.template=chat)"
+            )
 
 
-def _teacher_limits(config: Config) -> Limits:
-    """Those of the model that reads the teacher's prompts: the teacher, or the student where it teaches itself."""
-    models = used_models(config)
-    model = models.get("teacher", models["student"])
-    return Limits.of(read_architecture(model).vocab_size, [model])
-
-
-def _check_teacher_prompt(where: str, ids: TokenIds, response_tokens: int, limits: Limits, unshared: Collection[int]) -> None:
-    largest = int(ids.max())
-    if largest >= limits.tokens:
-        raise DataError(
-            f"{where}: what the teacher reads has token id {largest}, but {limits.model} has only {limits.tokens} rows: change "
-            "teacher.prompt, or resize the model's embeddings to its tokenizer"
-        )
-    if len(ids) + response_tokens > limits.positions:
-        raise DataError(
-            f"{where}: what the teacher reads has {len(ids)} tokens, and with a response of {response_tokens} exceeds the "
-            f"{limits.positions} positions of {limits.model} (max_position_embeddings): shorten teacher.prompt, or remove the "
-            "row"
-        )
-    other = sorted(set(ids.tolist()) & set(unshared))
-    if other:
-        raise DataError(
-            f"{where}: the prompt has token {other[0]}, which is another one in the teacher's tokenizer: let the teacher read "
-            "its own template (teacher.prompt.template=chat)"
-        )
+def _readers(config: Config, unshared: Mapping[str, Collection[int]]) -> list[_Reader]:
+    """The teachers whose prompts `check_prompts` and `check_rollouts` do not already check. The model that reads them is the
+    teacher, or the student where it teaches itself."""
+    models, prompts, readers = used_models(config), prompts_of_teachers(config), []
+    for name in config.teachers if has_several_teachers(config) else [TEACHER]:
+        own, settings = name in prompts, config.teachers.get(name)
+        if settings is None and not own and not unshared.get(name):
+            continue
+        model = models.get(TEACHER if settings is None else f"teacher {name}", models["student"])
+        limits = Limits.of(read_architecture(model).vocab_size, [model])
+        template = prompts[name].template if own else "student"
+        other = () if own else unshared.get(name, ())
+        readers.append(_Reader(name, section_of(config, name), template, own, limits, other, settings))
+    return readers

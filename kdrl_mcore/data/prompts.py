@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -16,6 +16,7 @@ from kdrl_mcore.data.columns import FieldReader, Fields, as_json, conversation
 from kdrl_mcore.data.files import name_of, read_rows
 from kdrl_mcore.data.rows import Row
 from kdrl_mcore.data.table import PromptTable, schema
+from kdrl_mcore.data.taught import HasColumns
 from kdrl_mcore.data.templates import Template
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import DataError
@@ -76,7 +77,8 @@ def load_prompts(
         fields = [reader.read(row) for row in chunk]
         texts = [template.fill(row, each) for row, each in zip(chunk, fields, strict=True)]
         ids = template.encode(texts)
-        views = {name: each.of(source, data, chunk, fields) for name, each in teachers.items()}
+        views = {name: each.of(source, data, chunk, fields, domain) for name, each in teachers.items()}
+        limits: list[tuple[str, Sequence[TokenIds | None], int, str]]
         limits = [("the prompt", ids, max_prompt_tokens, "rollout.max_prompt_tokens")]
         limits += [(f"what {name} reads", views[name], each.max_tokens, each.limit_key) for name, each in teachers.items()]
         kept = _short_enough(source, chunk, limits, long_prompts)
@@ -105,6 +107,7 @@ class TeacherPrompts:
         section: where that is in the configuration.
         tokenizer: the teacher's own.
         max_tokens, limit_key: the most tokens that it may have, and the key that says so.
+        reads: whether the teacher reads a prompt; None if it reads all.
     """
 
     settings: TeacherPromptConfig
@@ -112,26 +115,43 @@ class TeacherPrompts:
     tokenizer: Tokenizer
     max_tokens: int
     limit_key: str
+    reads: Callable[[HasColumns], bool] | None = None
 
-    def of(self, source: str, data: DataConfig, rows: Sequence[Row], fields: Sequence[Fields]) -> list[TokenIds]:
-        """The token ids for these rows.
+    def of(
+        self, source: str, data: DataConfig, rows: Sequence[Row], fields: Sequence[Fields], domain: str = ""
+    ) -> list[TokenIds | None]:
+        """The token ids for these rows, None where the teacher does not read the row.
 
         Raises:
             ConfigError, DataError: see `Template`.
         """
         settings = {"section": self.section, "chat_date": data.chat_date, "columns": data.columns}
         template = Template(source, self.settings, self.tokenizer, **settings)  # type: ignore[arg-type]
-        return template.encode([template.fill(row, each) for row, each in zip(rows, fields, strict=True)])
+        read = [self.reads is None or self.reads(_OfDomain(domain, each.columns)) for each in fields]
+        taught = [(row, each) for row, each, reads in zip(rows, fields, read, strict=True) if reads]
+        ids = iter(template.encode([template.fill(row, each) for row, each in taught]))
+        return [next(ids) if reads else None for reads in read]
+
+
+@dataclass(frozen=True)
+class _OfDomain:
+    """A row before it is a prompt."""
+
+    domain: str
+    columns: Mapping[str, Any]
 
 
 def _short_enough(
-    source: str, rows: Sequence[Row], limits: Sequence[tuple[str, Sequence[TokenIds], int, str]], long_prompts: str | None
+    source: str,
+    rows: Sequence[Row],
+    limits: Sequence[tuple[str, Sequence[TokenIds | None], int, str]],
+    long_prompts: str | None,
 ) -> list[int]:
     """The rows that are within all limits, each (what it limits, its token ids, the most of them, its key)."""
     kept = set(range(len(rows)))
     for what, ids, most, key in limits:
         for i, each in enumerate(ids):
-            if 0 < len(each) <= most:
+            if each is None or 0 < len(each) <= most:
                 continue
             if long_prompts != "drop" or not len(each):
                 drop = ", or set data.long_prompts=drop" if long_prompts else ""
@@ -157,7 +177,7 @@ def describe_prompt(prompt: Prompt, tokenizer: Tokenizer) -> str:
 
 def _table(
     prompts: Sequence[tuple[Row, Fields, str, np.ndarray, np.ndarray | None]],
-    views: Mapping[str, Sequence[TokenIds]],
+    views: Mapping[str, Sequence[TokenIds | None]],
     kept: Sequence[int],
 ) -> pa.Table:
     import pyarrow as pa
@@ -170,7 +190,9 @@ def _table(
         "target": [None if target is None else target.astype(np.int32) for *_, target in prompts],
         "columns": [as_json(fields.columns) if fields.columns else None for _, fields, *_ in prompts],
         "question": [question_hash(conversation(fields.messages)) for _, fields, *_ in prompts],
-        "teacher_prompts": [[(name, ids[i].astype(np.int32)) for name, ids in views.items()] for i in kept],
+        "teacher_prompts": [
+            [(name, own.astype(np.int32)) for name, ids in views.items() if (own := ids[i]) is not None] for i in kept
+        ],
     }
     return pa.table({name: pa.array(values, schema().field(name).type) for name, values in columns.items()}, schema=schema())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,9 @@ from kdrl_mcore.config import Config, DataConfig, SourceConfig, domain_name
 from kdrl_mcore.config.derived import (
     TEACHER,
     is_supervised,
-    reads_own_prompt,
+    prompts_of_teachers,
     reads_responses,
+    section_of,
     teacher_prompt_tokens,
     used_models,
 )
@@ -21,6 +23,7 @@ from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.sharing import once_per_node
 from kdrl_mcore.data.stream import Domain
 from kdrl_mcore.data.table import PromptTable
+from kdrl_mcore.data.taught import teaches
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import config_folder
@@ -82,17 +85,21 @@ def read_domains(
 
 
 def _teacher_prompts(config: Config, tokenizer: Tokenizer) -> dict[str, TeacherPrompts]:
-    """What the teacher reads instead of the student's prompts; empty where it reads these.
+    """What each teacher reads instead of the student's prompts, by name; without those that read these.
 
     Args:
         tokenizer: the student's.
     """
-    if not reads_own_prompt(config):
-        return {}
-    prompt, path = config.teacher.prompt, used_models(config).get("teacher")
-    own = tokenizer if path is None else load_tokenizer(config_folder(path))
-    key = "rollout.max_prompt_tokens" if prompt.max_tokens is None else "teacher.prompt.max_tokens"
-    return {TEACHER: TeacherPrompts(prompt, "teacher.prompt", own, teacher_prompt_tokens(config), key)}
+    models, found = used_models(config), {}
+    for name, prompt in prompts_of_teachers(config).items():
+        section = f"{section_of(config, name)}.prompt"
+        path = models.get(TEACHER if name == TEACHER else f"teacher {name}")
+        own = tokenizer if path is None else load_tokenizer(config_folder(path))
+        key = "rollout.max_prompt_tokens" if prompt.max_tokens is None else f"{section}.max_tokens"
+        settings = config.teachers.get(name)
+        reads = None if settings is None else partial(teaches, settings)
+        found[name] = TeacherPrompts(prompt, section, own, teacher_prompt_tokens(config, name), key, reads)
+    return found
 
 
 def training_sources(config: Config) -> list[tuple[SourceConfig, DataConfig]]:
@@ -105,7 +112,7 @@ def training_sources(config: Config) -> list[tuple[SourceConfig, DataConfig]]:
     sources = data.sources or ([SourceConfig(path=data.train)] if data.train else [])
     if not sources:
         raise ConfigError("data.train is not set: name a JSONL or parquet file, or a hub id (or several in data.sources)")
-    return [(source, _columns_of(source, data)) for source in sources]
+    return [(source, columns_of(source, data)) for source in sources]
 
 
 def reward_kinds(domains: Iterable[Domain]) -> dict[str, str]:
@@ -154,6 +161,7 @@ def data_notes(domains: Sequence[Domain], benchmarks: Sequence[HeldOut]) -> list
     return lines
 
 
-def _columns_of(source: SourceConfig, data: DataConfig) -> DataConfig:
+def columns_of(source: SourceConfig, data: DataConfig) -> DataConfig:
+    """The names of a training set's columns: its own, and for the others those of `data`."""
     given = {key: getattr(source, key) for key in _KEYS}
     return replace(data, **{key: value for key, value in given.items() if value is not None})

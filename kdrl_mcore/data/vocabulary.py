@@ -10,9 +10,9 @@ from kdrl_mcore.model.families import config_folder, read_architecture
 
 
 def shared_vocabulary(
-    student: str | Path, teacher: str | Path | None = None, *, added_may_differ: bool = False
+    student: str | Path, *teachers: str | Path | None, added_may_differ: bool = False
 ) -> tuple[Tokenizer | None, int]:
-    """The student's tokenizer, and the number of tokens that count: those of the shared tokenizer for which both models have
+    """The student's tokenizer, and the number of tokens that count: those of the shared tokenizer for which all models have
     columns.
 
     A model directory without a tokenizer can still be used on given token ids: then the tokenizer is None, and the number is
@@ -23,9 +23,9 @@ def shared_vocabulary(
 
     Raises:
         ModelError, DataError: a directory is not a model, its tokenizer cannot be read or ends responses with a token for which
-            a model has no row, or the two tokenizers differ.
+            a model has no row, or a teacher's tokenizer differs from the student's.
     """
-    paths = [student, *([teacher] if teacher else [])]
+    paths = [student, *(teacher for teacher in teachers if teacher)]
     sizes = [read_architecture(path).vocab_size for path in paths]
     if not _has_tokenizer(student):
         return None, min(sizes)
@@ -38,10 +38,11 @@ def shared_vocabulary(
                 "resize the model's embeddings to its tokenizer, or use the tokenizer that it was trained with"
             )
     sizes.append(tokenizer.vocab_size)
-    if teacher and _has_tokenizer(teacher):
-        other = load_tokenizer(config_folder(teacher))
-        but = different_added_tokens(tokenizer, other) if added_may_differ else frozenset()
-        sizes.append(check_same_tokenizer(tokenizer, other, but))
+    for teacher in paths[1:]:
+        if _has_tokenizer(teacher):
+            other = load_tokenizer(config_folder(teacher))
+            but = different_added_tokens(tokenizer, other) if added_may_differ else frozenset()
+            sizes.append(check_same_tokenizer(tokenizer, other, but))
     return tokenizer, min(sizes)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kdrl_mcore.config import Config, RewardConfig, load_benchmark
+from kdrl_mcore.config import Config, RewardConfig, domain_name, load_benchmark
 from kdrl_mcore.data.files import name_of
 from kdrl_mcore.data.prompts import load_prompts
+from kdrl_mcore.data.sources import columns_of
 from kdrl_mcore.data.table import PromptTable
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import ConfigError
@@ -25,7 +26,8 @@ class Benchmark:
 
 
 def load_benchmarks(config: Config, tokenizer: Tokenizer) -> list[Benchmark]:
-    """`data.eval`, named after its file or hub id, and `eval.benchmarks`, all with the prompt template of `data`.
+    """`data.eval`, named after its file or hub id, the held-out prompts of `data.sources` by the domains' names, and
+    `eval.benchmarks`, all with the prompt template of `data`.
 
     Raises:
         ConfigError, DataError: a benchmark is unknown, named twice or cannot be read.
@@ -34,6 +36,10 @@ def load_benchmarks(config: Config, tokenizer: Tokenizer) -> list[Benchmark]:
     if data.eval:
         prompts = load_prompts(data.eval, data, tokenizer, config.rollout.max_prompt_tokens)
         found.append(Benchmark(name_of(data.eval), prompts))
+    for source in data.sources:
+        if source.eval:
+            prompts = load_prompts(source.eval, columns_of(source, data), tokenizer, config.rollout.max_prompt_tokens)
+            found.append(Benchmark(domain_name(source), prompts, source.reward))
     for name in config.eval.benchmarks:
         settings = load_benchmark(name)
         own = replace(
@@ -52,7 +58,9 @@ def load_benchmarks(config: Config, tokenizer: Tokenizer) -> list[Benchmark]:
     names = [benchmark.name for benchmark in found]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two benchmarks are called '{name}': rename the file of data.eval, or list each once")
+            raise ConfigError(
+                f"two benchmarks are called '{name}': rename the file of data.eval or the domain, or list each once"
+            )
     most = config.eval.max_prompts or None
     return [replace(benchmark, prompts=benchmark.prompts[:most]) for benchmark in found]
 

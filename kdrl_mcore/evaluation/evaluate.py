@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig, load_benchmark
+from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig, domain_name, load_benchmark
 from kdrl_mcore.data.files import name_of
 from kdrl_mcore.data.limits import Limits, check_prompts
 from kdrl_mcore.data.tokenizers import Tokenizer
@@ -170,6 +170,7 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
 def metric_names(config: Config) -> list[str]:
     """The names that `summarize` will give the metrics of the run's evaluations, before there are any responses."""
     kinds = {name_of(config.data.eval): config.reward.kind} if config.data.eval else {}
+    kinds |= {domain_name(source): source.reward or config.reward.kind for source in config.data.sources if source.eval}
     kinds |= {name: load_benchmark(name).reward or config.reward.kind for name in config.eval.benchmarks}
     results = []
     for name, kind in kinds.items():

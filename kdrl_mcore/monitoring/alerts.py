@@ -50,6 +50,7 @@ class AlertThresholds:
     has_sampler: bool = True  # responses have a sampler's log-probs, as replayed ones do too
     rewarded: bool = True  # the run learns from rewards
     distilled: bool = True  # the run learns from a teacher
+    teachers: tuple[str, ...] = ()  # the names of several
 
 
 DEFAULT_THRESHOLDS = AlertThresholds()
@@ -59,6 +60,15 @@ WATCHED = (
     *("correction_ess", "kd_importance_ess", "taught_share", "mixed_share", "clip_share", "signal_share"),
 )
 """The metrics that the signatures use."""
+
+
+def kl_of(teacher: str) -> str:
+    """The metric of the KL to one of several teachers."""
+    return f"teacher/{teacher}/kl"
+
+
+def _is_watched(metric: str) -> bool:
+    return metric in WATCHED or (metric.startswith("teacher/") and metric.endswith("/kl"))
 
 
 def reward_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
@@ -113,14 +123,27 @@ def entropy_collapse(history: History, thresholds: AlertThresholds = DEFAULT_THR
 
 def kl_blow_up(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> Alert | None:
     """The student moves away from the teacher it distils from."""
-    if not thresholds.distilled:
+    if not thresholds.distilled or thresholds.teachers:
         return None
-    means = _window_means(history, "kl", thresholds.window)
+    return _kl_blow_up(history, thresholds, "kl", "kl_blow_up", "the teacher")
+
+
+def kl_blow_ups(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> list[Alert]:
+    """The student moves away from one of several teachers: an alert for each of them."""
+    alerts = (
+        _kl_blow_up(history, thresholds, kl_of(name), f"kl_blow_up of {name}", f"the teacher {name}")
+        for name in thresholds.teachers
+    )
+    return [alert for alert in alerts if alert is not None]
+
+
+def _kl_blow_up(history: History, thresholds: AlertThresholds, metric: str, name: str, teacher: str) -> Alert | None:
+    means = _window_means(history, metric, thresholds.window)
     if not means or means[-1] < thresholds.kl_floor or means[-1] < thresholds.kl_ratio * min(means):
         return None
     return Alert(
-        "kl_blow_up",
-        f"KL to the teacher rose to {means[-1]:.3f} from {min(means):.3f} nats per token: lower optimizer.lr, or check that "
+        name,
+        f"KL to {teacher} rose to {means[-1]:.3f} from {min(means):.3f} nats per token: lower optimizer.lr, or check that "
         "the teacher fits this student and these prompts",
     )
 
@@ -218,7 +241,8 @@ SIGNATURES: tuple[Callable[[History, AlertThresholds], Alert | None], ...] = (
 
 def check_alerts(history: History, thresholds: AlertThresholds = DEFAULT_THRESHOLDS) -> list[Alert]:
     """Every failure signature observed at the end of `history`."""
-    return [alert for signature in SIGNATURES if (alert := signature(history, thresholds)) is not None]
+    found = [alert for signature in SIGNATURES if (alert := signature(history, thresholds)) is not None]
+    return found + kl_blow_ups(history, thresholds)
 
 
 class GrowingHistory(Sequence[Mapping[str, float]]):
@@ -235,7 +259,7 @@ class GrowingHistory(Sequence[Mapping[str, float]]):
     def append(self, row: Mapping[str, float]) -> None:
         """Add a step."""
         self._rows.append(row)
-        for name in WATCHED:
+        for name in filter(_is_watched, row):
             if not math.isfinite(value := row.get(name, math.nan)):
                 continue
             values = self._values.setdefault(name, [])
@@ -293,7 +317,7 @@ class AlertWatch:
 
 
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in WATCHED if name in metrics and math.isfinite(bounded(metrics[name]))}
+    return {name: value for name, value in metrics.items() if _is_watched(name) and math.isfinite(bounded(value))}
 
 
 def _window_means(history: History, name: str, window: int) -> list[float]:

@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import is_on_policy, is_supervised, learns_from_reward, samples, uses_teacher
+from kdrl_mcore.config.derived import (
+    has_several_teachers,
+    is_on_policy,
+    is_supervised,
+    learns_from_reward,
+    samples,
+    uses_teacher,
+)
 from kdrl_mcore.errors import NumericalError
 from kdrl_mcore.monitoring.alerts import DEFAULT_THRESHOLDS, AlertThresholds
 
@@ -67,4 +74,5 @@ def alert_thresholds(config: Config) -> AlertThresholds:
         has_sampler=not is_supervised(config.objective),
         rewarded=learns_from_reward(config.objective),
         distilled=uses_teacher(config.objective),
+        teachers=tuple(config.teachers) if has_several_teachers(config) else (),
     )

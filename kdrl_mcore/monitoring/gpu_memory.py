@@ -133,6 +133,7 @@ def key_to_lower(config: Config, phase: str) -> str:
             *(["parallel.recompute=full"] if parallel.recompute != "full" and not parallel.offload_activations else []),
             *(["optimizer.offload=true"] if not config.optimizer.offload else []),
             *(["teacher.offload=true"] if config.teacher.path and not config.teacher.offload else []),
+            *(f"teachers.{name}.offload=true" for name, teacher in config.teachers.items() if not teacher.offload),
         ]
         return f"{micro}{f', or set {unused[0]}' if unused else ''}, or {spread}"
     if phase in ("checkpoint", "resume", "export") and colocated:

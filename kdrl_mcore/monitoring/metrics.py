@@ -62,6 +62,7 @@ METRICS: dict[str, str] = {
     "teacher_tokens_dropped": "further tokens, scored early for groups that rollout.group_filter then dropped",
     "teacher_text_copied": "share of response tokens copied from what only the teacher reads (runs of 8 tokens and more)",
     "answer_place": "where the reference answer first occurs in the responses that contain it, 0 to 1 (teacher.prompt)",
+    "untaught_responses": "several teachers: responses in this step that none of them teaches",
     "teacher_tokens_saved": "response tokens that mask, combination and token weight kept from the teacher in this step",
     "tokens": "prompt and response tokens trained on in this step",
     "samples": "responses trained on in this step",
@@ -105,7 +106,8 @@ METRICS: dict[str, str] = {
     "time/mfu": "the same as a share of the GPU's peak (cluster.peak_tflops, or that of a GPU in conf/cluster)",
 }
 """The metrics that the trainer writes, and their meanings. Counts and seconds are for a single step. Evaluation also writes
-`eval/pass@k`, `eval/maj@k` and each benchmark's `eval/NAME/...` (`evaluation.evaluate.summarize`)."""
+`eval/pass@k`, `eval/maj@k` and each benchmark's `eval/NAME/...` (`evaluation.evaluate.summarize`); several domains and teachers
+also have `domain/NAME/...` and `teacher/NAME/...` (`step_metrics`)."""
 
 
 class MetricsLog:

@@ -6,7 +6,7 @@ normaliser (`aggregation`): summed over all tokens of all ranks it is the batch 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class TokenBatch:
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
         kd_log_ratios: log pi / mu over the response (`objective.kd.importance_level`), likewise.
         given: 1 where the response was given, else 0; None without any (`without_sampler`).
+        taught_by: which of several teachers teach the response, as a sum of 2^k (integers); None for one teacher.
     """
 
     advantages: Tensor
@@ -65,6 +66,7 @@ class TokenBatch:
     sequence_log_ratios: Tensor | None = None
     kd_log_ratios: Tensor | None = None
     given: Tensor | None = None
+    taught_by: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """The batch of a range of tokens."""
@@ -337,6 +339,28 @@ def measured_divergences(d_D: Tensor, divergence_D: Tensor) -> dict[str, Tensor]
     the divergence itself as kl_full."""
     measures = sampled_divergences(d_D) | {"kl_full": divergence_D}
     return {name: value.detach().sum(dtype=torch.float32) for name, value in measures.items()}
+
+
+def divergences_by_teacher(
+    log_probs_T: Tensor, batch: TokenBatch, names: Sequence[str], divergence_T: Tensor | None = None
+) -> dict[str, Tensor]:
+    """For each of several teachers the number of sampled tokens that it teaches (alone or with others), and sums over these of
+    k1 and, if it is given, of the divergence over the vocabulary: for its metrics, and for a share that follows them."""
+    assert batch.taught_by is not None
+    taught_T = batch.distillation_weights != 0
+    for excluded, value in ((batch.scored, 0), (batch.given, 1)):
+        taught_T = taught_T if excluded is None else taught_T & (excluded != value)
+    now_T = log_probs_T.detach()
+    teacher_T = now_T if batch.teacher_log_probs is None else batch.teacher_log_probs
+    k1_T = now_T - torch.where(taught_T, teacher_T, now_T)
+    sums: dict[str, Tensor] = {}
+    for number, name in enumerate(names):
+        own_T = taught_T & ((batch.taught_by >> number) & 1 != 0)
+        values = {"tokens": own_T, "kl_k1": torch.where(own_T, k1_T, 0.0)}
+        if divergence_T is not None:
+            values["kl_full"] = torch.where(own_T, divergence_T.detach(), 0.0)
+        sums |= {f"teacher/{name}/{key}": value.sum(dtype=torch.float32) for key, value in values.items()}
+    return sums
 
 
 def _weight(log_probs_T: Tensor, batch: TokenBatch, estimator: str) -> Tensor:

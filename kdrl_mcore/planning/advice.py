@@ -78,7 +78,7 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
             add("parallel.recompute=full", "parallel", "recompute", "full")
     if not config.optimizer.offload:
         add("optimizer.offload=true", "optimizer", "offload", True)
-    if setup.teacher is not None and not config.teacher.offload:
+    if setup.teacher is not None and not config.teachers and not config.teacher.offload:
         add("teacher.offload=true", "teacher", "offload", True)
     if setup.update_packing.largest < config.batch.micro_tokens or config.batch.micro_tokens > setup.workload.longest:
         smaller = max(setup.workload.longest + config.rollout.max_prompt_tokens, config.batch.micro_tokens // 2)

@@ -10,6 +10,7 @@ import torch
 
 from kdrl_mcore.config import Config, ParallelConfig
 from kdrl_mcore.config.derived import (
+    TEACHER,
     compares_over_vocabulary,
     keeps_earlier_weights,
     max_sequence_tokens,
@@ -209,7 +210,8 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
         items.append(Item("logits head", head_bytes(student, tokens, setup, train=True, exact=exact), ("head",)))
         if exact:
             assert setup.teacher is not None
-            columns, width = student.shard.columns, setup.teacher.architecture.hidden_size
+            columns = student.shard.columns
+            width = sum(teacher.architecture.hidden_size for teacher in setup.teachers.values())
             own = 0 if shares_teacher_head(setup.config) else columns * width * student.element
             items.append(Item("teacher head", own))
     return items
@@ -261,24 +263,42 @@ def head_bytes(model: Placed, tokens: int, setup: Setup, *, train: bool, exact: 
 
 
 def _teacher(setup: Setup) -> list[Item]:
-    """The teacher's weights, off-loaded to host memory while idle or always on the GPU, and its forward pass; the reference
-    likewise."""
+    """The weights of the teachers, off-loaded to host memory while idle or always on the GPU, and their forward passes; the
+    reference likewise. Several teachers take turns, so of those that are off-loaded only one is on the GPU at a time."""
     items = []
-    phases = ("teacher",) if setup.config.teacher.offload else ()
-    if setup.teacher is not None:
-        teacher = setup.teacher
-        largest = max(stage.parameters for stage in teacher.shard.stages) * teacher.element
-        if not teaches_itself(setup.config):
-            items.append(Item("teacher", largest, phases))
-        elif not (setup.config.teacher.offload and setup.cluster.memory_gib):
+    if teaches_itself(setup.config):
+        if not (setup.config.teacher.offload and setup.cluster.memory_gib):
             items.append(Item("earlier weights", earlier_bytes(setup)))
-        items.append(Item("teacher's activations", _scoring(teacher, setup.teacher_packing, setup), ("teacher",)))
+    else:
+        held = {name: largest_stage_bytes(teacher) for name, teacher in setup.teachers.items()}
+        items += [Item(_of(name, "teacher"), held[name]) for name in held if not setup.offloads(name)]
+        moving = [held[name] for name in held if setup.offloads(name)]
+        items += [Item("teacher", max(moving), ("teacher",))] if moving else []
+    passes = [_scoring(teacher, setup.teacher_packings[name], setup) for name, teacher in setup.teachers.items()]
+    if passes:
+        items.append(Item("teacher's activations", max(passes), ("teacher",)))
     if setup.reference and not setup.student.shard.stages[0].adapters:  # otherwise it is the student without them
         student = setup.student
         items.append(Item("reference", max(stage.parameters for stage in student.shard.stages) * student.element))
         if setup.config.teacher.offload:
             items[-1] = Item("reference", items[-1].bytes, ("reference",))
     return items
+
+
+def largest_stage_bytes(model: Placed) -> float:
+    """The bytes of the weights of a model's largest stage."""
+    return max(stage.parameters for stage in model.shard.stages) * model.element
+
+
+def teacher_host_bytes(setup: Setup) -> float:
+    """The bytes that a rank keeps of off-loaded teachers in host memory."""
+    if teaches_itself(setup.config) or not setup.cluster.memory_gib:
+        return 0.0
+    return sum(largest_stage_bytes(teacher) for name, teacher in setup.teachers.items() if setup.offloads(name))
+
+
+def _of(teacher: str, what: str) -> str:
+    return what if teacher == TEACHER else f"{what} {teacher}"
 
 
 def _scoring(model: Placed, packed: Packing, setup: Setup) -> float:
@@ -384,6 +404,6 @@ def plan_engine_share(config: Config, world_size: int, memory_gib: float) -> flo
 def _runtime(setup: Setup) -> list[Item]:
     layout = setup.student.layout
     sizes = [layout.tensor, layout.pipeline, layout.data, layout.context, layout.expert, layout.data * layout.context]
-    if setup.teacher is not None:
-        sizes += [setup.teacher.layout.tensor, setup.teacher.layout.pipeline, setup.teacher.layout.data]
+    for teacher in setup.teachers.values():
+        sizes += [teacher.layout.tensor, teacher.layout.pipeline, teacher.layout.data]
     return [Item("communication", PER_GROUP * sum(size > 1 for size in sizes)), Item("CUDA", RUNTIME)]

@@ -31,8 +31,8 @@ def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> flo
     """The seconds saved when the teacher scores complete groups in parts: a micro-batch for each stage of each of its replicas.
     Its weights are loaded once for each part; what remains when the last response arrives is scored then."""
     assert setup.teacher is not None
-    layout = setup.teacher.layout
-    part = setup.config.batch.micro_tokens * layout.pipeline * layout.data
+    layouts = [teacher.layout for teacher in setup.teachers.values()]
+    part = setup.config.batch.micro_tokens * max(layout.pipeline * layout.data for layout in layouts)
     sampled_tokens = setup.workload.tokens * setup.distilled
     given_tokens = setup.trained.tokens - setup.workload.tokens  # scored at the end
     parts = int(sampled_tokens // part)
@@ -41,7 +41,7 @@ def _scored_early(setup: Setup, generation: Generation, teacher: Seconds) -> flo
     sampled = generation.seconds.total
     complete = _complete_groups(setup, generation)
     share = part / sampled_tokens
-    loading = teacher[HOST] if setup.config.teacher.offload else 0.0
+    loading = teacher[HOST] if any(setup.offloads(name) for name in setup.teachers) else 0.0
     scoring = (teacher.total - loading) * sampled_tokens / (sampled_tokens + given_tokens)
     now, done = 0.0, 0
     while done < parts:

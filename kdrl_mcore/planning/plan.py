@@ -16,9 +16,11 @@ from kdrl_mcore.planning.memory import (
     RankMemory,
     checkpoint_bytes,
     earlier_bytes,
+    largest_stage_bytes,
     offloaded_bytes,
     plan_memory,
     plan_server_memory,
+    teacher_host_bytes,
 )
 from kdrl_mcore.planning.overlap import hidden_seconds
 from kdrl_mcore.planning.passes import generation, layer_backward, layer_forward, pipeline_pass
@@ -79,6 +81,11 @@ class Plan:
     def activation_host_bytes(self) -> float:
         """The host memory, on a node with only ranks of the fullest stage, for off-loaded activations."""
         return offloaded_bytes(self.setup) * _ranks_of_a_node(self.setup)
+
+    @property
+    def teacher_host_bytes(self) -> float:
+        """The host memory, on a node, for the weights of off-loaded teachers."""
+        return teacher_host_bytes(self.setup) * _ranks_of_a_node(self.setup)
 
     @property
     def tokens_per_gpu_second(self) -> float:
@@ -173,17 +180,18 @@ def _training(setup: Setup) -> Seconds:
 
 
 def _teacher(setup: Setup) -> Seconds:
-    """The time in which the teacher's weights are loaded and score what the mask keeps; they need not be copied back, as the
-    host memory keeps its copy. Earlier weights of the student's own are exchanged with the present ones, before and after."""
-    assert setup.teacher is not None
-    packed = setup.teacher_packing
-    loss_tokens = _loss_tokens(setup, packed.tokens, setup.read_by_teacher)
-    seconds = pipeline_pass(setup, setup.teacher, packed, loss_tokens, train=False)
+    """The time in which the weights of each teacher are loaded and score what the mask keeps, one teacher after the other; they
+    need not be copied back, as the host memory keeps its copy. Earlier weights of the student's own are exchanged with the
+    present ones, before and after."""
+    seconds = Seconds()
+    for name, teacher in setup.teachers.items():
+        packed = setup.teacher_packings[name]
+        loss_tokens = _loss_tokens(setup, packed.tokens, setup.read_by(name))
+        seconds += pipeline_pass(setup, teacher, packed, loss_tokens, train=False)
+        if not teaches_itself(setup.config) and setup.offloads(name):
+            seconds[HOST] += Rates(setup.cluster).host(largest_stage_bytes(teacher))
     if teaches_itself(setup.config):
         return seconds + _exchange_weights(setup)
-    if setup.config.teacher.offload:
-        largest = max(stage.parameters for stage in setup.teacher.shard.stages)
-        seconds[HOST] += Rates(setup.cluster).host(largest * setup.teacher.element)
     return seconds
 
 

@@ -115,7 +115,8 @@ def _of_teacher(plan: Plan) -> Iterator[Saving]:
     if setup.teacher is None:
         return
     mask = config.objective.kd.mask
-    yield _switch(plan, "teacher off-load", "teacher.offload", config.teacher.offload)
+    if not config.teachers:
+        yield _switch(plan, "teacher off-load", "teacher.offload", config.teacher.offload)
     name, key = "teacher while servers sample", "teacher.score_while_sampling"
     if setup.engine_gpus and not teaches_itself(config) and not config.rollout.steps_ahead:
         yield _switch(plan, name, key, config.teacher.score_while_sampling)

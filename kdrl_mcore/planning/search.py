@@ -41,7 +41,7 @@ def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Cand
     Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration sets.
     Layouts that differ only in recompute, off-load or micro-batch size count as one: the fastest is shown.
     """
-    teachers = _teacher_variants(config) if loads_teacher(config) else []
+    teachers = _teacher_variants(config) if loads_teacher(config) and not config.teachers else []
     # All are built in one fake world, where each plan below finds its shards.
     try_shards([request for variant in [*teachers, *_variants(config)] for request in _requests(variant)])
     if teachers:
@@ -175,7 +175,7 @@ def _overrides(plan: Plan) -> Iterator[str]:
     if parallel.offload_activations:
         yield f"parallel.offload_activations=[{','.join(parallel.offload_activations)}]"
     yield f"batch.micro_tokens={config.batch.micro_tokens}"
-    if loads_teacher(config):
+    if loads_teacher(config) and not config.teachers:
         yield f"teacher.parallel.tensor={config.teacher.parallel.tensor}"
         yield f"teacher.parallel.pipeline={config.teacher.parallel.pipeline}"
     if plan.setup.engine is not None:

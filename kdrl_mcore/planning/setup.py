@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from kdrl_mcore.config import ClusterConfig, Config
+from kdrl_mcore.config import ClusterConfig, Config, domain_name
 from kdrl_mcore.config.derived import (
+    DOMAIN,
     TEACH_INCORRECT,
+    TEACHER,
     asks_for_transformer_engine,
-    loads_teacher,
+    loaded_teachers,
     num_given,
     samples_with_vllm,
+    section_of,
     servers_per_node,
     teacher_prompt_tokens,
     teaches_by_advantage,
@@ -94,7 +97,7 @@ class Setup:
     workload: Workload
     choices: Choices
     student: Placed
-    teacher: Placed | None
+    teachers: Mapping[str, Placed]  # by name; the only one is called TEACHER
     engine: Placed | None  # vLLM's copy of the student
     engine_gpus: int  # GPUs that only generate
     reference: bool
@@ -108,6 +111,23 @@ class Setup:
     def gpus(self) -> int:
         """The number of GPUs that are paid for."""
         return self.student.layout.world_size + self.engine_gpus
+
+    @property
+    def teacher(self) -> Placed | None:
+        """The only teacher, or the first of several; None without one."""
+        return next(iter(self.teachers.values()), None)
+
+    def offloads(self, name: str) -> bool:
+        """Whether a teacher's weights are in host memory while it is idle."""
+        return (self.config.teachers[name] if self.config.teachers else self.config.teacher).offload
+
+    def taught_share(self, name: str) -> float:
+        """The share of the prompts that a teacher teaches, by the weights of the domains; 1 if that is unknown."""
+        sources = {domain_name(source): source.weight for source in self.config.data.sources}
+        settings = self.config.teachers.get(name)
+        if settings is None or not settings.values or settings.column != DOMAIN or not sources:
+            return 1.0
+        return sum(weight for domain, weight in sources.items() if domain in settings.values) / sum(sources.values())
 
     @property
     def updates(self) -> int:
@@ -156,24 +176,27 @@ class Setup:
         """The packing of a forward pass of the student over the whole batch."""
         return self._packing(self.student, self.trained.shapes(self.sharing))
 
-    @cached_property
-    def read_by_teacher(self) -> Workload:
-        """What is trained on as the teacher reads it: its prompts may be longer, by at most the difference of the limits."""
-        longer = teacher_prompt_tokens(self.config) - self.config.rollout.max_prompt_tokens
+    def read_by(self, name: str) -> Workload:
+        """What is trained on as a teacher reads it: its prompts may be longer, by at most the difference of the limits."""
+        longer = teacher_prompt_tokens(self.config, name) - self.config.rollout.max_prompt_tokens
         return replace(self.trained, prompt_tokens=max(0, self.trained.prompt_tokens + longer))
 
     @cached_property
-    def teacher_packing(self) -> Packing:
-        """The packing of the teacher's pass over the given responses and those that the mask keeps, up to the last token with a
-        weight."""
-        assert self.teacher is not None
+    def teacher_packings(self) -> dict[str, Packing]:
+        """The packing of each teacher's pass."""
+        return {name: self._teacher_packing(name) for name in self.teachers}
+
+    def _teacher_packing(self, name: str) -> Packing:
+        """The packing of a teacher's pass over the given responses and those that the mask keeps, as far as it teaches their
+        prompts, up to the last token with a weight."""
         lengths_N = torch.from_numpy(self.trained.lengths_N)
         scored_N = scored_tokens(self.config.objective.kd.token_weight, lengths_N, torch.ones_like(lengths_N, dtype=torch.bool))
-        shapes = self.read_by_teacher.shapes(self.sharing)
+        shapes = self.read_by(name).shapes(self.sharing)
         every = [shape._replace(response=tokens) for shape, tokens in zip(shapes, scored_N.tolist(), strict=True)]
         sampled = self.workload.responses
         kept = max(1, round(sampled * self.distilled)) + len(every) - sampled
-        return self._packing(self.teacher, tuple(every[index * len(every) // kept] for index in range(kept)))
+        kept = max(1, round(kept * self.taught_share(name)))
+        return self._packing(self.teachers[name], tuple(every[index * len(every) // kept] for index in range(kept)))
 
     def _packing(self, model: Placed, shapes: tuple[Shape, ...]) -> Packing:
         tokens, ordered = self.config.batch.micro_tokens, self.choices.sorted_by_length
@@ -206,8 +229,8 @@ def find_engines(config: Config, world_size: int) -> Engines | None:
 
 
 def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
-    """The shards that a plan for `world_size` training ranks needs, by role: "student", and if there are any "teacher" and
-    "engine".
+    """The shards that a plan for `world_size` training ranks needs, by role: "student", and if there are any "teacher" (of
+    several "teacher NAME") and "engine".
 
     Raises:
         ConfigError: a model is not found, or the student does not have a part that is to be recomputed or off-loaded.
@@ -231,9 +254,9 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
             lora_modules=tuple(lora.target_modules) if lora.rank else (),
         )
     }
-    if loads_teacher(config):
-        teacher, layout = find_shape(config.teacher.path, "teacher.path"), config.teacher.parallel
-        requests["teacher"] = ShardRequest(
+    for name, settings in loaded_teachers(config).items():
+        teacher, layout = find_shape(settings.path, f"{section_of(config, name)}.path"), settings.parallel
+        requests[_role(name)] = ShardRequest(
             teacher, config.model.dtype, layout.tensor, layout.pipeline, expert=layout.expert, trainable=False
         )
     engines = find_engines(config, world_size)
@@ -242,6 +265,10 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
         expert = engines.tensor if read_architecture(student).experts else 1
         requests["engine"] = ShardRequest(student, config.model.dtype, engines.tensor, expert=expert, trainable=False)
     return requests
+
+
+def _role(teacher: str) -> str:
+    return TEACHER if teacher == TEACHER else f"teacher {teacher}"
 
 
 def make_setup(
@@ -266,8 +293,8 @@ def make_setup(
     shards = dict(zip(requests, build(list(requests.values())), strict=True))
     element = 2 if config.model.dtype == "bfloat16" else 4
     layouts = {"student": student_layout(world_size, config.parallel)}
-    if "teacher" in requests:
-        layouts["teacher"] = teacher_layout(world_size, config.teacher.parallel)
+    loaded = loaded_teachers(config)
+    layouts |= {_role(name): teacher_layout(world_size, settings.parallel) for name, settings in loaded.items()}
     if engines is not None:
         layouts["engine"] = Layout(engines.count * engines.tensor, engines.tensor, expert=requests["engine"].expert)
     placed = {
@@ -279,7 +306,7 @@ def make_setup(
         workload,
         choices,
         placed["student"],
-        placed["student"] if teaches_itself(config) else placed.get("teacher"),
+        {TEACHER: placed["student"]} if teaches_itself(config) else {name: placed[_role(name)] for name in loaded},
         placed.get("engine"),
         0 if engines is None else engines.own_gpus,
         reference=uses_reference(config.objective),

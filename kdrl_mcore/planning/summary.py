@@ -18,7 +18,11 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "student": {"path": config.student.path, "parameters": student.parameters},
         "teacher": None
         if teacher is None
-        else {"path": config.teacher.path or config.student.path, "parameters": teacher.parameters},
+        else {"path": config.teacher.path or config.student.path, "parameters": teacher.parameters}
+        if not config.teachers
+        else {
+            name: {"path": config.teachers[name].path, "parameters": each.parameters} for name, each in setup.teachers.items()
+        },
         "cluster": setup.cluster.name,
         "gpus": setup.gpus,
         "server_gpus": setup.engine_gpus,
@@ -47,6 +51,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         },
         "checkpoint_host_bytes": plan.checkpoint_host_bytes,
         "activation_host_bytes": plan.activation_host_bytes,
+        "teacher_host_bytes": plan.teacher_host_bytes,
         "tokens_per_gpu_second": plan.tokens_per_gpu_second,
         "gpu_hours": plan.gpu_hours,
         "usd": plan.cost,

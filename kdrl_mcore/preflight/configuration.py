@@ -13,7 +13,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import (
     engines_share_gpus,
-    loads_teacher,
+    loaded_teachers,
     longest_response,
     reads_scores,
     replays,
@@ -32,9 +32,11 @@ from kdrl_mcore.data.limits import (
     check_rollouts,
     check_teacher_prompts,
     check_teacher_rollouts,
+    limits_of,
 )
 from kdrl_mcore.data.sources import data_notes, read_domains, training_sources
 from kdrl_mcore.data.stream import Domain
+from kdrl_mcore.data.taught import describe_taught
 from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.data.vocabulary import shared_vocabulary, unshared_tokens
 from kdrl_mcore.errors import ConfigError, DataError
@@ -90,8 +92,8 @@ def check_layout(config: Config) -> str:
 
     world_size = dist.get_world_size()
     layouts, models = {"student": student_layout(world_size, config.parallel)}, used_models(config)
-    if "teacher" in models:
-        layouts["teacher"] = teacher_layout(world_size, config.teacher.parallel)
+    for role, teacher in zip(list(models)[1:], loaded_teachers(config).values(), strict=True):
+        layouts[role] = teacher_layout(world_size, teacher.parallel)
     for name, layout in layouts.items():
         check_fit(read_architecture(models[name]), layout, trainable=name == "student")
     student = read_architecture(models["student"])
@@ -123,7 +125,8 @@ def check_data(config: Config) -> str:
     """Files of prompts and rollouts exist on every node (any other name counts as a hub id). All prompts to train or
     evaluate on are read as in training, once on each node, and their verifiers accept each of the reference answers."""
     sources = [str(source.path) for source, _ in training_sources(config)] if config.data.train or config.data.sources else []
-    named = [path for path in (*sources, config.data.eval, config.rollout.path, config.rollout.given.path) if path]
+    held_out = [source.eval for source in config.data.sources] if config.eval.every >= 0 else []
+    named = [path for path in (*sources, config.data.eval, *held_out, config.rollout.path, config.rollout.given.path) if path]
     for path in named:
         if is_file(path) and not Path(path).is_file():
             raise DataError(f"{path} is not on {socket.gethostname()}: name a file that every node can read")
@@ -144,7 +147,8 @@ def check_data(config: Config) -> str:
             check_benchmark(benchmark, benchmark.reward or config.reward.kind, config.reward, everything=True)
     counted = [f"{path} ({len(domain.prompts)} prompts)" for path, domain in zip(sources, domains, strict=False)]
     counted += [f"{benchmark.name} ({len(benchmark.prompts)} held out)" for benchmark in benchmarks]
-    return ". ".join([", ".join(counted or named), *data_notes(domains, benchmarks)])
+    taught = describe_taught(config, [domain.prompts for domain in domains]) if domains else []
+    return ". ".join([", ".join(counted or named), *taught, *data_notes(domains, benchmarks)])
 
 
 def check_lengths(config: Config) -> str:
@@ -153,8 +157,8 @@ def check_lengths(config: Config) -> str:
         return ""
     models = list(used_models(config).values())
     tokenizer, vocab_size = shared_vocabulary(*models, added_may_differ=True)
-    unshared = unshared_tokens(*models) if loads_teacher(config) else {}
-    limits, most = Limits.of(vocab_size, models), config.rollout.max_response_tokens
+    unshared = {name: unshared_tokens(models[0], str(teacher.path)) for name, teacher in loaded_teachers(config).items()}
+    limits, most = limits_of(config, vocab_size), config.rollout.max_response_tokens
     checked = []
     if replays(config):
         assert config.rollout.path is not None
@@ -184,7 +188,12 @@ def _only_files(config: Config) -> Config:
     """The configuration with only those evaluation sets that are files on this machine."""
     found = config.data.eval if config.data.eval and Path(config.data.eval).is_file() else None
     benchmarks = [name for name in config.eval.benchmarks if Path(load_benchmark(name).source).is_file()]
-    return replace(config, data=replace(config.data, eval=found), eval=replace(config.eval, benchmarks=benchmarks))
+    sources = [
+        source if source.eval and Path(source.eval).is_file() else replace(source, eval=None) for source in config.data.sources
+    ]
+    return replace(
+        config, data=replace(config.data, eval=found, sources=sources), eval=replace(config.eval, benchmarks=benchmarks)
+    )
 
 
 def check_memory(config: Config) -> str:

@@ -9,19 +9,21 @@ from typing import Any
 
 from kdrl_mcore.checkpointing.checkpoint import MODEL_DIR
 from kdrl_mcore.config import flatten
+from kdrl_mcore.config.keys import general_name
 from kdrl_mcore.config.resuming import RULES
 from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.errors import ModelError
 from kdrl_mcore.model.families import read_architecture
 
 SOURCES = "data.sources"
-CONTENT_KEYS = tuple(key for key, rule in RULES.items() if rule.effect == "content")
+CONTENT_KEYS = frozenset(key for key, rule in RULES.items() if rule.effect == "content")
 
 
 def fingerprints(flat: Mapping[str, Any]) -> dict[str, str]:
     """The fingerprints, by key, of every path in a flat configuration whose content matters; paths that are not on disk (a hub
     id) have none."""
-    found = {key: digest for key in CONTENT_KEYS if (digest := fingerprint(flat.get(key))) is not None}
+    content = {key: path for key, path in flat.items() if general_name(key) in CONTENT_KEYS}
+    found = {key: digest for key, path in content.items() if (digest := fingerprint(path)) is not None}
     sources = [fingerprint(source["path"]) for source in flat.get(SOURCES) or ()]
     return found | ({SOURCES: ",".join(map(str, sources))} if sources else {})
 

@@ -70,7 +70,8 @@ def choose_start(config: Config) -> Start:
             step is left although keys have changed that would affect further steps.
     """
     run_dir = Path(config.run.dir)
-    for key, model in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+    teachers = {f"teachers.{name}.path": teacher.path for name, teacher in config.teachers.items()}
+    for key, model in {"student.path": config.student.path, "teacher.path": config.teacher.path, **teachers}.items():
         if model and Path(model).resolve().is_relative_to((run_dir / "hf").resolve()):
             raise ConfigError(f"{key}={model} is where this run exports its student: set another run.dir")
     on_first_rank(partial(_check_location, run_dir))

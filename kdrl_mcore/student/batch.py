@@ -22,7 +22,7 @@ from kdrl_mcore.parallel.micro_batches import Shape, plan_micro_batches, shapes_
 from kdrl_mcore.parallel.packing import Span, is_scored, lay_out_rows, pack
 from kdrl_mcore.parallel.platform import to_device
 from kdrl_mcore.student.student import Measures, MicroBatch
-from kdrl_mcore.teacher.hidden_states import HiddenStates
+from kdrl_mcore.teacher.hidden_states import States
 from kdrl_mcore.types import Rollout, TokenFloats
 from kdrl_mcore.vocab_parallel import HeadTokens
 
@@ -55,6 +55,8 @@ class TrainingBatch:
         sequence_log_ratios_N: log pi_old / mu over the response, for a correction of whole sequences; otherwise None.
         kd_log_ratios_N: log pi / mu over the response, for a correction of distillation by whole sequences; otherwise None.
         ends_masked_N: whether the response's last token is left out of distillation (bool); None if none is.
+        teacher_shares_N: the sum of the shares that each response's teachers have of beta; None for one teacher.
+        taught_by_N: which of several teachers teach each response, as a sum of 2^k; None for one teacher.
         draws: numbers from [0, 1) [response tokens] for each response, where `objective.kd.mix` draws; otherwise None.
     """
 
@@ -62,12 +64,14 @@ class TrainingBatch:
     distil_N: Tensor
     on_policy: bool = False
     teacher_log_probs: Sequence[TokenFloats | None] | None = None
-    teacher_hidden: HiddenStates | None = None
+    teacher_hidden: States | None = None
     old_log_probs: Sequence[TokenFloats] | None = None
     reference_log_probs: Sequence[TokenFloats] | None = None
     scores: Sequence[tuple[TokenFloats, TokenFloats]] | None = None
     teacher_entropies: Sequence[TokenFloats | None] | None = None
     scored_N: Tensor | None = None
+    teacher_shares_N: Tensor | None = None
+    taught_by_N: Tensor | None = None
     advantages_N: Tensor = field(default_factory=lambda: torch.empty(0))
     policy_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
     distillation_weights_N: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -121,6 +125,8 @@ class TrainingBatch:
             pick(self.scores),
             pick(self.teacher_entropies),
             None if self.scored_N is None else self.scored_N[index],
+            None if self.teacher_shares_N is None else self.teacher_shares_N[index],
+            None if self.taught_by_N is None else self.taught_by_N[index],
         )
 
     def scored(self) -> dict[int, int]:
@@ -185,6 +191,7 @@ class TrainingBatch:
             sequence_log_ratios=spread_if_known(self.sequence_log_ratios_N),
             kd_log_ratios=spread_if_known(self.kd_log_ratios_N),
             given=spread(given_N) if given_N.any() else None,
+            taught_by=None if self.taught_by_N is None else self.taught_by_N[indices].repeat_interleave(counts),
         )
 
     def _scored_rows(self, spans: Sequence[Span]) -> Tensor | None:
@@ -245,7 +252,7 @@ def _loss_of_rows(
 
 
 def _deliver(
-    hidden: HiddenStates,
+    hidden: States,
     shapes_of_rank: Sequence[Sequence[Shape]],
     scored: Mapping[int, int],
     groups: ModelGroups,

@@ -135,18 +135,18 @@ class Student:
         self._head_time = Stopwatch()
         self.optimizer = Optimizer(self.parts, config)
 
-    def load_teacher_head(self, path: str, kd: DistillationConfig) -> None:
-        """Read this rank's columns of the teacher's head, with which the loss compares student and teacher over the vocabulary.
-        Does nothing except on the last stage. No communication.
+    def load_teacher_head(self, paths: Sequence[str], kd: DistillationConfig) -> None:
+        """Read this rank's columns of the teacher's head, or of the heads of several teachers, with which the loss compares
+        student and teacher over the vocabulary. Does nothing except on the last stage. No communication.
 
         Args:
-            path: the teacher's directory.
+            paths: the teachers' directories.
 
         Raises:
             ConfigError: see `TeacherHead`.
         """
         if self.groups.is_last_stage:
-            self.teacher_head = TeacherHead.read(path, self.parts.chunks[-1].shard, self._dtype, kd)
+            self.teacher_head = TeacherHead.read(paths, self.parts.chunks[-1].shard, self._dtype, kd)
 
     def add_teacher_adapters(self, folder: str) -> None:
         """Add a second set of adapters to the frozen weights, which is off until a teacher scores with it. No communication.

@@ -5,14 +5,16 @@ C tokens of a chunk of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor
 
 from kdrl_mcore.config import BatchConfig, Config, ObjectiveConfig
 from kdrl_mcore.config.derived import num_updates, uses_reference
-from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss, sft_loss
+from kdrl_mcore.objective.joint import TokenBatch, divergences_by_teacher, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.student.batch import BatchLoss, TrainingBatch, micro_batches
 from kdrl_mcore.student.student import Measures, MicroBatch, Student, UpdateResult
@@ -29,7 +31,7 @@ def update(student: Student, batch: TrainingBatch, config: Config, alpha: float,
     if bad is not None:
         return UpdateResult({}, {}, float("nan"), _learning_rate(student, config), bad)
     split = _split_gradient(student, batch, config, alpha, beta)
-    result = _optimize(student, batch, _joint_loss(config.objective, alpha, beta), config)
+    result = _optimize(student, batch, _joint_loss(config, alpha, beta), config)
     return replace(result, gradient_split=gradient_split(*split, result.grad_norm)) if split else result
 
 
@@ -38,13 +40,19 @@ def update_supervised(student: Student, batch: TrainingBatch, config: Config) ->
     return _optimize(student, batch, _supervised, config)
 
 
-def advance_schedules(update: UpdateResult, alpha: Coefficient, beta: Coefficient) -> None:
-    """Move alpha and beta by one optimizer step; a skipped update does not count. No communication."""
+def advance_schedules(
+    update: UpdateResult, alpha: Coefficient, beta: Coefficient, shares: Mapping[str, Coefficient] = MappingProxyType({})
+) -> None:
+    """Move alpha, beta and the shares of several teachers by one optimizer step; a skipped update does not count. A share
+    follows the KL on the tokens of its teacher. No communication."""
     if update.skipped is None:
         tokens = max(0.0, update.sums.get("distilled_tokens", 0.0) - update.sums.get("given_tokens", 0.0))
         kl = update.sums["kl_k1"] / tokens if tokens else None
         alpha.advance(kl)
         beta.advance(kl)
+        for name, share in shares.items():
+            own = update.sums.get(f"teacher/{name}/tokens", 0.0)
+            share.advance(update.sums[f"teacher/{name}/kl_k1"] / own if own else None)
 
 
 def _optimize(student: Student, batch: TrainingBatch, loss: BatchLoss, config: Config) -> UpdateResult:
@@ -69,18 +77,25 @@ def _split_gradient(
     if every == 0 or student.version % every or not (alpha > 0 and beta > 0) or has_reference:
         return None
     policy, distillation = (
-        student.gradient_norm(_micro_batches(batch, _joint_loss(config.objective, *coefficients), student, config.batch))
+        student.gradient_norm(_micro_batches(batch, _joint_loss(config, *coefficients), student, config.batch))
         for coefficients in ((alpha, 0.0), (0.0, beta))
     )
     return policy, distillation
 
 
-def _joint_loss(objective: ObjectiveConfig, alpha: float, beta: float) -> BatchLoss:
-    return partial(_joint, objective=objective, alpha=alpha, beta=beta)
+def _joint_loss(config: Config, alpha: float, beta: float) -> BatchLoss:
+    return partial(_joint, objective=config.objective, alpha=alpha, beta=beta, teachers=tuple(config.teachers))
 
 
 def _joint(
-    tokens: HeadTokens, has_divergences: bool, batch: TokenBatch, *, objective: ObjectiveConfig, alpha: float, beta: float
+    tokens: HeadTokens,
+    has_divergences: bool,
+    batch: TokenBatch,
+    *,
+    objective: ObjectiveConfig,
+    alpha: float,
+    beta: float,
+    teachers: Sequence[str],
 ) -> tuple[Tensor, Measures]:
     divergence_C, batch = None, batch.without_sampler(tokens.log_probs)
     if has_divergences:
@@ -89,6 +104,8 @@ def _joint(
     loss_C, sums, maxima = joint_loss(tokens.log_probs, batch, objective, alpha, beta, divergence_C, tokens.entropies)
     if batch.given is not None:
         sums["given_tokens"] = batch.given.sum()
+    if batch.taught_by is not None:
+        sums |= divergences_by_teacher(tokens.log_probs, batch, teachers, divergence_C)
     return loss_C, (sums, maxima)
 
 

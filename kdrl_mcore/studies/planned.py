@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_mcore.config import Config, load_config
-from kdrl_mcore.config.derived import loads_teacher, training_ranks
+from kdrl_mcore.config.derived import loaded_teachers, section_of, training_ranks
 from kdrl_mcore.errors import ConfigError, KdrlError
 from kdrl_mcore.planning.memory import fit_engine
 from kdrl_mcore.planning.plan import make_plan
@@ -93,8 +93,8 @@ def write_plan(config: Config, folder: Path) -> None:
         ConfigError: a model is missing, or the cluster is not described.
     """
     find_shape(config.student.path, "student.path")
-    if loads_teacher(config):
-        find_shape(config.teacher.path, "teacher.path")
+    for name, teacher in loaded_teachers(config).items():
+        find_shape(teacher.path, f"{section_of(config, name)}.path")
     answer: dict[str, Any]
     try:
         setup = fit_engine(make_setup(config, workload_of(config)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from kdrl_mcore.config import DistillationConfig
@@ -61,9 +63,11 @@ class TeacherHead:
         self._kd = kd
 
     @staticmethod
-    def read(path: str, shard: VocabShard, dtype: str, kd: DistillationConfig) -> TeacherHead:
-        """The columns from the teacher's directory. Raises as the constructor does."""
-        return TeacherHead(load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device()), shard, kd)
+    def read(paths: Sequence[str], shard: VocabShard, dtype: str, kd: DistillationConfig) -> TeacherHead:
+        """The columns from the teacher's directory; of several teachers side by side, as their hidden states are
+        (`hidden_states.JoinedStates`). Raises as the constructor does."""
+        weights = [load_head(path, shard.start, shard.real_columns, DTYPES[dtype]).to(device()) for path in paths]
+        return TeacherHead(weights[0] if len(weights) == 1 else torch.cat(weights, dim=1), shard, kd)
 
     def inputs(self, hidden_DG: Tensor, sampler_log_probs_T: Tensor | None) -> TeacherInputs:
         """The teacher's side of `fused_head` for one micro-batch. No communication.

@@ -33,6 +33,9 @@ class HiddenStates:
     owner: Mapping[int, int]
     local: Mapping[int, Tensor]
 
+    def __contains__(self, index: int) -> bool:
+        return index in self.owner
+
     def select(self, indices: Sequence[int]) -> HiddenStates:
         """The states of these rollouts, renumbered by their position in `indices`."""
         positions = {index: position for position, index in enumerate(indices) if index in self.owner}
@@ -71,3 +74,68 @@ class HiddenStates:
         lengths = [stop - start for _, start, stop in arrived]
         parts = dict(zip(arrived, received.split(lengths), strict=True)) if arrived else {}
         return torch.cat([received[:0], *(parts[span] for span in wanted.get(me, ()))])
+
+
+@dataclass(frozen=True)
+class JoinedStates:
+    """The hidden states of several teachers side by side: those of teacher k, times its portion a_k of the response's mixture,
+    in its own columns, and 0 where it does not teach the response.
+
+    With the teachers' output heads side by side, too, the logits are y = sum_k a_k y_k, whose softmax is the normalised
+    geometric mixture of the teachers' distributions.
+
+    Attributes:
+        sizes: each teacher's hidden size, in the order of the columns.
+        parts: each teacher's own states; teachers that have not scored anything are left out, the same on every rank.
+        portions: a_k by teacher, for each rollout.
+    """
+
+    sizes: Mapping[str, int]
+    parts: Mapping[str, HiddenStates]
+    portions: Mapping[int, Mapping[str, float]]
+
+    @property
+    def size(self) -> int:
+        """The number of columns, those of all teachers."""
+        return sum(self.sizes.values())
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.portions
+
+    def select(self, indices: Sequence[int]) -> JoinedStates:
+        """The states of these rollouts, renumbered by their position in `indices`."""
+        return replace(
+            self,
+            parts={name: part.select(indices) for name, part in self.parts.items()},
+            portions={new: self.portions[index] for new, index in enumerate(indices) if index in self.portions},
+        )
+
+    def joined(self, others: JoinedStates | None) -> JoinedStates:
+        """These states together with those of other rollouts."""
+        if others is None:
+            return self
+        parts = {name: part.joined(others.parts.get(name)) for name, part in self.parts.items()}
+        return replace(self, parts={**others.parts, **parts}, portions={**others.portions, **self.portions})
+
+    def deliver(self, wanted: Mapping[int, Sequence[Span]]) -> Tensor:
+        """As `HiddenStates.deliver`. Collective over the world: one all-to-all for each teacher in `parts`."""
+        spans = wanted.get(dist.get_rank(), ())
+        lengths = [stop - start for _, start, stop in spans]
+        dtype = next(iter(self.parts.values())).dtype
+        out = torch.zeros(sum(lengths), self.size, dtype=dtype, device=device())
+        column = 0
+        for name, size in self.sizes.items():
+            if name in self.parts:
+                part = self.parts[name]
+                asked = {rank: [span for span in each if span.rollout in part] for rank, each in wanted.items()}
+                rows = [part_of for part_of, span in zip(out.split(lengths), spans, strict=True) if span.rollout in part]
+                own = asked.get(dist.get_rank(), [])
+                states = part.deliver(asked).split([stop - start for _, start, stop in own])
+                for row, span, state in zip(rows, own, states, strict=True):
+                    torch.mul(state, self.portions[span.rollout][name], out=row[:, column : column + size])
+            column += size
+        return out
+
+
+States = HiddenStates | JoinedStates
+"""The hidden states of one teacher, or of several."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdrl_mcore.teacher.hidden_states import HiddenStates
+from kdrl_mcore.teacher.hidden_states import States
 from kdrl_mcore.types import TokenFloats
 
 
@@ -28,7 +28,7 @@ class TeacherScores:
     dropped_tokens: int = 0
     log_probs: dict[int, TokenFloats] = field(default_factory=dict)
     entropies: dict[int, TokenFloats] = field(default_factory=dict)
-    hidden: HiddenStates | None = None
+    hidden: States | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,7 +44,7 @@ class TeacherScores:
         for mine, new in ((self.log_probs, scores.log_probs), (self.entropies, scores.entropies)):
             mine.update({index: np.pad(values, (0, lengths[index] - len(values))) for index, values in new.items()})
         if scores.hidden is not None:
-            self.hidden = scores.hidden.joined(self.hidden)
+            self.hidden = scores.hidden.joined(self.hidden)  # type: ignore[arg-type]  # both are of one kind
         self.scored |= scores.scored
 
     def skip(self, index: int, length: int) -> None:
@@ -63,4 +63,4 @@ class TeacherScores:
         self.dropped_tokens = before - self.tokens
 
     def __contains__(self, index: int) -> bool:
-        return index in self.log_probs or (self.hidden is not None and index in self.hidden.owner)
+        return index in self.log_probs or (self.hidden is not None and index in self.hidden)

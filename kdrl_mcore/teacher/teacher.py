@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kdrl_mcore.config import ModelConfig, TeacherConfig
+from kdrl_mcore.config import ModelConfig, NamedTeacherConfig, TeacherConfig
 from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
@@ -27,7 +27,7 @@ class Teacher:
     def __init__(
         self,
         path: str,
-        teacher: TeacherConfig,
+        teacher: TeacherConfig | NamedTeacherConfig,
         model: ModelConfig,
         world_size: int,
         vocab_size: int,

@@ -123,6 +123,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What several teachers teach a response.
+
+    Attributes:
+        log_q: [T, V], the log-probs of their mixture.
+        share: the sum of their shares, by which beta is multiplied; 0 where there is no teacher.
+    """
+
+    log_q: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The quantities of one update.
 
@@ -220,13 +233,15 @@ def kdrl_of_models(
     *,
     log_old: Sequence[Tensor] | None = None,
     reference: Any | None = None,
+    taught: Sequence[Taught] | None = None,
 ) -> Result:
     """`kdrl` for loaded models; the student's gradients also stay in its parameters.
 
     Args:
+        taught: instead of a teacher, what each response is taught.
         log_old: log pi_old [T] per response, from the weights at the start of this rollout batch.
     """
-    if settings.beta > 0 and teacher is None:
+    if settings.beta > 0 and teacher is None and taught is None:
         raise ValueError("beta > 0 needs a teacher")
     models = [student] if teacher is None else [student, teacher]
     vocab_size = settings.vocab_size or vocabulary_size(*models)
@@ -239,11 +254,15 @@ def kdrl_of_models(
         with torch.no_grad():
             read = [as_teacher_reads(row) for row in rows]
             log_q = [torch.log_softmax(response_logits(teacher, row, vocab_size, settings.temperature), -1) for row in read]
+    if taught is not None:
+        log_q = [each.log_q for each in taught]
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
 
     given = torch.tensor([bool(row.get("given")) for row in rows])  # not sampled: always distilled, and nothing else
     distilled = (distillation_mask(rows, settings.mask) | given) & (settings.beta > 0)
+    shares = [1.0] * len(rows) if taught is None else [each.share for each in taught]
+    distilled = distilled & (torch.tensor(shares) > 0)
     rewards = torch.tensor([row["reward"] for row in rows], dtype=student.dtype)
     if settings.placement == "reward" and settings.beta > 0:  # r_i + beta sum_t d, before group normalisation
         d_sum = torch.stack(  # as they were sampled
@@ -295,6 +314,7 @@ def kdrl_of_models(
             kd_term(i, log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
             * pairs[i][1]
             * token_weights[i]
+            * shares[i]
             for i in range(len(rows))
         ]
         kd_loss = aggregate(kd_terms, distilled, counted, settings)

@@ -136,7 +136,26 @@ def bin_width(runs: Sequence[RunHistory], points: int) -> int:
 def present(groups: Sequence[Group]) -> list[Curve]:
     """The curves that at least one run has."""
     runs = [run for group in groups for run in group.runs]
-    return [each for each in CURVES if any(np.isfinite(each.column(run.rows)).any() for run in runs)]
+    found = [each for each in CURVES if any(np.isfinite(each.column(run.rows)).any() for run in runs)]
+    place = next((index for index, each in enumerate(found) if each.key == "alpha"), len(found))
+    return [*found[:place], *_of_teachers(runs), *found[place:]]
+
+
+def _of_teachers(runs: Sequence[RunHistory]) -> list[Curve]:
+    """The curves of each of several teachers."""
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row if key.startswith("teacher/"))
+    names = dict.fromkeys(key.split("/")[1] for key in keys)
+    kinds = (
+        ("kl", "KL to the teacher {}", "nats/token"),
+        ("beta", "beta of the teacher {}", ""),
+        ("tokens", "Tokens scored by the teacher {}", "tokens"),
+    )
+    return [
+        Curve(key, title.format(name), unit, TEACHING)
+        for kind, title, unit in kinds
+        for name in names
+        if (key := f"teacher/{name}/{kind}") in keys
+    ]
 
 
 def run_curves(run: RunHistory, curves: Iterable[Curve], width: int, points: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ FITTING = {
     "teacher.refresh_every": ["objective.beta.init=1", "teacher.weights=refreshed"],
     "teacher.min_ess": ["objective.beta.init=1", "teacher.weights=recorded", "rollout=replay", "rollout.path=r"],
     "teacher.prompt.max_tokens": ["objective.beta.init=1", "teacher.path=t", "teacher.prompt.template=chat"],
+    "teachers.NAME.prompt.max_tokens": ["teachers.NAME.path=t", "teachers.NAME.prompt.template=chat"],
     "batch.updates_per_step": ["rollout.prompts_per_step=1000000000"],
     "reward.threshold": ["reward.kind=mine:score"],
     "rollout.given.share": ["objective.beta.init=1", "teacher.path=t", "objective.kd.estimator=exact"],
@@ -85,7 +86,7 @@ def test_the_defaults_lie_in_their_ranges() -> None:
 @pytest.mark.parametrize("name", NUMERIC)
 def test_both_ends_of_every_range(name: str) -> None:
     bounds, whole = RANGES[name], float not in TYPES[name]
-    others = FITTING.get(name, [])
+    others = FITTING.get(name, ["teachers.NAME.path=t"] if name.startswith("teachers.") else [])
     for end, is_open, outwards in ((bounds.low, bounds.low_is_open, -1), (bounds.high, bounds.high_is_open, 1)):
         assert math.isfinite(end)
         step = 1 if whole else max(abs(end), 1e-30) * 2**-20

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdrl_mcore.config import DataConfig, TeacherPromptConfig, load_config
+from kdrl_mcore.config import DataConfig, NamedTeacherConfig, TeacherPromptConfig, load_config
 from kdrl_mcore.data.limits import check_teacher_prompts
 from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.table import PromptTable
+from kdrl_mcore.data.taught import teaches
 from kdrl_mcore.data.tokenizers import Tokenizer, load_tokenizer
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.rollout.files import read_rollouts, write_rollouts
@@ -126,3 +128,21 @@ def test_what_the_teacher_reads_is_in_rollout_files(tmp_path: Path) -> None:
         (tmp_path / "w.jsonl").write_text(json.dumps({**row, "teacher_prompts": wrong}) + "\n")
         with pytest.raises(DataError, match=r"line 1: 'teacher_prompts"):
             read_rollouts(tmp_path / "w.jsonl")
+
+
+def test_one_of_several_teachers_has_prompts_only_for_the_rows_that_it_teaches(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    prompt = TeacherPromptConfig("plain", plain_template="{prompt}{answer}")
+
+    def teacher(values: list[str], most: int) -> TeacherPrompts:
+        reads = partial(teaches, NamedTeacherConfig(column="why", values=values))
+        return TeacherPrompts(prompt, "teachers.x.prompt", tokenizer, most, "teachers.x.prompt.max_tokens", reads)
+
+    readers = {"x": teacher(["one {answer} more"], 5), "y": teacher(["nothing"], 1)}  # y's limit is below every prompt's length
+    table = load_prompts(str(path), DATA, tokenizer, 64, teachers=readers)
+    assert [list(each.teacher_prompts) for each in table] == [["x"], []]
+    with pytest.raises(
+        DataError, match=r"what x reads has 5 tokens, but must have 1 to 4: raise teachers\.x\.prompt\.max_tokens"
+    ):
+        load_prompts(str(path), DATA, tokenizer, 64, teachers={"x": teacher(["one {answer} more"], 4)})

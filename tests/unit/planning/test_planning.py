@@ -376,3 +376,27 @@ def test_a_student_that_teaches_itself_loads_no_teacher() -> None:
     )
     assert longer.phase("teacher").total > 1.1 * present.phase("teacher").total
     assert summarise(plan)["teacher"] == {"path": summarise(plan)["student"]["path"], "parameters": setup.student.parameters}
+
+
+def test_several_teachers_take_turns_on_the_gpu_and_stay_in_host_memory() -> None:
+    alone = planned()
+    settings, section = alone.setup.config.teacher, "teachers.{}"
+    layout = f"parallel: {{tensor: {settings.parallel.tensor}, pipeline: {settings.parallel.pipeline}}}"
+    both = [f"{section.format(name)}={{path: {settings.path}, {layout}}}" for name in ("a", "b")]
+    both += ["teacher.path=null", "teacher.parallel.tensor=1", "teacher.parallel.pipeline=1"]
+
+    def bytes_of(plan: Plan) -> dict[str, float]:
+        return {item.kind: item.bytes for item in plan.memory[-1].items if item.kind.split()[0] == "teacher"}
+
+    together = planned(*both)
+    assert bytes_of(together) == bytes_of(alone) and together.teacher_host_bytes == pytest.approx(2 * alone.teacher_host_bytes)
+    assert together.phase("teacher").total == pytest.approx(2 * alone.phase("teacher").total)
+    resident = planned(*both, "teachers.a.offload=false", "teachers.b.offload=false")
+    held = bytes_of(alone)["teacher"]
+    assert bytes_of(resident) == {"teacher a": held, "teacher b": held} and resident.teacher_host_bytes == 0
+    assert resident.memory[-1].between_steps == pytest.approx(together.memory[-1].between_steps + 2 * held)
+    exact = [planned(*words, "objective.kd.estimator=exact") for words in ([], both)]
+    assert bytes_of(exact[1])["teacher head"] == 2 * bytes_of(exact[0])["teacher head"]
+    domains = "data.sources=[{path: a.jsonl, name: x}, {path: b.jsonl, name: y}]"
+    shared = planned(*both, "data.train=null", domains, "teachers.a.values=[x]", "teachers.b.values=[y]")
+    assert shared.phase("teacher").total < 0.8 * together.phase("teacher").total
