@@ -49,6 +49,10 @@ class EngineError(KdrlError):
     """A rollout engine failed and cannot be restarted, or refuses a request."""
 
 
+class TeacherError(KdrlError):
+    """A teacher's server failed, refuses a request, or is not the teacher that the run expects."""
+
+
 class RefitError(KdrlError):
     """An engine did not receive the student's weights; its own weights are undefined until a refit succeeds."""
 

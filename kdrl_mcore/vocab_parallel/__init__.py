@@ -7,7 +7,7 @@ from kdrl_mcore.vocab_parallel.exact import ExactForwardKL, ExactReverseKL, Jens
 from kdrl_mcore.vocab_parallel.head import fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.logits import token_log_probs_and_entropy
 from kdrl_mcore.vocab_parallel.shard import VocabShard
-from kdrl_mcore.vocab_parallel.top_k import TopKForwardKL, TopKJensenShannon, TopKReverseKL, TopKUnbiased
+from kdrl_mcore.vocab_parallel.top_k import KnownTopK, TopKForwardKL, TopKJensenShannon, TopKReverseKL, TopKUnbiased
 
 __all__ = [
     "ExactForwardKL",
@@ -15,6 +15,7 @@ __all__ = [
     "HeadOutputs",
     "HeadTokens",
     "JensenShannon",
+    "KnownTopK",
     "TeacherInputs",
     "TokenLoss",
     "TopKForwardKL",

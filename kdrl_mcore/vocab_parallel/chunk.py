@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
-from kdrl_mcore.vocab_parallel.divergence import Divergence, TeacherInputs, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import Divergence, TeacherSide, TokenSums
 from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
@@ -108,7 +108,7 @@ class Chunk:
         shard: VocabShard,
         temperature: float,
         logits: ChunkLogits,
-        teacher: TeacherInputs | None,
+        teacher: TeacherSide | None,
         *,
         teacher_entropy: bool = False,
     ) -> None:
@@ -116,7 +116,7 @@ class Chunk:
 
         Args:
             weight_VH: the real columns only.
-            teacher: the teacher's inputs for these rows, with hidden states [C, G]; or None.
+            teacher: the teacher's side of these rows, or None.
             teacher_entropy: whether the pass asks for the teacher's entropy.
 
         Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
@@ -124,7 +124,7 @@ class Chunk:
         a divergence with second sums a SUM all-reduce of those.
         """
         self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
-        teacher_factors = None if teacher is None else (teacher.hidden_DG, teacher.weight_VG)
+        teacher_factors = None if teacher is None else teacher.factors
         comparison = Divergence.comparison if teacher is None else teacher.divergence.comparison
         peaks_KC = logits.project(
             hidden_CH, weight_VH, teacher_factors, temperature, comparison=comparison, teacher_entropy=teacher_entropy
@@ -133,7 +133,7 @@ class Chunk:
         own_C, column_C = shard.locate(targets_C)
         targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
         held_C = own_C.to(peaks_KC.dtype)
-        self._divergence = None if teacher is None else teacher.divergence.on_chunk(logits, shard)
+        self._divergence = None if teacher is None else teacher.on_chunk(logits, shard)
         parts = [logits.totals(), torch.stack((*targets, held_C))]
         if self._divergence is not None and self._divergence.sums_KC is not None:
             parts.append(self._divergence.sums_KC)
@@ -146,7 +146,10 @@ class Chunk:
         self.entropy_C = self._log_total_C - product_C / self._total_C
         self.divergence_C = self.teacher_log_prob_C = torch.zeros_like(self.log_prob_C)
         self.teacher_entropy_C = torch.zeros_like(self.log_prob_C) if teacher_entropy else None
-        if self._divergence is not None:
+        if teacher is not None and teacher.known_log_probs_D is not None:
+            self.teacher_log_prob_C = teacher.known_log_probs_D.to(self.log_prob_C.dtype)
+            self._teacher_log_total_C = torch.zeros_like(self.log_prob_C)
+        elif self._divergence is not None:
             teacher_total_C, *teacher_products = teacher_totals
             self._teacher_log_total_C = teacher_total_C.log()
             if teacher_products:

@@ -106,7 +106,8 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
-        """(sum_v e_v, sum_v exp(y_v)) over all columns except `column_CK`, [2, C]; entries with `own_CK` False are ignored."""
+        """(sum_v e_v, sum_v exp(y_v)) over all columns except `column_CK`, [2, C], without a teacher [1, C]; entries with
+        `own_CK` False are ignored."""
 
     @abstractmethod
     def totals(self) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -83,9 +83,48 @@ class Divergence(ABC):
         """Begin a chunk; `logits` holds the centred logits of both models. Collectives, if any, over the shard's group."""
 
 
+class TeacherSide(ABC):
+    """The teacher's side of a pass over the head, for the first D of its T loss rows; the other rows have no teacher: their
+    divergence is 0 without gradient, at no cost.
+
+    Attributes:
+        divergence: the divergence to compute.
+        with_entropy: whether to compute the entropy of the teacher's distribution, too.
+        factors: (hidden [D, G], weight [at least V, G]) of the teacher's logits; None if they are not computed.
+        known_log_probs_D: log q of the targets, if it is not computed from the logits; otherwise None.
+    """
+
+    divergence: Divergence
+    with_entropy: bool = False
+
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor] | None: ...
+
+    @property
+    @abstractmethod
+    def known_log_probs_D(self) -> Tensor | None: ...
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """D."""
+
+    @abstractmethod
+    def of_rows(self, rows: slice) -> Self:
+        """The inputs of some of the D rows."""
+
+    @abstractmethod
+    def check(self, num_tokens: int, shard: VocabShard) -> None:
+        """Raise ValueError if shapes, types or the divergence do not fit `num_tokens` loss rows and the student's columns."""
+
+    def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
+        """Begin a chunk with the divergence. Collectives, if any, over the shard's group."""
+        return self.divergence.on_chunk(logits, shard)
+
+
 @dataclass(frozen=True)
-class TeacherInputs:
-    """The teacher's side of a pass over the head.
+class TeacherInputs(TeacherSide):
+    """The teacher's side of a pass over the head that computes the teacher's logits.
 
     Attributes:
         hidden_DG: the teacher's last hidden states of the first D of the T loss rows, the same on every rank of the shard's
@@ -102,12 +141,21 @@ class TeacherInputs:
     divergence: Divergence
     with_entropy: bool = False
 
-    def of_rows(self, rows: slice) -> TeacherInputs:
-        """The inputs of some of the D rows."""
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_DG, self.weight_VG
+
+    @property
+    def known_log_probs_D(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return len(self.hidden_DG)
+
+    def of_rows(self, rows: slice) -> Self:
         return replace(self, hidden_DG=self.hidden_DG[rows])
 
     def check(self, num_tokens: int, shard: VocabShard) -> None:
-        """Raise ValueError if shapes, types or the divergence do not fit `num_tokens` loss rows and the student's columns."""
         hidden_DG, weight_VG = self.hidden_DG, self.weight_VG
         if len(hidden_DG) > num_tokens or hidden_DG.size(1) != weight_VG.size(1) or hidden_DG.dtype != weight_VG.dtype:
             raise ValueError(

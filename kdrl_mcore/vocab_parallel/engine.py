@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kdrl_mcore.vocab_parallel.chunk import Chunk, Kernels, TokenLoss, logits_memory
 from kdrl_mcore.vocab_parallel.collectives import gather_sequence, reduce_scatter_sequence, sum_over_ranks
-from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
+from kdrl_mcore.vocab_parallel.divergence import TeacherSide
 from kdrl_mcore.vocab_parallel.products import add_product
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -80,7 +80,7 @@ class HeadPass:
     sequence_parallel: bool
     chunk_tokens: int | None
     token_loss: TokenLoss | None = None
-    teacher: TeacherInputs | None = None
+    teacher: TeacherSide | None = None
     kernels: Kernels = "auto"
 
     def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> HeadOutputs:
@@ -195,10 +195,11 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
         hidden_SH = gather_sequence(hidden_SH, head.shard)
     num_tokens, real = len(head.rows_T), head.shard.real_columns
     size = min(num_tokens, head.chunk_tokens or default_chunk_tokens(head.shard, weight_VH.device))
-    teacher = head.teacher if head.teacher is not None and len(head.teacher.hidden_DG) else None
-    num_taught = 0 if teacher is None else len(teacher.hidden_DG)
+    teacher = head.teacher if head.teacher is not None and len(head.teacher) else None
+    num_taught = 0 if teacher is None else len(teacher)
+    factors = None if teacher is None else teacher.factors
     memory = logits_memory(
-        head.kernels, size, real, weight_VH.dtype, None if teacher is None else teacher.weight_VG.dtype, weight_VH.device
+        head.kernels, size, real, weight_VH.dtype, None if factors is None else factors[1].dtype, weight_VH.device
     )
     teacher_entropy = head.teacher is not None and head.teacher.with_entropy
     wide = torch.promote_types(weight_VH.dtype, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk import Kernels, TokenLoss
-from kdrl_mcore.vocab_parallel.divergence import TeacherInputs
+from kdrl_mcore.vocab_parallel.divergence import TeacherSide
 from kdrl_mcore.vocab_parallel.engine import HeadOutputs, HeadPass
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
@@ -25,7 +25,7 @@ def fused_head(
     shard: VocabShard,
     *,
     temperature: float,
-    teacher: TeacherInputs | None = None,
+    teacher: TeacherSide | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import ChunkLogits, LogitsTerms
 from kdrl_mcore.vocab_parallel.collectives import gather_columns
-from kdrl_mcore.vocab_parallel.divergence import ChunkDivergence, Divergence, TokenSums
+from kdrl_mcore.vocab_parallel.divergence import ChunkDivergence, Divergence, TeacherSide, TokenSums
 from kdrl_mcore.vocab_parallel.exact import check_beta
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
@@ -40,6 +40,9 @@ normal number of the statistics' type is replaced by that number.
 All except `TopKUnbiased` are biased: docs/method.md has a table of how much each gradient differs from that over the
     vocabulary.
 """
+
+LEAST_KNOWN_MASS = 2.0**-23
+"""The precision of a mass near 1 that is a sum of probabilities known in float32."""
 
 LEAST_DIVISOR = 2**20
 """A mass outside S below this multiple of the smallest normal number is never a divisor: the quotient could overflow, and the
@@ -236,6 +239,56 @@ class TopKUnbiased(TopKDivergence):
         return inside_C + torch.where(outside_C, sampled_C, 0.0)
 
 
+@dataclass(frozen=True)
+class KnownTopK(TeacherSide):
+    """The teacher's side of a pass over the head where its k most likely tokens are known, as a server reports them. No logits
+    of the teacher are computed: the student's log-probs at the known tokens take K numbers per token in the chunk's SUM
+    all-reduce (one more for the mass outside), and there is no all-gather.
+
+    Attributes:
+        ids_DK: distinct token ids.
+        log_q_DK: the teacher's log-probs of these tokens.
+        log_probs_D: those of the targets.
+        divergence: on the teacher's support. With the tail `bucket` the teacher's mass outside is 1 minus that of its tokens;
+            below `LEAST_KNOWN_MASS`, where only rounding errors are left of it, that number takes its place.
+    """
+
+    ids_DK: Tensor
+    log_q_DK: Tensor
+    log_probs_D: Tensor
+    divergence: TopKDivergence
+
+    @property
+    def factors(self) -> None:
+        return None
+
+    @property
+    def known_log_probs_D(self) -> Tensor:
+        return self.log_probs_D
+
+    def __len__(self) -> int:
+        return len(self.ids_DK)
+
+    def of_rows(self, rows: slice) -> Self:
+        return replace(self, ids_DK=self.ids_DK[rows], log_q_DK=self.log_q_DK[rows], log_probs_D=self.log_probs_D[rows])
+
+    def check(self, num_tokens: int, shard: VocabShard) -> None:
+        shape = len(self.ids_DK), self.divergence.k
+        if self.ids_DK.shape != shape or self.log_q_DK.shape != shape or self.log_probs_D.shape != shape[:1]:
+            raise ValueError(
+                f"known tokens {tuple(self.ids_DK.shape)}, log-probs {tuple(self.log_q_DK.shape)} and those of the targets "
+                f"{tuple(self.log_probs_D.shape)} do not fit: expected [D, {shape[1]}] twice and [D]"
+            )
+        if shape[0] > num_tokens:
+            raise ValueError(f"known tokens of {shape[0]} rows do not fit {num_tokens} loss rows")
+        if self.divergence.support != "teacher":
+            raise ValueError("only the teacher's most likely tokens are known: use a divergence on the teacher's support")
+        self.divergence.check(shard)
+
+    def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
+        return _OnKnownSupport(self, logits, shard)
+
+
 class _OnSupport(ChunkDivergence):
     """The leaf is log p of the supports, [C, K], with that of the mass outside, if needed, [C, K + 1].
 
@@ -249,14 +302,20 @@ class _OnSupport(ChunkDivergence):
         if divergence.needs_outside:
             self.sums_KC = logits.outside(*shard.locate(self._ids_CK))
 
+    def _on_support(self, sums_KC: Tensor, tokens: TokenSums) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p [C, K], log q [C, K], the masses of both outside [2, C], of any value if they are not needed)."""
+        totals_KC = torch.stack((tokens.log_total, tokens.teacher_log_total))
+        masses_KC = sums_KC / totals_KC.exp() if self._divergence.needs_outside else totals_KC
+        candidates = self._candidates
+        return candidates.student - totals_KC[0][:, None], candidates.teacher - totals_KC[1][:, None], masses_KC
+
     def value(self, sums_KC: Tensor, tokens: TokenSums, targets_C: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        leaf = self._candidates.student - tokens.log_total[:, None]
-        log_q_CK = self._candidates.teacher - tokens.teacher_log_total[:, None]
+        leaf, log_q_CK, masses_KC = self._on_support(sums_KC, tokens)
         log_p_out_C = log_q_out_C = None
         if self._divergence.needs_outside:
             tiny = torch.finfo(leaf.dtype).tiny
-            p_out_C = (sums_KC[0] / tokens.log_total.exp()).clamp_min(tiny)
-            log_q_out_C = (sums_KC[1] / tokens.teacher_log_total.exp()).clamp_min(tiny).log()
+            p_out_C, q_out_C = masses_KC.clamp_min(tiny)
+            log_q_out_C = q_out_C.log()
             self._divisor_C = p_out_C.clamp_min(LEAST_DIVISOR * tiny)
             leaf = torch.cat((leaf, p_out_C.log()[:, None]), dim=1)
         leaf.requires_grad_()
@@ -273,6 +332,26 @@ class _OnSupport(ChunkDivergence):
             return LogitsTerms(inside_C, one_hot=one_hot)
         # Where p_out is small the quotient is large: it must not be added in S only to be subtracted again.
         return LogitsTerms(inside_C + d_leaf[:, -1] / self._divisor_C, one_hot=one_hot, one_hot_row_C=inside_C)
+
+
+class _OnKnownSupport(_OnSupport):
+    """The same on supports that are known before the pass: the student's logits there are sums over the ranks, as each rank
+    holds some of them."""
+
+    def __init__(self, known: KnownTopK, logits: ChunkLogits, shard: VocabShard) -> None:
+        self._divergence, self._known = known.divergence, known
+        self._ids_CK = known.ids_DK
+        own_CK, column_CK = shard.locate(self._ids_CK)
+        student_CK = torch.where(own_CK, logits.at(column_CK)[0], 0.0)
+        outside = [logits.outside(own_CK, column_CK)] if known.divergence.needs_outside else []
+        self.sums_KC = torch.cat((student_CK.T, *outside))
+
+    def _on_support(self, sums_KC: Tensor, tokens: TokenSums) -> tuple[Tensor, Tensor, Tensor]:
+        k, log_q_CK = self._divergence.k, self._known.log_q_DK.to(sums_KC.dtype)
+        known_C = self._known.log_q_DK.double().exp().sum(dim=1)
+        q_out_C = (1 - known_C).clamp_min(LEAST_KNOWN_MASS).to(sums_KC.dtype)
+        p_out_C = sums_KC[k] / tokens.log_total.exp() if self._divergence.needs_outside else q_out_C
+        return sums_KC[:k].T - tokens.log_total[:, None], log_q_CK, torch.stack((p_out_C, q_out_C))
 
 
 @dataclass(frozen=True)

@@ -130,17 +130,18 @@ class TorchLogits(ChunkLogits):
 
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
         """See `ChunkLogits`. Overwrites the teacher's logits."""
-        assert self._teacher_CV is not None
         if self._exp_CV.size(1) == 0:
-            return self._exp_CV.new_zeros(2, len(self._exp_CV))
+            return self._exp_CV.new_zeros(1 if self._teacher_CV is None else 2, len(self._exp_CV))
         # Tokens of other ranks point to column 0, which may also be one of this rank's: the smaller value counts, then the
         # larger.
         lowered_CK = torch.where(own_CK, MASKED, torch.inf).to(self._exp_CV.dtype)
-        teacher_C = self._teacher_CV.scatter_reduce_(1, column_CK, lowered_CK, "amin").exp_().sum(dim=1)
+        sums = []
+        if self._teacher_CV is not None:
+            sums = [self._teacher_CV.scatter_reduce_(1, column_CK, lowered_CK, "amin").exp_().sum(dim=1)]
         kept_CK = torch.where(own_CK, self._exp_CV.gather(1, column_CK), 0.0)
         student_C = self._exp_CV.scatter_reduce_(1, column_CK, lowered_CK.clamp_min_(0.0), "amin").sum(dim=1)
         self._exp_CV.scatter_reduce_(1, column_CK, kept_CK, "amax")
-        return torch.stack((student_C, teacher_C))
+        return torch.stack((student_C, *sums))
 
     def totals(self) -> Tensor:
         total_C = self._exp_CV.sum(dim=1)

@@ -123,17 +123,15 @@ class TritonLogits(ChunkLogits):
 
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
         """See `ChunkLogits`. Reads the logits once more, with the columns masked meanwhile."""
-        assert self._teacher_CW is not None
-        buffers = (self._student_CW, self._teacher_CW)
+        buffers = [self._student_CW, *([] if self._teacher_CW is None else [self._teacher_CW])]
         kept = [buffer_CW.gather(1, column_CK).float() for buffer_CW in buffers if self._columns]
         for buffer_CW in buffers:
             masked_CK = torch.full(column_CK.shape, MASKED, device=buffer_CW.device)
             triton_kernels.overwrite(buffer_CW, column_CK, own_CK, masked_CK)
-        peak_C, total_C, _, teacher_peak_C, teacher_total_C, _ = triton_kernels.statistics(*buffers)
+        found_KC = triton_kernels.statistics(self._student_CW, self._teacher_CW)
         for buffer_CW, kept_CK in zip(buffers, kept, strict=False):
             triton_kernels.overwrite(buffer_CW, column_CK, own_CK, kept_CK)
-        peaks_KC, totals_KC = torch.stack((peak_C, teacher_peak_C)), torch.stack((total_C, teacher_total_C))
-        return totals_KC * (peaks_KC - self._peaks_KC).exp()
+        return found_KC[1::3] * (found_KC[::3] - self._peaks_KC).exp()
 
     def totals(self) -> Tensor:
         return self._totals_KC

@@ -6,9 +6,11 @@ S rows, T loss rows, D of them with a teacher, H and G hidden of student and tea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
@@ -16,6 +18,7 @@ from kdrl_mcore.vocab_parallel import (
     ExactReverseKL,
     HeadTokens,
     JensenShannon,
+    KnownTopK,
     TeacherInputs,
     TopKForwardKL,
     TopKJensenShannon,
@@ -24,6 +27,19 @@ from kdrl_mcore.vocab_parallel import (
     VocabShard,
     fused_head,
 )
+from kdrl_mcore.vocab_parallel.top_k import TopKDivergence
+
+
+def _on_teachers_set(form: Any, tail: str, _: Tensor) -> Any:
+    return form(5, "teacher", tail, *([0.3] if form is TopKJensenShannon else []))
+
+
+KNOWN: dict[str, Any] = {
+    f"known_{form.__name__}_{tail}": partial(_on_teachers_set, form, tail)
+    for form in (TopKReverseKL, TopKForwardKL, TopKJensenShannon)
+    for tail in form.tails
+}
+"""The divergences that need only the teacher's most likely tokens, in the form of `HEADS`."""
 
 HEADS: dict[str, Any] = {
     "log_prob_entropy_k2": None,
@@ -56,9 +72,21 @@ class Sizes:
 
 
 def run_head(
-    name: str, sizes: Sizes, dtype: torch.dtype, kernels: Any, group: Any = None, rank: int = 0, device: str = "cpu"
+    name: str,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    kernels: Any,
+    group: Any = None,
+    rank: int = 0,
+    device: str = "cpu",
+    known: bool = False,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weights every output."""
+    """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weights every output.
+
+    Args:
+        known: give the pass the teacher's most likely tokens with their log-probs, instead of hidden states and a head. Then
+            the loss does not use the teacher's entropy.
+    """
     shared, own = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4 + rank)
 
     def normal(*shape: int, generator: torch.Generator = shared, scale: float = 1.0) -> Tensor:
@@ -80,11 +108,13 @@ def run_head(
         surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
         k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()
         if one.teacher_entropies is not None:
+            assert not known
             k2_C = k2_C * (1 + one.teacher_entropies)
         return surrogate_C + 0.1 * k2_C - 0.05 * one.entropies + advantages_T[rows] * one.divergences
 
-    divergence = HEADS[name]
-    with_entropy = name != "top_k_unbiased"
+    divergence = {**HEADS, **KNOWN}[name]
+    with_entropy = name != "top_k_unbiased" and not name.startswith("known")
+    teacher = None if divergence is None else TeacherInputs(teacher_DG, teacher_VG, divergence(sampler_T), with_entropy)
     outputs = fused_head(
         hidden_SH,
         weight_VH,
@@ -93,7 +123,7 @@ def run_head(
         loss_C,
         shard,
         temperature=0.7,
-        teacher=None if divergence is None else TeacherInputs(teacher_DG, teacher_VG, divergence(sampler_T), with_entropy),
+        teacher=None if teacher is None else as_known(teacher, targets_T, shard) if known else teacher,
         chunk_tokens=sizes.chunk_tokens,
         kernels=kernels,
     )
@@ -101,6 +131,20 @@ def run_head(
     results = {key: value.detach() for key, value in outputs._asdict().items() if value is not None}
     assert hidden_SH.grad is not None and weight_VH.grad is not None
     return {**results, "d_hidden": hidden_SH.grad, "d_weight": weight_VH.grad}
+
+
+def as_known(teacher: TeacherInputs, targets_T: Tensor, shard: VocabShard) -> KnownTopK:
+    """The same teacher, of which only the most likely tokens and the targets are known: plain softmax in float64."""
+    assert isinstance(teacher.divergence, TopKDivergence)
+    logits_DV = teacher.hidden_DG.double() @ teacher.weight_VG.double().T / 0.7
+    if shard.group is not None:
+        parts = [torch.empty_like(logits_DV) for _ in range(shard.ranks)]
+        dist.all_gather(parts, logits_DV, group=shard.group)
+        logits_DV = torch.cat(parts, dim=1)
+    log_q_DV = logits_DV[:, : shard.size].log_softmax(1)
+    log_q_DK, ids_DK = log_q_DV.topk(teacher.divergence.k)
+    log_probs_D = log_q_DV.gather(1, targets_T[: len(log_q_DV), None]).squeeze(1)
+    return KnownTopK(ids_DK, log_q_DK.float(), log_probs_D.float(), teacher.divergence)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rounding: float) -> None:

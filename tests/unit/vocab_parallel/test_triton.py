@@ -15,7 +15,7 @@ from kdrl_mcore.vocab_parallel import HeadTokens, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
-from tests.support.head_cases import HEADS, Sizes, assert_same, run_head
+from tests.support.head_cases import HEADS, KNOWN, Sizes, assert_same, run_head
 from tests.support.interpreter import import_interpreter
 from tests.support.ranks import RankPool
 
@@ -47,6 +47,15 @@ def compare_shared(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     results = [run_head(name, sizes, dtype, kernels, group, rank) for kernels in ("triton", "torch")]
     assert_same(*results, ROUNDING[dtype])
+
+
+def compare_known(sizes: Sizes) -> None:
+    """With known tokens of the teacher, either implementation gives what the teacher's logits give."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    for name in KNOWN:
+        expected = run_head(name, sizes, torch.float32, "torch", group, rank)
+        for kernels in ("torch", "triton"):
+            assert_same(run_head(name, sizes, torch.float32, kernels, group, rank, known=True), expected, 2e-6)
 
 
 def compare_columns(remainder: int) -> None:
@@ -189,3 +198,8 @@ def test_unknown_kernels_are_an_error() -> None:
     hidden, weight, rows = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="kernels is 'cutlass'"):
         fused_head(hidden, weight, rows, rows, no_loss, VocabShard(None, 0, 3, 3), temperature=1.0, kernels="cutlass")
+
+
+@pytest.mark.parametrize("sizes", TWO_RANKS.values(), ids=list(TWO_RANKS))
+def test_known_tokens_of_the_teacher_give_what_its_logits_give(sizes: Sizes, interpreted: RankPool) -> None:
+    interpreted.run(compare_known, sizes)
