@@ -177,8 +177,8 @@ def refused(
 
 def restarted(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
     """The names of what restarts because one of its keys differs: the schedules `alpha`, `beta` and `teachers.NAME.share`,
-    `accuracy` (the record of
-    eval/accuracy, if the evaluation differs) and `best` (the record of `checkpoint.best`, likewise)."""
+    `accuracy` (the record of eval/accuracy, if the evaluation differs) and `best` (the record of `checkpoint.best`,
+    likewise)."""
     differ = [change.key for change in changes(old, new)]
     schedules = {key.split(".")[1] for key in differ if key.startswith(("objective.alpha.", "objective.beta."))}
     schedules |= {key.rpartition(".")[0] for key in differ if general_name(key).startswith("teachers.NAME.share.")}

@@ -9,19 +9,20 @@ import pytest
 
 from kdrl_mcore.checkpointing.lineage import Lineage, from_json, new_lineage
 from kdrl_mcore.config import Config, flatten
+from kdrl_mcore.config.keys import general_name
 from kdrl_mcore.config.resuming import RULES, changes, markdown, refused, restarted, rule_of
-from kdrl_mcore.config.schema import ScheduleConfig
+from kdrl_mcore.config.schema import NamedTeacherConfig, ScheduleConfig
 from kdrl_mcore.objective.schedules import Coefficient
 from tests.support import ROOT
 
 DOCS = ROOT / "docs" / "operations.md"
-DEFAULTS = flatten(asdict(Config()))
+DEFAULTS = flatten(asdict(Config(teachers={"maths": NamedTeacherConfig()})))
 
 
 def test_every_key_has_a_rule_and_every_rule_has_a_key() -> None:
     decided = {key: rule_of(key) for key in DEFAULTS}
     for name, rule in RULES.items():
-        assert any(decided[key] is rule and f"{key}.".startswith(f"{name}.") for key in DEFAULTS), name
+        assert any(decided[key] is rule and f"{general_name(key)}.".startswith(f"{name}.") for key in DEFAULTS), name
     with pytest.raises(KeyError):
         rule_of("unknown.key")
 
@@ -29,7 +30,16 @@ def test_every_key_has_a_rule_and_every_rule_has_a_key() -> None:
 def test_what_makes_another_experiment() -> None:
     """Model, data, task, objective and seed, but nothing that steers the run and nothing about the machine."""
     assert {key for key in DEFAULTS if rule_of(key).effect in ("fixed", "content")} == {
-        *("student.path", "teacher.path", "model.dtype", "optimizer.name", "objective.kind", "reward.kind", "trainer.seed"),
+        *(
+            "student.path",
+            "teacher.path",
+            "teachers.maths.path",
+            "model.dtype",
+            "optimizer.name",
+            "objective.kind",
+            "reward.kind",
+            "trainer.seed",
+        ),
         "teacher.weights",
         *(f"student.lora.{name}" for name in ("rank", "alpha", "target_modules", "path")),
         *(key for key in DEFAULTS if key.startswith("data.") and key != "data.eval"),
@@ -46,8 +56,9 @@ def test_operations_shows_the_table() -> None:
 
 @pytest.mark.parametrize("key", [key for key in DEFAULTS if rule_of(key).effect != "start"])
 def test_every_key_that_differs_is_told(key: str) -> None:
-    (change,) = changes(DEFAULTS, DEFAULTS | {key: "new"})
-    assert change.key == key and str(change).startswith(f"{key}: ") and str(change).endswith(" -> new")
+    new = [{"path": "new"}] if key == "data.sources" else "new"
+    (change,) = changes(DEFAULTS, DEFAULTS | {key: new})
+    assert change.key == key and str(change).startswith(f"{key}: ") and str(change).endswith(f" -> {new}")
 
 
 @pytest.mark.parametrize("key", [key for key in DEFAULTS if rule_of(key).effect == "start"])
