@@ -90,8 +90,9 @@ def _teacher_prompts(config: Config, tokenizer: Tokenizer) -> dict[str, TeacherP
     Args:
         tokenizer: the student's.
     """
-    models, found = used_models(config), {}
-    for name, prompt in prompts_of_teachers(config).items():
+    found, prompts = dict[str, TeacherPrompts](), prompts_of_teachers(config)
+    models = used_models(config) if prompts else {}
+    for name, prompt in prompts.items():
         section = f"{section_of(config, name)}.prompt"
         path = models.get(TEACHER if name == TEACHER else f"teacher {name}")
         own = tokenizer if path is None else load_tokenizer(config_folder(path))

@@ -55,7 +55,7 @@ def test_t_intervals_are_those_of_the_textbook() -> None:
     assert t_interval([3.0]) == Interval(3.0, None)
     interval = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert interval is not None and (interval.mean, interval.seeds) == (3.0, 5)
-    assert [interval.low, interval.high] == pytest.approx([3 + sign * 2.776 * np.sqrt(2.5 / 5) for sign in (-1, 1)])
+    assert [interval.low, interval.high] == pytest.approx([3 + sign * 2.7764451 * np.sqrt(2.5 / 5) for sign in (-1, 1)])
     many = t_interval(np.random.default_rng(0).normal(size=200))
     assert many is not None and many.high is not None and many.high - many.mean == pytest.approx(1.96 / np.sqrt(200), rel=0.1)
 
