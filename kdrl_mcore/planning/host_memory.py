@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import loads_teacher, uses_distributed_optimizer, uses_reference
+from kdrl_mcore.config.derived import loaded_teachers, uses_distributed_optimizer, uses_reference
 from kdrl_mcore.convert.weight_map import global_tensors
 from kdrl_mcore.model.families import FAMILIES, read_architecture
 from kdrl_mcore.model.families.base import Architecture
@@ -42,9 +42,9 @@ def least_bytes(config: Config, world_size: int) -> float:
         held += copies * parameters * 4 + (1 if uses_distributed_optimizer(config) else copies) * parameters * state
     if uses_reference(config.objective):
         held += copies * parameters * item
-    if loads_teacher(config):
-        teacher = num_parameters(read_architecture(str(config.teacher.path)))
-        held += _copies(teacher_layout(world_size, config.teacher.parallel)) * teacher * item
+    for teacher in loaded_teachers(config).values():
+        size = num_parameters(read_architecture(str(teacher.path)))
+        held += _copies(teacher_layout(world_size, teacher.parallel)) * size * item
     return held
 
 

@@ -28,6 +28,7 @@ def config_of(model: Path, *overrides: str) -> Config:
     ("overrides", "per_weight"),
     [
         ("objective=kdrl", 4 * 4 + 4 * 4 + 8 + 4 * 4),  # four replicas of the student and of the teacher
+        ("objective=kdrl teacher.path=null teachers.a.path={model} teachers.b.path={model}", 4 * 4 + 4 * 4 + 8 + 2 * 4 * 4),
         ("objective=grpo", 4 * 4 + 4 * 4 + 8),
         ("objective=grpo parallel.tensor=2", 2 * 4 + 2 * 4 + 8),
         ("objective=grpo parallel.pipeline=2 parallel.context=2", 2 * 4 + 2 * 4 + 8),
@@ -40,7 +41,7 @@ def config_of(model: Path, *overrides: str) -> Config:
 )
 def test_the_bytes_of_a_weight_on_four_ranks(overrides: str, per_weight: int, model: Path) -> None:
     weights = host_memory.num_parameters(host_memory.read_architecture(str(model)))
-    config = config_of(model, *overrides.split())
+    config = config_of(model, *overrides.format(model=model).split())
     config.model.dtype = config.model.dtype if "dtype" in overrides else "float32"
     assert host_memory.least_bytes(config, 4) == per_weight * weights
 
