@@ -232,8 +232,10 @@ def test_logits_are_those_of_transformers(
         {"norm_topk_prob": "yes"},
         {"moe_intermediate_size": 48.0},
         {"shared_expert_intermediate_size": 48},
-        {"decoder_sparse_step": 2},
-        {"mlp_only_layers": [1]},
+        {"decoder_sparse_step": 0},
+        {"decoder_sparse_step": 100},
+        {"mlp_only_layers": [100]},
+        {"mlp_only_layers": 1},
     ],
 )
 def test_experts_that_cannot_be_are_refused(change: Change, models: dict[str, Path], tmp_path: Path) -> None:

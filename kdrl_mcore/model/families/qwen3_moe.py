@@ -35,8 +35,10 @@ def _read(hf: dict, path: str) -> Architecture:
 def _dense_layers(hf: dict, path: str) -> tuple[int, ...]:
     """The layers with an MLP: those in `mlp_only_layers`, and all but every `decoder_sparse_step`th."""
     count, step, listed = hf.get("num_hidden_layers"), hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-    if not is_size(count) or not is_size(step):
-        raise ModelError(f"{path}/config.json: decoder_sparse_step={step} of {count} layers must be a number of layers")
+    if not is_size(count):
+        return ()  # which is refused with the other sizes
+    if not is_size(step):
+        raise ModelError(f"{path}/config.json: decoder_sparse_step={step} must be a number of layers")
     if not isinstance(listed, list) or any(isinstance(each, bool) or each not in range(count) for each in listed):
         raise ModelError(f"{path}/config.json: mlp_only_layers={listed} must name some of {count} layers")
     dense = tuple(layer for layer in range(count) if layer in listed or (layer + 1) % step)
