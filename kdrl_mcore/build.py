@@ -89,9 +89,8 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         ConfigError, DataError, ModelError: before anything is trained, naming what to change.
     """
     check_outcome(config)
-    if not torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0" and (wrong := too_little_memory(config)):
-        logger.warning("%s; otherwise Linux may kill them", wrong)
     data = build_training_data(config, on_phase)
+    _warn_of_little_memory(config)
     student = Student(config, dist.get_world_size(), data.vocab_size, partial(on_phase, "load student"))
     evaluation = build_evaluation(config, data, student, on_phase)
     on_first_rank(lambda: describe_data(config, data, evaluation))
@@ -113,6 +112,12 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
         mask_stop_token=masks_stop_token(config),
         unshared=data.unshared,
     )
+
+
+def _warn_of_little_memory(config: Config) -> None:
+    wrong = None if torch.cuda.is_available() else too_little_memory(config)  # raises on all ranks or on none
+    if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning("%s; otherwise Linux may kill them", wrong)
 
 
 def check_outcome(config: Config) -> None:
