@@ -89,7 +89,7 @@ class CheckpointWriter:
         start_resource_tracker()
         with children_ignore_stop_signals():  # the writing processes must survive the signal that asks for a last checkpoint
             try:
-                mcore.start_write_results_process()
+                mcore.new_write_results_queue()
                 state_dict = student.sharded_state(loading=False)
                 common = mcore.common_state(state_dict)
                 with mcore.rank_0_write_errors() as errors:

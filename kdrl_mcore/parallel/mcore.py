@@ -370,18 +370,23 @@ def write_common_state(common: dict[str, Any], folder: Path) -> None:
         torch.save(common, file)
 
 
-def start_write_results_process() -> None:
-    """Start the process that passes the results of checkpoint writers to this one, and ends with it. Idempotent.
+def new_write_results_queue() -> None:
+    """Give the next save a queue of its own for the results of its writers, in a process that ends with this one.
 
-    The process that Megatron-Core would start outlives a rank that is killed or ends in a hang, and keeps the rank's output
-    open, so that whoever reads the output waits forever.
+    Megatron-Core has one queue for all saves: what a save that was given up leaves there would be taken for the results of the
+    next one, whose checkpoint could then not be read. And the process that it would start outlives a rank that is killed or
+    ends in a hang, and keeps the rank's output open, so that whoever reads the output waits forever.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue = _write_results_process().Queue()
+
+
+@cache
+def _write_results_process() -> SyncManager:
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent, (os.getpid(),))
+    return manager
 
 
 @contextmanager

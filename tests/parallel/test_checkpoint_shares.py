@@ -11,7 +11,14 @@ import torch
 
 from kdrl_mcore.parallel.optimizer_state import blocks_of_range
 from tests.reference.tiny_models import make_model
-from tests.support.checkpoint_shares import PATIENCE, SMALL_BUCKETS, differing_states, differing_tensors, save_on_rank
+from tests.support.checkpoint_shares import (
+    PATIENCE,
+    SMALL_BUCKETS,
+    differing_states,
+    differing_tensors,
+    give_up_a_save,
+    save_on_rank,
+)
 from tests.support.ranks import RankPool
 from tests.support.zoo import Zoo
 
@@ -63,6 +70,15 @@ def test_experts_and_optimizers_under_other_names(before: str, after: str, ranks
     model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))
     ranks2.run(save_on_rank, model, before, f"{tmp_path}/before", timeout=PATIENCE)
     ranks2.run(save_on_rank, model, after, f"{tmp_path}/after", f"{tmp_path}/before/step_000001", timeout=PATIENCE)
+    assert ranks2.run(differing_states, f"{tmp_path}/before", f"{tmp_path}/after", timeout=PATIENCE)[0] == []
+
+
+def test_a_save_that_was_given_up_leaves_nothing_to_the_next(ranks2: RankPool, tmp_path: Path) -> None:
+    model = str(make_model("qwen3_moe", tmp_path / "hf", seed=4, vocab_size=66))
+    other = str(make_model("qwen3", tmp_path / "other", seed=4, vocab_size=66))
+    ranks2.run(give_up_a_save, other, f"{tmp_path}/given_up", timeout=PATIENCE)
+    ranks2.run(save_on_rank, model, "", f"{tmp_path}/before", timeout=PATIENCE)
+    ranks2.run(save_on_rank, model, "", f"{tmp_path}/after", f"{tmp_path}/before/step_000001", timeout=PATIENCE)
     assert ranks2.run(differing_states, f"{tmp_path}/before", f"{tmp_path}/after", timeout=PATIENCE)[0] == []
 
 

@@ -22,19 +22,13 @@ def save_on_rank(model: str, overrides: str, folder: str, load_from: str = "", e
         Bytes on this rank: what it wrote, what it held of the optimizer's state, and the new memory that describing the
         checkpoint needed for saving and for loading.
     """
-    from kdrl_mcore.parallel.platform import prepare_platform
-
-    prepare_platform()
+    student = _make_student(model, overrides)
     import torch.distributed as dist
 
     from kdrl_mcore.checkpointing.checkpoint import load_checkpoint
     from kdrl_mcore.checkpointing.writer import CheckpointWriter
-    from kdrl_mcore.config import load_config
     from kdrl_mcore.parallel.host_state import state_tensors
-    from kdrl_mcore.student.student import Student
 
-    config = load_config([f"student.path={model}", "objective=grpo", "model.dtype=bfloat16", *overrides.split()])
-    student = Student(config, dist.get_world_size(), vocab_size=60)
     if load_from:
         load_checkpoint(Path(load_from), student)
     else:
@@ -48,6 +42,32 @@ def save_on_rank(model: str, overrides: str, folder: str, load_from: str = "", e
         writer.finish()
     files = (Path(folder) / "step_000001" / "weights").glob(f"__{dist.get_rank()}_*")
     return [sum(file.stat().st_size for file in files), sum(tensor.nbytes for tensor in state), *new]
+
+
+def give_up_a_save(model: str, folder: str) -> None:
+    """On a rank: a checkpoint is written, but never completed, as in a run that fails meanwhile."""
+    student = _make_student(model, "")
+    import torch.distributed as dist
+
+    from kdrl_mcore.checkpointing.writer import CheckpointWriter
+
+    _make_random_state(student, dist.get_rank())
+    writer = CheckpointWriter(Path(folder), 0, asynchronous=True)
+    writer.save(1, student, {})
+    writer._queue.async_calls[0].async_caller.process.join(PATIENCE)
+
+
+def _make_student(model: str, overrides: str) -> Any:
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    import torch.distributed as dist
+
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.student.student import Student
+
+    config = load_config([f"student.path={model}", "objective=grpo", "model.dtype=bfloat16", *overrides.split()])
+    return Student(config, dist.get_world_size(), vocab_size=60)
 
 
 def _make_random_state(student: Any, seed: int) -> None:

@@ -190,13 +190,13 @@ def leave_writers() -> list[int]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from kdrl_mcore.checkpointing.writer import _write_and_checksum
-    from kdrl_mcore.parallel.mcore import start_write_results_process
+    from kdrl_mcore.parallel.mcore import _write_results_process, new_write_results_queue
 
     answer, ask = os.pipe()
     child = os.fork()
     if child == 0:
-        filesystem_async._results_queue = None
-        start_write_results_process()
+        _write_results_process.cache_clear()
+        new_write_results_queue()
         fork = multiprocessing.get_context("fork")
         writer = fork.Process(target=_write_and_checksum, args=(lambda rank: time.sleep(600), Path(), os.getpid(), 0))
         writer.start()
