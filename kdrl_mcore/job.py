@@ -150,8 +150,13 @@ class Job:
                 part.close()
 
     def _present_scores(self, rollouts: Sequence[Rollout]) -> list[tuple[TokenFloats, TokenFloats]]:
-        rollout, batch = self.config.rollout, self.config.batch
-        return score_rollouts(self.student.parts, rollouts, temperature=rollout.temperature, micro_tokens=batch.micro_tokens)
+        return score_rollouts(
+            self.student.parts,
+            rollouts,
+            temperature=self.config.rollout.temperature,
+            micro_tokens=self.config.batch.micro_tokens,
+            support=self.student.support,
+        )
 
     def _score(self, model: Teacher | FrozenBase, rollouts: Sequence[Rollout]) -> list[TokenFloats]:
         return model.score(rollouts, temperature=self.config.rollout.temperature, micro_tokens=self.config.batch.micro_tokens)

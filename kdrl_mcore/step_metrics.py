@@ -127,6 +127,7 @@ def update_metrics(rollouts: Sequence[Rollout], updates: Sequence[UpdateResult],
     means = {
         "entropy": ("entropy", own),
         "clipped_tokens": ("clip_share", own),
+        "outside_tokens": ("outside_share", own),
         "drift": ("drift_mean", own),
         "taught_tokens": ("taught_share", tokens),
         "gated_tokens": ("gated_share", own),

@@ -12,6 +12,8 @@ from kdrl_mcore.config.derived import (
     learns_from_reward,
     replays,
     samples,
+    truncates,
+    uses_given,
     uses_teacher,
 )
 from kdrl_mcore.config.effects import check_effects
@@ -37,6 +39,7 @@ def check_axes(config: Config) -> None:
     _check_control_variate(objective)
     _check_group_filter(config)
     _check_given(config)
+    _check_support(config)
     check_effects(objective)
 
 
@@ -234,6 +237,29 @@ def _check_given(config: Config) -> None:
     if kd.token_weight.kind == "pass_rate":
         raise ConfigError(
             f"{name} has responses without a verdict, which objective.kd.token_weight.kind=pass_rate needs: change one"
+        )
+
+
+def _check_support(config: Config) -> None:
+    """A truncated student gives tokens probability 0, where only the reverse KL over its own tokens is finite."""
+    if not truncates(config):
+        return
+    rollout, kd = config.rollout, config.objective.kd
+    settings = {"top_p": (rollout.top_p, 1.0), "top_k": (rollout.top_k, 0), "min_p": (rollout.min_p, 0.0)}
+    name, off = next((f"rollout.{key}={now:g}", f"{off:g}") for key, (now, off) in settings.items() if now != off)
+    why = f"{name} truncates the student's distribution"
+    if uses_given(config):
+        raise ConfigError(f"{why}, which may leave out given responses: set it to {off}, or rollout.given.share=0")
+    if not uses_teacher(config.objective):
+        return
+    if kd.estimator in ("top_k", "top_k_unbiased"):
+        raise ConfigError(
+            f"{why}, for which objective.kd.estimator={kd.estimator} is not defined: set it to {off}, or the estimator to k1, "
+            "k2, k3 or exact"
+        )
+    if kd.divergence != "reverse":
+        raise ConfigError(
+            f"{why}, and objective.kd.divergence={kd.divergence} needs all of it: set it to {off}, or the divergence to reverse"
         )
 
 

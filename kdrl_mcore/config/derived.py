@@ -247,12 +247,14 @@ def samples_with_vllm(config: Config) -> bool:
 
 
 def is_on_policy(config: Config) -> bool:
-    """Whether every update uses the weights that sampled its batch, and the batch was sampled from their whole distribution
-    (with `top_p`, `top_k` or `min_p` the sampler's distribution is only the head of the student's)."""
+    """Whether every update uses the weights that sampled its batch."""
+    return samples(config) and config.rollout.steps_ahead == 0 and config.batch.updates_per_step == 1
+
+
+def truncates(config: Config) -> bool:
+    """Whether `top_p`, `top_k` or `min_p` truncate the student's distribution, in sampling and in training."""
     rollout = config.rollout
-    sampled_now = samples(config) and rollout.steps_ahead == 0
-    whole = rollout.top_p == 1 and rollout.top_k == 0 and rollout.min_p == 0
-    return sampled_now and whole and config.batch.updates_per_step == 1
+    return not is_supervised(config.objective) and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0)
 
 
 def max_sequence_tokens(rollout: RolloutConfig) -> int:

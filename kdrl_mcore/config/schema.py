@@ -539,11 +539,15 @@ class RolloutConfig:
     )
     max_response_tokens: int = key(64, 'a longer response is cut off (finish reason "length")', range=COUNT)
     temperature: float = key(1.0, "of sampling, and of every log-prob of student and teacher in training", range=TEMPERATURE)
-    top_p: float = key(1.0, "1.0 is off; the log-probs are then those of the truncated distribution", range=SHARE)
-    top_k: int = key(0, "draw among this many of the likeliest tokens, likewise; 0 is off", range=COUNT_OR_OFF)
+    top_p: float = key(
+        1.0,
+        "sampler and trainer truncate pi to the likeliest tokens with this probability; 1.0 is off",
+        range=SHARE,
+    )
+    top_k: int = key(0, "to this many of the likeliest tokens, likewise; 0 is off", range=COUNT_OR_OFF)
     min_p: float = key(
         0.0,
-        "draw among tokens with at least this share of the likeliest one's probability, likewise; 0 is off",
+        "to tokens with at least this share of the likeliest one's probability, likewise; 0 is off",
         range=Range(0, 1),
     )
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)

@@ -17,7 +17,7 @@ from kdrl_mcore.parallel.collect import gather_from_replicas
 from kdrl_mcore.parallel.micro_batches import plan_micro_batches, shapes_of
 from kdrl_mcore.parallel.packing import PackedBatch, Span, pack
 from kdrl_mcore.types import Rollout, TokenFloats
-from kdrl_mcore.vocab_parallel import head_log_probs
+from kdrl_mcore.vocab_parallel import Support, head_log_probs
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ def score_rollouts(
     temperature: float,
     micro_tokens: int,
     on_hidden: Callable[[LanguageModel, PackedBatch, Tensor], Any] | None = None,
+    support: Support | None = None,
 ) -> list[tuple[TokenFloats, TokenFloats]]:
     """Log-probs and entropies [response tokens] of every rollout under this model, on every rank.
 
@@ -37,6 +38,7 @@ def score_rollouts(
     context-parallel ones, then `gather_from_replicas`. Every rank of the world must call it with the same rollouts.
 
     Args:
+        support: the model's distribution is truncated to it; log-probs of tokens outside are below `OUTSIDE`.
         on_hidden: also called for each micro-batch, with the same arguments as `collect` of `run_forward`.
     """
     if not rollouts:
@@ -55,6 +57,7 @@ def score_rollouts(
             chunk.shard,
             temperature=temperature,
             sequence_parallel=parts.config.sequence_parallel,
+            support=support,
         )
         # Results stay on the device until all are there, so the host can continue with the next micro-batch.
         return [(batch.spans, torch.stack(tuple(values)).float())]

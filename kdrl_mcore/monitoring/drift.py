@@ -12,6 +12,7 @@ from kdrl_mcore.config.derived import (
     is_supervised,
     learns_from_reward,
     samples,
+    truncates,
     uses_teacher,
 )
 from kdrl_mcore.errors import NumericalError
@@ -32,6 +33,10 @@ def each_token_counts(config: Config) -> bool:
     return config.model.dtype == "float32" or config.rollout.max_log_prob_drift is not None
 
 
+def _each_token_of_a_step_counts(config: Config) -> bool:
+    return each_token_counts(config) and (not truncates(config) or config.rollout.max_log_prob_drift is not None)
+
+
 def drift_bound(config: Config) -> float:
     """The largest difference between a sampler's and the trainer's log-prob of one token that counts as rounding, nats."""
     given = config.rollout.max_log_prob_drift
@@ -41,14 +46,17 @@ def drift_bound(config: Config) -> float:
 def check_drift(config: Config, step: int, metrics: Mapping[str, float]) -> None:
     """Check that the log-probs of a training step agree with the sampler's, if both have the same weights.
 
-    As in the self-test, the largest difference counts or, in bfloat16, the mean.
+    As in the self-test, the largest difference counts or, in bfloat16, the mean. By default the mean also counts for a
+    truncated distribution: rounding decides whether a token at its edge belongs to it, which changes the log-probs of all
+    others.
 
     Raises:
         NumericalError: they differ; on all ranks, because all have the same metrics.
     """
     if not is_on_policy(config):
         return
-    name, bound = ("drift_max", drift_bound(config)) if each_token_counts(config) else ("drift_mean", MEAN_DRIFT_BOUND)
+    by_token = _each_token_of_a_step_counts(config)
+    name, bound = ("drift_max", drift_bound(config)) if by_token else ("drift_mean", MEAN_DRIFT_BOUND)
     if metrics.get(name, 0.0) > bound:
         raise NumericalError(
             f"step {step}: the log-probs of sampler and trainer differ by {metrics['drift_mean']:.3g} nats on average and up "
@@ -64,7 +72,7 @@ def alert_thresholds(config: Config) -> AlertThresholds:
     step, so any larger drift is a fault rather than a property of a different engine.
     """
     drift_max = DEFAULT_THRESHOLDS.drift_max
-    if not each_token_counts(config):
+    if not _each_token_of_a_step_counts(config):
         drift_max = float("inf")
     elif config.rollout.engine == "megatron" and is_on_policy(config):
         drift_max = drift_bound(config)

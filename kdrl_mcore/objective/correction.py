@@ -15,6 +15,7 @@ from kdrl_mcore.config import DistillationConfig, SamplerCorrectionConfig
 from kdrl_mcore.config.derived import bounds_importance
 from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.types import TokenFloats
+from kdrl_mcore.vocab_parallel import OUTSIDE
 
 
 def truncate(ratio_T: Tensor, bound: float) -> Tensor:
@@ -57,9 +58,13 @@ def sampler_correction(
 
 
 def sequence_log_ratios(log_probs: Sequence[TokenFloats], others: Sequence[TokenFloats], level: str) -> Tensor:
-    """sum_t (log pi - log other) of each response [N], or with `geometric` its mean; float64."""
-    sums = [float((a.astype("float64") - b).sum()) for a, b in zip(log_probs, others, strict=True)]
-    counts = [max(len(each), 1) if level == "geometric" else 1 for each in log_probs]
+    """sum_t (log pi - log other) of each response [N], or with `geometric` its mean; float64. Tokens outside the support of
+    either (`vocab_parallel.Support`) are left out: they have no weight in the loss themselves."""
+    sums, counts = [], []
+    for ours, other in zip(log_probs, others, strict=True):
+        inside = (ours > OUTSIDE) & (other > OUTSIDE)
+        sums.append(float((ours[inside].astype("float64") - other[inside]).sum()))
+        counts.append(max(int(inside.sum()), 1) if level == "geometric" else 1)
     return torch.tensor(sums, dtype=torch.float64) / torch.tensor(counts, dtype=torch.float64)
 
 

@@ -21,6 +21,7 @@ from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_
 from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
+from kdrl_mcore.vocab_parallel import OUTSIDE
 
 MAX_LOG_RATIO = 20.0
 """log pi/mu above which the measured effective sample size counts a token no more heavily, so that squares stay finite."""
@@ -46,6 +47,7 @@ class TokenBatch:
         sequence_log_ratios: log pi_old / mu over the response (`objective.sampler_correction.level`), likewise.
         kd_log_ratios: log pi / mu over the response (`objective.kd.importance_level`), likewise.
         given: 1 where the response was given, else 0; None without any (`without_sampler`).
+        inside: 0 where the token is outside the student's support, else 1; None where it is whole (`within_support`).
         taught_by: which of several teachers teach the response, as a sum of 2^k (integers); None for one teacher.
     """
 
@@ -67,6 +69,7 @@ class TokenBatch:
     kd_log_ratios: Tensor | None = None
     given: Tensor | None = None
     taught_by: Tensor | None = None
+    inside: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """The batch of a range of tokens."""
@@ -89,6 +92,23 @@ class TokenBatch:
             sequence_ratios=neutral(self.sequence_ratios, 1.0),
             sequence_log_ratios=neutral(self.sequence_log_ratios, 0.0),
         )
+
+    def within_support(self, log_probs: Tensor) -> tuple[Tensor, TokenBatch]:
+        """(the present log-probs, the batch) for a student whose distribution `top_p`, `top_k` or `min_p` truncate: tokens
+        outside its present support, or that of pi_old, have weight 0 in every term, the log-probs of mu, and no gradient."""
+        inside = log_probs.detach() > OUTSIDE
+        old = self.old_log_probs
+        if old is not None:
+            inside = inside & (old > OUTSIDE)
+            old = torch.where(inside, old, self.sampler_log_probs)
+        batch = replace(
+            self,
+            policy_weights=torch.where(inside, self.policy_weights, 0.0),
+            distillation_weights=torch.where(inside, self.distillation_weights, 0.0),
+            old_log_probs=old,
+            inside=inside.to(log_probs.dtype),
+        )
+        return torch.where(inside, log_probs, self.sampler_log_probs), batch
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         """The same batch with `change` applied to every tensor."""
@@ -276,8 +296,11 @@ def _measured(
     """The sums over the tokens, those of every loss among them, and the maxima."""
     drift_T = (log_probs_T.detach() - batch.sampler_log_probs).abs()
     sums = sums | {"distilled_tokens": tokens.distilled, "drift": drift_T, "tokens": torch.ones_like(log_probs_T)}
+    inside_T = torch.ones_like(log_probs_T) if batch.inside is None else batch.inside
+    if batch.inside is not None:
+        sums["outside_tokens"] = 1 - inside_T
     if not batch.on_policy:
-        ratio_T = (log_probs_T.detach() - batch.sampler_log_probs).clamp(max=MAX_LOG_RATIO).exp()
+        ratio_T = (log_probs_T.detach() - batch.sampler_log_probs).clamp(max=MAX_LOG_RATIO).exp() * inside_T
         sums |= {"ratio": ratio_T, "ratio_squared": ratio_T.square()}
     return (
         {name: value.detach().sum(dtype=torch.float32) for name, value in sums.items()},
@@ -296,6 +319,7 @@ def _measures_of_axes(
     if objective.combine.kind != "add":
         sums["gated_tokens"] = tokens.coefficients != batch.advantages
     if objective.sampler_correction.kind != "none":
+        correction_T = correction_T if batch.inside is None else correction_T * batch.inside
         sums |= {"correction": correction_T, "correction_squared": correction_T.square(), "corrected_tokens": correction_T != 1}
     if estimated.mixed is not None:
         sums["mixed_tokens"] = torch.where(tokens.distilled, estimated.mixed, 0.0)

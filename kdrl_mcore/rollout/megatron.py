@@ -25,6 +25,7 @@ from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.vocab_parallel import Support
 
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NO_TOKEN = -1
@@ -189,8 +190,8 @@ class MegatronEngine:
         sampled: tuple[Tensor, Tensor] | None = None
         if hidden is not None:
             logits = chunk.logits(hidden).float()
-            how = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-            sampled = sample(logits, uniform_N, chunk.shard, *how)
+            support = Support(sampling.top_p, sampling.top_k, sampling.min_p)
+            sampled = sample(logits, uniform_N, chunk.shard, sampling.temperature, support)
         if groups.pipeline.size() > 1:
             shape = (2, len(uniform_N))
             answer = (

@@ -6,8 +6,6 @@ step and its position in the batch, and not on the layout or on which other sequ
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -15,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_mcore.parallel.collectives import all_gather_single
-from kdrl_mcore.vocab_parallel import VocabShard
+from kdrl_mcore.vocab_parallel import Support, VocabShard
+from kdrl_mcore.vocab_parallel.collectives import max_over_ranks
+from kdrl_mcore.vocab_parallel.logits import MASKED
 
-_MASKED = -1e30
+WHOLE = Support()
 _BLOCK = 64  # masses in one sum
 
 
@@ -35,9 +35,7 @@ def sample(
     uniform_N: Tensor,
     shard: VocabShard,
     temperature: float,
-    top_p: float,
-    top_k: int = 0,
-    min_p: float = 0.0,
+    support: Support = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Sample one token per row.
 
@@ -45,21 +43,20 @@ def sample(
         logits_NV: this rank's columns, float32; overwritten.
         uniform_N: the random number of each row, equal on all ranks.
         temperature: divides the logits; 0 selects the most likely token, with its log-prob in the unscaled distribution.
-        top_p: below 1, sample from the smallest set of tokens whose probability reaches top_p.
-        top_k: above 0, sample among this many of the likeliest tokens.
-        min_p: above 0, sample among tokens with at least this share of the likeliest one's probability. As in vLLM, min_p comes
-            first, then top_k, then top_p of the remaining tokens. Log-probs are those of the truncated distribution.
+        support: the tokens that may be drawn; log-probs are those of the distribution that is truncated to them. Greedy
+            sampling ignores it.
 
     Returns:
         (token ids [N], log-probs [N], float32) on every rank. Collectives over the shard's group: one all-gather of two
-        numbers per row and one SUM all-reduce of two; if the distribution is truncated, an all-gather of the logits instead.
+        numbers per row and one SUM all-reduce of two; for a truncated support a MAX all-reduce of one, and those of
+        `Support.apply`.
     """
     if temperature not in (0, 1):
         logits_NV /= temperature
     if shard.real_columns < logits_NV.size(1):
-        logits_NV[:, shard.real_columns :] = _MASKED
-    if temperature > 0 and (top_p < 1 or top_k > 0 or min_p > 0):
-        return _sample_truncated(_gather_columns(logits_NV, shard), uniform_N, top_p, top_k, min_p)
+        logits_NV[:, shard.real_columns :] = MASKED
+    if temperature > 0 and not support.is_whole:
+        support.apply(_Columns(logits_NV), max_over_ranks(logits_NV.amax(dim=1), shard), shard)
     peak_N = logits_NV.amax(dim=1)
     # Each rank scales by its own peak. Rounding to float32, like that of the logits, changes one token in millions.
     masses = _Masses((logits_NV - peak_N[:, None]).exp_())
@@ -87,24 +84,23 @@ def sample(
     return answer[0].long(), answer[1].float()
 
 
-def _sample_truncated(logits_NV: Tensor, uniform_N: Tensor, top_p: float, top_k: int, min_p: float) -> tuple[Tensor, Tensor]:
-    """Sample among the likeliest tokens of whole rows of logits: the nucleus (https://arxiv.org/abs/1904.09751) of the top_k
-    likeliest and of those that min_p (https://arxiv.org/abs/2407.01082) keeps."""
-    log_probs, order = logits_NV.double().log_softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    if min_p > 0:
-        log_probs = log_probs.masked_fill(log_probs < log_probs[:, :1] + math.log(min_p), -math.inf)
-    if top_k > 0:
-        log_probs[:, top_k:] = -math.inf
-    if min_p > 0 or top_k > 0:
-        log_probs = log_probs.log_softmax(dim=1)
-    masses = _Masses(log_probs.exp())
-    # The nucleus ends with the first token at which the sum is no longer below top_p.
-    below = torch.full_like(uniform_N, np.nextafter(top_p, 0.0), device=log_probs.device)
-    last_N, before_N = masses.locate(below)
-    kept_N = before_N + log_probs.gather(1, last_N[:, None]).squeeze(1).exp()
-    index_N, _ = masses.locate(uniform_N.to(kept_N.device) * kept_N)
-    index = torch.minimum(index_N, last_N)[:, None]
-    return order.gather(1, index).squeeze(1), (log_probs.gather(1, index).squeeze(1) - kept_N.log()).float()
+class _Columns:
+    """Logits [N, V] of this rank, in float32, for a `Support`; probabilities are summed in float64."""
+
+    def __init__(self, logits_NV: Tensor) -> None:
+        self._logits_NV, self.dtype = logits_NV, logits_NV.dtype
+        self._mass_NV: Tensor | None = None
+
+    def count_reaching(self, bound_N: Tensor) -> Tensor:
+        return (self._logits_NV >= bound_N[:, None]).sum(dim=1).to(self.dtype)
+
+    def mass_reaching(self, bound_N: Tensor, peak_N: Tensor) -> Tensor:
+        if self._mass_NV is None:
+            self._mass_NV = (self._logits_NV.double() - peak_N[:, None]).exp_()
+        return torch.where(self._logits_NV >= bound_N[:, None], self._mass_NV, 0.0).sum(dim=1)
+
+    def mask_below(self, bound_N: Tensor) -> None:
+        self._logits_NV.masked_fill_(self._logits_NV < bound_N[:, None], MASKED)
 
 
 class _Masses:
@@ -160,9 +156,3 @@ def _gather_rows(value_N: Tensor, shard: VocabShard) -> Tensor:
     gathered = value_N.new_empty(shard.group.size() * value_N.size(0), *value_N.shape[1:])
     all_gather_single(gathered, value_N, group=shard.group)
     return gathered.view(shard.group.size(), *value_N.shape)
-
-
-def _gather_columns(logits_NV: Tensor, shard: VocabShard) -> Tensor:
-    """The logits of all ranks side by side. Collective over the shard's group: an all-gather."""
-    parts = _gather_rows(logits_NV.contiguous(), shard)
-    return parts.transpose(0, 1).flatten(1)

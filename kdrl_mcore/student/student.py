@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from kdrl_mcore.config import Config, DistillationConfig
-from kdrl_mcore.config.derived import is_supervised, shares_teacher_head
+from kdrl_mcore.config.derived import is_supervised, shares_teacher_head, truncates
 from kdrl_mcore.convert.load import load_weights
 from kdrl_mcore.convert.peft_files import read_peft_folder
 from kdrl_mcore.convert.peft_folder import check_student_base, check_teacher_adapters, load_adapters
@@ -34,7 +34,7 @@ from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.student.optimizer import Optimizer
 from kdrl_mcore.teacher.head import TeacherHead
-from kdrl_mcore.vocab_parallel import HeadTokens, fused_head
+from kdrl_mcore.vocab_parallel import OUTSIDE, HeadTokens, Support, fused_head
 
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scalars measured on some tokens: those that are summed over tokens, and those of which the maximum is taken."""
@@ -90,6 +90,7 @@ class Student:
 
     Attributes:
         lora: the settings of the adapters, if adapters are trained and the other weights frozen; otherwise None.
+        support: what the rollouts' settings leave of its distribution; None if that is all of it.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class Student:
         self._path = config.student.path
         self.source = str(config_folder(config.student.path))
         self.version = 0  # number of optimizer updates of the weights
+        rollout = config.rollout
+        self.support = Support(rollout.top_p, rollout.top_k, rollout.min_p) if truncates(config) else None
         self._temperature = 1.0 if is_supervised(config.objective) else config.rollout.temperature
         self._dtype = config.model.dtype
         self.is_float32 = DTYPES[self._dtype] == torch.float32
@@ -321,10 +324,13 @@ class Student:
                 temperature=self._temperature,
                 teacher=teacher,
                 sequence_parallel=self.parts.config.sequence_parallel,
+                support=self.support,
             )
         if teacher is not None:
             scored = slice(0, micro.packed.num_scored)
             d_D = outputs.teacher_log_probs[scored] - outputs.log_probs[scored]
+            if self.support is not None:
+                d_D = torch.where(outputs.log_probs[scored] > OUTSIDE, d_D, 0.0)
             d_D = d_D if micro.given_T is None else torch.where(micro.given_T[scored], 0.0, d_D)
             measured.append((measured_divergences(d_D, outputs.divergences[scored]), {}))
         entropies_T = outputs.entropies if micro.given_T is None else torch.where(micro.given_T, 0.0, outputs.entropies)

@@ -16,6 +16,7 @@ from kdrl_mcore.objective.correction import sequence_log_ratios
 from kdrl_mcore.objective.token_weights import ResponseScores, token_weights
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.types import Rollout, TokenFloats
+from kdrl_mcore.vocab_parallel import OUTSIDE
 
 
 def weigh_tokens(
@@ -88,7 +89,7 @@ def _token_weights(
             log_teacher = teacher[index]
             assert batch.scores is not None and log_teacher is not None
             log_probs, entropy = batch.scores[index]
-            log_ratio = log_teacher - log_probs
+            log_ratio = np.where(log_probs > OUTSIDE, log_teacher - log_probs, 0.0).astype(np.float32)
             if ends[index]:
                 log_ratio[-1:] = 0.0  # it takes up no share
             if batch.scored_N is not None:

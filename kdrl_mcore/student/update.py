@@ -13,7 +13,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from kdrl_mcore.config import BatchConfig, Config, ObjectiveConfig
-from kdrl_mcore.config.derived import num_updates, uses_reference
+from kdrl_mcore.config.derived import num_updates, truncates, uses_reference
 from kdrl_mcore.objective.joint import TokenBatch, divergences_by_teacher, gradient_split, joint_loss, sft_loss
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
 from kdrl_mcore.student.batch import BatchLoss, TrainingBatch, micro_batches
@@ -84,7 +84,14 @@ def _split_gradient(
 
 
 def _joint_loss(config: Config, alpha: float, beta: float) -> BatchLoss:
-    return partial(_joint, objective=config.objective, alpha=alpha, beta=beta, teachers=tuple(config.teachers))
+    return partial(
+        _joint,
+        objective=config.objective,
+        alpha=alpha,
+        beta=beta,
+        teachers=tuple(config.teachers),
+        is_truncated=truncates(config),
+    )
 
 
 def _joint(
@@ -96,16 +103,19 @@ def _joint(
     alpha: float,
     beta: float,
     teachers: Sequence[str],
+    is_truncated: bool,
 ) -> tuple[Tensor, Measures]:
-    divergence_C, batch = None, batch.without_sampler(tokens.log_probs)
+    log_probs_C, divergence_C, batch = tokens.log_probs, None, batch.without_sampler(tokens.log_probs)
+    if is_truncated:
+        log_probs_C, batch = batch.within_support(log_probs_C)
     if has_divergences:
         divergence_C = tokens.divergences
         batch = replace(batch, teacher_log_probs=tokens.teacher_log_probs, teacher_entropies=tokens.teacher_entropies)
-    loss_C, sums, maxima = joint_loss(tokens.log_probs, batch, objective, alpha, beta, divergence_C, tokens.entropies)
+    loss_C, sums, maxima = joint_loss(log_probs_C, batch, objective, alpha, beta, divergence_C, tokens.entropies)
     if batch.given is not None:
         sums["given_tokens"] = batch.given.sum()
     if batch.taught_by is not None:
-        sums |= divergences_by_teacher(tokens.log_probs, batch, teachers, divergence_C)
+        sums |= divergences_by_teacher(log_probs_C, batch, teachers, divergence_C)
     return loss_C, (sums, maxima)
 
 

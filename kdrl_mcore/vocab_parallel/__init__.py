@@ -7,15 +7,18 @@ from kdrl_mcore.vocab_parallel.exact import ExactForwardKL, ExactReverseKL, Jens
 from kdrl_mcore.vocab_parallel.head import fused_head, head_log_probs
 from kdrl_mcore.vocab_parallel.logits import token_log_probs_and_entropy
 from kdrl_mcore.vocab_parallel.shard import VocabShard
+from kdrl_mcore.vocab_parallel.support import OUTSIDE, Support
 from kdrl_mcore.vocab_parallel.top_k import KnownTopK, TopKForwardKL, TopKJensenShannon, TopKReverseKL, TopKUnbiased
 
 __all__ = [
+    "OUTSIDE",
     "ExactForwardKL",
     "ExactReverseKL",
     "HeadOutputs",
     "HeadTokens",
     "JensenShannon",
     "KnownTopK",
+    "Support",
     "TeacherInputs",
     "TokenLoss",
     "TopKForwardKL",

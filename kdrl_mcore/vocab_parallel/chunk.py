@@ -20,6 +20,7 @@ from kdrl_mcore.vocab_parallel.collectives import max_over_ranks, sum_over_ranks
 from kdrl_mcore.vocab_parallel.divergence import Divergence, TeacherSide, TokenSums
 from kdrl_mcore.vocab_parallel.logits import known_or_nan
 from kdrl_mcore.vocab_parallel.shard import VocabShard
+from kdrl_mcore.vocab_parallel.support import Support
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
 
 
@@ -28,7 +29,7 @@ class HeadTokens:
     """The inputs of a token's loss, for each token of a chunk: [C] each, in nats, the same on every rank.
 
     Attributes:
-        log_probs: log p of the target under the student.
+        log_probs: log p of the target under the student; below `support.OUTSIDE` if the target is outside the support of p.
         entropies: of p, over the whole vocabulary.
         divergences: from the teacher; 0 without one.
         teacher_log_probs: log q of the target under the teacher, without gradient; 0 without one.
@@ -111,6 +112,7 @@ class Chunk:
         teacher: TeacherSide | None,
         *,
         teacher_entropy: bool = False,
+        support: Support | None = None,
     ) -> None:
         """Compute logits and statistics.
 
@@ -118,10 +120,11 @@ class Chunk:
             weight_VH: the real columns only.
             teacher: the teacher's side of these rows, or None.
             teacher_entropy: whether the pass asks for the teacher's entropy.
+            support: the student's distribution is truncated to it.
 
-        Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), a SUM all-reduce of
-        four (with a teacher six, for its entropy seven, and those of the divergence), the divergence's own collectives, and for
-        a divergence with second sums a SUM all-reduce of those.
+        Collectives over the shard's group: a MAX all-reduce of one number per token (two with a teacher), those of
+        `Support.apply`, a SUM all-reduce of four (with a teacher six, for its entropy seven, and those of the divergence), the
+        divergence's own collectives, and for a divergence with second sums a SUM all-reduce of those.
         """
         self._logits, self._targets_C, self._shard, self._temperature = logits, targets_C, shard, temperature
         teacher_factors = None if teacher is None else teacher.factors
@@ -129,7 +132,10 @@ class Chunk:
         peaks_KC = logits.project(
             hidden_CH, weight_VH, teacher_factors, temperature, comparison=comparison, teacher_entropy=teacher_entropy
         )
-        logits.centre(max_over_ranks(peaks_KC, shard))
+        peaks_KC = max_over_ranks(peaks_KC, shard)
+        if support is not None:
+            support.apply(logits, peaks_KC[0], shard)
+        logits.centre(peaks_KC)
         own_C, column_C = shard.locate(targets_C)
         targets = [torch.where(own_C, z_C1[:, 0], 0.0) for z_C1 in logits.at(column_C[:, None]) if z_C1 is not None]
         held_C = own_C.to(peaks_KC.dtype)

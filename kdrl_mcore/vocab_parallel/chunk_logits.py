@@ -50,8 +50,9 @@ class LogitsTerms:
 class ChunkLogits(ABC):
     """The logits of one chunk, in memory that all chunks reuse. No method communicates.
 
-    The order of calls is `project`, `centre`, any of `at`, `largest`, `difference_C` (once, after `at`) and `outside` (after
-    `at`), `totals`, `mixture` (once), and `gradient`, which overwrites the logits.
+    The order of calls is `project`, for a truncated support those that `support.Logits` names, `centre`, any of `at`,
+    `largest`, `difference_C` (once, after `at`) and `outside` (after `at`), `totals`, `mixture` (once), and `gradient`, which
+    overwrites the logits.
     """
 
     @classmethod
@@ -85,6 +86,24 @@ class ChunkLogits(ABC):
             comparison: how this chunk's models will be compared over the vocabulary.
             teacher_entropy: whether `totals` returns what the teacher's entropy needs.
         """
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The matrix products' precision, to which the logits are rounded."""
+
+    @abstractmethod
+    def count_reaching(self, bound_C: Tensor) -> Tensor:
+        """How many of the student's logits are at least the bound, [C]."""
+
+    @abstractmethod
+    def mass_reaching(self, bound_C: Tensor, peak_C: Tensor) -> Tensor:
+        """The sum of exp(logit - peak) over the student's logits that are at least the bound, [C]. All calls for a chunk have
+        the same peaks, each row's largest logit over all ranks."""
+
+    @abstractmethod
+    def mask_below(self, bound_C: Tensor) -> None:
+        """Replace the student's logits below the bound by `MASKED`: their exponentials and derivatives are zero."""
 
     @abstractmethod
     def centre(self, peaks_KC: Tensor) -> None:

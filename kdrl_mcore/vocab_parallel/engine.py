@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from kdrl_mcore.vocab_parallel.chunk import Chunk, Kernels, TokenLoss, logits_memory
 from kdrl_mcore.vocab_parallel.collectives import gather_sequence, reduce_scatter_sequence, sum_over_ranks
 from kdrl_mcore.vocab_parallel.divergence import TeacherSide
+from kdrl_mcore.vocab_parallel.exact import ExactReverseKL
 from kdrl_mcore.vocab_parallel.products import add_product
 from kdrl_mcore.vocab_parallel.shard import VocabShard
+from kdrl_mcore.vocab_parallel.support import Support
 
 CHUNK_BYTES = 64 * 2**20
 """The size of one float32 buffer of a chunk, unless that is fewer rows than the matrix products need."""
@@ -71,6 +73,7 @@ class HeadPass:
     Attributes:
         chunk_tokens: rows per chunk; None means `default_chunk_tokens`.
         token_loss: None to compute only log-probs and entropies.
+        support: the student's distribution is truncated to it; None or a whole one leaves it as it is.
     """
 
     rows_T: Tensor
@@ -82,6 +85,7 @@ class HeadPass:
     token_loss: TokenLoss | None = None
     teacher: TeacherSide | None = None
     kernels: Kernels = "auto"
+    support: Support | None = None
 
     def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> HeadOutputs:
         """Run all chunks.
@@ -120,6 +124,12 @@ class HeadPass:
         self.shard.check_targets(self.targets_T)
         if self.teacher is not None:
             self.teacher.check(len(self.rows_T), self.shard)
+            truncated = self.support is not None and not self.support.is_whole
+            if truncated and not isinstance(self.teacher.divergence, ExactReverseKL):
+                raise ValueError(
+                    f"{type(self.teacher.divergence).__name__} is not for a student that top_p, top_k or min_p truncate: use "
+                    "ExactReverseKL"
+                )
 
 
 @dataclass
@@ -220,6 +230,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
             memory.first(len(hidden_CH)),
             teacher.of_rows(rows) if teacher is not None and rows.stop <= num_taught else None,
             teacher_entropy=teacher_entropy,
+            support=head.support,
         )
         if head.token_loss is not None:
             value, d_logits_CV = chunk.loss(head.token_loss, rows, differentiate=any(wanted))

@@ -14,6 +14,7 @@ from kdrl_mcore.vocab_parallel.chunk import Kernels, TokenLoss
 from kdrl_mcore.vocab_parallel.divergence import TeacherSide
 from kdrl_mcore.vocab_parallel.engine import HeadOutputs, HeadPass
 from kdrl_mcore.vocab_parallel.shard import VocabShard
+from kdrl_mcore.vocab_parallel.support import Support
 
 
 def fused_head(
@@ -29,6 +30,7 @@ def fused_head(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
+    support: Support | None = None,
 ) -> HeadOutputs:
     """The sum of `token_loss` over the T rows, with gradients to the hidden states and the weight.
 
@@ -51,6 +53,8 @@ def fused_head(
         teacher: the teacher of the first D rows, the divergence (one of this package's), and whether its entropy is wanted.
         chunk_tokens: rows per chunk, the same on every rank; None means `engine.default_chunk_tokens`.
         kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` uses Triton where possible.
+        support: p is truncated to it and renormalised; which tokens are left is not differentiated. The log-prob of a target
+            outside is below `support.OUTSIDE` and its gradient is of no use: the loss must not depend on it.
 
     Returns:
         Loss, log-probs, entropies, divergences, the teacher's log-probs of the targets and, if asked for, its entropies, in
@@ -60,14 +64,16 @@ def fused_head(
     Raises:
         ValueError: a target is not a token (on CUDA its log-prob is NaN instead, as a check would wait for the device), shapes
             or types do not fit, `token_loss` did not return one number per token, or the divergence does not fit the
-            vocabulary.
+            vocabulary, or, with a truncated support, is not `ExactReverseKL`.
 
     Collectives over the shard's group: for each chunk a MAX all-reduce of [C] and a SUM all-reduce of [4, C], or with a teacher
-    of [2, C] and [6, C] (with its entropy [7, C]) plus what its divergence adds; under sequence parallelism an all-gather of
-    the hidden states; in the backward pass a SUM all-reduce of [T, H], under sequence parallelism a reduce-scatter of [S, H]. D
-    and T must be the same on every rank.
+    of [2, C] and [6, C] (with its entropy [7, C]) plus what its divergence adds, and those of `Support.apply`; under sequence
+    parallelism an all-gather of the hidden states; in the backward pass a SUM all-reduce of [T, H], under sequence
+    parallelism a reduce-scatter of [S, H]. D and T must be the same on every rank.
     """
-    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels)
+    head = HeadPass(
+        rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels, support
+    )
     return head.run(hidden_SH, weight_VH)
 
 
@@ -83,11 +89,12 @@ def head_log_probs(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p[target] and the entropy of p = softmax(h W^T / temperature), [T] each, without gradient.
 
     Arguments, errors and collectives are those of `fused_head`'s forward pass.
     """
-    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, kernels=kernels)
+    head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, kernels=kernels, support=support)
     outputs = head.run(hidden_SH, weight_VH)
     return outputs.log_probs, outputs.entropies

@@ -82,7 +82,7 @@ class TorchLogits(ChunkLogits):
         comparison: Comparison = "reverse",
         teacher_entropy: bool = False,
     ) -> Tensor:
-        self._comparison, self._teacher_entropy = comparison, teacher_entropy
+        self._comparison, self._teacher_entropy, self._has_masses = comparison, teacher_entropy, False
         _project(hidden_CH, weight_VH, temperature, self._student_CV, self._low_CV)
         peaks = [local_peak(self._student_CV)]
         if teacher is not None:
@@ -91,6 +91,34 @@ class TorchLogits(ChunkLogits):
             _project(*teacher, temperature, self._teacher_CV, self._teacher_low_CV)
             peaks.append(local_peak(self._teacher_CV))
         return torch.stack(peaks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self._student_CV if self._low_CV is None else self._low_CV).dtype
+
+    def count_reaching(self, bound_C: Tensor) -> Tensor:
+        count_C = torch.empty_like(bound_C)
+        for rows in self._blocks():
+            inside_BV = torch.empty_like(self._student_CV[rows])
+            count_C[rows] = torch.ge(self._student_CV[rows], bound_C[rows, None], out=inside_BV).sum(dim=1)
+        return count_C
+
+    def mass_reaching(self, bound_C: Tensor, peak_C: Tensor) -> Tensor:
+        """See `ChunkLogits`. The first call leaves all masses in the buffer that is e_v's later."""
+        if not self._has_masses:
+            torch.sub(self._student_CV, peak_C[:, None], out=self._exp_CV).exp_()
+            self._has_masses = True
+        mass_C = torch.empty_like(bound_C)
+        for rows in self._blocks():
+            inside_BV = torch.empty_like(self._student_CV[rows])
+            torch.ge(self._student_CV[rows], bound_C[rows, None], out=inside_BV)
+            mass_C[rows] = inside_BV.mul_(self._exp_CV[rows]).sum(dim=1)
+        return mass_C
+
+    def mask_below(self, bound_C: Tensor) -> None:
+        for rows in self._blocks():
+            student_BV = self._student_CV[rows]
+            student_BV.masked_fill_(student_BV < bound_C[rows, None], MASKED)
 
     def centre(self, peaks_KC: Tensor) -> None:
         self._teacher_totals: list[Tensor] = []

@@ -22,6 +22,7 @@ TEACHER_STATISTICS_BLOCK = 2048
 GRADIENT_BLOCK = 2048
 MIXTURE_BLOCK = 2048
 LARGEST_BLOCK = 2048
+REACHING_BLOCK = 4096
 """Columns that one program handles at a time, chosen so that its sums stay in registers with three programs on a
 multiprocessor."""
 WARPS = 8
@@ -57,6 +58,42 @@ def statistics(z_CV: Tensor, y_CV: Tensor | None, *, forward: bool = False, teac
                 maxnreg=REGISTERS,
             )
     return out_KC
+
+
+def reaching(z_CV: Tensor, bound_C: Tensor, peak_C: Tensor | None = None) -> Tensor:
+    """Of each row's logits that are at least the bound: their number, or with `peak_C` the sum of e^(z - peak), [C] in float32.
+    One read of the logits.
+
+    Args:
+        bound_C, peak_C: float32.
+    """
+    rows, columns = z_CV.shape
+    out_C = torch.empty(rows, dtype=torch.float32, device=z_CV.device)
+    if rows:
+        with torch.cuda.device_of(z_CV):
+            _reaching[(rows,)](
+                z_CV,
+                z_CV.stride(0),
+                bound_C,
+                bound_C if peak_C is None else peak_C,
+                out_C,
+                columns,
+                MASS=peak_C is not None,
+                BLOCK=min(REACHING_BLOCK, triton.next_power_of_2(max(columns, 1))),
+                num_warps=WARPS,
+            )
+    return out_C
+
+
+def mask_below(z_CV: Tensor, bound_C: Tensor) -> None:
+    """Replace the logits below each row's bound (float32) by `MASKED`, in place."""
+    rows, columns = z_CV.shape
+    if rows and columns:
+        block = min(GRADIENT_BLOCK, triton.next_power_of_2(columns))
+        with torch.cuda.device_of(z_CV):
+            _mask_below[(rows, triton.cdiv(columns, block))](
+                z_CV, z_CV.stride(0), bound_C, columns, LOWEST=MASKED, BLOCK=block, num_warps=WARPS
+            )
 
 
 def mixture(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, beta: float) -> Tensor:
@@ -230,6 +267,36 @@ def _statistics(
         tl.store(out_ptr + 5 * rows + row, tl.sum(difference, axis=0))
         if ENTROPY:
             tl.store(out_ptr + 6 * rows + row, tl.sum(teacher_product, axis=0))
+
+
+@triton.jit
+def _reaching(z_ptr, z_stride, bound_ptr, peak_ptr, out_ptr, columns, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    z_row = z_ptr + row * z_stride
+    bound = tl.load(bound_ptr + row)
+    peak = tl.load(peak_ptr + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + lanes
+        inside = column < columns
+        z = tl.load(z_row + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.exp(z - peak) if MASS else 1.0
+        total += tl.where(inside & (z >= bound), weight, 0.0)
+    tl.store(out_ptr + row, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _mask_below(z_ptr, z_stride, bound_ptr, columns, LOWEST: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row and block of columns."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < columns
+    at = z_ptr + row * z_stride + lanes
+    z = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(z < tl.load(bound_ptr + row), LOWEST, z)
+    tl.store(at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

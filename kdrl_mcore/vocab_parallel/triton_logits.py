@@ -66,18 +66,23 @@ class TritonLogits(ChunkLogits):
         teacher_entropy: bool = False,
     ) -> Tensor:
         self._comparison, self._beta = comparison, 0.5
+        self._teacher_entropy = teacher_entropy and teacher is not None
         self._multiplied = self._multiply(hidden_CH, weight_VH, temperature, self._student_CW)
         if teacher is not None:
             assert self._teacher_buffer_CW is not None
             self._teacher_CW = self._teacher_buffer_CW
             self._multiply(*teacher, temperature, self._teacher_CW)
+        self._measure()
+        return self._local_KC[:4:3].clone()  # the maximum over ranks will overwrite it
+
+    def _measure(self) -> None:
+        """Read the logits once for their statistics."""
         self._local_KC = triton_kernels.statistics(
             self._student_CW,
             self._teacher_CW,
-            forward=comparison == "forward",
-            teacher_entropy=teacher_entropy and teacher is not None,
+            forward=self._comparison == "forward",
+            teacher_entropy=self._teacher_entropy,
         )
-        return self._local_KC[:4:3].clone()  # the maximum over ranks will overwrite it
 
     def _multiply(self, hidden_CH: Tensor, weight_VH: Tensor, temperature: float, out_CW: Tensor) -> int:
         """Compute the logits, `MASKED` after the real columns. Returns the number of columns for which the weight has rows."""
@@ -85,6 +90,21 @@ class TritonLogits(ChunkLogits):
         multiply(hidden_CH, weight_VH[:columns], temperature, out_CW[:, :columns])
         out_CW[:, self._columns :] = MASKED
         return columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._student_CW.dtype
+
+    def count_reaching(self, bound_C: Tensor) -> Tensor:
+        return triton_kernels.reaching(self._student_CW, bound_C)
+
+    def mass_reaching(self, bound_C: Tensor, peak_C: Tensor) -> Tensor:
+        return triton_kernels.reaching(self._student_CW, bound_C, peak_C)
+
+    def mask_below(self, bound_C: Tensor) -> None:
+        """See `ChunkLogits`. Reads the logits twice more."""
+        triton_kernels.mask_below(self._student_CW, bound_C)
+        self._measure()
 
     def centre(self, peaks_KC: Tensor) -> None:
         self._peaks_KC = peaks_KC

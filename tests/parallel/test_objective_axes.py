@@ -161,6 +161,33 @@ def test_given_responses_in_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Pa
     assert metrics["corrected_share"] == 1 and metrics["given_responses"] == 6
 
 
+SUPPORTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nucleus": ("tp2", {"support": (0.8, 0, 0.0), "correction": "truncate", "temperature": 0.8}),
+    "top-k, exact, entropy bonus": ("sp", {"support": (1.0, 40, 0.0), "estimator": "exact", "entropy_bonus": 0.05}),
+    "all, without its expectation, in the advantage": (
+        "cp2",
+        {"support": (0.9, 50, 0.1), "control_variate": True, "placement": "advantage", "token_weight": "prefix"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SUPPORTS.values(), ids=list(SUPPORTS))
+def test_a_truncated_student_has_no_loss_outside_its_support(
+    form: tuple[str, dict[str, Any]], zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path
+) -> None:
+    layout, changes = form
+    check(Case(2, LAYOUTS[layout], replace(JOINT, **changes)), zoo, pools[2], tmp_path)
+
+
+def test_a_token_may_leave_the_support_or_enter_it_between_two_updates(zoo: Zoo, ranks2: RankPool, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"support": (0.7, 0, 0.0), "ratio": "sequence", "token_weight": "magnitude"}
+    changes |= {"correction": "mask", "correction_level": "geometric", "correction_bound": 3.0}
+    settings = replace(JOINT, vocab_size=TOKENS, **changes)
+    _, (_, second) = check_two_updates(settings, LAYOUTS["pp2"], zoo, ranks2, tmp_path, None, lr=4.0)
+    now = [each > -1e29 for each in second.log_probs]
+    assert any(bool((inside != 0).ne(present).any()) for inside, present in zip(second.inside, now, strict=True))
+
+
 @pytest.mark.parametrize("combine", ["gate", "relu", "modulate"])
 def test_a_batch_that_leaves_nothing_to_do(combine: str, zoo: Zoo, pools: dict[int, RankPool], tmp_path: Path) -> None:
     """Every response is correct: there is no advantage, and nothing for a mask to keep."""

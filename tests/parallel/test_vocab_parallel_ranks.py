@@ -17,6 +17,9 @@ EXACT = {"rtol": 1e-10, "atol": 1e-11}
 FUSED = [kind for kind in KINDS if kind != "logits"]
 TAUGHT = [kind for kind in FUSED if kind != "head"]
 
+SUPPORTS = [(0.6, 0, 0.0), (1.0, 4, 0.0), (1.0, 0, 0.15), (0.8, 9, 0.04)]
+"""top_p, top_k and min_p, each alone and all together."""
+
 LAYOUTS = {
     "2 ranks, the last partly padded": Layout(2, 24, chunk_tokens=4),
     "2 ranks, the last without a real column": Layout(2, 48, chunk_tokens=1),
@@ -88,6 +91,17 @@ def test_ties_give_one_set_on_every_layout(pool: RankPool, layout: Layout) -> No
     tied = replace(problem, hidden_SH=ones, weight_VH=student, teacher_weight_VG=teacher)
     tied = replace(tied, teacher_hidden_DG=torch.arange(45.0, dtype=torch.float64).view(9, 5) % 2)
     check(pool, [tied], TAUGHT, layout, **EXACT)
+
+
+def test_a_truncated_distribution(pool: RankPool, layout: Layout) -> None:
+    """Some targets are outside, and some of the logits at the bound are equal, also on different ranks."""
+    problem = make_problem()
+    hidden_SH = (problem.hidden_SH * 2).round() / 2
+    tied = replace(problem, hidden_SH=hidden_SH, weight_VH=(problem.weight_VH).round(), temperature=1.0)
+    problems = [replace(each, support=support) for each in (problem, tied) for support in SUPPORTS]
+    outside = [int((dense(each, "head").log_probs_T < -1e29).sum()) for each in problems]
+    assert all(0 < count < 9 for count in outside), outside
+    check(pool, problems, ["head", "exact"], layout, **EXACT)
 
 
 def test_huge_logits_stay_finite_in_float32(pool: RankPool, layout: Layout) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.reference import forms
+from tests.reference.output_head import in_support
 
 Row = dict[str, Any]
 """One line of a rollout file, with `teacher_prompts` if the teacher reads another prompt, and `given` if the response was not
@@ -57,6 +58,7 @@ class Settings:
         policy_loss, ratio, dual_clip: clip or cispo, with the ratio of a token, or its mean or product over a sequence.
         clip_against: the denominator of that ratio: pi_old (old) or mu (sampler).
         entropy_bonus: coefficient of the entropy.
+        support: top_p, top_k and min_p, which truncate the student's distribution: a token outside has no part in any loss.
         unshared: ids of tokens that mean something else to the teacher: a response is distilled up to the first one.
         truncated: drop leaves responses that reach the limit out of the policy loss.
     """
@@ -119,6 +121,7 @@ class Settings:
     dual_clip: float | None = None
     entropy_bonus: float = 0.0
     truncated: str = "keep"
+    support: tuple[float, int, float] = (1.0, 0, 0.0)
     unshared: tuple[int, ...] = ()
 
 
@@ -144,7 +147,8 @@ class Result:
             none) and the KL to the reference.
         gradients: dL/dw by HF parameter name; a tied output head has no separate one.
         log_probs, entropies, teacher_log_probs: [T] per response, all at the temperature. teacher_log_probs is empty
-            without a teacher.
+            without a teacher. The log-prob of a token outside the student's support is about -1e30.
+        inside: 1 for the tokens in the support of the student and of pi_old, else 0 [T] per response.
         advantages: A_i [N].
         distilled: whether response i is distilled [N]. scored: the smallest number of its tokens that the teacher must see.
     """
@@ -160,6 +164,7 @@ class Result:
     advantages: Tensor
     distilled: Tensor
     scored: list[int]
+    inside: list[Tensor]
 
     @property
     def grad_norm(self) -> float:
@@ -247,8 +252,9 @@ def kdrl_of_models(
     vocab_size = settings.vocab_size or vocabulary_size(*models)
 
     # log p and log q over the vocabulary [T, V], and of the tokens o_t [T], per response
-    log_p = [torch.log_softmax(response_logits(student, row, vocab_size, settings.temperature), -1) for row in rows]
-    log_pi = [log_prob_of(each, row) for each, row in zip(log_p, rows, strict=True)]
+    logits = [response_logits(student, row, vocab_size, settings.temperature) for row in rows]
+    log_p = [each.masked_fill(~in_support(each.detach(), *settings.support), -1e30).log_softmax(-1) for each in logits]
+    raw_log_pi = [log_prob_of(each, row) for each, row in zip(log_p, rows, strict=True)]
     log_q: list[Tensor] = []
     if teacher is not None:
         with torch.no_grad():
@@ -258,6 +264,11 @@ def kdrl_of_models(
         log_q = [each.log_q for each in taught]
     log_teacher = [log_prob_of(each, row) for each, row in zip(log_q, rows, strict=False)]
     log_mu = [torch.tensor(row["sampler_log_probs"], dtype=student.dtype) for row in rows]
+    known = [raw_log_pi, raw_log_pi if log_old is None else log_old]
+    inside = [((now > -1e29) & (old > -1e29)).to(now.dtype) for now, old in zip(*known, strict=True)]
+    log_pi, log_old = (
+        [torch.where(each != 0, value, mu) for each, value, mu in zip(inside, values, log_mu, strict=True)] for values in known
+    )
 
     given = torch.tensor([bool(row.get("given")) for row in rows])  # not sampled: always distilled, and nothing else
     distilled = (distillation_mask(rows, settings.mask) | given) & (settings.beta > 0)
@@ -285,30 +296,33 @@ def kdrl_of_models(
     rewarded = ~given
     if settings.truncated == "drop":
         rewarded = rewarded & torch.tensor([row.get("finish_reason") != "length" for row in rows])
-    before = [each.detach() for each in log_pi] if log_old is None else log_old
+    before = [each.detach() for each in log_old]
     before = log_mu if settings.clip_against == "sampler" else before
-    correction = [sampler_weight(before[i], log_mu[i], settings) for i in range(len(rows))]
+    correction = [sampler_weight(before[i], log_mu[i], settings, inside[i]) * inside[i] for i in range(len(rows))]
     d_now = [
         (log_teacher[i] - log_pi[i]).detach() if distilled[i] else torch.zeros_like(log_pi[i]).detach()
         for i in range(len(rows))
     ]
     for i, row in enumerate(rows):
         d_now[i][forms.before_end(row, settings) :] = 0.0
-        d_now[i] = d_now[i] * readable(row, settings)
+        d_now[i] = d_now[i] * readable(row, settings) * inside[i]
     pairs = [forms.combine(advantages[i], d_now[i], bool(distilled[i]), rows[i], settings) for i in range(len(rows))]
     compared = [
         forms.compared_with(before[i], log_teacher[i] if log_teacher else None, bool(distilled[i]), rows[i], settings)
         for i in range(len(rows))
     ]
-    policy_terms = [forms.policy_term(log_pi[i], compared[i], pairs[i][0], settings) * correction[i] for i in range(len(rows))]
+    policy_terms = [
+        forms.policy_term(log_pi[i], compared[i], pairs[i][0], settings, inside[i]) * correction[i] for i in range(len(rows))
+    ]
     policy_loss = aggregate(policy_terms, rewarded, rewarded, settings)
     loss = settings.alpha * policy_loss if settings.placement != "advantage" else torch.zeros_like(policy_loss)
     if settings.entropy_bonus:
-        loss = loss - settings.entropy_bonus * aggregate([entropy_of(each) for each in log_p], rewarded, rewarded, settings)
+        bonus = [entropy_of(log_p[i]) * inside[i] for i in range(len(rows))]
+        loss = loss - settings.entropy_bonus * aggregate(bonus, rewarded, rewarded, settings)
     kd_loss = torch.zeros_like(loss)
     entropies = [entropy_of(each.detach()) for each in (log_q if settings.token_weight == "teacher_entropy" else log_p)]
     token_weights = forms.token_weights(d_now, entropies, distilled, rows, settings)
-    token_weights = [weights * readable(row, settings) for weights, row in zip(token_weights, rows, strict=True)]
+    token_weights = [weights * readable(rows[i], settings) * inside[i] for i, weights in enumerate(token_weights)]
     if settings.beta > 0 and settings.placement == "loss":
         kd_terms = [
             kd_term(i, log_p[i], log_q[i], log_pi[i], log_teacher[i], log_mu[i], rows[i], settings)
@@ -333,7 +347,7 @@ def kdrl_of_models(
                 if settings.mix != "none":
                     other = shared * forms.other_divergence(log_p[i], log_q[i], settings) * token_weights[i]
                     loss = loss + settings.beta * other.sum() * of_teacher[i]
-            loss = loss + (forms.policy_term(log_pi[i], before[i], advantage, settings) * correction[i]).sum()
+            loss = loss + (forms.policy_term(log_pi[i], before[i], advantage, settings, inside[i]) * correction[i]).sum()
     reference_loss = torch.zeros_like(loss)
     if reference is not None:
         reference_terms = []
@@ -344,7 +358,7 @@ def kdrl_of_models(
             w = importance_weight(
                 log_pi[i], log_mu[i], settings.reference_estimator, settings if joined else replace(settings, importance="full")
             )
-            term = sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator)
+            term = sampled_kl(log_ref - log_pi[i], w, settings.reference_estimator) * inside[i]
             reference_terms.append(term * token_weights[i] if joined else term)
         reference_loss = aggregate(reference_terms, ~given, ~given, settings)
         of_reference = settings.reference
@@ -359,7 +373,7 @@ def kdrl_of_models(
         kd_loss=float(kd_loss.detach()),
         reference_loss=float(reference_loss.detach()),
         gradients=gradients_of(student, loss),
-        log_probs=[each.detach() for each in log_pi],
+        log_probs=[each.detach() for each in raw_log_pi],
         entropies=[entropy_of(each.detach()) for each in log_p],
         teacher_log_probs=log_teacher,
         advantages=advantages,
@@ -368,6 +382,7 @@ def kdrl_of_models(
             min(forms.taught_at_most(len(log_pi[i]), settings), int(readable(row, settings).sum())) if distilled[i] else 0
             for i, row in enumerate(rows)
         ],
+        inside=inside,
     )
 
 
@@ -428,11 +443,12 @@ def group_advantages(rewards: Tensor, groups: Sequence[int], normalize_by_std: b
     return advantages
 
 
-def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings) -> Tensor:
+def sampler_weight(log_old_T: Tensor, log_mu_T: Tensor, settings: Settings, inside_T: Tensor | None = None) -> Tensor:
     """sg(min(pi_old / mu, C)); or 0 for tokens outside [1/C, C] and 1 inside; or 1 [T]."""
     log_ratio_T, bound = (log_old_T - log_mu_T).detach(), settings.correction_bound
     if settings.correction_level != "token":  # one number for the response
-        whole = log_ratio_T.sum() if settings.correction_level == "sequence" else log_ratio_T.mean()
+        count = len(log_ratio_T) if inside_T is None else int(inside_T.sum().clamp_min(1))
+        whole = log_ratio_T.sum() / (1 if settings.correction_level == "sequence" else count)
         log_ratio_T = whole.expand(len(log_ratio_T))
     ratio_T = log_ratio_T.exp()
     if settings.correction == "truncate":

@@ -63,12 +63,13 @@ def compared_with(
     return torch.cat([mixture_T[:taught], log_old_T[taught:]])
 
 
-def policy_term(log_pi_T: Tensor, log_old_T: Tensor, a_T: Tensor, settings: Any) -> Tensor:
-    """The policy loss of each token [T]."""
+def policy_term(log_pi_T: Tensor, log_old_T: Tensor, a_T: Tensor, settings: Any, inside_T: Tensor | None = None) -> Tensor:
+    """The policy loss of each token [T]; tokens outside the student's support do not count in a mean."""
+    count = len(log_pi_T) if inside_T is None else int(inside_T.sum().clamp_min(1))
     rho_T = (log_pi_T - log_old_T).exp()
     if settings.ratio != "token":
         log_rho_T = (log_pi_T - log_old_T).detach()
-        whole = (log_rho_T.mean() if settings.ratio == "sequence" else log_rho_T.sum()).exp()
+        whole = (log_rho_T.sum() / (count if settings.ratio == "sequence" else 1)).exp()
         rho_T = whole * (log_pi_T - log_pi_T.detach()).exp()
     if settings.policy_loss == "cispo":
         return -torch.minimum(rho_T.detach(), torch.tensor(1 + settings.clip_high)) * a_T * log_pi_T

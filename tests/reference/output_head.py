@@ -49,6 +49,8 @@ class Problem:
     factors_T4: Tensor
     temperature: float
     top_k: int
+    support: tuple[float, int, float] = (1.0, 0, 0.0)
+    """top_p, top_k and min_p of the student's distribution."""
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The problem with every real number rounded to `dtype`."""
@@ -56,8 +58,10 @@ class Problem:
         return replace(self, **{name: value.to(dtype) for name, value in real.items() if value.is_floating_point()})
 
     def loss(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
-        """A loss that is nonlinear in all three and different for each token."""
-        a_C, b_C, c_C, d_C = self.factors_T4[rows].to(log_probs_C.dtype).unbind(1)
+        """A loss that is nonlinear in all three and different for each token; 0 for a token outside the student's support."""
+        inside_C = log_probs_C.detach() > -1e29
+        a_C, b_C, c_C, d_C = torch.where(inside_C[:, None], self.factors_T4[rows].to(log_probs_C.dtype), 0.0).unbind(1)
+        log_probs_C = torch.where(inside_C, log_probs_C, 0.0)
         return (
             a_C * (0.3 * log_probs_C).exp() + b_C * entropy_C.square() + c_C * divergence_C * log_probs_C + d_C * divergence_C
         )
@@ -103,7 +107,8 @@ def dense(problem: Problem, kind: str) -> Answer:
     """The complete answer in float64 from whole logits."""
     p = problem.to(torch.float64)
     hidden_SH, weight_VH = p.hidden_SH.clone().requires_grad_(), p.weight_VH.clone().requires_grad_()
-    log_p_TV = (hidden_SH[p.rows_T] @ weight_VH.T / p.temperature).log_softmax(1)
+    logits_TV = hidden_SH[p.rows_T] @ weight_VH.T / p.temperature
+    log_p_TV = logits_TV.masked_fill(~in_support(logits_TV.detach(), *p.support), -1e30).log_softmax(1)
     log_prob_T = log_p_TV.gather(1, p.targets_T[:, None]).squeeze(1)
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
     log_q_DV = (p.teacher_hidden_DG @ p.teacher_weight_VG.T / p.temperature).log_softmax(1)
@@ -121,6 +126,23 @@ def dense(problem: Problem, kind: str) -> Answer:
     gradients = torch.autograd.grad(loss, (hidden_SH, weight_VH))
     values = log_prob_T, entropy_T, divergence_T, teacher_log_prob_T, teacher_entropy_T
     return Answer(loss.detach(), *(value_T.detach() for value_T in values), *gradients)
+
+
+def in_support(logits_TV: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
+    """Which tokens min_p, then top_k, then top_p leave of each distribution; of equal logits all or none [T, V]."""
+    if (top_p, top_k, min_p) == (1.0, 0, 0.0):
+        return torch.ones_like(logits_TV, dtype=torch.bool)
+    kept_TV = torch.zeros_like(logits_TV, dtype=torch.bool)
+    for row, probs in enumerate(logits_TV.softmax(1).tolist()):
+        order = sorted(range(len(probs)), key=lambda token: -probs[token])
+        order = [token for token in order if probs[token] >= min_p * probs[order[0]]][: top_k or None]
+        total, mass, last = sum(probs[token] for token in order), 0.0, order[0]
+        for token in order:
+            if mass >= top_p * total:
+                break
+            mass, last = mass + probs[token], token
+        kept_TV[row] = logits_TV[row] >= logits_TV[row, last]
+    return kept_TV
 
 
 def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, log_prob_D: Tensor) -> Tensor:

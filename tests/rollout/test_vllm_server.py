@@ -24,6 +24,7 @@ from kdrl_mcore.convert.convert import export_hf_folder, import_hf
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
 from tests.reference import dense
+from tests.reference.output_head import in_support
 from tests.reference.tiny_models import write_jsonl
 from tests.support.ranks import RankPool
 from tests.support.training import Outcome, metrics_of, train_on_rank
@@ -102,21 +103,20 @@ def model(served: Served) -> Any:
     return dense.load_model(served.model)
 
 
-def test_log_probs_are_those_of_the_same_head_of_the_distribution_as_the_embedded_engine_draws_from(
-    served: Served, model: Any
+@pytest.mark.parametrize(
+    "support", [(0.9, 12, 0.02), (0.6, 0, 0.0), (1.0, 0, 0.3), (0.7, 0, 0.3)], ids=["all", "top-p", "min-p", "min-p, top-p"]
+)
+def test_log_probs_are_those_of_the_truncated_distribution_that_is_trained(
+    support: tuple[float, int, float], served: Served, model: Any
 ) -> None:
-    how = {"temperature": 1.2, "top_p": 0.9, "top_k": 12, "min_p": 0.02}
+    """vLLM's order is the reference's, and so that of the trainer and of the embedded engine."""
+    how = {"temperature": 1.2, **dict(zip(("top_p", "top_k", "min_p"), support, strict=True))}
     for prompt, line in zip(PROMPTS, served.generate(PROMPTS, range(len(PROMPTS)), **how), strict=True):
         row = {"prompt_token_ids": prompt, "response_token_ids": line["token_ids"]}
         with torch.no_grad():
-            probs_TV = dense.response_logits(model, row, TOKENS, how["temperature"]).softmax(-1)
-        for probs, token, log_prob in zip(probs_TV, line["token_ids"], line["log_probs"], strict=True):
-            sorted_probs, order = probs.sort(descending=True)
-            kept = int((sorted_probs >= how["min_p"] * sorted_probs[0])[: int(how["top_k"])].sum())
-            sums = (sorted_probs[:kept] / sorted_probs[:kept].sum()).cumsum(0)
-            kept = int((sums < how["top_p"]).sum()) + 1
-            assert token in order[:kept].tolist()
-            assert log_prob == pytest.approx(float((probs[token] / sorted_probs[:kept].sum()).log()), abs=2e-4)
+            logits_TV = dense.response_logits(model, row, TOKENS, how["temperature"])
+        log_p_TV = logits_TV.masked_fill(~in_support(logits_TV, *support), -torch.inf).log_softmax(-1)
+        assert line["log_probs"] == pytest.approx(dense.log_prob_of(log_p_TV, row).tolist(), abs=2e-4)
 
 
 def test_greedy_tokens_of_an_exported_checkpoint_are_those_of_transformers(served: Served) -> None:

@@ -111,7 +111,8 @@ def check_two_updates(
     student, teacher = (dense.load_model(zoo.model(name)) for name in ("untied", "teacher"))
     beside = [] if given is None else [{**row, "given": True} for row in zoo.rows(given)]
     initial = None if reference is None else dense.load_model(zoo.model(reference))
-    old = dense.kdrl_of_models(student, None, rows, replace(SETTINGS, alpha=1.0, beta=0.0)).log_probs
+    before = replace(SETTINGS, alpha=1.0, beta=0.0, support=settings.support)
+    old = dense.kdrl_of_models(student, None, rows, before).log_probs
     first = sum(row["group_id"] == 0 for row in rows)  # of three groups, one and two
     results, total = [], {name: torch.zeros_like(value) for name, value in student.named_parameters()}
     half = len(beside) // 2
@@ -146,8 +147,10 @@ def check_two_updates(
     names += ["kd_loss"] if settings.placement == "loss" else []
     for name in [*names, *(["reference_loss"] if reference else [])]:
         assert metrics[name] == about(sum(getattr(result, name) for result in results) / 2), name
-    before, after = read_hf_weights(zoo.model("untied")), read_hf_weights(run / "hf")
-    assert_gradients({name: (before[name].double() - after[name].double()) / lr for name in before}, total)
+    outside = torch.cat([1 - each for result in results for each in result.inside])
+    assert metrics.get("outside_share", 0.0) == about(float(outside.mean()))
+    first_weights, after = read_hf_weights(zoo.model("untied")), read_hf_weights(run / "hf")
+    assert_gradients({name: (first_weights[name].double() - after[name].double()) / lr for name in after}, total)
     return metrics, results
 
 
@@ -176,6 +179,9 @@ def assert_metrics(metrics: dict, expected: Result, settings: Settings, num_give
     assert metrics["policy_loss"] == about(expected.policy_loss)
     if settings.placement == "loss":
         assert metrics["kd_loss"] == about(expected.kd_loss)
+    outside = float(torch.cat([1 - each for each in expected.inside]).mean())
+    assert metrics.get("outside_share", 0.0) == about(outside)
+    assert (settings.support != Settings.support) == (0 < outside < 0.9)
     scored, tokens = sum(expected.scored), sum(map(len, expected.log_probs))
     assert (metrics["teacher_tokens"], metrics["teacher_tokens_saved"]) == (scored, tokens - scored)
 

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    OUTSIDE,
     ExactForwardKL,
     ExactReverseKL,
     HeadTokens,
     JensenShannon,
     KnownTopK,
+    Support,
     TeacherInputs,
     TopKForwardKL,
     TopKJensenShannon,
@@ -80,12 +82,14 @@ def run_head(
     rank: int = 0,
     device: str = "cpu",
     known: bool = False,
+    support: Support | None = None,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of one head on seeded inputs, at a temperature, with a loss that weights every output.
 
     Args:
         known: give the pass the teacher's most likely tokens with their log-probs, instead of hidden states and a head. Then
             the loss does not use the teacher's entropy.
+        support: of the student; log-probs of targets outside it are returned as 0, and `outside` says which they are.
     """
     shared, own = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4 + rank)
 
@@ -104,13 +108,14 @@ def run_head(
     shard = VocabShard(group, rank * sizes.columns, (rank + 1) * sizes.columns, sizes.size)
 
     def loss_C(one: HeadTokens, rows: slice) -> Tensor:
-        log_probs_C = one.log_probs
+        inside_C = one.log_probs.detach() > OUTSIDE
+        log_probs_C = torch.where(inside_C, one.log_probs, 0.0)
         surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
         k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()
         if one.teacher_entropies is not None:
             assert not known
             k2_C = k2_C * (1 + one.teacher_entropies)
-        return surrogate_C + 0.1 * k2_C - 0.05 * one.entropies + advantages_T[rows] * one.divergences
+        return inside_C * (surrogate_C + 0.1 * k2_C) - 0.05 * one.entropies + advantages_T[rows] * one.divergences
 
     divergence = {**HEADS, **KNOWN}[name]
     with_entropy = name != "top_k_unbiased" and not name.startswith("known")
@@ -126,9 +131,12 @@ def run_head(
         teacher=None if teacher is None else as_known(teacher, targets_T, shard) if known else teacher,
         chunk_tokens=sizes.chunk_tokens,
         kernels=kernels,
+        support=support,
     )
     outputs.loss.backward()
     results = {key: value.detach() for key, value in outputs._asdict().items() if value is not None}
+    outside_T = results["log_probs"] < OUTSIDE
+    results |= {"outside": outside_T.float(), "log_probs": torch.where(outside_T, 0.0, results["log_probs"])}
     assert hidden_SH.grad is not None and weight_VH.grad is not None
     return {**results, "d_hidden": hidden_SH.grad, "d_weight": weight_VH.grad}
 

@@ -39,6 +39,7 @@ def generate_on_rank(
     from kdrl_mcore.model.scoring import score_rollouts
     from kdrl_mcore.rollout.engine import Sampling
     from kdrl_mcore.types import Prompt
+    from kdrl_mcore.vocab_parallel import Support
 
     job = build_job(load_config(overrides))
     assert job.engine is not None
@@ -47,7 +48,9 @@ def generate_on_rank(
     for name, how in samplings.items():
         sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=RESPONSES, key=(1, 0, 7), **how)
         rollouts = job.engine.generate(asked, sampling) if parts is None else in_parts(job.engine, asked, sampling, *parts)
-        scored = score_rollouts(job.student.parts, rollouts, temperature=how["temperature"] or 1.0, micro_tokens=100)
+        settings = {"temperature": how["temperature"] or 1.0, "micro_tokens": 100}
+        support = Support(sampling.top_p, sampling.top_k, sampling.min_p)
+        scored = score_rollouts(job.student.parts, rollouts, support=support, **settings)
         result[name] = [
             {
                 "prompt_id": rollout.prompt_id,

@@ -106,6 +106,7 @@ class Outcome:
 def objective_overrides(settings: Settings) -> list[str]:
     """The same objective as overrides."""
     values = {key: getattr(settings, name) for name, key in OBJECTIVE_KEYS.items()}
+    values |= dict(zip(("rollout.top_p", "rollout.top_k", "rollout.min_p"), settings.support, strict=True))
     return [f"{key}={'null' if value is None else str(value).lower()}" for key, value in values.items()]
 
 
@@ -134,7 +135,7 @@ def score_and_train_on_rank(overrides: Sequence[str]) -> Outcome:
         job, config = trainer.job, trainer.config
         settings = {"temperature": config.rollout.temperature, "micro_tokens": config.batch.micro_tokens}
         rollouts = job.source.rollouts(1)
-        scored = score_rollouts(job.student.parts, rollouts, **settings)
+        scored = score_rollouts(job.student.parts, rollouts, support=job.student.support, **settings)
         found["student"], found["entropy"] = [list(column) for column in zip(*scored, strict=True)]
         found["teacher"] = []
         if job.teacher is not None:

@@ -17,6 +17,7 @@ from kdrl_mcore.vocab_parallel import (
     ExactForwardKL,
     ExactReverseKL,
     JensenShannon,
+    Support,
     TeacherInputs,
     TopKForwardKL,
     TopKJensenShannon,
@@ -87,6 +88,7 @@ def call(
         teacher=teacher,
         sequence_parallel=layout.sequence_parallel,
         chunk_tokens=layout.chunk_tokens,
+        support=Support(*p.support),
     )
     assert (outputs.teacher_entropies is None) == (kind not in WITH_ENTROPY)
     *values, entropies_T = outputs

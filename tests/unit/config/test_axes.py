@@ -95,7 +95,16 @@ def test_every_preset_can_be_trained_with(preset: str) -> None:
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.divergence=forward {KD}.mix=trust", "objective.kd.mix=trust does"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {COMBINE}.kind=sign", "set it to add or gate"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact {KD}.token_weight.kind=pass_rate", "pass_rate needs"),
-        (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout.top_p=0.9 {KD}.importance=mask", "weights sampled tokens, which"),
+        (
+            f"{GIVEN}.share=0.5 {KD}.estimator=exact batch.updates_per_step=2 {KD}.importance=mask",
+            "weights sampled tokens, which",
+        ),
+        (
+            f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout.top_p=0.9",
+            "leave out given responses: set it to 1, or rollout.given.share=0",
+        ),
+        (f"{KD}.estimator=top_k rollout.top_k=20", "estimator=top_k is not defined: set it to 0"),
+        (f"{KD}.estimator=exact {KD}.divergence=jsd rollout.min_p=0.1", "divergence=jsd needs all of it: set it to 0"),
         (f"{GIVEN}.share=0.5 {KD}.estimator=exact rollout=replay rollout.path=r", "set rollout.given.path"),
         (f"{GIVEN}.share=1", "less than 1"),
         (f"{GIVEN}.path=r", "needs rollout.given.share above 0"),

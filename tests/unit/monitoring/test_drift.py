@@ -17,7 +17,8 @@ from kdrl_mcore.errors import NumericalError
         (["model.dtype=bfloat16"], {"drift_mean": 0.01, "drift_max": 2.0}, False),
         (["model.dtype=bfloat16"], {"drift_mean": 0.06, "drift_max": 0.2}, True),
         (["batch.updates_per_step=2"], {"drift_mean": 1.0, "drift_max": 1.0}, False),
-        (["rollout.top_p=0.9"], {"drift_mean": 1.0, "drift_max": 1.0}, False),
+        (["rollout.top_p=0.9"], {"drift_mean": 0.04, "drift_max": 1.0}, False),
+        (["rollout.top_k=20"], {"drift_mean": 0.06, "drift_max": 0.06}, True),
         (["rollout=replay", "rollout.path=r.jsonl"], {"drift_mean": 1.0, "drift_max": 1.0}, False),
         (
             ["rollout=vllm", "rollout.vllm.placement=server", "rollout.steps_ahead=1"],

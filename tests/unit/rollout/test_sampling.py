@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdrl_mcore.rollout.sampling import _locate, sample
-from kdrl_mcore.vocab_parallel import VocabShard
+from kdrl_mcore.vocab_parallel import Support, VocabShard
 
 HOW: dict[str, tuple[float, float, int, float]] = {
     "plain": (1.0, 1.0, 0, 0.0),
@@ -35,13 +35,14 @@ class NoPrefixSums(TorchDispatchMode):
 
 
 def draw(logits_NV: Tensor, uniform_N: Tensor, how: str, real: int) -> tuple[Tensor, Tensor]:
-    return sample(logits_NV.clone(), uniform_N, VocabShard(None, 0, logits_NV.size(1), real), *HOW[how])
+    temperature, *head = HOW[how]
+    return sample(logits_NV.clone(), uniform_N, VocabShard(None, 0, logits_NV.size(1), real), temperature, Support(*head))
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("columns", [3, 64, 65, 1000, 5000])
 def test_tokens_are_those_of_the_cumulative_distribution(columns: int, how: str) -> None:
-    """The token by numpy, in order; the last column is padding and is never drawn."""
+    """The token by numpy, in the order of the columns; the last column is padding and is never drawn."""
     generator = torch.Generator().manual_seed(columns)
     logits = 3 * torch.randn(40, columns, generator=generator)
     uniform = torch.rand(40, dtype=torch.float64, generator=generator)
@@ -57,9 +58,10 @@ def test_tokens_are_those_of_the_cumulative_distribution(columns: int, how: str)
         order = order[probs[order] >= min_p * probs.max()][: top_k or None]
         probs = probs / probs[order].sum()
         sums = probs[order].cumsum()
-        kept = order if top_p == 1 else order[: int(np.searchsorted(sums, top_p)) + 1]
-        mass = probs[kept].sum()
-        index = min(int(np.searchsorted(sums[: len(kept)], u * mass, side="right")), len(kept) - 1)
+        kept = np.sort(order if top_p == 1 else order[: int(np.searchsorted(sums, top_p)) + 1])
+        sums = probs[kept].cumsum()
+        mass = sums[-1]
+        index = min(int(np.searchsorted(sums, u * mass, side="right")), len(kept) - 1)
         assert token == (int(probs.argmax()) if temperature == 0 else int(kept[index]))
         assert log_prob == pytest.approx(np.log(probs[token] / mass), abs=1e-6)
 

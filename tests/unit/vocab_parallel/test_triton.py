@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.vocab_parallel import HeadTokens, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import HeadTokens, Support, VocabShard, fused_head
 from kdrl_mcore.vocab_parallel.chunk import logits_memory
 from kdrl_mcore.vocab_parallel.chunk_logits import LogitsTerms
 from kdrl_mcore.vocab_parallel.torch_logits import TorchLogits
@@ -47,6 +47,21 @@ def compare_shared(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     results = [run_head(name, sizes, dtype, kernels, group, rank) for kernels in ("triton", "torch")]
     assert_same(*results, ROUNDING[dtype])
+
+
+def compare_truncated() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    for support in (Support(top_p=0.7), Support(top_k=6), Support(0.8, 20, 0.01)):
+        for name in ("log_prob_entropy_k2", "exact"):
+            for sizes, dtype in ((TWO_RANKS["padded"], torch.float32), (TWO_RANKS["a_rank_of_padding"], torch.bfloat16)):
+                triton, plain = (
+                    run_head(name, sizes, dtype, kernels, group, rank, support=support) for kernels in ("triton", "torch")
+                )
+                assert_same(triton, plain, ROUNDING[dtype])
+                whole = run_head(name, sizes, dtype, "torch", group, rank)
+                assert plain["entropies"].mean() < whole["entropies"].mean() - 0.01
+    shared = run_head("exact", Sizes(columns=40, size=80), torch.bfloat16, "triton", group, rank, support=Support(top_k=6))
+    assert shared["outside"].any()
 
 
 def compare_known(sizes: Sizes) -> None:
@@ -171,6 +186,10 @@ def test_two_ranks_equal_torch_where_one_holds_only_padding(interpreted: RankPoo
 @pytest.mark.parametrize("name", ["exact", "forward", "mixed_0.2", "forward_top_k_student_bucket"])
 def test_a_peaked_distribution_equals_torch(interpreted: RankPool, name: str) -> None:
     interpreted.run(compare_alone, name, Sizes(columns=45, size=43, spread=60.0))
+
+
+def test_a_truncated_distribution_equals_torch(interpreted: RankPool) -> None:
+    interpreted.run(compare_truncated)
 
 
 def test_without_tokens_the_loss_and_gradients_are_zero(interpreted: RankPool) -> None:

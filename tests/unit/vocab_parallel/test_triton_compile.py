@@ -154,6 +154,21 @@ def test_largest_logits(compile_kernels: Compile, dtype: torch.dtype, tmp_path: 
     check_registers(kernel, tmp_path, programs=3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_support(compile_kernels: Compile, dtype: torch.dtype, tmp_path: Path) -> None:
+    from kdrl_mcore.vocab_parallel import triton_kernels as kernels
+
+    logits_CW, bound_C = memory(dtype, teacher=False)._student_CW, torch.zeros(3)
+    for peak in ((), (bound_C,)):
+        kernel = compile_kernels(kernels.reaching, logits_CW, bound_C, *peak)["_reaching"]
+        assert accesses(kernel)["ld.global.v4.b32"] == accesses_of_a_row(kernels.REACHING_BLOCK, dtype, kernels.WARPS)
+        check_registers(kernel, tmp_path, programs=3)
+    kernel = compile_kernels(kernels.mask_below, logits_CW, bound_C)["_mask_below"]
+    once = accesses_of_a_row(kernels.GRADIENT_BLOCK, dtype, kernels.WARPS)
+    assert accesses(kernel) == {"ld.global.v4.b32": once, "st.global.v4.b32": once, "ld.global.b32": 1}
+    check_registers(kernel, tmp_path, programs=3)
+
+
 def test_columns_can_be_overwritten(compile_kernels: Compile, tmp_path: Path) -> None:
     from kdrl_mcore.vocab_parallel import triton_kernels as kernels
 
