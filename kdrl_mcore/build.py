@@ -455,6 +455,7 @@ def build_sampling_source(
         part_tokens=_part_tokens(config) if config.teacher.score_while_sampling else 0,
         top_k=rollout.top_k,
         min_p=rollout.min_p,
+        stop=tuple(rollout.stop),
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None

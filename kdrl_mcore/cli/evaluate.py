@@ -150,7 +150,9 @@ def _identity(config: Config) -> dict[str, Any]:
         "data": settings["data"],
         "reward": settings["reward"],
         "eval": {key: value for key, value in settings["eval"].items() if key not in cadence},
-        "rollout": {key: settings["rollout"][key] for key in ("engine", "max_response_tokens", "top_p", "top_k", "min_p")},
+        "rollout": {
+            key: settings["rollout"][key] for key in ("engine", "max_response_tokens", "top_p", "top_k", "min_p", "stop")
+        },
     }
 
 

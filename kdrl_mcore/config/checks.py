@@ -17,6 +17,7 @@ from kdrl_mcore.config.derived import (
     is_supervised,
     learns_from_reward,
     replays,
+    samples,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, general_name, key_types, nearest
@@ -74,6 +75,7 @@ def check_config(config: Config) -> None:
         raise ConfigError("rollout=replay needs rollout.path=FILE, a rollout file (JSONL)")
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
+    _check_stops(config)
     _check_optimizer(config.optimizer)
     _check_overlap(config)
     check_reduction(config)
@@ -96,6 +98,14 @@ def check_ranges(tree: Mapping[str, Any]) -> None:
         check_number(name, value, RANGES[general_name(re.sub(r"\[\d+\]", "[]", name))])
 
 
+def _check_stops(config: Config) -> None:
+    for name, stop in (("rollout.stop", config.rollout.stop), ("eval.stop", config.eval.stop)):
+        if "" in (stop or ()):
+            raise ConfigError(f"{name} has an empty text, which every response contains: leave it out")
+    if config.rollout.stop and not samples(config) and (config.eval.stop is not None or not evaluates(config)):
+        raise ConfigError("rollout.stop has no effect, because this run samples no responses: leave it out")
+
+
 def _check_sources(data: DataConfig) -> None:
     if data.train and data.sources:
         raise ConfigError("data.train and data.sources are both set: name one data set, or several with their weights")
@@ -114,7 +124,7 @@ def _check_items(flat: dict[str, Any]) -> None:
     types_of = key_types()
     for name, value in flat.items():
         types = types_of.get(f"{general_name(name)}[]")
-        for index, item in enumerate(value if types is not None else ()):
+        for index, item in enumerate((value or ()) if types is not None else ()):
             if not isinstance(item, types or ()):
                 raise ConfigError(f"{name}[{index}]: Cannot convert {item!r} to {(types or (str,))[0].__name__}")
 

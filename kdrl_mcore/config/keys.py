@@ -34,8 +34,14 @@ def _types_of(annotation: Any, name: str) -> Iterator[tuple[str, tuple[type, ...
         yield from _types_of(typing.get_args(annotation)[0], f"{name}[]")
     elif typing.get_origin(annotation) is dict:
         yield from _types_of(typing.get_args(annotation)[1], f"{name}.NAME")
+    elif isinstance(annotation, types.UnionType):
+        members = typing.get_args(annotation)
+        yield name, tuple(typing.get_origin(member) or member for member in members)
+        for member in members:
+            if typing.get_origin(member) is list:
+                yield from _types_of(typing.get_args(member)[0], f"{name}[]")
     else:
-        yield name, typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        yield name, (annotation,)
 
 
 def described(node: object, prefix: str = "") -> Iterator[tuple[str, Any, Meta]]:

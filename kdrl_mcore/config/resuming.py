@@ -92,7 +92,10 @@ RULES: dict[str, Rule] = {
 EVALUATED = frozenset(
     {
         "data.eval",
-        *(f"eval.{name}" for name in ("benchmarks", "samples", "temperature", "top_p", "top_k", "min_p", "max_prompts")),
+        *(
+            f"eval.{name}"
+            for name in ("benchmarks", "samples", "temperature", "top_p", "top_k", "min_p", "stop", "max_prompts")
+        ),
     }
 )
 """The keys that determine what an evaluation measures: its results from before and after a change are not compared."""

@@ -550,6 +550,7 @@ class RolloutConfig:
         "to tokens with at least this share of the likeliest one's probability, likewise; 0 is off",
         range=Range(0, 1),
     )
+    stop: list[str] = key([], "a response also ends with the token that completes one of these texts")
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)
     max_log_prob_drift: float | None = key(
         None, "largest |sampler - trainer| log-prob that counts as rounding; null: by model.dtype", range=POSITIVE
@@ -722,6 +723,7 @@ class EvalConfig:
     top_p: float | None = key(None, "of the sampled responses; null: rollout.top_p", range=SHARE)
     top_k: int | None = key(None, "likewise; null: rollout.top_k", range=COUNT_OR_OFF)
     min_p: float | None = key(None, "likewise; null: rollout.min_p", range=Range(0, 1))
+    stop: list[str] | None = key(None, "of all responses, also greedy ones; null: rollout.stop")
     max_prompts: int = key(0, "the most prompts of each benchmark; 0: all", range=COUNT_OR_OFF)
     block: int = key(
         0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0: all", range=COUNT_OR_OFF

@@ -65,6 +65,11 @@ class Tokenizer:
         self.has_chat_template = bool(backend.chat_template)
         self._num_appended = _num_appended(backend)
 
+    @property
+    def fast(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the `tokenizers` library, for texts that are decoded token by token."""
+        return self._backend.backend_tokenizer
+
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenIds]:
         """Token ids of each text; with `special_tokens`, including those that the tokenizer adds, such as a beginning of
         sequence."""

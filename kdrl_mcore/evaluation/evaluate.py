@@ -125,9 +125,9 @@ class Evaluation:
 
 def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
     """The sampling settings for a block of prompts: those of `eval`, and where it has none those of `rollout`."""
-    limit = rollout.max_response_tokens
+    limit, stop = rollout.max_response_tokens, tuple(rollout.stop if settings.stop is None else settings.stop)
     if mode == GREEDY:
-        return Sampling(0.0, 1.0, limit, 1, (seed, 1, block))
+        return Sampling(0.0, 1.0, limit, 1, (seed, 1, block), stop=stop)
     return Sampling(
         settings.temperature,
         rollout.top_p if settings.top_p is None else settings.top_p,
@@ -136,6 +136,7 @@ def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutCon
         (seed, 1, block),
         top_k=rollout.top_k if settings.top_k is None else settings.top_k,
         min_p=rollout.min_p if settings.min_p is None else settings.min_p,
+        stop=stop,
     )
 
 

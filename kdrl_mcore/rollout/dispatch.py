@@ -67,12 +67,14 @@ class Submitted:
     Attributes:
         ticket: identifies it; never used twice.
         index: its number among the prompts of its draw; with the sampling's key it determines the seeds of the responses.
+        begun: the number of the prompt's tokens, from its end, that belong to a response which is continued.
     """
 
     ticket: int
     prompt: Prompt
     index: int
     sampling: Sampling
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,7 @@ class Dispatch:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
+            "stop": sampling.stop,
             "max_tokens": sampling.max_response_tokens,
         }
         try:
@@ -337,6 +340,7 @@ class Dispatch:
         return {
             "id": f"{submitted.ticket}.{number}",
             "prompt_token_ids": submitted.prompt.token_ids.tolist(),
+            "begun": submitted.begun,
             "seed": request_seed(submitted.sampling.key, submitted.index, number),
         }
 

@@ -21,8 +21,9 @@ class Sampling:
         key: the random key of the call, so that each call draws different numbers.
         verify: also verify the responses, if the engine can (`RolloutEngine.verifies`).
         part_tokens: the smallest number of tokens in a part for `OnPart`; 0: never call it.
-        top_p, top_k, min_p: which of the likeliest tokens are drawn (`sampling.sample`); log-probs are those of the truncated
-            distribution.
+        top_p, top_k, min_p: which of the likeliest tokens are drawn (`vocab_parallel.Support`); log-probs are those of the
+            truncated distribution.
+        stop: a response also ends with the token that completes one of these in its text (`stops.StopStrings`).
     """
 
     temperature: float
@@ -34,6 +35,7 @@ class Sampling:
     part_tokens: int = 0
     top_k: int = 0
     min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

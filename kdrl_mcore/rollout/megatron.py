@@ -24,6 +24,7 @@ from kdrl_mcore.parallel.packing import SequenceRun, pack
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.sampling import sample, uniforms
+from kdrl_mcore.rollout.stops import StopsOfBatch, StopStrings
 from kdrl_mcore.types import Prompt, Rollout
 from kdrl_mcore.vocab_parallel import Support
 
@@ -152,6 +153,7 @@ class MegatronEngine:
         tokens = torch.full((count, limit), _NO_TOKEN, device=where)
         log_probs = torch.zeros(count, limit, device=where)
         running = torch.ones(count, dtype=torch.bool, device=where)  # by slot
+        stops, read = self._stops(requests, limits.tolist(), sampling), 0
         ends_before = to_device(limits) if limits.min() < limit else None  # some responses have a lower limit
         for step in range(limit):
             token, log_prob = self._sample(last_hidden, random[slots, step], sampling)
@@ -162,6 +164,10 @@ class MegatronEngine:
             if step == limit - 1:
                 break
             if (step + 1) % _STEPS_BETWEEN_LOOKS[where.type] == 0:
+                if stops is not None:
+                    have_stopped = stops.read(slots.tolist(), tokens[slots, read : step + 1].cpu().numpy())
+                    running &= ~to_device(torch.tensor(have_stopped))
+                    read = step + 1
                 num_running, most = self._own_and_most(running.sum())
                 if most == 0:
                     break
@@ -174,15 +180,27 @@ class MegatronEngine:
             last_hidden = self._decode(token, positions, cache)
             cache.advance()
             positions = positions + 1
+        if stops is not None:
+            stops.read(slots.tolist(), tokens[slots, read : step + 1].cpu().numpy())
         indices = [
             (index, number) for index, request in zip(packed.order, requests, strict=True) for number in range(request.count)
         ]
-        parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy())
+        stop_ends = {} if stops is None else stops.ends
+        parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), stop_ends)
         to_text, most = self._tokenizer.decode_response, sampling.max_response_tokens
         return [
             (index, with_beginning(wave[index[0]], replace(part, group_id=index[0]), most, to_text))
             for index, part in zip(indices, parts, strict=True)
         ]
+
+    def _stops(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> StopsOfBatch | None:
+        """The stop strings of all responses to these requests; None without any. Every rank finds them for itself."""
+        if not sampling.stop:
+            return None
+        strings = StopStrings(self._tokenizer.fast, sampling.stop)
+        begun = [_NO_IDS if each.begun is None else each.begun.response_token_ids for each in requests]
+        texts = [strings.begin(ids) for ids, each in zip(begun, requests, strict=True) for _ in range(each.count)]
+        return StopsOfBatch(texts, limits, self._tokenizer.eos_ids)
 
     def _sample(self, hidden: Tensor | None, uniform_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """The next token and its log-prob for every slot, sampled on the last stage and broadcast over the pipeline group."""
@@ -243,12 +261,20 @@ class MegatronEngine:
         return hidden
 
     def _rollouts(
-        self, requests: list[Request], limits: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float32]
+        self,
+        requests: list[Request],
+        limits: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        log_probs: NDArray[np.float32],
+        ends: Mapping[int, int],
     ) -> list[Rollout]:
-        """Cut each row of sampled tokens [responses, most tokens] after its first stop token or at its limit."""
+        """Cut each row of sampled tokens [responses, most tokens] after its first stop token, at its limit, or, for some rows,
+        after the number of tokens in `ends`, with which they complete a stop string."""
         is_end = np.isin(tokens, sorted(self._tokenizer.eos_ids)) & (np.arange(tokens.shape[1]) < limits[:, None])
         stopped = np.asarray(is_end.any(axis=1))
         counts = np.where(stopped, is_end.argmax(axis=1) + 1, limits)
+        for slot, count in ends.items():
+            counts[slot], stopped[slot] = count, True
         version = self._weight_version()
         prompts = [request.prompt for request in requests for _ in range(request.count)]
         result = []

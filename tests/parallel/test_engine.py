@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdrl_mcore.data.tokenizers import load_tokenizer
 from tests.reference import dense
 from tests.support.ranks import RankPool
 from tests.support.sampling import (
@@ -183,6 +184,28 @@ def test_products_with_packed_weights_sample_the_same_tokens(
 def dense_log_probs(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
     with torch.no_grad():
         return dense.log_prob_of(dense.response_logits(model, row, TOKENS, temperature).log_softmax(-1), row)
+
+
+@pytest.mark.parametrize(("parts", "layout"), [(None, "tp2 pp2"), ((1, 30), "tp2"), ((7, 1), "small waves, tp1")])
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(
+    parts: tuple[int, int] | None, layout: str, zoo: Zoo, pools: dict[int, RankPool], alone: dict[str, list[dict[str, Any]]]
+) -> None:
+    """A token is a character here. In parts of one token, every stop string of two tokens begins in the part before."""
+    ranks, overrides = LAYOUTS[layout]
+    fast = load_tokenizer(zoo.model("untied")).fast
+    texts = [fast.decode(row["response_token_ids"], skip_special_tokens=False) for row in alone["plain"]]
+    stops = (texts[0][4:6], texts[3][8:10], texts[10][6])
+    samplings = {"plain": {**SAMPLINGS["plain"], "stop": stops}}
+    (result, *_) = pools[ranks].run(generate_on_rank, overrides_of(zoo, overrides), PROMPTS, samplings, parts)
+    ended = 0
+    for row, whole, text in zip(result["plain"], alone["plain"], texts, strict=True):
+        ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+        count = min([len(whole["response_token_ids"]), *ends])
+        assert row["response_token_ids"] == whole["response_token_ids"][:count]
+        assert len(row["sampler_log_probs"]) == count
+        assert row["finish_reason"] == ("stop" if ends else whole["finish_reason"])
+        ended += bool(ends)
+    assert 3 <= ended < len(texts)
 
 
 @pytest.mark.parametrize(("parts", "layout"), [((6, 9), "dp2"), ((1, 3), "tp2 sp"), ((7, 1), "small waves, tp1")])

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import WeightVersionSpan
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors,
@@ -84,6 +85,12 @@ def test_a_step_on_a_gpu_takes_enough_tokens(sequences: int, tokens: int) -> Non
 def test_the_frontend_of_the_second_model_runner_takes_it() -> None:
     names: Any = vllm_adapter.engine_args(SETTINGS, cuda=True).logits_processors
     build_custom_logits_processors_params_validator(names)(SamplingParams())
+
+
+def test_the_versions_of_a_response_that_is_cut_off_are_those_of_its_tokens() -> None:
+    spans = [WeightVersionSpan("3", 0, 5), WeightVersionSpan("4", 5, 9)]
+    ends: Any = {None: [(3, 5), (4, 4)], 7: [(3, 5), (4, 2)], 5: [(3, 5)], 2: [(3, 2)]}
+    assert {end: vllm_adapter._versions(spans, end) for end in ends} == ends
 
 
 def test_further_arguments_take_precedence_and_are_known() -> None:

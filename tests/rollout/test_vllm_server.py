@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdrl_mcore.convert.convert import export_hf_folder, import_hf
+from kdrl_mcore.data.tokenizers import load_tokenizer
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.vllm.client import TOKEN_VARIABLE, EngineServer, ServerFailed, address_path
 from tests.reference import dense
@@ -117,6 +118,36 @@ def test_log_probs_are_those_of_the_truncated_distribution_that_is_trained(
             logits_TV = dense.response_logits(model, row, TOKENS, how["temperature"])
         log_p_TV = logits_TV.masked_fill(~in_support(logits_TV, *support), -torch.inf).log_softmax(-1)
         assert line["log_probs"] == pytest.approx(dense.log_prob_of(log_p_TV, row).tolist(), abs=2e-4)
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(served: Served) -> None:
+    """Also one that begins in the part of a response that was sampled earlier. The response is longer than the interval at
+    which vLLM reports, so that it is aborted."""
+    fast, prompts = load_tokenizer(served.model).fast, PROMPTS * 3
+    whole = served.generate(prompts, range(len(prompts)), max_tokens=40)
+    texts = [fast.decode(line["token_ids"], skip_special_tokens=False) for line in whole]
+    longest = max(range(len(texts)), key=lambda number: len(texts[number]))
+    stops = [texts[longest][3:5], texts[longest][10]]
+    cut = served.generate(prompts, range(len(prompts)), max_tokens=40, stop=stops)
+    for line, plain, text in zip(cut, whole, texts, strict=True):
+        ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+        count = min([len(plain["token_ids"]), *ends])
+        assert line["token_ids"] == plain["token_ids"][:count] and len(line["log_probs"]) == count
+        assert line["versions"] == [[None, count]]
+        assert line["finish_reason"] == ("stop" if ends else plain["finish_reason"])
+    assert len(texts[longest]) > 33  # the first token and `adapter.STREAM_INTERVAL` more
+    (first,) = served.generate([PROMPTS[2]], [5], temperature=0.0)
+    begun = fast.decode(PROMPTS[2][-1:])  # as if the prompt's last token were a response's first
+    pair = begun + fast.decode(first["token_ids"][:1])
+    request = {"id": "0", "prompt_token_ids": PROMPTS[2], "seed": 5}
+
+    async def ends_after(begun: int) -> int:
+        settings = {**PLAIN, "temperature": 0.0, "stop": [pair]}
+        async with httpx.AsyncClient(trust_env=False) as http:
+            lines = [line async for line in served.server.generate(http, None, [{**request, "begun": begun}], settings)]
+        return len(lines[0]["token_ids"])
+
+    assert asyncio.run(ends_after(1)) == 1 < asyncio.run(ends_after(0))
 
 
 def test_greedy_tokens_of_an_exported_checkpoint_are_those_of_transformers(served: Served) -> None:

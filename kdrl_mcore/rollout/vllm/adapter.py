@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from kdrl_mcore.config.keys import nearest
 from kdrl_mcore.errors import ConfigError, RefitError
+from kdrl_mcore.rollout.stops import StopStrings
 from kdrl_mcore.rollout.vllm.client import kill_group
 
 STREAM_INTERVAL = 32
@@ -57,6 +58,7 @@ class EngineSettings:
         load_format: how weights are loaded; `dummy` if they come with a refit.
         lora_rank: the largest rank of adapters that come with a refit; 0: whole weights come.
         extra: further arguments of vLLM's engine, which take precedence.
+        tokenizer: of the `tokenizers` library, for stop strings.
     """
 
     model: str
@@ -72,6 +74,7 @@ class EngineSettings:
     load_format: str
     lora_rank: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,16 @@ class Engine:
         await self._llm.check_health()
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any]
+        self, request_id: str, prompt_token_ids: Sequence[int], seed: int, sampling: Mapping[str, Any], begun: int = 0
     ) -> AsyncIterator[Finished | None]:
-        """Sample one response: yields None from time to time while it grows, and finally the response."""
+        """Sample one response: yields None from time to time while it grows, and finally the response.
+
+        Stop strings are not vLLM's own, which would not find one that begins in an earlier part of a response. A response that
+        completes one is aborted at vLLM's next report; the tokens after it are dropped.
+
+        Args:
+            begun: the number of the prompt's last tokens that belong to a response which is continued.
+        """
         params = SamplingParams(
             temperature=sampling["temperature"],
             top_p=sampling["top_p"],
@@ -136,15 +146,25 @@ class Engine:
         )
         token_ids: list[int] = []
         log_probs: list[float] = []
+        text, end = None, None
+        if sampling.get("stop"):
+            begun_ids = prompt_token_ids[len(prompt_token_ids) - begun :]
+            text = StopStrings(self._settings.tokenizer, sampling["stop"]).begin(begun_ids)
         async for output in self._outputs(request_id, prompt_token_ids, params):
             part = output.outputs[0]
+            if text is not None and end is None and (count := text.read(part.token_ids)) is not None:
+                end = len(token_ids) + count
+                if part.finish_reason is None:
+                    await self._llm.abort(output.request_id)
             token_ids += part.token_ids
             columns: Any = part.logprobs or ()  # for each token, log-probs by token id
             log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
             if part.finish_reason is None:
                 yield None
-            else:
+            elif end is None:
                 yield Finished(token_ids, log_probs, part.finish_reason, _versions(part.weight_versions))
+            else:
+                yield Finished(token_ids[:end], log_probs[:end], "stop", _versions(part.weight_versions, end))
 
     async def _outputs(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Any]:
         """vLLM's outputs for a request, which is restarted if the weights change before its first token."""
@@ -228,8 +248,12 @@ def adapters_at(path: str, *, replace: bool = False) -> LoRARequest:
     return LoRARequest(lora_name="student", lora_int_id=1, lora_path=path, load_inplace=replace)
 
 
-def _versions(spans: Any) -> list[tuple[int | None, int]]:
-    return [(int(span.version) if span.version.isdecimal() else None, span.end - span.start) for span in spans or ()]
+def _versions(spans: Any, end: int | None = None) -> list[tuple[int | None, int]]:
+    """Versions of the weights and the tokens that they sampled, of the first `end` tokens if that is not None."""
+    ends = [(span, span.end if end is None else min(span.end, end)) for span in spans or ()]
+    return [
+        (int(span.version) if span.version.isdecimal() else None, stop - span.start) for span, stop in ends if stop > span.start
+    ]
 
 
 def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:

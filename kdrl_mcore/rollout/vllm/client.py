@@ -208,8 +208,9 @@ class EngineServer:
         Args:
             version: the version of the weights that the server has, or had before a refit that began after the request was
                 sent.
-            requests: `id`, `prompt_token_ids` and `seed` of each response.
-            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 `top_k` and `min_p`.
+            requests: `id`, `prompt_token_ids` and `seed` of each response, and if it is continued `begun`, the number of tokens
+                at the end of the prompt that belong to it.
+            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 or empty `top_k`, `min_p` and `stop`.
 
         Raises:
             ServerFailed: the server failed, made no progress within the generation time-out, or did not send all responses.

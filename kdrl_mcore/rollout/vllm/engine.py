@@ -266,7 +266,8 @@ def _submitted(ticket: int, request: Request, sampling: Sampling) -> Submitted:
     """What the dispatch samples for a request."""
     key = request.key if request.begun is None else (*request.key, request.position)  # other draws than those before
     own = replace(sampling, max_response_tokens=request.tokens, responses_per_prompt=request.count, key=key)
-    return Submitted(ticket, replace(request.prompt, token_ids=request.token_ids), request.first // request.count, own)
+    prompt = replace(request.prompt, token_ids=request.token_ids)
+    return Submitted(ticket, prompt, request.first // request.count, own, request.position)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,12 @@ _SIGN_SECONDS = 1.0  # between two reports of progress in a stream
 
 
 class SampleRequest(TypedDict):
-    """One response to sample."""
+    """One response to sample. The last `begun` tokens of the prompt belong to a response that is continued."""
 
     id: str
     prompt_token_ids: list[int]
     seed: int
+    begun: int
 
 
 class GenerateBody(TypedDict):
@@ -185,7 +186,8 @@ class _Routes:
     ) -> None:
         """Sample one response, count its parts, and put it into `results`."""
         name = f"{request['id']}-{secrets.token_hex(4)}"  # vLLM needs names that it has never seen
-        async for out in self._engine.generate(name, request["prompt_token_ids"], request["seed"], sampling):
+        begun, prompt = request.get("begun", 0), request["prompt_token_ids"]
+        async for out in self._engine.generate(name, prompt, request["seed"], sampling, begun):
             self._state.parts += 1
             if isinstance(out, Finished):
                 results.put_nowait({"id": request["id"], **vars(out)})
@@ -290,6 +292,7 @@ def _settings(options: argparse.Namespace) -> EngineSettings:
         model=options.model,
         vocab_size=options.vocab_size or tokenizer.vocab_size,
         stop_ids=tuple(sorted(tokenizer.eos_ids)),
+        tokenizer=tokenizer.fast,
         extra=extra,
         **{name: getattr(options, name) for name in FLAGS}
         | {"max_model_len": min(options.max_model_len, read_architecture(options.model).context_length)},
