@@ -93,8 +93,12 @@ def test_the_versions_of_a_response_that_is_cut_off_are_those_of_its_tokens() ->
     assert {end: vllm_adapter._versions(spans, end) for end in ends} == ends
 
 
-def test_further_arguments_take_precedence_and_are_known() -> None:
+def test_further_arguments_take_precedence_and_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     extra = {"kv_cache_dtype": "fp8", "max_num_batched_tokens": 99, "quantization": "fp8", "enable_expert_parallel": True}
+    extra["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3}
+    with pytest.raises(ConfigError, match="--extra: speculative_config needs CUDA"):
+        vllm_adapter.check_extra(extra, "--extra")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     vllm_adapter.check_extra(extra, "--extra")
     for cuda in (True, False):
         arguments = vllm_adapter.engine_args(dataclasses.replace(SETTINGS, extra=extra), cuda=cuda)

@@ -306,11 +306,16 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
 
 
 def check_extra(extra: Mapping[str, Any], where: str) -> None:
-    """Check that vLLM's engine has these arguments.
+    """Check that vLLM's engine has these arguments, and that they work on this machine.
 
     Raises:
-        ConfigError: it has no argument of a name.
+        ConfigError: it has no argument of a name, or this machine no GPU that it needs.
     """
+    if extra.get("speculative_config") is not None and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{where}: speculative_config needs CUDA: on CPU vLLM's model runner cannot mask the columns without a token then; "
+            "leave it out"
+        )
     known = [each.name for each in fields(AsyncEngineArgs)]
     for name in extra:
         if name not in known:
