@@ -456,6 +456,7 @@ def build_sampling_source(
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         stop=tuple(rollout.stop),
+        experts=rollout.replay_experts,
     )
     settings = rollout.group_filter
     wanted = GroupFilter(rollout.prompts_per_step, settings.rounds, settings.others == "teach") if settings.rounds else None

@@ -17,6 +17,7 @@ from kdrl_mcore.model.scoring import score_rollouts
 from kdrl_mcore.objective.schedules import Coefficient
 from kdrl_mcore.objective.token_weights import scored_tokens
 from kdrl_mcore.rollout.engine import RolloutEngine
+from kdrl_mcore.rollout.experts import check_experts
 from kdrl_mcore.rollout.source import RolloutSource
 from kdrl_mcore.student.batch import TrainingBatch
 from kdrl_mcore.student.frozen_base import FrozenBase
@@ -109,6 +110,9 @@ class Job:
         """Split the rollouts into one batch per optimizer update. With more than one, the later updates are off-policy, so
         log pi_old is computed here, once; with `objective.clip_against=sampler` mu takes its place."""
         updates = self.config.batch.updates_per_step
+        replay = self.student.parts.replay
+        if replay is not None:
+            check_experts(rollouts, replay.num_layers, replay.per_token, replay.num_experts)
         old: list[TokenFloats] | None = None
         if self.config.objective.clip_against == "sampler":
             old = [rollout.sampler_log_probs for rollout in rollouts]
@@ -156,6 +160,7 @@ class Job:
             temperature=self.config.rollout.temperature,
             micro_tokens=self.config.batch.micro_tokens,
             support=self.student.support,
+            replay_experts=self.student.parts.replay is not None,
         )
 
     def _score(self, model: Teacher | FrozenBase, rollouts: Sequence[Rollout]) -> list[TokenFloats]:

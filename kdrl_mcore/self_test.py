@@ -58,6 +58,7 @@ def run_self_test(job: Job) -> None:
         min(settings.max_response_tokens, MAX_RESPONSE_TOKENS),
         1,
         (job.config.trainer.seed, 2),
+        experts=settings.replay_experts,
     )
     rollouts = job.source.first(NUM_PROMPTS, sampling)
     if job.source.samples:
@@ -75,6 +76,7 @@ def check_sampler(job: Job, rollouts: Sequence[Rollout]) -> None:
         rollouts,
         temperature=job.config.rollout.temperature,
         micro_tokens=job.config.batch.micro_tokens,
+        replay_experts=job.student.parts.replay is not None,
     )
     differences = [
         (abs(float(sampler) - float(trainer)), rollout, token, float(sampler), float(trainer))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "partial"]
 TokenIds = NDArray[np.int64]
 TokenFloats = NDArray[np.float32]
+ExpertIds = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Rollout:
     it was continued. The end-of-sequence token, if sampled, is the last response token. `domain`, `columns` and
     `teacher_prompts` are the prompt's; rollout files do not keep the columns. `given` marks a response that was not sampled
     (`rollout.given`): it has no sampler and no verdict, and takes part only in distillation. Rollout files hold none.
+    `experts` [prompt and response tokens - 1, layers with experts, experts of a token] are those that the sampler chose
+    (`rollout.replay_experts`).
     """
 
     prompt_id: str
@@ -68,6 +71,7 @@ class Rollout:
     later_versions: tuple[tuple[int, int], ...] = ()
     teacher_prompts: Mapping[str, TokenIds] = field(default_factory=dict)
     continuations: int = 0
+    experts: ExpertIds | None = None
 
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
@@ -76,16 +80,20 @@ class Rollout:
         return ((self.weight_version, len(self.response_token_ids) - later), *self.later_versions)
 
     def with_response(self, tokens: int) -> Rollout:
-        """The same rollout with only the first `tokens` tokens of its response; the rollout itself if it has no more."""
+        """The same rollout, without experts, with only the first `tokens` tokens of its response; the rollout itself if it has
+        no more."""
         if tokens == len(self.response_token_ids):
             return self
         return replace(
-            self, response_token_ids=self.response_token_ids[:tokens], sampler_log_probs=self.sampler_log_probs[:tokens]
+            self,
+            response_token_ids=self.response_token_ids[:tokens],
+            sampler_log_probs=self.sampler_log_probs[:tokens],
+            experts=None,
         )
 
     def after(self, prompt_token_ids: TokenIds) -> Rollout:
         """The same response after another prompt, to be scored."""
-        return replace(self, prompt_token_ids=prompt_token_ids)
+        return replace(self, prompt_token_ids=prompt_token_ids, experts=None)
 
     @property
     def num_tokens(self) -> int:

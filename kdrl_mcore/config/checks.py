@@ -18,6 +18,7 @@ from kdrl_mcore.config.derived import (
     learns_from_reward,
     replays,
     samples,
+    uses_given,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, general_name, key_types, nearest
@@ -76,6 +77,7 @@ def check_config(config: Config) -> None:
     if config.rollout.engine == "vllm":
         _check_vllm(config.rollout.vllm)
     _check_stops(config)
+    _check_replay_of_experts(config)
     _check_optimizer(config.optimizer)
     _check_overlap(config)
     check_reduction(config)
@@ -104,6 +106,18 @@ def _check_stops(config: Config) -> None:
             raise ConfigError(f"{name} has an empty text, which every response contains: leave it out")
     if config.rollout.stop and not samples(config) and (config.eval.stop is not None or not evaluates(config)):
         raise ConfigError("rollout.stop has no effect, because this run samples no responses: leave it out")
+
+
+def _check_replay_of_experts(config: Config) -> None:
+    if not config.rollout.replay_experts:
+        return
+    name = "rollout.replay_experts=true"
+    if is_supervised(config.objective):
+        raise ConfigError(f"{name} replays what a sampler chose, but sft samples nothing: set it to false")
+    if config.rollout.engine == "vllm":
+        raise ConfigError(f"{name} needs rollout=megatron: what vLLM's routers chose is not received; set it to false")
+    if uses_given(config):
+        raise ConfigError(f"{name} replays what a sampler chose, which given responses lack: set rollout.given.share=0")
 
 
 def _check_sources(data: DataConfig) -> None:

@@ -551,6 +551,9 @@ class RolloutConfig:
         range=Range(0, 1),
     )
     stop: list[str] = key([], "a response also ends with the token that completes one of these texts")
+    replay_experts: bool = key(
+        False, "a mixture of experts trains with the experts that the sampler chose for each token (rollout=megatron)"
+    )
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)
     max_log_prob_drift: float | None = key(
         None, "largest |sampler - trainer| log-prob that counts as rounding; null: by model.dtype", range=POSITIVE

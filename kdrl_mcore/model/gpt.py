@@ -15,6 +15,7 @@ from kdrl_mcore.config import LoraConfig, ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.activations import KEEP_ALL, Activations
 from kdrl_mcore.model.attention import PackedSequences, pack_attention
+from kdrl_mcore.model.expert_replay import ExpertReplay
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.layer_spec import block_spec, transformer_config, uses_transformer_engine
@@ -151,6 +152,7 @@ class ModelParts:
 
     Attributes:
         share_prompts: whether responses to equal prompts share the prompt's rows in a micro-batch.
+        replay: records and replays the experts of its tokens; None unless it was asked for.
     """
 
     chunks: list[LanguageModel]
@@ -158,6 +160,7 @@ class ModelParts:
     architecture: Architecture
     groups: ModelGroups
     share_prompts: bool = False
+    replay: ExpertReplay | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of this rank."""
@@ -197,6 +200,7 @@ def build_model(
     activations: Activations = KEEP_ALL,
     share_prompts: bool = False,
     lora: LoraConfig | None = None,
+    replay_experts: bool = False,
     trainable: bool,
 ) -> ModelParts:
     """Build this rank's chunks with uninitialised parameters.
@@ -206,12 +210,15 @@ def build_model(
         activations: which activations the backward pass recomputes, and which wait for it in host memory.
         share_prompts: see `ModelParts`; attention is then ours instead of Transformer Engine's.
         lora: the adapters, the only parameters that then have gradients; None for a model without adapters.
+        replay_experts: whether its routers can take the experts that a sampler chose.
         trainable: False builds a model without gradients, which only scores.
 
     Raises:
         ConfigError: the layout does not fit the architecture, or the architecture lacks an activation to recompute or off-load.
     """
     check_layout(architecture, groups.layout, trainable=trainable)
+    if replay_experts and architecture.experts is None:
+        raise ConfigError(f"rollout.replay_experts=true, but {architecture.family} has no experts: set it to false")
     activations.check(architecture, transformer_engine=uses_transformer_engine(model))
     config = transformer_config(architecture, model, groups, activations)
     frequencies = tuple(rotary_frequencies(rope, architecture.head_dim, device()) for rope in architecture.rotary_embeddings)
@@ -236,7 +243,8 @@ def build_model(
         offload = ActivationOffload(activations.min_elements)
         for chunk in chunks:
             offload.attach(chunk.decoder.layers, activations.offload)
-    return ModelParts(chunks, config, architecture, groups, share_prompts)
+    replay = ExpertReplay(chunks, architecture, groups) if replay_experts else None
+    return ModelParts(chunks, config, architecture, groups, share_prompts, replay)
 
 
 def _scale_output(embedding: nn.Module, scale: float) -> None:

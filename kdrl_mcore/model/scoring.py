@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ def score_rollouts(
     micro_tokens: int,
     on_hidden: Callable[[LanguageModel, PackedBatch, Tensor], Any] | None = None,
     support: Support | None = None,
+    replay_experts: bool = False,
 ) -> list[tuple[TokenFloats, TokenFloats]]:
     """Log-probs and entropies [response tokens] of every rollout under this model, on every rank.
 
@@ -39,6 +41,7 @@ def score_rollouts(
 
     Args:
         support: the model's distribution is truncated to it; log-probs of tokens outside are below `OUTSIDE`.
+        replay_experts: whether each token takes the experts that its sampler chose (`Rollout.experts`).
         on_hidden: also called for each micro-batch, with the same arguments as `collect` of `run_forward`.
     """
     if not rollouts:
@@ -63,7 +66,8 @@ def score_rollouts(
         return [(batch.spans, torch.stack(tuple(values)).float())]
 
     mine: list[tuple[Span, Any]] = []
-    for spans, values_2T in run_forward(parts, rollouts, micro_tokens, log_probs_and_entropy):
+    found = run_forward(parts, rollouts, micro_tokens, log_probs_and_entropy, replay_experts=replay_experts)
+    for spans, values_2T in found:
         on_host = values_2T.cpu().numpy()
         mine += [(span, on_host[:, rows]) for span, rows in span_rows(spans)]
     scored = gather_from_replicas(parts.groups, mine)
@@ -80,6 +84,8 @@ def run_forward(
     rollouts: Sequence[Rollout],
     micro_tokens: int,
     collect: Callable[[LanguageModel, PackedBatch, Tensor], list[T]],
+    *,
+    replay_experts: bool = False,
 ) -> list[T]:
     """Megatron's forward-only schedule over this replica's share of the rollouts.
 
@@ -97,13 +103,16 @@ def run_forward(
             share_prompts=parts.share_prompts,
             context_rank=groups.context.rank(),
             context_size=layout.context,
+            experts={i: each for i in items if (each := rollouts[i].experts) is not None} if replay_experts else None,
         )
         for items in scoring_plan(parts, rollouts, micro_tokens)[groups.data.rank()]
     ]
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: LanguageModel) -> tuple[Tensor, Any]:
         batch = next(iterator).on_device()
-        return chunk.run_batch(batch), partial(finish, chunk, batch)
+        with nullcontext() if parts.replay is None else parts.replay.forward(chunk, batch.experts_SLK):
+            hidden = chunk.run_batch(batch)
+        return hidden, partial(finish, chunk, batch)
 
     def finish(chunk: LanguageModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, list[T]]:
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), collect(chunk, batch, hidden.squeeze(1))
@@ -119,6 +128,8 @@ def run_forward(
         p2p_communicator=P2PCommunicator(groups.pipeline, parts.config),
         pg_collection=groups.groups,
     )
+    if parts.replay is not None:
+        parts.replay.finish()
     return [item for result in results for item in result]
 
 

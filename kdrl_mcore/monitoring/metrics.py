@@ -55,6 +55,7 @@ METRICS: dict[str, str] = {
     "skipped_updates": "updates skipped for NaN or Inf in this step",
     "rollout_ess": "effective sample size of pi/mu, as a share of the tokens, where other weights sampled them",
     "outside_share": "share of tokens outside what top_p, top_k and min_p leave of the student's distribution: weight 0",
+    "router_flip_share": "share of the replayed experts that the student's routers would not choose (rollout.replay_experts)",
     "drift_mean": "mean |sampler - trainer| log-prob per token, nats",
     "drift_max": "largest |sampler - trainer| log-prob, nats",
     "teacher_tokens": "response tokens the teacher scored in this step",

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from kdrl_mcore.parallel.micro_batches import Shape, by_prompt, shapes_of
 from kdrl_mcore.parallel.platform import to_device
-from kdrl_mcore.types import TokenIds
+from kdrl_mcore.types import ExpertIds, TokenIds
+
+UNKNOWN_EXPERT = -1
+"""In place of the experts of a row that no sampler has read: its router chooses for itself."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class PackedBatch:
             without context parallelism.
         key_rows: for each key, its row in the packed sequence of all ranks; None without shared prompts, where keys are in the
             order of the rows.
+        experts_SLK: the experts that the sampler chose for each row, or `UNKNOWN_EXPERT`; None where the routers choose.
     """
 
     tokens_S: Tensor
@@ -83,10 +87,11 @@ class PackedBatch:
     order: tuple[int, ...]
     context_rows: Tensor | None = None
     key_rows: Tensor | None = None
+    experts_SLK: Tensor | None = None
 
     def on_device(self) -> PackedBatch:
         """The same micro-batch on this rank's device."""
-        names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows", "key_rows")
+        names = ("tokens_S", "positions_S", "rows_T", "targets_T", "context_rows", "key_rows", "experts_SLK")
         tensors: dict[str, Any] = {name: to_device(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **tensors)
 
@@ -99,6 +104,7 @@ def pack(
     scored: Mapping[int, int] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
+    experts: Mapping[int, ExpertIds] | None = None,
 ) -> PackedBatch:
     """Pack (index in the global batch, prompt ids, response ids) into one micro-batch.
 
@@ -111,6 +117,7 @@ def pack(
             empty micro-batch still has one filler sequence of this length, so that an idle rank takes part in every collective.
         share_prompts: responses to equal prompts share its rows.
         scored: how many tokens, the first ones, of a response the teacher scored, by index; their loss rows come first.
+        experts: [prompt and response tokens - 1, L, K] by index. A shared prompt has those of one of its responses.
     """
     by_index = {index: (prompt, response) for index, prompt, response in sequences}
     rows = lay_out_rows(
@@ -127,6 +134,14 @@ def pack(
         tokens[segment.start : segment.stop] = whole[inside]
         positions[segment.start : segment.stop] = np.arange(inside.start, inside.stop)
     mine = _context_rows(rows.total, context_rank, context_size)
+    chosen = None
+    if experts is not None:
+        chosen = np.full((rows.total, *next((each.shape[1:] for each in experts.values()), (0, 0))), UNKNOWN_EXPERT, np.int16)
+        for segment in rows.segments:
+            if segment.rollout is not None:
+                first = len(segment.prefix)
+                known = experts[segment.rollout][first : first + segment.length]
+                chosen[segment.start : segment.start + len(known)] = known
 
     def flat(parts: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
@@ -146,6 +161,7 @@ def pack(
         key_rows=flat([segment.rows for segment in rows.segments])
         if any(segment.prefix for segment in rows.segments)
         else None,
+        experts_SLK=None if chosen is None else torch.from_numpy(chosen[mine]),
     )
 
 

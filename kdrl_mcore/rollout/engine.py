@@ -23,6 +23,7 @@ class Sampling:
         part_tokens: the smallest number of tokens in a part for `OnPart`; 0: never call it.
         top_p, top_k, min_p: which of the likeliest tokens are drawn (`vocab_parallel.Support`); log-probs are those of the
             truncated distribution.
+        experts: record the experts that the student's routers choose (`Rollout.experts`).
         stop: a response also ends with the token that completes one of these in its text (`stops.StopStrings`).
     """
 
@@ -36,6 +37,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def with_beginning(request: Request, part: Rollout, limit: int, decode: Callable
     for version, count in part.versions:
         before = versions.pop()[1] if versions[-1][0] == version else 0
         versions.append((version, before + count))
+    experts = None
+    if begun.experts is not None and part.experts is not None:  # what was read again were the tokens before these
+        experts = np.concatenate((begun.experts, part.experts[len(begun.experts) :]))
     response = np.concatenate((begun.response_token_ids, part.response_token_ids))
     return replace(
         part,
@@ -92,6 +97,7 @@ def with_beginning(request: Request, part: Rollout, limit: int, decode: Callable
         later_versions=tuple(versions[1:]),
         response=decode(response),
         continuations=begun.continuations + 1,
+        experts=experts,
     )
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_mcore.errors import DataError
-from kdrl_mcore.types import Rollout, TokenFloats
+from kdrl_mcore.rollout import experts
+from kdrl_mcore.types import ExpertIds, Rollout, TokenFloats
 
 FINISH_REASONS: tuple[str, ...] = ("stop", "length")
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -41,7 +42,8 @@ def write_rollouts(
 
     Each line holds the required keys, the texts `prompt`, `response` and `answer`, `teacher_log_probs` if the teacher scored
     the response, `domain` if training has several, `later_versions` if the weights changed during it, `teacher_prompts` if
-    teachers read other prompts, `continuations` if the response was continued, and the keys of `extra`.
+    teachers read other prompts, `continuations` if the response was continued, `experts` if they were recorded, and the keys of
+    `extra`.
     A float32 log-prob is written with enough digits to read the same float32 back. Log-probs that are not finite are written
     unchanged (`NaN`), for diagnosis; `read_rollouts` refuses them.
 
@@ -146,6 +148,8 @@ def to_row(rollout: Rollout) -> dict[str, Any]:
         row["teacher_prompts"] = {name: ids.tolist() for name, ids in rollout.teacher_prompts.items()}
     if rollout.continuations:
         row["continuations"] = rollout.continuations
+    if rollout.experts is not None:
+        row["experts"] = experts.encode(rollout.experts)
     taken = row.keys() & rollout.extra.keys()
     if taken:
         raise DataError(f"'{min(taken)}' is a key of rollout files and cannot be an extra key: rename it")
@@ -186,6 +190,7 @@ def from_row(row: Any, finish_reasons: Sequence[str] = FINISH_REASONS) -> Rollou
         later_versions=_later_versions(row, len(response)),
         teacher_prompts=_teacher_prompts(row),
         continuations=row.get("continuations", 0),
+        experts=_experts(row),
         extra={
             key: float(value)
             for key, value in row.items()
@@ -212,6 +217,16 @@ def _teacher_prompts(row: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
     if not isinstance(prompts, dict) or not all(isinstance(ids, list) for ids in prompts.values()):
         raise _BadRow(f"'teacher_prompts' is {_shorten(prompts)}, it must hold a list of token ids for each teacher")
     return {name: _token_ids({f"teacher_prompts.{name}": ids}, f"teacher_prompts.{name}") for name, ids in prompts.items()}
+
+
+def _experts(row: dict[str, Any]) -> ExpertIds | None:
+    """The experts that the sampler chose."""
+    if row.get("experts") is None:
+        return None
+    try:
+        return experts.decode(row["experts"])
+    except ValueError as error:
+        raise _BadRow(f"'experts' is {_shorten(row['experts'])}: {error}") from error
 
 
 def _later_versions(row: dict[str, Any], num_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -4,6 +4,7 @@ or a refit."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from kdrl_mcore.parallel.micro_batches import partition
 from kdrl_mcore.parallel.packing import SequenceRun, pack
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.rollout.engine import OnPart, Request, Sampling, Weights, with_beginning
+from kdrl_mcore.rollout.experts import compact
 from kdrl_mcore.rollout.sampling import sample, uniforms
 from kdrl_mcore.rollout.stops import StopsOfBatch, StopStrings
 from kdrl_mcore.types import Prompt, Rollout
@@ -89,12 +91,15 @@ class MegatronEngine:
         mine = partition(loads, groups.replicas.size())[groups.replicas.rank()]
         waves = self._waves([requests[i].count for i in mine])
         rollouts: list[tuple[tuple[int, int], Rollout]] = []
+        replay = self._parts.replay
         try:
-            for number in range(self._most(len(waves))):
-                if number < len(waves):
-                    rollouts += self._sample_wave({mine[index]: requests[mine[index]] for index in waves[number]}, sampling)
-                else:  # so that the other replicas can use this one's experts
-                    self._sample_wave({0: replace(requests[0], count=1)}, sampling)
+            with replay.recording() if replay is not None and sampling.experts else nullcontext():
+                for number in range(self._most(len(waves))):
+                    if number < len(waves):
+                        wave = {mine[index]: requests[mine[index]] for index in waves[number]}
+                        rollouts += self._sample_wave(wave, sampling)
+                    else:  # so that the other replicas can use this one's experts
+                        self._sample_wave({0: replace(requests[0], count=1)}, sampling)
         finally:
             unpack_weights(self._parts.chunks)
         for chunk in self._parts.chunks:
@@ -139,7 +144,9 @@ class MegatronEngine:
         limit = int(limits.max())
         random = to_device(torch.cat([_draws(request, limit) for request in requests]))
         cache = KVCache(lengths.tolist(), counts.tolist(), limit, few_shapes=where.type == "cuda")
+        replay = self._parts.replay if sampling.experts else None
         hidden = self._forward(packed.tokens_S, packed.positions_S, packed.runs, cache)
+        read_first = None if replay is None else replay.take(len(packed.tokens_S))
         ends = to_device((lengths.cumsum(0) - 1).repeat_interleave(counts))
         last_hidden = None if hidden is None else hidden[ends]
         cache.begin_decoding()
@@ -153,6 +160,7 @@ class MegatronEngine:
         tokens = torch.full((count, limit), _NO_TOKEN, device=where)
         log_probs = torch.zeros(count, limit, device=where)
         running = torch.ones(count, dtype=torch.bool, device=where)  # by slot
+        chosen = None if read_first is None else read_first.new_zeros(count, limit, *read_first.shape[1:])
         stops, read = self._stops(requests, limits.tolist(), sampling), 0
         ends_before = to_device(limits) if limits.min() < limit else None  # some responses have a lower limit
         for step in range(limit):
@@ -178,6 +186,9 @@ class MegatronEngine:
                     slots, positions, token, running = slots[kept], positions[kept], token[kept], running[kept]
                     cache.keep(kept)
             last_hidden = self._decode(token, positions, cache)
+            if replay is not None and chosen is not None:
+                filled = len(token) + -len(token) % alignment
+                chosen[slots, step] = replay.take(filled)[: len(token)]
             cache.advance()
             positions = positions + 1
         if stops is not None:
@@ -187,6 +198,16 @@ class MegatronEngine:
         ]
         stop_ends = {} if stops is None else stops.ends
         parts = self._rollouts(requests, limits.numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), stop_ends)
+        if replay is not None and read_first is not None and chosen is not None:
+            of_prompts, of_tokens = (replay.of_all_layers(each).cpu().numpy() for each in (read_first, chosen))
+            rows = [
+                slice(stop - length, stop) for length, stop in zip(lengths.tolist(), lengths.cumsum(0).tolist(), strict=True)
+            ]
+            rows_of = [own for own, each in zip(rows, requests, strict=True) for _ in range(each.count)]
+            for slot, part in enumerate(parts):
+                before = of_prompts[rows_of[slot]]
+                after = of_tokens[slot, : len(part.response_token_ids) - 1]
+                part.experts = compact(np.concatenate((before, after)), replay.num_experts)
         to_text, most = self._tokenizer.decode_response, sampling.max_response_tokens
         return [
             (index, with_beginning(wave[index[0]], replace(part, group_id=index[0]), most, to_text))

@@ -208,7 +208,13 @@ class TrainingBatch:
 
 
 def micro_batches(
-    batch: TrainingBatch, loss: BatchLoss, groups: ModelGroups, micro_tokens: int, *, share_prompts: bool
+    batch: TrainingBatch,
+    loss: BatchLoss,
+    groups: ModelGroups,
+    micro_tokens: int,
+    *,
+    share_prompts: bool,
+    replay_experts: bool = False,
 ) -> list[MicroBatch]:
     """This rank's micro-batches, each of at most `micro_tokens` tokens per rank and with the loss of its tokens.
 
@@ -234,6 +240,7 @@ def micro_batches(
             scored=scored,
             context_rank=groups.context.rank(),
             context_size=layout.context,
+            experts={i: each for i in items if (each := rollouts[i].experts) is not None} if replay_experts else None,
         ).on_device()
         hidden_DG = None
         if batch.teacher_hidden is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,6 +118,7 @@ class Student:
             activations=Activations.of(parallel),
             share_prompts=config.batch.share_prompts,
             lora=self.lora,
+            replay_experts=config.rollout.replay_experts,
             trainable=True,
         )
         load_weights(self.parts, config.student.path, on_parameter)
@@ -199,6 +201,8 @@ class Student:
         sums, maxima = _add_up(measures)
         sums, maxima = sum_over_replicas(self.groups, sums, {**maxima, "head_seconds": self._head_time.take()})
         head_seconds = maxima.pop("head_seconds")
+        if self.parts.replay is not None:
+            maxima["router_flip_share"] = self.parts.replay.take_changed_share()
         skipped = None
         bad = [name for name, value in {**sums, **maxima}.items() if not math.isfinite(value)]
         if any_rank(bool(bad) or not math.isfinite(grad_norm) or not self.optimizer.gradient_is_finite()):
@@ -284,6 +288,8 @@ class Student:
                 p2p_communicator=P2PCommunicator(self.groups.pipeline, self.parts.config),
                 pg_collection=self.groups.groups,
             )
+        if self.parts.replay is not None:
+            self.parts.replay.finish()
         for chunk in self.parts.chunks:
             chunk.set_input_tensor(None)  # the last hidden states that came through the pipeline
         return measures
@@ -291,12 +297,14 @@ class Student:
     def _forward_step(self, iterator: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         micro = next(iterator)
         chunk, batch = model.module, micro.packed
-        hidden = model(
-            input_ids=batch.tokens_S[None],
-            position_ids=batch.positions_S[None],
-            attention_mask=None,
-            packed_seq_params=chunk.pack_batch(batch),
-        )
+        replay = self.parts.replay
+        with nullcontext() if replay is None else replay.forward(chunk, batch.experts_SLK, counts=True):
+            hidden = model(
+                input_ids=batch.tokens_S[None],
+                position_ids=batch.positions_S[None],
+                attention_mask=None,
+                packed_seq_params=chunk.pack_batch(batch),
+            )
         return hidden, partial(self._loss, chunk, micro)
 
     def _loss(self, chunk: Any, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Measures]:

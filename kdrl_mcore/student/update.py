@@ -61,7 +61,14 @@ def _optimize(student: Student, batch: TrainingBatch, loss: BatchLoss, config: C
 
 
 def _micro_batches(batch: TrainingBatch, loss: BatchLoss, student: Student, settings: BatchConfig) -> list[MicroBatch]:
-    return micro_batches(batch, loss, student.groups, settings.micro_tokens, share_prompts=settings.share_prompts)
+    return micro_batches(
+        batch,
+        loss,
+        student.groups,
+        settings.micro_tokens,
+        share_prompts=settings.share_prompts,
+        replay_experts=student.parts.replay is not None,
+    )
 
 
 def _learning_rate(student: Student, config: Config) -> float:

@@ -7,7 +7,8 @@ pi, so rho = pi / pi_old is 1 in value and only carries the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,37 @@ def vocabulary_size(*models: Any) -> int:
 def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -> Tensor:
     """The logits [T, V] that predict each response token, at the temperature, without the columns beyond the vocabulary."""
     prompt, response = row["prompt_token_ids"], row["response_token_ids"]
-    logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+    with chosen_experts(model, row):
+        logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1, :vocab_size] / temperature
 
 
+@contextmanager
+def chosen_experts(model: Any, row: Row) -> Iterator[None]:
+    """With `chosen` in the row, [tokens - 1][layers][experts of a token], the routers of a Qwen3 mixture choose these, except
+    for the last token; their weights are the model's."""
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    handles = []
+    for number, gate in enumerate(gates if "chosen" in row and model.config.model_type == "qwen3_moe" else ()):
+        chosen = torch.tensor(row["chosen"])[:, number]
+
+        def choose(gate: Any, _: Any, outputs: Any, chosen: Tensor = chosen) -> tuple[Tensor, Tensor, Tensor]:
+            logits, _, own = outputs
+            indices = torch.cat((chosen, own[len(chosen) :]))
+            weights = logits.softmax(-1).gather(1, indices)
+            if gate.norm_topk_prob:
+                weights = weights / weights.sum(1, keepdim=True)
+            return logits, weights, indices
+
+        handles.append(gate.register_forward_hook(choose))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
 def as_teacher_reads(row: Row) -> Row:
-    """The row with the teacher's prompt, if that is another one."""
+    """The row with the teacher's prompt, if that is another one, and without the student's experts."""
+    row = {key: value for key, value in row.items() if key != "chosen"}
     return {**row, "prompt_token_ids": row.get("teacher_prompts", {}).get("teacher", row["prompt_token_ids"])}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tests.reference.dense import Settings, kdrl
+from kdrl_mcore.rollout.experts import encode
+from tests.reference.dense import Row, Settings, kdrl
 from tests.reference.tiny_models import make_rollouts, read_hf_weights, write_jsonl
 from tests.support import conversion_ranks
 from tests.support.ranks import RankPool
@@ -23,10 +25,15 @@ Probe = tuple[Path, dict[str, torch.Tensor], list[str]]
 """The student's folder, its gradient by HF tensor name from the dense reference, and the run's overrides."""
 
 
-def make_probe(folder: Path, student: Path, teacher: Path) -> Probe:
+def make_probe(folder: Path, student: Path, teacher: Path, num_layers: int | None = None) -> Probe:
+    """Args:
+    num_layers: the layers with experts, if a sampler chose experts for every token, at random.
+    """
     rows = make_rollouts(student, seed=13)
+    if num_layers is not None:
+        choose_experts(rows, num_layers)
     reference = kdrl(student, teacher, rows, SETTINGS)
-    rollouts = write_jsonl(folder / "rollouts.jsonl", rows)
+    rollouts = write_jsonl(folder / "rollouts.jsonl", [{**row, "chosen": None} for row in rows])
     overrides = [
         f"student.path={student}",
         f"teacher.path={teacher}",
@@ -48,6 +55,18 @@ def make_probe(folder: Path, student: Path, teacher: Path) -> Probe:
         if name.endswith(CORRECTION_BIAS):  # no gradient reaches it
             gradients[name] = torch.zeros_like(tensor)
     return student, gradients, overrides
+
+
+def choose_experts(rows: list[Row], num_layers: int) -> None:
+    """2 of 8 experts for every token but the last, in every layer; the same for a prompt's tokens in all of its rows. `chosen`
+    has them for the reference, `experts` as in a rollout file."""
+    random, of_prompts = np.random.default_rng(3), dict[str, np.ndarray]()
+    for row in rows:
+        tokens = len(row["prompt_token_ids"]) + len(row["response_token_ids"]) - 1
+        chosen = random.random((tokens, num_layers, 8)).argsort(axis=2)[:, :, :2]
+        of_prompt = of_prompts.setdefault(row["prompt_id"], chosen[: len(row["prompt_token_ids"])])
+        chosen[: len(of_prompt)] = of_prompt
+        row |= {"chosen": chosen.tolist(), "experts": encode(chosen.astype(np.uint8))}
 
 
 def one_by_one(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

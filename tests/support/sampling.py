@@ -116,3 +116,33 @@ def tokens_of(result: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[in
 
 def assert_close(found: Sequence[float], expected: Sequence[float] | torch.Tensor) -> None:
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-5)
+
+
+def drift_of_experts(overrides: list[str], prompts: list[list[int]], parts: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The responses with the experts that were recorded while they were sampled, and their mean drift if the trainer replays
+    these experts, or chooses them itself.
+
+    Args:
+        parts: see `generate_on_rank`.
+    """
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.parallel.platform import prepare_platform
+
+    prepare_platform()
+    from kdrl_mcore.build import build_job
+    from kdrl_mcore.model.scoring import score_rollouts
+    from kdrl_mcore.rollout.engine import Sampling
+    from kdrl_mcore.types import Prompt
+
+    job = build_job(load_config(overrides))
+    assert job.engine is not None
+    asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
+    sampling = Sampling(1.0, 1.0, LIMIT, RESPONSES, key=(1, 0, 7), experts=True)
+    rollouts = job.engine.generate(asked, sampling) if parts is None else in_parts(job.engine, asked, sampling, *parts)
+    found: dict[str, Any] = {"tokens": [rollout.response_token_ids.tolist() for rollout in rollouts]}
+    found["experts"] = [rollout.experts for rollout in rollouts]
+    for name, replays in (("own", False), ("replayed", True)):
+        scored = score_rollouts(job.student.parts, rollouts, temperature=1.0, micro_tokens=100, replay_experts=replays)
+        differences = [log_probs - each.sampler_log_probs for each, (log_probs, _) in zip(rollouts, scored, strict=True)]
+        found[name] = float(np.abs(np.concatenate(differences)).mean())
+    return found
