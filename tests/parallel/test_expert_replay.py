@@ -64,14 +64,16 @@ def test_a_missing_row_or_an_impossible_expert_is_refused(probe: Probe) -> None:
             check_experts([rollout], 3, 2, 8)
 
 
-def test_every_layout_records_the_same_experts_and_replaying_them_shrinks_the_drift(
-    ranks1: RankPool, ranks2: RankPool, tmp_path: Path
-) -> None:
-    student = make_model("qwen3_moe", tmp_path / "student", seed=11, mlp_only_layers=[1])
+def overrides_of(folder: Path, **shape: Any) -> list[str]:
+    student = make_model("qwen3_moe", folder / "student", seed=11, **shape)
     make_tokenizer(student)
-    rollouts = write_jsonl(tmp_path / "rollouts.jsonl", make_rollouts(student, seed=13, vocab_size=60))
+    rollouts = write_jsonl(folder / "rollouts.jsonl", make_rollouts(student, seed=13, vocab_size=60))
     overrides = [f"student.path={student}", "rollout=replay", f"rollout.path={rollouts}", "objective=grpo"]
-    overrides += ["rollout.replay_experts=true", "rollout.max_sequences=9"]
+    return [*overrides, "rollout.replay_experts=true", "rollout.max_sequences=9"]
+
+
+def test_every_layout_records_the_same_experts_also_in_parts(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    overrides = overrides_of(tmp_path, mlp_only_layers=[1])
     (alone,) = ranks1.run(drift_of_experts, overrides, PROMPTS)
     assert alone["replayed"] < 1e-5
     for layout, parts in ((f"{TP2_SP} parallel.expert=2", None), ("parallel.pipeline=2", (3, 30))):
@@ -79,5 +81,10 @@ def test_every_layout_records_the_same_experts_and_replaying_them_shrinks_the_dr
             assert found["tokens"] == alone["tokens"] and found["replayed"] < 1e-5
             for one, other in zip(found["experts"], alone["experts"], strict=True):
                 np.testing.assert_array_equal(np.sort(one, axis=2), np.sort(other, axis=2))
-    (bfloat16,) = ranks1.run(drift_of_experts, [*overrides, "model.dtype=bfloat16"], PROMPTS)
-    assert bfloat16["replayed"] < 0.8 * bfloat16["own"], (bfloat16["replayed"], bfloat16["own"])
+
+
+def test_replay_shrinks_the_drift_of_a_mixture_in_bfloat16(ranks1: RankPool, tmp_path: Path) -> None:
+    """Measured: 0.016 nats with the trainer's own choices, 0.006 with the sampler's."""
+    overrides = overrides_of(tmp_path, num_experts=32, num_experts_per_tok=4)
+    (found,) = ranks1.run(drift_of_experts, [*overrides, "model.dtype=bfloat16"], PROMPTS)
+    assert found["replayed"] < 0.6 * found["own"], found
