@@ -90,7 +90,7 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML; `--config` reads it back as the same configuration."""
-    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    tree: Any = asdict(config)
     prompts = [tree["teacher"]["prompt"], *(teacher["prompt"] for teacher in tree["teachers"].values())]
     for section, name in itertools.product((tree["data"], *prompts), TEMPLATES):
         if (section[name] or "").startswith("@"):
