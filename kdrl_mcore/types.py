@@ -1,4 +1,5 @@
-"""The two types that most packages exchange: a prompt, and a rollout (one sampled response)."""
+"""The two types that most packages exchange: a prompt, and a rollout (one sampled response); and which log-probs are those of
+tokens of probability 0."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ FinishReason = Literal["stop", "length", "partial"]
 TokenIds = NDArray[np.int64]
 TokenFloats = NDArray[np.float32]
 ExpertIds = NDArray[np.integer[Any]]
+
+OUTSIDE = -5e29
+"""Log-probs below this number are those of tokens outside the support of a truncated distribution (`vocab_parallel.Support`).
+They are not infinite, so that no NaN comes of them."""
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,6 @@ def _check_replay_of_experts(config: Config) -> None:
     name = "rollout.replay_experts=true"
     if is_supervised(config.objective):
         raise ConfigError(f"{name} replays what a sampler chose, but sft samples nothing: set it to false")
-    if config.rollout.engine == "vllm":
-        raise ConfigError(f"{name} needs rollout=megatron: what vLLM's routers chose is not received; set it to false")
     if uses_given(config):
         raise ConfigError(f"{name} replays what a sampler chose, which given responses lack: set rollout.given.share=0")
 

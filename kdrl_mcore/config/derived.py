@@ -371,6 +371,8 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
     if rollout.vllm.refit_adapters:
         rank = next(rank for rank in LORA_RANKS if rank >= config.student.lora.rank)
         values |= {"load-format": "auto", "lora-rank": rank}  # only adapters come with a refit
+    if rollout.replay_experts:
+        values["return-experts"] = 1
     if share is not None:
         values["gpu-memory-utilization"] = share
     extra = [word for argument in rollout.vllm.extra for word in ("--extra", argument)]

@@ -15,6 +15,7 @@ OWN = frozenset(
         "skip_tokenizer_init",
         "dtype",
         "load_format",
+        "enable_return_routed_experts",
         "enable_lora",
         "max_loras",
         "max_lora_rank",

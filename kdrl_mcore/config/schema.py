@@ -552,7 +552,7 @@ class RolloutConfig:
     )
     stop: list[str] = key([], "a response also ends with the token that completes one of these texts")
     replay_experts: bool = key(
-        False, "a mixture of experts trains with the experts that the sampler chose for each token (rollout=megatron)"
+        False, "a mixture of experts trains with the experts that the sampler chose for each token (with vLLM on CUDA only)"
     )
     max_sequences: int = key(256, "responses one data-parallel replica (or one vLLM engine) decodes at once", range=COUNT)
     max_log_prob_drift: float | None = key(

@@ -14,8 +14,7 @@ from torch import Tensor
 from kdrl_mcore.config import DistillationConfig, SamplerCorrectionConfig
 from kdrl_mcore.config.derived import bounds_importance
 from kdrl_mcore.objective.functions import find_function
-from kdrl_mcore.types import TokenFloats
-from kdrl_mcore.vocab_parallel import OUTSIDE
+from kdrl_mcore.types import OUTSIDE, TokenFloats
 
 
 def truncate(ratio_T: Tensor, bound: float) -> Tensor:

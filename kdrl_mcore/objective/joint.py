@@ -21,7 +21,7 @@ from kdrl_mcore.objective.divergences import ESTIMATORS, importance_weight, log_
 from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.mixes import MIXES
 from kdrl_mcore.objective.policy import POLICY_LOSSES, PolicyLoss, policy_ratio
-from kdrl_mcore.vocab_parallel import OUTSIDE
+from kdrl_mcore.types import OUTSIDE
 
 MAX_LOG_RATIO = 20.0
 """log pi/mu above which the measured effective sample size counts a token no more heavily, so that squares stay finite."""

@@ -23,8 +23,9 @@ import numpy as np
 
 from kdrl_mcore.resilience.waiting import waits_for_others
 from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.experts import decode
 from kdrl_mcore.rollout.vllm.client import ServerFailed, connections
-from kdrl_mcore.types import FinishReason, Prompt, Rollout, TokenFloats, TokenIds
+from kdrl_mcore.types import ExpertIds, FinishReason, Prompt, Rollout, TokenFloats, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,15 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Response:
-    """A finished response. Arrays [tokens]; they include the end of sequence if the model emitted it."""
+    """A finished response. Arrays [tokens]; they include the end of sequence if the model emitted it. `experts` are those of
+    the prompt and the response but its last token, of all layers; None unless they were asked for."""
 
     index: ResponseIndex
     token_ids: TokenIds
     log_probs: TokenFloats
     finish_reason: FinishReason
     versions: Versions
+    experts: ExpertIds | None = None
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,7 @@ class Dispatch:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "stop": sampling.stop,
+            "experts": sampling.experts,
             "max_tokens": sampling.max_response_tokens,
         }
         try:
@@ -367,7 +371,8 @@ class Dispatch:
         self._lengths.add(assignment.prompt.prompt.prompt_id, len(line["token_ids"]))
         token_ids = np.array(line["token_ids"], dtype=np.int64)
         log_probs = np.array(line["log_probs"], dtype=np.float32)
-        self._on_finished(Response((ticket, number), token_ids, log_probs, line["finish_reason"], versions))
+        experts = None if line.get("experts") is None else decode(line["experts"])
+        self._on_finished(Response((ticket, number), token_ids, log_probs, line["finish_reason"], versions, experts))
 
     def _fail(self, lane: _Lane, reason: str) -> None:
         """Take a server out of use; its work waits for another one."""

@@ -15,8 +15,7 @@ from kdrl_mcore.config.derived import weighs_by_scores
 from kdrl_mcore.objective.correction import sequence_log_ratios
 from kdrl_mcore.objective.token_weights import ResponseScores, token_weights
 from kdrl_mcore.student.batch import TrainingBatch
-from kdrl_mcore.types import Rollout, TokenFloats
-from kdrl_mcore.vocab_parallel import OUTSIDE
+from kdrl_mcore.types import OUTSIDE, Rollout, TokenFloats
 
 
 def weigh_tokens(

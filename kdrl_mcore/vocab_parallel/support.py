@@ -17,12 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdrl_mcore.types import OUTSIDE
 from kdrl_mcore.vocab_parallel.collectives import sum_over_ranks
 from kdrl_mcore.vocab_parallel.logits import MASKED
 from kdrl_mcore.vocab_parallel.shard import VocabShard
 
-OUTSIDE = MASKED / 2
-"""Log-probs below this number are those of tokens outside the support. They are not infinite, so that no NaN comes of them."""
+assert MASKED < OUTSIDE  # the log-prob of a masked logit
 
 _LEAST = MASKED / 8  # below every logit of a token, above those of masked columns
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import load_config
 from kdrl_mcore.errors import EngineError
 from kdrl_mcore.rollout.engine import Sampling
+from kdrl_mcore.rollout.experts import encode
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.types import Prompt, Rollout
 
@@ -35,7 +37,8 @@ class GatedServer:
             if each["id"] == "0.1" and not await asyncio.to_thread(self.gate.wait, 30):
                 raise TimeoutError("no part was handed out")
             line = {"id": each["id"], "token_ids": [3, 4], "log_probs": [-1.0] * 2, "finish_reason": "stop"}
-            yield {**line, "versions": [[version, 2]]}
+            routed = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2) if sampling["experts"] else None
+            yield {**line, "versions": [[version, 2]], "experts": None if routed is None else encode(routed)}
 
 
 @dataclass
@@ -121,3 +124,19 @@ def test_whole_verified_groups_come_in_parts_of_enough_tokens(part_tokens: int, 
         assert set(part) == {group * RESPONSES + response for group in groups for response in range(RESPONSES)}
     indices = [index for part in parts for index in part]
     assert len(indices) == len(set(indices))
+
+
+def test_a_response_has_the_experts_of_the_layers_that_have_experts(world_size: None) -> None:
+    """vLLM returns a row for every layer; here the second has none."""
+    gate = threading.Event()
+    gate.set()
+    config = load_config(["rollout=vllm", "objective=grpo"]).rollout
+    engine: Any = VllmEngine(OneReplica([GatedServer(gate)]), config, Letters(), None, vocab_size=9)  # type: ignore[arg-type]
+    mixture = SimpleNamespace(num_layers=3, has_experts=lambda layer: layer != 1, experts=SimpleNamespace(count=24))
+    engine._student, engine._version = Weights(SimpleNamespace(architecture=mixture)), 0
+    prompt = Prompt("p", "", np.array([1, 2, 3]), "")
+    (rollout, _) = engine.generate([prompt], replace(SAMPLING, experts=True))
+    expected = np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2)[:, [0, 2]]
+    np.testing.assert_array_equal(rollout.experts, expected)
+    assert engine.generate([prompt], SAMPLING)[0].experts is None
+    engine.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from vllm import SamplingParams
@@ -28,7 +29,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from kdrl_mcore.config.keys import nearest
-from kdrl_mcore.errors import ConfigError, RefitError
+from kdrl_mcore.errors import ConfigError, EngineError, RefitError
+from kdrl_mcore.rollout.experts import encode
 from kdrl_mcore.rollout.stops import StopStrings
 from kdrl_mcore.rollout.vllm.client import kill_group
 
@@ -59,6 +61,7 @@ class EngineSettings:
         lora_rank: the largest rank of adapters that come with a refit; 0: whole weights come.
         extra: further arguments of vLLM's engine, which take precedence.
         tokenizer: of the `tokenizers` library, for stop strings.
+        return_experts: whether responses come with the experts that routers chose (0 or 1).
     """
 
     model: str
@@ -75,6 +78,7 @@ class EngineSettings:
     lora_rank: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
+    return_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Finished:
     finish_reason: str
     versions: list[tuple[int | None, int]]
     """(version of the weights, number of tokens that they sampled), in order; None stands for the model directory's weights."""
+    experts: dict[str, Any] | None = None
+    """What routers chose for every token but the last, [tokens, layers, experts of a token], as `experts.encode` returns it."""
 
 
 class Engine:
@@ -161,10 +167,13 @@ class Engine:
             log_probs += [column[token].logprob for token, column in zip(part.token_ids, columns, strict=True)]
             if part.finish_reason is None:
                 yield None
-            elif end is None:
-                yield Finished(token_ids, log_probs, part.finish_reason, _versions(part.weight_versions))
             else:
-                yield Finished(token_ids[:end], log_probs[:end], "stop", _versions(part.weight_versions, end))
+                reason, versions = part.finish_reason, _versions(part.weight_versions, end)
+                token_ids, log_probs = token_ids[:end], log_probs[:end]
+                experts = None
+                if sampling.get("experts"):
+                    experts = _experts(part.routed_experts, len(prompt_token_ids) + len(token_ids) - 1)
+                yield Finished(token_ids, log_probs, reason if end is None else "stop", versions, experts)
 
     async def _outputs(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[Any]:
         """vLLM's outputs for a request, which is restarted if the weights change before its first token."""
@@ -256,6 +265,20 @@ def _versions(spans: Any, end: int | None = None) -> list[tuple[int | None, int]
     ]
 
 
+def _experts(routed: Any, rows: int) -> dict[str, Any]:
+    """What vLLM's routers chose for the first tokens.
+
+    Raises:
+        EngineError: some are missing.
+    """
+    if routed is None or len(routed) < rows:
+        raise EngineError(
+            f"vLLM returned the experts of {0 if routed is None else len(routed)} of {rows} tokens: no row may be missing; "
+            "start the server with --return-experts 1, on CUDA"
+        )
+    return encode(routed[:rows] if routed.dtype == np.uint8 else routed[:rows].astype(np.int16))
+
+
 def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
     """vLLM's arguments."""
     on_device: dict[str, Any] = (
@@ -300,6 +323,8 @@ def engine_args(settings: EngineSettings, cuda: bool) -> AsyncEngineArgs:
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
+    if settings.return_experts:
+        values["enable_return_routed_experts"] = True
     if settings.lora_rank:
         values |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": settings.lora_rank}
     return AsyncEngineArgs(**{**values, **on_device, **settings.extra})

@@ -210,7 +210,8 @@ class EngineServer:
                 sent.
             requests: `id`, `prompt_token_ids` and `seed` of each response, and if it is continued `begun`, the number of tokens
                 at the end of the prompt that belong to it.
-            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 or empty `top_k`, `min_p` and `stop`.
+            sampling: `temperature`, `top_p`, `max_tokens`, and if they are not 0 or empty `top_k`, `min_p`, `stop` and
+                `experts`, with which each response also has `experts`.
 
         Raises:
             ServerFailed: the server failed, made no progress within the generation time-out, or did not send all responses.

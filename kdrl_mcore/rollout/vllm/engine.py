@@ -22,10 +22,11 @@ from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.reward.verifier import Verifier
 from kdrl_mcore.rollout.dispatch import Complete, Dispatch, ExpectedLengths, Failure, Response, Submitted
 from kdrl_mcore.rollout.engine import Choose, OnPart, Request, Sampling, Weights, with_beginning
+from kdrl_mcore.rollout.experts import compact
 from kdrl_mcore.rollout.refit.refit import send_weights
 from kdrl_mcore.rollout.vllm.client import ServerFailed
 from kdrl_mcore.rollout.vllm.placement import Replicas
-from kdrl_mcore.types import Prompt, Rollout
+from kdrl_mcore.types import ExpertIds, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,16 @@ class VllmEngine:
             for index, (ticket, request) in enumerate(zip(tickets, requests, strict=True))
             for part in groups[ticket]
         ]
+
+    def _of_mixtures(self, experts: ExpertIds | None) -> ExpertIds | None:
+        """Of vLLM's [tokens, layers, experts of a token], the layers that have experts."""
+        if experts is None:
+            return None
+        assert self._student is not None
+        architecture = self._student.parts.architecture
+        assert architecture.experts is not None
+        layers = [layer for layer in range(architecture.num_layers) if architecture.has_experts(layer)]
+        return compact(experts[:, layers], architecture.experts.count)
 
     def _new_tickets(self, count: int) -> list[int]:
         tickets = list(range(self._tickets, self._tickets + count))
@@ -368,6 +379,7 @@ class _Work:
             domain=prompt.domain,
             columns=prompt.columns,
             teacher_prompts=prompt.teacher_prompts,
+            experts=self._engine._of_mixtures(response.experts),
         )
         self._arrived.put((ticket, number, rollout))
 

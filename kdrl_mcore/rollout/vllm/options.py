@@ -17,6 +17,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "gpu_memory_utilization": (ENGINE_SHARE, "share of each GPU"),
     "kv_cache_gib": (1.0, "KV cache on CPU, GiB"),
     "lora_rank": (0, "the largest rank of adapters, which come with a refit and without which nothing is sampled; 0: none"),
+    "return_experts": (0, "1: responses come with the experts that routers chose, for mixtures on CUDA"),
     "load_format": ("auto", "auto, or dummy if the weights come with a refit"),
 }
 """The options that are fields of `adapter.EngineSettings`: default and help."""

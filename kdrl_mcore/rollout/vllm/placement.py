@@ -235,6 +235,10 @@ def _free_share(colocated: bool) -> float:
 
 def _arguments(config: Config, vocab_size: int, single_node: bool, share: float) -> tuple[str, ...]:
     check_installed()
+    if config.rollout.replay_experts and not torch.cuda.is_available():
+        raise ConfigError(
+            "rollout.replay_experts=true: vLLM returns the experts only on CUDA: set rollout=megatron, or the key to false"
+        )
     host = "127.0.0.1" if single_node else own_address(os.environ["MASTER_ADDR"])
     arguments = server_arguments(config, config_folder(str(config.student.path)), share)
     return (*arguments, "--vocabulary", str(vocab_size), "--host", host)
