@@ -29,7 +29,8 @@ class MortalServer:
     """A server whose tokens have as log-prob minus the version of the weights that sampled them. Every few responses it dies
     with all its requests, and refuses to work until it is started again."""
 
-    def __init__(self, index: int, random: np.random.Generator) -> None:
+    def __init__(self, index: int, random: np.random.Generator, mortality: float = 0.01) -> None:
+        self.mortality = mortality
         self.index, self.log, self.version, self._random, self.alive, self.deaths = index, "log", -1, random, True, 0
 
     async def generate(
@@ -40,7 +41,7 @@ class MortalServer:
             log_probs = []
             for _ in range(length):
                 await asyncio.sleep(2e-3)
-                if self.alive and self._random.random() < 0.01:
+                if self.alive and self._random.random() < self.mortality:
                     self.alive, self.deaths = False, self.deaths + 1
                 if not self.alive:
                     raise ServerFailed("killed")
@@ -96,6 +97,9 @@ def world_size() -> Iterator[None]:
 def test_prompts_and_versions_survive_killed_servers_and_resumptions(
     steps_ahead: int, max_age: int, waits: bool, world_size: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A response follows from its draw: here, where it does not depend on the weights, every prompt gets the responses of a
+    synchronous run, however far ahead it is sampled and however often."""
+
     def send_weights(parts: Any, servers: list[MortalServer], version: int, *_: Any, **__: Any) -> Any:
         for server in servers:
             server.version = version if server.alive else server.version
@@ -114,20 +118,21 @@ def test_prompts_and_versions_survive_killed_servers_and_resumptions(
         ]
     ).rollout
 
-    def make() -> Any:
+    def make(servers: list[MortalServer], *, synchronous: bool = False) -> Any:
         engine: Any = vllm.VllmEngine(Replicas(servers), config, Letters(), None, vocab_size=99)  # type: ignore[arg-type]
-        ahead = Ahead(engine, steps_ahead, max_age, waits, STEPS, 1)
+        ahead = None if synchronous else Ahead(engine, steps_ahead, max_age, waits, STEPS, 1)
         sampling = Sampling(1.0, 1.0, 12, RESPONSES, (5, 0))
         return SampledRollouts(engine, student, PromptStream(PROMPTS, WANTED, 0, shuffle=False), None, sampling, ahead=ahead)
 
-    source, trained, changed = make(), Counter[str](), 0
+    answers = Counter[tuple[str, tuple[int, ...]]]()
+    source, trained, changed = make(servers), Counter[str](), 0
     for step in range(1, STEPS + 1):
         if step in (5, 11):  # a stop with a checkpoint, and one after an engine was given up
             if step == 5:
                 source.finish()
             state = through_json(source.state_dict())
             source.engine.close()
-            source = make()
+            source = make(servers)
             source.load_state_dict(state)
         source.refit()
         rollouts = source.rollouts(step)
@@ -138,8 +143,15 @@ def test_prompts_and_versions_survive_killed_servers_and_resumptions(
             changed += bool(rollout.later_versions)
         assert {len(set(r.response_token_ids)) for r in rollouts} == {1}
         trained.update(rollout.prompt_id for rollout in rollouts)
+        answers.update((rollout.prompt_id, tuple(rollout.response_token_ids)) for rollout in rollouts)
         student.version += 1
     assert trained == dict.fromkeys((prompt.prompt_id for prompt in PROMPTS), RESPONSES)
     assert source.ledger.counts()["prompts_waiting"] == 0 and source.engine._work is None
     assert sum(server.deaths for server in servers) > 5 and (changed > 0) is not waits
     source.engine.close()
+    synchronous = make([MortalServer(0, random, mortality=0.0)], synchronous=True)
+    for step in range(1, STEPS + 1):
+        synchronous.refit()
+        answers.subtract((each.prompt_id, tuple(each.response_token_ids)) for each in synchronous.rollouts(step))
+    assert not any(answers.values())
+    synchronous.engine.close()
