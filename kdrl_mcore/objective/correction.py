@@ -61,7 +61,7 @@ def sequence_log_ratios(log_probs: Sequence[TokenFloats], others: Sequence[Token
     either (`vocab_parallel.Support`) are left out: they have no weight in the loss themselves."""
     sums, counts = [], []
     for ours, other in zip(log_probs, others, strict=True):
-        inside = (ours > OUTSIDE) & (other > OUTSIDE)
+        inside = ~((ours < OUTSIDE) | (other < OUTSIDE))
         sums.append(float((ours[inside].astype("float64") - other[inside]).sum()))
         counts.append(max(int(inside.sum()), 1) if level == "geometric" else 1)
     return torch.tensor(sums, dtype=torch.float64) / torch.tensor(counts, dtype=torch.float64)

@@ -96,10 +96,10 @@ class TokenBatch:
     def within_support(self, log_probs: Tensor) -> tuple[Tensor, TokenBatch]:
         """(the present log-probs, the batch) for a student whose distribution `top_p`, `top_k` or `min_p` truncate: tokens
         outside its present support, or that of pi_old, have weight 0 in every term, the log-probs of mu, and no gradient."""
-        inside = log_probs.detach() > OUTSIDE
+        inside = ~(log_probs.detach() < OUTSIDE)  # a NaN is inside: the check of the loss must find it
         old = self.old_log_probs
         if old is not None:
-            inside = inside & (old > OUTSIDE)
+            inside = inside & ~(old < OUTSIDE)
             old = torch.where(inside, old, self.sampler_log_probs)
         batch = replace(
             self,

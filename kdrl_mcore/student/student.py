@@ -338,7 +338,7 @@ class Student:
             scored = slice(0, micro.packed.num_scored)
             d_D = outputs.teacher_log_probs[scored] - outputs.log_probs[scored]
             if self.support is not None:
-                d_D = torch.where(outputs.log_probs[scored] > OUTSIDE, d_D, 0.0)
+                d_D = torch.where(outputs.log_probs[scored] < OUTSIDE, 0.0, d_D)
             d_D = d_D if micro.given_T is None else torch.where(micro.given_T[scored], 0.0, d_D)
             measured.append((measured_divergences(d_D, outputs.divergences[scored]), {}))
         entropies_T = outputs.entropies if micro.given_T is None else torch.where(micro.given_T, 0.0, outputs.entropies)

@@ -88,7 +88,7 @@ def _token_weights(
             log_teacher = teacher[index]
             assert batch.scores is not None and log_teacher is not None
             log_probs, entropy = batch.scores[index]
-            log_ratio = np.where(log_probs > OUTSIDE, log_teacher - log_probs, 0.0).astype(np.float32)
+            log_ratio = np.where(log_probs < OUTSIDE, 0.0, log_teacher - log_probs).astype(np.float32)
             if ends[index]:
                 log_ratio[-1:] = 0.0  # it takes up no share
             if batch.scored_N is not None:

@@ -35,7 +35,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
     "layout",
     [
         f"{TP2_SP} parallel.expert=2 parallel.recompute=full",
-        "parallel.pipeline=2 parallel.recompute=full batch.micro_tokens=40",
+        "parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.recompute=full batch.micro_tokens=40",
         "parallel.context=2 parallel.expert=2 batch.share_prompts=true",
     ],
 )

@@ -59,7 +59,7 @@ class Problem:
 
     def loss(self, log_probs_C: Tensor, entropy_C: Tensor, divergence_C: Tensor, rows: slice) -> Tensor:
         """A loss that is nonlinear in all three and different for each token; 0 for a token outside the student's support."""
-        inside_C = log_probs_C.detach() > -1e29
+        inside_C = ~(log_probs_C.detach() < -1e29)
         a_C, b_C, c_C, d_C = torch.where(inside_C[:, None], self.factors_T4[rows].to(log_probs_C.dtype), 0.0).unbind(1)
         log_probs_C = torch.where(inside_C, log_probs_C, 0.0)
         return (

@@ -108,7 +108,7 @@ def run_head(
     shard = VocabShard(group, rank * sizes.columns, (rank + 1) * sizes.columns, sizes.size)
 
     def loss_C(one: HeadTokens, rows: slice) -> Tensor:
-        inside_C = one.log_probs.detach() > OUTSIDE
+        inside_C = ~(one.log_probs.detach() < OUTSIDE)
         log_probs_C = torch.where(inside_C, one.log_probs, 0.0)
         surrogate_C = -(log_probs_C - log_probs_C.detach()).exp() * advantages_T[rows]
         k2_C = 0.5 * (sampler_T[rows] - log_probs_C).square()

@@ -52,3 +52,17 @@ def test_gradient_of_each_token(kind: str, on_policy: bool) -> None:
     assert log_pi.grad is not None
     torch.testing.assert_close(log_pi.grad, expected)
     assert maxima["drift_max"] == pytest.approx(0.4)
+
+
+def test_a_token_outside_the_students_support_has_no_weight_but_nan_stays_nan() -> None:
+    now = torch.tensor([-1.0, -1e30, -2.0, torch.nan], requires_grad=True)
+    old = torch.tensor([-1.5, -2.0, -1e30, -1.0])
+    mu, share = torch.tensor([-1.2, -0.7, -0.4, -0.9]), torch.full((4,), 0.25)
+    batch = TokenBatch(torch.ones(4), share, share, mu, old_log_probs=old)
+    log_probs, inside = batch.within_support(now)
+    torch.testing.assert_close(log_probs, torch.tensor([-1.0, -0.7, -0.4, torch.nan]), equal_nan=True)
+    assert inside.policy_weights.tolist() == inside.distillation_weights.tolist() == [0.25, 0.0, 0.0, 0.25]
+    assert inside.inside is not None and inside.inside.tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert inside.old_log_probs is not None and inside.old_log_probs.tolist() == pytest.approx([-1.5, -0.7, -0.4, -1.0])
+    log_probs.sum().backward()
+    assert now.grad is not None and now.grad.tolist() == [1.0, 0.0, 0.0, 1.0]
