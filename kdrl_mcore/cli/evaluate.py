@@ -186,7 +186,7 @@ KEYS = {
     "greedy": "eval.greedy",
     "temperature": "eval.temperature",
     "top_p": "eval.top_p",
-    "max_response_tokens": "rollout.max_response_tokens",
+    "max_response_tokens": "eval.max_response_tokens",
     "max_sequences": "rollout.max_sequences",
     "tensor_parallel": "parallel.tensor",
     "pipeline_parallel": "parallel.pipeline",

@@ -257,6 +257,24 @@ def truncates(config: Config) -> bool:
     return not is_supervised(config.objective) and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0)
 
 
+def longest_evaluated(config: Config) -> int:
+    """The most tokens of a response in an evaluation."""
+    own = config.eval.max_response_tokens
+    return config.rollout.max_response_tokens if own is None else own
+
+
+def evaluated_limit(config: Config) -> tuple[int, str]:
+    """`longest_evaluated`, and the key that sets it."""
+    section = "rollout" if config.eval.max_response_tokens is None else "eval"
+    return longest_evaluated(config), f"{section}.max_response_tokens"
+
+
+def max_engine_tokens(config: Config) -> int:
+    """The tokens of the longest prompt with the longest response that an engine samples, in training or in an evaluation."""
+    own = longest_evaluated(config) if evaluates(config) else 0
+    return config.rollout.max_prompt_tokens + max(config.rollout.max_response_tokens, own)
+
+
 def max_sequence_tokens(rollout: RolloutConfig) -> int:
     """The tokens of the longest prompt with the longest response."""
     return rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -361,7 +379,7 @@ def server_arguments(config: Config, model: str | Path, share: float | None) -> 
     values = {
         "model": model,
         "dtype": config.model.dtype,
-        "max-model-len": max_sequence_tokens(rollout),
+        "max-model-len": max_engine_tokens(config),
         "max-sequences": rollout.max_sequences,
         "tensor": rollout.vllm.tensor,
         "kv-cache-gib": rollout.vllm.kv_cache_gib,

@@ -94,7 +94,17 @@ EVALUATED = frozenset(
         "data.eval",
         *(
             f"eval.{name}"
-            for name in ("benchmarks", "samples", "temperature", "top_p", "top_k", "min_p", "stop", "max_prompts")
+            for name in (
+                "benchmarks",
+                "samples",
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "stop",
+                "max_response_tokens",
+                "max_prompts",
+            )
         ),
     }
 )

@@ -727,6 +727,7 @@ class EvalConfig:
     top_k: int | None = key(None, "likewise; null: rollout.top_k", range=COUNT_OR_OFF)
     min_p: float | None = key(None, "likewise; null: rollout.min_p", range=Range(0, 1))
     stop: list[str] | None = key(None, "of all responses, also greedy ones; null: rollout.stop")
+    max_response_tokens: int | None = key(None, "likewise; null: rollout.max_response_tokens", range=COUNT)
     max_prompts: int = key(0, "the most prompts of each benchmark; 0: all", range=COUNT_OR_OFF)
     block: int = key(
         0, "prompts sampled at a time, after which an interrupted kdrl-evaluate can resume; 0: all", range=COUNT_OR_OFF

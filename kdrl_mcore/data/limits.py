@@ -48,11 +48,18 @@ class Limits:
         return Limits(tokens, positions[shortest], shortest)
 
 
-def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_response_tokens: int | None) -> None:
+def check_prompts(
+    prompts: Sequence[Prompt],
+    source: str,
+    limits: Limits,
+    max_response_tokens: int | None,
+    key: str = "rollout.max_response_tokens",
+) -> None:
     """Check that prompts, with the longest response to each and with their targets, are within the limits.
 
     Args:
         max_response_tokens: the limit of sampled responses, which then applies to targets too; None if none are sampled.
+        key: where it is set.
 
     Raises:
         DataError: one is not; the message names its row (from 1) and what to change.
@@ -78,9 +85,9 @@ def check_prompts(prompts: Sequence[Prompt], source: str, limits: Limits, max_re
                 longest, longest_row = len(prompt.token_ids), row
     if max_response_tokens is not None and longest + max_response_tokens > limits.positions:
         remaining = limits.positions - longest
-        lower = f"set rollout.max_response_tokens to at most {remaining}, or " if remaining > 0 else ""
+        lower = f"set {key} to at most {remaining}, or " if remaining > 0 else ""
         raise DataError(
-            f"{source} row {longest_row}: a prompt of {longest} tokens and rollout.max_response_tokens={max_response_tokens} "
+            f"{source} row {longest_row}: a prompt of {longest} tokens and {key}={max_response_tokens} "
             f"exceed the {limits.positions} positions of {limits.model} (max_position_embeddings): {lower}remove longer prompts"
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kdrl_mcore.config import Config, EvalConfig, RewardConfig, RolloutConfig, domain_name, load_benchmark
+from kdrl_mcore.config.derived import evaluated_limit
 from kdrl_mcore.data.files import name_of
 from kdrl_mcore.data.limits import Limits, check_prompts
 from kdrl_mcore.data.tokenizers import Tokenizer
@@ -50,7 +51,7 @@ class Evaluation:
         """
         self.benchmarks = load_benchmarks(config, tokenizer)
         for benchmark in self.benchmarks:
-            check_prompts(benchmark.prompts, benchmark.name, limits, config.rollout.max_response_tokens)
+            check_prompts(benchmark.prompts, benchmark.name, limits, *evaluated_limit(config))
         self._groups = groups
         self._eval, self._rollout, self._seed = config.eval, config.rollout, config.trainer.seed
         self._verifiers: dict[str, Verifier] = {}
@@ -125,7 +126,8 @@ class Evaluation:
 
 def sampling_of(mode: str, block: int, settings: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
     """The sampling settings for a block of prompts: those of `eval`, and where it has none those of `rollout`."""
-    limit, stop = rollout.max_response_tokens, tuple(rollout.stop if settings.stop is None else settings.stop)
+    limit = rollout.max_response_tokens if settings.max_response_tokens is None else settings.max_response_tokens
+    stop = tuple(rollout.stop if settings.stop is None else settings.stop)
     if mode == GREEDY:
         return Sampling(0.0, 1.0, limit, 1, (seed, 1, block), stop=stop)
     return Sampling(

@@ -13,6 +13,7 @@ from kdrl_mcore.config.derived import (
     TEACHER,
     compares_over_vocabulary,
     keeps_earlier_weights,
+    max_engine_tokens,
     max_sequence_tokens,
     samples,
     shares_teacher_head,
@@ -350,8 +351,8 @@ def engine_bytes(setup: Setup) -> float:
 def _longest_response_bytes(setup: Setup) -> float:
     """The bytes of keys and values of one response of full length with its prompt, on one GPU of an engine."""
     assert setup.engine is not None
-    rollout, shard = setup.config.rollout, setup.engine.shard
-    return max_sequence_tokens(rollout) * shard.stages[0].layers * shard.kv_bytes
+    shard = setup.engine.shard
+    return max_engine_tokens(setup.config) * shard.stages[0].layers * shard.kv_bytes
 
 
 def engine_share(setup: Setup) -> float:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import (
     engines_share_gpus,
+    evaluated_limit,
     loaded_teachers,
     longest_response,
     reads_scores,
@@ -179,7 +180,7 @@ def check_lengths(config: Config) -> str:
     if tokenizer is not None and config.eval.every >= 0:
         own = Limits.of(read_architecture(models[0]).vocab_size, models[:1])
         for benchmark in load_benchmarks(_only_files(config), tokenizer):
-            check_prompts(benchmark.prompts, benchmark.name, own, most)
+            check_prompts(benchmark.prompts, benchmark.name, own, *evaluated_limit(config))
             checked.append(benchmark.name)
     return f"{', '.join(checked) or 'no file'}: within {limits.positions} positions"
 
