@@ -155,7 +155,7 @@ def test_two_models_have_two_folders(tmp_path: Path) -> None:
         (
             ["--max-response-tokens", "254"],
             1,
-            "sums row 5: a prompt of 5 tokens and rollout.max_response_tokens=254 exceed the 256",
+            "sums row 5: a prompt of 5 tokens and eval.max_response_tokens=254 exceed the 256",
         ),
         (["--top-p", "0.9"], 1, "eval.top_p was null and is now 0.9"),
         (["rollout=vllm"], 1, 'rollout.engine was "megatron" and is now "vllm"'),
