@@ -9,6 +9,8 @@ C rows, V columns of this rank, z the student's and y the teacher's logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,25 +68,7 @@ def mixture(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, beta: float) -> Tens
     Args:
         numbers_KC: float32 rows (largest z, log sum of exponentials of the centred z, and both of y).
     """
-    rows, columns = z_CV.shape
-    out_KC = torch.empty(2, rows, dtype=torch.float32, device=z_CV.device)
-    if rows:
-        with torch.cuda.device_of(z_CV):
-            _mixture[(rows,)](
-                z_CV,
-                z_CV.stride(0),
-                y_CV,
-                y_CV.stride(0),
-                numbers_KC,
-                out_KC,
-                rows,
-                columns,
-                beta,
-                1.0 - beta,
-                BLOCK=min(MIXTURE_BLOCK, triton.next_power_of_2(max(columns, 1))),
-                num_warps=WARPS,
-            )
-    return out_KC
+    return _two_sums(_mixture, z_CV, y_CV, numbers_KC, beta, 1.0 - beta)
 
 
 def clipped(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, bound: float) -> Tensor:
@@ -94,11 +78,16 @@ def clipped(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, bound: float) -> Ten
     Args:
         numbers_KC: as for `mixture`.
     """
+    return _two_sums(_clipped, z_CV, y_CV, numbers_KC, bound)
+
+
+def _two_sums(kernel: Any, z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, *parameters: float) -> Tensor:
+    """Run a kernel that computes two sums of each row from both models' logits."""
     rows, columns = z_CV.shape
     out_KC = torch.empty(2, rows, dtype=torch.float32, device=z_CV.device)
     if rows:
         with torch.cuda.device_of(z_CV):
-            _clipped[(rows,)](
+            kernel[(rows,)](
                 z_CV,
                 z_CV.stride(0),
                 y_CV,
@@ -107,7 +96,7 @@ def clipped(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, bound: float) -> Ten
                 out_KC,
                 rows,
                 columns,
-                bound,
+                *parameters,
                 BLOCK=min(MIXTURE_BLOCK, triton.next_power_of_2(max(columns, 1))),
                 num_warps=WARPS,
             )
