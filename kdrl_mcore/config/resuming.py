@@ -213,7 +213,8 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
         own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded", "adapters")
-        return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
+        elsewhere = flat.get(key) is None and flat.get("teacher.server.kind", "none") != "none"
+        return own and not elsewhere and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"
     if key == "rollout.given.path":

@@ -26,6 +26,7 @@ from kdrl_mcore.config.derived import (
     uses_given,
 )
 from kdrl_mcore.convert.adapted import open_weights
+from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.convert.weight_map import check_names
@@ -62,7 +63,7 @@ from kdrl_mcore.rollout.vllm.host_memory import engine_gib
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.teacher.addresses import find_addresses
-from kdrl_mcore.teacher.connect import expected_of, make_client, weights_fingerprint
+from kdrl_mcore.teacher.connect import expected_of, make_client
 from kdrl_mcore.teacher.recorded import read_recorded
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from kdrl_mcore.config.derived import (
     separate_teachers,
     teacher_prompt_tokens,
 )
-from kdrl_mcore.convert.fingerprint import fingerprint
-from kdrl_mcore.convert.folders import torch_dist_folder
+from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.parallel.collect import on_first_rank
 from kdrl_mcore.parallel.layout import ModelGroups
@@ -112,13 +110,6 @@ def expected_of(
         0 if replays(config) else longest,
         weights,
     )
-
-
-def weights_fingerprint(path: str | None) -> str | None:
-    """The fingerprint of a folder's model; None if it holds no weights."""
-    if not path or not (any(Path(path).glob("*.safetensors")) or torch_dist_folder(Path(path))):
-        return None
-    return fingerprint(path)
 
 
 def _wait(

@@ -8,8 +8,8 @@ import pytest
 
 from kdrl_mcore.config import load_config, save_config
 from kdrl_mcore.config.derived import (
-    keeps_earlier_weights,
     has_separate_teacher,
+    keeps_earlier_weights,
     shares_teacher_head,
     teacher_prompt_tokens,
     teaches_itself,
