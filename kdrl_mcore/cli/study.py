@@ -1,6 +1,6 @@
 """Run studies (grids of runs) and collect their results.
 
-    kdrl-study main [NAME|FILE ...] [--jobs N | --slurm | --collect] [--against AXIS=CHOICE] [--best AXIS] [key=value ...]
+    kdrl-study main [NAME|FILE ...] [--jobs N | --slurm | --collect] [--only AXIS=CHOICE,...] [key=value ...]
 
 A study is a YAML file: your own, or one of the package's, by name (`conf/study/` in a checkout). Finished runs are skipped and
 interrupted ones resume, so repeat the command until every run is finished. Studies with the same configuration share the run.
@@ -9,6 +9,7 @@ file, or an override for every run. The results are STUDY.csv (one line per run)
 with `planned: true` (scaling.yaml) trains nothing: its runs are planned (docs/planning.md), and its picture is
 images/STUDY.png.
 
+`--only task=sparse,sums` restricts an axis to some of its choices (repeat it for another axis).
 `--against method=grpo` compares every setting with the one that has grpo as its method and is otherwise the same: the mean of
 the differences between runs with the same seed, its 95 % interval, and p-values with Holm's correction (STUDY_against_grpo.md).
 `--best value` writes the choice on an axis that has the highest mean accuracy, for each choice on the other axes, as a YAML
@@ -54,6 +55,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--sbatch", default="", metavar="'OPTIONS'", help="further options of sbatch, such as '--partition=gpu'"
     )
+    parser.add_argument(
+        "--only", metavar="AXIS=CHOICE,...", action="append", default=[], help="restrict an axis to some of its choices"
+    )
     parser.add_argument("--against", metavar="AXIS=CHOICE", help="compare every setting with this choice, paired by seed")
     parser.add_argument("--best", metavar="AXIS", help="write the best choice on this axis for each choice on the others")
     options = parser.parse_intermixed_args(arguments)
@@ -63,11 +67,14 @@ def main(arguments: list[str]) -> int:
         parser.error("name a study, such as main, or a file")
     if options.against and not all(options.against.partition("=")):
         parser.error("--against needs AXIS=CHOICE, such as method=grpo")
+    if not all(all(each.partition("=")) for each in options.only):
+        parser.error("--only needs AXIS=CHOICE,..., such as method=grpo,kdrl")
+    only = {axis: choices.split(",") for axis, _, choices in (each.partition("=") for each in options.only)}
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
-        studies = {file: load_study(file, settings) for file in map(find_study, names)}
+        studies = {file: load_study(file, settings, only) for file in map(find_study, names)}
         runs = distinct(itertools.chain(*studies.values()))
         if options.slurm:
             for line in submit(runs, options.sbatch):

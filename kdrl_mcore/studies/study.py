@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,16 @@ def find_study(name: str) -> Path:
     return path
 
 
-def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
+def load_study(path: Path, arguments: Sequence[str] = (), only: Mapping[str, Collection[str]] | None = None) -> list[StudyRun]:
     """The runs of a study: every setting with the first seed before any with the second, so that an interrupted grid
     compares equal numbers of seeds.
 
     Args:
         arguments: `key=value` from the command line: `OWN_KEYS`, keys of the base file, or overrides of every run.
+        only: the choices to which axes are restricted.
 
     Raises:
-        ConfigError: a file is missing or wrong, or training would refuse an override.
+        ConfigError: a file is missing or wrong, `only` names what the study lacks, or training would refuse an override.
     """
     OmegaConf.register_new_resolver("times", lambda a, b: f"{float(a) * float(b):.12g}", replace=True)
     study = _read(path)
@@ -110,6 +111,9 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
     try:
         merged = OmegaConf.merge(base, study, OmegaConf.create(own))
         axes = {str(axis): list(merged.grid[axis]) for axis in merged.grid}
+        axes = {axis: _restricted(path, axis, choices, only or {}) for axis, choices in axes.items()}
+        if unknown := [axis for axis in only or {} if axis not in axes]:
+            raise ConfigError(f"{path} has no axis '{unknown[0]}': its axes are {', '.join(axes)}")
         points = [dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values())]
         trees = [_resolved(merged, point) for point in points]
         tree = trees[0]
@@ -125,6 +129,17 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> list[StudyRun]:
         choices = itertools.chain(*(tree["grid"][axis][name] for axis, name in point.items()))
         settings.append(_runs(path.stem, root, point, seeds, [*tree.get("overrides", []), *choices, *extra], planned))
     return list(itertools.chain(*zip(*settings, strict=True)))
+
+
+def _restricted(path: Path, axis: str, choices: Sequence[str], only: Mapping[str, Collection[str]]) -> list[str]:
+    """The choices of an axis that are asked for, in the study's order."""
+    wanted = only.get(axis, choices)
+    for choice in wanted:
+        if choice not in choices:
+            raise ConfigError(
+                f"{path}: '{axis}' has no choice '{choice}'; it has {', '.join(choices)}{nearest(choice, choices)}"
+            )
+    return [choice for choice in choices if choice in wanted]
 
 
 def _resolved(merged: Any, point: Mapping[str, str]) -> dict[str, Any]:

@@ -116,6 +116,16 @@ def test_a_study_is_the_product_of_its_axes_and_seeds_first_seeds_first(folder: 
     assert [run.setting for run in both[:2]] == [("k2", "short"), ("k2", "long")]
 
 
+def test_an_axis_is_restricted_to_what_is_asked_for(folder: Path) -> None:
+    path = folder / "study.yaml"
+    axis = load_study(path)[0].axes[0]
+    assert [run.name for run in load_study(path, only={axis: ["grpo"]})] == ["grpo, seed 1", "grpo, seed 2"]
+    with pytest.raises(ConfigError, match=f"'{axis}' has no choice 'gprpo'; it has kdrl, grpo"):
+        load_study(path, only={axis: ["gprpo"]})
+    with pytest.raises(ConfigError, match=f"no axis 'metod': its axes are {axis}"):
+        load_study(path, only={"metod": ["grpo"]})
+
+
 def test_the_same_configuration_is_the_same_run_in_every_study(folder: Path) -> None:
     first, shared = load_study(folder / "study.yaml")[0], load_study(folder / "sharing.yaml")[0]
     assert first.identity == shared.identity  # k2 is the default, 0.02 = 10 * 2e-3
