@@ -25,7 +25,7 @@ import torch
 
 from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.errors import ConfigError, KdrlError
-from kdrl_mcore.resilience.interrupt import INTERRUPTED_EXIT_CODE
+from kdrl_mcore.resilience.interrupt import INTERRUPTED_EXIT_CODE, block_ignored_stop_signals
 from kdrl_mcore.rollout.vllm.client import kill_group
 from kdrl_mcore.teacher.addresses import TOKEN_VARIABLE, write_address
 from kdrl_mcore.teacher.servers import FINGERPRINT
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description="Serve a teacher over HTTP. Further options are those of `vllm serve`.",
     )
     result.add_argument("--model", required=True, help="HF model directory, or a hub id")
+    result.add_argument("--kind", default="completions", choices=("completions",), help="as teacher.server.kind (%(default)s)")
     result.add_argument("--run-dir", type=Path, help="the run directory of the training job")
     result.add_argument("--name", default="teacher", help="the teacher's name in `teachers` (%(default)s: the only one)")
     result.add_argument("--index", type=int, default=0, help="the server's number among those of the teacher, from 0")
@@ -82,6 +83,7 @@ def _serve(options: argparse.Namespace, further: list[str]) -> int:
     port = options.port or _free_port(options.host)
     environment = dict(os.environ) if token is None else {**os.environ, "VLLM_API_KEY": token}
     command = [sys.executable, "-m", "kdrl_mcore.cli.vllm_serve", str(os.getpid()), *vllm_arguments(options, port), *further]
+    block_ignored_stop_signals()  # vLLM sets its own handlers
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
     url = f"http://{options.host}:{port}"
     previous = signal.getsignal(signal.SIGTERM)

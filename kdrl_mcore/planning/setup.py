@@ -111,7 +111,8 @@ class Setup:
     @property
     def gpus(self) -> int:
         """The number of GPUs that are paid for."""
-        return self.student.layout.world_size + self.engine_gpus
+        teachers = self.cluster.teacher_nodes * self.cluster.gpus_per_node
+        return self.student.layout.world_size + self.engine_gpus + teachers
 
     @property
     def teacher(self) -> Placed | None:
