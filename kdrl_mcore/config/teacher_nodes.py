@@ -59,8 +59,7 @@ def teacher_nodes(config: Config, gpus: int) -> list[TeacherNodes]:
             "max-model-len": teacher_prompt_tokens(config, name) + config.rollout.max_response_tokens + 1,
             "tensor": tensor,
         }
-        if teacher.server.kind == "completions":
-            values["max-logprobs"] = config.objective.kd.top_k
+        values |= {"max-logprobs": config.objective.kd.top_k} if teacher.server.kind == "completions" else {}
         words = tuple(word for key, value in values.items() for word in (f"--{key}", str(value)))
         per_node = config.cluster.gpus_per_node // tensor if gpus else 1
         found.append(TeacherNodes(name, config.cluster.teacher_nodes // len(served), per_node, tensor if gpus else 0, words))

@@ -21,6 +21,7 @@ from kdrl_mcore.teacher.servers import (
     ScoringServers,
     ServedScores,
     check_fingerprint,
+    check_texts,
     json_of,
 )
 from kdrl_mcore.types import Rollout, TokenFloats, TokenIds
@@ -86,16 +87,11 @@ class CompletionServers(ScoringServers):
         except Failed as error:
             raise TeacherError(f"the teacher's server {error}") from error
         found = _parse(entries, 1, probe, self._top_k, f"{server}, probe")
-        for index, text in list(enumerate(expected.texts[:most]))[1:]:
-            theirs = entries[index][str(int(probe[index]))].get("decoded_token")
-            if text.strip() and theirs is not None and theirs.strip() != text.strip():
-                raise TeacherError(
-                    f"the teacher's server {server} has another tokenizer: token {probe[index]} is {theirs!r} there and "
-                    f"{text!r} here"
-                )
+        texts = [each[str(index)].get("decoded_token") for each, index in zip(entries[1:], probe[1:].tolist(), strict=True)]
+        check_texts(server, expected, [None, *texts])
         return found[0]
 
-    def _scores(self, server: str, batch: Sequence[Rollout]) -> list[ServedScores]:
+    def _scores(self, server: str, batch: Sequence[Rollout], wanted: frozenset[str]) -> list[ServedScores]:
         sequences = [np.concatenate((each.prompt_token_ids, each.response_token_ids)) for each in batch]
         scores = []
         for each, ids, entries in zip(batch, sequences, self._ask(server, sequences), strict=True):

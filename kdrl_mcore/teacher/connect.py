@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from kdrl_mcore.config.derived import (
 )
 from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.data.tokenizers import Tokenizer
+from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.parallel.collect import on_first_rank
+from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.teacher.addresses import find_addresses, wait_for_addresses
 from kdrl_mcore.teacher.completions import CompletionServers
 from kdrl_mcore.teacher.head import top_k_width
 from kdrl_mcore.teacher.served import Rows, ServedTeacher
 from kdrl_mcore.teacher.servers import Addresses, Expected, ScoringServers
+from kdrl_mcore.teacher.state_servers import StateServers
 
 PROBE_TOKENS = 128
 """The tokens that servers score at the start: most of them spread over the vocabulary, and some of the added ones."""
@@ -76,17 +80,19 @@ def make_client(
     Args:
         vocab_size: the number of tokens that all models share.
     """
-    server, kd = teacher.server, config.objective.kd
-    top_k = kd.top_k if compares_over_vocabulary(config.objective) else 0
-    return CompletionServers(
-        addresses,
-        model=server.model,
-        top_k=top_k,
-        concurrency=concurrency,
-        attempts=server.attempts,
-        timeout=server.timeout,
-        batch_tokens=server.batch_tokens,
-    )
+    server, compares = teacher.server, compares_over_vocabulary(config.objective)
+    settings: dict[str, Any] = {
+        "concurrency": concurrency,
+        "attempts": server.attempts,
+        "timeout": server.timeout,
+        "batch_tokens": server.batch_tokens,
+    }
+    if server.kind == "hidden_states":
+        hidden_size = read_architecture(str(teacher.path)).hidden_size if compares else None
+        temperature = config.rollout.temperature
+        return StateServers(addresses, temperature=temperature, columns=vocab_size, hidden_size=hidden_size, **settings)
+    top_k = config.objective.kd.top_k if compares else 0
+    return CompletionServers(addresses, model=server.model, top_k=top_k, **settings)
 
 
 def expected_of(
@@ -133,4 +139,6 @@ def _present(config: Config, name: str, teacher: TeacherConfig | NamedTeacherCon
 def _rows(config: Config, teacher: TeacherConfig | NamedTeacherConfig) -> Rows | None:
     if not compares_over_vocabulary(config.objective):
         return None
+    if teacher.server.kind == "hidden_states":
+        return Rows(read_architecture(str(teacher.path)).hidden_size, DTYPES[config.model.dtype])
     return Rows(top_k_width(config.objective.kd), torch.float32)

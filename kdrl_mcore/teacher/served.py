@@ -116,7 +116,7 @@ class ServedTeacher:
         shares = _deal(read, len(self._askers))
         owner = {index: rank for rank, share in zip(self._askers, shares, strict=True) for index in share}
         mine = [index for index, rank in owner.items() if rank == dist.get_rank()]
-        scores = dict(zip(mine, self._ask([read[index] for index in mine]), strict=True))
+        scores = dict(zip(mine, self._ask([read[index] for index in mine], wanted), strict=True))
         values = dict[int, ServedScores]()
         if LOG_PROBS in wanted:
             found = [(index, ServedScores(each.log_probs, None, each.entropies)) for index, each in scores.items()]
@@ -134,7 +134,7 @@ class ServedTeacher:
             hidden=hidden,
         )
 
-    def _ask(self, rollouts: Sequence[Rollout]) -> list[ServedScores]:
+    def _ask(self, rollouts: Sequence[Rollout], wanted: frozenset[str]) -> list[ServedScores]:
         """The scores of this rank's share of the responses, once every rank has its own. Collective over the world."""
         answers, seen, job = [0], 0, None
 
@@ -142,7 +142,7 @@ class ServedTeacher:
             answers[0] += 1
 
         if self._servers is not None and self._thread is not None and rollouts:
-            job = self._thread.submit(self._servers.score, rollouts, count)
+            job = self._thread.submit(self._servers.score, rollouts, wanted, count)
         while True:
             finished = job is None or _wait(job, BEAT_SECONDS)
             error = None

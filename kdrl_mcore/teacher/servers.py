@@ -108,8 +108,8 @@ class ScoringServers(ABC):
         """
 
     @abstractmethod
-    def _scores(self, server: str, batch: Sequence[Rollout]) -> list[ServedScores]:
-        """The scores of some responses, from one request.
+    def _scores(self, server: str, batch: Sequence[Rollout], wanted: frozenset[str]) -> list[ServedScores]:
+        """The scores of some responses, from one request, which may be more than is wanted.
 
         Raises:
             Failed: another attempt may succeed.
@@ -136,10 +136,13 @@ class ScoringServers(ABC):
                 on_wait()
                 time.sleep(POLL_SECONDS)
 
-    def score(self, rollouts: Sequence[Rollout], on_progress: Callable[[], None] = lambda: None) -> list[ServedScores]:
+    def score(
+        self, rollouts: Sequence[Rollout], wanted: frozenset[str], on_progress: Callable[[], None] = lambda: None
+    ) -> list[ServedScores]:
         """The scores of each rollout, all or none.
 
         Args:
+            wanted: those of `config.derived.wanted_scores`; the answers may have more.
             on_progress: called after each answer.
 
         Raises:
@@ -156,7 +159,7 @@ class ScoringServers(ABC):
         scores: dict[int, ServedScores] = {}
         pool = ThreadPoolExecutor(max(1, min(len(batches), self._concurrency * len(self._tokens))))
         try:
-            jobs = {pool.submit(self._score, [rollouts[i] for i in batch]): batch for batch in batches}
+            jobs = {pool.submit(self._score, [rollouts[i] for i in batch], wanted): batch for batch in batches}
             for job in as_completed(jobs):
                 scores |= zip(jobs[job], job.result(), strict=True)
                 on_progress()
@@ -169,14 +172,14 @@ class ScoringServers(ABC):
         self._closed.set()
         self._http.close()
 
-    def _score(self, batch: Sequence[Rollout]) -> list[ServedScores]:
+    def _score(self, batch: Sequence[Rollout], wanted: frozenset[str]) -> list[ServedScores]:
         where, reason = f"prompt {batch[0].prompt_id} and {len(batch) - 1} more", ""
         for attempt in range(self._attempts):
             if attempt and self._closed.wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)):
                 break
             server = self._take()
             try:
-                scores = self._scores(server, batch)
+                scores = self._scores(server, batch, wanted)
                 with self._lock:
                     self._alive.add(server)
                 return scores
@@ -267,3 +270,18 @@ def check_fingerprint(server: str, found: str | None, expected: str | None) -> N
             f"the teacher's server {server} serves another model (fingerprint {found}) than the teacher's path names "
             f"({expected[: len(found)]}): change one of them"
         )
+
+
+def check_texts(server: str, expected: Expected, texts: Sequence[str | None]) -> None:
+    """Check the texts that a server gives for the tokens of the probe, or the first of them; None or empty where it gives none.
+
+    Raises:
+        TeacherError: one is another token there.
+    """
+    for index, theirs in enumerate(texts):
+        ours = expected.texts[index]
+        if ours.strip() and theirs and theirs.strip() != ours.strip():
+            raise TeacherError(
+                f"the teacher's server {server} has another tokenizer: token {expected.probe[index]} is {theirs!r} there and "
+                f"{ours!r} here"
+            )

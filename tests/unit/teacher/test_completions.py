@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_response_tokens() -> None:
     """Also when one of two servers fails half-way."""
     with server() as good, server(answers=1) as dying:
         client = client_of(dying, good, model="teacher", top_k=3, concurrency=1, batch_tokens=9)
-        assert_scores(client.score(rollouts()), 3)
+        assert_scores(client.score(rollouts(), frozenset()), 3)
         client.close()
 
 
@@ -70,7 +70,7 @@ def test_a_server_that_was_started_again_elsewhere_is_found() -> None:
     with server(answers=1) as dying, server() as again:
         found = [{dying: "secret"}, {again: "secret"}]
         client = CompletionServers(lambda: found.pop(0) if len(found) > 1 else found[0], top_k=2, concurrency=1, batch_tokens=9)
-        assert_scores(client.score(rollouts()), 2)
+        assert_scores(client.score(rollouts(), frozenset()), 2)
 
 
 def test_what_cannot_work_is_refused_by_name() -> None:
@@ -101,4 +101,4 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         with pytest.raises(
             TeacherError, match=r"no teacher's server scores prompt p0 and 4 more in 2 attempts: http://.*: status 500"
         ):
-            client.score(rollouts())
+            client.score(rollouts(), frozenset())
