@@ -1,5 +1,5 @@
-"""Serve a teacher to training jobs: by vLLM for its log-probs and those of its top k, or for everything by our own scorer, which
-returns hidden states.
+"""Serve a teacher to training jobs: by vLLM for its log-probs and those of its top k, or by our own scorer for everything (it
+returns hidden states).
 
 kdrl-serve-teacher --model HF_DIR --run-dir RUN [--kind hidden_states] [options] [options of vllm serve]
 
