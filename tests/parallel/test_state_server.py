@@ -1,5 +1,5 @@
-"""A teacher on a server of hidden states trains as the dense reference does, also where one of log-probs could not; another model
-and a wrong token are refused."""
+"""A teacher on a server of hidden states trains as the dense reference does, where log-probs would not suffice; other models
+and wrong tokens are refused."""
 
 from __future__ import annotations
 
