@@ -1,4 +1,4 @@
-"""`python tools/bench.py teacher`: the throughput of a teacher in the job and of the same one on servers, on the same responses."""
+"""`python tools/bench.py teacher`: the throughput of a teacher in the job and of the same one on servers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kdrl_bench_")))
         write_pair(folder, options.pair)
-        variants = {name: work for name, work in _variants(folder, options, stack)}
+        variants = dict(_variants(folder, options, stack))
         for work in variants.values():
             work()  # fills caches
         seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -111,15 +111,21 @@ def _variants(folder: Path, options: argparse.Namespace, stack: ExitStack) -> It
     yield "in the job, hidden states", partial(job, frozenset({DISTRIBUTION}))
 
     config, server = Config(), TeacherServerConfig(startup_timeout=STARTUP_SECONDS)
-    config.run.dir = str(folder)
+    config.run.dir, config.rollout.engine = str(folder), "replay"  # the lengths are those of the responses
     has_vllm = importlib.util.find_spec("vllm") is not None
     kinds = {"hidden_states": (), **({"completions": ("--kv-cache-gib", "0.5")} if has_vllm else {})}
     limit = str(options.prompt_tokens + options.tokens + 1)
+    processes = {}
     for kind, more in kinds.items():
         more = (*more, "--dtype", "float32", "--max-logprobs", str(options.top_k), "--max-model-len", limit)
-        stack.enter_context(started(["--model", path, "--run-dir", str(folder), "--kind", kind, "--name", kind, *more]))
+        command = ["--model", path, "--run-dir", str(folder), "--kind", kind, "--name", kind, *more]
+        processes[kind] = stack.enter_context(started(command))
     for kind in kinds:
-        find = partial(dict, wait_for_addresses(config, kind, server))
+        addresses = dict(wait_for_addresses(config, kind, server, partial(_check_runs, processes[kind])))
+
+        def find(found: dict[str, str | None] = addresses) -> dict[str, str | None]:
+            return found
+
         clients: dict[str, tuple[ScoringServers, str]] = {}
         if kind == "hidden_states":
             states = StateServers(find, temperature=1.0, columns=columns, hidden_size=None)
@@ -134,8 +140,13 @@ def _variants(folder: Path, options: argparse.Namespace, stack: ExitStack) -> It
             yield name, partial(client.score, rollouts, frozenset({wanted}))
 
 
+def _check_runs(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is not None:
+        raise TeacherError("a server ended while it started")
+
+
 @contextmanager
-def started(arguments: Sequence[str]) -> Iterator[None]:
+def started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A server of `kdrl-serve-teacher` that runs inside, with its output only if it fails.
 
     Raises:
@@ -146,7 +157,7 @@ def started(arguments: Sequence[str]) -> Iterator[None]:
         command = [sys.executable, "-m", "kdrl_mcore.cli", "serve-teacher", *arguments]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            yield
+            yield process
         finally:
             ended = process.poll()
             process.terminate()
@@ -177,9 +188,8 @@ def make_rollouts(options: argparse.Namespace, columns: int) -> list[Rollout]:
 def table(options: argparse.Namespace, seconds: dict[str, list[float]]) -> Table:
     """Response tokens a second of every variant, and how it compares with the teacher in the job."""
     tokens, plain = options.responses * options.tokens, median(seconds[IN_JOB])
-    result = Table(
-        title=f"{options.pair} teacher, {options.responses} responses of {options.tokens} tokens", title_justify="left"
-    )
+    title = f"{options.pair} teacher, {options.responses} responses of {options.tokens} tokens"
+    result = Table(title=title, title_justify="left")
     for name in ("variant", "time", "response tokens / s", "/ in the job"):
         result.add_column(name, justify="left" if name == "variant" else "right")
     for name, times in seconds.items():
