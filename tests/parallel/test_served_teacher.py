@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_mcore.errors import TeacherError
 from tests.reference.tiny_models import write_jsonl
 from tests.support.agreement import SETTINGS, Case, about, check, overrides_of
 from tests.support.completions_server import completions_server, log_probs_of
@@ -86,3 +87,21 @@ def test_a_server_that_stops_ends_the_run_in_one_line(zoo: Zoo, ranks2: RankPool
     every = "".join(outcome.stderr for outcome in outcomes)  # the first rank that ends writes it
     (line,) = [line for line in every.splitlines() if line.startswith("error:")]
     assert "no teacher's server scores prompt" in line and f"{address}: status 500" in line
+
+
+def preflight_on_rank(overrides: Sequence[str]) -> str:
+    """What the preflight says of the teachers' servers."""
+    from kdrl_mcore.config import load_config
+    from kdrl_mcore.preflight.configuration import check_teachers
+
+    return check_teachers(load_config(list(overrides)))
+
+
+def test_the_preflight_asks_the_servers(servers: Sequence[str], zoo: Zoo, ranks1: RankPool, tmp_path: Path) -> None:
+    overrides = [*overrides_of(zoo, tmp_path, "untied"), *served("teacher", servers[0]).split()]
+    assert ranks1.run(preflight_on_rank, overrides) == ["teacher: teacher"]
+    top_k = ["objective.kd.estimator=top_k", "objective.kd.top_k_support=teacher", "objective.kd.top_k=21"]
+    with pytest.raises(TeacherError, match="greater than max allowed: 20"):
+        ranks1.run(preflight_on_rank, [*overrides, *top_k])
+    later = [*overrides, "teacher.server.urls=[]"]
+    assert ranks1.run(preflight_on_rank, later) == ["teacher: servers in RUN/teachers, checked when the run starts"]
