@@ -91,7 +91,20 @@ def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(
     assert steps_done(tmp_path / "run") == [1, 2]
     report = (tmp_path / "run" / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
     assert re.findall(r"^ok +(\S+)", report, re.MULTILINE) == [
-        *("versions", "devices", "hub", "models", "layout", "engines", "data", "lengths", "memory", "loggers", "run.dir"),
+        *(
+            "versions",
+            "devices",
+            "hub",
+            "models",
+            "layout",
+            "engines",
+            "teachers",
+            "data",
+            "lengths",
+            "memory",
+            "loggers",
+            "run.dir",
+        ),
         "all-reduce",
     ]
 
