@@ -27,6 +27,7 @@ import torch
 from kdrl_mcore.cli.ranks import launch
 from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.errors import ConfigError, KdrlError
+from kdrl_mcore.model.families import read_architecture
 from kdrl_mcore.resilience.interrupt import INTERRUPTED_EXIT_CODE, block_ignored_stop_signals
 from kdrl_mcore.rollout.vllm.client import kill_group
 from kdrl_mcore.teacher.addresses import TOKEN_VARIABLE, write_address
@@ -54,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--port", type=int, default=0, help="0: any free port")
     result.add_argument("--tensor", type=int, default=1, help="GPUs (or processes on CPU) that split each layer (%(default)s)")
     result.add_argument("--dtype", default="bfloat16", help="type of the weights: bfloat16 or float32 (%(default)s)")
-    result.add_argument("--max-model-len", type=int, help="prompt and response tokens together, and one more")
+    result.add_argument(
+        "--max-model-len", type=int, help="prompt and response tokens together, and one more; at most the model's"
+    )
     result.add_argument("--max-logprobs", type=int, default=64, help="vLLM: the largest objective.kd.top_k (%(default)s)")
     result.add_argument("--vocabulary", type=int, default=0, help="hidden_states: columns that count; 0: the tokenizer's")
     result.add_argument(
@@ -134,7 +137,11 @@ def vllm_arguments(options: argparse.Namespace, port: int) -> list[str]:
     words += ["--gpu-memory-utilization", str(options.gpu_memory_utilization), "--disable-uvicorn-access-log"]
     if not torch.cuda.is_available():
         words += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gib * 2**30))]
-    return words + ([] if options.max_model_len is None else ["--max-model-len", str(options.max_model_len)])
+    if options.max_model_len is None:
+        return words
+    is_here = Path(options.model).is_dir()
+    most = min(options.max_model_len, read_architecture(options.model).context_length) if is_here else options.max_model_len
+    return [*words, "--max-model-len", str(most)]
 
 
 def _announce(server: subprocess.Popen[bytes], options: argparse.Namespace, url: str, token: str | None) -> None:

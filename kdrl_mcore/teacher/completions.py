@@ -65,7 +65,7 @@ class CompletionServers(ScoringServers):
             if limit is not None and expected.longest >= limit:
                 raise TeacherError(
                     f"the teacher's server {server} reads at most {limit} tokens, and prompt and response may have "
-                    f"{expected.longest}, to which it adds one: raise its --max-model-len"
+                    f"{expected.longest}, to which it adds one: raise its --max-model-len, or lower rollout.max_prompt_tokens"
                 )
             scores = self._probe(server, expected, len(expected.probe) if limit is None else limit - 1)
             common = len(scores) if first is None else min(len(scores), len(first))

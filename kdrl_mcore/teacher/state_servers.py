@@ -71,7 +71,7 @@ class StateServers(ScoringServers):
             if expected.longest > positions:
                 raise TeacherError(
                     f"the teacher's server {server} reads at most {positions} tokens, and prompt and response may have "
-                    f"{expected.longest}: raise its --max-model-len"
+                    f"{expected.longest}: raise its --max-model-len, or lower rollout.max_prompt_tokens"
                 )
             texts = self._texts(server, expected)
             check_texts(server, expected, texts)

@@ -167,6 +167,20 @@ def test_a_node_trains_and_another_one_serves_real_vllm(cluster: Cluster, tiny_j
     assert not [command for command in commands if str(run_dir) in command]
 
 
+def test_a_node_trains_and_another_one_serves_the_teacher(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    served = ["teacher.server.kind=hidden_states", "objective.kd.estimator=exact", "cluster.teacher_nodes=1"]
+    served += ["rollout.max_prompt_tokens=64"]
+    overrides = [*tiny_job, *served, "cluster.gpus_per_node=1", f"run.dir={run_dir}", "trainer.steps=2", "checkpoint.every=-1"]
+    number = submit(cluster, tmp_path, overrides, "--nodes=2", KDRL_PREFLIGHT="0")
+    assert cluster.end_of(number) == "COMPLETED", job_log(tmp_path, number)
+    assert all(row["kl_full"] > 0 for row in read_metrics(run_dir)) and steps_done(run_dir) == [1, 2]
+    (log,) = (run_dir / "logs" / f"{number}-0").glob("teacher-teacher-*.log")
+    assert "is served at http://127.0.0.1:" in log.read_text() and "it is started again" not in log.read_text()
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    assert not [command for command in commands if str(run_dir) in command]
+
+
 def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_job, f"run.dir={tmp_path}/run", "trainer.steps=2000"]
     number = submit(cluster, tmp_path, overrides, KDRL_PREFLIGHT="0")
