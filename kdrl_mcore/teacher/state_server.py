@@ -94,11 +94,10 @@ class StateServer:
                 """Nothing: a line for each request would fill the log."""
 
             def do_GET(self) -> None:
-                answer(self, b"")
+                answer(self)
 
             def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                answer(self, None if length > LARGEST_REQUEST else self.rfile.read(length))
+                answer(self)
 
         self._http = ThreadingHTTPServer((host, port), Handler)
         self._http.daemon_threads = True
@@ -124,29 +123,28 @@ class StateServer:
         """
         return self._requests.get(timeout=seconds)
 
-    def _answer(self, http: BaseHTTPRequestHandler, body: bytes | None) -> None:
-        url = urlsplit(http.path)
+    def _answer(self, http: BaseHTTPRequestHandler) -> None:
+        url, length = urlsplit(http.path), http.headers.get("Content-Length") or "0"
         given = http.headers.get("Authorization", "")
         allowed = self._token is None or secrets.compare_digest(given.encode(), f"Bearer {self._token}".encode())
         status, content = OK, b""
         try:
-            if body is None:
-                status, http.close_connection = TOO_LARGE, True
-            elif url.path == "/health":
+            if url.path == "/health":
                 content = b"{}"
-            elif not allowed:
-                status = UNAUTHORIZED
+            elif not allowed or not length.isdecimal() or int(length) > LARGEST_REQUEST:
+                status = UNAUTHORIZED if not allowed else TOO_LARGE
+                http.close_connection = True  # the body is not read
             elif url.path == "/info":
                 content = json.dumps(asdict(self._served)).encode()
             elif url.path == "/texts":
-                ids = [int(each) for each in json.loads(body)]
+                ids = [int(each) for each in json.loads(http.rfile.read(int(length)))]
                 texts = ["" if self._tokenizer is None else self._tokenizer.text_of(index) for index in ids]
                 content = json.dumps(texts).encode()
             elif url.path == "/score":
-                content = self._score(body, dict(parse_qsl(url.query)))
+                content = self._score(http.rfile.read(int(length)), dict(parse_qsl(url.query)))
             else:
-                status = NOT_FOUND
-        except (_Refused, ValueError, TypeError) as error:
+                status, http.close_connection = NOT_FOUND, True
+        except (_Refused, ValueError, TypeError, KeyError) as error:
             status, content = BAD_REQUEST, json.dumps({"error": {"message": str(error)}}).encode()
         http.send_response(status)
         http.send_header("Content-Length", str(len(content)))
