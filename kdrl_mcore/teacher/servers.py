@@ -23,6 +23,8 @@ from kdrl_mcore.types import Rollout, TokenFloats, TokenIds
 
 FIRST_WAIT_SECONDS = 0.5
 """The wait before the second attempt of a request; it doubles with each further attempt, and up to half of it is random."""
+HEALTH_SECONDS = 5.0
+"""How long a server that was left out may take to say that it is well."""
 POLL_SECONDS = 1.0
 """The time between two looks at servers that are still starting."""
 FINGERPRINT = "fingerprint:"
@@ -71,7 +73,7 @@ class Failed(Exception):
 
 
 class ScoringServers(ABC):
-    """Servers of one teacher. One that fails is left out while another answers."""
+    """Servers of one teacher. One that fails is left out while another answers, until it is well at the next `score`."""
 
     def __init__(
         self,
@@ -156,6 +158,7 @@ class ScoringServers(ABC):
                 size = 0
             batches[-1].append(index)
             size += rollout.num_tokens
+        self._look_again()
         scores: dict[int, ServedScores] = {}
         pool = ThreadPoolExecutor(max(1, min(len(batches), self._concurrency * len(self._tokens))))
         try:
@@ -166,6 +169,14 @@ class ScoringServers(ABC):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return [scores[index] for index in range(len(rollouts))]
+
+    def _look_again(self) -> None:
+        """Ask the servers that were left out whether they answer again."""
+        for server in self._tokens.keys() - self._alive:
+            with suppress(Failed, TeacherError):
+                self._call(server, "GET", "/health", timeout=HEALTH_SECONDS)
+                with self._lock:
+                    self._alive.add(server)
 
     def close(self) -> None:
         """Close the connections. Requests under way fail, and are not tried again."""
@@ -225,6 +236,9 @@ class ScoringServers(ABC):
     def _call(self, server: str, method: str, route: str, **body: Any) -> httpx.Response:
         """An answer with status 200.
 
+        Args:
+            body: further arguments of `httpx.Client.request`.
+
         Raises:
             Failed: the server cannot be reached, or has failed.
             TeacherError: it refuses the request.
@@ -233,7 +247,7 @@ class ScoringServers(ABC):
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         try:
             response = self._http.request(method, server + route, headers=headers, **body)
-        except (httpx.TransportError, httpx.InvalidURL, RuntimeError) as error:  # the last: the client was closed
+        except (httpx.RequestError, httpx.InvalidURL, RuntimeError) as error:  # the last: the client was closed
             raise Failed(f"{server}: {' '.join(str(error).split()) or type(error).__name__}") from error
         status, text = response.status_code, response.text if response.status_code != httpx.codes.OK else ""
         if status in (401, 403):

@@ -23,7 +23,7 @@ LogProbs = Callable[[Sequence[int]], np.ndarray]
 def completions_server(
     log_probs: LogProbs,
     *,
-    answers: int = 10000,
+    answers: int | list[int] = 10000,
     token: str | None = "secret",
     names: Sequence[str] = ("teacher",),
     texts: Callable[[int], str | None] = lambda _: None,
@@ -33,9 +33,10 @@ def completions_server(
     """The address of a server, which fails after so many answers.
 
     Args:
+        answers: their number, or a list with it, which is counted down and may be changed.
         texts: the text of a token, as the server gives it; None: it gives none.
     """
-    left = [answers]
+    left = answers if isinstance(answers, list) else [answers]
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:

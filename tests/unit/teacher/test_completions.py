@@ -21,7 +21,7 @@ TABLES = [np.log(np.random.default_rng(seed).dirichlet(np.ones(TOKENS), size=TOK
 WORDS = [f"w{index}" for index in range(TOKENS)]
 
 
-def server(answers: int = 1000, table: int = 0, **settings: Any) -> Any:
+def server(answers: int | list[int] = 1000, table: int = 0, **settings: Any) -> Any:
     def log_probs(ids: Sequence[int]) -> np.ndarray:
         return TABLES[table][list(ids)[:-1]]
 
@@ -63,6 +63,18 @@ def test_scores_are_those_of_the_response_tokens() -> None:
     with server() as good, server(answers=1) as dying:
         client = client_of(dying, good, model="teacher", top_k=3, concurrency=1, batch_tokens=9)
         assert_scores(client.score(rollouts(), frozenset()), 3)
+        client.close()
+
+
+def test_a_server_that_is_well_again_is_asked_again() -> None:
+    left = [1]
+    with server() as good, server(answers=left) as ill:
+        client = client_of(ill, good, model="teacher", top_k=3, concurrency=1, batch_tokens=9)
+        client.score(rollouts(), frozenset())
+        assert left[0] < 0
+        left[0] = 100
+        assert_scores(client.score(rollouts(), frozenset()), 3)
+        assert left[0] < 100
         client.close()
 
 
