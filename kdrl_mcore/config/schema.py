@@ -172,9 +172,9 @@ class TeacherConfig:
     path: str | None = key(None, "an HF checkpoint directory, a hub id, or a PEFT folder, with the student's tokenizer")
     weights: str = key(
         "path",
-        "path (of the model in teacher.path, or on teacher.server), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates), present, base (without the adapters of student.lora) or adapters "
-        "(with those in teacher.path instead); or recorded (its scores are in the file rollout.path)",
+        "path (of the model in teacher.path, or on teacher.server), or the student's own: start (as the run began), average "
+        "(exponential moving average), refreshed (every refresh_every updates), present, base (without the adapters of "
+        "student.lora) or adapters (with those in teacher.path instead); or recorded (its scores are in the file rollout.path)",
         choices=("path", "start", "average", "refreshed", "present", "base", "adapters", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
