@@ -278,7 +278,7 @@ def _keys_of(file: Path, group: str) -> set[str]:
 
 
 def _read_templates(config: Config) -> None:
-    """Replace `@FILE` by the file's text, unchanged; `@@` stands for a text that begins with `@`."""
+    """Replace `@FILE` by the file's text, without a byte order mark; `@@` stands for a text that begins with `@`."""
     prompts = [("teacher.prompt", config.teacher.prompt)]
     prompts += [(f"teachers.{name}.prompt", teacher.prompt) for name, teacher in config.teachers.items()]
     for (key, section), name in itertools.product((("data", config.data), *prompts), TEMPLATES):
@@ -287,7 +287,7 @@ def _read_templates(config: Config) -> None:
             continue
         path = Path(text[1:]).expanduser()
         try:
-            content = text[1:] if text.startswith("@@") else path.read_text(encoding="utf-8")
+            content = text[1:] if text.startswith("@@") else path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
