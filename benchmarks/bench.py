@@ -1,7 +1,7 @@
 """Benchmarks: `python tools/bench.py vocab-parallel` compares ways to compute loss and gradients of the output head, `convert`
 compares checkpoint conversion and `refit` a refit with a plain copy, `step` compares KDRL with GRPO, `memory` the memory of
-ranks with the plan, `peers` a whole step with TRL's and a plain loop's, and `generate` the embedded engine with transformers
-and vLLM."""
+ranks with the plan, `peers` a whole step with TRL's and a plain loop's, `generate` the embedded engine with transformers and
+vLLM, and `teacher` a teacher on servers with one in the job."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from benchmarks import memory as bench_memory
 from benchmarks import peers as bench_peers
 from benchmarks import refit as bench_refit
 from benchmarks import step as bench_step
+from benchmarks import teacher as bench_teacher
 from benchmarks.head import DIVERGENCES, VARIANTS, Problem, Ranks, Reference
 from benchmarks.help import Defaults
 from kdrl_mcore.errors import ConfigError, KdrlError
@@ -99,6 +100,7 @@ def main(arguments: list[str]) -> int:
     bench_memory.add_parser(commands)
     bench_peers.add_parser(commands)
     bench_generate.add_parser(commands)
+    bench_teacher.add_parser(commands)
     options = parser.parse_args(arguments)
     runs = {
         "vocab-parallel": vocab_parallel,
@@ -108,6 +110,7 @@ def main(arguments: list[str]) -> int:
         "memory": bench_memory.run,
         "peers": bench_peers.run,
         "generate": bench_generate.run,
+        "teacher": bench_teacher.run,
     }
     try:
         runs[options.command](options)

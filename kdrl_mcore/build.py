@@ -18,9 +18,12 @@ from kdrl_mcore.config.derived import (
     compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
+    has_separate_teacher,
+    is_served,
     is_supervised,
+    known_models,
+    knows_top_k,
     loaded_teachers,
-    loads_teacher,
     longest_response,
     num_given,
     num_updates,
@@ -29,8 +32,10 @@ from kdrl_mcore.config.derived import (
     reads_scores,
     replays,
     samples,
+    separate_teachers,
+    served_teachers,
+    teacher_heads,
     teaches_itself,
-    used_models,
     uses_given,
     uses_reference,
     uses_teacher,
@@ -68,8 +73,10 @@ from kdrl_mcore.run_directory.export import check_export
 from kdrl_mcore.student.frozen_base import FrozenBase
 from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
+from kdrl_mcore.teacher.connect import connect_teacher
 from kdrl_mcore.teacher.pool import Member, TeacherPool
 from kdrl_mcore.teacher.recorded import read_recorded
+from kdrl_mcore.teacher.served import ServedTeacher
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
 
@@ -83,7 +90,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     """Build every part of the run. Collective over the world.
 
     Args:
-        on_progress: called during training whenever engines in other processes make progress.
+        on_progress: called during training whenever engines or teachers in other processes make progress.
 
     Raises:
         ConfigError, DataError, ModelError: before anything is trained, naming what to change.
@@ -94,7 +101,7 @@ def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progres
     student = Student(config, dist.get_world_size(), data.vocab_size, partial(on_phase, "load student"))
     evaluation = build_evaluation(config, data, student, on_phase)
     on_first_rank(lambda: describe_data(config, data, evaluation))
-    teacher = build_teacher(config, student, data.vocab_size, on_phase)
+    teacher = build_teacher(config, student, data, on_phase, on_progress)
     reference = build_reference(config, student, data.vocab_size, on_phase)
     on_phase("start engines")
     verifier = build_verifier(config, data, student)
@@ -127,7 +134,7 @@ def check_outcome(config: Config) -> None:
     Raises:
         ConfigError: there is nothing to do, no such metric, or the export would be refused after the last step.
     """
-    models = used_models(config)
+    models = known_models(config)
     check_functions(config.objective)
     for name, teacher in config.teachers.items():
         if ":" in teacher.share.kind:
@@ -177,7 +184,7 @@ def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
     on_phase("load tokenizers")
     assert config.student.path is not None
     teachers = [each.path for each in config.teachers.values()] or [config.teacher.path]
-    tokenizer, vocab_size = shared_vocabulary(config.student.path, *teachers, added_may_differ=loads_teacher(config))
+    tokenizer, vocab_size = shared_vocabulary(config.student.path, *teachers, added_may_differ=has_separate_teacher(config))
     unshared = find_unshared(config)
     limits = limits_of(config, vocab_size)
     if tokenizer is None and not replays(config):
@@ -201,7 +208,8 @@ def find_unshared(config: Config) -> dict[str, frozenset[int]]:
     Raises:
         ConfigError: the loss compares both models over the vocabulary.
     """
-    return {name: frozenset(_unshared_by(config, str(each.path))) for name, each in loaded_teachers(config).items()}
+    teachers = {name: each.path for name, each in separate_teachers(config).items() if each.path}
+    return {name: frozenset(_unshared_by(config, path)) for name, path in teachers.items()}
 
 
 def _unshared_by(config: Config, teacher: str) -> dict[int, str]:
@@ -249,7 +257,13 @@ def describe_data(config: Config, data: TrainingData, evaluation: Evaluation | N
         logger.info("%s", describe_prompt(prompts[0][0], data.tokenizer))
 
 
-def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> ScoreSource | None:
+def build_teacher(
+    config: Config,
+    student: Student,
+    data: TrainingData,
+    on_phase: OnPhase,
+    on_progress: Callable[[], None] = lambda: None,
+) -> ScoreSource | None:
     """The teacher, or None if the loss has no distillation term. If the loss compares both models over the vocabulary, the
     student also loads the teacher's head. Collective over the world."""
     if not uses_teacher(config.objective):
@@ -259,7 +273,7 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
         logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
     if reads_scores(config):
         assert config.rollout.path is not None
-        return read_recorded(config.rollout.path, config, vocab_size)
+        return read_recorded(config.rollout.path, config, data.vocab_size)
     if teaches_itself(config):
         if compares_over_vocabulary(config.objective):
             student.use_own_head_as_teachers()
@@ -268,23 +282,42 @@ def build_teacher(config: Config, student: Student, vocab_size: int, on_phase: O
             student.add_teacher_adapters(config.teacher.path)
             return FrozenBase(student, name, TEACHER_ADAPTER)
         return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
-    if compares_over_vocabulary(config.objective):
-        student.load_teacher_head([str(each.path) for each in loaded_teachers(config).values()], kd)
-    on_parameter = partial(on_phase, "load teacher")
-    if config.teachers:
-        return _build_pool(config, vocab_size, on_parameter)
-    assert config.teacher.path is not None
-    return _frozen(config.teacher.path, config.teacher, config, vocab_size, on_parameter, name)
+    if heads := teacher_heads(config):
+        student.load_teacher_head([str(each.path) for each in heads.values()], kd)
+    elif knows_top_k(config):
+        student.expect_known_top_k()
+    sources = {each: _separate(config, each, student, data, on_phase, on_progress) for each in separate_teachers(config)}
+    if not config.teachers:
+        return sources[TEACHER]
+    members = {}
+    for each, settings in config.teachers.items():
+        source = sources[each]
+        rows = source.rows if isinstance(source, ServedTeacher) else None
+        size = source.parts.config.hidden_size if isinstance(source, Teacher) else 0 if rows is None else rows.width
+        members[each] = Member(settings, Coefficient(settings.share), source, size)
+    return TeacherPool(members, kd.mixture, known_top_k=knows_top_k(config))
 
 
-def _build_pool(config: Config, vocab_size: int, on_parameter: Callable[[], None]) -> TeacherPool:
-    members, own = {}, prompts_of_teachers(config)
-    for name, settings in config.teachers.items():
-        assert settings.path is not None
-        source = _frozen(settings.path, settings, config, vocab_size, on_parameter, name if name in own else None)
-        hidden_size = source.parts.config.hidden_size
-        members[name] = Member(settings, Coefficient(settings.share), source, hidden_size)
-    return TeacherPool(members, config.objective.kd.mixture)
+def _separate(
+    config: Config, name: str, student: Student, data: TrainingData, on_phase: OnPhase, on_progress: Callable[[], None]
+) -> Teacher | ServedTeacher:
+    """A teacher that is another model than the student, in this job or on servers."""
+    settings = separate_teachers(config)[name]
+    if is_served(settings):
+        on_phase("connect teacher")
+        return connect_teacher(
+            config,
+            name,
+            student.groups,
+            data.tokenizer,
+            data.vocab_size,
+            unshared=data.unshared.get(name, ()),
+            on_wait=partial(on_phase, "connect teacher"),
+            on_progress=on_progress,
+        )
+    assert settings.path is not None
+    reads = name if name in prompts_of_teachers(config) else None
+    return _frozen(settings.path, settings, config, data.vocab_size, partial(on_phase, "load teacher"), reads)
 
 
 def masks_stop_token(config: Config) -> bool:
@@ -294,20 +327,25 @@ def masks_stop_token(config: Config) -> bool:
     if rule != "auto" or not uses_teacher(objective):
         return rule == "mask"
     paths = [each.path for each in config.teachers.values()] or [config.teacher.path]
-    ends_otherwise = [_ends_otherwise(config, path) for path in paths if path is not None]  # each teacher is reported
+    named = [path for path in paths if path is not None or served_teachers(config)]
+    ends_otherwise = [_ends_otherwise(config, path) for path in named]  # each teacher is reported
     return any(ends_otherwise)
 
 
-def _ends_otherwise(config: Config, path: str) -> bool:
-    """Whether a teacher ends its responses with another token than the student. Rank 0 reports it."""
+def _ends_otherwise(config: Config, path: str | None) -> bool:
+    """Whether a teacher ends its responses with another token than the student. Rank 0 reports it.
+
+    Args:
+        path: the teacher's folder; None for one on servers whose folder is not named.
+    """
     assert config.student.path is not None
-    student, teacher = stop_tokens(config.student.path), stop_tokens(path)
+    student, teacher = stop_tokens(config.student.path), None if path is None else stop_tokens(path)
     differ = student is not None and teacher is not None and student.keys() != teacher.keys()
     if dist.get_rank() != 0:
         return differ
     name = "objective.kd.stop_token=auto"
     if student is None or teacher is None:
-        unknown = config.student.path if student is None else path
+        unknown = config.student.path if student is None else path or "the teacher on servers (without teacher.path)"
         logger.warning(
             "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
             "responses with the same token: set it to keep if they do, otherwise to mask",
@@ -481,9 +519,11 @@ def build_sampling_source(
 
 def _part_tokens(config: Config) -> int:
     """How many tokens the teacher scores at a time while others are sampled: a full micro-batch for every stage of every
-    replica. 0 without a teacher."""
+    replica, or as many full requests as are in flight at a time. 0 without a teacher."""
     if not uses_teacher(config.objective):
         return 0
-    teachers = config.teachers.values() if config.teachers else [config.teacher]
-    layouts = [teacher_layout(dist.get_world_size(), teacher.parallel) for teacher in teachers]
-    return config.batch.micro_tokens * max(layout.context * layout.pipeline * layout.data for layout in layouts)
+    world, micro_tokens = dist.get_world_size(), config.batch.micro_tokens
+    layouts = [teacher_layout(world, each.parallel) for each in loaded_teachers(config).values()]
+    parts = [micro_tokens * layout.context * layout.pipeline * layout.data for layout in layouts]
+    served = [each.server for each in served_teachers(config).values()]
+    return max(parts + [each.batch_tokens * each.concurrency * (len(each.urls) or each.replicas) for each in served])

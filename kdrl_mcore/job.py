@@ -25,6 +25,7 @@ from kdrl_mcore.student.student import Student
 from kdrl_mcore.student.tokens import weigh_tokens
 from kdrl_mcore.teacher.pool import TeacherPool
 from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.served import ServedTeacher
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.teacher.teacher import Teacher
 from kdrl_mcore.types import Rollout, TokenFloats
@@ -148,8 +149,9 @@ class Job:
         return weigh_tokens(self.config.objective, batch, self.mask_stop_token, seeds)
 
     def close(self) -> None:
-        """End every process that the job started. Not collective."""
-        for part in (self.engine, self.source, self.evaluation):
+        """End every process that the job started, and its connections. Not collective."""
+        teacher = self.teacher if isinstance(self.teacher, ServedTeacher | TeacherPool) else None
+        for part in (self.engine, self.source, self.evaluation, teacher):
             if part is not None:
                 part.close()
 

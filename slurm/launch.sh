@@ -6,6 +6,7 @@
 #       kdrl_mcore.train       one process per GPU
 #     srun: slurm/serve.sh     on the server nodes (the last cluster.server_nodes of the job): the servers of rollout=vllm, as
 #                              many per node as engines of rollout.vllm.tensor GPUs fit
+#     srun: slurm/serve.sh     on the cluster.teacher_nodes before these: the servers of teachers, one step for each teacher
 #
 # Relative paths start at the folder in which the job runs: the one where sbatch was called, or sbatch's --chdir.
 #
@@ -20,9 +21,10 @@
 #   KDRL_MIN_BANDWIDTH  GB/s of all-reduce below which the preflight fails; default: 10 with GPUs, else 0
 #   KDRL_SERVER_PYTHON, KDRL_SERVER_CONTAINER  Python and image of the servers, if vLLM has a separate environment
 #   KDRL_SERVER_COMMAND  what a server node runs; default: kdrl_mcore.rollout.vllm.server with the configuration's model
+#   KDRL_TEACHER_COMMAND  what a teacher's node runs; default: kdrl_mcore.cli serve-teacher with the teacher's model
 
 submitted=("$@") # the batch script's arguments
-step_pid= server_pid= port=
+step_pid= server_pid= port= teacher_nodes=0 teacher_servers=()
 asked= # when the job was asked to stop, in seconds after its start
 
 launch() { # launch EXPERIMENT [key=value ...]
@@ -47,6 +49,7 @@ launch() { # launch EXPERIMENT [key=value ...]
     run_step preflight kdrl_mcore.preflight --min-bandwidth "${KDRL_MIN_BANDWIDTH:-auto}" "${overrides[@]}"
   fi
   start_servers
+  start_teachers
   resume_from_own_checkpoint
   run_step train kdrl_mcore.train "${overrides[@]}" "${server_overrides[@]}"
   say "finished"
@@ -118,7 +121,7 @@ use_container() { # use_container IMAGE: sets the arguments of srun
 }
 
 read_settings() { # sets the variables below from the composed configuration; fails on a wrong override
-  local found enter=() names='config_nodes|server_nodes|servers_per_node|server_gpus|gpus|ranks_per_node|run_dir|server_(arguments|overrides)'
+  local found enter=() names='config_nodes|server_nodes|servers_per_node|server_gpus|gpus|ranks_per_node|run_dir|server_(arguments|overrides)|teacher_(nodes|servers)'
   if ((${#container[@]})) || is_interactive; then # salloc's shell may run on another machine
     ask_for_gpus "$granted"
     enter=("${step[@]}" "${gres[@]}" --nodes=1 --ntasks=1 --relative=0 "${container[@]}")
@@ -128,7 +131,7 @@ read_settings() { # sets the variables below from the composed configuration; fa
 }
 
 fit_allocation() { # sets train_nodes; a one-node job that needs more nodes goes back to the queue
-  local wanted=$((config_nodes + server_nodes)) stays
+  local wanted=$((config_nodes + server_nodes + teacher_nodes)) stays
   if ((SLURM_JOB_NUM_NODES == 1 && wanted > 1)); then
     stays=$(why_it_stays)
     [[ -z $stays ]] || fail "the configuration needs $wanted nodes, and the job cannot go back to the queue for them, as $stays: \
@@ -140,8 +143,9 @@ ask for --nodes=$wanted at once"
   ((gpus == 0 || most == 0 || granted >= ranks_per_node)) ||
     fail "$poorest has $granted GPUs for this job and cluster.gpus_per_node is $ranks_per_node: ask for them with sbatch \
 --gpus-per-node=$ranks_per_node, leave that node out (--exclude, --constraint), or set cluster.gpus_per_node"
-  train_nodes=$((SLURM_JOB_NUM_NODES - server_nodes))
-  ((train_nodes > 0)) || fail "cluster.server_nodes=$server_nodes leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
+  train_nodes=$((SLURM_JOB_NUM_NODES - server_nodes - teacher_nodes))
+  ((train_nodes > 0)) || fail "cluster.server_nodes=$server_nodes$( ((!teacher_nodes)) || echo " and cluster.teacher_nodes=$teacher_nodes") \
+leaves no node for training in a job of $SLURM_JOB_NUM_NODES"
 }
 
 run_step() { # run_step NAME MODULE ARGUMENTS...: runs on all training nodes; returns on success, otherwise ends the job
@@ -206,30 +210,48 @@ wait_out() { # waits for a child through trapped signals; returns its exit code
 }
 
 start_servers() { # on the job's last nodes, until it ends; training finds their addresses in RUN/servers
-  local nodes hosts
   ((server_nodes)) || return 0
   rm -f "$run_dir"/servers/*.json # of an earlier start
+  serve servers servers/ $((SLURM_JOB_NUM_NODES - server_nodes)) "$server_nodes" "$servers_per_node" "$server_gpus" \
+    "-m kdrl_mcore.rollout.vllm.server $server_arguments" "${KDRL_SERVER_COMMAND:-}"
+}
+
+start_teachers() { # on the nodes before these; training finds their addresses in RUN/teachers
+  local entry name nodes per_node each_gpus arguments first=$train_nodes
+  ((teacher_nodes)) || return 0
+  rm -f "$run_dir"/teachers/*.json
+  for entry in "${teacher_servers[@]}"; do
+    read -r name nodes per_node each_gpus arguments <<<"$entry"
+    serve "teacher-$name" "teachers/$name-" "$first" "$nodes" "$per_node" "$each_gpus" \
+      "-m kdrl_mcore.cli serve-teacher $arguments" "${KDRL_TEACHER_COMMAND:-}"
+    first=$((first + nodes))
+  done
+}
+
+serve() { # serve NAME ADDRESSES FIRST NODES PER_NODE GPUS ARGUMENTS COMMAND: a step of servers, until the job ends, on the job's
+  # NODES nodes after the first FIRST; Python with ARGUMENTS unless there is a COMMAND
+  local nodes hosts python=${KDRL_SERVER_PYTHON:-}
   if [[ -n ${KDRL_SERVER_CONTAINER:-} ]]; then
     local container=()
     use_container "$KDRL_SERVER_CONTAINER"
-    : "${KDRL_SERVER_PYTHON:=python3}"
+    : "${python:=python3}"
   fi
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$server_nodes")
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "+$(($3 + 1))" | head -n "$4")
   mapfile -t hosts < <(node_addresses "$(IFS=,; echo "${nodes[*]}")")
-  export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_SERVER_GPUS=$server_gpus KDRL_RUN_DIR=$run_dir
-  : "${KDRL_SERVER_COMMAND:=$(printf %q "${KDRL_SERVER_PYTHON:-$KDRL_PYTHON}") -m kdrl_mcore.rollout.vllm.server $server_arguments}"
-  ask_for_gpus $((servers_per_node * server_gpus))
-  "${step[@]}" "${gres[@]}" --nodes="$server_nodes" --ntasks=$((server_nodes * servers_per_node)) --ntasks-per-node="$servers_per_node" \
-    --nodelist="$(IFS=,; echo "${nodes[*]}")" --job-name=servers \
-    --output="$KDRL_LOG_DIR/servers-node%n.log" "${container[@]}" bash "$scripts/serve.sh" "$KDRL_SERVER_COMMAND" &
-  server_pid=$!
+  export KDRL_SERVER_HOSTS=${hosts[*]} KDRL_SERVER_GPUS=$6 KDRL_RUN_DIR=$run_dir KDRL_SERVER_ADDRESS=$2
+  ask_for_gpus $(($5 * $6))
+  "${step[@]}" "${gres[@]}" --nodes="$4" --ntasks=$(($4 * $5)) --ntasks-per-node="$5" \
+    --nodelist="$(IFS=,; echo "${nodes[*]}")" --job-name="$1" \
+    --output="$KDRL_LOG_DIR/$1-node%n.log" "${container[@]}" \
+    bash "$scripts/serve.sh" "${8:-$(printf %q "${python:-$KDRL_PYTHON}") $7}" &
+  server_pid+=" $!"
   trap stop_servers EXIT
-  say "servers on ${nodes[*]}"
+  say "$1 on ${nodes[*]}"
 }
 
 stop_servers() { # servers ignore signals that ask the job to stop, as training needs them to end its step; the file stops them
   touch "$KDRL_LOG_DIR/stop-servers"
-  kill "$server_pid" 2>/dev/null || true
+  kill $server_pid 2>/dev/null || true
 }
 
 forward() { # SLURM signals the batch script; srun forwards signals to its tasks

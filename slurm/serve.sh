@@ -27,7 +27,7 @@ while :; do
   (trap '' TERM; eval "exec $1"' --run-dir "$KDRL_RUN_DIR" --index "$SLURM_PROCID" --host "$host"') </dev/null &
   child=$!
   while wait "$child" && code=0 || code=$?; ((code > 128)) && kill -0 "$child" 2>/dev/null; do :; done
-  rm -f "$KDRL_RUN_DIR/servers/$SLURM_PROCID.json" # no server answers at this address any more
+  rm -f "$KDRL_RUN_DIR/${KDRL_SERVER_ADDRESS:-servers/}$SLURM_PROCID.json" # no server answers at this address any more
   echo "$(date '+%F %T') server $SLURM_PROCID on $host ended with exit code $code: it is started again"
   sleep "${KDRL_SERVER_PAUSE:-5}" &
   wait $!

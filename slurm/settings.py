@@ -14,7 +14,8 @@ if not (HERE / "interpreter").exists() and (HERE.parent / "kdrl_mcore").is_dir()
 
 try:
     from kdrl_mcore.config import Config, load_config
-    from kdrl_mcore.config.derived import ranks_per_node, server_arguments, servers_per_node
+    from kdrl_mcore.config.derived import ranks_per_node, section_of, server_arguments, servers_per_node
+    from kdrl_mcore.config.teacher_nodes import teacher_nodes
     from kdrl_mcore.errors import KdrlError
 except ImportError as error:
     sys.exit(f"error: {sys.executable} is not this project's Python ({error}): run make setup, or set KDRL_PYTHON")
@@ -26,12 +27,14 @@ def main(overrides: list[str]) -> int:
     try:
         config = load_config(overrides)
         per_server_node = servers_per_node(config, gpus)
+        teachers = teacher_nodes(config, gpus)
     except KdrlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     settings = {
         "config_nodes": config.cluster.nodes,
         "server_nodes": config.cluster.server_nodes,
+        "teacher_nodes": sum(each.nodes for each in teachers),
         "servers_per_node": per_server_node,
         "gpus": gpus,
         "server_gpus": config.rollout.vllm.tensor if gpus else 0,
@@ -42,7 +45,11 @@ def main(overrides: list[str]) -> int:
     arguments = server_arguments(config, model, config.rollout.vllm.gpu_memory_utilization)
     print("\n".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()))
     print(f"server_arguments={shlex.quote(shlex.join(arguments))}")
-    print(f"server_overrides=({shlex.join(server_overrides(config, per_server_node))})")
+    overrides = server_overrides(config, per_server_node)
+    overrides += [f"{section_of(config, each.name)}.server.replicas={each.nodes * each.per_node}" for each in teachers]
+    print(f"server_overrides=({shlex.join(overrides)})")
+    served = [f"{each.name} {each.nodes} {each.per_node} {each.gpus} {shlex.join(each.arguments)}" for each in teachers]
+    print(f"teacher_servers=({shlex.join(served)})")
     return 0
 
 

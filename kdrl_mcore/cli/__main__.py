@@ -4,7 +4,7 @@ import sys
 
 from kdrl_mcore.cli import commands
 
-NAMES = ("train", "evaluate", "score", "convert", "study", "report", "plan", "preflight", "serve", "slurm")
+NAMES = ("train", "evaluate", "score", "convert", "study", "report", "plan", "preflight", "serve", "serve-teacher", "slurm")
 
 
 if __name__ == "__main__":
@@ -12,4 +12,4 @@ if __name__ == "__main__":
     if name not in NAMES:
         sys.exit(f"error: name one of the commands: {', '.join(NAMES)}")
     sys.argv[0] = f"kdrl-{name}"
-    sys.exit(getattr(commands, name)())
+    sys.exit(getattr(commands, name.replace("-", "_"))())

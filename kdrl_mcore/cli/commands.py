@@ -61,6 +61,11 @@ def serve() -> int:
     return _run("kdrl_mcore.cli.serve")
 
 
+def serve_teacher() -> int:
+    """Serve a teacher (`kdrl_mcore/cli/serve_teacher.py`)."""
+    return _run("kdrl_mcore.cli.serve_teacher")
+
+
 def slurm() -> int:
     """Write the SLURM scripts (`kdrl_mcore/cli/slurm.py`)."""
     return _run("kdrl_mcore.cli.slurm")

@@ -38,6 +38,7 @@ from kdrl_mcore.config.schema import (
     VllmConfig,
 )
 from kdrl_mcore.config.several_teachers import check_teachers
+from kdrl_mcore.config.teacher_servers import check_teacher_servers
 from kdrl_mcore.config.teachers import check_teacher
 from kdrl_mcore.errors import ConfigError
 
@@ -316,6 +317,7 @@ def _check_objective(config: Config) -> None:
             f"batch.updates_per_step={updates} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: each "
             "update needs at least one prompt"
         )
+    check_teacher_servers(config)
     if is_supervised(objective):
         if config.rollout.given.share or config.rollout.given.path:
             raise ConfigError(

@@ -78,21 +78,51 @@ def teaches_itself(config: Config) -> bool:
     return uses_teacher(config.objective) and config.teacher.weights not in ("path", "recorded")
 
 
-def loads_teacher(config: Config) -> bool:
-    """Whether the teacher is a separate model in this job, or several are."""
+def has_separate_teacher(config: Config) -> bool:
+    """Whether the teacher is a model other than the student, or several are."""
     return uses_teacher(config.objective) and config.teacher.weights == "path"
 
 
 def has_several_teachers(config: Config) -> bool:
     """Whether the teachers are those of `teachers`."""
-    return loads_teacher(config) and bool(config.teachers)
+    return has_separate_teacher(config) and bool(config.teachers)
+
+
+def separate_teachers(config: Config) -> dict[str, TeacherConfig | NamedTeacherConfig]:
+    """The models other than the student that teach, by name, with their settings; the only one is called `TEACHER`."""
+    if not has_separate_teacher(config):
+        return {}
+    return {**config.teachers} if config.teachers else {TEACHER: config.teacher}
 
 
 def loaded_teachers(config: Config) -> dict[str, TeacherConfig | NamedTeacherConfig]:
-    """The models in this job that teach, by name, with their settings; the only one is called `TEACHER`."""
-    if not loads_teacher(config):
+    """Those of `separate_teachers` in this job."""
+    return {name: each for name, each in separate_teachers(config).items() if not is_served(each)}
+
+
+def served_teachers(config: Config) -> dict[str, TeacherConfig | NamedTeacherConfig]:
+    """Those of `separate_teachers` on servers."""
+    return {name: each for name, each in separate_teachers(config).items() if is_served(each)}
+
+
+def is_served(teacher: TeacherConfig | NamedTeacherConfig) -> bool:
+    """Whether a teacher is on servers, so that its weights are not loaded in this job."""
+    return teacher.server.kind != "none"
+
+
+def teacher_heads(config: Config) -> dict[str, TeacherConfig | NamedTeacherConfig]:
+    """The separate teachers whose output heads the student holds: those that give hidden states, where the loss compares both
+    models over the vocabulary."""
+    if not compares_over_vocabulary(config.objective):
         return {}
-    return {**config.teachers} if config.teachers else {TEACHER: config.teacher}
+    return {name: each for name, each in separate_teachers(config).items() if each.server.kind != "completions"}
+
+
+def knows_top_k(config: Config) -> bool:
+    """Whether the loss compares both models on the teacher's most likely tokens as servers report them, so that the student
+    does not compute the teacher's logits."""
+    found = separate_teachers(config).values()
+    return compares_over_vocabulary(config.objective) and any(each.server.kind == "completions" for each in found)
 
 
 def section_of(config: Config, name: str) -> str:
@@ -318,8 +348,8 @@ def asks_for_transformer_engine(model: ModelConfig) -> bool | None:
 
 
 def used_models(config: Config) -> dict[str, str]:
-    """The paths of the models that process training sequences, by role: "student" and, if used, "teacher" (one of several is
-    "teacher NAME").
+    """The paths of the models in this job that process training sequences, by role: "student" and, if used, "teacher" (one of
+    several is "teacher NAME").
 
     Raises:
         ConfigError: `student.path` is not set.
@@ -329,8 +359,24 @@ def used_models(config: Config) -> dict[str, str]:
     models = {"student": config.student.path}
     for name, teacher in loaded_teachers(config).items():
         assert teacher.path is not None
-        models[TEACHER if name == TEACHER else f"teacher {name}"] = teacher.path
+        models[role_of(name)] = teacher.path
     return models
+
+
+def known_models(config: Config) -> dict[str, str]:
+    """`used_models`, and the paths of teachers on servers where they are named: of these the tokenizer and `config.json` are
+    read, and the output head, if the loss needs it.
+
+    Raises:
+        ConfigError: `student.path` is not set.
+    """
+    served = {role_of(name): teacher.path for name, teacher in served_teachers(config).items() if teacher.path}
+    return {**used_models(config), **served}
+
+
+def role_of(teacher: str) -> str:
+    """What a teacher is called among the models of a run."""
+    return TEACHER if teacher == TEACHER else f"teacher {teacher}"
 
 
 def training_ranks(cluster: ClusterConfig) -> int:
@@ -349,7 +395,7 @@ def ranks_per_node(config: Config, gpus: int) -> int:
         return per_node
     student = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     teachers = config.teachers.values() if config.teachers else [config.teacher]
-    ranks = [teacher.parallel.tensor * teacher.parallel.pipeline for teacher in teachers]
+    ranks = [each.parallel.tensor * each.parallel.pipeline for each in teachers if not is_served(each)]
     return max(per_node, -(-math.lcm(student, *ranks) // config.cluster.nodes))
 
 

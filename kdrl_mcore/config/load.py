@@ -28,6 +28,7 @@ from kdrl_mcore.config.overrides import (
     Override,
     apply,
     check_key,
+    check_text,
     override,
 )
 from kdrl_mcore.config.schema import BenchmarkConfig, Config, SourceConfig
@@ -68,9 +69,9 @@ def load_config(arguments: Sequence[str]) -> Config:
     groups = sources.groups()
     chosen = {each.name: each for each in overrides if each.name in groups and not isinstance(each.value, dict)}
     settings = [each for each in overrides if each.name not in chosen]
-    for choice in chosen.values():
-        _check_choice(choice, sources)
     try:
+        for choice in chosen.values():
+            _check_choice(choice, sources)
         if sources.file is None:
             composed = _compose(sources, {name: choice.value for name, choice in chosen.items()})
         else:
@@ -163,6 +164,10 @@ def _check_choice(choice: Override, sources: Sources) -> None:
         raise ConfigError(f"{choice.word}: {choice.name} needs a choice; {there}")
     if choice.value not in known:
         raise ConfigError(f"{choice.word}: no such {choice.name}; {there}{nearest(str(choice.value), known)}")
+    file = sources.choices(choice.name)[choice.value]
+    if conf_dir() not in file.parents:
+        for name, value in _values_of(file, choice.name).items():
+            check_text(name, value, where=f"{file}: {name}={value}")  # Hydra would turn it into a text: 2026.10 into 2026.1
 
 
 def _compose(sources: Sources, chosen: Mapping[str, Any]) -> DictConfig:
@@ -257,7 +262,7 @@ def _choose_over(composed: DictConfig, choice: Override, sources: Sources) -> No
     """Apply a choice to a composed configuration: every key that any choice of the group sets is reset to its default, then
     this choice's keys are set. So nothing of an objective remains when another one is chosen."""
     defaults = flatten(asdict(Config()))
-    about = {name for file in sources.choices(choice.name).values() for name in _keys_of(file, choice.name)}
+    about = {name for file in sources.choices(choice.name).values() for name in _values_of(file, choice.name)}
     for name in sorted(about & defaults.keys()):
         apply(composed, name, defaults[name], choice.word)
     # Not as the primary config: Hydra does not look for that in the user's folders.
@@ -269,12 +274,13 @@ def _choose_over(composed: DictConfig, choice: Override, sources: Sources) -> No
         apply(composed, name, value, choice.word)
 
 
-def _keys_of(file: Path, group: str) -> set[str]:
-    """The keys that the file of a choice sets."""
+def _values_of(file: Path, group: str) -> dict[str, Any]:
+    """The keys that the file of a choice sets, and their values."""
     package = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     prefix = group if package is None else package[1].removeprefix("_global_")
-    tree: Any = OmegaConf.to_container(OmegaConf.load(file)) or {}
-    return {f"{prefix}.{name}".removeprefix(".") for name in flatten(tree)}
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+    values = flatten(tree) if isinstance(tree, dict) else {}
+    return {f"{prefix}.{name}".removeprefix("."): value for name, value in values.items()}
 
 
 def _read_templates(config: Config) -> None:

@@ -152,8 +152,7 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
         raise ConfigError(f"{_shown(word)}: this key needs a value")
     if str in types and isinstance(value, (dict, list)):
         raise ConfigError(f"{_shown(word)}: this key takes a string: {_quote_it(name, word.split('=', 1)[-1])}")
-    if _is_text(name) and _is_number(value):
-        raise ConfigError(f"{_shown(word)}: this key takes a text: write it in quotes")
+    check_text(name, value, where=_shown(word))
     if list in types and isinstance(value, str):
         raise ConfigError(f"{_shown(word)}: this key takes a list: write {_in_shell(f'{name}=[{value}]')}")
     try:
@@ -161,6 +160,12 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
         OmegaConf.update(config, name, value, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"{_shown(word)}: {first_line(error)}") from error
+
+
+def check_text(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError if a number is given for a key that takes a text: its digits may not be those that were written."""
+    if _is_text(name) and _is_number(value):
+        raise ConfigError(f"{where}: this key takes a text: write it in quotes")
 
 
 def _add_item(config: DictConfig, name: str) -> None:

@@ -52,9 +52,11 @@ RULES: dict[str, Rule] = {
     "teacher.refresh_every": Rule("wins", "counted in updates from the first"),
     "teacher.min_ess": Rule("wins", "a bound"),
     "teacher.prompt": Rule("wins", "what the teacher reads from here on"),
+    "teacher.server": Rule("wins", "where the teacher is", False),
     "teachers": Rule("wins", "as of `teacher`; a schedule of `share` restarts when one of its keys changes"),
     "teachers.NAME.path": Rule("content", "the models that teach, if they taught before"),
     "teachers.NAME.parallel": Rule("wins", "its layout", False),
+    "teachers.NAME.server": Rule("wins", "where it is", False),
     "teachers.NAME.offload": Rule("wins", "its off-load", False),
     "parallel": Rule("wins", "checkpoints load in any layout", False),
     "objective": Rule(
@@ -224,7 +226,8 @@ def _is_used(key: str, flat: Mapping[str, Any]) -> bool:
     if key == "teacher.path":
         kind = flat.get("objective.kind", ObjectiveConfig.kind)
         own = flat.get("teacher.weights", TeacherConfig.weights) in ("path", "recorded", "adapters")
-        return own and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
+        elsewhere = flat.get(key) is None and flat.get("teacher.server.kind", "none") != "none"
+        return own and not elsewhere and uses_teacher(ObjectiveConfig(kind=kind, beta=_schedule("objective.beta", flat)))
     if key == "rollout.path":
         return flat.get("rollout.engine") == "replay"
     if key == "rollout.given.path":

@@ -117,7 +117,8 @@ class StudentConfig:
 
 @dataclass
 class TeacherParallelConfig:
-    """The teacher's own layout over the same ranks; its data-parallel size follows from the other sizes."""
+    """The teacher's own layout over the same ranks; its data-parallel size follows from the other sizes. Of a teacher on the
+    nodes of `cluster.teacher_nodes`, `tensor` is the number of GPUs of one server."""
 
     tensor: int = key(1, "ranks that split each of its layers", range=DEGREE)
     pipeline: int = key(1, "stages of its layers", range=DEGREE)
@@ -142,15 +143,38 @@ class TeacherPromptConfig:
 
 
 @dataclass
+class TeacherServerConfig:
+    """Servers that score with the teacher, elsewhere or in the same SLURM job (docs/teachers.md, "On a server")."""
+
+    kind: str = key(
+        "none",
+        "none (the teacher is in this job), completions (vLLM's completions interface: log-probs, and those of its top k) or "
+        "hidden_states (kdrl-serve-teacher --kind hidden_states: everything)",
+        choices=("none", "completions", "hidden_states"),
+    )
+    urls: list[str] = key([], "their addresses, such as [http://node7:8000], which share the work; []: those in RUN/teachers")
+    replicas: int = key(1, "urls=[]: the number of servers to wait for in RUN/teachers", range=DEGREE)
+    model: str | None = key(None, "completions: the model's name on the servers; null: their only one")
+    token_file: str | None = key(
+        None, "a file with the bearer token of urls; null: the environment variable KDRL_TEACHER_TOKEN, if it is set"
+    )
+    concurrency: int = key(16, "requests in flight on each server, of the whole job", range=COUNT)
+    batch_tokens: int = key(16384, "the most tokens of a request with several responses", range=COUNT)
+    attempts: int = key(5, "tries of a request, on any of the servers, before the run ends", range=COUNT)
+    timeout: float = key(300.0, "seconds without an answer after which a request has failed", range=SECONDS)
+    startup_timeout: float = key(1200.0, "seconds at the start until every server must answer", range=SECONDS)
+
+
+@dataclass
 class TeacherConfig:
     """The model that only scores."""
 
     path: str | None = key(None, "an HF checkpoint directory, a hub id, or a PEFT folder, with the student's tokenizer")
     weights: str = key(
         "path",
-        "path (of the model in teacher.path), or the student's own: start (as the run began), average (exponential moving "
-        "average), refreshed (every refresh_every updates), present, base (without the adapters of student.lora) or adapters "
-        "(with those in teacher.path instead); or recorded (its scores are in the file rollout.path)",
+        "path (of the model in teacher.path, or on teacher.server), or the student's own: start (as the run began), average "
+        "(exponential moving average), refreshed (every refresh_every updates), present, base (without the adapters of "
+        "student.lora) or adapters (with those in teacher.path instead); or recorded (its scores are in the file rollout.path)",
         choices=("path", "start", "average", "refreshed", "present", "base", "adapters", "recorded"),
     )
     decay: float = key(0.999, "average: the share that remains after an update", range=DECAY)
@@ -162,6 +186,7 @@ class TeacherConfig:
     )
     prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
     score_while_sampling: bool = key(
         False,
@@ -235,7 +260,7 @@ class ScheduleConfig:
 
 @dataclass
 class NamedTeacherConfig:
-    """One of several teachers: a model in this job, and the prompts that it teaches (docs/teachers.md)."""
+    """One of several teachers: a model in this job or on servers, and the prompts that it teaches (docs/teachers.md)."""
 
     path: str | None = key(None, "an HF checkpoint directory or a hub id, with the student's tokenizer")
     column: str = key(
@@ -245,6 +270,7 @@ class NamedTeacherConfig:
     share: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(init=1.0))
     prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     offload: bool = key(True, "keep the weights in host memory while the teacher is idle (CUDA only)")
 
 
@@ -327,6 +353,9 @@ class DistillationConfig:
         choices=("reverse", "forward", "jsd"),
     )
     jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
+    entry_clip: float | None = key(
+        None, "exact forward: the largest value of each entry T log(T / pi) of the sum over the vocabulary", range=POSITIVE
+    )
     mix: str = key(
         "none",
         "how a forward divergence is mixed with k2 of the sampled token: none, entropy (k2 everywhere, the divergence where "
@@ -856,6 +885,9 @@ class ClusterConfig:
     gpus_per_node: int = key(8, "ranks on each", range=DEGREE)
     server_nodes: int = key(
         0, "further machines of the same job, filled with servers for rollout=vllm (slurm/serve.sh)", range=Range(0, 2**20)
+    )
+    teacher_nodes: int = key(
+        0, "further machines of the same job, filled with servers of teachers (teacher.server)", range=Range(0, 2**20)
     )
     name: str = key("", "name of the GPU; cluster=h100, h200, b200 or a100 sets this and everything below, for kdrl-plan")
     memory_gib: float = key(0.0, "memory of one GPU, GiB", range=RATE)

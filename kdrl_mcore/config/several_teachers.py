@@ -14,6 +14,7 @@ from kdrl_mcore.config.derived import (
     can_be_positive,
     domain_name,
     evaluates,
+    is_served,
     may_teach_together,
     replays,
     uses_teacher,
@@ -43,8 +44,8 @@ def check_teachers(config: Config) -> None:
     domains = [domain_name(source) for source in config.data.sources]
     for name, each in config.teachers.items():
         section = f"teachers.{name}"
-        if not each.path:
-            raise ConfigError(f"{section}.path is not set: name the teacher")
+        if not each.path and not is_served(each):
+            raise ConfigError(f"{section}.path is not set: name the teacher, or its servers in {section}.server")
         if name == TEACHER:
             raise ConfigError(f"{section}: choose another name than {TEACHER}, which is that of an only teacher")
         check_teacher_prompt(each.prompt, f"{section}.prompt")

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 from kdrl_mcore.config.derived import (
     DISTRIBUTION,
-    loads_teacher,
+    has_separate_teacher,
+    is_served,
     replays,
     teaches_itself,
     uses_given,
@@ -25,10 +26,10 @@ def check_teacher(config: Config) -> None:
     """
     teacher, prompt = config.teacher, config.teacher.prompt
     name = f"teacher.weights={teacher.weights}"
-    if loads_teacher(config) and not teacher.path and not config.teachers:
+    if has_separate_teacher(config) and not teacher.path and not is_served(teacher) and not config.teachers:
         raise ConfigError(
             "objective.beta is positive but teacher.path is not set: name the teacher, let the student teach itself "
-            "(teacher.weights), or use objective=grpo"
+            "(teacher.weights), ask a server (teacher.server), or use objective=grpo"
         )
     if teacher.weights != "path":
         if not uses_teacher(config.objective):

@@ -35,6 +35,14 @@ def fingerprint(path: str | None) -> str | None:
     return digest.hexdigest()
 
 
+def weights_fingerprint(path: str | None) -> str | None:
+    """The fingerprint of a model directory, or None if it has no weights (of a teacher on servers, only the tokenizer may be
+    here)."""
+    if not path or not (any(Path(path).glob("*.safetensors")) or torch_dist_folder(Path(path))):
+        return None
+    return fingerprint(path)
+
+
 def _read_into(digest: Any, path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:

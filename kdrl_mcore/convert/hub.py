@@ -61,14 +61,17 @@ def find_commit(model: HubId) -> str:
     return _download(model, ("config.json",)).name
 
 
-def download(model: HubId) -> Path:
+def download(model: HubId, *, weights: bool = True) -> Path:
     """The folder of a model in the hub's cache, downloaded if it is not there yet.
+
+    Args:
+        weights: whether the weights are needed, too; without them config and tokenizer are downloaded.
 
     Raises:
         ModelError: the model cannot be obtained, or has no safetensors.
     """
-    folder = _download(model, FILES)
-    if not any(folder.glob("*.safetensors")):
+    folder = _download(model, FILES if weights else FILES[1:])
+    if weights and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{model} on the hub has no safetensors, the only weights that are read: convert it first")
     return folder
 

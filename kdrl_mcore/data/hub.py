@@ -6,7 +6,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from kdrl_mcore.config import Config
-from kdrl_mcore.config.derived import uses_teacher
+from kdrl_mcore.config.derived import section_of, served_teachers, teacher_heads, uses_teacher
 from kdrl_mcore.convert.hub import HubId, download, find_commit, hub_id
 from kdrl_mcore.data.arrow_rows import COMMIT
 from kdrl_mcore.data.files import is_file
@@ -59,7 +59,12 @@ def resolve_models(config: Config) -> tuple[Config, dict[str, str]]:
     if uses_teacher(config.objective):
         used["teacher.path"] = config.teacher.path
         used |= {f"teachers.{name}.path": teacher.path for name, teacher in config.teachers.items()}
-    folders, commits = resolve({key: path for key, path in used.items() if path})
+    bare = {
+        f"{section_of(config, name)}.path"
+        for name, each in served_teachers(config).items()
+        if name not in teacher_heads(config)
+    }
+    folders, commits = resolve({key: path for key, path in used.items() if path}, bare)
     student = replace(config.student, path=folders.get("student.path", config.student.path))
     teacher = replace(config.teacher, path=folders.get("teacher.path", config.teacher.path))
     teachers = {
@@ -68,12 +73,13 @@ def resolve_models(config: Config) -> tuple[Config, dict[str, str]]:
     return replace(config, student=student, teacher=teacher, teachers=teachers), commits
 
 
-def resolve(paths: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def resolve(paths: Mapping[str, str], without_weights: Collection[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
     """Download the models that are named by a hub id. Rank 0 resolves the commits and the first rank of each machine downloads;
     the others wait outside of collectives, which could time out. Collective over the world.
 
     Args:
         paths: paths or hub ids, by the name of the key or option.
+        without_weights: the names of those of which only config and tokenizer are read.
 
     Returns:
         The folders and the `org/name@commit`, both by name. Names whose value is a path are left out.
@@ -92,7 +98,7 @@ def resolve(paths: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     assert store is not None
     if leader == dist.get_rank():
         try:
-            folders = {name: str(download(model)) for name, model in found.items()}
+            folders = {name: str(download(model, weights=name not in without_weights)) for name, model in found.items()}
         except KdrlError as error:
             failure = str(error)
         finally:
@@ -105,7 +111,7 @@ def resolve(paths: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
         raise ModelError(failures[0])
     folders = everywhere[leader][1]
     if not all(Path(folder).is_dir() for folder in folders.values()):  # two machines have the same name
-        folders = {name: str(download(model)) for name, model in found.items()}
+        folders = {name: str(download(model, weights=name not in without_weights)) for name, model in found.items()}
     return folders, {name: str(model) for name, model in found.items()}
 
 

@@ -11,10 +11,11 @@ from kdrl_mcore.config import Config, NamedTeacherConfig
 from kdrl_mcore.config.derived import (
     TEACHER,
     has_several_teachers,
+    known_models,
     longest_response,
     prompts_of_teachers,
+    role_of,
     section_of,
-    used_models,
 )
 from kdrl_mcore.data.taught import teaches
 from kdrl_mcore.errors import DataError
@@ -132,7 +133,7 @@ def limits_of(config: Config, tokens: int) -> Limits:
     Raises:
         ModelError: one of the models is not a model.
     """
-    models = used_models(config)
+    models = known_models(config)
     return Limits.of(tokens, [models["student"]] if has_several_teachers(config) else list(models.values()))
 
 
@@ -231,12 +232,12 @@ class _Reader:
 def _readers(config: Config, unshared: Mapping[str, Collection[int]]) -> list[_Reader]:
     """The teachers whose prompts `check_prompts` and `check_rollouts` do not already check. The model that reads them is the
     teacher, or the student where it teaches itself."""
-    models, prompts, readers = used_models(config), prompts_of_teachers(config), []
+    models, prompts, readers = known_models(config), prompts_of_teachers(config), []
     for name in config.teachers if has_several_teachers(config) else [TEACHER]:
         own, settings = name in prompts, config.teachers.get(name)
         if settings is None and not own and not unshared.get(name):
             continue
-        model = models.get(TEACHER if settings is None else f"teacher {name}", models["student"])
+        model = models.get(role_of(name), models["student"])
         limits = Limits.of(read_architecture(model).vocab_size, [model])
         template = prompts[name].template if own else "student"
         other = () if own else unshared.get(name, ())

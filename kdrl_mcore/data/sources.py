@@ -11,13 +11,13 @@ import numpy as np
 
 from kdrl_mcore.config import Config, DataConfig, SourceConfig, domain_name
 from kdrl_mcore.config.derived import (
-    TEACHER,
     is_supervised,
+    known_models,
     prompts_of_teachers,
     reads_responses,
+    role_of,
     section_of,
     teacher_prompt_tokens,
-    used_models,
 )
 from kdrl_mcore.data.prompts import TeacherPrompts, load_prompts
 from kdrl_mcore.data.sharing import once_per_node
@@ -91,10 +91,10 @@ def _teacher_prompts(config: Config, tokenizer: Tokenizer) -> dict[str, TeacherP
         tokenizer: the student's.
     """
     found, prompts = dict[str, TeacherPrompts](), prompts_of_teachers(config)
-    models = used_models(config) if prompts else {}
+    models = known_models(config) if prompts else {}
     for name, prompt in prompts.items():
         section = f"{section_of(config, name)}.prompt"
-        path = models.get(TEACHER if name == TEACHER else f"teacher {name}")
+        path = models.get(role_of(name))
         own = tokenizer if path is None else load_tokenizer(config_folder(path))
         key = "rollout.max_prompt_tokens" if prompt.max_tokens is None else f"{section}.max_tokens"
         settings = config.teachers.get(name)

@@ -90,6 +90,11 @@ class Tokenizer:
         """The text of these ids on one line, special tokens included; unprintable characters are escaped as in Python."""
         return repr(self._backend.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def text_of(self, token_id: int) -> str:
+        """The text of one token; empty where it is not a whole character by itself."""
+        text: str = self._backend.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return "" if "\N{REPLACEMENT CHARACTER}" in text else text
+
     def template_asks_for(self, name: str) -> bool:
         """Whether this word occurs in the chat template."""
         return re.search(rf"\b{re.escape(name)}\b", str(self._backend.chat_template or "")) is not None

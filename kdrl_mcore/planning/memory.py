@@ -13,6 +13,7 @@ from kdrl_mcore.config.derived import (
     TEACHER,
     compares_over_vocabulary,
     keeps_earlier_weights,
+    knows_top_k,
     max_engine_tokens,
     max_sequence_tokens,
     samples,
@@ -207,13 +208,10 @@ def _activations(setup: Setup, stage: int) -> list[Item]:
         Item("backward of a layer", more, ("backward",)),
     ]
     if stage == layout.pipeline - 1:
-        exact = compares_over_vocabulary(setup.config.objective)
+        exact = compares_over_vocabulary(setup.config.objective) and not knows_top_k(setup.config)
         items.append(Item("logits head", head_bytes(student, tokens, setup, train=True, exact=exact), ("head",)))
         if exact:
-            assert setup.teacher is not None
-            columns = student.shard.columns
-            width = sum(teacher.architecture.hidden_size for teacher in setup.teachers.values())
-            own = 0 if shares_teacher_head(setup.config) else columns * width * student.element
+            own = 0 if shares_teacher_head(setup.config) else student.shard.columns * setup.teacher_width * student.element
             items.append(Item("teacher head", own))
     return items
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from kdrl_mcore.config import Config, ParallelConfig
-from kdrl_mcore.config.derived import loads_teacher, max_sequence_tokens, training_ranks
+from kdrl_mcore.config.derived import loaded_teachers, max_sequence_tokens, training_ranks
 from kdrl_mcore.config.schema import DEFAULT_RECOMPUTE
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families import read_architecture
@@ -41,7 +41,7 @@ def search(config: Config, workload: Workload, best: int = 5) -> tuple[list[Cand
     Tensor parallelism stays within a node. Colocated engines take what training leaves, at most what the configuration sets.
     Layouts that differ only in recompute, off-load or micro-batch size count as one: the fastest is shown.
     """
-    teachers = _teacher_variants(config) if loads_teacher(config) and not config.teachers else []
+    teachers = _teacher_variants(config) if loaded_teachers(config) and not config.teachers else []
     # All are built in one fake world, where each plan below finds its shards.
     try_shards([request for variant in [*teachers, *_variants(config)] for request in _requests(variant)])
     if teachers:
@@ -175,7 +175,7 @@ def _overrides(plan: Plan) -> Iterator[str]:
     if parallel.offload_activations:
         yield f"parallel.offload_activations=[{','.join(parallel.offload_activations)}]"
     yield f"batch.micro_tokens={config.batch.micro_tokens}"
-    if loads_teacher(config) and not config.teachers:
+    if loaded_teachers(config) and not config.teachers:
         yield f"teacher.parallel.tensor={config.teacher.parallel.tensor}"
         yield f"teacher.parallel.pipeline={config.teacher.parallel.pipeline}"
     if plan.setup.engine is not None:

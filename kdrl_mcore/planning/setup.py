@@ -20,6 +20,7 @@ from kdrl_mcore.config.derived import (
     samples_with_vllm,
     section_of,
     servers_per_node,
+    teacher_heads,
     teacher_prompt_tokens,
     teaches_by_advantage,
     teaches_itself,
@@ -110,12 +111,22 @@ class Setup:
     @property
     def gpus(self) -> int:
         """The number of GPUs that are paid for."""
-        return self.student.layout.world_size + self.engine_gpus
+        teachers = self.cluster.teacher_nodes * self.cluster.gpus_per_node
+        return self.student.layout.world_size + self.engine_gpus + teachers
 
     @property
     def teacher(self) -> Placed | None:
         """The only teacher, or the first of several; None without one."""
         return next(iter(self.teachers.values()), None)
+
+    @cached_property
+    def teacher_width(self) -> int:
+        """The sum of the hidden sizes of the teachers whose output heads the student holds."""
+        if teaches_itself(self.config):
+            return self.student.architecture.hidden_size
+        heads = teacher_heads(self.config).items()
+        paths = [find_shape(each.path, f"{section_of(self.config, name)}.path") for name, each in heads]
+        return sum(read_architecture(path).hidden_size for path in paths)
 
     def offloads(self, name: str) -> bool:
         """Whether a teacher's weights are in host memory while it is idle."""

@@ -24,6 +24,7 @@ def run_checks(config: Config, min_bandwidth: float) -> list[Finding]:
         "models": lambda: configuration.check_models(found),
         "layout": lambda: configuration.check_layout(found),
         "engines": lambda: configuration.check_engines(found),
+        "teachers": lambda: configuration.check_teachers(found),
         "data": lambda: configuration.check_data(found),
         "lengths": lambda: configuration.check_lengths(found),
         "memory": lambda: configuration.check_memory(found),

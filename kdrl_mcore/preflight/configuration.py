@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,15 +15,19 @@ from kdrl_mcore.config import Config, load_benchmark
 from kdrl_mcore.config.derived import (
     engines_share_gpus,
     evaluated_limit,
+    known_models,
     loaded_teachers,
     longest_response,
     reads_scores,
     replays,
     samples_with_vllm,
+    separate_teachers,
+    served_teachers,
     used_models,
     uses_given,
 )
 from kdrl_mcore.convert.adapted import open_weights
+from kdrl_mcore.convert.fingerprint import weights_fingerprint
 from kdrl_mcore.convert.hf_files import unread_files
 from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.convert.weight_map import check_names
@@ -58,14 +63,16 @@ from kdrl_mcore.rollout.given import read_given
 from kdrl_mcore.rollout.vllm.host_memory import engine_gib
 from kdrl_mcore.rollout.vllm.placement import check_installed, find_owners
 from kdrl_mcore.run_directory.export import check_export
+from kdrl_mcore.teacher.addresses import find_addresses
+from kdrl_mcore.teacher.connect import expected_of, make_client
 from kdrl_mcore.teacher.recorded import read_recorded
 
 
 def check_models(config: Config) -> str:
     """Models and tokenizers are complete on every node, and student and teacher share their tokens."""
-    models, described = used_models(config), []
+    models, known, described = used_models(config), list(known_models(config).values()), []
     if config.checkpoint.export_hf:
-        check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
+        check_export(Path(config.run.dir), known, adapters=config.student.lora.rank > 0)
     if (lora := config.student.lora).rank:
         check_student_base(models["student"])
         check_lora(lora, read_architecture(models["student"]), config.parallel.tensor)
@@ -79,7 +86,7 @@ def check_models(config: Config) -> str:
             check_names(weights, architecture, FAMILIES[architecture.family].rules(architecture))
         described.append(f"{name} {path} ({num_parameters(architecture) / 1e9:.2f}B parameters)")
         described += [f"{path} also holds {file}, which is not read" for file in unread_files(path)]
-    tokenizer, vocab_size = shared_vocabulary(*models.values(), added_may_differ=True)
+    tokenizer, vocab_size = shared_vocabulary(*known, added_may_differ=True)
     if tokenizer is None and not replays(config):
         raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
     return f"{'; '.join(described)}; {vocab_size} tokens"
@@ -156,9 +163,9 @@ def check_lengths(config: Config) -> str:
     """The models know the token ids of all prompts and rollouts, which with their responses fit the models' positions."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return ""
-    models = list(used_models(config).values())
+    models = list(known_models(config).values())
     tokenizer, vocab_size = shared_vocabulary(*models, added_may_differ=True)
-    unshared = {name: unshared_tokens(models[0], str(teacher.path)) for name, teacher in loaded_teachers(config).items()}
+    unshared = _unshared(config)
     limits, most = limits_of(config, vocab_size), config.rollout.max_response_tokens
     checked = []
     if replays(config):
@@ -183,6 +190,35 @@ def check_lengths(config: Config) -> str:
             check_prompts(benchmark.prompts, benchmark.name, own, *evaluated_limit(config))
             checked.append(benchmark.name)
     return f"{', '.join(checked) or 'no file'}: within {limits.positions} positions"
+
+
+def check_teachers(config: Config) -> str:
+    """The servers of teachers answer on every node and are the expected teachers. Those in RUN/teachers start only after the
+    preflight, and are checked when the run starts."""
+    served = served_teachers(config)
+    if not served or os.environ.get("LOCAL_RANK", "0") != "0":
+        return "" if served else "no teacher on servers"
+    tokenizer, vocab_size = shared_vocabulary(*known_models(config).values(), added_may_differ=True)
+    unshared, found = _unshared(config), []
+    for name, teacher in served.items():
+        if not teacher.server.urls:
+            found.append(f"{name}: servers in RUN/teachers, checked when the run starts")
+            continue
+        client = make_client(config, teacher, partial(find_addresses, config, name, teacher.server), 1, vocab_size)
+        weights = weights_fingerprint(teacher.path)
+        try:
+            found.append(
+                f"{name}: {client.check(expected_of(config, name, tokenizer, vocab_size, unshared.get(name, ()), weights))}"
+            )
+        finally:
+            client.close()
+    return "; ".join(found)
+
+
+def _unshared(config: Config) -> dict[str, dict[int, str]]:
+    """By teacher, the student's added tokens at whose ids it has others."""
+    student = str(config.student.path)
+    return {name: unshared_tokens(student, teacher.path) for name, teacher in separate_teachers(config).items() if teacher.path}
 
 
 def _only_files(config: Config) -> Config:

@@ -34,7 +34,7 @@ from kdrl_mcore.parallel.layout import create_student_groups, student_layout
 from kdrl_mcore.parallel.packing import PackedBatch
 from kdrl_mcore.parallel.platform import device, to_device
 from kdrl_mcore.student.optimizer import Optimizer
-from kdrl_mcore.teacher.head import TeacherHead
+from kdrl_mcore.teacher.head import KnownTopKHead, TeacherHead
 from kdrl_mcore.vocab_parallel import OUTSIDE, HeadTokens, Support, fused_head
 
 Measures = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -51,8 +51,8 @@ class MicroBatch:
 
     Attributes:
         sampler_log_probs_T: log mu of the loss rows; None if the student's present weights sampled them.
-        teacher_hidden_DG: the teacher's hidden states of the first D loss rows, in host memory; None unless the loss compares
-            student and teacher over the vocabulary.
+        teacher_hidden_DG: the teacher's hidden states of the first D loss rows (or what its servers know of them,
+            `teacher.head.pack_top_k`), in host memory; None unless the loss compares student and teacher over the vocabulary.
         given_T: which loss rows belong to given responses (bool); None without any. Measures of the student's own responses
             leave them out.
     """
@@ -134,7 +134,7 @@ class Student:
         self._temperature = 1.0 if is_supervised(config.objective) else config.rollout.temperature
         self._dtype = config.model.dtype
         self.is_float32 = DTYPES[self._dtype] == torch.float32
-        self.teacher_head: TeacherHead | None = None
+        self.teacher_head: TeacherHead | KnownTopKHead | None = None
         self._kd = config.objective.kd
         self._shares_teacher_head = shares_teacher_head(config)
         self._head_time = Stopwatch()
@@ -152,6 +152,16 @@ class Student:
         """
         if self.groups.is_last_stage:
             self.teacher_head = TeacherHead.read(paths, self.parts.chunks[-1].shard, self._dtype, kd)
+
+    def expect_known_top_k(self) -> None:
+        """Compare student and teacher on the teacher's most likely tokens, which its servers report. Does nothing except on the
+        last stage. No communication.
+
+        Raises:
+            ConfigError: see `KnownTopKHead`.
+        """
+        if self.groups.is_last_stage:
+            self.teacher_head = KnownTopKHead(self.parts.chunks[-1].shard, self._kd)
 
     def add_teacher_adapters(self, folder: str) -> None:
         """Add a second set of adapters to the frozen weights, which is off until a teacher scores with it. No communication.
@@ -185,6 +195,7 @@ class Student:
                 weight_VH if self._shares_teacher_head else weight_VH.clone(), chunk.shard, self._kd
             )
         elif not self._shares_teacher_head:
+            assert isinstance(self.teacher_head, TeacherHead)
             self.teacher_head.weight_VG.copy_(weight_VH)
 
     def update(self, micro_batches: Sequence[MicroBatch], lr: float) -> UpdateResult:

@@ -1,4 +1,8 @@
-"""The teacher's output head in the student's layout, for divergences that compare both models over the vocabulary."""
+"""The teacher's output head in the student's layout, for divergences that compare both models over the vocabulary, and a
+stand-in for it where only the teacher's most likely tokens are known.
+
+T tokens, D loss rows with a teacher, K tokens of a support, G the teacher's hidden size.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.vocab_parallel import (
+    ClippedForwardKL,
     ExactForwardKL,
     ExactReverseKL,
     JensenShannon,
+    KnownTopK,
     TeacherInputs,
     TopKForwardKL,
     TopKJensenShannon,
@@ -25,7 +31,7 @@ from kdrl_mcore.vocab_parallel import (
     VocabShard,
 )
 from kdrl_mcore.vocab_parallel.divergence import Divergence
-from kdrl_mcore.vocab_parallel.top_k import Support, Tail
+from kdrl_mcore.vocab_parallel.top_k import Support, Tail, TopKDivergence
 
 
 def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) -> Divergence:
@@ -44,6 +50,8 @@ def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) ->
         return form(kd.top_k, support, tail)
     if kd.divergence == "jsd":
         return JensenShannon(kd.jsd_beta)
+    if kd.entry_clip is not None:
+        return ClippedForwardKL(kd.entry_clip)
     return ExactForwardKL() if kd.divergence == "forward" else ExactReverseKL()
 
 
@@ -57,8 +65,7 @@ class TeacherHead:
         Raises:
             ConfigError: `objective.kd.top_k` exceeds the vocabulary.
         """
-        if kd.estimator in ("top_k", "top_k_unbiased") and not 1 <= kd.top_k <= shard.size:
-            raise ConfigError(f"objective.kd.top_k={kd.top_k} must be between 1 and the {shard.size} tokens of the vocabulary")
+        _check_top_k(kd, shard)
         self.weight_VG = weight_VG
         self._kd = kd
 
@@ -78,3 +85,42 @@ class TeacherHead:
         """
         with_entropy = self._kd.mix == "entropy" or ":" in self._kd.mix
         return TeacherInputs(hidden_DG, self.weight_VG, divergence_of(self._kd, sampler_log_probs_T), with_entropy)
+
+
+class KnownTopKHead:
+    """Stands in for the teacher's head where servers report its K most likely tokens: the 2K + 1 numbers of `pack_top_k` take
+    the place of a hidden state."""
+
+    def __init__(self, shard: VocabShard, kd: DistillationConfig) -> None:
+        """Raises:
+        ConfigError: `objective.kd.top_k` exceeds the vocabulary.
+        """
+        _check_top_k(kd, shard)
+        self._kd = kd
+
+    def inputs(self, packed_DN: Tensor, sampler_log_probs_T: Tensor | None) -> KnownTopK:
+        """As `TeacherHead.inputs`. No communication.
+
+        Args:
+            packed_DN: the numbers of the first D of the T loss rows [D, 2K + 1].
+        """
+        divergence = divergence_of(self._kd, sampler_log_probs_T)
+        assert isinstance(divergence, TopKDivergence)
+        log_probs_D, log_q_DK, ids_DK = packed_DN.split((1, divergence.k, divergence.k), dim=1)
+        return KnownTopK(ids_DK.long(), log_q_DK, log_probs_D[:, 0], divergence)
+
+
+def pack_top_k(log_probs_T: Tensor, log_q_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    """What a server knows of each token as one row [T, 2K + 1], in float32, in which ids up to 2^24 are exact: log q of the
+    token, of the teacher's K most likely tokens, and their ids."""
+    return torch.cat((log_probs_T[:, None].float(), log_q_TK.float(), ids_TK.float()), dim=1)
+
+
+def top_k_width(kd: DistillationConfig) -> int:
+    """2K + 1, the numbers of a row of `pack_top_k`."""
+    return 2 * kd.top_k + 1
+
+
+def _check_top_k(kd: DistillationConfig, shard: VocabShard) -> None:
+    if kd.estimator in ("top_k", "top_k_unbiased") and not 1 <= kd.top_k <= shard.size:
+        raise ConfigError(f"objective.kd.top_k={kd.top_k} must be between 1 and the {shard.size} tokens of the vocabulary")

@@ -1,5 +1,5 @@
-"""Several teachers that share the ranks: each scores its own responses, one teacher after the other, and where several teach
-one response their scores are mixed.
+"""Several teachers that share the ranks, or are on servers: each scores its own responses, one teacher after the other, and
+where several teach one response their scores are mixed.
 
 Off-loaded teachers are on the device only while they score, so at most one of them is there at a time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from kdrl_mcore.config.derived import DISTRIBUTION
 from kdrl_mcore.data.taught import HasColumns, teaches
 from kdrl_mcore.model.gpt import LanguageModel
 from kdrl_mcore.objective.schedules import Coefficient
-from kdrl_mcore.teacher.hidden_states import HiddenStates, JoinedStates
+from kdrl_mcore.teacher.hidden_states import HiddenStates, JoinedStates, States
 from kdrl_mcore.teacher.mixture import MIXTURES, portions
 from kdrl_mcore.teacher.scores import TeacherScores
+from kdrl_mcore.teacher.served import ServedTeacher
 from kdrl_mcore.teacher.source import ScoreSource
 from kdrl_mcore.types import Rollout, TokenFloats
 
@@ -32,7 +34,7 @@ class Member:
         settings: which prompts it teaches.
         share: its share of beta, a function of the optimizer step.
         source: what scores.
-        hidden_size: the width of its hidden states.
+        hidden_size: the width of its hidden states, or of what its servers know of a token.
     """
 
     settings: NamedTeacherConfig
@@ -48,17 +50,24 @@ class TeacherPool:
         members: the teachers by name, in the order of the configuration.
     """
 
-    def __init__(self, members: Mapping[str, Member], mixture: str) -> None:
+    def __init__(self, members: Mapping[str, Member], mixture: str, *, known_top_k: bool = False) -> None:
         """Args:
         mixture: the name of one of `MIXTURES`.
+        known_top_k: whether servers report the teachers' most likely tokens; then each response has one teacher.
         """
-        self.members = members
+        self.members, self._known_top_k = members, known_top_k
         self._mixture = MIXTURES[mixture]
 
     @property
     def chunks(self) -> Sequence[LanguageModel]:
         """The models of this rank."""
         return [chunk for member in self.members.values() for chunk in member.source.chunks]
+
+    def close(self) -> None:
+        """Close the connections to servers. Not collective."""
+        for member in self.members.values():
+            if isinstance(member.source, ServedTeacher):
+                member.source.close()
 
     @property
     def shares(self) -> dict[str, Coefficient]:
@@ -89,8 +98,11 @@ class TeacherPool:
             own = {index: rollout for index, rollout in rollouts.items() if name in shares[index]}
             if own:  # the same on every rank
                 found[name] = member.source.scores_of(own, wanted, temperature=temperature, micro_tokens=micro_tokens)
-        hidden = None
-        if DISTRIBUTION in wanted:
+        hidden: States | None = None
+        own_states = [each.hidden for each in found.values() if isinstance(each.hidden, HiddenStates)]
+        if self._known_top_k and own_states:
+            hidden = reduce(HiddenStates.joined, own_states)
+        elif DISTRIBUTION in wanted:
             sizes = {name: member.hidden_size for name, member in self.members.items()}
             parts = {name: each.hidden for name, each in found.items() if isinstance(each.hidden, HiddenStates)}
             hidden = JoinedStates(sizes, parts, shares)

@@ -91,7 +91,20 @@ def test_preflight_and_one_task_per_gpu_on_the_nodes_that_sbatch_was_asked_for(
     assert steps_done(tmp_path / "run") == [1, 2]
     report = (tmp_path / "run" / "logs" / f"{number}-0" / "preflight-node0.log").read_text()
     assert re.findall(r"^ok +(\S+)", report, re.MULTILINE) == [
-        *("versions", "devices", "hub", "models", "layout", "engines", "data", "lengths", "memory", "loggers", "run.dir"),
+        *(
+            "versions",
+            "devices",
+            "hub",
+            "models",
+            "layout",
+            "engines",
+            "teachers",
+            "data",
+            "lengths",
+            "memory",
+            "loggers",
+            "run.dir",
+        ),
         "all-reduce",
     ]
 
@@ -150,6 +163,20 @@ def test_a_node_trains_and_another_one_serves_real_vllm(cluster: Cluster, tiny_j
         assert lines and {line["weight_version"] for line in lines} == {step - 1}
     (log,) = (run_dir / "logs" / f"{number}-0").glob("servers-*.log")
     assert "it is started again" not in log.read_text()
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    assert not [command for command in commands if str(run_dir) in command]
+
+
+def test_a_node_trains_and_another_one_serves_the_teacher(cluster: Cluster, tiny_job: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    served = ["teacher.server.kind=hidden_states", "objective.kd.estimator=exact", "cluster.teacher_nodes=1"]
+    served += ["rollout.max_prompt_tokens=64"]
+    overrides = [*tiny_job, *served, "cluster.gpus_per_node=1", f"run.dir={run_dir}", "trainer.steps=2", "checkpoint.every=-1"]
+    number = submit(cluster, tmp_path, overrides, "--nodes=2", KDRL_PREFLIGHT="0")
+    assert cluster.end_of(number) == "COMPLETED", job_log(tmp_path, number)
+    assert all(row["kl_full"] > 0 for row in read_metrics(run_dir)) and steps_done(run_dir) == [1, 2]
+    (log,) = (run_dir / "logs" / f"{number}-0").glob("teacher-teacher-*.log")
+    assert "is served at http://127.0.0.1:" in log.read_text() and "it is started again" not in log.read_text()
     commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     assert not [command for command in commands if str(run_dir) in command]
 

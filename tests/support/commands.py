@@ -65,8 +65,8 @@ def assert_scores(path: Path, expected: dict[str, list[torch.Tensor]]) -> None:
 
 
 PREFLIGHT_CHECKS = [
-    *("versions", "devices", "hub", "models", "layout", "engines", "data", "lengths", "memory", "loggers", "run.dir"),
-    "all-reduce",
+    *("versions", "devices", "hub", "models", "layout", "engines", "teachers", "data", "lengths", "memory", "loggers"),
+    *("run.dir", "all-reduce"),
 ]
 
 

@@ -227,6 +227,7 @@ def own(tmp_path: Path) -> Path:
         "experiment/range.yaml": "# @package _global_\noptimizer: {lr: -1}\n",
         "experiment/text.yaml": "# @package _global_\noptimizer: {lr: fast}\n",
         "experiment/yaml.yaml": "# @package _global_\noptimizer: {lr: [1}\n",
+        "experiment/dated.yaml": "# @package _global_\nrun: {dir: 2026.10}\n",
         "pair/small.yaml": "# @package _global_\nstudent: {path: s}\nteacher: {path: t}\n",
         "pair/headless.yaml": "student: {path: s}\n",
         "reward/mine.yaml": "kind: mine:score\nthreshold: 3\n",
@@ -258,7 +259,7 @@ def test_choices_of_ones_own_folder_count_over_a_file_of_keys(own: Path, tmp_pat
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("experiment=frist", "there are: first, range, text, wrong, yaml, kdrl_32b"),
+        ("experiment=frist", "there are: dated, first, range, text, wrong, yaml, kdrl_32b"),
         ("pair=smal", "no such pair; there are: headless, small; did you mean 'small'?"),
         ("optimizer.lr=fast", "optimizer.lr=fast: "),
         ("optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
@@ -266,6 +267,7 @@ def test_choices_of_ones_own_folder_count_over_a_file_of_keys(own: Path, tmp_pat
         ("experiment=range", "optimizer.lr=-1 must be at least 0"),
         ("experiment=text", "optimizer.lr"),
         ("experiment=yaml", "yaml.yaml"),
+        ("experiment=dated", "dated.yaml: run.dir=2026.1: this key takes a text: write it in quotes"),
         ("pair=headless", "begins with the line '# @package _global_'"),
     ],
 )

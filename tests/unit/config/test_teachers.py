@@ -8,8 +8,8 @@ import pytest
 
 from kdrl_mcore.config import load_config, save_config
 from kdrl_mcore.config.derived import (
+    has_separate_teacher,
     keeps_earlier_weights,
-    loads_teacher,
     shares_teacher_head,
     teacher_prompt_tokens,
     teaches_itself,
@@ -54,7 +54,7 @@ def test_what_does_not_go_together_is_refused(settings: str, told: str) -> None:
 
 def test_the_student_is_its_own_teacher() -> None:
     config = load(f"{SELF}=refreshed {PROMPT}.max_tokens=99")
-    assert teaches_itself(config) and keeps_earlier_weights(config) and not loads_teacher(config)
+    assert teaches_itself(config) and keeps_earlier_weights(config) and not has_separate_teacher(config)
     assert used_models(config) == {"student": "s"} and teacher_prompt_tokens(config) == 99
     assert not keeps_earlier_weights(load(f"{SELF}=present"))
 

@@ -24,10 +24,10 @@ def resolve_on_rank(address: str, cache: Path, paths: dict[str, str], seconds: f
     downloads = []
     right = hub.download
 
-    def download(model: Any) -> Path:
+    def download(model: Any, **settings: Any) -> Path:
         downloads.append(model)
         time.sleep(seconds)
-        return right(model)
+        return right(model, **settings)
 
     with use_hub(address, cache), patch.object(hub, "download", download):
         return hub.resolve(paths), len(downloads)

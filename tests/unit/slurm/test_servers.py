@@ -97,3 +97,36 @@ def test_only_training_gets_segments_that_grow() -> None:
     """slurm/network.sh applies to the whole job; slurm/task.sh runs preflight and training."""
     assert "expandable_segments" not in (ROOT / "slurm" / "network.sh").read_text()
     assert "-expandable_segments:True}" in (ROOT / "slurm" / "task.sh").read_text()
+
+
+TEACHERS = "server_nodes=1 servers_per_node=1 server_gpus=8 server_arguments=--x teacher_nodes=1"
+
+
+def test_a_teacher_has_nodes_before_those_of_the_engines(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    told = f"{TEACHERS} teacher_servers=($'t\\t1\\t2\\t4\\t--model\\tM')"  # spaces would end a line of this settings.py
+    calls = submit(tmp_path, SLURM_JOB_NUM_NODES="3", KDRL_PREFLIGHT="0", SERVERS=told)
+    (engines, teacher) = [call for call in calls if "slurm/serve.sh" in call]
+    assert " --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist=n3 " in engines
+    assert " --nodes=1 --ntasks=2 --ntasks-per-node=2 --nodelist=n2 --job-name=teacher-t " in teacher
+    assert teacher.endswith("-m kdrl_mcore.cli serve-teacher --model\tM")
+    (train,) = [call for call in calls if "kdrl_mcore.train" in call]
+    assert " --nodes=1 " in train
+
+
+def test_teachers_share_their_nodes_and_say_how_they_are_served(
+    settings: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = ["objective=kdrl", "student.path=s", "cluster.teacher_nodes=4", "data.sources=[{path: m.jsonl, name: m}]"]
+    for name, tensor in (("a", 4), ("b", 8)):
+        several += [f"teachers.{name}.path={name}", f"teachers.{name}.values=[m]", f"teachers.{name}.server.kind=completions"]
+        several += [f"teachers.{name}.parallel.tensor={tensor}"]
+    one, two = settings.teacher_nodes(load_config(several), 8)
+    assert (one.name, one.nodes, one.per_node, one.gpus) == ("a", 2, 2, 4) and (two.nodes, two.per_node, two.gpus) == (2, 1, 8)
+    assert "--kind completions --name a --dtype float32" in " ".join(one.arguments)
+    assert settings.main(several) == 0
+    printed = capsys.readouterr().out
+    assert "teachers.a.server.replicas=2 teachers.b.server.replicas=2)" in printed and "teacher_nodes=4\n" in printed
+    with pytest.raises(ConfigError, match="are divided among the teachers"):
+        load_config([*several, "cluster.teacher_nodes=3"])
