@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdrl_mcore.config import LoraConfig, ModelConfig
+from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import prepare_platform
@@ -44,7 +44,7 @@ from kdrl_mcore.model.offload import offloaded_modules  # noqa: E402
 from kdrl_mcore.parallel.layout import Layout, create_student_groups  # noqa: E402
 from kdrl_mcore.parallel.packing import pack  # noqa: E402
 from kdrl_mcore.planning.live import LiveBytes  # noqa: E402
-from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  # noqa: E402
+from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage, lora_config  # noqa: E402
 
 TRACED_TOKENS = 1024
 """The tokens of the traced micro-batch on one rank, enough to make memory that does not grow with them negligible."""
@@ -109,7 +109,7 @@ def _memory_of_kind(architecture: Architecture, request: ShardRequest) -> LayerM
     recomputed ones."""
     traced = TracedLayer(
         *(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel),
-        *(request.lora_rank, request.lora_modules),
+        *(request.lora_rank, request.lora_modules, request.lora_parameters),
     )
     memory = _trace(traced, _as_dense(request.recomputed, architecture))
     if "moe_act" in request.recomputed and architecture.experts is not None:  # what the activation function returns is not kept
@@ -162,6 +162,7 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         experts=sum(each.experts for each in layers),
         layer_matrices=sum(each.layer_matrices for each in layers) // len(held),
         adapters=sum(each.adapters for each in layers),
+        expert_adapters=sum(each.expert_adapters for each in layers),
     )
 
 
@@ -180,7 +181,7 @@ def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
             vocab_size=architecture.vocab_size,
-            lora=request.lora,
+            lora=request.lora if experts else replace(request, lora_parameters=()).lora,
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
@@ -201,6 +202,7 @@ def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage
             embedding=parts.chunks[0].embedding.word_embeddings.weight.numel() if parts.chunks[0].pre_process else 0,
             head=last.head_weight().numel() if parts.groups.is_last_stage else 0,
             adapters=of_one_layer(f".{ADAPTER}."),
+            expert_adapters=of_one_layer(f".{ADAPTER}.", ".mlp.experts."),
         )
         return kind, sum(p.numel() for name, p in names.items() if name not in in_layers)
 
@@ -228,12 +230,15 @@ class TracedLayer:
     sequence_parallel: bool
     lora_rank: int = 0
     lora_modules: tuple[str, ...] = ()
+    lora_parameters: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def build(self, recomputed: tuple[str, ...] = ()) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """The layer on tensors without memory, and a function that runs it forward, keeping either what the backward pass needs
         or nothing: `run(keep)` returns the live bytes, the output and the bytes of the input."""
         architecture, mixture = self.architecture, self.architecture.experts
+        of_experts = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+        modules = (*self.lora_modules, *(dense for name in self.lora_parameters for dense in of_experts[name]))
         if mixture is not None:
             width = architecture.active_ffn_size(0)
             architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
@@ -248,7 +253,7 @@ class TracedLayer:
                 groups,
                 vocab_size=architecture.vocab_size,
                 activations=Activations("selective", recomputed) if recomputed else Activations(),
-                lora=LoraConfig(rank=self.lora_rank, target_modules=list(self.lora_modules)) if self.lora_rank else None,
+                lora=lora_config(self.lora_rank, modules, ()),
                 trainable=True,
             )
             chunk = parts.chunks[0]

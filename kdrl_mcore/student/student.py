@@ -22,7 +22,8 @@ from kdrl_mcore.convert.peft_folder import check_student_base, check_teacher_ada
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import TEACHER_ADAPTER, add_teacher_adapters, initialise_adapters, load_factors, sharded_factors
+from kdrl_mcore.model.lora import TEACHER_ADAPTER, add_teacher_adapters, initialise_adapters
+from kdrl_mcore.model.lora_factors import load_factors, sharded_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 pytest.importorskip("peft")
 
 from kdrl_mcore.cli import convert
+from kdrl_mcore.config import LORA_PARAMETERS
 from kdrl_mcore.convert.folders import STATE_FILE
 from kdrl_mcore.convert.torch_dist import read_metadata
 from tests.reference import adapters, dense
@@ -43,7 +44,6 @@ LAYOUTS = {
     "tp2 pp2 interleaved sp": (4, f"{SP} parallel.pipeline=2 parallel.virtual_pipeline=2"),
     "tp2 sp, MLP recomputed": (2, f"{SP} parallel.recompute=selective"),
 }
-EXPERTS = {"ep2": (2, "parallel.expert=2"), "tp2 sp ep2": (2, f"{SP} parallel.expert=2")}
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +68,6 @@ def test_tied_embeddings_are_frozen_on_both_stages(zoo: Zoo, pools: dict[int, Ra
     lora.check(tied, zoo.rows("uneven"), SETTINGS, pools[2], "parallel.pipeline=2", tmp_path / "run")
 
 
-@pytest.mark.parametrize("ranks, layout", EXPERTS.values(), ids=list(EXPERTS))
-def test_attention_beside_experts(ranks: int, layout: str, pools: dict[int, RankPool], tmp_path: Path) -> None:
-    student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
-    teacher = make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
-    rows = make_rollouts(student, seed=13)
-    rollouts = write_jsonl(tmp_path / "rollouts.jsonl", rows)
-    experts = adapt(tmp_path / "adapter", student, teacher, rollouts, ("q_proj", "k_proj", "v_proj", "o_proj"))
-    settings = replace(SETTINGS, vocab_size=64)
-    lora.check(experts, rows, settings, pools[ranks], layout, tmp_path / "run")
-
-
 @pytest.fixture(scope="module")
 def te_ranks() -> Iterator[RankPool]:
     pool = RankPool(2, import_first=[STUBS], prepare=play_transformer_engine)
@@ -90,6 +79,15 @@ def te_ranks() -> Iterator[RankPool]:
 def test_transformer_engines_layers(layout: str, zoo: Zoo, untied: Adapted, te_ranks: RankPool, tmp_path: Path) -> None:
     te = f"{layout} model.spec=transformer_engine"
     lora.check(untied, zoo.rows("uneven"), SETTINGS, te_ranks, te, tmp_path / "run")
+
+
+def test_transformer_engines_layer_of_all_experts(te_ranks: RankPool, tmp_path: Path) -> None:
+    student = make_model("qwen3_moe", tmp_path / "student", seed=11, vocab_size=64)
+    rows, teacher = make_rollouts(student, seed=13), make_qwen2(tmp_path / "teacher", seed=12, vocab_size=64)
+    rollouts, parameters = write_jsonl(tmp_path / "rollouts.jsonl", rows), LORA_PARAMETERS
+    experts = adapt(tmp_path / "adapter", student, teacher, rollouts, ("q_proj",), parameters)
+    layout = "parallel.expert=2 model.spec=transformer_engine"
+    lora.check(experts, rows, replace(SETTINGS, vocab_size=64), te_ranks, layout, tmp_path / "run")
 
 
 @needs_newer_core

@@ -27,6 +27,7 @@ class Adapted:
     teacher: Path | None
     rollouts: Path
     modules: Sequence[str] = MODULES
+    parameters: Sequence[str] = ()
     teacher_adapter: Path | None = None
     """Adapters of the teacher, which then is the student's base if no other is given."""
 
@@ -38,6 +39,7 @@ class Adapted:
             f"student.lora.rank={RANK}",
             f"student.lora.alpha={ALPHA}",
             f"student.lora.target_modules=[{','.join(self.modules)}]",
+            f"student.lora.target_parameters=[{','.join(self.parameters)}]",
             *self._teacher,
             "rollout=replay",
             f"rollout.path={self.rollouts}",
@@ -50,10 +52,17 @@ class Adapted:
         return [f"teacher.path={self.teacher_adapter}", *(["teacher.weights=adapters"] if self.teacher is None else [])]
 
 
-def adapt(folder: Path, student: Path, teacher: Path | None, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
+def adapt(
+    folder: Path,
+    student: Path,
+    teacher: Path | None,
+    rollouts: Path,
+    modules: Sequence[str] = MODULES,
+    parameters: Sequence[str] = (),
+) -> Adapted:
     """Write random adapters for a student into a folder."""
-    adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules)
-    return Adapted(student, folder, teacher, rollouts, modules)
+    adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules, parameters=parameters)
+    return Adapted(student, folder, teacher, rollouts, modules, parameters)
 
 
 def check(

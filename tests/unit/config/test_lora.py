@@ -15,7 +15,7 @@ from kdrl_mcore.convert.peft_files import peft_config
 from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.model.lora import check_lora
+from kdrl_mcore.model.lora_targets import check_lora
 from tests.reference.tiny_models import make_model
 from tests.support import ROOT
 
@@ -34,10 +34,22 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
             "qproj is not one of: .* did you mean 'q_proj'",
         ),
+        (["student.lora.target_parameters=[mlp.experts.down_proj]"], "student.lora.target_parameters is for adapters"),
+        (
+            ["student.lora.rank=8", "student.lora.target_parameters=[experts.gate_up_proj]"],
+            "experts.gate_up_proj is not one of: .* did you mean 'mlp.experts.gate_up_proj'",
+        ),
         (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
         (["teacher.weights=adapters", "objective.beta.init=1"], "are those in a PEFT folder: name it with teacher.path"),
         (["teacher.weights=adapters", "teacher.path=a", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
         (["rollout=vllm", "rollout.vllm.refit_adapters=true", "student.lora.rank=8"], "rollout.vllm.placement=server"),
+        (
+            [
+                *("rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=8"),
+                "student.lora.target_parameters=[mlp.experts.down_proj]",
+            ],
+            "is not for adapters of experts",
+        ),
         (
             ["rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=600"],
             "takes adapters of rank 512 at most",
@@ -53,7 +65,19 @@ def test_the_configuration_refuses(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "model", "tensor", "message"),
     [
-        ({"rank": 8}, "Qwen3-30B-A3B", 1, "gate_proj is an expert's in Qwen3MoeForCausalLM"),
+        ({"rank": 8}, "Qwen3-30B-A3B", 1, r"gate_proj is not supported in a mixture of experts \(Qwen3MoeForCausalLM\)"),
+        (
+            {"rank": 8, "target_parameters": ["mlp.experts.down_proj"]},
+            "DeepSeek-R1-Distill-Qwen-1.5B",
+            1,
+            "names weights of experts, but Qwen2ForCausalLM has none",
+        ),
+        (
+            {"rank": 800, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+            "Qwen3-30B-A3B",
+            1,
+            "rank=800 is more than the 512",
+        ),
         ({"rank": 8}, "DeepSeek-R1-Distill-Qwen-1.5B", 4, "of 2 key/value heads with parallel.tensor=4"),
         ({"rank": 300}, "DeepSeek-R1-Distill-Qwen-1.5B", 1, "rank=300 is more than the 256 rows"),
     ],
@@ -85,6 +109,7 @@ def test_attention_beside_experts_and_other_projections_are_not_refused() -> Non
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=.* is not supported"),
         ({"peft_type": "IA3"}, "only adapters of peft_type LORA"),
+        ({"target_parameters": ["mlp.router.weight"]}, "target_parameters names mlp.router.weight, but only"),
     ],
 )
 def test_the_folder_refuses(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
