@@ -11,12 +11,14 @@ from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     LORA_RANKS,
     can_be_positive,
+    compares_over_vocabulary,
     domain_name,
     engines_have_own_gpus,
     evaluates,
     is_supervised,
     learns_from_reward,
     replays,
+    teaches_itself,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
 from kdrl_mcore.config.keys import CHOICES, RANGES, TAKE_FUNCTIONS, general_name, key_types, nearest
@@ -24,6 +26,7 @@ from kdrl_mcore.config.parallelism import check_activations, check_layout, check
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     LOGGERS,
+    LORA_HEAD,
     LORA_MODULES,
     LORA_PARAMETERS,
     OWN_SCALES,
@@ -128,10 +131,16 @@ def _check_lora(config: Config) -> None:
             "rollout.vllm.refit_adapters=true needs student.lora.rank > 0 and rollout.vllm.placement=server (colocated engines "
             "give up their base when they sleep): leave it at false, which sends merged weights"
         )
-    if vllm.refit_adapters and lora.target_parameters:
+    if vllm.refit_adapters and (lora.target_parameters or LORA_HEAD in lora.target_modules):
         raise ConfigError(
-            "rollout.vllm.refit_adapters=true is not for adapters of experts (student.lora.target_parameters): leave it at "
-            "false, which sends merged weights"
+            "rollout.vllm.refit_adapters=true is not for adapters of experts (student.lora.target_parameters) or of lm_head: "
+            "leave it at false, which sends merged weights"
+        )
+    own = teaches_itself(config) and config.teacher.weights not in ("base", "adapters")
+    if LORA_HEAD in lora.target_modules and own and compares_over_vocabulary(config.objective):
+        raise ConfigError(
+            f"teacher.weights={config.teacher.weights}, which the loss compares with the student over the vocabulary, needs an "
+            "output head without an adapter: leave lm_head out of student.lora.target_modules"
         )
     if vllm.refit_adapters and lora.rank > LORA_RANKS[-1]:
         raise ConfigError(
@@ -147,7 +156,7 @@ def _check_lora(config: Config) -> None:
     if not lora.target_modules and not lora.target_parameters:
         raise ConfigError("student.lora.target_modules is empty, so nothing would be trained: name some, or set rank to 0")
     for key, names, known in (
-        ("target_modules", lora.target_modules, LORA_MODULES),
+        ("target_modules", lora.target_modules, (*LORA_MODULES, LORA_HEAD)),
         ("target_parameters", lora.target_parameters, LORA_PARAMETERS),
     ):
         for name in names:

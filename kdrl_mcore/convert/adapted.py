@@ -18,7 +18,7 @@ from kdrl_mcore.convert.folders import STATE_FILE, is_peft_folder, torch_dist_fo
 from kdrl_mcore.convert.hf_files import INDEX, KEPT, HFWeights
 from kdrl_mcore.convert.peft_files import FACTOR_A, FACTOR_B, read_peft_folder, write_peft_folder
 from kdrl_mcore.convert.torch_dist import TorchDistWeights, read_metadata
-from kdrl_mcore.convert.weight_map import GlobalTensor, TensorSlice
+from kdrl_mcore.convert.weight_map import HEAD, GlobalTensor, TensorSlice
 from kdrl_mcore.errors import CheckpointError, ModelError
 from kdrl_mcore.model.families import base_of_adapters, config_folder, read_architecture
 from kdrl_mcore.parallel.dtypes import DTYPES
@@ -205,11 +205,17 @@ class CheckpointAdapters:
         shapes = {
             name: tuple(each.size)
             for name, each in stored.items()
-            if isinstance(each, TensorStorageMetadata) and name.startswith("model.") and name.endswith((FACTOR_A, FACTOR_B))
+            if isinstance(each, TensorStorageMetadata)
+            and name.startswith(("model.", HEAD.removesuffix("weight")))
+            and name.endswith((FACTOR_A, FACTOR_B))
         }
         tensors = [tensor for key, shape in shapes.items() for tensor in _stored_factors(key, shape)]
         with TorchDistWeights(folder, tensors) as weights:
-            return {name: weights.read(name, 0, rows) for name, rows in ((t.hf_names[0], t.shape[0]) for t in tensors)}
+            factors = {tensor.hf_names[0]: weights.read(tensor.hf_names[0], 0, tensor.shape[0]) for tensor in tensors}
+        head = HEAD.removesuffix(".weight") + FACTOR_B
+        if head in factors:  # may have rows for vocabulary padding
+            factors[head] = factors[head][: read_architecture(self.base).vocab_size]
+        return factors
 
 
 def _stored_factors(key: str, shape: tuple[int, ...]) -> Iterator[GlobalTensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.export import on_rank_0
@@ -34,7 +35,7 @@ from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
 from kdrl_mcore.model.lora import ADAPTER
 from kdrl_mcore.model.lora_factors import Factor, factors_by_name
-from kdrl_mcore.model.lora_targets import linears_of_layer
+from kdrl_mcore.model.lora_targets import HEAD, linears_of_layer
 from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.resilience.waiting import waits_for_others
 
@@ -48,6 +49,7 @@ def factor_names(architecture: Architecture, lora: LoraConfig) -> list[str]:
         for projection in linear.chosen(lora)
         for factor in "AB"
     ]
+    names += [f"{projection}.lora_{factor}.weight" for projection in HEAD.chosen(lora) for factor in "AB"]
     return [PEFT_PREFIX + (stacked_name(name, lora.target_parameters) or (name, 0))[0] for name in names]
 
 
@@ -90,7 +92,7 @@ def _read_share(
     Raises:
         ModelError: the stored one has another shape.
     """
-    place, whole = stacked_name(factor.name, lora.target_parameters), factor.whole_shape(groups)
+    place, whole = stacked_name(factor.name, lora.target_parameters), factor.whole
     name = PEFT_PREFIX + (factor.name if place is None else place[0])
     stored, tensor = file.get_slice(name), groups.tensor
     if factor.expert is not None:
@@ -102,9 +104,10 @@ def _read_share(
         return of_expert(read(name), name, factor.expert[0], lora.rank)
     sizes = factor.parameter.shape
     starts = [tensor.rank() * size if dim == factor.split else 0 for dim, size in enumerate(sizes)]
-    rows, columns = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    stops = [min(start + size, most) for start, size, most in zip(starts, sizes, whole, strict=True)]
+    rows, columns = (slice(min(start, stop), stop) for start, stop in zip(starts, stops, strict=True))
     share: Tensor = stored[rows, columns]
-    return share
+    return share if share.shape == sizes else F.pad(share, (0, 0, 0, sizes[0] - len(share)))
 
 
 def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
@@ -167,7 +170,7 @@ def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
     """On rank 0 the whole factors, in host memory, by their own names (`Factor`); empty on other ranks. Collective over the
     world."""
     mine = [
-        (factor.name, factor.split, parts.groups.tensor.rank(), factor.parameter.detach().cpu())
+        (factor.name, factor.split, factor.whole[0], parts.groups.tensor.rank(), factor.parameter.detach().cpu())
         for chunk in parts.chunks
         for factor in factors_by_name(chunk)
         if not any(factor.replica(parts.groups))
@@ -175,16 +178,17 @@ def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     shares: dict[str, list[tuple[int, int | None, Tensor]]] = {}
-    for name, dim, rank, share in (each for part in everyone or () for each in part):
+    rows: dict[str, int] = {}
+    for name, dim, rows[name], rank, share in (each for part in everyone or () for each in part):
         shares.setdefault(name, []).append((rank, dim, share))
-    return {name: _joined(parts) for name, parts in shares.items()}
+    return {name: _joined(parts)[: rows[name]] for name, parts in shares.items()}
 
 
 def factor_shapes(parts: ModelParts) -> dict[str, tuple[int, ...]]:
     """The shapes of the whole factors of this rank's layers, by their names in a PEFT file; not for those of experts. No
     communication."""
     factors = (factor for chunk in parts.chunks for factor in factors_by_name(chunk))
-    return {PEFT_PREFIX + factor.name: factor.whole_shape(parts.groups) for factor in factors}
+    return {PEFT_PREFIX + factor.name: factor.whole for factor in factors}
 
 
 def owned_factors(parts: ModelParts) -> Described:

@@ -18,6 +18,9 @@ other factor whole, and the ranks sum its gradient once per update (`sum_shared_
 An expert is whole on one rank, and so are its factors: nothing is communicated, and their gradients are reduced as those of its
 weights would be.
 
+The output head's product is a part of the loss, which takes the adapter's B as further columns of the weight
+(vocab_parallel/head.py): the collectives of the loss serve both.
+
 S tokens; K inputs and N outputs of a layer on this rank; R the adapters' rank; P adapted projections of the layer.
 """
 
@@ -42,8 +45,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
+from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.model.families.base import Architecture
-from kdrl_mcore.model.lora_targets import AdaptableLinear, check_lora, linears_of_layer, rows_of
+from kdrl_mcore.model.lora_targets import HEAD, AdaptableLinear, check_lora, check_stages, linears_of_layer, rows_of
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import ModelGroups
 
@@ -126,7 +130,8 @@ class Adapter(nn.Module):
         """
         super().__init__()
         self.scale, self.enabled, self.name = lora.alpha / lora.rank, name == ADAPTER, name
-        self.expert = expert
+        # With sequence parallelism each rank has the part of its own tokens; otherwise the output head's A has the whole.
+        self.shares_gradient = expert is None and (kind is not HEAD or groups.layout.sequence_parallel)
         self._group, self._is_row = _group_of(kind, groups), kind.is_row
         self._splits_tokens = groups.layout.sequence_parallel and not kind.of_experts
         ranks, outputs, chosen = self._group.size(), weight.size(0), kind.chosen(lora)
@@ -136,8 +141,8 @@ class Adapter(nn.Module):
                 weight.new_empty(lora.rank, weight.size(1)),
                 weight.new_empty(len(own), lora.rank),
                 weight.size(1) * (ranks if kind.is_row else 1),
-                len(own) * (1 if kind.is_row else ranks),
-                f"model.layers.{layer}.{kind.hf}.{projection}",
+                architecture.vocab_size if kind is HEAD else len(own) * (1 if kind.is_row else ranks),
+                f"model.layers.{layer}.{kind.hf}.{projection}" if kind.hf else projection,
                 is_row=kind.is_row,
                 expert=expert,
             )
@@ -158,10 +163,14 @@ class Adapter(nn.Module):
 
         With sequence parallelism a column-parallel layer gathers x A^T over the tensor-parallel group.
         """
-        low = F.linear(x, self._all_a()) * self.scale
+        low = self.low(x)
         if self._splits_tokens and not self._is_row:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self._group)
         return F.linear(low, self._all_b())
+
+    def low(self, x: Tensor) -> Tensor:
+        """scale * x A^T, [S, ..., K] -> [S, ..., P R], without communication."""
+        return F.linear(x, self._all_a()) * self.scale
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -268,11 +277,16 @@ def add_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
     """Freeze a model chunk and give its layers uninitialised adapters.
 
     Raises:
-        ConfigError: see `check_lora`.
+        ConfigError: see `check_lora` and `check_stages`.
     """
     check_lora(lora, chunk.architecture, groups.tensor.size())
+    check_stages(lora, chunk.architecture, groups.layout.pipeline * (groups.layout.virtual_pipeline or 1))
     chunk.requires_grad_(False)
     _attach_to_layers(chunk, lora, groups, ADAPTER)
+    if chunk.post_process and HEAD.chosen(lora):
+        # Its product is part of the loss (`LanguageModel.head_inputs`), so the layer itself does not call it.
+        head = Adapter(chunk.output_layer.weight, HEAD, 0, lora, chunk.architecture, groups)
+        setattr(chunk.output_layer, ADAPTER, head)
     if chunk.pre_process:
         # Recomputed activations get gradients only if the layer's input requires one.
         chunk.embedding.register_forward_hook(_require_gradient)
@@ -285,6 +299,11 @@ def add_teacher_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> N
         ConfigError: see `check_lora`.
     """
     check_lora(lora, chunk.architecture, groups.tensor.size(), "the adapters of teacher.path")
+    if HEAD.chosen(lora):
+        raise ConfigError(
+            "teacher.weights=adapters cannot adapt lm_head, which the adapters of teacher.path do: set teacher.weights=path, "
+            "with which they are merged into their base"
+        )
     _attach_to_layers(chunk, lora, groups, TEACHER_ADAPTER)
     for adapter in adapters([chunk], TEACHER_ADAPTER):
         adapter.requires_grad_(False).eval()
@@ -353,7 +372,7 @@ def with_adapters(chunks: Sequence[nn.Module], name: str | None) -> Iterator[Non
 def sum_shared_gradients(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup) -> None:
     """Sum the main gradients of the factors that every tensor-parallel rank holds whole, of which each rank has computed the
     part of its own outputs, inputs or tokens. One all-reduce over the tensor-parallel group."""
-    split = (adapter for adapter in adapters(chunks) if adapter.expert is None)
+    split = (adapter for adapter in adapters(chunks) if adapter.shares_gradient)
     shared = [factors.shared.main_grad for adapter in split for factors in adapter.factors]  # type: ignore[attr-defined]
     if tensor.size() == 1 or not shared:
         return

@@ -22,12 +22,14 @@ class Factor:
         parameter: this rank's share of it.
         split: the dimension along which tensor-parallel ranks split it; None if it is whole.
         expert: see `Factors`.
+        whole: the shape of the whole factor; the shares of the output head's B may have more rows, for vocabulary padding.
     """
 
     name: str
     parameter: nn.Parameter
     split: int | None
     expert: tuple[int, int] | None
+    whole: tuple[int, int]
 
     def replica(self, groups: ModelGroups) -> tuple[int, int, int]:
         """This rank's place among those that hold the same share; one of them has zeros."""
@@ -35,20 +37,15 @@ class Factor:
             return 0, 0, groups.groups.expt_dp.rank()
         return 0, groups.tensor.rank() if self.split is None else 0, groups.replicas.rank()
 
-    def whole_shape(self, groups: ModelGroups) -> tuple[int, int]:
-        """The shape of the whole factor."""
-        ranks = [groups.tensor.size() if dim == self.split else 1 for dim in range(2)]
-        rows, columns = (size * times for size, times in zip(self.parameter.shape, ranks, strict=True))
-        return rows, columns
-
 
 def factors_by_name(chunk: nn.Module, name: str = ADAPTER) -> Iterator[Factor]:
     """Every factor of a model chunk."""
     for adapter in adapters([chunk], name):
         for factors in adapter.factors:
             row, column = (None, None) if factors.expert is not None else (1, None) if factors.is_row else (None, 0)
-            yield Factor(f"{factors.name}.lora_A.weight", factors.a, row, factors.expert)
-            yield Factor(f"{factors.name}.lora_B.weight", factors.b, column, factors.expert)
+            rank = factors.a.size(0)
+            yield Factor(f"{factors.name}.lora_A.weight", factors.a, row, factors.expert, (rank, factors.inputs))
+            yield Factor(f"{factors.name}.lora_B.weight", factors.b, column, factors.expert, (factors.outputs, rank))
 
 
 def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedTensor]:
@@ -62,7 +59,12 @@ def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedT
         elif factor.expert is not None:
             key, cut = factor.name.replace(f".experts.{factor.expert[0]}.", ".experts."), [(0, *factor.expert)]
         state[factor.name] = ShardedTensor.from_rank_offsets(
-            key, factor.parameter, *cut, replica_id=factor.replica(groups), prepend_axis_num=int(factor.expert is not None)
+            key,
+            factor.parameter,
+            *cut,
+            replica_id=factor.replica(groups),
+            prepend_axis_num=int(factor.expert is not None),
+            allow_shape_mismatch=key.startswith("lm_head."),  # padding depends on the layout
         )
     return state
 

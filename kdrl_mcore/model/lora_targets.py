@@ -48,6 +48,7 @@ EXPERT_LINEARS = (
     AdaptableLinear("mlp.experts.linear_fc1", ("gate_up_proj",), False, "mlp.experts", of_experts=True),
     AdaptableLinear("mlp.experts.linear_fc2", ("down_proj",), True, "mlp.experts", of_experts=True),
 )
+HEAD = AdaptableLinear("output_layer", ("lm_head",), False, "")
 ADAPTABLE_LINEARS = (*ATTENTION_LINEARS, *MLP_LINEARS, *EXPERT_LINEARS)
 
 
@@ -55,6 +56,17 @@ def linears_of_layer(architecture: Architecture, layer: int, lora: LoraConfig) -
     """The linear layers with adapters of a transformer layer, by its number in the whole model from 0."""
     absent = MLP_LINEARS if architecture.has_experts(layer) else EXPERT_LINEARS
     return [linear for linear in ADAPTABLE_LINEARS if linear not in absent and linear.chosen(lora)]
+
+
+def check_stages(lora: LoraConfig, architecture: Architecture, chunks: int) -> None:
+    """Raise ConfigError if a part of the model, of the `chunks` into which its layers are split, has nothing to train."""
+    size = architecture.num_layers // chunks
+    for chunk in range(chunks - bool(HEAD.chosen(lora))):
+        if not any(linears_of_layer(architecture, layer, lora) for layer in range(chunk * size, (chunk + 1) * size)):
+            raise ConfigError(
+                f"layers {chunk * size} to {(chunk + 1) * size - 1} form a pipeline stage where student.lora adapts nothing: "
+                "name other target_modules, or lower parallel.pipeline"
+            )
 
 
 def rows_of(kind: AdaptableLinear, architecture: Architecture, outputs: int) -> dict[str, list[int]]:
@@ -85,6 +97,10 @@ def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int, key: s
         )
     if architecture.experts is None and lora.target_parameters:
         raise ConfigError(f"{key}.target_parameters names weights of experts, but {architecture.family} has none: leave it out")
+    if architecture.tied_embeddings and HEAD.chosen(lora):
+        raise ConfigError(
+            f"{key}.target_modules: lm_head of this {architecture.family} is its embedding (tie_word_embeddings): leave it out"
+        )
     names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
     for kind in (*ATTENTION_LINEARS, *MLP_LINEARS):
         asked = kind.chosen(lora)

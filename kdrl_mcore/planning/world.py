@@ -151,9 +151,9 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         for first in range(stage * size, architecture.num_layers, layout.pipeline * size)
         for layer in range(first, first + size)
     ]
-    layers, outside = [], 0
+    layers, outside, outside_adapters = [], 0, 0
     for layer in held:
-        of_layer, outside = _build_kind(request, stage, architecture.has_experts(layer))
+        of_layer, outside, outside_adapters = _build_kind(request, stage, architecture.has_experts(layer))
         layers.append(of_layer)
     return replace(
         layers[0],
@@ -161,27 +161,28 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         parameters=sum(each.parameters for each in layers) + outside,
         experts=sum(each.experts for each in layers),
         layer_matrices=sum(each.layer_matrices for each in layers) // len(held),
-        adapters=sum(each.adapters for each in layers),
+        adapters=sum(each.adapters for each in layers) + outside_adapters,
         expert_adapters=sum(each.expert_adapters for each in layers),
     )
 
 
 @cache
-def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage, int]:
-    """A stage with one layer, with experts or with an MLP, and the number of its parameters outside of layers; `parameters` are
-    those of the layer."""
+def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage, int, int]:
+    """A stage with one layer, with experts or with an MLP, and the numbers of its parameters outside of layers and of those of
+    them in adapters; `parameters` are those of the layer."""
     architecture, layout = read_architecture(request.path), _smallest_layout(request)
     if not experts:
         layout = replace(layout, expert=1)
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     rank = layout.rank(pipeline=stage, data=0)
+    modules, parameters = request.lora_modules, request.lora_parameters if experts else ()
     with fake_world(rank, layout.world_size), FakeTensorMode():
         parts = gpt.build_model(
             architecture.of_one_kind(experts=experts, num_layers=chunks),
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
             vocab_size=architecture.vocab_size,
-            lora=request.lora if experts else replace(request, lora_parameters=()).lora,
+            lora=lora_config(request.lora_rank if modules or parameters else 0, modules, parameters),
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
@@ -204,7 +205,8 @@ def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage
             adapters=of_one_layer(f".{ADAPTER}."),
             expert_adapters=of_one_layer(f".{ADAPTER}.", ".mlp.experts."),
         )
-        return kind, sum(p.numel() for name, p in names.items() if name not in in_layers)
+        outside = {name: p.numel() for name, p in names.items() if name not in in_layers}
+        return kind, sum(outside.values()), sum(size for name, size in outside.items() if f".{ADAPTER}." in name)
 
 
 def _active_expert_elements(architecture: Architecture, layout: Layout) -> int:
@@ -238,8 +240,9 @@ class TracedLayer:
         or nothing: `run(keep)` returns the live bytes, the output and the bytes of the input."""
         architecture, mixture = self.architecture, self.architecture.experts
         of_experts = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
-        modules = (*self.lora_modules, *(dense for name in self.lora_parameters for dense in of_experts[name]))
+        modules = self.lora_modules
         if mixture is not None:
+            modules = (*modules, *(dense for name in self.lora_parameters for dense in of_experts[name]))
             width = architecture.active_ffn_size(0)
             architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
         layout = Layout(
@@ -253,7 +256,7 @@ class TracedLayer:
                 groups,
                 vocab_size=architecture.vocab_size,
                 activations=Activations("selective", recomputed) if recomputed else Activations(),
-                lora=lora_config(self.lora_rank, modules, ()),
+                lora=lora_config(self.lora_rank if modules else 0, modules, ()),
                 trainable=True,
             )
             chunk = parts.chunks[0]

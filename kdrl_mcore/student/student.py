@@ -310,16 +310,17 @@ class Student:
             measured.append(measures)
             return loss_C
 
-        weight_VH = chunk.head_weight()
+        hidden_SH, weight_VH, adapter_VR = chunk.head_inputs(hidden.squeeze(1))
         with self._head_time(), named_range("head"):
             outputs = fused_head(
-                hidden.squeeze(1),
+                hidden_SH,
                 weight_VH,
                 micro.packed.rows_T,
                 micro.packed.targets_T,
                 token_loss,
                 chunk.shard,
                 temperature=self._temperature,
+                adapter_VR=adapter_VR,
                 teacher=teacher,
                 sequence_parallel=self.parts.config.sequence_parallel,
             )

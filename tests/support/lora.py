@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.reference import adapters, dense
-from tests.reference.adapters import MODULES
+from tests.reference.adapters import MODULES as MODULES
 from tests.support.agreement import about, assert_gradients, assert_log_probs
 from tests.support.ranks import RankPool
 from tests.support.training import FAST, PROBE, PROBE_LR, Outcome, metrics_of, objective_overrides, score_and_train_on_rank

@@ -15,7 +15,7 @@ from kdrl_mcore.convert.peft_files import peft_config
 from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.model.lora_targets import check_lora
+from kdrl_mcore.model.lora_targets import check_lora, check_stages
 from tests.reference.tiny_models import make_model
 from tests.support import ROOT
 
@@ -34,6 +34,13 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
             "qproj is not one of: .* did you mean 'q_proj'",
         ),
+        (
+            [
+                *("student.lora.rank=8", "student.lora.target_modules=[lm_head]", "teacher.weights=average"),
+                *("objective.beta.init=1", "objective.kd.estimator=exact"),
+            ],
+            "needs an output head without an adapter: leave lm_head out",
+        ),
         (["student.lora.target_parameters=[mlp.experts.down_proj]"], "student.lora.target_parameters is for adapters"),
         (
             ["student.lora.rank=8", "student.lora.target_parameters=[experts.gate_up_proj]"],
@@ -49,6 +56,13 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
                 "student.lora.target_parameters=[mlp.experts.down_proj]",
             ],
             "is not for adapters of experts",
+        ),
+        (
+            [
+                *("rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=8"),
+                "student.lora.target_modules=[q_proj,lm_head]",
+            ],
+            "or of lm_head",
         ),
         (
             ["rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=600"],
@@ -92,6 +106,17 @@ def test_a_fused_projection_has_no_adapter_of_its_parts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Phi3ForCausalLM has no separate q_proj"):
         check_lora(LoraConfig(rank=4), phi, 1)
     check_lora(LoraConfig(rank=4, target_modules=["o_proj", "down_proj"]), phi, 1)
+
+
+def test_a_tied_head_and_stages_without_adapters_are_refused(tmp_path: Path) -> None:
+    tied = read_architecture(make_model("qwen2", tmp_path, seed=1, tie_word_embeddings=True))
+    lora = LoraConfig(rank=4, target_modules=["lm_head"])
+    with pytest.raises(ConfigError, match="lm_head of this Qwen2ForCausalLM is its embedding"):
+        check_lora(lora, tied, 1)
+    whole = read_architecture(SHAPES / "DeepSeek-R1-Distill-Qwen-1.5B")
+    check_stages(lora, whole, 1)
+    with pytest.raises(ConfigError, match=r"layers 0 to 13 form a pipeline stage where student.lora adapts nothing"):
+        check_stages(lora, whole, 2)
 
 
 def test_attention_beside_experts_and_other_projections_are_not_refused() -> None:
