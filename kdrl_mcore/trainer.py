@@ -97,7 +97,7 @@ class Trainer:
         """Train to the end and export the student, or stop after the step in which a rank was asked to stop. Collective over
         the world."""
         if self._is_main and chooses_triton(device()):
-            logger.info("the first passes of the output head compile its Triton kernels: up to some minutes, once")
+            logger.info("the first passes compile the kernels of the output head and of activations: up to some minutes, once")
         self._enter("resume")
         step = self._step = self._resume()
         if self.config.trainer.self_test:

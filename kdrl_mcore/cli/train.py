@@ -67,7 +67,7 @@ def main(overrides: list[str]) -> int:
             sys.stderr.write(f"{name}: the run saves and ends after this step; {more} ends it at once\n")
             sys.stderr.flush()
 
-    with StopRequest(announce) as stop, program:
+    with StopRequest(announce, says_end=os.environ.get("LOCAL_RANK", "0") == "0") as stop, program:
         config = load_config(overrides)
         program.join(config.trainer.distributed_timeout_minutes, deterministic=config.trainer.deterministic)
         logging.basicConfig(level=logging.INFO, format="%(message)s")

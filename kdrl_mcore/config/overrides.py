@@ -58,7 +58,7 @@ def _check_name(word: str, groups: Sequence[str]) -> None:
         raise ConfigError(f"{shown}: nothing can be left out of the configuration: set a value (key=value, or group=choice)")
     if word.startswith("-"):
         raise ConfigError(f"{shown} is not an option here: see --help")
-    if "=" not in word:
+    if not word.partition("=")[1] or not name_of(word):
         raise ConfigError(
             f"'{shown}' is not an override: write key=value or group=choice (a value with spaces in quotes, within the "
             f"shell's: {shlex.quote(override('key', f'... {word}'))})"
@@ -107,7 +107,19 @@ def _read(word: str) -> Override:
             else "kdrl-study runs through many"
         )
         raise ConfigError(f"{_shown(word)}: this key takes one value, not several to choose from: {advice}")
-    return Override(word, name, parsed.value())
+    value = parsed.value()
+    return Override(word, name, text.strip() if _is_text(name) and _is_number(value) else value)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a key's value is a text, never a number."""
+    types = KEY_TYPES.get(general_name(name), ())
+    return str in types and not {int, float, bool} & set(types)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value was read as a number or a boolean. Turned into a text again, 2026.10 would become 2026.1."""
+    return isinstance(value, (bool, int, float))
 
 
 def _with_letters_quoted(name: str, text: str) -> str:
@@ -140,6 +152,8 @@ def apply(config: DictConfig, name: str, value: Any, word: str) -> None:
         raise ConfigError(f"{_shown(word)}: this key needs a value")
     if str in types and isinstance(value, (dict, list)):
         raise ConfigError(f"{_shown(word)}: this key takes a string: {_quote_it(name, word.split('=', 1)[-1])}")
+    if _is_text(name) and _is_number(value):
+        raise ConfigError(f"{_shown(word)}: this key takes a text: write it in quotes")
     if list in types and isinstance(value, str):
         raise ConfigError(f"{_shown(word)}: this key takes a list: write {_in_shell(f'{name}=[{value}]')}")
     try:

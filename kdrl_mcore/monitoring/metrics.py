@@ -43,7 +43,7 @@ METRICS: dict[str, str] = {
     "grad_norm": "global gradient norm before clipping",
     "grad_norm_policy": "norm of alpha * the GRPO gradient, where logging.gradient_split_every measures it",
     "grad_norm_kd": "norm of beta * the distillation gradient, likewise",
-    "grad_cosine": "cosine between the two",
+    "grad_cosine": "cosine between the two, unless one is zero",
     "clip_share": "share of tokens whose policy ratio was clipped",
     "taught_share": "share of the tokens that are distilled with a weight above 0 (objective.combine, kd.token_weight)",
     "gated_share": "share of tokens whose advantage objective.combine changed",

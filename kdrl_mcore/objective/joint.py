@@ -377,7 +377,8 @@ def sft_loss(log_probs_T: Tensor, weights_T: Tensor) -> Tensor:
 
 def gradient_split(policy_norm: float, distillation_norm: float, total_norm: float) -> dict[str, float]:
     """The metrics of the two gradients a = alpha grad L_GRPO and b = beta grad L_KD, from their norms and the norm of their
-    sum: both norms, and their cosine (|a + b|^2 - |a|^2 - |b|^2) / (2 |a| |b|), NaN where one of them is zero."""
-    product = 2 * policy_norm * distillation_norm
-    cosine = (total_norm**2 - policy_norm**2 - distillation_norm**2) / product if product else float("nan")
-    return {"grad_norm_policy": policy_norm, "grad_norm_kd": distillation_norm, "grad_cosine": cosine}
+    sum: both norms, and unless one of them is zero, their cosine (|a + b|^2 - |a|^2 - |b|^2) / (2 |a| |b|)."""
+    split = {"grad_norm_policy": policy_norm, "grad_norm_kd": distillation_norm}
+    if product := 2 * policy_norm * distillation_norm:
+        split["grad_cosine"] = (total_norm**2 - policy_norm**2 - distillation_norm**2) / product
+    return split

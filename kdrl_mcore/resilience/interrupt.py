@@ -42,11 +42,15 @@ class StopRequest:
     cannot be restored), nothing changes. A SIGHUP that is ignored (`nohup`) stays ignored.
     """
 
-    def __init__(self, announce: Callable[[str], None] | None = None) -> None:
-        """`announce` is called once, in a separate thread, with the name of the first signal."""
+    def __init__(self, announce: Callable[[str], None] | None = None, *, says_end: bool = True) -> None:
+        """Args:
+        announce: called once, in a separate thread, with the name of the first signal.
+        says_end: whether a line says that a second Ctrl-C ended this process; one of a machine's ranks is enough.
+        """
         self.received: str | None = None
         """The name of the first signal received."""
         self._announce = announce
+        self._says_end = says_end
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupted: float | None = None  # the time of the first Ctrl-C
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
@@ -122,7 +126,9 @@ class StopRequest:
         if self._interrupted is None:
             self._interrupted = now if number == signal.SIGINT else None
         elif number in (signal.SIGINT, signal.SIGTERM) and now - self._interrupted > MOMENT_SECONDS:
-            os.write(2, b"interrupted again: ended at once, without saving; earlier checkpoints are intact\n")
+            if self._says_end:
+                with suppress(OSError):  # the terminal is gone
+                    os.write(2, b"interrupted again: ended at once, without saving; earlier checkpoints are intact\n")
             os._exit(INTERRUPTED_EXIT_CODE)
 
 

@@ -74,6 +74,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_checkpoints_whole(launcher: 
     ended = launcher.train(2, job, tmp_path / "log", [first, second])
     assert ended.codes == [INTERRUPTED_EXIT_CODE] * 2, ended.output
     assert "Traceback" not in ended.output and ended.output.splitlines()[-1].startswith("interrupted again")
+    assert ended.output.count("interrupted again") == 1
     assert is_whole(run / "checkpoints" / "step_000002")
 
 

@@ -114,9 +114,12 @@ def test_supervised_fine_tuning_gives_the_digits_of_the_cpu(
 
 
 def test_bfloat16_and_triton_give_the_numbers_of_the_cpu(zoo: Zoo, ranks2: RankPool, paper2: RankPool, tmp_path: Path) -> None:
+    """The run on CUDA says once that its first passes compile; nothing compiles on the CPU."""
     settings = "model.dtype=bfloat16 parallel.tensor=2 objective.kd.estimator=exact trainer.steps=1"
-    train(ranks2, train_on_rank, overrides(zoo, tmp_path / "cpu", settings))
-    train(paper2, train_on_paper, overrides(zoo, tmp_path / "gpu", settings), True)
+    on_cpu = train(ranks2, train_on_rank, overrides(zoo, tmp_path / "cpu", settings))
+    on_gpu = train(paper2, train_on_paper, overrides(zoo, tmp_path / "gpu", settings), True)
+    said = [sum("the first passes compile" in line for line in outcome.log) for outcome in (*on_cpu, *on_gpu)]
+    assert said == [0, 0, 1, 0]
     for row, expected in zip(numbers_of(tmp_path / "gpu"), numbers_of(tmp_path / "cpu"), strict=True):
         assert row == pytest.approx(expected, rel=BFLOAT16, abs=BFLOAT16, nan_ok=True)
     weights, wanted = (read_hf_weights(tmp_path / name / "hf") for name in ("gpu", "cpu"))

@@ -3,6 +3,7 @@ layout and in the form of earlier checkpoints."""
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from kdrl_mcore.parallel.optimizer_state import blocks_of_range
-from tests.reference.tiny_models import make_model
+from tests.reference.tiny_models import make_model, make_qwen2
 from tests.support.checkpoint_shares import (
     PATIENCE,
     SMALL_BUCKETS,
+    PeakMemory,
     differing_states,
     differing_tensors,
     give_up_a_save,
+    save_at_known_times,
     save_on_rank,
 )
 from tests.support.ranks import RankPool
@@ -89,6 +92,18 @@ def test_every_rank_writes_its_share_and_nothing_is_gathered(layout: str, zoo: Z
         assert new_saving == new_loading == 0  # nothing is copied to save, and the checkpoint is loaded in place
         # Its share of the weights, 4 bytes for 8 of state, and names; a replica that gathered would write twice its state.
         assert state < written < 1.8 * state
+
+
+def test_a_save_copies_nothing_in_memory(ranks1: RankPool, tmp_path: Path) -> None:
+    """The processes that write see the rank's memory. What they need themselves does not grow with the state."""
+    model = make_qwen2(tmp_path / "hf", seed=4, hidden_size=1024, num_layers=1, num_heads=8, intermediate_size=8192)
+    ranks1.run(os.getpid)  # the pool has started
+    with PeakMemory(ranks1.pids) as memory:
+        (times,) = ranks1.run(save_at_known_times, str(model), f"{tmp_path}/run", timeout=PATIENCE)
+    weights = (tmp_path / "run" / "step_000001" / "weights").glob("*.distcp")
+    state = sum(file.stat().st_size for file in weights)
+    assert state > 300e6
+    assert memory.growth(*times) < state / 2  # a copy of the tensors that share a buffer would be almost the whole state
 
 
 def test_blocks_lie_one_after_the_other() -> None:

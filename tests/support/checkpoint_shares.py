@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 
 PATIENCE = 240.0
 """In seconds; a save starts processes, which takes long on a busy machine."""
+QUIET = 0.2
+"""Seconds before a save in which memory does not change."""
 SMALL_BUCKETS = "parallel.overlap_grad_reduce=true parallel.bucket_size=3000"
+
+
+class SaveTimes(NamedTuple):
+    """When a save began and was complete (`time.monotonic`), and the process that collects the results of its writers."""
+
+    began: float
+    ended: float
+    results: int
 
 
 def save_on_rank(model: str, overrides: str, folder: str, load_from: str = "", earlier_form: bool = False) -> list[int]:
@@ -42,6 +55,62 @@ def save_on_rank(model: str, overrides: str, folder: str, load_from: str = "", e
         writer.finish()
     files = (Path(folder) / "step_000001" / "weights").glob(f"__{dist.get_rank()}_*")
     return [sum(file.stat().st_size for file in files), sum(tensor.nbytes for tensor in state), *new]
+
+
+def save_at_known_times(model: str, folder: str) -> SaveTimes:
+    """On a rank: save a student with random state."""
+    student = _make_student(model, "model.dtype=float32")
+    import torch.distributed as dist
+
+    from kdrl_mcore.checkpointing.writer import CheckpointWriter
+    from kdrl_mcore.parallel.mcore import _write_results_process
+
+    _make_random_state(student, dist.get_rank())
+    results = _write_results_process()._process.pid
+    time.sleep(QUIET)
+    began = time.monotonic()
+    writer = CheckpointWriter(Path(folder), 0, asynchronous=True)
+    writer.save(1, student, {})
+    writer.finish()
+    return SaveTimes(began, time.monotonic(), results)
+
+
+class PeakMemory:
+    """Samples the memory of processes and of all that they start, in a thread. A context manager.
+
+    Memory that several processes share counts once: it is the sum of their proportional set sizes (Linux).
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids, self._samples, self._ended = pids, list[tuple[float, dict[int, int]]](), threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def growth(self, began: float, ended: float, without: int) -> int:
+        """By how many bytes the largest sample between two times exceeds the last one before, without one process."""
+        totals = [(time, sum(size for pid, size in sizes.items() if pid != without)) for time, sizes in self._samples]
+        before = [total for time, total in totals if time < began]
+        during = [total for time, total in totals if began <= time <= ended]
+        assert before and len(during) > 2, "no samples"
+        return max(during) - before[-1]
+
+    def _sample(self) -> None:
+        while not self._ended.wait(QUIET / 10):
+            now, sizes = time.monotonic(), dict[int, int]()
+            for pid in self._pids:
+                with suppress(psutil.Error):
+                    parent = psutil.Process(pid)
+                    for each in (parent, *parent.children(recursive=True)):
+                        with suppress(psutil.Error):
+                            sizes[each.pid] = each.memory_full_info().pss
+            self._samples.append((now, sizes))
 
 
 def give_up_a_save(model: str, folder: str) -> None:

@@ -86,9 +86,9 @@ class WriteResults:
 
     def use(self) -> None:
         """Use these results; called in a forked process before its first checkpoint."""
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from kdrl_mcore.parallel import mcore
 
-        filesystem_async._results_queue = self._manager.Queue()
+        mcore._write_results_process = lambda: self._manager
 
 
 def serve(connection: Connection) -> None:

@@ -58,6 +58,12 @@ def test_letters_beyond_ascii_need_no_quotes(path: str) -> None:
 OTHERS = ["back\\slash\\", "'quoted {prompt}'", "", "null", "1e-3", "@file", "a,b", "$HOME", "\\", '\\"', "\\'"]
 
 
+@pytest.mark.parametrize("text", ["2026.10", "1e5", "007", "1_0", "true", "NaN", "-1"])
+def test_a_text_that_looks_like_a_number_stays_as_it_is_written(text: str) -> None:
+    config = load_config([GRPO, f"run.dir={text}", f"student.path= {text}"])
+    assert config.run.dir == config.student.path == text
+
+
 @pytest.mark.parametrize("text", [*TEXTS, *OTHERS])
 def test_override_gives_a_key_any_text(text: str) -> None:
     assert load_config([GRPO, override("cluster.name", text)]).cluster.name == text
@@ -99,6 +105,8 @@ def test_override_gives_a_key_any_text(text: str) -> None:
         ("hydra.searchpath=[nowhere]", "hydra.searchpath: nowhere is not a folder"),
         ("--configs=x", "not an option"),
         ("prompt}", "'prompt}' is not an override"),
+        ("=4", "'=4' is not an override"),
+        ("data={split: 2026.10}", "data={split: 2026.10}: this key takes a text: write it in quotes"),
         ("parallel.virtual_pipeline=2", "needs parallel.pipeline > 1"),
         ("rollout.vllm.servers=[host:99999]", "is not"),
         ("optimizer.schedule=linear optimizer.min_lr=1", "optimizer.min_lr=1, where a linear schedule ends, is above"),
@@ -130,6 +138,9 @@ def test_a_template_from_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     (tmp_path / "a prompt.txt").unlink()
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    (tmp_path / "from_windows.txt").write_bytes(b"\xef\xbb\xbfQ: {prompt}\r\n")
+    config = load_config([GRPO, f"data.plain_template=@{tmp_path}/from_windows.txt"])
+    assert config.data.plain_template == "Q: {prompt}\n"
     assert "nowhere cannot be read (No such file" in refused("data.message_template=@nowhere")
 
 
@@ -186,6 +197,7 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
         ("optimizer:", "'optimizer' is a section"),
         ("optimizer: {lr: .nan}", "optimizer.lr=nan must be"),
         ("trainer: {steps: 1e400}", "trainer.steps"),
+        ("run: {dir: 2026.10}", "mine.yaml: run.dir=2026.1: this key takes a text: write it in quotes"),
         ("- a", "holds no keys"),
         ("a: [", "is not YAML"),
         ("defaults: [{experiments: a}]", "there is no group 'experiments'; did you mean 'experiment'?"),

@@ -13,7 +13,7 @@ from kdrl_mcore.config import ObjectiveConfig, OptimizerConfig, ScheduleConfig, 
 from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.objective.advantages import group_advantages, shaped_rewards
 from kdrl_mcore.objective.aggregation import distillation_weights, response_weights
-from kdrl_mcore.objective.joint import TokenBatch, joint_loss
+from kdrl_mcore.objective.joint import TokenBatch, gradient_split, joint_loss
 from kdrl_mcore.objective.masks import distillation_mask
 from kdrl_mcore.objective.policy import clip
 from kdrl_mcore.objective.schedules import Coefficient, learning_rate
@@ -242,3 +242,9 @@ def test_the_learning_rate_arrives_when_the_last_update_is_made(schedule: str, u
         assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.1) and min(rates[warmup:]) == rates[-1]
         assert rates[-2] > rates[-1]  # the last update still learns
     assert learning_rate(0, 1, OptimizerConfig(lr=1.0, schedule=schedule)) == 1.0  # a single update uses the peak
+
+
+def test_two_gradients_have_a_cosine_unless_one_is_zero() -> None:
+    """NaN would be reported as a fault, and a batch whose groups have equal rewards has no policy gradient."""
+    assert gradient_split(3.0, 4.0, 5.0)["grad_cosine"] == 0.0
+    assert gradient_split(0.0, 4.0, 4.0) == {"grad_norm_policy": 0.0, "grad_norm_kd": 4.0}
