@@ -111,12 +111,13 @@ def _measure_on_rank(folder: Path, repeats: int) -> Updates:
     job = build_job(load_config(settings))
     try:
         beta, teacher = job.beta.value, TeacherScores()
+        objective, limit = job.config.objective, job.config.rollout.max_response_tokens
         rollouts = job.source.rollouts(1)
         job.source.verify(rollouts)
-        distil_N = mask_responses(job.config.objective, rollouts, beta)
+        distil_N = mask_responses(objective, rollouts, beta)
         job.score_with_teacher(teacher, dict(enumerate(rollouts)), distil_N)
         batches = [
-            weigh_responses(job.config, batch, compute_advantages(job.config.objective, batch, 1.0, beta))
+            weigh_responses(objective, batch, compute_advantages(objective, batch, 1.0, beta), limit)
             for batch in job.split(rollouts, teacher, distil_N)
         ]
     finally:

@@ -154,6 +154,7 @@ def measure(folder: Path, correct: float, repeats: int) -> dict[str, Times]:
         *(f"data.train={folder}/data/train.jsonl", f"data.eval={folder}/data/eval.jsonl"),
     ]
     job = build_job(load_config(settings))
+    objective, limit = job.config.objective, job.config.rollout.max_response_tokens
     measured: dict[str, Times] = {}
     following = False
 
@@ -179,8 +180,8 @@ def measure(folder: Path, correct: float, repeats: int) -> dict[str, Times]:
 
         def train() -> None:
             for batch in batches:
-                advantages_N = compute_advantages(job.config.objective, batch, 1.0, beta)
-                update(job.student, weigh_responses(job.config, batch, advantages_N), job.config, 1.0, beta)
+                advantages_N = compute_advantages(objective, batch, 1.0, beta)
+                update(job.student, weigh_responses(objective, batch, advantages_N, limit), job.config, 1.0, beta)
 
         timed(f"training: {name}", train)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdrl_mcore.config import Config, ObjectiveConfig
+from kdrl_mcore.config import ObjectiveConfig
 from kdrl_mcore.config.derived import TEACH_INCORRECT, teaches_by_advantage
 from kdrl_mcore.job import Job
 from kdrl_mcore.monitoring.clock import Clock
@@ -30,7 +30,8 @@ from kdrl_mcore.types import Rollout, TokenFloats
 
 def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dict[str, float]]:
     """Run one iteration and return its rollouts and metrics. Collective over the world."""
-    objective, alpha, beta = job.config.objective, job.alpha.value, job.beta.value
+    objective, limit = job.config.objective, job.config.rollout.max_response_tokens
+    alpha, beta = job.alpha.value, job.beta.value
     teacher = TeacherScores()
 
     def score_part(part: Mapping[int, Rollout]) -> None:  # verified groups, while others are sampled
@@ -54,7 +55,7 @@ def run_iteration(job: Job, step: int, clock: Clock) -> tuple[list[Rollout], dic
         for batch in job.split(rollouts, teacher, distil_N):  # one batch per optimizer step
             batch = job.score_before_update(batch)  # log pi, where a setting needs whole responses
             advantages_N = compute_advantages(objective, batch, alpha, beta, job.mask_stop_token)  # A_i, relative to its group
-            weighted = weigh_responses(job.config, batch, advantages_N)  # each response's weight in L_GRPO and L_KD
+            weighted = weigh_responses(objective, batch, advantages_N, limit)  # each response's weight in L_GRPO and L_KD
             weighted = job.weigh_tokens(weighted)  # and that of its tokens, and sequence ratios
             updates.append(update(job.student, weighted, job.config, alpha, beta))  # alpha * L_GRPO + beta * L_KD
     scored_N, shares = job.scored_tokens(rollouts, distil_N), {name: share.value for name, share in job.shares.items()}
@@ -102,10 +103,13 @@ def compute_advantages(
     return advantages_N
 
 
-def weigh_responses(config: Config, batch: TrainingBatch, advantages_N: Tensor) -> TrainingBatch:
+def weigh_responses(objective: ObjectiveConfig, batch: TrainingBatch, advantages_N: Tensor, limit: int) -> TrainingBatch:
     """The batch with its advantages, and with the weight of each response's tokens in the two losses, normalisers included. A
-    given response has no weight in the policy loss, nor in its normaliser, the entropy bonus and the KL to the reference."""
-    objective, limit = config.objective, config.rollout.max_response_tokens
+    given response has no weight in the policy loss, nor in its normaliser, the entropy bonus and the KL to the reference.
+
+    Args:
+        limit: the most tokens that a response may have.
+    """
     lengths_N = torch.tensor([len(rollout.response_token_ids) for rollout in batch.rollouts])
     truncated_N = torch.tensor([rollout.finish_reason == "length" for rollout in batch.rollouts])
     dropped_N = batch.given_N | (truncated_N if objective.truncated == "drop" else torch.zeros_like(truncated_N))

@@ -18,6 +18,8 @@ WITH: dict[tuple[str, str], tuple[str, ...]] = {
     ("combine.bounds", "combine.kind"): ("modulate",),
     ("combine.extrapolation", "combine.kind"): ("reference",),
     ("kd.jsd_beta", "kd.divergence"): ("jsd",),
+    ("kd.entry_clip", "kd.estimator"): ("exact",),
+    ("kd.entry_clip", "kd.divergence"): ("forward",),
     ("kd.mix_above", "kd.mix"): ("entropy",),
     ("kd.importance_bound", "kd.importance"): ("truncate", "mask"),
     ("kd.top_k", "kd.estimator"): ("top_k", "top_k_unbiased"),

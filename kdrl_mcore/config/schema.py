@@ -337,6 +337,9 @@ class DistillationConfig:
         choices=("reverse", "forward", "jsd"),
     )
     jsd_beta: float = key(0.5, "jsd: b of b KL(T, m) + (1 - b) KL(pi, m), m = b T + (1 - b) pi", range=Range(1e-6, 1 - 1e-6))
+    entry_clip: float | None = key(
+        None, "exact forward: the largest value of each entry T log(T / pi) of the sum over the vocabulary", range=POSITIVE
+    )
     mix: str = key(
         "none",
         "how a forward divergence is mixed with k2 of the sampled token: none, entropy (k2 everywhere, the divergence where "

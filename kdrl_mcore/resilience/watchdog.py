@@ -49,11 +49,11 @@ SAMPLE_SECONDS = 0.05
 """Interval between samples of the main thread."""
 STDERR = 2
 """Used by descriptor, since `sys.stderr` may be replaced, or its lock held by the thread that hangs."""
-WAITING_FILES = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
-"""A thread whose innermost frame is in one of these files waits for other ranks. A thread in a function of ours that is marked
-(`waiting.py`) waits for other ranks or for engines."""
-WAITING_FOR_GPU = "/torch/cuda/"
-"""The folder of `synchronize`, which waits for kernels, collectives included. Counts as waiting without a flight recorder."""
+WAITING_MODULES = ("torch.distributed", "megatron.core.pipeline_parallel.p2p_communication")
+"""A thread whose innermost frame is in one of these modules waits for other ranks. A thread in a function of ours that is
+marked (`waiting.py`) waits for other ranks or for engines."""
+WAITING_FOR_GPU = "torch.cuda"
+"""The module of `synchronize`, which waits for kernels, collectives included. Counts as waiting without a flight recorder."""
 SLOW_RATIO = 1.5
 """A rank is slow if its own work takes at least this many times as long as the median rank's ..."""
 SLOW_SHARE = 0.1
@@ -283,8 +283,9 @@ def slow_ranks(own_work: Sequence[Mapping[str, float]], seconds: float) -> list[
 
 
 def _waits(frame: FrameType, has_recorder: bool) -> bool:
-    files = WAITING_FILES if has_recorder else (*WAITING_FILES, WAITING_FOR_GPU)
-    return is_marked(frame.f_code) or any(file in frame.f_code.co_filename for file in files)
+    modules = WAITING_MODULES if has_recorder else (*WAITING_MODULES, WAITING_FOR_GPU)
+    inside = f"{frame.f_globals.get('__name__')}."
+    return is_marked(frame.f_code) or any(inside.startswith(f"{module}.") for module in modules)
 
 
 def _stacks(main: int) -> str:

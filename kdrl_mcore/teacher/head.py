@@ -14,6 +14,7 @@ from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import device
 from kdrl_mcore.vocab_parallel import (
+    ClippedForwardKL,
     ExactForwardKL,
     ExactReverseKL,
     JensenShannon,
@@ -44,6 +45,8 @@ def divergence_of(kd: DistillationConfig, sampler_log_probs_T: Tensor | None) ->
         return form(kd.top_k, support, tail)
     if kd.divergence == "jsd":
         return JensenShannon(kd.jsd_beta)
+    if kd.entry_clip is not None:
+        return ClippedForwardKL(kd.entry_clip)
     return ExactForwardKL() if kd.divergence == "forward" else ExactReverseKL()
 
 

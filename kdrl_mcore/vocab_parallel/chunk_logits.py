@@ -24,9 +24,12 @@ FILLED_COLUMNS = 32
 
 Model = Literal["student", "teacher"]
 
-Comparison = Literal["reverse", "forward", "mixture"]
+Comparison = Literal["reverse", "forward", "mixture", "clipped"]
 """The definition of c_v, the part of a divergence's derivative that compares the models column by column: `reverse`
-e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(m_v / p_v), with p, q the distributions and m = beta q + (1 - beta) p."""
+e_v (y_v - z_v); `forward` exp(y_v); `mixture` e_v log(m_v / p_v), with p, q the distributions and m = beta q + (1 - beta) p;
+`clipped` exp(y_v) where q_v log(q_v / p_v) is at most a bound, otherwise 0."""
+TWO_ROUNDS: tuple[Comparison, ...] = ("mixture", "clipped")
+"""Those whose sums need both distributions, so that the logits are read again after `totals`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ChunkLogits(ABC):
     """The logits of one chunk, in memory that all chunks reuse. No method communicates.
 
     The order of calls is `project`, `centre`, any of `at`, `largest`, `difference_C` (once, after `at`) and `outside` (after
-    `at`), `totals`, `mixture` (once), and `gradient`, which overwrites the logits.
+    `at`), `totals`, `mixture` or `clipped` (once), and `gradient`, which overwrites the logits.
     """
 
     @classmethod
@@ -102,7 +105,7 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def difference_C(self) -> Tensor:
-        """sum_v e_v (y_v - z_v), or with the comparison `forward` sum_v exp(y_v) (y_v - z_v): [C]. Not for `mixture`."""
+        """sum_v e_v (y_v - z_v), or with the comparison `forward` sum_v exp(y_v) (y_v - z_v): [C]. Not for `TWO_ROUNDS`."""
 
     @abstractmethod
     def outside(self, own_CK: Tensor, column_CK: Tensor) -> Tensor:
@@ -123,6 +126,11 @@ class ChunkLogits(ABC):
             log_total_C, teacher_log_total_C: log sum_v e_v and log sum_v exp(y_v) over all ranks, which make distributions of
                 the logits.
         """
+
+    @abstractmethod
+    def clipped(self, bound: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """(sum_v min(q_v log(q_v / p_v), bound), the sum of q_v over the columns that the bound leaves unchanged), [2, C].
+        Needs the comparison `clipped`; the arguments are those of `mixture`."""
 
     @abstractmethod
     def gradient(

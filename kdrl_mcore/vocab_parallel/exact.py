@@ -1,4 +1,5 @@
-"""Divergences over the whole vocabulary, exact: reverse KL, forward KL and the Jensen-Shannon divergences between them.
+"""Divergences over the whole vocabulary, exact: reverse KL, forward KL (also with bounded entries) and the Jensen-Shannon
+divergences between them.
 
 z, y are the centred logits of student and teacher, p and q their distributions and lse_p, lse_q the log sums of exponentials,
 so log p_v = z_v - lse_p. C rows of a chunk, K numbers per row.
@@ -61,6 +62,38 @@ class ExactForwardKL(Divergence):
 
     def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
         return _Forward(logits.difference_C()[None])
+
+
+@dataclass(frozen=True)
+class ClippedForwardKL(Divergence):
+    """D = sum_v min(q_v (log q_v - log p_v), bound), in nats: the forward KL whose entries are bounded, as in OPSD
+    (arXiv 2601.18734) and PW-OPSD (arXiv 2605.21606).
+
+        dD/dz_v = p_v Q - q_v 1[v unbounded],     Q the sum of q over the entries that the bound leaves unchanged.
+
+    Where the models disagree the teacher's token exceeds the bound and has no gradient, so that few tokens cannot outweigh all
+    others. It is not a divergence: D may be negative, and D = 0 does not mean p = q.
+
+    Adds to each chunk one SUM all-reduce of two numbers per token, since an entry is compared with the bound only once both
+    models' sums over the vocabulary are known, and one more read of the logits.
+
+    Raises:
+        ValueError: the bound is not positive.
+    """
+
+    bound: float
+
+    comparison: ClassVar[Comparison] = "clipped"
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"bound is {self.bound}: it must be positive")
+
+    def check(self, shard: VocabShard) -> None:
+        """Does nothing: it fits every vocabulary."""
+
+    def on_chunk(self, logits: ChunkLogits, shard: VocabShard) -> ChunkDivergence:
+        return _Clipped(logits, self.bound)
 
 
 @dataclass(frozen=True)
@@ -127,6 +160,24 @@ class _Forward(_Exact):
     def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
         # Terms are divided by the student's sum.
         return LogitsTerms(d_leaf, comparison_row_C=-d_leaf * self._lse_difference_C.exp())
+
+
+class _Clipped(_Exact):
+    def __init__(self, logits: ChunkLogits, bound: float) -> None:
+        super().__init__(None)
+        self._logits, self._bound = logits, bound
+
+    def second_sums_KC(self, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        return self._logits.clipped(self._bound, log_total_C, teacher_log_total_C)
+
+    def _divergence_C(self, sums_KC: Tensor, tokens: TokenSums) -> Tensor:
+        value_C, self._kept_C = sums_KC
+        self._lse_difference_C = tokens.log_total - tokens.teacher_log_total
+        return value_C
+
+    def logits_terms(self, d_leaf: Tensor) -> LogitsTerms:
+        # Terms are divided by the student's sum.
+        return LogitsTerms(d_leaf * self._kept_C, comparison_row_C=-d_leaf * self._lse_difference_C.exp())
 
 
 class _Mixture(_Exact):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel.chunk_logits import (
+    TWO_ROUNDS,
     ChunkLogits,
     Comparison,
     LogitsTerms,
@@ -145,7 +146,7 @@ class TorchLogits(ChunkLogits):
 
     def totals(self) -> Tensor:
         total_C = self._exp_CV.sum(dim=1)
-        if self._comparison == "mixture":
+        if self._comparison in TWO_ROUNDS:
             product_C = torch.empty_like(total_C)
             for rows in self._blocks():
                 product_C[rows] = (self._student_CV[rows] * self._exp_CV[rows]).sum(dim=1)
@@ -174,6 +175,21 @@ class TorchLogits(ChunkLogits):
             sums_KC[0, rows] = -u_BV.clamp_(min=0.0).add_(log_BV).mul_(e_BV).sum(dim=1)
             z_BV.mul_(e_BV)
         sums_KC[0] /= log_total_C.exp()
+        return sums_KC
+
+    def clipped(self, bound: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """See `ChunkLogits`. Leaves e_v z_v in the student's buffer and c_v in the teacher's."""
+        assert self._comparison == "clipped" and self._teacher_CV is not None
+        sums_KC = self._exp_CV.new_empty(2, len(self._exp_CV))
+        for rows in self._blocks():
+            z_BV, e_BV, y_BV = self._student_CV[rows], self._exp_CV[rows], self._teacher_CV[rows]
+            log_q_BV = y_BV - teacher_log_total_C[rows, None]
+            term_BV = log_q_BV.sub(z_BV).add_(log_total_C[rows, None]).mul_(log_q_BV.exp_())
+            y_BV.exp_().mul_(term_BV <= bound)
+            sums_KC[0, rows] = term_BV.clamp_(max=bound).sum(dim=1)
+            sums_KC[1, rows] = y_BV.sum(dim=1)
+            z_BV.mul_(e_BV)
+        sums_KC[1] /= teacher_log_total_C.exp()
         return sums_KC
 
     def _blocks(self) -> Iterator[slice]:

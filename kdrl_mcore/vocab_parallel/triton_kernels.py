@@ -9,6 +9,8 @@ C rows, V columns of this rank, z the student's and y the teacher's logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,11 +68,26 @@ def mixture(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, beta: float) -> Tens
     Args:
         numbers_KC: float32 rows (largest z, log sum of exponentials of the centred z, and both of y).
     """
+    return _two_sums(_mixture, z_CV, y_CV, numbers_KC, beta, 1.0 - beta)
+
+
+def clipped(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, bound: float) -> Tensor:
+    """(sum_v min(q_v log(q_v / p_v), bound), the sum of q_v where this term is at most the bound) of each row, [2, C] in
+    float32. One read of the logits.
+
+    Args:
+        numbers_KC: as for `mixture`.
+    """
+    return _two_sums(_clipped, z_CV, y_CV, numbers_KC, bound)
+
+
+def _two_sums(kernel: Any, z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, *parameters: float) -> Tensor:
+    """Run a kernel that computes two sums of each row from both models' logits."""
     rows, columns = z_CV.shape
     out_KC = torch.empty(2, rows, dtype=torch.float32, device=z_CV.device)
     if rows:
         with torch.cuda.device_of(z_CV):
-            _mixture[(rows,)](
+            kernel[(rows,)](
                 z_CV,
                 z_CV.stride(0),
                 y_CV,
@@ -79,8 +96,7 @@ def mixture(z_CV: Tensor, y_CV: Tensor, numbers_KC: Tensor, beta: float) -> Tens
                 out_KC,
                 rows,
                 columns,
-                beta,
-                1.0 - beta,
+                *parameters,
                 BLOCK=min(MIXTURE_BLOCK, triton.next_power_of_2(max(columns, 1))),
                 num_warps=WARPS,
             )
@@ -93,16 +109,16 @@ def differentiate(
     column_C: Tensor,
     numbers_KC: Tensor,
     comparison: Comparison = "reverse",
-    beta: float = 0.5,
+    parameter: float = 0.5,
 ) -> None:
     """Overwrite z by dL/dz_v = e_v (a + b z'_v) + c c_v + g 1[v = column], with z', y' the centred logits and c_v as in
     `chunk_logits.Comparison`; without a teacher c is 0.
 
     Args:
         column_C: the target's local column, -1 if another rank holds it.
-        numbers_KC: float32 rows (largest z, a, b, g), with a teacher also (largest y, c), for `mixture` also the logs of the
-            sums of exponentials of z' and y'.
-        beta: of `mixture`.
+        numbers_KC: float32 rows (largest z, a, b, g), with a teacher also (largest y, c), for `mixture` and `clipped` also the
+            logs of the sums of exponentials of z' and y'.
+        parameter: beta of `mixture`, the bound of `clipped`.
     """
     rows, columns = z_CV.shape
     if rows and columns:
@@ -117,8 +133,8 @@ def differentiate(
                 numbers_KC,
                 rows,
                 columns,
-                beta,
-                1.0 - beta,
+                parameter,
+                1.0 - parameter,
                 COMPARISON="none" if y_CV is None else comparison,
                 BLOCK=block,
                 num_warps=WARPS,
@@ -270,7 +286,37 @@ def _mixture(z_ptr, z_stride, y_ptr, y_stride, numbers_ptr, out_ptr, rows, colum
     tl.store(out_ptr + rows + row, tl.sum(teacher, axis=0))
 
 
-@triton.jit(do_not_specialize=["rows", "beta", "rest"])
+@triton.jit
+def _term(log_p, log_q):
+    """q log(q / p)."""
+    return tl.exp(log_q) * (log_q - log_p)
+
+
+@triton.jit(do_not_specialize=["rows", "bound"])
+def _clipped(z_ptr, z_stride, y_ptr, y_stride, numbers_ptr, out_ptr, rows, columns, bound, BLOCK: tl.constexpr):
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    z_row = z_ptr + row * z_stride
+    y_row = y_ptr + row * y_stride
+    peak = tl.load(numbers_ptr + row)
+    log_total = tl.load(numbers_ptr + rows + row)
+    teacher_peak = tl.load(numbers_ptr + 2 * rows + row)
+    teacher_log_total = tl.load(numbers_ptr + 3 * rows + row)
+    value = tl.zeros((BLOCK,), tl.float32)
+    kept = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        inside = start + lanes < columns
+        log_p = (tl.load(z_row + start + lanes, mask=inside, other=0.0).to(tl.float32) - peak) - log_total
+        log_q = (tl.load(y_row + start + lanes, mask=inside, other=0.0).to(tl.float32) - teacher_peak) - teacher_log_total
+        term = _term(log_p, log_q)
+        value += tl.where(inside, tl.minimum(term, bound), 0.0)
+        kept += tl.where(inside & (term <= bound), tl.exp(log_q), 0.0)
+    tl.store(out_ptr + row, tl.sum(value, axis=0))
+    tl.store(out_ptr + rows + row, tl.sum(kept, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "parameter", "rest"])
 def _differentiate(
     z_ptr,
     z_stride,
@@ -280,7 +326,7 @@ def _differentiate(
     numbers_ptr,
     rows,
     columns,
-    beta,
+    parameter,
     rest,
     COMPARISON: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -303,8 +349,13 @@ def _differentiate(
         elif COMPARISON == "forward":
             d += comparison * tl.exp(y)
         else:
-            u = (y - tl.load(numbers_ptr + 7 * rows + row)) - (z - tl.load(numbers_ptr + 6 * rows + row))
-            factor += comparison * (_log_mixture(u, beta, rest) + tl.maximum(u, 0.0))
+            log_p = z - tl.load(numbers_ptr + 6 * rows + row)
+            log_q = y - tl.load(numbers_ptr + 7 * rows + row)
+            if COMPARISON == "clipped":
+                d += comparison * tl.where(_term(log_p, log_q) <= parameter, tl.exp(y), 0.0)
+            else:
+                u = log_q - log_p
+                factor += comparison * (_log_mixture(u, parameter, rest) + tl.maximum(u, 0.0))
     d += tl.exp(z) * factor
     d += tl.where(lanes == tl.load(column_ptr + row), tl.load(numbers_ptr + 3 * rows + row), 0.0)
     tl.store(at, d.to(z_ptr.dtype.element_ty), mask=inside)

@@ -21,6 +21,7 @@ from torch import Tensor
 from kdrl_mcore.vocab_parallel import triton_kernels
 from kdrl_mcore.vocab_parallel.chunk_logits import (
     FILLED_COLUMNS,
+    TWO_ROUNDS,
     ChunkLogits,
     Comparison,
     LogitsTerms,
@@ -65,7 +66,7 @@ class TritonLogits(ChunkLogits):
         comparison: Comparison = "reverse",
         teacher_entropy: bool = False,
     ) -> Tensor:
-        self._comparison, self._beta = comparison, 0.5
+        self._comparison, self._parameter = comparison, 0.5
         self._multiplied = self._multiply(hidden_CH, weight_VH, temperature, self._student_CW)
         if teacher is not None:
             assert self._teacher_buffer_CW is not None
@@ -139,9 +140,19 @@ class TritonLogits(ChunkLogits):
     def mixture(self, beta: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
         """See `ChunkLogits`. Reads the logits once more, and `gradient` computes the same logarithms again."""
         assert self._comparison == "mixture" and self._teacher_CW is not None
-        self._beta, self._log_totals = beta, [log_total_C, teacher_log_total_C]
-        numbers_KC = torch.stack((self._peaks_KC[0], log_total_C, self._peaks_KC[1], teacher_log_total_C))
+        numbers_KC = self._second_round(beta, log_total_C, teacher_log_total_C)
         return triton_kernels.mixture(self._student_CW, self._teacher_CW, numbers_KC, beta)
+
+    def clipped(self, bound: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """See `ChunkLogits`. Reads the logits once more, and `gradient` compares the same terms with the bound again."""
+        assert self._comparison == "clipped" and self._teacher_CW is not None
+        numbers_KC = self._second_round(bound, log_total_C, teacher_log_total_C)
+        return triton_kernels.clipped(self._student_CW, self._teacher_CW, numbers_KC, bound)
+
+    def _second_round(self, parameter: float, log_total_C: Tensor, teacher_log_total_C: Tensor) -> Tensor:
+        """Keep what `gradient` needs; returns the kernels' numbers of each row [4, C]."""
+        self._parameter, self._log_totals = parameter, [log_total_C, teacher_log_total_C]
+        return torch.stack((self._peaks_KC[0], log_total_C, self._peaks_KC[1], teacher_log_total_C))
 
     def gradient(
         self,
@@ -176,10 +187,12 @@ class TritonLogits(ChunkLogits):
         teacher_CW = self._teacher_CW if compares else None
         if teacher_CW is not None:
             numbers += [self._peaks_KC[1], comparison_C]
-            if self._comparison == "mixture":
+            if self._comparison in TWO_ROUNDS:
                 numbers += self._log_totals
         target_C = torch.where(own_C, column_C, -1)
-        triton_kernels.differentiate(self._student_CW, teacher_CW, target_C, torch.stack(numbers), self._comparison, self._beta)
+        triton_kernels.differentiate(
+            self._student_CW, teacher_CW, target_C, torch.stack(numbers), self._comparison, self._parameter
+        )
         for arguments in spread:
             triton_kernels.overwrite(self._student_CW, *arguments)
         return self._student_CW[:, : self._multiplied]

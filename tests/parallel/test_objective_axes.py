@@ -70,6 +70,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "k2 without its expectation": ("tp2", {"control_variate": True}),
     "k3": ("pp2", {"estimator": "k3", "importance": "mask", "importance_bound": 1.1}),
     "forward": ("cp2", {"estimator": "exact", "divergence": "forward", "temperature": 0.8}),
+    "forward with bounded entries": (
+        "tp2",
+        {"estimator": "exact", "divergence": "forward", "entry_clip": 0.01, "token_weight": "rising", "temperature": 0.8},
+    ),
     "forward top-k, renormalised": (
         "cp2",
         {"estimator": "top_k", "divergence": "forward", "top_k": 7, "top_k_tail": "renormalize"},

@@ -46,8 +46,9 @@ class Settings:
         combine, signal, agree, differ, modulate_clip, bounds, extrapolation: the rule that combines both signals (`forms.py`).
         token_weight, share, more, over, first_tokens, rate, low, middle, width, solved, unsolved, normalize: the weight of each
             distilled token.
-        divergence, jsd_beta: reverse, forward or jsd. mix, mix_above: none, entropy, trust or drawn_trust, in addition to k2 of
-            the sampled token. draw_seeds: response i draws from numpy's `default_rng([*draw_seeds, i])`.
+        divergence, jsd_beta, entry_clip: reverse, forward (its entries bounded by entry_clip) or jsd. mix, mix_above: none,
+            entropy, trust or drawn_trust, in addition to k2 of the sampled token. draw_seeds: response i draws from numpy's
+            `default_rng([*draw_seeds, i])`.
         control_variate: k1 and k2 without the expectation of d at the prefix.
         stop_token: mask leaves the token that ends a response out of distillation.
         importance, importance_bound, importance_level: the bound of w = pi / mu: full, truncate or mask, for a token, a
@@ -103,6 +104,7 @@ class Settings:
     normalize: bool = False
     divergence: str = "reverse"
     jsd_beta: float = 0.5
+    entry_clip: float | None = None
     mix: str = "none"
     mix_above: float = 0.8
     draw_seeds: tuple[int, ...] = (1, 0)

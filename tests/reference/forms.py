@@ -161,7 +161,8 @@ def other_divergence(log_p: Tensor, log_q: Tensor, settings: Any) -> Tensor:
     if settings.divergence == "jsd":
         return top_k_jsd(log_p, log_q, settings)
     if settings.estimator == "exact":
-        return (q * (log_q - log_p)).sum(1)
+        entries = q * (log_q - log_p)
+        return (entries if settings.entry_clip is None else entries.clamp(max=settings.entry_clip)).sum(1)
     ranking = log_q if settings.top_k_support == "teacher" else log_p.detach()
     support = ranking.topk(min(settings.top_k, log_p.shape[1]), dim=1).indices
     log_p_S, log_q_S = log_p.gather(1, support), log_q.gather(1, support)

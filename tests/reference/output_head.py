@@ -30,7 +30,9 @@ EXACT_FORM = {
 MIXED = ("mixed 0.3", "mixed 0.9")
 WITH_ENTROPY = ("exact", "forward", "mixed 0.3", *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K)
 """The kinds that also need the teacher's entropy."""
-KINDS = ("logits", "head", "exact", "forward", *MIXED, *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K, "top_k_unbiased")
+CLIPPED = "clipped 0.2"
+"""The forward KL with a bound of its entries."""
+KINDS = ("logits", "head", "exact", "forward", CLIPPED, *MIXED, *TOP_K, *FORWARD_TOP_K, *JSD_TOP_K, "top_k_unbiased")
 """Everything that has a loss: "logits" forms them whole, the others are fused. "mixed" names beta of the Jensen-Shannon
 divergence."""
 
@@ -129,6 +131,8 @@ def dense_divergence(p: Problem, kind: str, log_p_DV: Tensor, log_q_DV: Tensor, 
         return (log_p_DV.exp() * (log_p_DV - log_q_DV)).sum(1)
     if kind == "forward":
         return (log_q_DV.exp() * (log_q_DV - log_p_DV)).sum(1)
+    if kind == CLIPPED:
+        return (log_q_DV.exp() * (log_q_DV - log_p_DV)).clamp(max=0.2).sum(1)
     if kind in MIXED:
         beta = float(kind.split()[1])
         log_m_DV = torch.logaddexp(log_p_DV + math.log1p(-beta), log_q_DV + math.log(beta))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ClippedForwardKL,
     ExactForwardKL,
     ExactReverseKL,
     HeadTokens,
@@ -45,6 +46,7 @@ HEADS: dict[str, Any] = {
     "log_prob_entropy_k2": None,
     "exact": lambda sampler_T: ExactReverseKL(),
     "forward": lambda sampler_T: ExactForwardKL(),
+    "clipped_0.1": lambda sampler_T: ClippedForwardKL(0.1),
     "mixed_0.2": lambda sampler_T: JensenShannon(0.2),
     "top_k_student_truncate": lambda sampler_T: TopKReverseKL(5, "student", "truncate"),
     "top_k_teacher_renormalize": lambda sampler_T: TopKReverseKL(5, "teacher", "renormalize"),

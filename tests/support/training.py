@@ -65,6 +65,7 @@ OBJECTIVE_KEYS = {
     "normalize": "objective.kd.token_weight.normalize",
     "divergence": "objective.kd.divergence",
     "jsd_beta": "objective.kd.jsd_beta",
+    "entry_clip": "objective.kd.entry_clip",
     "mix": "objective.kd.mix",
     "mix_above": "objective.kd.mix_above",
     "stop_token": "objective.kd.stop_token",

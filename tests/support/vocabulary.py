@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_mcore.vocab_parallel import (
+    ClippedForwardKL,
     ExactForwardKL,
     ExactReverseKL,
     JensenShannon,
@@ -99,6 +100,8 @@ def divergence(kind: str, problem: Problem) -> Any:
         return ExactReverseKL()
     if kind == "forward":
         return ExactForwardKL()
+    if kind.startswith("clipped"):
+        return ClippedForwardKL(float(kind.split()[1]))
     if kind.startswith("mixed"):
         return JensenShannon(float(kind.split()[1]))
     if kind == "top_k_unbiased":

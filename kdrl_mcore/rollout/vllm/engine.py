@@ -20,7 +20,7 @@ from kdrl_mcore.data.tokenizers import Tokenizer
 from kdrl_mcore.errors import EngineError, KdrlError, RefitError
 from kdrl_mcore.parallel.collect import from_first_rank
 from kdrl_mcore.reward.verifier import Verifier
-from kdrl_mcore.rollout.dispatch import Complete, Dispatch, ExpectedLengths, Failure, Response, Submitted
+from kdrl_mcore.rollout.dispatch import Complete, Dispatch, Event, ExpectedLengths, Failure, Response, Submitted
 from kdrl_mcore.rollout.engine import Choose, OnPart, Request, Sampling, Weights, with_beginning
 from kdrl_mcore.rollout.refit.refit import send_weights
 from kdrl_mcore.rollout.vllm.client import ServerFailed
@@ -319,7 +319,7 @@ class _Work:
         self._submitted.update((each.ticket, each) for each in prompts)
         self.dispatch.submit(prompts)
 
-    def next_event(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]] | _Part | Any:
+    def next_event(self, choose: Choose, parts: _Parts | None) -> dict[int, list[Rollout]] | _Part | Event:
         """The groups to take out, once there are enough; otherwise a part, or the result of `Dispatch.next_event`."""
         while True:
             chosen = choose(list(self._complete))

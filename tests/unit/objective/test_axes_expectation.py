@@ -31,6 +31,7 @@ def evaluate(
     alpha: float = 1.0,
     beta: float = 1.0,
     z: Tensor = Z,
+    teacher: Tensor = TEACHER,
     shares_NV: Tensor | None = None,
     divergence: Callable[[Tensor], Tensor] | None = None,
     **more: Any,
@@ -58,7 +59,7 @@ def evaluate(
         distillation_weights=shares,
         sampler_log_probs=log_mu_NV.flatten(),
         on_policy=on_policy,
-        teacher_log_probs=TEACHER.log_softmax(1).flatten(),
+        teacher_log_probs=teacher.log_softmax(1).flatten(),
         correct=spread(CORRECT),
         **more,
     )
@@ -264,6 +265,33 @@ def test_how_far_trust_is_from_the_reverse_kl() -> None:
     assert bias(found, reverse_kl_gradient()) == pytest.approx(0.728, abs=0.002)
     scatter = variance(settings, alpha=0.0, divergence=forward_kl) / variance("", alpha=0.0)
     assert scatter == pytest.approx(0.191, abs=0.002)
+
+
+def test_trust_hardly_teaches_certainty() -> None:
+    """Five prefixes at which the teacher gives one token 0.999. At four of them the student prefers it too, but gives another
+    one the share e = 0.2, 0.1, 0.05 or 0.02; at the last it gives that one 0.7. How large the gradient of the four is, compared
+    with that of the last: with trust an order of magnitude smaller than with the reverse KL."""
+
+    def between_two(second: list[float]) -> Tensor:
+        p = torch.tensor(second, dtype=torch.float64)
+        return torch.stack([1 - p, p, *[torch.full_like(p, 1e-20)] * (V - 2)], dim=1).log()
+
+    models = {"z": between_two([0.2, 0.1, 0.05, 0.02, 0.7]), "teacher": between_two([0.001] * N)}
+    log_q_NV = models["teacher"].log_softmax(1)
+    divergences = {
+        "reverse": lambda log_p_NV: (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1),
+        "forward": lambda log_p_NV: (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(1),
+    }
+    settings = {"reverse": "objective.kd.estimator=exact", "forward": FORWARD, "trust": f"{FORWARD} objective.kd.mix=trust"}
+    expected = {
+        "reverse": [0.542, 0.260, 0.1156, 0.0363],
+        "forward": [0.285, 0.1416, 0.0701, 0.0272],
+        "trust": [0.1068, 0.0314, 0.01145, 0.00494],
+    }
+    for name, shares in expected.items():
+        divergence = divergences["reverse" if name == "reverse" else "forward"]
+        size_N = gradient(settings[name], alpha=0.0, divergence=divergence, **models).norm(dim=1)
+        torch.testing.assert_close(size_N[:-1] / size_N[-1], torch.tensor(shares, dtype=torch.float64), rtol=5e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("mix", ["entropy", "trust"])

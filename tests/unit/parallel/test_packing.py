@@ -1,10 +1,7 @@
 """Packing puts every token on one rank, finds the predictor of every loss row, and lets a token attend to what a causal mask
-allows; plans lose no token. These are properties of randomly drawn batches."""
+allows. These are properties of randomly drawn batches."""
 
 from __future__ import annotations
-
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,46 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_mcore.parallel.micro_batches import Shape, partition, plan_micro_batches, shapes_of
-from kdrl_mcore.parallel.packing import PackedBatch, lay_out_rows, pack
-
-Sequence = tuple[int, np.ndarray, np.ndarray]
-Lengths = list[tuple[int, int]]
-"""(prompt tokens, response tokens) of each sequence."""
+from kdrl_mcore.parallel.micro_batches import Shape
+from kdrl_mcore.parallel.packing import PackedBatch, lay_out_rows
+from tests.support.packing import Lengths, grouped, groups, pack_all, sequences
 
 lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=8)
-groups = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=5)
-"""(prompt tokens, tokens of each response to it)."""
 context_sizes = st.sampled_from([1, 2, 3, 4])
 properties = settings(max_examples=150, deadline=None)
-
-
-def sequences(shapes: Lengths) -> list[Sequence]:
-    """Rollouts numbered 0, 2, 4, ... whose tokens are all different."""
-    tokens = iter(np.split(np.arange(1, 1 + sum(p + r for p, r in shapes)), np.cumsum([p + r for p, r in shapes])))
-    return [(2 * i, *np.split(next(tokens), [prompt])) for i, (prompt, _) in enumerate(shapes)]
-
-
-def grouped(drawn: list[tuple[int, list[int]]]) -> list[Sequence]:
-    """Sequences in groups with equal prompts; the groups are mixed, and all other tokens are different."""
-    prompts = [prompt for prompt, responses in drawn for _ in responses]
-    lengths = [length for _, responses in drawn for length in responses]
-    number = [group for group, (_, responses) in enumerate(drawn) for _ in responses]
-    result = []
-    for (index, prompt, response), group in zip(sequences(list(zip(prompts, lengths, strict=True))), number, strict=True):
-        result.append((index, 1000 * (group + 1) + np.arange(len(prompt)), response))
-    return [*result[::2], *result[1::2]]
 
 
 def pack_on_all_ranks(
     shapes: Lengths, context: int, tensor: int = 1, scored: dict[int, int] | None = None
 ) -> list[PackedBatch]:
     return pack_all(sequences(shapes), context, tensor, scored=scored)
-
-
-def pack_all(given: list[Sequence], context: int, tensor: int = 1, **settings: Any) -> list[PackedBatch]:
-    alignment = (2 * context if context > 1 else 1) * tensor
-    return [pack(given, alignment, context_rank=rank, context_size=context, **settings) for rank in range(context)]
 
 
 def whole(batches: list[PackedBatch], name: str) -> torch.Tensor:
@@ -225,75 +195,3 @@ def test_a_rank_without_sequences_still_has_tokens() -> None:
 
 def test_a_context_rank_may_have_no_loss_row() -> None:
     assert [len(batch.rows_T) for batch in pack_on_all_ranks([(40, 2)], 4)] == [0, 2, 0, 0]
-
-
-plans = {
-    "tokens": st.lists(st.integers(1, 50), max_size=30),
-    "data_parallel": st.integers(1, 5),
-    "micro_tokens": st.integers(1, 120),
-    "multiple_of": st.integers(1, 4),
-}
-
-
-def alone(tokens: list[int]) -> list[Shape]:
-    return [Shape(index, 0, length) for index, length in enumerate(tokens)]
-
-
-@properties
-@given(**plans)
-def test_a_plan_loses_nothing_and_keeps_its_limits(
-    tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int
-) -> None:
-    plan = plan_micro_batches(alone(tokens), data_parallel, micro_tokens, multiple_of)
-    assert len(plan) == data_parallel
-    assert sorted(item for batches in plan for items in batches for item in items) == list(range(len(tokens)))
-    counts = {len(batches) for batches in plan}
-    assert len(counts) == 1 and min(counts) > 0 and min(counts) % multiple_of == 0
-    for batches in plan:
-        for items in batches:
-            assert items == sorted(items)
-            assert sum(tokens[item] for item in items) <= micro_tokens or len(items) == 1
-
-
-@properties
-@given(**plans)
-def test_no_plan_has_needless_micro_batches(tokens: list[int], data_parallel: int, micro_tokens: int, multiple_of: int) -> None:
-    """Two micro-batches of one rank would not fit into one, and a multiple is not exceeded."""
-    plan = plan_micro_batches(alone(tokens), data_parallel, micro_tokens, multiple_of)
-    filled = [[sum(tokens[item] for item in items) for items in batches if items] for batches in plan]
-    assert len(plan[0]) < max(1, *map(len, filled)) + multiple_of
-    for sums in filled:
-        assert all(a + b > micro_tokens for a, b in pairwise(sorted(sums)))
-
-
-@properties
-@given(drawn=groups, data_parallel=st.integers(1, 5), micro_tokens=st.integers(1, 40), multiple_of=st.integers(1, 3))
-def test_a_plan_with_shared_prompts_loses_nothing_and_keeps_its_limits(
-    drawn: list[tuple[int, list[int]]], data_parallel: int, micro_tokens: int, multiple_of: int
-) -> None:
-    given = grouped(drawn)
-    plan = plan_micro_batches(shapes_of(given, share_prompts=True), data_parallel, micro_tokens, multiple_of)
-    assert len(plan) == data_parallel and len({len(batches) for batches in plan}) == 1
-    assert sorted(item for batches in plan for items in batches for item in items) == list(range(len(given)))
-    for batches in plan:
-        for items in batches:
-            (batch,) = pack_all([given[item] for item in items], 1, share_prompts=True)
-            assert len(items) <= 1 or len(batch.tokens_S) <= micro_tokens
-
-
-def test_a_group_stays_together_unless_a_rank_or_a_micro_batch_would_have_too_much() -> None:
-    shapes = shapes_of(grouped([(5, [5] * 4), (5, [5] * 4)]), share_prompts=True)
-    sizes = {
-        (ranks, tokens): [sorted(len(items) for items in batches) for batches in plan_micro_batches(shapes, ranks, tokens)]
-        for ranks, tokens in ((1, 50), (2, 50), (4, 50), (1, 15))
-    }
-    assert sizes == {(1, 50): [[8]], (2, 50): [[4], [4]], (4, 50): [[2]] * 4, (1, 15): [[2, 2, 2, 2]]}
-
-
-@properties
-@given(weights=st.lists(st.integers(0, 100), max_size=40), bins=st.integers(1, 6))
-def test_a_partition_is_within_its_heaviest_item_of_even(weights: list[int], bins: int) -> None:
-    parts = partition(weights, bins)
-    assert sorted(item for part in parts for item in part) == list(range(len(weights)))
-    loads = [sum(weights[item] for item in part) for part in parts]
-    assert max(loads) - min(loads) <= max(weights, default=0)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_mcore.vocab_parallel import HeadTokens, JensenShannon, TeacherInputs, TopKForwardKL, VocabShard, fused_head
+from kdrl_mcore.vocab_parallel import (
+    ClippedForwardKL,
+    HeadTokens,
+    JensenShannon,
+    TeacherInputs,
+    TopKForwardKL,
+    VocabShard,
+    fused_head,
+)
 from kdrl_mcore.vocab_parallel.divergence import Divergence
 from kdrl_mcore.vocab_parallel.logits import _top_k_of_rows, largest_logits, local_top_k
 from tests.reference.output_head import EXACT_FORM, Problem, dense_divergence, make_problem
@@ -83,6 +91,24 @@ def test_where_student_and_teacher_agree_value_and_gradient_are_zero(kind: str, 
     assert gradient.abs().max() <= 20 * eps
     apart_T, gradient = run(divergence(kind, problem), make_problem().to(dtype))
     assert apart_T.min() > 1e-2 and gradient.abs().max() > 1e-2
+
+
+def test_bounded_entries_of_the_forward_kl() -> None:
+    """A bound that no entry reaches changes nothing. A lower one leaves no gradient where the models agree, and takes it from a
+    token that only the teacher finds likely, so that what remains there is small."""
+    problem = make_problem()
+    for actual, expected in zip(run(ClippedForwardKL(1e3), problem), run(divergence("forward", problem), problem), strict=True):
+        torch.testing.assert_close(actual, expected)
+    value_T, gradient = run(ClippedForwardKL(0.05), agreeing(problem))
+    assert value_T.abs().max() < 1e-14 and gradient.abs().max() < 1e-14
+    apart = make_problem(scale=30.0)
+    sizes = [run(form, apart)[1].norm() for form in (ClippedForwardKL(0.05), divergence("forward", apart))]
+    assert sizes[0] < 1e-2 * sizes[1]
+
+
+def test_a_bound_of_entries_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        ClippedForwardKL(0.0)
 
 
 @pytest.mark.parametrize(("beta", "end"), [(1e-6, "forward"), (1 - 1e-6, "exact")])

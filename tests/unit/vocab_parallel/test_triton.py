@@ -135,7 +135,9 @@ def test_one_rank_equals_torch_in_float32_and_bfloat16(interpreted: RankPool, na
     interpreted.run(compare_alone, name, Sizes(columns=45, size=43, chunk_tokens=2))
 
 
-@pytest.mark.parametrize("name", ["log_prob_entropy_k2", "exact", "forward", "mixed_0.2", "top_k_student_bucket"])
+@pytest.mark.parametrize(
+    "name", ["log_prob_entropy_k2", "exact", "forward", "clipped_0.1", "mixed_0.2", "top_k_student_bucket"]
+)
 def test_rows_of_several_blocks_equal_torch(interpreted: RankPool, name: str) -> None:
     interpreted.run(compare_alone, name, Sizes(columns=4999, size=4997, tokens=2, taught=1))
 
@@ -168,7 +170,7 @@ def test_two_ranks_equal_torch_where_one_holds_only_padding(interpreted: RankPoo
     interpreted.run(compare_shared, name, TWO_RANKS["a_rank_of_padding"], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["exact", "forward", "mixed_0.2", "forward_top_k_student_bucket"])
+@pytest.mark.parametrize("name", ["exact", "forward", "clipped_0.1", "mixed_0.2", "forward_top_k_student_bucket"])
 def test_a_peaked_distribution_equals_torch(interpreted: RankPool, name: str) -> None:
     interpreted.run(compare_alone, name, Sizes(columns=45, size=43, spread=60.0))
 

@@ -112,19 +112,22 @@ def test_statistics_with_the_teachers_entropy(compile_kernels: Compile, forward:
     check_registers(kernel, tmp_path, programs=3)
 
 
-def test_mixture(compile_kernels: Compile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mixture", "clipped"])
+def test_second_round(compile_kernels: Compile, name: str, tmp_path: Path) -> None:
     from kdrl_mcore.vocab_parallel import triton_kernels as kernels
 
     logits = memory(torch.bfloat16, True)
     arguments = logits._student_CW, logits._teacher_buffer_CW, torch.zeros(4, 3), 0.3
-    kernel = compile_kernels(kernels.mixture, *arguments)["_mixture"]
+    kernel = compile_kernels(getattr(kernels, name), *arguments)[f"_{name}"]
     reads = 2 * accesses_of_a_row(kernels.MIXTURE_BLOCK, torch.bfloat16, kernels.WARPS)
     assert accesses(kernel) == {"ld.global.v4.b32": reads, "ld.global.b32": 4, "st.global.b32": 2}
     check_registers(kernel, tmp_path, programs=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize(("comparison", "numbers"), [("none", 4), ("reverse", 6), ("forward", 6), ("mixture", 8)])
+@pytest.mark.parametrize(
+    ("comparison", "numbers"), [("none", 4), ("reverse", 6), ("forward", 6), ("mixture", 8), ("clipped", 8)]
+)
 def test_derivative(compile_kernels: Compile, comparison: Any, numbers: int, dtype: torch.dtype, tmp_path: Path) -> None:
     from kdrl_mcore.vocab_parallel import triton_kernels as kernels
 
