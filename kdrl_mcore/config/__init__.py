@@ -10,6 +10,8 @@ from kdrl_mcore.config.keys import CHOICES
 from kdrl_mcore.config.load import load_benchmark, load_config, load_saved, save_config
 from kdrl_mcore.config.overrides import override
 from kdrl_mcore.config.schema import (
+    LORA_HEAD,
+    LORA_PARAMETERS,
     REWARD_KINDS,
     BatchConfig,
     BenchmarkConfig,
@@ -53,6 +55,8 @@ from kdrl_mcore.config.sources import add_config_options, conf_dir, config_argum
 
 __all__ = [
     "CHOICES",
+    "LORA_HEAD",
+    "LORA_PARAMETERS",
     "REWARD_KINDS",
     "BatchConfig",
     "BenchmarkConfig",

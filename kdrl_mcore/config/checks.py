@@ -11,6 +11,7 @@ from kdrl_mcore.config.axes import check_axes
 from kdrl_mcore.config.derived import (
     LORA_RANKS,
     can_be_positive,
+    compares_over_vocabulary,
     domain_name,
     engines_have_own_gpus,
     evaluates,
@@ -18,6 +19,7 @@ from kdrl_mcore.config.derived import (
     learns_from_reward,
     replays,
     samples,
+    teaches_itself,
     uses_given,
 )
 from kdrl_mcore.config.engine_arguments import extra_arguments
@@ -26,7 +28,9 @@ from kdrl_mcore.config.parallelism import check_activations, check_layout, check
 from kdrl_mcore.config.ranges import check_number, numbers
 from kdrl_mcore.config.schema import (
     LOGGERS,
+    LORA_HEAD,
     LORA_MODULES,
+    LORA_PARAMETERS,
     OWN_SCALES,
     REWARD_KINDS,
     Config,
@@ -150,6 +154,17 @@ def _check_lora(config: Config) -> None:
             "rollout.vllm.refit_adapters=true needs student.lora.rank > 0 and rollout.vllm.placement=server (colocated engines "
             "give up their base when they sleep): leave it at false, which sends merged weights"
         )
+    if vllm.refit_adapters and (lora.target_parameters or LORA_HEAD in lora.target_modules):
+        raise ConfigError(
+            "rollout.vllm.refit_adapters=true is not for adapters of experts (student.lora.target_parameters) or of lm_head: "
+            "leave it at false, which sends merged weights"
+        )
+    own = teaches_itself(config) and config.teacher.weights not in ("base", "adapters")
+    if LORA_HEAD in lora.target_modules and own and compares_over_vocabulary(config.objective):
+        raise ConfigError(
+            f"teacher.weights={config.teacher.weights}, which the loss compares with the student over the vocabulary, needs an "
+            "output head without an adapter: leave lm_head out of student.lora.target_modules"
+        )
     if vllm.refit_adapters and lora.rank > LORA_RANKS[-1]:
         raise ConfigError(
             f"vLLM takes adapters of rank {LORA_RANKS[-1]} at most, not student.lora.rank={lora.rank}: set "
@@ -157,19 +172,21 @@ def _check_lora(config: Config) -> None:
         )
     if lora.rank == 0:
         defaults = LoraConfig()
-        for name in ("alpha", "target_modules", "path"):
+        for name in ("alpha", "target_modules", "target_parameters", "path"):
             if getattr(lora, name) != getattr(defaults, name):
                 raise ConfigError(f"student.lora.{name} is for adapters: set student.lora.rank > 0, or leave it out")
         return
-    if not lora.target_modules:
+    if not lora.target_modules and not lora.target_parameters:
         raise ConfigError("student.lora.target_modules is empty, so nothing would be trained: name some, or set rank to 0")
-    for name in lora.target_modules:
-        if name not in LORA_MODULES:
-            raise ConfigError(
-                f"student.lora.target_modules: {name} is not one of: {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}"
-            )
-        if lora.target_modules.count(name) > 1:
-            raise ConfigError(f"student.lora.target_modules names {name} twice: leave one out")
+    for key, names, known in (
+        ("target_modules", lora.target_modules, (*LORA_MODULES, LORA_HEAD)),
+        ("target_parameters", lora.target_parameters, LORA_PARAMETERS),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"student.lora.{key}: {name} is not one of: {', '.join(known)}{nearest(name, known)}")
+            if names.count(name) > 1:
+                raise ConfigError(f"student.lora.{key} names {name} twice: leave one out")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -33,7 +33,12 @@ DEFAULT_RECOMPUTE = ("mlp", "moe")
 OFFLOAD_MODULES = ("qkv_linear", "core_attn", "attn_proj", "mlp", "moe")
 """The parts of a layer whose saved activations can be moved to host memory (model/offload.py)."""
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The projections that can have adapters (model/lora.py)."""
+"""The projections that can have adapters (model/lora_targets.py)."""
+LORA_HEAD = "lm_head"
+"""The output head, which can have one, too."""
+LORA_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""The weights of experts that can have adapters, by the names of the parameters in which `transformers` holds those of all
+experts of a layer."""
 
 
 @dataclass
@@ -103,7 +108,12 @@ class LoraConfig:
 
     rank: int = key(0, "the rank of each adapter; 0 is off: all weights are trained", range=COUNT_OR_OFF)
     alpha: float = key(32.0, "adapters are scaled by alpha / rank", range=POSITIVE)
-    target_modules: list[str] = key(list(LORA_MODULES), f"the projections that have adapters, of {', '.join(LORA_MODULES)}")
+    target_modules: list[str] = key(
+        list(LORA_MODULES), f"the projections that have adapters, of {', '.join((*LORA_MODULES, LORA_HEAD))}"
+    )
+    target_parameters: list[str] = key(
+        [], f"the weights of experts that have adapters, of {', '.join(LORA_PARAMETERS)} (PEFT's setting of this name)"
+    )
     path: str | None = key(None, "a PEFT folder with the adapters to start from; null: new ones, which at first change nothing")
 
 

@@ -4,7 +4,7 @@ the adapters merged into its weights."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from kdrl_mcore.convert.byte_ranges import ByteRange
 from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.convert.folders import STATE_FILE, is_peft_folder, torch_dist_folder
 from kdrl_mcore.convert.hf_files import INDEX, KEPT, HFWeights
-from kdrl_mcore.convert.peft_files import FACTOR_A, FACTOR_B, PEFT_PREFIX, read_peft_folder, write_peft_folder
+from kdrl_mcore.convert.peft_files import FACTOR_A, FACTOR_B, read_peft_folder, write_peft_folder
 from kdrl_mcore.convert.torch_dist import TorchDistWeights, read_metadata
-from kdrl_mcore.convert.weight_map import GlobalTensor, TensorSlice
+from kdrl_mcore.convert.weight_map import HEAD, GlobalTensor, TensorSlice
 from kdrl_mcore.errors import CheckpointError, ModelError
 from kdrl_mcore.model.families import base_of_adapters, config_folder, read_architecture
 from kdrl_mcore.parallel.dtypes import DTYPES
@@ -38,12 +38,13 @@ class AdaptedWeights:
     ) -> None:
         """Args:
             path: where the adapters are.
-            factors: A and B by `HF_MODULE.lora_A.weight` and `HF_MODULE.lora_B.weight`.
+            factors: A and B by `HF_MODULE.lora_A.weight` and `HF_MODULE.lora_B.weight`; see `read_peft_folder`.
             to: the dtype of the model, to which the base is cast first; None keeps the base's.
 
         Raises:
             ModelError: a factor belongs to no weight of the base, or has another shape.
         """
+        factors = _of_weights(factors)
         self.path, self.names, self.files = path, base.names, base.files
         self._base, self._factors, self._scale, self._to = base, factors, scale, to
         for name in factors:
@@ -93,6 +94,20 @@ class AdaptedWeights:
 
     def __exit__(self, *_: object) -> None:
         self.files.close()
+
+
+def _of_weights(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of each weight in HF's files, which hold an expert's gate_proj and up_proj separately: both have the A of the
+    common gate_up_proj, and one half each of its B."""
+    result: dict[str, Tensor] = {}
+    for name, value in factors.items():
+        if ".gate_up_proj." not in name:
+            result[name] = value
+            continue
+        halves = (value, value) if name.endswith(FACTOR_A) else value.chunk(2)
+        for projection, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            result[name.replace(".gate_up_proj.", f".{projection}.")] = half
+    return result
 
 
 OpenedWeights = HFWeights | TorchDistWeights | AdaptedWeights
@@ -179,7 +194,7 @@ class CheckpointAdapters:
             )
 
     def factors(self) -> dict[str, Tensor]:
-        """A and B of every projection, by `HF_MODULE.lora_A.weight` and `HF_MODULE.lora_B.weight`.
+        """A and B of every projection, by the names of `read_peft_folder`.
 
         Raises:
             CheckpointError: the checkpoint is damaged.
@@ -190,14 +205,26 @@ class CheckpointAdapters:
         shapes = {
             name: tuple(each.size)
             for name, each in stored.items()
-            if isinstance(each, TensorStorageMetadata) and name.startswith("model.") and name.endswith((FACTOR_A, FACTOR_B))
+            if isinstance(each, TensorStorageMetadata)
+            and name.startswith(("model.", HEAD.removesuffix("weight")))
+            and name.endswith((FACTOR_A, FACTOR_B))
         }
-        tensors = [
-            GlobalTensor(name, (), (), shape, (name,), (shape,), (TensorSlice(name, 0, 0, shape[0], 0),))
-            for name, shape in shapes.items()
-        ]
+        tensors = [tensor for key, shape in shapes.items() for tensor in _stored_factors(key, shape)]
         with TorchDistWeights(folder, tensors) as weights:
-            return {name: weights.read(name, 0, shape[0]) for name, shape in shapes.items()}
+            factors = {tensor.hf_names[0]: weights.read(tensor.hf_names[0], 0, tensor.shape[0]) for tensor in tensors}
+        head = HEAD.removesuffix(".weight") + FACTOR_B
+        if head in factors:  # may have rows for vocabulary padding
+            factors[head] = factors[head][: read_architecture(self.base).vocab_size]
+        return factors
+
+
+def _stored_factors(key: str, shape: tuple[int, ...]) -> Iterator[GlobalTensor]:
+    """A factor in a checkpoint, or those of all experts of a layer, which are stacked."""
+    *grid, rows, columns = shape
+    for expert in range(*grid or (1,)):
+        name = key.replace(".mlp.experts.", f".mlp.experts.{expert}.") if grid else key
+        size, place = (rows, columns), (expert,) if grid else ()
+        yield GlobalTensor(key, place, tuple(grid), size, (name,), (size,), (TensorSlice(name, 0, 0, rows, 0),))
 
 
 def export_adapter_folder(
@@ -217,5 +244,4 @@ def export_adapter_folder(
     if folder is None or not holds_adapters(folder):
         raise CheckpointError(f"{checkpoint} holds no adapters (student.lora): leave out --adapter")
     found = CheckpointAdapters(checkpoint, base)
-    tensors = {PEFT_PREFIX + name: value for name, value in found.factors().items()}
-    write_peft_folder(tensors, found.lora, found.base, output, [checkpoint, found.base], overwrite=overwrite)
+    write_peft_folder(found.factors(), found.lora, found.base, output, [checkpoint, found.base], overwrite=overwrite)

@@ -88,7 +88,9 @@ def _weights(chunk: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def _adapter_of(chunk: LanguageModel, name: str) -> Adapter | None:
     module, _, last = name.rpartition(".")
-    return getattr(chunk.get_submodule(module), ADAPTER, None) if last == "weight" else None
+    found = re.fullmatch(r"weight(\d*)", last)  # with a number, an expert's in Transformer Engine's layer of several
+    adapter = getattr(chunk.get_submodule(module), ADAPTER, None) if found else None
+    return adapter[int(found[1])] if found and found[1] and adapter is not None else adapter
 
 
 def _generic_name(chunk: LanguageModel, name: str, groups: ModelGroups) -> tuple[int, int, str]:

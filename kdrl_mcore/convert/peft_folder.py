@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,46 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.convert.export import on_rank_0
 from kdrl_mcore.convert.fingerprint import fingerprint
 from kdrl_mcore.convert.folders import is_peft_folder
 from kdrl_mcore.convert.hf_files import Described
-from kdrl_mcore.convert.peft_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, read_peft_config, write_peft_folder
+from kdrl_mcore.convert.peft_files import (
+    FACTOR_A,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    of_expert,
+    read_peft_config,
+    stacked_name,
+    target_parameters,
+    write_peft_folder,
+)
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import base_of_adapters
 from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.gpt import ModelParts
-from kdrl_mcore.model.lora import ADAPTABLE_LINEARS, ADAPTER, factors_by_name
+from kdrl_mcore.model.lora import ADAPTER
+from kdrl_mcore.model.lora_factors import Factor, factors_by_name
+from kdrl_mcore.model.lora_targets import HEAD, linears_of_layer
+from kdrl_mcore.parallel.layout import ModelGroups
 from kdrl_mcore.resilience.waiting import waits_for_others
 
 
 def factor_names(architecture: Architecture, lora: LoraConfig) -> list[str]:
-    """The names of all the factors of a model, layer by layer."""
-    return [
-        f"{PEFT_PREFIX}model.layers.{layer}.{linear.hf}.{projection}.lora_{factor}.weight"
+    """The names in a PEFT file of all the factors of a model, layer by layer."""
+    names = [
+        f"model.layers.{layer}.{linear.hf}.{'0.' if linear.of_experts else ''}{projection}.lora_{factor}.weight"
         for layer in range(architecture.num_layers)
-        for linear in ADAPTABLE_LINEARS
-        for projection in linear.projections
-        if projection in lora.target_modules
+        for linear in linears_of_layer(architecture, layer, lora)
+        for projection in linear.chosen(lora)
         for factor in "AB"
     ]
+    names += [f"{projection}.lora_{factor}.weight" for projection in HEAD.chosen(lora) for factor in "AB"]
+    return [PEFT_PREFIX + (stacked_name(name, lora.target_parameters) or (name, 0))[0] for name in names]
 
 
 @torch.no_grad()
@@ -48,7 +64,7 @@ def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig, adapt
         ModelError: the folder does not hold these adapters of this model, or is damaged.
     """
     check_peft_folder(folder, lora)
-    path, tensor = Path(folder) / PEFT_WEIGHTS, parts.groups.tensor
+    path = Path(folder) / PEFT_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             found, expected = set(file.keys()), set(factor_names(parts.architecture, lora))
@@ -57,21 +73,41 @@ def load_adapters(parts: ModelParts, folder: str | Path, lora: LoraConfig, adapt
                 (found - expected, "has, besides the expected factors,"),
             ):
                 if names:
-                    advice = ": set student.lora.target_modules to its modules" if adapter == ADAPTER else ""
+                    advice = ""
+                    if adapter == ADAPTER:
+                        advice = ": set student.lora.target_modules and target_parameters to its own"
                     raise ModelError(f"{path} {problem} {min(names)} ({len(names)} in all){advice}")
-            for name, parameter, split in (each for chunk in parts.chunks for each in factors_by_name(chunk, adapter)):
-                stored = file.get_slice(PEFT_PREFIX + name)
-                ranks = [tensor.size() if dim == split else 1 for dim in range(2)]
-                whole = tuple(size * times for size, times in zip(parameter.shape, ranks, strict=True))
-                if tuple(stored.get_shape()) != whole:
-                    raise ModelError(
-                        f"{path}: {name} has shape {tuple(stored.get_shape())}, but the model and rank give {whole}"
-                    )
-                starts = [tensor.rank() * size if dim == split else 0 for dim, size in enumerate(parameter.shape)]
-                rows, columns = (slice(start, start + size) for start, size in zip(starts, parameter.shape, strict=True))
-                parameter.copy_(stored[rows, columns])
+            read = lru_cache(maxsize=4)(file.get_tensor)  # the factors of all experts of a layer, which are read one by one
+            for factor in (each for chunk in parts.chunks for each in factors_by_name(chunk, adapter)):
+                factor.parameter.copy_(_read_share(factor, parts.groups, file, read, lora, path))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _read_share(
+    factor: Factor, groups: ModelGroups, file: Any, read: Callable[[str], Tensor], lora: LoraConfig, path: Path
+) -> Tensor:
+    """This rank's share of a factor.
+
+    Raises:
+        ModelError: the stored one has another shape.
+    """
+    place, whole = stacked_name(factor.name, lora.target_parameters), factor.whole
+    name = PEFT_PREFIX + (factor.name if place is None else place[0])
+    stored, tensor = file.get_slice(name), groups.tensor
+    if factor.expert is not None:
+        grown = 0 if name.endswith(FACTOR_A) else 1
+        whole = tuple(size * (factor.expert[1] if dim == grown else 1) for dim, size in enumerate(whole))  # type: ignore[assignment]
+    if tuple(stored.get_shape()) != whole:
+        raise ModelError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but the model and rank give {whole}")
+    if factor.expert is not None:
+        return of_expert(read(name), name, factor.expert[0], lora.rank)
+    sizes = factor.parameter.shape
+    starts = [tensor.rank() * size if dim == factor.split else 0 for dim, size in enumerate(sizes)]
+    stops = [min(start + size, most) for start, size, most in zip(starts, sizes, whole, strict=True)]
+    rows, columns = (slice(min(start, stop), stop) for start, stop in zip(starts, stops, strict=True))
+    share: Tensor = stored[rows, columns]
+    return share if share.shape == sizes else F.pad(share, (0, 0, 0, sizes[0] - len(share)))
 
 
 def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
@@ -81,6 +117,7 @@ def check_peft_folder(folder: str | Path, lora: LoraConfig) -> None:
         ModelError: it has no readable adapter_config.json, or another rank, alpha or kind of adapter.
     """
     path, settings = Path(folder) / PEFT_CONFIG, read_peft_config(folder)
+    target_parameters(settings, folder)
     for key, ours, value in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
         if settings.get(key) != value:
             raise ModelError(f"{path} has {key}={settings.get(key)}, but student.lora.{ours}={value:g}: set it to the folder's")
@@ -130,30 +167,28 @@ def export_adapters(parts: ModelParts, lora: LoraConfig, base: str | Path, targe
 
 
 def gather_factors(parts: ModelParts) -> dict[str, Tensor]:
-    """On rank 0 the whole factors, in host memory, by their names in a PEFT file; empty on other ranks. Collective over the
+    """On rank 0 the whole factors, in host memory, by their own names (`Factor`); empty on other ranks. Collective over the
     world."""
     mine = [
-        (PEFT_PREFIX + name, dim, parts.groups.tensor.rank(), parameter.detach().cpu())
+        (factor.name, factor.split, factor.whole[0], parts.groups.tensor.rank(), factor.parameter.detach().cpu())
         for chunk in parts.chunks
-        for name, parameter, dim in factors_by_name(chunk)
-        if parts.groups.replicas.rank() == 0 and (dim is not None or parts.groups.tensor.rank() == 0)
+        for factor in factors_by_name(chunk)
+        if not any(factor.replica(parts.groups))
     ]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     shares: dict[str, list[tuple[int, int | None, Tensor]]] = {}
-    for name, dim, rank, share in (each for part in everyone or () for each in part):
+    rows: dict[str, int] = {}
+    for name, dim, rows[name], rank, share in (each for part in everyone or () for each in part):
         shares.setdefault(name, []).append((rank, dim, share))
-    return {name: _joined(parts) for name, parts in shares.items()}
+    return {name: _joined(parts)[: rows[name]] for name, parts in shares.items()}
 
 
 def factor_shapes(parts: ModelParts) -> dict[str, tuple[int, ...]]:
-    """The shapes of the whole factors of this rank's layers, by their names in a PEFT file. No communication."""
-    ranks = parts.groups.tensor.size()
-    return {
-        PEFT_PREFIX + name: tuple(size * (ranks if dim == split else 1) for dim, size in enumerate(parameter.shape))
-        for chunk in parts.chunks
-        for name, parameter, split in factors_by_name(chunk)
-    }
+    """The shapes of the whole factors of this rank's layers, by their names in a PEFT file; not for those of experts. No
+    communication."""
+    factors = (factor for chunk in parts.chunks for factor in factors_by_name(chunk))
+    return {PEFT_PREFIX + factor.name: factor.whole for factor in factors}
 
 
 def owned_factors(parts: ModelParts) -> Described:
@@ -163,16 +198,18 @@ def owned_factors(parts: ModelParts) -> Described:
 
 
 def whole_factors(parts: ModelParts) -> Iterator[tuple[str, Tensor | None]]:
-    """The factors of this rank's layers by their names in a PEFT file, whole on tensor-parallel rank 0 and None on the others.
-    One gather over the tensor-parallel group for each factor that its ranks split, so all of them must iterate."""
+    """The factors of this rank's layers by their names in a PEFT file, whole on tensor-parallel rank 0 and None on the others;
+    not for those of experts. One gather over the tensor-parallel group for each factor that its ranks split, so all of them
+    must iterate."""
     tensor = parts.groups.tensor
-    for name, parameter, dim in (each for chunk in parts.chunks for each in factors_by_name(chunk)):
-        local = parameter.detach().contiguous()
+    for factor in (each for chunk in parts.chunks for each in factors_by_name(chunk)):
+        local = factor.parameter.detach().contiguous()
         shares = [local]
-        if dim is not None and tensor.size() > 1:
+        if factor.split is not None and tensor.size() > 1:
             shares = [torch.empty_like(local) for _ in range(tensor.size() if tensor.rank() == 0 else 0)]
             dist.gather(local, shares or None, dst=dist.get_global_rank(tensor, 0), group=tensor)
-        yield PEFT_PREFIX + name, torch.cat(shares, dim or 0).contiguous() if tensor.rank() == 0 else None
+        whole = torch.cat(shares, factor.split or 0).contiguous() if tensor.rank() == 0 else None
+        yield PEFT_PREFIX + factor.name, whole
 
 
 def _joined(shares: list[tuple[int, int | None, Tensor]]) -> Tensor:

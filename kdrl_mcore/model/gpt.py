@@ -20,7 +20,7 @@ from kdrl_mcore.model.families.base import Architecture
 from kdrl_mcore.model.kv_cache import KVCache
 from kdrl_mcore.model.layer_spec import block_spec, transformer_config, uses_transformer_engine
 from kdrl_mcore.model.linear import pack, product
-from kdrl_mcore.model.lora import add_adapters
+from kdrl_mcore.model.lora import ADAPTER, Adapter, add_adapters
 from kdrl_mcore.model.offload import ActivationOffload
 from kdrl_mcore.model.rope import RotaryFrequencies, rotary_frequencies
 from kdrl_mcore.parallel import mcore
@@ -123,9 +123,23 @@ class LanguageModel(GPTModel):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )
 
+    def head_inputs(self, hidden_SH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `vocab_parallel`'s heads take: the hidden states, the head's weight, and B of its adapter; with an adapter that
+        is on, the hidden states [S, H + R] end in their products with its A. No communication."""
+        weight_VH, adapter = self.head_weight(), self._head_adapter()
+        if adapter is None:
+            return hidden_SH, weight_VH, None
+        return torch.cat((hidden_SH, adapter.low(hidden_SH)), dim=-1), weight_VH, adapter.factors[0].b
+
+    def _head_adapter(self) -> Adapter | None:
+        adapter: Adapter | None = getattr(self.output_layer, ADAPTER, None)
+        return adapter if adapter is not None and adapter.enabled else None
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> this rank's columns of the logits [N, V/tp], without gradients."""
-        return product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
+        logits = product(hidden_NH, self.head_weight() if self.packed_head is None else self.packed_head)
+        adapter = self._head_adapter()
+        return logits if adapter is None else logits + adapter.low(hidden_NH) @ adapter.factors[0].b.T
 
     def pack_head(self) -> None:
         """Make `packed_head`, unless it exists or another stage has the output head."""

@@ -15,21 +15,25 @@ other factor whole, and the ranks sum its gradient once per update (`sum_shared_
   projection, in addition to the layer's gather of the hidden states, and as many in a reduce-scatter of the backward pass. In
   return the adapter keeps only this rank's tokens for the backward pass, not those of all ranks.
 
+An expert is whole on one rank, and so are its factors: nothing is communicated, and their gradients are reduced as those of its
+weights would be.
+
+The output head's product is a part of the loss, which takes the adapter's B as further columns of the weight
+(vocab_parallel/head.py): the collectives of the loss serve both.
+
 S tokens; K inputs and N outputs of a layer on this rank; R the adapters' rank; P adapted projections of the layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -42,39 +46,13 @@ from torch.nn import functional as F
 
 from kdrl_mcore.config import LoraConfig
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.model.families import FAMILIES
 from kdrl_mcore.model.families.base import Architecture
+from kdrl_mcore.model.lora_targets import HEAD, AdaptableLinear, check_lora, check_stages, linears_of_layer, rows_of
 from kdrl_mcore.parallel import mcore
 from kdrl_mcore.parallel.layout import ModelGroups
 
 ADAPTER, TEACHER_ADAPTER = "lora", "teacher_lora"
 """The names, among the submodules of a linear layer, of the adapter that is trained and of the one that teaches."""
-
-
-@dataclass(frozen=True)
-class AdaptableLinear:
-    """One of the linear layers of a transformer layer that can have adapters.
-
-    Attributes:
-        path: its name in Megatron-Core's transformer layer.
-        projections: the projections that it consists of.
-        is_row: whether it is row-parallel; otherwise it is column-parallel.
-        hf: the module of an HF layer that holds the projections.
-    """
-
-    path: str
-    projections: tuple[str, ...]
-    is_row: bool
-    hf: str
-
-
-QKV = AdaptableLinear("self_attention.linear_qkv", ("q_proj", "k_proj", "v_proj"), False, "self_attn")
-ATTENTION_LINEARS = (QKV, AdaptableLinear("self_attention.linear_proj", ("o_proj",), True, "self_attn"))
-MLP_LINEARS = (
-    AdaptableLinear("mlp.linear_fc1", ("gate_proj", "up_proj"), False, "mlp"),
-    AdaptableLinear("mlp.linear_fc2", ("down_proj",), True, "mlp"),
-)
-ADAPTABLE_LINEARS = (*ATTENTION_LINEARS, *MLP_LINEARS)
 
 
 class Factors(nn.Module):
@@ -84,15 +62,38 @@ class Factors(nn.Module):
         a: [R, K], split by columns in a row-parallel layer.
         b: [rows, R], split by rows in a column-parallel layer.
         inputs, outputs: the sizes of the whole projection.
-        hf_name: the projection's name in the HF model.
+        hf_name: the projection's name in the HF model; for an expert's, that of the weight of all experts of the layer.
+        expert: for an expert's projection, (its number, the number of experts). Tensor-parallel ranks do not split it.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, inputs: int, outputs: int, hf_name: str, *, is_row: bool) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        inputs: int,
+        outputs: int,
+        hf_name: str,
+        *,
+        is_row: bool,
+        expert: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.inputs, self.outputs, self.hf_name, self.is_row = inputs, outputs, hf_name, is_row
-        split = self.a if is_row else self.b
-        set_tensor_model_parallel_attributes(tensor=split, is_parallel=True, dim=1 if is_row else 0, stride=1)
+        self.inputs, self.outputs, self.hf_name, self.is_row, self.expert = inputs, outputs, hf_name, is_row, expert
+        # Of weights that are not marked as split, Megatron-Core's gradient norm counts only those of tensor-parallel rank 0.
+        marked = [self.a if is_row else self.b] if expert is None else [self.a, self.b]
+        for factor in marked:
+            set_tensor_model_parallel_attributes(tensor=factor, is_parallel=True, dim=1 if factor is self.a else 0, stride=1)
+            if expert is not None:
+                factor.allreduce = False  # type: ignore[attr-defined]  # as experts' own weights (model/gpt.py)
+
+    @property
+    def name(self) -> str:
+        """`hf_name`, with the expert's number before the last part."""
+        if self.expert is None:
+            return self.hf_name
+        module, _, projection = self.hf_name.rpartition(".")
+        return f"{module}.{self.expert[0]}.{projection}"
 
     @property
     def shared(self) -> nn.Parameter:
@@ -109,37 +110,41 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        linear: Any,
+        weight: Tensor,
         kind: AdaptableLinear,
         layer: int,
         lora: LoraConfig,
         architecture: Architecture,
         groups: ModelGroups,
         name: str = ADAPTER,
+        expert: tuple[int, int] | None = None,
     ) -> None:
-        """Attach uninitialised adapters to the layer, and take over its collectives where that saves some.
+        """Uninitialised adapters for a layer, to be attached with `attach`.
 
         Args:
-            linear: the layer: Megatron-Core's, ours or Transformer Engine's.
+            weight: the layer's weight [N, K] on this rank.
             kind: which of a transformer layer's linear layers it is.
             layer: the number of the transformer layer.
             name: `ADAPTER`, or `TEACHER_ADAPTER` for frozen ones, which are disabled at first.
+            expert: see `Factors`.
         """
         super().__init__()
         self.scale, self.enabled, self.name = lora.alpha / lora.rank, name == ADAPTER, name
-        self._group, self._is_row = groups.tensor, kind.is_row
-        self._splits_tokens = groups.layout.sequence_parallel
-        weight: Tensor = linear.weight
-        ranks, outputs = groups.tensor.size(), weight.size(0)
-        rows = {p: each for p, each in _rows_of(kind, architecture, outputs).items() if p in lora.target_modules}
+        # With sequence parallelism each rank has the part of its own tokens; otherwise the output head's A has the whole.
+        self.shares_gradient = expert is None and (kind is not HEAD or groups.layout.sequence_parallel)
+        self._group, self._is_row = _group_of(kind, groups), kind.is_row
+        self._splits_tokens = groups.layout.sequence_parallel and not kind.of_experts
+        ranks, outputs, chosen = self._group.size(), weight.size(0), kind.chosen(lora)
+        rows = {p: each for p, each in rows_of(kind, architecture, outputs).items() if p in chosen}
         for projection, own in rows.items():
             factors = Factors(
                 weight.new_empty(lora.rank, weight.size(1)),
                 weight.new_empty(len(own), lora.rank),
                 weight.size(1) * (ranks if kind.is_row else 1),
-                len(own) * (1 if kind.is_row else ranks),
-                f"model.layers.{layer}.{kind.hf}.{projection}",
+                architecture.vocab_size if kind is HEAD else len(own) * (1 if kind.is_row else ranks),
+                f"model.layers.{layer}.{kind.hf}.{projection}" if kind.hf else projection,
                 is_row=kind.is_row,
+                expert=expert,
             )
             self.add_module(projection, factors)
         self._shape = (outputs, len(rows), lora.rank)
@@ -147,10 +152,6 @@ class Adapter(nn.Module):
         projection_of_row = [torch.full((len(own),), index) for index, own in enumerate(rows.values())]
         whole = len(rows) == 1 and len(row_indices[0]) == outputs
         self._rows = None if whole else (torch.cat(row_indices), torch.cat(projection_of_row))
-        setattr(linear, name, self)
-        if not hasattr(linear, "adapted_output"):
-            linear.adapted_output = _Sum(linear, groups, is_row=kind.is_row)
-        linear.adapted_output.adapters.append(self)
 
     @property
     def factors(self) -> list[Factors]:
@@ -162,10 +163,14 @@ class Adapter(nn.Module):
 
         With sequence parallelism a column-parallel layer gathers x A^T over the tensor-parallel group.
         """
-        low = F.linear(x, self._all_a()) * self.scale
+        low = self.low(x)
         if self._splits_tokens and not self._is_row:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self._group)
         return F.linear(low, self._all_b())
+
+    def low(self, x: Tensor) -> Tensor:
+        """scale * x A^T, [S, ..., K] -> [S, ..., P R], without communication."""
+        return F.linear(x, self._all_a()) * self.scale
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -187,16 +192,67 @@ class Adapter(nn.Module):
         return values.new_zeros(self._shape).index_put(self._rows, values).flatten(1)
 
 
+class ExpertAdapters(nn.ModuleList):
+    """The adapters of Transformer Engine's layer of all experts of a rank, in their order."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether they are added to the layer's output."""
+        return bool(self[0].enabled)
+
+    def forward(self, x: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
+        """Each expert's adapter on its tokens, which lie in the order of the experts: [S, K] -> [S, N]."""
+        return torch.cat([adapter(part) for adapter, part in zip(self, x.split(list(tokens_per_expert)), strict=True)])
+
+
+def _group_of(kind: AdaptableLinear, groups: ModelGroups) -> dist.ProcessGroup:
+    """The group whose ranks split a layer; an expert is whole on one rank."""
+    group: dist.ProcessGroup = groups.groups.expt_tp if kind.of_experts else groups.tensor
+    return group
+
+
+def _attach(
+    linear: Any,
+    kind: AdaptableLinear,
+    layer: int,
+    lora: LoraConfig,
+    architecture: Architecture,
+    groups: ModelGroups,
+    name: str,
+    expert: tuple[int, int] | None = None,
+) -> None:
+    """Attach uninitialised adapters to a linear layer (Megatron-Core's, ours or Transformer Engine's, also that of several
+    experts, of which `expert` is the first), and take over its collectives where that saves some."""
+    adapter: Adapter | ExpertAdapters
+    if hasattr(linear, "weight"):
+        adapter = Adapter(linear.weight, kind, layer, lora, architecture, groups, name, expert)
+    else:
+        assert expert is not None
+        adapter = ExpertAdapters(
+            Adapter(weight, kind, layer, lora, architecture, groups, name, (expert[0] + index, expert[1]))
+            for index, weight in enumerate(_weights_of_experts(linear))
+        )
+    setattr(linear, name, adapter)
+    if not hasattr(linear, "adapted_output"):
+        linear.adapted_output = _Sum(linear, kind, groups)
+    linear.adapted_output.adapters.append(adapter)
+
+
+def _weights_of_experts(linear: Any) -> list[Tensor]:
+    return [getattr(linear, f"weight{index}") for index in range(linear.num_gemms)]
+
+
 class _Sum:
     """A linear layer's output, to which those of its adapters that are enabled are added. It takes over the layer's collectives
     where they can serve both."""
 
-    def __init__(self, linear: Any, groups: ModelGroups, *, is_row: bool) -> None:
-        self.adapters: list[Adapter] = []
-        self._group, self._is_row, self._splits_tokens = groups.tensor, is_row, groups.layout.sequence_parallel
-        if self._group.size() > 1 and (is_row or not self._splits_tokens):
+    def __init__(self, linear: Any, kind: AdaptableLinear, groups: ModelGroups) -> None:
+        self.adapters: list[Adapter | ExpertAdapters] = []
+        self._group, self._is_row = _group_of(kind, groups), kind.is_row
+        self._splits_tokens = groups.layout.sequence_parallel
+        if self._group.size() > 1 and (kind.is_row or not self._splits_tokens):
             mcore.leave_out_collectives(linear)
-            if not is_row:
+            if not kind.is_row:
                 linear.register_forward_pre_hook(self._share_input)
         linear.register_forward_hook(self._add)
 
@@ -208,7 +264,7 @@ class _Sum:
         output, bias = outputs
         for adapter in self.adapters:
             if adapter.enabled:
-                output = output + adapter(args[0])
+                output = output + adapter(*args)
         if self._is_row and self._group.size() > 1:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region if self._splits_tokens else reduce_from_tensor_model_parallel_region
@@ -217,66 +273,20 @@ class _Sum:
         return output, bias
 
 
-def _rows_of(kind: AdaptableLinear, architecture: Architecture, outputs: int) -> dict[str, list[int]]:
-    """The rows of each projection in this rank's layer of `outputs` rows."""
-    rows = np.arange(outputs)
-    if len(kind.projections) == 1:
-        parts = [rows]
-    elif len(kind.projections) == 2:
-        parts = np.split(rows, 2)
-    else:  # group by group: its queries, its key, its value
-        head = architecture.head_dim
-        queries = architecture.num_attention_heads // architecture.num_key_value_heads * head
-        parts = np.split(rows.reshape(-1, queries + 2 * head), [queries, queries + head], axis=1)
-    return {name: part.flatten().tolist() for name, part in zip(kind.projections, parts, strict=True)}
-
-
-def check_lora(lora: LoraConfig, architecture: Architecture, tensor: int, key: str = "student.lora") -> None:
-    """Raise ConfigError if the architecture cannot have these adapters on `tensor` tensor-parallel ranks.
-
-    Args:
-        key: what describes them, for the message.
-    """
-    of_mlp = [name for kind in MLP_LINEARS for name in kind.projections if name in lora.target_modules]
-    if architecture.experts is not None and of_mlp:
-        raise ConfigError(
-            f"{key}.target_modules: {of_mlp[0]} is an expert's in {architecture.family}, and experts have no adapters: "
-            "name only q_proj, k_proj, v_proj and o_proj"
-        )
-    names = {rule.megatron: rule.hf for rule in FAMILIES[architecture.family].rules(architecture)}
-    for kind in ADAPTABLE_LINEARS:
-        asked = [name for name in kind.projections if name in lora.target_modules]
-        own = tuple(f"model.layers.{{layer}}.{kind.hf}.{name}.weight" for name in kind.projections)
-        if asked and names.get(f"decoder.layers.{{layer}}.{kind.path}.weight") != own:
-            raise ConfigError(
-                f"{key}.target_modules: {architecture.family} has no separate {asked[0]}, so `peft` could not load "
-                "its adapter: leave it out"
-            )
-    if architecture.num_key_value_heads % tensor and {*QKV.projections} & {*lora.target_modules}:
-        raise ConfigError(
-            f"{key} cannot adapt q_proj, k_proj and v_proj of {architecture.num_key_value_heads} key/value heads with "
-            f"parallel.tensor={tensor}, which must divide them: lower it, or name other target_modules"
-        )
-    size = min(architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim)
-    if lora.rank > size:
-        raise ConfigError(
-            f"{key}.rank={lora.rank} is more than the {size} rows of the smallest projection: there it would train more "
-            "weights than the projection has"
-        )
-
-
 def add_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> None:
     """Freeze a model chunk and give its layers uninitialised adapters.
 
     Raises:
-        ConfigError: see `check_lora`.
+        ConfigError: see `check_lora` and `check_stages`.
     """
     check_lora(lora, chunk.architecture, groups.tensor.size())
+    check_stages(lora, chunk.architecture, groups.layout.pipeline * (groups.layout.virtual_pipeline or 1))
     chunk.requires_grad_(False)
-    for layer in chunk.decoder.layers:
-        for kind in ADAPTABLE_LINEARS:
-            if {*kind.projections} & {*lora.target_modules}:
-                Adapter(layer.get_submodule(kind.path), kind, layer.layer_number - 1, lora, chunk.architecture, groups)
+    _attach_to_layers(chunk, lora, groups, ADAPTER)
+    if chunk.post_process and HEAD.chosen(lora):
+        # Its product is part of the loss (`LanguageModel.head_inputs`), so the layer itself does not call it.
+        head = Adapter(chunk.output_layer.weight, HEAD, 0, lora, chunk.architecture, groups)
+        setattr(chunk.output_layer, ADAPTER, head)
     if chunk.pre_process:
         # Recomputed activations get gradients only if the layer's input requires one.
         chunk.embedding.register_forward_hook(_require_gradient)
@@ -289,12 +299,36 @@ def add_teacher_adapters(chunk: Any, lora: LoraConfig, groups: ModelGroups) -> N
         ConfigError: see `check_lora`.
     """
     check_lora(lora, chunk.architecture, groups.tensor.size(), "the adapters of teacher.path")
+    if HEAD.chosen(lora):
+        raise ConfigError(
+            "teacher.weights=adapters cannot adapt lm_head, which the adapters of teacher.path do: set teacher.weights=path, "
+            "with which they are merged into their base"
+        )
+    _attach_to_layers(chunk, lora, groups, TEACHER_ADAPTER)
+    for adapter in adapters([chunk], TEACHER_ADAPTER):
+        adapter.requires_grad_(False).eval()
+
+
+def _attach_to_layers(chunk: Any, lora: LoraConfig, groups: ModelGroups, name: str) -> None:
+    architecture: Architecture = chunk.architecture
     for layer in chunk.decoder.layers:
-        for kind in ADAPTABLE_LINEARS:
-            if {*kind.projections} & {*lora.target_modules}:
-                linear, number = layer.get_submodule(kind.path), layer.layer_number - 1
-                adapter = Adapter(linear, kind, number, lora, chunk.architecture, groups, TEACHER_ADAPTER)
-                adapter.requires_grad_(False).eval()
+        number = layer.layer_number - 1
+        for kind in linears_of_layer(architecture, number, lora):
+            if not kind.of_experts:
+                _attach(layer.get_submodule(kind.path), kind, number, lora, architecture, groups, name)
+                continue
+            assert architecture.experts is not None
+            count = architecture.experts.count
+            first = groups.groups.ep.rank() * (count // groups.layout.expert)
+            for index, linear in enumerate(_expert_linears(layer.mlp.experts, kind.path.rpartition(".")[2])):
+                _attach(linear, kind, number, lora, architecture, groups, name, (first + index, count))
+
+
+def _expert_linears(experts: Any, name: str) -> list[Any]:
+    """A linear layer of each expert of this rank, or Transformer Engine's one layer of all of them."""
+    if hasattr(experts, "local_experts"):
+        return [getattr(expert, name) for expert in experts.local_experts]
+    return [getattr(experts, name)]
 
 
 def _require_gradient(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
@@ -307,46 +341,18 @@ def adapters(chunks: Iterable[nn.Module], name: str = ADAPTER) -> Iterator[Adapt
         yield from (module for module in chunk.modules() if isinstance(module, Adapter) and module.name == name)
 
 
-def factors_by_name(chunk: nn.Module, name: str = ADAPTER) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """Every factor of a model chunk: its name (`HF_NAME.lora_A.weight`, or `lora_B`), this rank's share of it, and the
-    dimension along which tensor-parallel ranks split it; None if each rank holds it whole."""
-    for adapter in adapters([chunk], name):
-        for factors in adapter.factors:
-            yield f"{factors.hf_name}.lora_A.weight", factors.a, 1 if factors.is_row else None
-            yield f"{factors.hf_name}.lora_B.weight", factors.b, None if factors.is_row else 0
-
-
 @torch.no_grad()
 def initialise_adapters(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup, seed: int) -> None:
     """Set A as `peft` does, uniform in +-1 / sqrt(inputs), and B to zero, so that the model begins as the frozen one. The draws
     are a function of the seed and the projection's name, the same in every layout. No communication."""
     for adapter in adapters(chunks):
         for factors in adapter.factors:
-            rng = np.random.default_rng([seed, *factors.hf_name.encode()])
+            rng = np.random.default_rng([seed, *factors.name.encode()])
             bound, columns = 1 / math.sqrt(factors.inputs), factors.a.size(1)
             whole = rng.uniform(-bound, bound, (factors.a.size(0), factors.inputs))
-            start = tensor.rank() * columns if factors.is_row else 0
+            start = tensor.rank() * columns if factors.is_row and factors.expert is None else 0
             factors.a.copy_(torch.from_numpy(whole[:, start : start + columns]))
             factors.b.zero_()
-
-
-def sharded_factors(chunk: nn.Module, groups: ModelGroups) -> dict[str, ShardedTensor]:
-    """The factors of a model chunk as Megatron's sharded tensors: a tensor for each factor of a projection, divided as
-    tensor-parallel ranks split it. They share memory with the parameters."""
-    tensor, replica = groups.tensor, groups.replicas.rank()
-    state: dict[str, ShardedTensor] = {}
-    for name, parameter, dim in factors_by_name(chunk):
-        cut = () if dim is None else ((dim, tensor.rank(), tensor.size()),)
-        replica_id = (0, tensor.rank() if dim is None else 0, replica)
-        state[name] = ShardedTensor.from_rank_offsets(name, parameter, *cut, replica_id=replica_id)
-    return state
-
-
-@torch.no_grad()
-def load_factors(chunk: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy what `dist_checkpointing.load` returned for `sharded_factors` into the adapters."""
-    for name, parameter, _ in factors_by_name(chunk):
-        parameter.copy_(values[name])
 
 
 @contextmanager
@@ -366,7 +372,8 @@ def with_adapters(chunks: Sequence[nn.Module], name: str | None) -> Iterator[Non
 def sum_shared_gradients(chunks: Iterable[nn.Module], tensor: dist.ProcessGroup) -> None:
     """Sum the main gradients of the factors that every tensor-parallel rank holds whole, of which each rank has computed the
     part of its own outputs, inputs or tokens. One all-reduce over the tensor-parallel group."""
-    shared = [factors.shared.main_grad for adapter in adapters(chunks) for factors in adapter.factors]  # type: ignore[attr-defined]
+    split = (adapter for adapter in adapters(chunks) if adapter.shares_gradient)
+    shared = [factors.shared.main_grad for adapter in split for factors in adapter.factors]  # type: ignore[attr-defined]
     if tensor.size() == 1 or not shared:
         return
     whole = torch.cat([gradient.flatten() for gradient in shared])

@@ -52,13 +52,15 @@ def score_rollouts(
     ) -> list[tuple[tuple[Span, ...], Tensor]]:
         if on_hidden is not None:
             on_hidden(chunk, batch, hidden_SH)
+        inputs_SH, weight_VH, adapter_VR = chunk.head_inputs(hidden_SH)
         values = head_log_probs(
-            hidden_SH,
-            chunk.head_weight(),
+            inputs_SH,
+            weight_VH,
             batch.rows_T,
             batch.targets_T,
             chunk.shard,
             temperature=temperature,
+            adapter_VR=adapter_VR,
             sequence_parallel=parts.config.sequence_parallel,
             support=support,
         )

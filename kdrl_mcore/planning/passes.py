@@ -82,7 +82,7 @@ def layer_backward(model: Placed, rates: Rates, attended: float, *, overlap_tens
     backward[FLOP] += 0.5 * attention
     held = model.shard.stages[0]
     if held.adapters:
-        backward[FLOP] -= rates.matmul(2 * (held.layer_matrices - held.adapters // held.layers))
+        backward[FLOP] -= rates.matmul(2 * (held.layer_matrices - (held.adapters - held.expert_adapters) // held.layers))
     gathers_again = model.layout.sequence_parallel and not held.adapters
     backward[NETWORK] = forward[NETWORK] * (1.5 if gathers_again else 1.0)
     return backward

@@ -51,10 +51,11 @@ class Placed:
     def parameters(self) -> int:
         """The number of parameters of the whole model, vocabulary padding included, without adapters."""
         architecture, layout = self.architecture, self.layout
-        shared = sum(stage.parameters - stage.experts - stage.adapters for stage in self.shard.stages) * layout.tensor
-        experts = sum(stage.experts for stage in self.shard.stages) * layout.expert
+        stages = self.shard.stages
+        experts = sum(stage.experts - stage.expert_adapters for stage in stages)
+        shared = (sum(stage.parameters - stage.adapters for stage in stages) - experts) * layout.tensor
         doubled = self.shard.stages[-1].head * layout.tensor if architecture.tied_embeddings and layout.pipeline > 1 else 0
-        return shared + experts - doubled
+        return shared + experts * layout.expert - doubled
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def shard_requests(config: Config, world_size: int) -> dict[str, ShardRequest]:
             offloaded=tuple(parallel.offload_activations),
             lora_rank=lora.rank,
             lora_modules=tuple(lora.target_modules) if lora.rank else (),
+            lora_parameters=tuple(lora.target_parameters),
         )
     }
     for name, settings in loaded_teachers(config).items():

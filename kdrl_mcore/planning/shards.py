@@ -31,7 +31,7 @@ class ShardRequest:
         trainable: False for a model that only scores.
         recomputed, offloaded: names as in `parallel.recompute_modules` (under selective recompute) and
             `parallel.offload_activations`.
-        lora_rank, lora_modules: the adapters that are trained in place of the weights; rank 0 is none.
+        lora_rank, lora_modules, lora_parameters: the adapters that are trained in place of the weights; rank 0 is none.
     """
 
     path: str
@@ -47,11 +47,12 @@ class ShardRequest:
     offloaded: tuple[str, ...] = ()
     lora_rank: int = 0
     lora_modules: tuple[str, ...] = ()
+    lora_parameters: tuple[str, ...] = ()
 
     @property
     def lora(self) -> LoraConfig | None:
         """The adapters as `student.lora` describes them."""
-        return LoraConfig(rank=self.lora_rank, target_modules=list(self.lora_modules)) if self.lora_rank else None
+        return lora_config(self.lora_rank, self.lora_modules, self.lora_parameters)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Stage:
             it is routed.
         embedding, head: the input embedding and the output head; a tied one counts where it is used.
         adapters: those of the parameters that belong to adapters; where there are any, only they are trained.
+        expert_adapters: those of them in experts.
     """
 
     layers: int
@@ -76,6 +78,7 @@ class Stage:
     embedding: int
     head: int
     adapters: int = 0
+    expert_adapters: int = 0
 
     @property
     def trained(self) -> int:
@@ -85,7 +88,7 @@ class Stage:
     @property
     def trained_experts(self) -> int:
         """Those of them in experts."""
-        return 0 if self.adapters else self.experts
+        return self.expert_adapters if self.adapters else self.experts
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Shard:
     layer: LayerMemory
     kv_bytes: int
     columns: int
+
+
+def lora_config(rank: int, modules: tuple[str, ...], parameters: tuple[str, ...]) -> LoraConfig | None:
+    """Adapters as `student.lora` describes them; None for rank 0."""
+    return LoraConfig(rank=rank, target_modules=list(modules), target_parameters=list(parameters)) if rank else None
 
 
 _known: dict[ShardRequest, Shard | str] = {}

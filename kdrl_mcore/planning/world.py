@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdrl_mcore.config import LoraConfig, ModelConfig
+from kdrl_mcore.config import ModelConfig
 from kdrl_mcore.errors import ConfigError
 from kdrl_mcore.parallel.dtypes import DTYPES
 from kdrl_mcore.parallel.platform import prepare_platform
@@ -44,7 +44,7 @@ from kdrl_mcore.model.offload import offloaded_modules  # noqa: E402
 from kdrl_mcore.parallel.layout import Layout, create_student_groups  # noqa: E402
 from kdrl_mcore.parallel.packing import pack  # noqa: E402
 from kdrl_mcore.planning.live import LiveBytes  # noqa: E402
-from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage  # noqa: E402
+from kdrl_mcore.planning.shards import LayerMemory, Shard, ShardRequest, Stage, lora_config  # noqa: E402
 
 TRACED_TOKENS = 1024
 """The tokens of the traced micro-batch on one rank, enough to make memory that does not grow with them negligible."""
@@ -109,7 +109,7 @@ def _memory_of_kind(architecture: Architecture, request: ShardRequest) -> LayerM
     recomputed ones."""
     traced = TracedLayer(
         *(architecture, request.dtype, request.tensor, request.context, request.sequence_parallel),
-        *(request.lora_rank, request.lora_modules),
+        *(request.lora_rank, request.lora_modules, request.lora_parameters),
     )
     memory = _trace(traced, _as_dense(request.recomputed, architecture))
     if "moe_act" in request.recomputed and architecture.experts is not None:  # what the activation function returns is not kept
@@ -151,9 +151,9 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         for first in range(stage * size, architecture.num_layers, layout.pipeline * size)
         for layer in range(first, first + size)
     ]
-    layers, outside = [], 0
+    layers, outside, outside_adapters = [], 0, 0
     for layer in held:
-        of_layer, outside = _build_kind(request, stage, architecture.has_experts(layer))
+        of_layer, outside, outside_adapters = _build_kind(request, stage, architecture.has_experts(layer))
         layers.append(of_layer)
     return replace(
         layers[0],
@@ -161,26 +161,28 @@ def _build_stage(request: ShardRequest, stage: int) -> Stage:
         parameters=sum(each.parameters for each in layers) + outside,
         experts=sum(each.experts for each in layers),
         layer_matrices=sum(each.layer_matrices for each in layers) // len(held),
-        adapters=sum(each.adapters for each in layers),
+        adapters=sum(each.adapters for each in layers) + outside_adapters,
+        expert_adapters=sum(each.expert_adapters for each in layers),
     )
 
 
 @cache
-def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage, int]:
-    """A stage with one layer, with experts or with an MLP, and the number of its parameters outside of layers; `parameters` are
-    those of the layer."""
+def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage, int, int]:
+    """A stage with one layer, with experts or with an MLP, and the numbers of its parameters outside of layers and of those of
+    them in adapters; `parameters` are those of the layer."""
     architecture, layout = read_architecture(request.path), _smallest_layout(request)
     if not experts:
         layout = replace(layout, expert=1)
     chunks = layout.pipeline * (layout.virtual_pipeline or 1)
     rank = layout.rank(pipeline=stage, data=0)
+    modules, parameters = request.lora_modules, request.lora_parameters if experts else ()
     with fake_world(rank, layout.world_size), FakeTensorMode():
         parts = gpt.build_model(
             architecture.of_one_kind(experts=experts, num_layers=chunks),
             ModelConfig(dtype=request.dtype, spec="local"),
             create_student_groups(layout),
             vocab_size=architecture.vocab_size,
-            lora=request.lora,
+            lora=lora_config(request.lora_rank if modules or parameters else 0, modules, parameters),
             trainable=request.trainable,
         )
         names = {name: p for chunk in parts.chunks for name, p in chunk.named_parameters(prefix=str(id(chunk)))}
@@ -201,8 +203,10 @@ def _build_kind(request: ShardRequest, stage: int, experts: bool) -> tuple[Stage
             embedding=parts.chunks[0].embedding.word_embeddings.weight.numel() if parts.chunks[0].pre_process else 0,
             head=last.head_weight().numel() if parts.groups.is_last_stage else 0,
             adapters=of_one_layer(f".{ADAPTER}."),
+            expert_adapters=of_one_layer(f".{ADAPTER}.", ".mlp.experts."),
         )
-        return kind, sum(p.numel() for name, p in names.items() if name not in in_layers)
+        outside = {name: p.numel() for name, p in names.items() if name not in in_layers}
+        return kind, sum(outside.values()), sum(size for name, size in outside.items() if f".{ADAPTER}." in name)
 
 
 def _active_expert_elements(architecture: Architecture, layout: Layout) -> int:
@@ -228,13 +232,17 @@ class TracedLayer:
     sequence_parallel: bool
     lora_rank: int = 0
     lora_modules: tuple[str, ...] = ()
+    lora_parameters: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def build(self, recomputed: tuple[str, ...] = ()) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """The layer on tensors without memory, and a function that runs it forward, keeping either what the backward pass needs
         or nothing: `run(keep)` returns the live bytes, the output and the bytes of the input."""
         architecture, mixture = self.architecture, self.architecture.experts
+        of_experts = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+        modules = self.lora_modules
         if mixture is not None:
+            modules = (*modules, *(dense for name in self.lora_parameters for dense in of_experts[name]))
             width = architecture.active_ffn_size(0)
             architecture = replace(architecture, experts=None, ffn_hidden_size=width, family="Qwen3ForCausalLM")
         layout = Layout(
@@ -248,7 +256,7 @@ class TracedLayer:
                 groups,
                 vocab_size=architecture.vocab_size,
                 activations=Activations("selective", recomputed) if recomputed else Activations(),
-                lora=LoraConfig(rank=self.lora_rank, target_modules=list(self.lora_modules)) if self.lora_rank else None,
+                lora=lora_config(self.lora_rank if modules else 0, modules, ()),
                 trainable=True,
             )
             chunk = parts.chunks[0]

@@ -49,7 +49,7 @@ from kdrl_mcore.errors import ConfigError, DataError
 from kdrl_mcore.evaluation.benchmarks import check_benchmark, load_benchmarks
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import FAMILIES, read_architecture
-from kdrl_mcore.model.lora import check_lora
+from kdrl_mcore.model.lora_targets import check_lora
 from kdrl_mcore.monitoring.loggers.choice import check_logger_packages
 from kdrl_mcore.parallel.collect import gather_objects, on_first_rank
 from kdrl_mcore.parallel.host_limits import free_memory

@@ -23,7 +23,8 @@ from kdrl_mcore.convert.peft_folder import check_student_base, check_teacher_ada
 from kdrl_mcore.model.activations import Activations
 from kdrl_mcore.model.families import config_folder, read_architecture
 from kdrl_mcore.model.gpt import LanguageModel, ModelParts, build_model
-from kdrl_mcore.model.lora import TEACHER_ADAPTER, add_teacher_adapters, initialise_adapters, load_factors, sharded_factors
+from kdrl_mcore.model.lora import TEACHER_ADAPTER, add_teacher_adapters, initialise_adapters
+from kdrl_mcore.model.lora_factors import load_factors, sharded_factors
 from kdrl_mcore.monitoring.profiler import named_range
 from kdrl_mcore.monitoring.stopwatch import Stopwatch
 from kdrl_mcore.objective.joint import measured_divergences
@@ -331,16 +332,17 @@ class Student:
             measured.append(measures)
             return loss_C
 
-        weight_VH = chunk.head_weight()
+        hidden_SH, weight_VH, adapter_VR = chunk.head_inputs(hidden.squeeze(1))
         with self._head_time(), named_range("head"):
             outputs = fused_head(
-                hidden.squeeze(1),
+                hidden_SH,
                 weight_VH,
                 micro.packed.rows_T,
                 micro.packed.targets_T,
                 token_loss,
                 chunk.shard,
                 temperature=self._temperature,
+                adapter_VR=adapter_VR,
                 teacher=teacher,
                 sequence_parallel=self.parts.config.sequence_parallel,
                 support=self.support,

@@ -68,7 +68,7 @@ class HeadOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPass:
-    """The inputs of one pass over the head, except the two tensors that get gradients.
+    """The inputs of one pass over the head, except the tensors that get gradients.
 
     Attributes:
         chunk_tokens: rows per chunk; None means `default_chunk_tokens`.
@@ -87,10 +87,13 @@ class HeadPass:
     kernels: Kernels = "auto"
     support: Support | None = None
 
-    def run(self, hidden_SH: Tensor, weight_VH: Tensor) -> HeadOutputs:
+    def run(self, hidden_SH: Tensor, weight_VH: Tensor, adapter_VR: Tensor | None = None) -> HeadOutputs:
         """Run all chunks.
 
-        If grad mode is off or neither argument requires a gradient, only the forward work is done.
+        If grad mode is off or no argument requires a gradient, only the forward work is done.
+
+        Args:
+            adapter_VR: further columns of a frozen weight, trained in its place; the hidden states have H + R columns.
 
         Collectives over the shard's group: those of `Chunk` for each chunk; under sequence parallelism an all-gather of the
         hidden states; backward a SUM all-reduce of dX [T, H], or under sequence parallelism a reduce-scatter of [S, H].
@@ -98,14 +101,21 @@ class HeadPass:
         Raises:
             ValueError: shapes, types or targets do not fit.
         """
-        self._check(hidden_SH, weight_VH)
-        if torch.is_grad_enabled() and (hidden_SH.requires_grad or weight_VH.requires_grad):
-            return HeadOutputs(*_FusedHead.apply(hidden_SH, weight_VH, self))
+        self._check(hidden_SH, weight_VH, adapter_VR)
+        trained = weight_VH if adapter_VR is None else adapter_VR
+        if torch.is_grad_enabled() and (hidden_SH.requires_grad or trained.requires_grad):
+            return HeadOutputs(*_FusedHead.apply(hidden_SH, trained, None if adapter_VR is None else weight_VH, self))
         with torch.no_grad():
-            return _run(self, hidden_SH, weight_VH, (False, False))[0]
+            return _run(self, hidden_SH, trained, None if adapter_VR is None else weight_VH, (False, False))[0]
 
-    def _check(self, hidden_SH: Tensor, weight_VH: Tensor) -> None:
+    def _check(self, hidden_SH: Tensor, weight_VH: Tensor, adapter_VR: Tensor | None) -> None:
         columns = self.shard.stop - self.shard.start
+        if adapter_VR is not None:
+            if weight_VH.requires_grad or adapter_VR.dim() != 2 or adapter_VR.dtype != weight_VH.dtype:
+                raise ValueError("an adapter of the head has two dimensions and the type of the weight, which must be frozen")
+            weight_VH = torch.empty(
+                len(adapter_VR), weight_VH.size(1) + adapter_VR.size(1), dtype=weight_VH.dtype, device="meta"
+            )
         if hidden_SH.dim() != 2 or weight_VH.shape != (columns, hidden_SH.size(1)):
             raise ValueError(
                 f"hidden states {tuple(hidden_SH.shape)} and head weight {tuple(weight_VH.shape)} do not fit: expected [S, H] "
@@ -134,7 +144,7 @@ class HeadPass:
 
 @dataclass
 class _Gradients:
-    """dL/d(hidden states of the loss rows), not yet summed over ranks, and dL/dweight; None if not wanted.
+    """dL/d(hidden states of the loss rows), not yet summed over ranks, and dL/d(the weight or its adapter); None if not wanted.
 
     Attributes:
         weight_written: whether a chunk has written to dL/dweight, which is uninitialised until then (zeroing it first would
@@ -156,8 +166,10 @@ class _FusedHead(torch.autograd.Function):
     """Computes dX and dW in the forward pass; backward multiplies them by the incoming gradient and sums dX over the group."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, head: HeadPass) -> tuple[Tensor | None, ...]:
-        outputs, gradients = _run(head, hidden_SH, weight_VH, ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden_SH: Tensor, trained_VH: Tensor, frozen_VH: Tensor | None, head: HeadPass
+    ) -> tuple[Tensor | None, ...]:
+        outputs, gradients = _run(head, hidden_SH, trained_VH, frozen_VH, ctx.needs_input_grad[:2])
         # Saving the whole pass would keep the teacher's hidden states alive.
         ctx.spread = partial(_spread_rows, head.rows_T, head.shard, head.sequence_parallel, len(hidden_SH))
         ctx.gradients = gradients
@@ -166,7 +178,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients: _Gradients | None = ctx.gradients
         if gradients is None:
             raise RuntimeError("the fused head's gradient, formed in the forward pass, is used up: run the forward pass again")
@@ -179,7 +191,7 @@ class _FusedHead(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(scale)
         d_hidden_SH = None if gradients.rows_TH is None else ctx.spread(gradients.rows_TH)
-        return d_hidden_SH, gradients.weight_VH, None
+        return d_hidden_SH, gradients.weight_VH, None, None
 
 
 def _spread_rows(rows_T: Tensor, shard: VocabShard, sequence_parallel: bool, rows: int, d_rows_TH: Tensor) -> Tensor:
@@ -199,8 +211,16 @@ def _cut(num_taught: int, num_tokens: int, size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
 
 
-def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[bool, bool]) -> tuple[HeadOutputs, _Gradients]:
-    """Run all chunks; `wanted` selects dX and dW. Without tokens one empty chunk is run, so that the loss is called."""
+def _run(
+    head: HeadPass, hidden_SH: Tensor, trained_VH: Tensor, frozen_VH: Tensor | None, wanted: tuple[bool, bool]
+) -> tuple[HeadOutputs, _Gradients]:
+    """Run all chunks; `wanted` selects dX and dW, of the trained weight. Without tokens one empty chunk is run, so that the
+    loss is called.
+
+    Args:
+        frozen_VH: the columns of the weight that come before the trained ones.
+    """
+    weight_VH = trained_VH if frozen_VH is None else torch.cat((frozen_VH, trained_VH), dim=1)
     if head.sequence_parallel:
         hidden_SH = gather_sequence(hidden_SH, head.shard)
     num_tokens, real = len(head.rows_T), head.shard.real_columns
@@ -215,7 +235,7 @@ def _run(head: HeadPass, hidden_SH: Tensor, weight_VH: Tensor, wanted: tuple[boo
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     gradients = _Gradients(
         hidden_SH.new_zeros(num_tokens, hidden_SH.size(1)) if wanted[0] else None,
-        torch.empty_like(weight_VH, dtype=wide) if wanted[1] else None,
+        torch.empty_like(trained_VH, dtype=wide) if wanted[1] else None,
     )
     loss = torch.zeros((), dtype=wide, device=weight_VH.device)
     measured: list[tuple[Tensor, ...]] = []
@@ -249,4 +269,5 @@ def _accumulate(gradients: _Gradients, d_logits_CV: Tensor, hidden_CH: Tensor, w
         torch.mm(d_logits_CV, weight_VH, out=gradients.rows_TH[rows])
     if gradients.weight_VH is not None:
         first, gradients.weight_written = not gradients.weight_written, True
-        add_product(gradients.weight_VH[: len(weight_VH)], d_logits_CV.T, hidden_CH, first=first)
+        trained_CH = hidden_CH[:, hidden_CH.size(1) - gradients.weight_VH.size(1) :]
+        add_product(gradients.weight_VH[: len(weight_VH)], d_logits_CV.T, trained_CH, first=first)

@@ -26,6 +26,7 @@ def fused_head(
     shard: VocabShard,
     *,
     temperature: float,
+    adapter_VR: Tensor | None = None,
     teacher: TeacherSide | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
@@ -50,6 +51,8 @@ def fused_head(
             statistics, loss and dW are accumulated in float32.
         rows_T: the rows that predict the targets, as indices into the whole sequence; no other row reaches the head.
         targets_T: token ids in [0, shard.size).
+        adapter_VR: this rank's rows of LoRA's B, for a frozen weight: h W^T becomes [h, l] [W, B]^T, where the hidden states
+            [S, H + R] end in l, the scaled product of h and A. B alone gets a gradient; a copy of [W, B] exists meanwhile.
         teacher: the teacher of the first D rows, the divergence (one of this package's), and whether its entropy is wanted.
         chunk_tokens: rows per chunk, the same on every rank; None means `engine.default_chunk_tokens`.
         kernels: what computes a chunk: `torch`; `triton`, for CUDA and types up to float32; `auto` uses Triton where possible.
@@ -74,7 +77,7 @@ def fused_head(
     head = HeadPass(
         rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, token_loss, teacher, kernels, support
     )
-    return head.run(hidden_SH, weight_VH)
+    return head.run(hidden_SH, weight_VH, adapter_VR)
 
 
 @torch.no_grad()
@@ -86,6 +89,7 @@ def head_log_probs(
     shard: VocabShard,
     *,
     temperature: float,
+    adapter_VR: Tensor | None = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     kernels: Kernels = "auto",
@@ -96,5 +100,5 @@ def head_log_probs(
     Arguments, errors and collectives are those of `fused_head`'s forward pass.
     """
     head = HeadPass(rows_T, targets_T, shard, temperature, sequence_parallel, chunk_tokens, kernels=kernels, support=support)
-    outputs = head.run(hidden_SH, weight_VH)
+    outputs = head.run(hidden_SH, weight_VH, adapter_VR)
     return outputs.log_probs, outputs.entropies

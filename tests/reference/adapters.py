@@ -17,17 +17,25 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make_adapter(
-    base: Path, folder: Path, *, seed: int, rank: int = 4, alpha: float = 6.0, modules: Sequence[str] = MODULES
+    base: Path,
+    folder: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    alpha: float = 6.0,
+    modules: Sequence[str] = MODULES,
+    parameters: Sequence[str] = (),
 ) -> Path:
     """Write a PEFT folder whose factors are all random, so that both have a gradient."""
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules), task_type="CAUSAL_LM")
+    targets = {"target_modules": list(modules), "target_parameters": list(parameters) or None}
+    settings = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **targets)
     model = get_peft_model(dense.load_model(base, torch.float32), settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # PEFT would add the base of an adapted head
     return folder
 
 

@@ -53,34 +53,71 @@ def test_vllm_loads_what_a_run_exports(ranks2: RankPool, tmp_path: Path) -> None
     assert (base - logits).abs().max() > 0.1  # the base model would answer differently
 
 
-@pytest.mark.timeout(600)
+AHEAD = ("rollout.max_response_tokens=44", "rollout.max_sequences=8", "trainer.self_test=false", "rollout.max_age=3")
+RUNS = {
+    "whole": (),
+    "parts": (
+        *(
+            "batch.updates_per_step=2",
+            "rollout.steps_ahead=1",
+            "rollout.partial_tokens=9",
+            "rollout.max_continuations=2",
+            *AHEAD,
+        ),
+    ),
+    "ahead": ("rollout.steps_ahead=1", "rollout.unfinished=recompute", *AHEAD),
+}
+"""Ways to sample: within a step; in parts, under the adapters of several steps of two updates; ahead, while adapters change."""
+
+
+@pytest.mark.timeout(900)
 def test_a_refit_sends_adapters_alone(ranks2: RankPool, tmp_path: Path) -> None:
-    """The engine has the base from its files. After two updates it samples as the trainer and `peft` compute."""
+    """The engine, of two workers, has the base from its files. Each token has the log-prob that `peft` computes for it with the
+    adapters of its version."""
     vllm_runs.make_pair(tmp_path)
-    run, student = tmp_path / "run", tmp_path / "student"
-    sizes = ("--max-model-len", "64", "--kv-cache-gib", "0.1", "--max-sequences", "32", "--lora-rank", "8")
-    server = EngineServer(0, tmp_path, token="t", launch=Launch(("--model", str(student), *sizes), {"OMP_NUM_THREADS": "1"}))
+    sizes = ("--max-model-len", "64", "--kv-cache-gib", "0.1", "--max-sequences", "32", "--lora-rank", "8", "--tensor", "2")
+    launch = Launch(("--model", str(tmp_path / "student"), *sizes), {"OMP_NUM_THREADS": "1"})
+    server = EngineServer(0, tmp_path, token="t", launch=launch)
     server.start()
     try:
         server.wait_until_ready()
         assert server.health() == {"version": None, "usable": False}
         lora = ("student.lora.rank=4", "student.lora.alpha=6", "rollout.vllm.refit_adapters=true", "trainer.steps=3")
-        words = vllm_runs.overrides(tmp_path, run, str(server.address), *lora, "checkpoint.every=2", "optimizer.lr=3e-2")
-        outcomes = ranks2.run(vllm_runs.train, "t", words, timeout=240)
-        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        for name, more in RUNS.items():
+            words = (*lora, "checkpoint.every=1", "checkpoint.keep=3", "optimizer.lr=3e-2", *more)
+            outcomes = ranks2.run(
+                vllm_runs.train, "t", vllm_runs.overrides(tmp_path, tmp_path / name, str(server.address), *words), timeout=240
+            )
+            assert [outcome.code for outcome in outcomes] == [0, 0], (name, outcomes[0].stderr, outcomes[0].messages)
     finally:
         server.stop()
-    assert [row["drift_max"] < 1e-3 for row in metrics_of(run)] == [True] * 3
-    checkpoint, adapter = run / "checkpoints" / "step_000002", tmp_path / "adapter"
-    assert convert.main(["export", "--checkpoint", str(checkpoint), "--output", str(adapter), "--adapter"]) == 0
-    model, base = adapters.load_adapted(student, adapter), dense.load_model(student)
-    moved = 0.0
+    assert [row["drift_max"] < 1e-3 for row in metrics_of(tmp_path / "whole")] == [True] * 3
+    for name in RUNS:
+        versions = _check_versions(tmp_path / name, tmp_path / "student", updates=2 if name == "parts" else 1)
+        assert name != "parts" or all(len(each) > 1 for each in versions)
+
+
+def _check_versions(run: Path, student: Path, updates: int) -> list[list[int]]:
+    """The versions of each response of the last step, all of whose log-probs are right."""
+    base = dense.load_model(student)
+    models = {0: base}
+    for step in (1, 2):
+        adapter = run / f"adapter {step}"
+        saved = run / "checkpoints" / f"step_{step:06d}"
+        assert convert.main(["export", "--checkpoint", str(saved), "--output", str(adapter), "--adapter"]) == 0
+        models[step * updates] = adapters.load_adapted(student, adapter)
+    moved, found = 0.0, []
     for row in read_jsonl(run / "rollouts" / "step_000003.jsonl"):
-        assert row["weight_version"] == 2
+        later = row.get("later_versions", [])
+        counts = [len(row["response_token_ids"]) - sum(count for _, count in later), *(count for _, count in later)]
+        found.append([row["weight_version"], *(version for version, _ in later)])
         with torch.no_grad():
-            wanted, before = (
-                dense.log_prob_of(dense.response_logits(each, row, TOKENS, 1.0).log_softmax(-1), row) for each in (model, base)
-            )
+            of = {
+                version: dense.log_prob_of(dense.response_logits(models[version], row, TOKENS, 1.0).log_softmax(-1), row)
+                for version in {0, *found[-1]}
+            }
+        wanted = torch.cat([of[version].split(counts)[index] for index, version in enumerate(found[-1])])
         torch.testing.assert_close(torch.tensor(row["sampler_log_probs"]).double(), wanted, rtol=1e-3, atol=1e-3)
-        moved = max(moved, float((wanted - before).abs().max()))
+        moved = max(moved, float((wanted - of[0]).abs().max()))
     assert moved > 0.05  # the base would answer differently
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.reference import adapters, dense
-from tests.reference.adapters import MODULES
+from tests.reference.adapters import MODULES as MODULES
 from tests.support.agreement import about, assert_gradients, assert_log_probs
 from tests.support.ranks import RankPool
 from tests.support.training import FAST, PROBE, PROBE_LR, Outcome, metrics_of, objective_overrides, score_and_train_on_rank
@@ -27,6 +27,7 @@ class Adapted:
     teacher: Path | None
     rollouts: Path
     modules: Sequence[str] = MODULES
+    parameters: Sequence[str] = ()
     teacher_adapter: Path | None = None
     """Adapters of the teacher, which then is the student's base if no other is given."""
 
@@ -38,6 +39,7 @@ class Adapted:
             f"student.lora.rank={RANK}",
             f"student.lora.alpha={ALPHA}",
             f"student.lora.target_modules=[{','.join(self.modules)}]",
+            f"student.lora.target_parameters=[{','.join(self.parameters)}]",
             *self._teacher,
             "rollout=replay",
             f"rollout.path={self.rollouts}",
@@ -50,10 +52,17 @@ class Adapted:
         return [f"teacher.path={self.teacher_adapter}", *(["teacher.weights=adapters"] if self.teacher is None else [])]
 
 
-def adapt(folder: Path, student: Path, teacher: Path | None, rollouts: Path, modules: Sequence[str] = MODULES) -> Adapted:
+def adapt(
+    folder: Path,
+    student: Path,
+    teacher: Path | None,
+    rollouts: Path,
+    modules: Sequence[str] = MODULES,
+    parameters: Sequence[str] = (),
+) -> Adapted:
     """Write random adapters for a student into a folder."""
-    adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules)
-    return Adapted(student, folder, teacher, rollouts, modules)
+    adapters.make_adapter(student, folder, seed=7, rank=RANK, alpha=ALPHA, modules=modules, parameters=parameters)
+    return Adapted(student, folder, teacher, rollouts, modules, parameters)
 
 
 def check(

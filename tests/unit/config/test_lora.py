@@ -15,7 +15,7 @@ from kdrl_mcore.convert.peft_files import peft_config
 from kdrl_mcore.convert.peft_folder import check_peft_folder, check_student_base, check_teacher_adapters
 from kdrl_mcore.errors import ConfigError, ModelError
 from kdrl_mcore.model.families import read_architecture
-from kdrl_mcore.model.lora import check_lora
+from kdrl_mcore.model.lora_targets import check_lora, check_stages
 from tests.reference.tiny_models import make_model
 from tests.support import ROOT
 
@@ -34,10 +34,36 @@ SHAPES = ROOT / "kdrl_mcore" / "planning" / "shapes"
             ["student.lora.rank=8", "student.lora.target_modules=[qproj]"],
             "qproj is not one of: .* did you mean 'q_proj'",
         ),
+        (
+            [
+                *("student.lora.rank=8", "student.lora.target_modules=[lm_head]", "teacher.weights=average"),
+                *("objective.beta.init=1", "objective.kd.estimator=exact"),
+            ],
+            "needs an output head without an adapter: leave lm_head out",
+        ),
+        (["student.lora.target_parameters=[mlp.experts.down_proj]"], "student.lora.target_parameters is for adapters"),
+        (
+            ["student.lora.rank=8", "student.lora.target_parameters=[experts.gate_up_proj]"],
+            "experts.gate_up_proj is not one of: .* did you mean 'mlp.experts.gate_up_proj'",
+        ),
         (["teacher.weights=base", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
         (["teacher.weights=adapters", "objective.beta.init=1"], "are those in a PEFT folder: name it with teacher.path"),
         (["teacher.weights=adapters", "teacher.path=a", "objective.beta.init=1"], "student.lora.rank=0: set the rank"),
         (["rollout=vllm", "rollout.vllm.refit_adapters=true", "student.lora.rank=8"], "rollout.vllm.placement=server"),
+        (
+            [
+                *("rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=8"),
+                "student.lora.target_parameters=[mlp.experts.down_proj]",
+            ],
+            "is not for adapters of experts",
+        ),
+        (
+            [
+                *("rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=8"),
+                "student.lora.target_modules=[q_proj,lm_head]",
+            ],
+            "or of lm_head",
+        ),
         (
             ["rollout=vllm", "rollout.vllm.refit_adapters=true", "rollout.vllm.placement=server", "student.lora.rank=600"],
             "takes adapters of rank 512 at most",
@@ -53,7 +79,19 @@ def test_the_configuration_refuses(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "model", "tensor", "message"),
     [
-        ({"rank": 8}, "Qwen3-30B-A3B", 1, "gate_proj is an expert's in Qwen3MoeForCausalLM"),
+        ({"rank": 8}, "Qwen3-30B-A3B", 1, r"gate_proj is not supported in a mixture of experts \(Qwen3MoeForCausalLM\)"),
+        (
+            {"rank": 8, "target_parameters": ["mlp.experts.down_proj"]},
+            "DeepSeek-R1-Distill-Qwen-1.5B",
+            1,
+            "names weights of experts, but Qwen2ForCausalLM has none",
+        ),
+        (
+            {"rank": 800, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+            "Qwen3-30B-A3B",
+            1,
+            "rank=800 is more than the 512",
+        ),
         ({"rank": 8}, "DeepSeek-R1-Distill-Qwen-1.5B", 4, "of 2 key/value heads with parallel.tensor=4"),
         ({"rank": 300}, "DeepSeek-R1-Distill-Qwen-1.5B", 1, "rank=300 is more than the 256 rows"),
     ],
@@ -68,6 +106,17 @@ def test_a_fused_projection_has_no_adapter_of_its_parts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Phi3ForCausalLM has no separate q_proj"):
         check_lora(LoraConfig(rank=4), phi, 1)
     check_lora(LoraConfig(rank=4, target_modules=["o_proj", "down_proj"]), phi, 1)
+
+
+def test_a_tied_head_and_stages_without_adapters_are_refused(tmp_path: Path) -> None:
+    tied = read_architecture(make_model("qwen2", tmp_path, seed=1, tie_word_embeddings=True))
+    lora = LoraConfig(rank=4, target_modules=["lm_head"])
+    with pytest.raises(ConfigError, match="lm_head of this Qwen2ForCausalLM is its embedding"):
+        check_lora(lora, tied, 1)
+    whole = read_architecture(SHAPES / "DeepSeek-R1-Distill-Qwen-1.5B")
+    check_stages(lora, whole, 1)
+    with pytest.raises(ConfigError, match=r"layers 0 to 13 form a pipeline stage where student.lora adapts nothing"):
+        check_stages(lora, whole, 2)
 
 
 def test_attention_beside_experts_and_other_projections_are_not_refused() -> None:
@@ -85,6 +134,7 @@ def test_attention_beside_experts_and_other_projections_are_not_refused() -> Non
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=.* is not supported"),
         ({"peft_type": "IA3"}, "only adapters of peft_type LORA"),
+        ({"target_parameters": ["mlp.router.weight"]}, "target_parameters names mlp.router.weight, but only"),
     ],
 )
 def test_the_folder_refuses(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -44,3 +44,19 @@ def test_only_adapters_have_gradients_and_state() -> None:
     assert not full.fits and whole.parameters == stage.parameters - stage.adapters
     with_reference = plan_of("lora_70b", "objective.reference_kl.coefficient=0.01")
     assert with_reference.memory[0].peak == plan.memory[0].peak  # the reference is the student without its adapters
+
+
+def test_adapters_of_experts_are_where_the_experts_are() -> None:
+    rank, hidden, ffn, experts, layers, here = 8, 2048, 768, 128, 48, 4
+    overrides = [
+        *("student.path=Qwen3-30B-A3B", "objective=grpo", f"student.lora.rank={rank}", "student.lora.target_modules=[o_proj]"),
+        "student.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]",
+        *(f"parallel.expert={experts // here}", "cluster=h100", "cluster.nodes=8", "cluster.gpus_per_node=8"),
+    ]
+    config = load_config(overrides)
+    setup = make_setup(config, workload_of(config))
+    (stage,) = setup.student.shard.stages
+    of_expert = rank * (hidden + 2 * ffn + ffn + hidden)
+    assert stage.expert_adapters == layers * here * of_expert == stage.trained_experts
+    assert stage.adapters - stage.expert_adapters == layers * rank * (4096 + hidden)
+    assert setup.student.parameters == 30_532_122_624  # the model's own
