@@ -33,14 +33,17 @@ def another(key: str) -> Any:
     default = value_of(ObjectiveConfig(), key)
     if isinstance(default, str):
         return next(choice for choice in CHOICES[f"objective.{key}"] if choice != default)
-    return default + 1
+    return 1.0 if default is None else default + 1
 
 
 @pytest.mark.parametrize(("key", "decider"), WITH, ids=[key for key, _ in WITH])
 def test_it_is_refused_unless_the_key_that_it_depends_on_has_a_fitting_value(key: str, decider: str) -> None:
     fitting = WITH[key, decider]
+    others = {other: values[0] for (each, other), values in WITH.items() if each == key and other != decider}
     for chosen in (*CHOICES[f"objective.{decider}"], "my_rules:own"):
         objective = with_value(with_value(distilling(), key, another(key)), decider, chosen)
+        for other, value in others.items():
+            with_value(objective, other, value)
         if chosen in fitting or ":" in chosen:
             check_effects(objective)
             continue

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 
 from kdrl_mcore.cli import plan, score
 from kdrl_mcore.config import BenchmarkConfig, Config, axes, load_config
-from kdrl_mcore.config import load as loading
 from kdrl_mcore.config.keys import RANGES, key_types
 from kdrl_mcore.config.ranges import Range, check_number, numbers
-from kdrl_mcore.config.sources import Sources
 from kdrl_mcore.errors import ConfigError
 
 TYPES = key_types()
 NUMERIC = [name for name, types in TYPES.items() if {int, float} & set(types)]
 IN_PARTS = ["rollout.steps_ahead=1", "objective.sampler_correction.kind=truncate"]
+SERVED = ["objective.beta.init=1", "teacher.path=t", "teacher.server.kind=completions"]
+NAMED_SERVED = ["teachers.NAME.path=t", "teachers.NAME.server.kind=completions"]
 FITTING = {
+    **{name: SERVED for name in NUMERIC if name.startswith("teacher.server.")},
+    **{name: NAMED_SERVED for name in NUMERIC if name.startswith("teachers.NAME.server.")},
+    "cluster.teacher_nodes": SERVED,
     "student.lora.alpha": ["student.lora.rank=8"],
     "parallel.virtual_pipeline": ["parallel.pipeline=2"],
     "parallel.bucket_size": ["parallel.overlap_grad_reduce=true"],
@@ -47,19 +47,9 @@ FITTING = {
 
 
 @pytest.fixture(autouse=True)
-def composed_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hydra's part is the same for all keys, and slow."""
-    kept: dict[str, Any] = {}
-    compose = loading._compose
-
-    def compose_once(sources: Sources, chosen: dict[str, Any]) -> Any:
-        if str(chosen) not in kept:
-            kept[str(chosen)] = compose(sources, chosen)
-        return copy.deepcopy(kept[str(chosen)])
-
-    monkeypatch.setattr(loading, "_compose", compose_once)
-    monkeypatch.setattr(axes, "check_effects", lambda objective: None)  # most of these settings have no effect alone
-    yield
+def without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of these settings have no effect alone."""
+    monkeypatch.setattr(axes, "check_effects", lambda objective: None)
 
 
 def load(name: str, value: float, *others: str) -> Config:
