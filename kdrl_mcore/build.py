@@ -4,53 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from kdrl_mcore.config import Config, NamedTeacherConfig, TeacherConfig, TeacherParallelConfig
+from kdrl_mcore.build_data import OnPhase, TrainingData, build_evaluation, build_training_data, describe_data
+from kdrl_mcore.build_teachers import build_reference, build_teacher, masks_stop_token
+from kdrl_mcore.config import Config
 from kdrl_mcore.config.derived import (
-    TEACHER,
-    compares_over_vocabulary,
     engines_share_gpus,
     evaluates,
-    has_separate_teacher,
-    is_served,
     is_supervised,
     known_models,
-    knows_top_k,
     loaded_teachers,
-    longest_response,
     num_given,
     num_updates,
-    prompts_of_teachers,
-    reads_own_prompt,
-    reads_scores,
     replays,
     samples,
-    separate_teachers,
     served_teachers,
-    teacher_heads,
-    teaches_itself,
     uses_given,
-    uses_reference,
     uses_teacher,
 )
-from kdrl_mcore.data.limits import Limits, check_prompts, check_teacher_prompts, check_teacher_rollouts, limits_of
-from kdrl_mcore.data.prompts import describe_prompt
-from kdrl_mcore.data.sources import data_notes, load_domains, reward_kinds, training_sources
+from kdrl_mcore.data.limits import check_teacher_rollouts
+from kdrl_mcore.data.sources import reward_kinds
 from kdrl_mcore.data.stream import Domain, PromptStream
-from kdrl_mcore.data.taught import describe_taught
-from kdrl_mcore.data.tokenizers import Tokenizer
-from kdrl_mcore.data.vocabulary import shared_vocabulary, stop_tokens, unshared_tokens
 from kdrl_mcore.errors import ConfigError
-from kdrl_mcore.evaluation.evaluate import Evaluation, metric_names
+from kdrl_mcore.evaluation.evaluate import metric_names
 from kdrl_mcore.job import Job
-from kdrl_mcore.model.lora import TEACHER_ADAPTER
 from kdrl_mcore.objective.functions import find_function
 from kdrl_mcore.objective.joint import check_functions
 from kdrl_mcore.objective.schedules import Coefficient
@@ -70,20 +53,9 @@ from kdrl_mcore.rollout.source import Ahead, RolloutSource, SampledRollouts
 from kdrl_mcore.rollout.vllm.engine import VllmEngine
 from kdrl_mcore.rollout.vllm.placement import start_replicas
 from kdrl_mcore.run_directory.export import check_export
-from kdrl_mcore.student.frozen_base import FrozenBase
-from kdrl_mcore.student.self_teacher import SelfTeacher
 from kdrl_mcore.student.student import Student
-from kdrl_mcore.teacher.connect import connect_teacher
-from kdrl_mcore.teacher.pool import Member, TeacherPool
-from kdrl_mcore.teacher.recorded import read_recorded
-from kdrl_mcore.teacher.served import ServedTeacher
-from kdrl_mcore.teacher.source import ScoreSource
-from kdrl_mcore.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-OnPhase = Callable[[str], None]
-"""Called with the name of a phase when it begins and whenever it makes progress."""
 
 
 def build_job(config: Config, on_phase: OnPhase = lambda phase: None, on_progress: Callable[[], None] = lambda: None) -> Job:
@@ -154,242 +126,6 @@ def check_outcome(config: Config) -> None:
         raise ConfigError(f"checkpoint.best={best} is not a metric of the evaluations; there are: {', '.join(names)}")
     if config.checkpoint.export_hf:
         check_export(Path(config.run.dir), list(models.values()), adapters=config.student.lora.rank > 0)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run trains on.
-
-    Attributes:
-        tokenizer: None only if rollouts are replayed and nothing is evaluated.
-        vocab_size: the number of tokens that all models share.
-        limits: the models' limits on token ids and lengths.
-        domains: the prompts; empty if rollouts are replayed.
-        unshared: see `Job`.
-    """
-
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    limits: Limits
-    domains: list[Domain]
-    unshared: Mapping[str, frozenset[int]] = field(default_factory=dict)
-
-
-def build_training_data(config: Config, on_phase: OnPhase) -> TrainingData:
-    """Load the tokenizer and the prompts. Collective over the world.
-
-    Raises:
-        ConfigError, DataError, ModelError: they cannot be used, or exceed the models' limits.
-    """
-    on_phase("load tokenizers")
-    assert config.student.path is not None
-    teachers = [each.path for each in config.teachers.values()] or [config.teacher.path]
-    tokenizer, vocab_size = shared_vocabulary(config.student.path, *teachers, added_may_differ=has_separate_teacher(config))
-    unshared = find_unshared(config)
-    limits = limits_of(config, vocab_size)
-    if tokenizer is None and not replays(config):
-        raise ConfigError(f"{config.student.path} has no tokenizer.json, which sampling needs")
-    if tokenizer is None and evaluates(config):
-        raise ConfigError(f"{config.student.path} has no tokenizer, which data.eval and eval.benchmarks need")
-    domains = []
-    if tokenizer is not None and not replays(config):
-        sources = training_sources(config)
-        on_phase("load prompts")
-        domains = load_domains(config, tokenizer, partial(on_phase, "load prompts"))
-        for (source, _), domain in zip(sources, domains, strict=True):
-            check_prompts(domain.prompts, str(source.path), limits, longest_response(config))
-            check_teacher_prompts(domain.prompts, str(source.path), config, unshared)
-    return TrainingData(tokenizer, vocab_size, limits, domains, unshared)
-
-
-def find_unshared(config: Config) -> dict[str, frozenset[int]]:
-    """By teacher, the student's added tokens at whose ids it has others. Rank 0 says what follows from it.
-
-    Raises:
-        ConfigError: the loss compares both models over the vocabulary.
-    """
-    teachers = {name: each.path for name, each in separate_teachers(config).items() if each.path}
-    return {name: frozenset(_unshared_by(config, path)) for name, path in teachers.items()}
-
-
-def _unshared_by(config: Config, teacher: str) -> dict[int, str]:
-    assert config.student.path is not None
-    unshared = unshared_tokens(config.student.path, teacher)
-    if unshared and compares_over_vocabulary(config.objective):
-        first = min(unshared)
-        raise ConfigError(
-            f"the teacher {teacher} has other added tokens than the student ({len(unshared)}, the first at id "
-            f"{first}, {unshared[first]!r}), and objective.kd.estimator={config.objective.kd.estimator} compares the whole "
-            "vocabulary (as kd.control_variate does): set it to k1, k2 or k3"
-        )
-    if unshared and dist.get_rank() == 0:
-        logger.warning(
-            "the teacher %s has other added tokens at %d ids: a response is distilled up to the first of %s",
-            *(teacher, len(unshared), _listed(unshared)),
-        )
-    return unshared
-
-
-def build_evaluation(config: Config, data: TrainingData, student: Student, on_phase: OnPhase) -> Evaluation | None:
-    """The benchmarks, checked against the student's limits; None if nothing is evaluated."""
-    on_phase("load evaluation")
-    if not evaluates(config):
-        return None
-    assert data.tokenizer is not None and config.student.path is not None
-    limits = Limits.of(student.parts.architecture.vocab_size, [config.student.path])
-    return Evaluation(config, data.tokenizer, student.groups, limits)
-
-
-def describe_data(config: Config, data: TrainingData, evaluation: Evaluation | None) -> None:
-    """Log a summary of the data, and one prompt as the models see it.
-
-    Raises:
-        DataError: one of several teachers teaches a value that no prompt has.
-    """
-    benchmarks = [] if evaluation is None else evaluation.benchmarks
-    for line in data_notes(data.domains, benchmarks):
-        logger.warning("%s", line)
-    if data.domains:
-        for line in describe_taught(config, [domain.prompts for domain in data.domains]):
-            logger.info("%s", line)
-    prompts = [*(domain.prompts for domain in data.domains), *(benchmark.prompts for benchmark in benchmarks)]
-    if prompts and data.tokenizer is not None:
-        logger.info("%s", describe_prompt(prompts[0][0], data.tokenizer))
-
-
-def build_teacher(
-    config: Config,
-    student: Student,
-    data: TrainingData,
-    on_phase: OnPhase,
-    on_progress: Callable[[], None] = lambda: None,
-) -> ScoreSource | None:
-    """The teacher, or None if the loss has no distillation term. If the loss compares both models over the vocabulary, the
-    student also loads the teacher's head. Collective over the world."""
-    if not uses_teacher(config.objective):
-        return None
-    kd, name = config.objective.kd, TEACHER if reads_own_prompt(config) else None
-    if kd.clamp is not None and dist.get_rank() == 0:
-        logger.warning("objective.kd.clamp=%g: tokens with a larger log-ratio have no gradient", kd.clamp)
-    if reads_scores(config):
-        assert config.rollout.path is not None
-        return read_recorded(config.rollout.path, config, data.vocab_size)
-    if teaches_itself(config):
-        if compares_over_vocabulary(config.objective):
-            student.use_own_head_as_teachers()
-        if config.teacher.weights == "adapters":
-            assert config.teacher.path is not None
-            student.add_teacher_adapters(config.teacher.path)
-            return FrozenBase(student, name, TEACHER_ADAPTER)
-        return FrozenBase(student, name) if config.teacher.weights == "base" else SelfTeacher(student, name)
-    if heads := teacher_heads(config):
-        student.load_teacher_head([str(each.path) for each in heads.values()], kd)
-    elif knows_top_k(config):
-        student.expect_known_top_k()
-    sources = {each: _separate(config, each, student, data, on_phase, on_progress) for each in separate_teachers(config)}
-    if not config.teachers:
-        return sources[TEACHER]
-    members = {}
-    for each, settings in config.teachers.items():
-        source = sources[each]
-        rows = source.rows if isinstance(source, ServedTeacher) else None
-        size = source.parts.config.hidden_size if isinstance(source, Teacher) else 0 if rows is None else rows.width
-        members[each] = Member(settings, Coefficient(settings.share), source, size)
-    return TeacherPool(members, kd.mixture, known_top_k=knows_top_k(config))
-
-
-def _separate(
-    config: Config, name: str, student: Student, data: TrainingData, on_phase: OnPhase, on_progress: Callable[[], None]
-) -> Teacher | ServedTeacher:
-    """A teacher that is another model than the student, in this job or on servers."""
-    settings = separate_teachers(config)[name]
-    if is_served(settings):
-        on_phase("connect teacher")
-        return connect_teacher(
-            config,
-            name,
-            student.groups,
-            data.tokenizer,
-            data.vocab_size,
-            unshared=data.unshared.get(name, ()),
-            on_wait=partial(on_phase, "connect teacher"),
-            on_progress=on_progress,
-        )
-    assert settings.path is not None
-    reads = name if name in prompts_of_teachers(config) else None
-    return _frozen(settings.path, settings, config, data.vocab_size, partial(on_phase, "load teacher"), reads)
-
-
-def masks_stop_token(config: Config) -> bool:
-    """Whether the token that ends a response is left out of distillation. A teacher that ends its responses with another token
-    gives the student's end token almost no probability: distilling it would teach the student never to stop."""
-    rule, objective = config.objective.kd.stop_token, config.objective
-    if rule != "auto" or not uses_teacher(objective):
-        return rule == "mask"
-    paths = [each.path for each in config.teachers.values()] or [config.teacher.path]
-    named = [path for path in paths if path is not None or served_teachers(config)]
-    ends_otherwise = [_ends_otherwise(config, path) for path in named]  # each teacher is reported
-    return any(ends_otherwise)
-
-
-def _ends_otherwise(config: Config, path: str | None) -> bool:
-    """Whether a teacher ends its responses with another token than the student. Rank 0 reports it.
-
-    Args:
-        path: the teacher's folder; None for one on servers whose folder is not named.
-    """
-    assert config.student.path is not None
-    student, teacher = stop_tokens(config.student.path), None if path is None else stop_tokens(path)
-    differ = student is not None and teacher is not None and student.keys() != teacher.keys()
-    if dist.get_rank() != 0:
-        return differ
-    name = "objective.kd.stop_token=auto"
-    if student is None or teacher is None:
-        unknown = config.student.path if student is None else path or "the teacher on servers (without teacher.path)"
-        logger.warning(
-            "%s: the token that ends a response is distilled; %s has no tokenizer, so it is not known whether both models end "
-            "responses with the same token: set it to keep if they do, otherwise to mask",
-            *(name, unknown),
-        )
-    elif differ:
-        logger.warning(
-            "%s: the token that ends a response is left out of distillation; the student ends with %s, the teacher with %s "
-            "(keep would teach it as well)",
-            *(name, _listed(student), _listed(teacher)),
-        )
-    else:
-        logger.info("%s: the token that ends a response is distilled; both models end with %s", name, _listed(student))
-    return differ
-
-
-def _listed(tokens: Mapping[int, str]) -> str:
-    return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
-
-
-def build_reference(config: Config, student: Student, vocab_size: int, on_phase: OnPhase) -> Teacher | FrozenBase | None:
-    """A frozen copy of the initial student, in the student's layout; if adapters are trained, the model below them, which is no
-    copy. None if the loss has no reference KL. Collective over the world."""
-    if not uses_reference(config.objective):
-        return None
-    if student.lora is not None:
-        return FrozenBase(student)
-    assert config.student.path is not None
-    parallel = config.parallel
-    settings = TeacherConfig(parallel=TeacherParallelConfig(parallel.tensor, parallel.pipeline, parallel.expert))
-    on_parameter = partial(on_phase, "load reference")
-    return _frozen(config.student.path, settings, config, vocab_size, on_parameter)
-
-
-def _frozen(
-    path: str,
-    settings: TeacherConfig | NamedTeacherConfig,
-    config: Config,
-    vocab_size: int,
-    on_parameter: Callable[[], None],
-    name: str | None = None,
-) -> Teacher:
-    size, share = dist.get_world_size(), config.batch.share_prompts
-    return Teacher(path, settings, config.model, size, vocab_size, on_parameter, share_prompts=share, name=name)
 
 
 def build_verifier(config: Config, data: TrainingData, student: Student) -> Verifier | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kdrl_mcore.data.tokenizers import Tokenizer, check_same_tokenizer, different_added_tokens, load_tokenizer
@@ -44,6 +45,11 @@ def shared_vocabulary(
             but = different_added_tokens(tokenizer, other) if added_may_differ else frozenset()
             sizes.append(check_same_tokenizer(tokenizer, other, but))
     return tokenizer, min(sizes)
+
+
+def named_tokens(tokens: Mapping[int, str]) -> str:
+    """Token ids and their texts, for a message."""
+    return " or ".join(f"{index} ({text!r})" for index, text in sorted(tokens.items()))
 
 
 def unshared_tokens(student: str | Path, teacher: str | Path) -> dict[int, str]:

@@ -18,7 +18,7 @@ LAYERS = (
         *("student", "teacher", "rollout", "reward", "data", "evaluation", "checkpointing", "run_directory"),
         *("monitoring", "planning", "studies", "preflight"),
     },
-    {"trainer", "iteration", "supervised", "build", "job", "step_metrics", "self_test"},
+    {"trainer", "iteration", "supervised", "build", "build_data", "build_teachers", "job", "step_metrics", "self_test"},
     {"cli"},
     {"train"},
 )
