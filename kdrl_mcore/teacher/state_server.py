@@ -10,6 +10,7 @@ N responses, T response tokens of all of them, G the model's hidden size.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import secrets
 import threading
@@ -144,7 +145,7 @@ class StateServer:
                 content = self._score(http.rfile.read(int(length)), dict(parse_qsl(url.query)))
             else:
                 status, http.close_connection = NOT_FOUND, True
-        except (_Refused, ValueError, TypeError, KeyError) as error:
+        except (_Refused, ValueError, TypeError, LookupError, OverflowError) as error:
             status, content = BAD_REQUEST, json.dumps({"error": {"message": str(error)}}).encode()
         http.send_response(status)
         http.send_header("Content-Length", str(len(content)))
@@ -153,9 +154,12 @@ class StateServer:
 
     def _score(self, body: bytes, settings: Mapping[str, str]) -> bytes:
         wanted = frozenset(settings.get("wanted", "").split(",")) & {LOG_PROBS, ENTROPIES, DISTRIBUTION}
+        temperature = float(settings["temperature"])
+        if not 0 < temperature < math.inf:
+            raise _Refused(f"temperature={temperature:g} must be greater than 0")
         rollouts = read_request(body, self._served)
         answer: Future[bytes] = Future()
-        self._requests.put(_Request(wanted, float(settings["temperature"]), rollouts, answer))
+        self._requests.put(_Request(wanted, temperature, rollouts, answer))
         return answer.result()
 
 

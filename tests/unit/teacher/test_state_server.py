@@ -48,6 +48,8 @@ def test_what_is_no_request_is_refused(url: str) -> None:
 
     good = write_request([rollout([1], [2])])
     assert answer(good, token="other").status_code == 401 and answer(good, "nothing").status_code == 404
+    for temperature in ("0", "-1", "nan", "inf", "hot"):
+        assert answer(good, f"score?temperature={temperature}&wanted=log_probs").status_code == 400
     assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
     assert "is not a request" in told(b"no safetensors")
     assert "is not a request" in told(safetensors.numpy.save({"ids": np.arange(3)}))
