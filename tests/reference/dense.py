@@ -198,9 +198,10 @@ def response_logits(model: Any, row: Row, vocab_size: int, temperature: float) -
 def chosen_experts(model: Any, row: Row) -> Iterator[None]:
     """With `chosen` in the row, [tokens - 1][layers][experts of a token], the routers of a Qwen3 mixture choose these, except
     for the last token; their weights are the model's."""
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    replays = "chosen" in row and model.config.model_type == "qwen3_moe"
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")] if replays else []
     handles = []
-    for number, gate in enumerate(gates if "chosen" in row and model.config.model_type == "qwen3_moe" else ()):
+    for number, gate in enumerate(gates):
         chosen = torch.tensor(row["chosen"])[:, number]
 
         def choose(gate: Any, _: Any, outputs: Any, chosen: Tensor = chosen) -> tuple[Tensor, Tensor, Tensor]:

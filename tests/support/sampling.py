@@ -46,7 +46,8 @@ def generate_on_rank(
     asked = [Prompt(f"p{i}", "", np.array(ids, dtype=np.int64), "") for i, ids in enumerate(prompts)]
     result = {}
     for name, how in samplings.items():
-        sampling = Sampling(max_response_tokens=LIMIT, responses_per_prompt=RESPONSES, key=(1, 0, 7), **how)
+        limits = {"max_response_tokens": LIMIT, "responses_per_prompt": RESPONSES}
+        sampling = Sampling(key=(1, 0, 7), **limits | how)
         rollouts = job.engine.generate(asked, sampling) if parts is None else in_parts(job.engine, asked, sampling, *parts)
         settings = {"temperature": how["temperature"] or 1.0, "micro_tokens": 100}
         support = Support(sampling.top_p, sampling.top_k, sampling.min_p)
