@@ -145,12 +145,11 @@ class ServedTeacher:
             job = self._thread.submit(self._servers.score, rollouts, wanted, count)
         while True:
             finished = job is None or _wait(job, BEAT_SECONDS)
-            error = None
-            if finished and job is not None and (failure := job.exception()) is not None:
-                if not isinstance(failure, TeacherError):
-                    raise failure
-                error = str(failure)
+            failure = job.exception() if finished and job is not None else None
+            error = None if failure is None else str(failure) or type(failure).__name__
             everywhere = gather_objects((finished, answers[0], error))
+            if failure is not None and not isinstance(failure, TeacherError):
+                raise failure  # with its traceback; the other ranks raise below
             _raise_first([text for _, _, text in everywhere])
             total = sum(number for _, number, _ in everywhere)
             if total > seen:
